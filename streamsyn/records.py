@@ -1,0 +1,213 @@
+"""What flows through the stages, in the order in which it arises.
+
+    Seed -> Draft -> Request -> Completion -> Context | Reject -> Sample
+
+All of them are frozen: a stage hands on a new record, it never edits another's.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+
+def digest(*parts: str | bytes) -> bytes:
+    """16 bytes that stand for `parts`; the same on every machine and in every process."""
+    hashed = blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        hashed.update(len(data).to_bytes(8, "little"))  # so that ("ab", "c") differs from ("a", "bc")
+        hashed.update(data)
+    return hashed.digest()
+
+
+class RejectReason(StrEnum):
+    """Why a seed got no context. The set is closed: readers of the log may switch over it."""
+
+    # the line is no seed
+    INVALID_UTF8 = "invalid_utf8"
+    INVALID_JSON = "invalid_json"
+    NOT_A_SEED = "not_a_seed"
+    LINE_TOO_LONG = "line_too_long"
+    # the answers failed a check, each time
+    EMPTY = "empty"
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    REFUSAL = "refusal"
+    TRUNCATED = "truncated"
+    REPETITION = "repetition"
+    PROMPT_ECHO = "prompt_echo"
+    QA_PASTED = "qa_pasted"
+    # the servers gave no answer
+    REQUEST_REFUSED = "request_refused"
+    TIMEOUT = "timeout"
+    BROKEN_RESPONSE = "broken_response"
+    SERVER_UNAVAILABLE = "server_unavailable"
+    # we failed
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A trusted instruction-answer pair. `origin` says where it stood, as `file:line`."""
+
+    id: str
+    task: str
+    instruction: str
+    answer: str
+    origin: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BadSeed:
+    """A line (or row) that is no seed; it goes through the stages like one and ends as a Reject."""
+
+    origin: str
+    reason: RejectReason
+    detail: str
+    key: bytes
+    """Stands for the place and the bytes, so that reading the same line again is noticed."""
+
+
+Entry: TypeAlias = Seed | BadSeed
+"""What a seed source yields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The unit of work: one context to be written for a seed (`recipe.contexts_per_seed` of them)."""
+
+    seed: Seed
+    number: int = 0
+
+    @property
+    def id(self) -> str:
+        """The seed's own id for its first draft, `id#1`, `id#2`, ... for the others."""
+        return f"{self.seed.id}#{self.number}" if self.number else self.seed.id
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes by which a finished draft is known again."""
+        return draft_key(self.seed.id, self.number)
+
+
+def draft_key(seed_id: str, number: int) -> bytes:
+    """The key of a draft, from what its outcome in the log holds."""
+    return digest("draft", seed_id, str(number))
+
+
+Work: TypeAlias = Draft | BadSeed
+"""What a worker takes: each ends as exactly one Outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to an LLM: chat `messages` and the sampling parameters that go with them."""
+
+    messages: list[dict[str, str]]
+    sampling: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at one server. `at` is in Unix seconds; `error` is None when an answer came."""
+
+    server: str
+    at: float
+    seconds: float
+    error: str | None = None
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of an LLM, with what the server counted."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    model: str
+    server: str
+    weight_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a recipe makes of its completions: the context's text and what the checks measured."""
+
+    text: str
+    checks: dict[str, Any]
+    steps: list[Completion]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The document an LLM wrote for a seed: one line of `contexts/`, in this order after `seq`."""
+
+    id: str
+    seed_id: str
+    draft: int
+    task: str
+    instruction: str
+    answer: str
+    context: str
+    model: str
+    server: str
+    weight_version: str | None
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    wasted_tokens: int
+    """Completion tokens of answers that were thrown away on the way."""
+    attempts: list[Attempt]
+    steps: list[dict[str, Any]]
+    checks: dict[str, Any]
+    origin: str
+    metadata: dict[str, Any]
+    written_at: float
+
+    @property
+    def key(self) -> bytes:
+        """The key of the draft that this finishes."""
+        return draft_key(self.seed_id, self.draft)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """A draft that got no context, or a line that is no seed: one line of `rejects/`."""
+
+    key: bytes
+    reason: RejectReason
+    detail: str
+    origin: str
+    id: str | None = None
+    seed_id: str | None = None
+    draft: int | None = None
+    task: str | None = None
+    instruction: str | None = None
+    answer: str | None = None
+    wasted_tokens: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    written_at: float = 0.0
+
+
+Outcome: TypeAlias = Context | Reject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A chat example to train on: one line of `samples/`, in this order after `seq`."""
+
+    id: str
+    seed_id: str
+    task: str
+    messages: list[dict[str, str]]
+    context_seqs: list[int]
+    relevant_index: int
+    n_tokens: int
+    """Tokens of the contexts in it, as counted by the servers that wrote them."""

@@ -1,0 +1,177 @@
+"""Seeds in files: JSON lines (plain, .gz, .zst), Parquet, a saved `datasets` directory."""
+
+import contextlib
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+from streamsyn.config import SeedsSection
+from streamsyn.errors import ConfigError
+from streamsyn.records import Entry
+from streamsyn.seeds.lines import split_lines
+from streamsyn.seeds.parse import SeedParser
+
+CHUNK_BYTES = 256 * 1024
+BATCH_ROWS = 256
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+COMPRESSED_SUFFIXES = ("", ".gz", ".zst")
+
+
+class SeedSource(Protocol):
+    """Yields batches of entries, in a fixed order. Read in a thread: it may block."""
+
+    def batches(self) -> Iterator[list[Entry]]:
+        """The entries, in batches of a bounded size.
+
+        Raises:
+            ConfigError: The source cannot be read (any further); the message names it.
+        """
+        ...
+
+    def fraction(self) -> float | None:
+        """Share of the source that has been read, where its size is known."""
+        ...
+
+
+class JsonLinesSource:
+    """A file of JSON lines."""
+
+    def __init__(self, path: Path, task: str | None, seeds: SeedsSection) -> None:
+        self._path = path
+        self._task = task or _stem(path)
+        self._max_line_bytes = seeds.max_line_bytes
+        self._parser = SeedParser(seeds.fields)
+        self._size = path.stat().st_size
+        self._position = 0
+
+    def batches(self) -> Iterator[list[Entry]]:
+        source = str(self._path)
+        try:
+            with self._path.open("rb") as raw:
+                for lines in split_lines(self._chunks(raw), self._max_line_bytes):
+                    parsed = [
+                        self._parser.line(line, source, self._task, self._max_line_bytes) for line in lines
+                    ]
+                    yield [entry for entry in parsed if entry is not None]
+        except (OSError, EOFError, zlib.error) as error:
+            raise ConfigError(f"{source} cannot be read to its end: {error}") from error
+
+    def fraction(self) -> float | None:
+        return self._position / self._size if self._size else 1.0
+
+    def _chunks(self, raw: IO[bytes]) -> Iterator[bytes]:
+        for chunk in _plain_chunks(self._path.suffix, raw):
+            self._position = raw.tell()
+            yield chunk
+
+
+def _plain_chunks(suffix: str, raw: IO[bytes]) -> Iterator[bytes]:
+    if suffix == ".zst":
+        yield from _zstd_chunks(raw)
+        return
+    with contextlib.ExitStack() as stack:
+        stream: IO[bytes] = raw
+        if suffix == ".gz":
+            stream = cast("IO[bytes]", stack.enter_context(gzip.open(raw)))
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(
+            raw, read_across_frames=True, closefd=False
+        ) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+    except zstandard.ZstdError as error:
+        raise OSError(f"not (or no longer) valid zstd: {error}") from error
+
+
+class ParquetSource:
+    """A Parquet file; a row's number counts from 1, as lines do."""
+
+    def __init__(self, path: Path, task: str | None, seeds: SeedsSection) -> None:
+        self._path = path
+        self._task = task or _stem(path)
+        self._parser = SeedParser(seeds.fields)
+        self._read = 0
+        self._rows: int | None = None
+
+    def batches(self) -> Iterator[list[Entry]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self._path) as file:
+                self._rows = file.metadata.num_rows
+                for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                    yield self._entries(batch.to_pylist())
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ConfigError(f"{self._path} cannot be read to its end as Parquet: {error}") from error
+
+    def fraction(self) -> float | None:
+        return None if self._rows is None else self._read / max(1, self._rows)
+
+    def _entries(self, rows: list[dict[str, Any]]) -> list[Entry]:
+        first = self._read + 1
+        self._read += len(rows)
+        return [
+            self._parser.row(row, f"{self._path}:{number}", self._task, b"row")
+            for number, row in enumerate(rows, first)
+        ]
+
+
+class SavedDatasetSource:
+    """A directory written by `datasets.save_to_disk`; a DatasetDict is read split by split."""
+
+    def __init__(self, path: Path, task: str | None, seeds: SeedsSection) -> None:
+        self._path = path
+        self._task = task or path.name
+        self._parser = SeedParser(seeds.fields)
+        self._read = 0
+        self._rows: int | None = None
+
+    def batches(self) -> Iterator[list[Entry]]:
+        import datasets
+
+        try:
+            saved = datasets.load_from_disk(str(self._path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._path} cannot be read as a saved dataset: {error}") from error
+        splits = {"": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+        self._rows = sum(len(split) for split in splits.values())
+        for name, split in splits.items():
+            source = f"{self._path}[{name}]" if name else str(self._path)
+            for start in range(0, len(split), BATCH_ROWS):
+                rows = split.select(range(start, min(start + BATCH_ROWS, len(split)))).to_list()
+                self._read += len(rows)
+                yield [
+                    self._parser.row(row, f"{source}:{number}", self._task, b"row")
+                    for number, row in enumerate(rows, start + 1)
+                ]
+
+    def fraction(self) -> float | None:
+        return None if self._rows is None else self._read / max(1, self._rows)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a directory holds what `datasets.save_to_disk` writes."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def is_seed_file(path: Path) -> bool:
+    """Whether the name is one of a kind that can be read."""
+    return path.suffix == ".parquet" or any(
+        path.name.endswith(suffix + compressed)
+        for suffix in LINE_SUFFIXES
+        for compressed in COMPRESSED_SUFFIXES
+    )
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0] or path.name

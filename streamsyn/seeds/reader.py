@@ -1,0 +1,141 @@
+"""All sources of a run as one stream: found, read in turn or interleaved."""
+
+import glob
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from streamsyn.config import SeedsSection, SourceSection
+from streamsyn.errors import ConfigError
+from streamsyn.records import Entry
+from streamsyn.seeds.files import (
+    JsonLinesSource,
+    ParquetSource,
+    SavedDatasetSource,
+    SeedSource,
+    is_saved_dataset,
+    is_seed_file,
+)
+from streamsyn.seeds.stdin import Spool, StdinSource
+
+
+class SeedReader:
+    """Reads what an earlier run spooled, then the sources. `batches` blocks: read it in a thread.
+
+    Args:
+        seeds: The section of the configuration.
+        run_seed: Seeds the order of interleaved sources.
+        spool_folder: Where to keep what is read from stdin; None keeps nothing (`preview`).
+
+    Raises:
+        ConfigError: A source does not exist or is of no known kind.
+    """
+
+    def __init__(self, seeds: SeedsSection, run_seed: int, spool_folder: Path | None) -> None:
+        self._seeds = seeds
+        self._random = random.Random(run_seed)
+        self._spool = Spool(spool_folder) if spool_folder is not None else None
+        self._stdin: StdinSource | None = None
+        self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
+
+    def batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
+        """Entries of all sources. `is_known` tells which ones need not be spooled again."""
+        if self._spool is not None:
+            yield from self._spool.replay()
+        streams = [(weight, self._stream(parts, is_known)) for weight, parts in self._sources]
+        if self._seeds.interleave and len(streams) > 1:
+            yield from _interleaved(streams, self._random)
+        else:
+            for _, stream in streams:
+                yield from stream
+
+    def fraction(self) -> float | None:
+        """Share of everything that has been read, by sources' sizes; None when one has none."""
+        parts = [part.fraction() for _, parts in self._sources for part in parts]
+        known = [part for part in parts if part is not None]
+        return sum(known) / len(parts) if parts and len(known) == len(parts) else None
+
+    def stop(self) -> None:
+        """End a read that waits for stdin, from any thread."""
+        if self._stdin is not None:
+            self._stdin.stop()
+
+    def _open(self, source: SourceSection) -> Sequence[SeedSource]:
+        if source.path == "-":
+            if self._stdin is not None:
+                raise ConfigError("seeds: stdin (`-`) is given twice; it can be read once")
+            self._stdin = StdinSource(0, source.task, self._seeds)
+            return [self._stdin]
+        return [self._open_path(path, source.task) for path in find(source.path)]
+
+    def _open_path(self, path: Path, task: str | None) -> SeedSource:
+        if path.is_dir():
+            return SavedDatasetSource(path, task, self._seeds)
+        if path.suffix == ".parquet":
+            return ParquetSource(path, task, self._seeds)
+        return JsonLinesSource(path, task, self._seeds)
+
+    def _stream(
+        self, parts: Sequence[SeedSource], is_known: Callable[[Entry], bool]
+    ) -> Iterator[list[Entry]]:
+        for part in parts:
+            if part is self._stdin and self._spool is not None:
+                yield from self._spool.follow(part.batches(), is_known)
+            else:
+                yield from part.batches()
+
+
+def find(pattern: str) -> list[Path]:
+    """The files and saved datasets that a path, a directory or a glob names, sorted.
+
+    Raises:
+        ConfigError: There is nothing, or something of no known kind.
+    """
+    path = Path(pattern)
+    if not path.exists():
+        matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - takes absolute patterns
+        if not matches:
+            raise ConfigError(f"seeds: {pattern} does not exist")
+        return [
+            found for match in matches if match.is_dir() or is_seed_file(match) for found in find(str(match))
+        ]
+    if path.is_dir():
+        return _find_below(path)
+    if not is_seed_file(path):
+        raise ConfigError(
+            f"seeds: {pattern} is of no known kind; there are .jsonl, .ndjson, .json "
+            "(each also .gz or .zst), .parquet and directories"
+        )
+    return [path]
+
+
+def _find_below(folder: Path) -> list[Path]:
+    if is_saved_dataset(folder):
+        return [folder]
+    below = sorted(folder.iterdir())
+    found = [
+        part
+        for child in below
+        for part in (_find_below(child) if child.is_dir() else [child] if is_seed_file(child) else [])
+    ]
+    if not found:
+        raise ConfigError(f"seeds: there is no seed file in {folder}")
+    return found
+
+
+def _interleaved(
+    streams: list[tuple[float, Iterator[list[Entry]]]], draw: random.Random
+) -> Iterator[list[Entry]]:
+    """One entry at a time from a source drawn by weight, until all are at their ends."""
+    live = [(weight, (entry for batch in stream for entry in batch)) for weight, stream in streams]
+    batch: list[Entry] = []
+    while live:
+        index = draw.choices(range(len(live)), [weight for weight, _ in live])[0]
+        entry = next(live[index][1], None)
+        if entry is None:
+            del live[index]
+        else:
+            batch.append(entry)
+        if len(batch) == 16 or (batch and not live):
+            yield batch
+            batch = []

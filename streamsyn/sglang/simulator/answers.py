@@ -1,0 +1,71 @@
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streamsyn.sglang.simulator.asks import Ask
+from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, count_tokens
+from streamsyn.sglang.simulator.faults import Fault
+from streamsyn.sglang.simulator.text import Prose
+
+EOS_ID: Final = 2
+WEIGHT_VERSION: Final = "default"
+REFUSAL: Final = "I'm sorry, but I can't help with writing this document."
+
+Finish = dict[str, Any]
+"""A finish reason as `meta_info` has it; the chat route shows its `type` and `matched`."""
+
+STOPPED: Final[Finish] = {"type": "stop", "matched": EOS_ID}
+ABORTED: Final[Finish] = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+ABORTED_WAITING: Final[Finish] = {"type": "abort", "message": "Abort in waiting queue"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of an ask."""
+
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    @property
+    def aborted(self) -> bool:
+        """Whether it ended before its end."""
+        return bool(self.finish["type"] == "abort")
+
+
+def compose(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> tuple[str, Finish]:
+    """What is to be written, and how it ends."""
+    if ask.max_tokens == 0:
+        return "", {"type": "length", "length": 0}
+    text = _content(ask, fault, prose, words)
+    tokens = count_tokens(text)
+    if ask.max_tokens is not None and tokens > ask.max_tokens:
+        return text[: ask.max_tokens * CHARACTERS_A_TOKEN], {"type": "length", "length": ask.max_tokens}
+    if fault is Fault.TRUNCATED:
+        return text, {"type": "length", "length": tokens}
+    return text, ABORTED if fault is Fault.ABORTED else STOPPED
+
+
+def _content(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> str:
+    match fault:
+        case Fault.EMPTY:
+            return ""
+        case Fault.SHORT:
+            return prose.write(min(words, 6))
+        case Fault.REFUSAL:
+            return REFUSAL
+        case Fault.REPETITION:
+            sentence = prose.write(16)
+            return " ".join([sentence] * max(8, words // 16))
+        case Fault.ECHO:
+            return ask.question
+        case Fault.QA:
+            last = ask.question.rstrip().rpartition("\n")[2]
+            return f"{prose.write(words)}\n\nQuestion: {ask.question}\nAnswer: {last}"
+        case Fault.TRUNCATED | Fault.ABORTED:
+            text = prose.write(words)
+            return text[: len(text) * 3 // 5]
+        case _:
+            return prose.write(words)

@@ -1,0 +1,134 @@
+"""POST /generate (srt/managers/io_struct.py, tokenizer_manager.py, api/v1/api_types.py)."""
+
+import math
+from typing import Any, Final
+
+from aiohttp import web
+
+from streamsyn.sglang.simulator import wire
+from streamsyn.sglang.simulator.answers import WEIGHT_VERSION, Answer
+from streamsyn.sglang.simulator.asks import Ask, Malformed, Refused, whole_number
+from streamsyn.sglang.simulator.cache import count_tokens
+from streamsyn.sglang.simulator.tokens import token_ids
+
+DEFAULT_MAX_TOKENS: Final = 128
+SAMPLING_FIELDS: Final = (
+    "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema", "regex",
+    "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
+    "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width", "watermark", "choice",
+)  # fmt: skip
+
+
+class UnknownField(Refused):
+    """Raised for a sampling parameter that SGLang does not know; its error is a plain string."""
+
+
+class Native:
+    """How the native route reads a body and words its answers."""
+
+    def ask(self, body: dict[str, Any], rid: str) -> Ask:
+        """What `body` asks for; `rid` stands in where it names none."""
+        sampling = body.get("sampling_params") or {}
+        if not isinstance(sampling, dict):
+            raise Refused("The simulator takes one prompt a request: sampling_params must be an object.")
+        for name in sampling:
+            if name not in SAMPLING_FIELDS:
+                listed = ", ".join(f"`{field}`" for field in SAMPLING_FIELDS)
+                raise UnknownField(f"unknown field `{name}`, expected one of {listed}")
+        prompt = _prompt(body)
+        limit = whole_number(sampling, "max_new_tokens")
+        named = body.get("rid")
+        return Ask(
+            rid=named if isinstance(named, str) else rid,
+            model="",
+            prompt=prompt,
+            question=prompt if isinstance(prompt, str) else "",
+            # An explicit null means no limit, absence means 128 tokens.
+            max_tokens=limit if "max_new_tokens" in sampling else DEFAULT_MAX_TOKENS,
+            stream=body.get("stream") is True,
+            logprob_start=_logprob_start(body, prompt) if body.get("return_logprob") is True else None,
+        )
+
+    def refusal(self, message: str) -> web.Response:
+        """400."""
+        return wire.reply({"error": {"message": message}}, 400)
+
+    def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]:
+        """Text, output ids and `meta_info`."""
+        meta = _meta(ask, answer.finish, answer.prompt_tokens)
+        meta |= {
+            "reasoning_tokens": 0,
+            "completion_tokens": answer.completion_tokens,
+            "cached_tokens": answer.cached_tokens,
+        }
+        ids = token_ids(answer.text)
+        if ask.logprob_start is not None:
+            meta["input_token_logprobs"] = _input_logprobs(ask.prompt, ask.logprob_start)
+            meta["output_token_logprobs"] = [[-0.5, token, None] for token in ids]
+            meta["output_token_logprobs_length"] = len(ids)
+        meta["e2e_latency"] = answer.seconds
+        return {"text": answer.text, "output_ids": ids, "meta_info": meta}
+
+    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes:
+        """All that is written so far: without --incremental-streaming-output each event repeats it."""
+        if not piece:
+            return b""
+        text = so_far + piece
+        meta = _meta(ask, None, count_tokens(ask.prompt))
+        meta |= {"reasoning_tokens": 0, "completion_tokens": count_tokens(text), "cached_tokens": 0}
+        return wire.event({"text": text, "output_ids": token_ids(text), "meta_info": meta})
+
+    def last(self, ask: Ask, answer: Answer) -> bytes:
+        """The whole answer with its finish reason."""
+        return wire.event(self.whole(ask, answer))
+
+
+def _prompt(body: dict[str, Any]) -> str | list[int]:
+    text, ids = body.get("text"), body.get("input_ids")
+    if (text is None) == (ids is None):
+        raise Refused("Exactly one of text and input_ids must be given.")
+    if isinstance(text, str):
+        return text
+    if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
+        return ids
+    if isinstance(text, list) or isinstance(ids, list):
+        raise Refused("The simulator takes one prompt a request.")
+    raise Malformed("text: Input should be a valid string")
+
+
+def _logprob_start(body: dict[str, Any], prompt: str | list[int]) -> int:
+    tokens = count_tokens(prompt)
+    start = whole_number(body, "logprob_start_len")
+    if start is None or start == -1:
+        return tokens
+    if not 0 <= start <= tokens:
+        raise Refused(
+            f"req.logprob_start_len={start} is higher than the number of input tokens "
+            f"len(req.origin_input_ids)={tokens}. Please use a smaller logprob_start_len."
+        )
+    return start
+
+
+def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int) -> dict[str, Any]:
+    return {
+        "id": ask.rid,
+        "finish_reason": finish,
+        "prompt_tokens": prompt_tokens,
+        "weight_version": WEIGHT_VERSION,
+        "num_retractions": 0,
+    }
+
+
+def _input_logprobs(prompt: str | list[int], start: int) -> list[list[float | int | None]]:
+    """One entry a token from `start` on; the first has no logprob.
+
+    What comes before makes the rest likelier: about -2.3 a token after nothing, -1.2 after a long context, which is
+    what a real model gave for answers without and with their context.
+    """
+    ids = token_ids(prompt, start)
+    mean = 1.2 + 1.1 * math.exp(-start / 100)
+    rows: list[list[float | int | None]] = [[-mean * (0.5 + token % 1024 / 1024), token, None] for token in ids]
+    if rows:
+        rows[0][0] = None
+    return rows

@@ -1,0 +1,134 @@
+"""Which drafts are finished, and which seeds have been read: sets that live on disk.
+
+Both grow with the number of seeds, so neither is held in memory: SQLite keeps them, with a bounded
+page cache. They are derived from the log. What is missing is read from the shards again; a damaged
+file is made anew.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+import structlog
+
+from streamsyn.sink import frames
+from streamsyn.sink.log import row_key
+from streamsyn.sink.manifest import Manifest, SealedShard
+
+log = structlog.get_logger()
+
+KEY_BYTES = 16
+_CACHE_KIB = 16 * 1024
+
+
+class Claim(Enum):
+    """What is known of a draft that has just been read."""
+
+    NEW = "new"
+    FINISHED = "finished"
+    REPEATED = "repeated"
+
+
+class FinishedKeys:
+    """Keys of all drafts that have an outcome in a sealed shard. For one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = self._open()
+        except sqlite3.DatabaseError as error:
+            log.warning("index.rebuilt", path=str(path), why=str(error))
+            for part in path.parent.glob(path.name + "*"):
+                part.unlink()
+            self._db = self._open()
+
+    def add_shard(self, shard: SealedShard, keys: bytes) -> None:
+        """Add the keys of a shard that has been sealed: KEY_BYTES each, one after the other."""
+        split = (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
+        self._insert(split, shard)
+
+    def add_tail(self, keys: Iterable[bytes]) -> None:
+        """Add the keys of rows in an open shard."""
+        self._insert(keys, None)
+
+    def catch_up(self, manifest: Manifest, root: Path) -> None:
+        """Add the shards that are sealed but not yet in here: after a kill, or when made anew."""
+        known = {path for (path,) in self._db.execute("SELECT path FROM shards")}
+        for shard in manifest.shards:
+            if shard.kind != "samples" and shard.path not in known:
+                self._insert((row_key(row) for row in frames.rows(root / shard.path)), shard)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=60)
+        # A write-ahead log lets the producer look things up while the sink adds a shard.
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        db.execute("CREATE TABLE IF NOT EXISTS finished (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        db.execute("CREATE TABLE IF NOT EXISTS shards (path TEXT PRIMARY KEY) WITHOUT ROWID")
+        return db
+
+    def _insert(self, keys: Iterable[bytes], shard: SealedShard | None) -> None:
+        self._db.execute("BEGIN")
+        self._db.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in keys))
+        if shard is not None:
+            self._db.execute("INSERT OR IGNORE INTO shards VALUES (?)", (shard.path,))
+        self._db.execute("COMMIT")
+
+
+class Claims:
+    """Tells of each key, once a run, whether it is new; for the thread that reads seeds.
+
+    Args:
+        finished: The file of FinishedKeys; None when there is no run directory (`preview`).
+        scratch: Where to keep what has been read in this run; removed before and after.
+    """
+
+    def __init__(self, finished: Path | None, scratch: Path) -> None:
+        self._scratch = scratch
+        scratch.unlink(missing_ok=True)
+        self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
+        self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._db.execute("CREATE TABLE claimed (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._has_finished = finished is not None
+        if finished is not None:
+            self._db.execute("ATTACH ? AS old", (str(finished),))
+            self._has_finished = bool(self._db.execute("SELECT 1 FROM old.finished LIMIT 1").fetchall())
+
+    def claim(self, key: bytes) -> Claim:
+        """Take `key` for this run, unless it is finished or was taken before."""
+        if not self._db.execute("INSERT OR IGNORE INTO main.claimed VALUES (?)", (key,)).rowcount:
+            return Claim.REPEATED
+        return Claim.FINISHED if self.is_finished(key) else Claim.NEW
+
+    def is_finished(self, key: bytes) -> bool:
+        """Whether an earlier run wrote an outcome for `key`."""
+        if not self._has_finished:
+            return False
+        return bool(self._db.execute("SELECT 1 FROM old.finished WHERE key = ?", (key,)).fetchall())
+
+    def is_known(self, key: bytes) -> bool:
+        """Whether `key` is finished or was taken in this run."""
+        claimed = self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall()
+        return bool(claimed) or self.is_finished(key)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """A transaction round the claims of one batch of seeds."""
+        self._db.execute("BEGIN")
+        yield
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        """Forget what was read in this run."""
+        self._db.close()
+        self._scratch.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""OUT/: the run directory, its lock, and run.json, which says how it came about."""
+
+import fcntl
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import streamsyn
+from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
+from streamsyn.sink.log import KINDS
+from streamsyn.sink.shard import sync_folder
+
+FORMAT = 1
+_REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
+
+
+class RunDirectory:
+    """A run directory, locked against other writers for as long as it is open.
+
+    Raises:
+        DirectoryInUse: Another process has it open.
+        ConfigError: It cannot be made, or is something else.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            for folder in (*KINDS, "index"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        os.close(self._lock)
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse to go on with a run whose outputs were shaped otherwise.
+
+        A `fingerprint` without `model` is of a run that has not asked its servers yet.
+
+        Raises:
+            ConfigError: Keys differ; the message names each with both values.
+        """
+        if (saved := self.saved()) is None:
+            return
+        before, now = saved["fingerprint"], orjson.loads(orjson.dumps(fingerprint))
+        if "model" not in now:
+            before.pop("model", None)
+        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if differing:
+            pairs = "; ".join(
+                f"{key}: {_short(before.get(key))} before, {_short(now.get(key))} now" for key in differing
+            )
+            raise ConfigError(
+                f"{self.root} holds a run of another configuration ({pairs}); use another --out"
+            )
+
+    def saved(self) -> dict[str, Any] | None:
+        """What run.json says; None in a new directory."""
+        return read_run_json(self.root)
+
+    def save(self, config: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+        """Write run.json, whole or not at all."""
+        before = self.saved() or {}
+        data = {
+            "format": FORMAT,
+            "created_at": before.get("created_at", time.time()),
+            "updated_at": time.time(),
+            "config": config,
+            "fingerprint": fingerprint,
+            "versions": {
+                "streamsyn": streamsyn.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in _REPORTED},
+            },
+        }
+        write_whole(self.root / "run.json", orjson.dumps(data, option=orjson.OPT_INDENT_2))
+
+
+def read_run_json(root: Path) -> dict[str, Any] | None:
+    """What OUT/run.json says; None when there is none.
+
+    Raises:
+        ConfigError: It cannot be read, or is of a newer format.
+    """
+    path = root / "run.json"
+    try:
+        data: dict[str, Any] = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if data.get("format") != FORMAT:
+        raise ConfigError(f"{path} is of format {data.get('format')}; this streamsyn reads format {FORMAT}")
+    return data
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file so that, whenever the power goes, either the old or the new one is there.
+
+    Raises:
+        SinkError: It cannot be written.
+    """
+    aside = path.with_name(path.name + ".new")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise SinkError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
