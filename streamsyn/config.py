@@ -7,7 +7,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -228,7 +228,7 @@ def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config
             tree = tomllib.loads(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # that of tomllib, or that of a number with too many digits
             raise ConfigError(f"{path} is no valid TOML: {error}") from error
     for key, value in overrides:
         _put(tree, key, value)
@@ -250,7 +250,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set takes key=value, as in run.seed=1, not {text!r}")
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         parsed = value
     return key.strip(), parsed
 
@@ -269,30 +269,40 @@ def _explain(problem: Any) -> str:
     key = ".".join(location)
     if problem["type"] != "extra_forbidden":
         return f"{key}: {problem['msg']} (got {problem['input']!r})"
-    level = [*location[:-1]]
-    siblings = {".".join(known.split(".")[: len(location)]) for known in known_keys()}
-    siblings = {known for known in siblings if known.split(".")[:-1] == level}
-    near = difflib.get_close_matches(key, sorted(siblings), n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0)
+    *level, name = location
+    known = [parts for parts in (key.split(".") for key in known_keys()) if len(parts) > len(level)]
+    siblings = {
+        parts[len(level)]
+        for parts in known
+        if all(part in ("*", above) for part, above in zip(parts, level, strict=False))
+    }
+    near = difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.5)
+    near = [".".join([*level, *near])] if near else difflib.get_close_matches(key, known_keys(), 1, 0)
     return f"unknown key {key}; the nearest known one is {near[0]}"
 
 
 def known_keys() -> list[str]:
-    """Every key there is, dotted; those below a task's name have a `*` in its place."""
+    """Every key there is, dotted; a `*` stands for a task's name or a source's number."""
     return list(_keys(Config, ""))
 
 
 def _keys(section: type[Section], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from _keys(kind, f"{prefix}{name}.")
+        for below in (kind, *get_args(kind)):
+            if isinstance(below, type) and issubclass(below, Section):
+                yield from _keys(below, f"{prefix}{name}." if below is kind else f"{prefix}{name}.*.")
+                break
         else:
             yield prefix + name
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """What shapes outputs, as dotted key -> value: all keys that are not operational."""
+    """What shapes outputs, as dotted key -> value: all keys that are not operational.
+
+    Raises:
+        ConfigError: A template cannot be read.
+    """
     return dict(_shaping(config, ""))
 
 
@@ -311,7 +321,10 @@ def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
                     yield f"{prefix}{name}.{key}", below
         elif isinstance(value, Path):
             # a template shapes outputs by its text, not by where it lies
-            yield prefix + name, value.read_text("utf-8")
+            try:
+                yield prefix + name, value.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{prefix}{name}: cannot read {value}: {error}") from error
         else:
             yield prefix + name, value
 

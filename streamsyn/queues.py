@@ -25,6 +25,11 @@ class BoundedQueue(Generic[T]):
         self._writers: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will be put; there may be items left."""
+        return self._closed
+
     def __len__(self) -> int:
         return len(self._items)
 

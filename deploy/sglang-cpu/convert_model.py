@@ -1,4 +1,4 @@
-"""Turns the packaged GGUF into a model directory that SGLang serves: `convert_model.py FOLDER_WITH_GGUF MODEL_DIR`."""
+"""Turns the packaged GGUF into a model directory that SGLang serves: `convert_model.py FOLDER MODEL_DIR`."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """The weights, dequantised, in a model of our own: transformers 5 refuses to save one that it read from a GGUF."""
+    """The weights, dequantised, in a model of our own: transformers 5 refuses to save what it read."""
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = {key: value for key, value in read.config.to_dict().items() if key not in OF_THE_FILE}
     model = LlamaForCausalLM(LlamaConfig(**config))

@@ -40,7 +40,8 @@ uv_settings() {
 }
 
 install_packages() {
-  "$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --target "$home/build/uv" "uv==$uv_version"
+  "$python" -m pip install -qq --disable-pip-version-check --root-user-action ignore --no-cache-dir \
+    --target "$home/build/uv" "uv==$uv_version"
   uv_settings
   local uv=$home/build/uv/bin/uv
   "$uv" pip install --quiet --python "$home/venv/bin/python" -r "$here/requirements.txt" -c "$here/constraints.txt"
@@ -62,11 +63,11 @@ compile() {
 }
 
 install() {
-  rm -rf "$home/stamp" "$home/venv" "$home/model" "$home/$model_name" "$home/build"
+  rm -rf "$home/stamp" "$home/venv" "$home/model" "$home/${model_name:?}" "$home/build"
   mkdir -p "$home/build"
   trap 'rm -rf "$home/build"' EXIT
 
-  say "installing into $home: 0.5 GB to download, 2.2 GB on disk, about a minute on two cores"
+  say "installing into $home: 0.6 GB to download, 2.1 GB on disk, about a minute on two cores"
   "$python" -m venv --without-pip "$home/venv"
   install_packages
   local site
@@ -77,8 +78,11 @@ install() {
   compile "$site"
 
   say "converting the model $model_name"
-  "$home/venv/bin/python" "$here/convert_model.py" "$home/build/gguf" "$home/$model_name" >"$home/build/convert.log" 2>&1 ||
-    { cat "$home/build/convert.log" >&2; say "the model could not be converted"; exit 1; }
+  if ! "$home/venv/bin/python" "$here/convert_model.py" "$home/build/gguf" "$home/$model_name" >"$home/build/log" 2>&1; then
+    cat "$home/build/log" >&2
+    say "the model could not be converted"
+    exit 1
+  fi
   ln -s "$model_name" "$home/model"
 
   say "checking that the server can be imported"

@@ -1,11 +1,10 @@
 """Seeds in files: JSON lines (plain, .gz, .zst), Parquet, a saved `datasets` directory."""
 
-import contextlib
 import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 from streamsyn.config import SeedsSection
 from streamsyn.errors import ConfigError
@@ -14,6 +13,8 @@ from streamsyn.seeds.lines import split_lines
 from streamsyn.seeds.parse import SeedParser
 
 CHUNK_BYTES = 256 * 1024
+ZSTD_CHUNK_BYTES = 256
+"""Four bytes can stand for a block of 128 KiB: so few are decompressed at once that memory is bounded."""
 BATCH_ROWS = 256
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED_SUFFIXES = ("", ".gz", ".zst")
@@ -70,24 +71,31 @@ class JsonLinesSource:
 def _plain_chunks(suffix: str, raw: IO[bytes]) -> Iterator[bytes]:
     if suffix == ".zst":
         yield from _zstd_chunks(raw)
-        return
-    with contextlib.ExitStack() as stack:
-        stream: IO[bytes] = raw
-        if suffix == ".gz":
-            stream = cast("IO[bytes]", stack.enter_context(gzip.open(raw)))
-        while chunk := stream.read(CHUNK_BYTES):
+    elif suffix == ".gz":
+        with gzip.GzipFile(fileobj=raw) as stream:
+            # `read1` hands over what comes before a broken place; `read` would drop it with its error.
+            while chunk := stream.read1(CHUNK_BYTES):
+                yield chunk
+    else:
+        while chunk := raw.read(CHUNK_BYTES):
             yield chunk
 
 
 def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
     import zstandard
 
+    # The package's stream reader takes a file that is cut short for a whole one.
+    frame = None
     try:
-        with zstandard.ZstdDecompressor().stream_reader(
-            raw, read_across_frames=True, closefd=False
-        ) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                yield chunk
+        while pending := raw.read(ZSTD_CHUNK_BYTES):
+            while pending:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                if chunk := frame.decompress(pending):
+                    yield chunk
+                pending = frame.unused_data
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError("the last zstd frame has no end")
     except zstandard.ZstdError as error:
         raise OSError(f"not (or no longer) valid zstd: {error}") from error
 
@@ -110,20 +118,17 @@ class ParquetSource:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 self._rows = file.metadata.num_rows
                 for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                    yield self._entries(batch.to_pylist())
+                    yield self._entries(batch)
         except (OSError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{self._path} cannot be read to its end as Parquet: {error}") from error
 
     def fraction(self) -> float | None:
         return None if self._rows is None else self._read / max(1, self._rows)
 
-    def _entries(self, rows: list[dict[str, Any]]) -> list[Entry]:
+    def _entries(self, batch: Any) -> list[Entry]:
         first = self._read + 1
-        self._read += len(rows)
-        return [
-            self._parser.row(row, f"{self._path}:{number}", self._task, b"row")
-            for number, row in enumerate(rows, first)
-        ]
+        self._read += batch.num_rows
+        return list(_row_entries(batch, first, str(self._path), self._task, self._parser))
 
 
 class SavedDatasetSource:
@@ -141,22 +146,35 @@ class SavedDatasetSource:
 
         try:
             saved = datasets.load_from_disk(str(self._path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{self._path} cannot be read as a saved dataset: {error}") from error
         splits = {"": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
         self._rows = sum(len(split) for split in splits.values())
         for name, split in splits.items():
             source = f"{self._path}[{name}]" if name else str(self._path)
+            tables = split.with_format("arrow")
             for start in range(0, len(split), BATCH_ROWS):
-                rows = split.select(range(start, min(start + BATCH_ROWS, len(split)))).to_list()
-                self._read += len(rows)
-                yield [
-                    self._parser.row(row, f"{source}:{number}", self._task, b"row")
-                    for number, row in enumerate(rows, start + 1)
-                ]
+                rows = tables[start : start + BATCH_ROWS]
+                self._read += rows.num_rows
+                yield list(_row_entries(rows, start + 1, source, self._task, self._parser))
 
     def fraction(self) -> float | None:
         return None if self._rows is None else self._read / max(1, self._rows)
+
+
+def _row_entries(rows: Any, first: int, source: str, task: str, parser: SeedParser) -> Iterator[Entry]:
+    """The entries of an Arrow table; a value that Python cannot hold spoils its own row alone."""
+    try:
+        decoded = rows.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if rows.num_rows == 1:
+            yield parser.unreadable(error, f"{source}:{first}")
+            return
+        for index in range(rows.num_rows):
+            yield from _row_entries(rows.slice(index, 1), first + index, source, task, parser)
+        return
+    for number, row in enumerate(decoded, first):
+        yield parser.row(row, f"{source}:{number}", task, b"row")
 
 
 def is_saved_dataset(path: Path) -> bool:

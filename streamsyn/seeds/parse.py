@@ -12,6 +12,8 @@ from streamsyn.seeds.lines import Line
 
 _SHOWN = 120
 """Characters of a bad line that its detail shows."""
+_WRAPPING = 16
+"""Levels of nesting that are kept free for what a log puts around a seed's other fields."""
 
 
 class SeedParser:
@@ -49,6 +51,12 @@ class SeedParser:
             return _bad(origin, RejectReason.NOT_A_SEED, str(error), raw)
         return Seed(seed_id, task, instruction, answer, origin, metadata)
 
+    def unreadable(self, error: Exception, origin: str) -> Entry:
+        """What a row is whose values Python cannot hold."""
+        utf8 = isinstance(error, UnicodeDecodeError)
+        reason = RejectReason.INVALID_UTF8 if utf8 else RejectReason.NOT_A_SEED
+        return _bad(origin, reason, f"the row cannot be read: {error}", b"row")
+
     def _pair(self, row: Mapping[str, Any]) -> tuple[str, str]:
         fields = self._fields
         if fields.instruction not in row and fields.answer not in row and fields.messages in row:
@@ -64,10 +72,13 @@ class SeedParser:
             return rest
         try:
             # What travels along is written again later: what cannot be written is refused here.
-            encoded = orjson.dumps(rest, default=str)
+            wrapped: Any = rest
+            for _ in range(_WRAPPING):
+                wrapped = [wrapped]
+            encoded = orjson.dumps(wrapped, default=str)
         except (TypeError, ValueError) as error:  # orjson's own error is a TypeError
             raise _NotASeed(f"its other fields cannot be written as JSON: {error}") from error
-        decoded: dict[str, Any] = orjson.loads(encoded)
+        decoded: dict[str, Any] = orjson.loads(encoded[_WRAPPING:-_WRAPPING])
         return decoded
 
 
@@ -115,7 +126,9 @@ def _why_no_json(text: bytes, error: orjson.JSONDecodeError) -> tuple[RejectReas
 
 
 def _bad(origin: str, reason: RejectReason, detail: str, raw: bytes) -> BadSeed:
-    return BadSeed(origin, reason, detail, digest("bad", str(Path(origin).absolute()), raw))
+    # A pipe lies nowhere: a line of it is known again from whatever directory it is piped.
+    place = origin if origin.startswith("-:") else str(Path(origin).absolute())
+    return BadSeed(origin, reason, detail, digest("bad", place, raw))
 
 
 def _shown(text: bytes) -> str:

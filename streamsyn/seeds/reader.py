@@ -92,35 +92,29 @@ def find(pattern: str) -> list[Path]:
         ConfigError: There is nothing, or something of no known kind.
     """
     path = Path(pattern)
+    matches = [path]
     if not path.exists():
         matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - takes absolute patterns
         if not matches:
             raise ConfigError(f"seeds: {pattern} does not exist")
-        return [
-            found for match in matches if match.is_dir() or is_seed_file(match) for found in find(str(match))
-        ]
-    if path.is_dir():
-        return _find_below(path)
-    if not is_seed_file(path):
+    elif not path.is_dir() and not is_seed_file(path):
         raise ConfigError(
             f"seeds: {pattern} is of no known kind; there are .jsonl, .ndjson, .json "
             "(each also .gz or .zst), .parquet and directories"
         )
-    return [path]
-
-
-def _find_below(folder: Path) -> list[Path]:
-    if is_saved_dataset(folder):
-        return [folder]
-    below = sorted(folder.iterdir())
-    found = [
-        part
-        for child in below
-        for part in (_find_below(child) if child.is_dir() else [child] if is_seed_file(child) else [])
-    ]
+    # `**` matches a folder and also what lies in it: each file is read once
+    found = list(dict.fromkeys(part for match in matches for part in _find_below(match)))
     if not found:
-        raise ConfigError(f"seeds: there is no seed file in {folder}")
+        raise ConfigError(f"seeds: there is no seed file in {pattern}")
     return found
+
+
+def _find_below(path: Path) -> Iterator[Path]:
+    if path.is_dir() and not is_saved_dataset(path):
+        for child in sorted(path.iterdir()):
+            yield from _find_below(child)
+    elif path.is_dir() or is_seed_file(path):
+        yield path
 
 
 def _interleaved(

@@ -4,7 +4,7 @@ import os
 import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -84,13 +84,25 @@ class Spool:
         self, batches: Iterator[list[Entry]], is_known: Callable[[Entry], bool]
     ) -> Iterator[list[Entry]]:
         """Pass `batches` on, each one when those of its entries that are new are on disk."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:
+        with self._open() as file:
             for batch in batches:
                 new = b"".join(_encode(entry) for entry in batch if not is_known(entry))
                 if new:
                     self._append(file.fileno(), new)
                 yield batch
+
+    def _open(self) -> IO[bytes]:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("ab", buffering=0)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)  # else a power cut may lose a new file, however well it is synced itself
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise SinkError(f"cannot write {self._path}: {error.strerror}") from error
+        return file
 
     def _append(self, fd: int, data: bytes) -> None:
         try:

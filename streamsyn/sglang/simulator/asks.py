@@ -63,9 +63,9 @@ def check_length(ask: Ask, config: SimulatorConfig) -> Ask:
         )
     if ask.max_tokens is not None and tokens + ask.max_tokens > config.context_tokens:
         raise Refused(
-            f"Requested token count exceeds the model's maximum context length of {config.context_tokens} tokens. "
-            f"You requested a total of {tokens + ask.max_tokens} tokens: {tokens} tokens from the input messages "
-            f"and {ask.max_tokens} tokens for the completion. Please reduce the number of tokens in the input "
-            "messages or the completion to fit within the limit."
+            f"Requested token count exceeds the model's maximum context length of {config.context_tokens} "
+            f"tokens. You requested a total of {tokens + ask.max_tokens} tokens: {tokens} tokens from the "
+            f"input messages and {ask.max_tokens} tokens for the completion. Please reduce the number of "
+            "tokens in the input messages or the completion to fit within the limit."
         )
     return ask

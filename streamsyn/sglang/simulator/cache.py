@@ -13,7 +13,7 @@ def count_tokens(content: str | Sequence[int]) -> int:
 
 
 def chain(content: str | Sequence[int], after: int = 0) -> list[int]:
-    """One key for each whole block; a key stands for its block and for all before it (`after`: the last of those)."""
+    """One key for each whole block: it stands for that block and all before it (`after` for those)."""
     keys = []
     if isinstance(content, str):
         step = BLOCK_TOKENS * CHARACTERS_A_TOKEN
@@ -56,7 +56,7 @@ class PrefixCache:
         return held * BLOCK_TOKENS
 
     def insert(self, keys: list[int]) -> None:
-        """Holds the prefix that `keys` stand for, and lets go of the least recently used blocks beyond the capacity."""
+        """Holds the prefix that `keys` stand for; the least recently used blocks beyond the capacity go."""
         for key in keys:
             self._blocks[key] = None
         self._touch(keys)
@@ -68,6 +68,6 @@ class PrefixCache:
         self._blocks.clear()
 
     def _touch(self, keys: list[int]) -> None:
-        # A prefix is always newer than what follows it, so that eviction takes leaves first, as in a radix tree.
+        # A prefix is always newer than what follows it: eviction takes leaves first, as in a radix tree.
         for key in reversed(keys):
             self._blocks.move_to_end(key)

@@ -64,7 +64,9 @@ class Chat:
         if not so_far and not piece:
             delta["role"] = "assistant"
         delta["content"] = piece
-        return _chunk(ask, {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "matched_stop": None})
+        return _chunk(
+            ask, {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "matched_stop": None}
+        )
 
     def last(self, ask: Ask, answer: Answer) -> bytes:
         """The finish reason, and the usage where it was asked for."""
@@ -84,8 +86,8 @@ class Chat:
 def render(messages: list[dict[str, Any]], *, goes_on: bool) -> str:
     """The messages under a ChatML-like template, open for the assistant.
 
-    With `goes_on` a last message of the assistant stays open, so that prompt and answer together begin the prompt
-    of the next step. Without, the real server makes a user message of it.
+    With `goes_on` a last message of the assistant stays open, so that prompt and answer together begin the
+    prompt of the next step. Without, the real server makes a user message of it.
     """
     *before, last = messages
     parts = [f"<|{message.get('role')}|>\n{_text(message)}<|end|>\n" for message in before]

@@ -14,7 +14,7 @@ class SimulatorConfig:
     """What is simulated. Defaults make a fast server without faults."""
 
     model: str = "simulated"
-    """Name under `/v1/models`; as with the real server, a request may name any other and gets that name back."""
+    """Name under `/v1/models`; a request may name any other and gets that name back."""
     slots: int = 256
     """Requests that run at once (`--max-running-requests`); the others wait."""
     queue_limit: int | None = None

@@ -95,9 +95,9 @@ class Engine:
     def abort(self, rid: str, *, exact: bool) -> int:
         """Aborts every live request whose rid begins with `rid` and says how many.
 
-        With `exact`, nothing happens unless one of them has just this rid: SGLang 0.5.23 with one tokenizer worker
-        (the default) drops an abort for a rid that it does not know before the scheduler, which matches prefixes,
-        sees it (`TokenizerManager.abort_request`).
+        With `exact`, nothing happens unless one of them has just this rid: SGLang 0.5.23 with one tokenizer
+        worker (the default) drops an abort for a rid that it does not know before the scheduler, which
+        matches prefixes, sees it (`TokenizerManager.abort_request`).
         """
         if not rid or (exact and rid not in self._live):
             return 0
@@ -117,7 +117,7 @@ class Engine:
             work.cached_tokens = self.cache.match(work.keys, limit)
 
     async def spend(self, work: Work, seconds: float | None) -> None:
-        """Lets time pass, for ever if None; an abort ends it at once. No time means no trip through the loop."""
+        """Lets time pass, for ever if None; an abort ends it at once. No time: no trip through the loop."""
         if work.aborted or seconds == 0:
             return
         loop = asyncio.get_running_loop()
@@ -131,7 +131,9 @@ class Engine:
 
     def remember(self, work: Work, output: str = "") -> None:
         """From now on, prompts that begin like this one (and its output) find it in the cache."""
-        keys = extend(work.keys, work.prompt, output) if output and isinstance(work.prompt, str) else work.keys
+        keys = (
+            extend(work.keys, work.prompt, output) if output and isinstance(work.prompt, str) else work.keys
+        )
         self.cache.insert(keys)
 
     def _run(self, work: Work) -> None:

@@ -34,12 +34,12 @@ BAD_CONTENT: Final = frozenset(
 """Faults of an answer that arrives whole."""
 
 Script: TypeAlias = Sequence[Fault | None] | Callable[[int, dict[str, Any]], Fault | None]
-"""Faults by hand. A sequence holds one entry a request, in order of arrival, and leaves the rest to the rates;
-a function is asked for every request, with its number (from 1) and its decoded body. None: no fault."""
+"""Faults by hand. A sequence holds one entry a request, in order of arrival, and leaves the rest to the
+rates; a function is asked for every request, with its number (from 1) and decoded body. None: no fault."""
 
 
 class FaultPlan:
-    """Decides which fault a request meets, from its number alone (or its body, where a script asks for it)."""
+    """Decides which fault a request meets: from its number, or as the script says."""
 
     def __init__(self, rates: Mapping[str, float], seed: int, script: Script | None = None) -> None:
         self._seed = seed

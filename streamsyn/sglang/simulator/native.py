@@ -6,7 +6,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from streamsyn.sglang.simulator import wire
-from streamsyn.sglang.simulator.answers import WEIGHT_VERSION, Answer
+from streamsyn.sglang.simulator.answers import ABORTED_WAITING, WEIGHT_VERSION, Answer
 from streamsyn.sglang.simulator.asks import Ask, Malformed, Refused, whole_number
 from streamsyn.sglang.simulator.cache import count_tokens
 from streamsyn.sglang.simulator.tokens import token_ids
@@ -14,9 +14,10 @@ from streamsyn.sglang.simulator.tokens import token_ids
 DEFAULT_MAX_TOKENS: Final = 128
 SAMPLING_FIELDS: Final = (
     "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p",
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema", "regex",
-    "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim",
-    "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width", "watermark", "choice",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema",
+    "regex", "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens",
+    "no_stop_trim", "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width",
+    "watermark", "choice",
 )  # fmt: skip
 
 
@@ -56,6 +57,14 @@ class Native:
 
     def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]:
         """Text, output ids and `meta_info`."""
+        if answer.finish is ABORTED_WAITING:  # shorter, as `TokenizerManager._handle_abort_req` makes it
+            waited: dict[str, Any] = {"id": ask.rid, "finish_reason": answer.finish}
+            waited |= {
+                "weight_version": WEIGHT_VERSION,
+                "e2e_latency": answer.seconds,
+                "completion_tokens": 0,
+            }
+            return {"text": "", "output_ids": [], "meta_info": waited}
         meta = _meta(ask, answer.finish, answer.prompt_tokens)
         meta |= {
             "reasoning_tokens": 0,
@@ -123,12 +132,14 @@ def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int) -> dict[s
 def _input_logprobs(prompt: str | list[int], start: int) -> list[list[float | int | None]]:
     """One entry a token from `start` on; the first has no logprob.
 
-    What comes before makes the rest likelier: about -2.3 a token after nothing, -1.2 after a long context, which is
-    what a real model gave for answers without and with their context.
+    What comes before makes the rest likelier: about -2.3 a token after nothing, -1.2 after a long context.
+    That is what a real model gave for answers without and with their context.
     """
     ids = token_ids(prompt, start)
     mean = 1.2 + 1.1 * math.exp(-start / 100)
-    rows: list[list[float | int | None]] = [[-mean * (0.5 + token % 1024 / 1024), token, None] for token in ids]
+    rows: list[list[float | int | None]] = [
+        [-mean * (0.5 + token % 1024 / 1024), token, None] for token in ids
+    ]
     if rows:
         rows[0][0] = None
     return rows

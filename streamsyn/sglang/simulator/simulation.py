@@ -1,4 +1,6 @@
+import asyncio
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final, TypeAlias
@@ -16,20 +18,66 @@ PIECE_TOKENS: Final = 8
 """Tokens in one event of a streamed answer."""
 
 Feed: TypeAlias = Callable[[str], Awaitable[None]]
-"""Takes the pieces of a streamed answer as they are written; the first one is empty and marks the first token."""
+"""Takes the pieces of a streamed answer as they are written; the first one is empty: the answer begins."""
 
 
 class Simulation:
     """The server behind its routes: configuration, engine, texts, faults, counters."""
 
-    def __init__(self, config: SimulatorConfig, script: Script | None = None) -> None:
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        script: Script | None = None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config = config
+        self.dead = False
+        self._on_death = on_death
+        self._connections: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self.engine = Engine(config.slots, config.queue_limit, config.cache_tokens)
         self.faults = FaultPlan(config.faults, config.seed, script)
         self.stats = Statistics()
         self.started_at = time.time()
+        self._looked_at = time.monotonic()
+        self._looked_tokens = 0
+        self._rate = 0.0
         self._prose = Prose(config.seed)
         self._random = Random(f"times {config.seed}")
+
+    def arrive(self) -> bool:
+        """Counts a request as come and in flight; False when it finds the server dead."""
+        stats, limit = self.stats, self.config.die_after
+        if limit is not None and stats.requests >= limit:
+            self._die()
+            return False
+        stats.requests += 1
+        stats.in_flight += 1
+        stats.max_in_flight = max(stats.max_in_flight, stats.in_flight)
+        return True
+
+    def connected(self, transport: asyncio.Transport) -> None:
+        """Counts a connection once."""
+        if transport not in self._connections:
+            self._connections.add(transport)
+            self.stats.connections += 1
+
+    def sent(self, answer: Answer) -> None:
+        """Counts an answer whose last byte is sent."""
+        if answer.aborted:
+            self.stats.aborted += 1
+            return
+        self.stats.answered += 1
+        self.stats.prompt_tokens += answer.prompt_tokens
+        self.stats.cached_tokens += answer.cached_tokens
+        self.stats.completion_tokens += answer.completion_tokens
+
+    def tokens_per_s(self) -> float:
+        """Tokens written a second since the last look that lies at least a second back."""
+        now, written = time.monotonic(), self.stats.completion_tokens
+        if now - self._looked_at >= 1:
+            self._rate = max(0, written - self._looked_tokens) / (now - self._looked_at)
+            self._looked_at, self._looked_tokens = now, written
+        return self._rate
 
     def reset(self) -> None:
         """Counters, prefix cache, script and faults start again; what is in flight goes on."""
@@ -101,6 +149,12 @@ class Simulation:
                 return text[:start]
             await feed(piece)
         return text
+
+    def _die(self) -> None:
+        self.dead = True
+        self._on_death()
+        for transport in list(self._connections):
+            transport.abort()
 
     def _first_token_s(self) -> float:
         jitter = self.config.jitter_ms

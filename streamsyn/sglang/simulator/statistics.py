@@ -5,7 +5,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Statistics:
-    """What `/simulator/stats` tells. Requests are those to write or score something; `by_route` counts all."""
+    """What `/simulator/stats` tells. `requests` are those to write or score; `by_route` counts all."""
 
     requests: int = 0
     answered: int = 0

@@ -7,7 +7,7 @@ VOCABULARY: Final = 49_152
 
 
 def token_ids(content: str | list[int], start: int = 0) -> list[int]:
-    """The ids from token `start` on: one for each four characters, the same wherever these stand; ids stay as they are."""
+    """The ids from token `start` on: one for each four characters; ids stay as they are."""
     if not isinstance(content, str):
         return content[start:]
     step = CHARACTERS_A_TOKEN

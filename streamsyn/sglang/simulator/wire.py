@@ -1,4 +1,7 @@
-"""The bodies that all routes of SGLang 0.5.23 share (srt/entrypoints/http_server.py, openai/serving_base.py)."""
+"""The bodies that the routes of SGLang 0.5.23 share.
+
+Shapes: srt/entrypoints/http_server.py, srt/entrypoints/openai/serving_base.py.
+"""
 
 from typing import Any, Final
 

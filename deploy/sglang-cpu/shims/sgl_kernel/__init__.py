@@ -1,8 +1,8 @@
 """Stands in for `sgl_kernel`, of which PyPI has CUDA builds only (1.2 GB unpacked).
 
-On a CPU without AMX sglang computes with plain torch, but imports these ten names at module level. All belong to
-speculative decoding, which a CPU server here does not do; called, each raises. Only these ten exist, on purpose: sglang
-probes `sgl_kernel` to find out what it may use, and a module that answers to every name would promise all of it.
+On a CPU without AMX sglang computes with plain torch, but imports these ten names at module level. All belong
+to speculative decoding, which a CPU server here does not do; called, each raises. Only these ten exist, on
+purpose: a module that answered to every name would make sglang take optional kernels for available.
 """
 
 from collections.abc import Callable

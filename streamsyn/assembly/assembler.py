@@ -1,0 +1,178 @@
+"""Contexts in, samples out: a pure function of the log, the configuration and the run's seed.
+
+Each context becomes the relevant one of one sample. Distractors come from the window of contexts
+before it (and, for the first ones, shortly after it): so a sample is made as soon as the log holds
+enough contexts of its task, memory is bounded by `assembly.window_bytes`, and assembling the same
+log again gives the same samples. What each draw depends on is the seed's id and the run's seed,
+never the time, the process or the order of anything but the log.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from streamsyn.assembly.passages import Passage, Pool, Window
+from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.config import AssemblySection
+from streamsyn.records import Sample, digest
+
+
+@dataclass(frozen=True, slots=True)
+class AssemblyState:
+    """Where assembly stands, without the texts: those are read from the log again."""
+
+    consumed: int = 0
+    """Contexts taken in; also the seq of the next one."""
+    samples: int = 0
+    """Samples made."""
+    window_start: int = 0
+    """Seq of the oldest context still in the window."""
+    pending: list[tuple[int, int]] = field(default_factory=list)
+    """Contexts that wait for distractors: (seq, size of its pool at which to try again)."""
+    added: dict[str, int] = field(default_factory=dict)
+    """`Pool.added` of each task in the window."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Assembler:
+    """Makes samples of passages, which must come in the order of the log."""
+
+    def __init__(self, section: AssemblySection, run_seed: int, prompts: SamplePrompts) -> None:
+        self._section = section
+        self._run_seed = str(run_seed)
+        self._prompts = prompts
+        self._window = Window(section.window_bytes)
+        self._waiting: dict[str, list[tuple[int, int]]] = {}
+        self._pending: dict[int, Passage] = {}
+        self.consumed = 0
+        self.samples = 0
+
+    def add(self, passage: Passage) -> list[Sample]:
+        """Take in the next passage; the samples that can be made now."""
+        assert passage.seq == self.consumed, f"context {self.consumed} is next, not {passage.seq}"
+        self.consumed += 1
+        if self._is_single:
+            return [self._sample(passage, [])]
+        pool = self._window.add(passage)
+        self._wait(passage, self._section.contexts_per_sample if self._section.target_tokens is None else 1)
+        made = self._retry(passage.task, pool)
+        while (oldest := self._window.overflow()) is not None:
+            if oldest.seq in self._pending:
+                made.append(self._make_do(oldest))
+            self._window.drop_oldest()
+        return made
+
+    def flush(self) -> list[Sample]:
+        """At the end of the stream: make the samples that still wait, with what there is."""
+        return [self._make_do(self._pending[seq]) for seq in sorted(self._pending)]
+
+    def state(self) -> AssemblyState:
+        """What `restore` needs, besides the log."""
+        first = self._window.first_seq
+        return AssemblyState(
+            consumed=self.consumed,
+            samples=self.samples,
+            window_start=self.consumed if first is None else first,
+            pending=sorted(
+                (seq, retry_at)
+                for waiting in self._waiting.values()
+                for retry_at, seq in waiting
+                if seq in self._pending
+            ),
+            added={task: pool.added for task, pool in self._window.pools.items()},
+        )
+
+    def restore(self, state: AssemblyState, passages: Iterable[Passage]) -> None:
+        """Go back to `state`; `passages` are those from `window_start` up to `consumed`."""
+        retry_at = dict(state.pending)
+        for passage in passages:
+            self._window.add(passage)
+            if passage.seq in retry_at:
+                self._wait(passage, retry_at[passage.seq])
+        for task, pool in self._window.pools.items():
+            pool.added = state.added[task]
+        self.consumed, self.samples = state.consumed, state.samples
+
+    @property
+    def _is_single(self) -> bool:
+        return self._section.contexts_per_sample == 1 and self._section.target_tokens is None
+
+    def _wait(self, passage: Passage, retry_at: int) -> None:
+        self._pending[passage.seq] = passage
+        heappush(self._waiting.setdefault(passage.task, []), (retry_at, passage.seq))
+
+    def _retry(self, task: str, pool: Pool) -> list[Sample]:
+        """Samples of those that wait for the pool to be as large as it is now."""
+        made = []
+        waiting = self._waiting[task]
+        while waiting and waiting[0][0] <= pool.added:
+            _, seq = heappop(waiting)
+            if (passage := self._pending.get(seq)) is None:
+                continue  # it has left the window
+            distractors, enough = self._distractors(passage, pool)
+            if enough:
+                del self._pending[seq]
+                made.append(self._sample(passage, distractors))
+            else:
+                # Twice as many next time: one that finds few, as its answer stands everywhere,
+                # must not cost a search for each context that comes.
+                heappush(waiting, (2 * pool.added, seq))
+        if not waiting:
+            del self._waiting[task]
+        return made
+
+    def _make_do(self, passage: Passage) -> Sample:
+        del self._pending[passage.seq]
+        distractors, _ = self._distractors(passage, self._window.pools[passage.task])
+        return self._sample(passage, distractors)
+
+    def _distractors(self, passage: Passage, pool: Pool) -> tuple[list[Passage], bool]:
+        """Distractors drawn for `passage`, and whether they are as many as are wanted."""
+        section = self._section
+        wanted, tokens = section.contexts_per_sample - 1, passage.tokens
+        answer = " ".join(passage.answer.casefold().split())
+        draw = self._draw("distractors", passage)
+        chosen: list[Passage] = []
+        for tried, candidate in enumerate(pool.shuffled(draw)):
+            if self._is_enough(len(chosen), wanted, tokens):
+                return chosen, True
+            if tried > 8 * (len(chosen) + 8):
+                break  # nearly everything holds the answer
+            if candidate.seed_id == passage.seed_id:
+                continue
+            if len(answer) >= section.min_answer_chars and candidate.holds(answer):
+                continue
+            chosen.append(candidate)
+            tokens += candidate.tokens
+        return chosen, self._is_enough(len(chosen), wanted, tokens)
+
+    def _is_enough(self, chosen: int, wanted: int, tokens: int) -> bool:
+        if self._section.target_tokens is not None:
+            return tokens >= self._section.target_tokens
+        return chosen >= wanted
+
+    def _sample(self, passage: Passage, distractors: list[Passage]) -> Sample:
+        relevant_index = self._draw("position", passage).randint(0, len(distractors)) if distractors else 0
+        passages = [*distractors[:relevant_index], passage, *distractors[relevant_index:]]
+        self.samples += 1
+        user = self._prompts.user_message(passage, [one.text for one in passages])
+        return Sample(
+            id=passage.id,
+            seed_id=passage.seed_id,
+            task=passage.task,
+            messages=[
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": passage.answer},
+            ],
+            context_seqs=[one.seq for one in passages],
+            relevant_index=relevant_index,
+            n_tokens=sum(one.tokens for one in passages),
+        )
+
+    def _draw(self, what: str, passage: Passage) -> Random:
+        return Random(digest(what, self._run_seed, passage.id))

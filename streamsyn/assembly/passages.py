@@ -1,0 +1,138 @@
+"""What assembly holds of a context, and the window of recent ones that distractors are drawn from."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any
+
+from streamsyn.records import Context
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A context as assembly sees it."""
+
+    seq: int
+    id: str
+    seed_id: str
+    task: str
+    instruction: str
+    answer: str
+    text: str
+    tokens: int
+
+    @classmethod
+    def of_context(cls, seq: int, context: Context) -> "Passage":
+        """From a context that has just been logged."""
+        return cls(
+            seq,
+            context.id,
+            context.seed_id,
+            context.task,
+            context.instruction,
+            context.answer,
+            context.context,
+            context.completion_tokens,
+        )
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> "Passage":
+        """From a row of the log."""
+        return cls(
+            row["seq"],
+            row["id"],
+            row["seed_id"],
+            row["task"],
+            row["instruction"],
+            row["answer"],
+            row["context"],
+            row["completion_tokens"],
+        )
+
+    @cached_property
+    def plain(self) -> str:
+        """The text for comparing: case and white space do not count."""
+        return " ".join(self.text.casefold().split())
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes it counts for in the window: its text, and that for comparing."""
+        return 2 * len(self.text.encode())
+
+    def holds(self, answer: str) -> bool:
+        """Whether it contains `answer`, which is given as `plain` would have it."""
+        return answer in self.plain
+
+
+class Pool:
+    """The passages of one task in the window, oldest first."""
+
+    def __init__(self) -> None:
+        self._passages: list[Passage] = []
+        self._head = 0
+        self.added = 0
+        """How many have come, including those that have left again."""
+
+    def __len__(self) -> int:
+        return len(self._passages) - self._head
+
+    def add(self, passage: Passage) -> None:
+        """Take in the newest."""
+        self._passages.append(passage)
+        self.added += 1
+
+    def drop_oldest(self) -> None:
+        """Let the oldest go."""
+        self._head += 1
+        if self._head > 64 and 2 * self._head > len(self._passages):
+            del self._passages[: self._head]
+            self._head = 0
+
+    def shuffled(self, draw: Random) -> Iterator[Passage]:
+        """The passages in random order, drawn one by one as they are asked for."""
+        # Fisher and Yates, keeping only the places that have been swapped.
+        swapped: dict[int, int] = {}
+        for last in range(len(self) - 1, -1, -1):
+            place = draw.randint(0, last)
+            yield self._passages[self._head + swapped.get(place, place)]
+            swapped[place] = swapped.get(last, last)
+
+
+class Window:
+    """The most recent passages of all tasks, bounded by their size in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._passages: deque[Passage] = deque()
+        self.pools: dict[str, Pool] = {}
+
+    @property
+    def first_seq(self) -> int | None:
+        """The seq of the oldest passage; None when there is none."""
+        return self._passages[0].seq if self._passages else None
+
+    def add(self, passage: Passage) -> Pool:
+        """Take in the newest passage; its task's pool."""
+        self._passages.append(passage)
+        self._bytes += passage.size
+        pool = self.pools.setdefault(passage.task, Pool())
+        pool.add(passage)
+        return pool
+
+    def overflow(self) -> Passage | None:
+        """The oldest passage, when there is too much; the newest never is."""
+        if self._bytes > self._max_bytes and len(self._passages) > 1:
+            return self._passages[0]
+        return None
+
+    def drop_oldest(self) -> None:
+        """Let the oldest passage go."""
+        passage = self._passages.popleft()
+        self._bytes -= passage.size
+        pool = self.pools[passage.task]
+        pool.drop_oldest()
+        if not pool:
+            del self.pools[passage.task]

@@ -1,0 +1,137 @@
+"""Assembly as a stage: durable contexts in, samples out.
+
+Samples are derived: whatever a kill leaves unfinished is made again from the log, with the same
+bytes. A small file, written now and then, keeps a resume from reading the whole log for that.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import structlog
+
+from streamsyn.assembly.assembler import Assembler, AssemblyState
+from streamsyn.assembly.passages import Passage
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Context, Sample
+
+log = structlog.get_logger()
+
+_BATCH = 16
+_STATE_EVERY_BYTES = 16 * 2**20
+
+
+class AssemblyStore(Protocol):
+    """What the stage needs of the disk. Every method may block."""
+
+    def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
+        """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
+        ...
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The state saved last, if there is one that can be used."""
+        ...
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Keep a state, once all samples made before it are on disk."""
+        ...
+
+
+class AssemblyStage:
+    """Makes samples and passes them to `deliver`, each once.
+
+    Args:
+        assembler: A new one.
+        store: The disk.
+        deliver: Takes samples, in a thread; may raise, which ends the stage.
+        logged: Contexts that the log holds at the start.
+        delivered: Samples that were delivered by earlier runs.
+        flushes: Numbers of contexts at which earlier streams ended.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        store: AssemblyStore,
+        deliver: Callable[[Sequence[Sample]], None],
+        *,
+        logged: int,
+        delivered: int,
+        flushes: Sequence[int],
+    ) -> None:
+        self._assembler = assembler
+        self._store = store
+        self._deliver = deliver
+        self._logged = logged
+        self._delivered = delivered
+        self._flushes = flushes
+        self._unsaved_bytes = 0
+        self._stopped = threading.Event()
+
+    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+        """Catch up with the log, then follow `contexts` to their end."""
+        await asyncio.to_thread(self._catch_up)
+        async for first in contexts:
+            batch = [first, *contexts.get_nowait(_BATCH - 1)]
+            if not self._stopped.is_set():  # else they are taken from the queue, and no more
+                await asyncio.to_thread(self._take, [Passage.of_context(*one) for one in batch])
+
+    def stop(self) -> None:
+        """Make no more samples: the log has what they are made of."""
+        self._stopped.set()
+
+    def finish(self) -> None:
+        """At the end of the stream, in a thread: what still waits is made with what there is."""
+        self._emit(self._assembler.flush())
+        self.save()
+
+    def save(self) -> None:
+        """Save the state, in a thread."""
+        self._store.save_state(self._assembler.state().as_dict())
+        self._unsaved_bytes = 0
+
+    def _catch_up(self) -> None:
+        self._restore()
+        behind = self._logged - self._assembler.consumed
+        if behind > 0:
+            log.info("assembly.catching_up", contexts=behind)
+        rows = self._store.read_contexts(self._assembler.consumed, self._logged)
+        passages = map(Passage.of_row, rows)
+        while batch := list(islice(passages, _BATCH)):
+            if self._stopped.is_set():
+                return
+            self._take(batch)
+        self._emit_flushed()
+
+    def _restore(self) -> None:
+        saved = self._store.load_state()
+        if saved is None:
+            return
+        state = AssemblyState(**saved)
+        if state.consumed > self._logged or state.samples > self._delivered:
+            log.warning("assembly.state_ahead", state=state.consumed, logged=self._logged)
+            return  # it was saved by a log that has since lost its end: start from the first context
+        rows = self._store.read_contexts(state.window_start, state.consumed)
+        self._assembler.restore(state, map(Passage.of_row, rows))
+
+    def _take(self, passages: Iterable[Passage]) -> None:
+        for passage in passages:
+            self._emit_flushed()
+            self._emit(self._assembler.add(passage))
+            self._unsaved_bytes += passage.size
+        if self._unsaved_bytes > _STATE_EVERY_BYTES:
+            self.save()
+
+    def _emit_flushed(self) -> None:
+        if self._assembler.consumed in self._flushes:
+            self._emit(self._assembler.flush())
+
+    def _emit(self, samples: Sequence[Sample]) -> None:
+        """Deliver what earlier runs have not."""
+        first = self._assembler.samples - len(samples)
+        new = samples[max(0, self._delivered - first) :]
+        if new:
+            self._deliver(new)
+            self._delivered += len(new)

@@ -1,0 +1,122 @@
+"""What a context must satisfy. Each check measures a text and names its own reason to reject."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from streamsyn.config import ChecksSection
+from streamsyn.records import RejectReason, Seed
+
+_CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
+_WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
+_SORRY = rf"(?:{_WE_ARE}\s+(?:\w+\s+)?(?:sorry|afraid)|sorry|i\s+apologi[sz]e)"
+_DECLINED = r"(?:help|assist|write|provide|generate|create|comply|fulfil|answer|do|produce|continue)"
+_REFUSAL = re.compile(
+    rf"""\A\W*(?:
+      {_SORRY}\b[^.\n]{{0,60}}\b{_CANNOT}
+    | (?:unfortunately,?\s+)?(?:i|we)\s+(?:am\s+|are\s+)?{_CANNOT}\s+(?:to\s+)?{_DECLINED}
+    | as\s+an?\s+(?:ai|artificial|large\s+language|language\s+model)\b
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_QA_LABEL = re.compile(
+    r"\A\W*(?:question|instruction|query|q)\W*:.{0,2000}?\n\W*(?:answer|a)\W*:", re.IGNORECASE | re.DOTALL
+)
+_RUN = 5
+"""Words in a run, for repetition."""
+_NEAR = 200
+"""Characters between a question and its answer within which they count as pasted."""
+_ECHO_CHARS = 60
+"""A line of our prompt at least this long, found in an answer, is an echo."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a text is not fit to be a context."""
+
+    reason: RejectReason
+    detail: str
+
+
+class Checks:
+    """The checks of one configuration."""
+
+    def __init__(self, section: ChecksSection) -> None:
+        self._section = section
+
+    def measure(self, text: str) -> dict[str, Any]:
+        """Figures of a text that stay with its context."""
+        words = text.split()
+        return {"words": len(words), "repetition": round(repetition(words), 4)}
+
+    def failure(self, text: str, figures: dict[str, Any], seed: Seed, prompt: str) -> Failure | None:
+        """The first check that `text` fails; None when it passes them all."""
+        return next(self._failures(text, figures, seed, prompt), None)
+
+    def _failures(self, text: str, figures: dict[str, Any], seed: Seed, prompt: str) -> Iterator[Failure]:
+        section, words = self._section, figures["words"]
+        if not words:
+            yield Failure(RejectReason.EMPTY, "the answer holds no text")
+        if section.refusal and _REFUSAL.match(text):
+            yield Failure(RejectReason.REFUSAL, _shown(text))
+        plain = normalised(text)
+        if section.prompt_echo and (line := _echoed(plain, prompt, seed)):
+            yield Failure(RejectReason.PROMPT_ECHO, f"repeats our prompt: {line!r}")
+        if section.qa_pasted and (what := _pasted(text, plain, seed)):
+            yield Failure(RejectReason.QA_PASTED, f"{what}: {_shown(text)}")
+        if words < section.min_words:
+            yield Failure(
+                RejectReason.TOO_SHORT, f"{words} words, fewer than checks.min_words = {section.min_words}"
+            )
+        if words > section.max_words:
+            yield Failure(
+                RejectReason.TOO_LONG, f"{words} words, more than checks.max_words = {section.max_words}"
+            )
+        if figures["repetition"] > section.max_repetition:
+            yield Failure(
+                RejectReason.REPETITION,
+                f"{figures['repetition']:.0%} of its {_RUN}-word runs stand in it before, more than "
+                f"checks.max_repetition = {section.max_repetition:.0%}",
+            )
+
+
+def repetition(words: list[str]) -> float:
+    """Share of runs of five words that have stood in the text before."""
+    runs = list(zip(*(words[start:] for start in range(_RUN)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def normalised(text: str) -> str:
+    """`text` for comparing: case and white space do not count."""
+    return " ".join(text.casefold().split())
+
+
+def _echoed(plain: str, prompt: str, seed: Seed) -> str | None:
+    """A line of our own words that stands in the answer; the seed's words may."""
+    pair = normalised(f"{seed.instruction} {seed.answer}")
+    for line in prompt.splitlines():
+        wanted = normalised(line.lstrip("-* "))
+        if len(wanted) >= _ECHO_CHARS and wanted in plain and wanted not in pair:
+            return _shown(line)
+    return None
+
+
+def _pasted(text: str, plain: str, seed: Seed) -> str | None:
+    """What of the pair stands in place of a document, if anything does."""
+    instruction, answer = normalised(seed.instruction), normalised(seed.answer)
+    if _QA_LABEL.match(text):
+        return "labelled question and answer"
+    asked = plain.find(instruction)
+    if asked >= 0:
+        behind = asked + len(instruction)
+        if plain.find(answer, behind, behind + len(answer) + _NEAR) >= 0:
+            return "the question with its answer behind it"
+    if answer in plain and 4 * len(answer) > 3 * len(plain):
+        return "hardly more than the answer"
+    return None
+
+
+def _shown(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:157]}..."

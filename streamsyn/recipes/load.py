@@ -1,0 +1,22 @@
+"""From `recipe.use` to a recipe."""
+
+import difflib
+
+from streamsyn.config import ChecksSection, RecipeSection
+from streamsyn.errors import ConfigError
+from streamsyn.recipes.context import ContextRecipe
+from streamsyn.recipes.recipe import Recipe
+
+RECIPES = {"context": ContextRecipe}
+
+
+def load_recipe(recipe: RecipeSection, checks: ChecksSection) -> Recipe:
+    """The recipe that the configuration names.
+
+    Raises:
+        ConfigError: There is none of that name, or it cannot be set up.
+    """
+    if recipe.use not in RECIPES:
+        near = difflib.get_close_matches(recipe.use, RECIPES, n=1, cutoff=0)
+        raise ConfigError(f"recipe.use: there is no recipe {recipe.use!r}; the nearest is {near[0]!r}")
+    return RECIPES[recipe.use](recipe, checks)

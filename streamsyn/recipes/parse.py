@@ -1,0 +1,30 @@
+"""From what an LLM answered to the document in it."""
+
+import re
+
+_LABEL = re.compile(
+    r"""\A\s*
+    (?:\#{1,6}\s*|\*{1,2}|_{1,2}|<)?                    # markdown or a tag round it
+    (?:(?:here\s+is|below\s+is|this\s+is)\s+)?(?:the\s+)?(?:lost\s+|missing\s+|written\s+)?
+    (?:context|document|background|text)
+    (?:\s+document)?
+    \s*(?::\s*(?:\*{1,2}|_{1,2})?|(?:\*{1,2}|_{1,2})\s*:?\s*\n|>|[ \t]*\n)   # a colon or a line ends it
+    \s*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
+_OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n")
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+_CLOSING_TAG = re.compile(r"\s*</(?:context|document|background|text)>\s*\Z", re.IGNORECASE)
+
+
+def document_text(answer: str) -> str:
+    """The document, without thoughts, code fences and labels such as `Context:` round it."""
+    text = _THOUGHTS.sub("", answer)
+    previous = None
+    while text != previous:  # a label may stand inside a fence, and a fence below a label
+        previous = text
+        if fenced := _FENCE.match(text):
+            text = fenced["inside"]
+        text = _CLOSING_TAG.sub("", _LABEL.sub("", text))
+    return _OPEN_FENCE.sub("", text).strip()  # a fence left open: the answer was cut

@@ -1,0 +1,41 @@
+"""Asyncio tasks that have no end of their own: probes, aborts."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+
+class Background:
+    """Tasks of a group that end, at the latest, with the block that opened it."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` beside everything else; not at all when the block is ending."""
+        if self._closing:
+            work.close()
+            return
+        task = self._group.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+
+
+@asynccontextmanager
+async def background() -> AsyncIterator[Background]:
+    """Open a Background; a bug in one of its tasks ends the block."""
+    async with asyncio.TaskGroup() as group:
+        tasks = Background(group)
+        try:
+            yield tasks
+        finally:
+            tasks.close()

@@ -1,0 +1,266 @@
+"""Many servers as one: asks, tries again elsewhere, ejects, probes, readmits."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
+from random import Random
+
+import structlog
+
+from streamsyn.config import FleetSection
+from streamsyn.errors import (
+    ConfigError,
+    FleetGone,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    ServerTimeout,
+    ServerUnavailable,
+)
+from streamsyn.records import Attempt, Completion, Request
+from streamsyn.sglang.background import Background, background
+from streamsyn.sglang.backoff import RetryBudget, full_jitter
+from streamsyn.sglang.client import ServerClient, open_session
+from streamsyn.sglang.health import Health
+from streamsyn.sglang.limiter import Limiter
+from streamsyn.sglang.placement import Placement
+from streamsyn.sglang.server import Server
+
+log = structlog.get_logger()
+
+
+class Fleet:
+    """The servers of a run. Made by `open_fleet`.
+
+    Each request carries a rid of fixed width that starts with the run's own, because servers abort
+    by prefix: one call drops all that a run has under way, and none drops another's.
+    """
+
+    def __init__(
+        self,
+        section: FleetSection,
+        servers: Sequence[Server],
+        tasks: Background,
+        on_gone: Callable[[], None],
+    ) -> None:
+        self.servers = servers
+        self.model = ""
+        """What is asked for, once `ask_models` has found out."""
+        self._section = section
+        self._placement = Placement(servers)
+        self._tasks = tasks
+        self._on_gone = on_gone
+        self._gone_timer: asyncio.TimerHandle | None = None
+        self._draw = Random()
+        self._run_rid = secrets.token_hex(6)
+        self._requests = count()
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may be in flight at all servers together."""
+        return sum(server.limiter.cap for server in self.servers)
+
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """Requests in flight, by server."""
+        return {server.url: server.limiter.in_flight for server in self.servers}
+
+    async def complete(self, request: Request, attempts: list[Attempt]) -> Completion:
+        """The answer to `request`, from whichever server gives one. Adds each try to `attempts`.
+
+        Raises:
+            ServerError: The last failure, when the request was refused or its budget is used up.
+        """
+        budget = RetryBudget(self._section, self._draw)
+        failed_at: Server | None = None
+        while True:
+            server = await self._placement.acquire(avoid=failed_at)
+            at, started = time.time(), time.monotonic()
+            try:
+                completion = await self._ask(server, request)
+            except ServerError as error:
+                failure, failed_at = error, server
+                self._failed(server, error)
+            else:
+                self._answered(server, completion)
+                tokens = completion.completion_tokens
+                attempts.append(Attempt(server.url, at, _since(started), None, tokens))
+                return completion
+            finally:
+                self._placement.release(server)
+            said = f"{type(failure).__name__}: {failure}"
+            attempts.append(Attempt(server.url, at, _since(started), said))
+            pause_s = budget.pause_after(failure, _since(started))
+            if pause_s is None:
+                raise failure
+            await asyncio.sleep(pause_s)
+
+    async def ask_models(self) -> None:
+        """Find out which model is served; waits for one server, the others are probed from now on.
+
+        Raises:
+            ConfigError: Servers serve different models, or not the one asked for.
+            FleetGone: None came up within `fleet.give_up_s`.
+        """
+        served: dict[str, list[str]] = {}
+        try:
+            async with asyncio.timeout(self._section.give_up_s):
+                for step in count():
+                    await self._ask_each(served)
+                    if served:
+                        break
+                    if step == 0:
+                        log.warning("fleet.waiting", servers=[server.url for server in self.servers])
+                    await asyncio.sleep(self._probe_pause(step))
+        except TimeoutError:
+            urls = ", ".join(server.url for server in self.servers)
+            raise FleetGone(f"no server came up within {self._section.give_up_s:g} s: {urls}") from None
+        self.model = _agreed_model(served, self._section.model)
+        for server in self.servers:
+            if server.url not in served:
+                server.health.ejected = True
+                self._tasks.start(self._probe(server), name=f"probe-{server.url}")
+
+    async def drop_all(self) -> None:
+        """Have every server drop what this run still has under way."""
+        async with asyncio.TaskGroup() as group:
+            for server in self.servers:
+                if not server.health.ejected:
+                    group.create_task(_abort(server, self._run_rid), name=f"abort-{server.url}")
+
+    def close(self) -> None:
+        """Stop the timers."""
+        self._placement.close()
+        if self._gone_timer is not None:
+            self._gone_timer.cancel()
+
+    async def _ask(self, server: Server, request: Request) -> Completion:
+        rid = f"{self._run_rid}-{next(self._requests):012x}"
+        try:
+            return await server.client.chat(request, self.model, rid)
+        except (ServerTimeout, asyncio.CancelledError):
+            # A server goes on with a request whose client has left, for seconds at the least.
+            self._tasks.start(_abort(server, rid), name=f"abort-{rid}")
+            raise
+
+    async def _ask_each(self, served: dict[str, list[str]]) -> None:
+        async def ask(server: Server) -> None:
+            try:
+                served[server.url] = await server.client.models()
+            except ServerError as error:
+                log.debug("fleet.not_up", server=server.url, error=str(error))
+
+        async with asyncio.TaskGroup() as group:
+            for server in self.servers:
+                group.create_task(ask(server), name=f"ask-{server.url}")
+
+    def _answered(self, server: Server, completion: Completion) -> None:
+        server.health.answered()
+        server.limiter.answered()
+        server.completions += 1
+        server.completion_tokens += completion.completion_tokens
+
+    def _failed(self, server: Server, error: ServerError) -> None:
+        if isinstance(error, ServerBusy):
+            server.health.answered()
+            server.limiter.busy(time.monotonic(), self._draw.random())
+        elif isinstance(error, RequestRefused):
+            server.health.answered()
+        elif server.health.failed():
+            log.warning("fleet.ejected", server=server.url, error=str(error))
+            self._tasks.start(self._probe(server), name=f"probe-{server.url}")
+            if all(other.health.ejected for other in self.servers):
+                loop = asyncio.get_running_loop()
+                self._gone_timer = loop.call_later(self._section.give_up_s, self._on_gone)
+
+    async def _probe(self, server: Server) -> None:
+        """Ask an ejected server, ever less often, until it answers; then use it again."""
+        for step in count():
+            try:
+                models = await server.client.models()
+                if self.model not in models:
+                    raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {self.model}")
+            except (ServerError, ConfigError) as error:
+                log.debug("fleet.probe_failed", server=server.url, error=str(error))
+                await asyncio.sleep(self._probe_pause(step))
+            else:
+                break
+        server.health.readmit()
+        log.info("fleet.readmitted", server=server.url)
+        if self._gone_timer is not None:
+            self._gone_timer.cancel()
+            self._gone_timer = None
+        self._placement.dispatch()
+
+    def _probe_pause(self, step: int) -> float:
+        interval_s = self._section.probe_interval_s
+        return interval_s / 2 + full_jitter(interval_s, 10 * interval_s, step, self._draw)
+
+
+@asynccontextmanager
+async def open_fleet(
+    section: FleetSection, api_key: str | None, on_gone: Callable[[], None]
+) -> AsyncIterator[Fleet]:
+    """A fleet of the servers in `section`; what it still has under way at the end is aborted.
+
+    Args:
+        section: The section of the configuration.
+        api_key: Sent as a bearer token.
+        on_gone: Called when no server was usable for `fleet.give_up_s`.
+
+    Raises:
+        ConfigError: There is no server, or what stands for one is no URL.
+    """
+    urls = _distinct(section.servers)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    async with AsyncExitStack() as stack:
+        servers = []
+        for url in urls:
+            session = await stack.enter_async_context(open_session(section, headers))
+            client = ServerClient(url, session, section.request_timeout_s)
+            servers.append(Server(client, Limiter(section.max_in_flight), Health(section.eject_after)))
+        tasks = await stack.enter_async_context(background())
+        fleet = Fleet(section, servers, tasks, on_gone)
+        try:
+            yield fleet
+        finally:
+            fleet.close()
+            await fleet.drop_all()  # bounded: each abort has its time
+
+
+async def _abort(server: Server, rid: str) -> None:
+    try:
+        await server.client.abort(rid)
+    except ServerError as error:
+        log.debug("fleet.abort_failed", server=server.url, rid=rid, error=str(error))
+
+
+def _distinct(urls: Sequence[str]) -> list[str]:
+    if not urls:
+        raise ConfigError(
+            "no server: pass --server URL, set fleet.servers, or --launch MODEL to have one started"
+        )
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"fleet.servers: {url} is no URL; it starts with http:// or https://")
+    return list(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
+
+
+def _agreed_model(served: dict[str, list[str]], wanted: str | None) -> str:
+    if wanted is not None:
+        for url, models in served.items():
+            if wanted not in models:
+                raise ConfigError(f"fleet.model: {url} serves {', '.join(models)}, not {wanted}")
+        return wanted
+    first = {models[0]: url for url, models in served.items() if models}
+    if len(first) != 1:
+        found = ", ".join(f"{model} at {url}" for model, url in first.items()) or "none at all"
+        raise ConfigError(f"the servers do not agree on a model ({found}); name one with fleet.model")
+    return next(iter(first))
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 4)

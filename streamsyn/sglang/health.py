@@ -1,0 +1,29 @@
+"""Whether a server is used: in, or ejected until it answers a probe. A plain state machine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Health:
+    """Counts failures in a row; so many of them, or a refused connection, eject the server."""
+
+    eject_after: int
+    ejected: bool = False
+    failures: int = 0
+
+    def answered(self) -> None:
+        """An answer came, of whatever kind: the server is alive."""
+        self.failures = 0
+
+    def failed(self) -> bool:
+        """No answer came. True when this ejects the server."""
+        self.failures += 1
+        if self.ejected or self.failures < self.eject_after:
+            return False
+        self.ejected = True
+        return True
+
+    def readmit(self) -> None:
+        """A probe was answered."""
+        self.ejected = False
+        self.failures = 0

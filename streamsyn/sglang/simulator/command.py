@@ -1,0 +1,86 @@
+import dataclasses
+from typing import Any
+
+import click
+
+from streamsyn.errors import ConfigError
+from streamsyn.sglang.simulator.config import SimulatorConfig
+from streamsyn.sglang.simulator.faults import Fault
+
+_DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(SimulatorConfig)}
+
+
+class _FaultRate(click.ParamType[tuple[str, float]]):
+    """KIND=RATE."""
+
+    name = "KIND=RATE"
+
+    def convert(
+        self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None
+    ) -> tuple[str, float]:
+        kind, equals, rate = str(value).partition("=")
+        if not equals:
+            raise click.UsageError(f"--fault {value!r}: expected KIND=RATE")
+        try:
+            return kind, float(rate)
+        except ValueError:
+            raise click.UsageError(f"--fault {value!r}: {rate!r} is no number") from None
+
+
+@click.command(epilog=f"Kinds of fault: {', '.join(Fault)}.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=30000, show_default=True, help="Port to listen at; 0 picks a free one.")
+@click.option("--model", default=_DEFAULTS["model"], show_default=True, help="Name of the model.")
+@click.option("--slots", default=_DEFAULTS["slots"], show_default=True, help="Requests that run at once.")
+@click.option("--queue-limit", type=int, help="Requests that may wait; beyond it, 503.  [default: no limit]")
+@click.option(
+    "--latency-ms", default=_DEFAULTS["latency_ms"], show_default=True, help="Time to the first token."
+)
+@click.option(
+    "--jitter-ms", default=_DEFAULTS["jitter_ms"], show_default=True, help="Latency varies by this much."
+)
+@click.option(
+    "--ms-per-token", default=_DEFAULTS["ms_per_token"], show_default=True, help="Time a token after it."
+)
+@click.option("--words", default=_DEFAULTS["words"], show_default=True, help="Length of a text.")
+@click.option(
+    "--context-tokens", default=_DEFAULTS["context_tokens"], show_default=True, help="Longest prompt."
+)
+@click.option(
+    "--keep-alive-s", default=_DEFAULTS["keep_alive_s"], show_default=True, help="Idle connections close."
+)
+@click.option(
+    "--cache-tokens", default=_DEFAULTS["cache_tokens"], show_default=True, help="Size of prefix cache."
+)
+@click.option(
+    "--tokenizer-workers",
+    default=_DEFAULTS["tokenizer_workers"],
+    show_default=True,
+    help="With 1, aborts need the exact rid.",
+)
+@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Fixes texts, jitter and faults.")
+@click.option("--api-key", help="Bearer token to ask for.  [default: none]")
+@click.option("--die-after", type=int, help="Die abruptly after this many requests.")
+@click.option(
+    "--fault",
+    "faults",
+    type=_FaultRate(),
+    multiple=True,
+    help="Share of requests that go wrong; may be repeated.",
+)
+def simulate(host: str, port: int, faults: tuple[tuple[str, float], ...], **options: Any) -> None:
+    """Serve a simulated SGLang on CPU: its wire protocol, without a model.
+
+    For tests, for benchmarks and for planning a run. Texts are plausible prose, a token is four characters,
+    and shared prefixes are found again as the radix cache would find them. GET /simulator/stats counts what
+    came.
+    """
+    from streamsyn.sglang.simulator.app import serve
+
+    try:
+        rates: dict[str, float] = {}
+        for kind, rate in faults:
+            rates[kind] = rates.get(kind, 0.0) + rate
+        serve(SimulatorConfig(faults=rates, **options), host, port)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None

@@ -1,0 +1,142 @@
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from aiohttp import web
+
+from streamsyn.sglang.simulator import wire
+from streamsyn.sglang.simulator.asks import Malformed
+from streamsyn.sglang.simulator.chat import render
+from streamsyn.sglang.simulator.config import SGLANG_VERSION
+from streamsyn.sglang.simulator.generation import read_json
+from streamsyn.sglang.simulator.loads import SECTIONS, load, metrics, server_info
+from streamsyn.sglang.simulator.simulation import Simulation
+from streamsyn.sglang.simulator.tokens import token_ids
+
+FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
+
+
+class Control:
+    """The routes that tell or steer: load, health, model, cache, aborts, and the simulator's own."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+
+    async def health(self, _request: web.Request) -> web.Response:
+        """GET /health, /health_generate and /ready; at once, where the real /health takes a second."""
+        return web.Response()
+
+    async def loads(self, request: web.Request) -> web.Response:
+        """GET /v1/loads."""
+        include = request.query.get("include")
+        sections = {name.strip() for name in include.split(",")} if include else {"all"}
+        if unknown := sections - SECTIONS:
+            message = f"Invalid include sections: {unknown}. Valid options: {sorted(SECTIONS)}"
+            return wire.reply(wire.error(message, "400", 400), 400)
+        body = {
+            "timestamp": datetime.now(UTC).isoformat(),
+            "version": SGLANG_VERSION,
+            "accelerator": None,
+            "num_accelerators": 1,
+            "loads": [load(self._simulation, sections)],
+        }
+        return wire.reply(body)
+
+    async def server_info(self, _request: web.Request) -> web.Response:
+        """GET /server_info and /get_server_info."""
+        return wire.reply(server_info(self._simulation))
+
+    async def model_info(self, _request: web.Request) -> web.Response:
+        """GET /model_info and /get_model_info."""
+        model = self._simulation.config.model
+        body = {
+            "model_path": model,
+            "served_model_name": model,
+            "tokenizer_path": model,
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "weight_version": "default",
+            "load_format": "auto",
+            "reasoning_parser": None,
+            "tool_call_parser": None,
+            "disaggregation_mode": "null",
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+        }
+        return wire.reply(body)
+
+    async def models(self, _request: web.Request) -> web.Response:
+        """GET /v1/models."""
+        config = self._simulation.config
+        card = {
+            "id": config.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "sglang",
+            "root": config.model,
+            "parent": None,
+            "max_model_len": config.context_tokens,
+        }
+        return wire.reply({"object": "list", "data": [card]})
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        """GET /metrics."""
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=metrics(self._simulation).encode(), headers=headers)
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """POST /abort_request: 200 with an empty body, whether or not anything was aborted."""
+        try:
+            body = await read_json(request)
+        except Malformed as error:
+            return wire.malformed(str(error))
+        rid, engine = body.get("rid"), self._simulation.engine
+        if body.get("abort_all") is True:
+            engine.abort_all()
+        elif isinstance(rid, str):
+            engine.abort(rid, exact=self._simulation.config.tokenizer_workers == 1)
+        return web.Response()
+
+    async def flush(self, _request: web.Request) -> web.Response:
+        """GET and POST /flush_cache."""
+        engine = self._simulation.engine
+        if engine.running or engine.waiting:
+            return web.Response(body=b"Flush cache failed.\n", status=400)
+        engine.cache.clear()
+        return web.Response(body=FLUSHED.encode())
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """POST /tokenize and /v1/tokenize."""
+        try:
+            tokens = _tokenize(await read_json(request))
+        except Malformed as error:
+            return wire.malformed(str(error))
+        count = [len(ids) for ids in tokens] if tokens and isinstance(tokens[0], list) else len(tokens)
+        return wire.reply(
+            {"tokens": tokens, "count": count, "max_model_len": self._simulation.config.context_tokens}
+        )
+
+    async def stats(self, _request: web.Request) -> web.Response:
+        """GET /simulator/stats."""
+        return wire.reply(self._simulation.stats.as_dict())
+
+    async def reset(self, _request: web.Request) -> web.Response:
+        """POST /simulator/reset."""
+        self._simulation.reset()
+        return wire.reply(self._simulation.stats.as_dict())
+
+
+def _tokenize(body: dict[str, Any]) -> list[Any]:
+    prompt, messages = body.get("prompt"), body.get("messages")
+    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+        return token_ids(render(messages, goes_on=bool(body.get("continue_final_message"))))
+    if isinstance(prompt, str):
+        return token_ids(prompt)
+    if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt):
+        return [token_ids(text) for text in prompt]
+    raise Malformed("prompt: Input should be a valid string or list of strings")

@@ -1,0 +1,147 @@
+"""What the server tells about its limits and its load.
+
+Shapes: srt/managers/load_snapshot.py, srt/utils/common.py, srt/observability/metrics_collector.py.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from streamsyn.sglang.simulator.config import SGLANG_VERSION
+from streamsyn.sglang.simulator.simulation import Simulation
+
+SECTIONS: Final = frozenset({"core", "memory", "spec", "lora", "disagg", "queues", "all"})
+
+
+def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
+    """The one entry of `/v1/loads` (there is one data-parallel rank)."""
+    engine, stats, config = simulation.engine, simulation.stats, simulation.config
+    pool = max(1, config.cache_tokens)
+    told: dict[str, Any] = {
+        "timestamp": time.time(),
+        "dp_rank": 0,
+        "num_running_reqs": engine.running,
+        "num_waiting_reqs": engine.waiting,
+        # The real server too goes by the recent hit rate, where it has not matched what waits.
+        "num_waiting_uncached_tokens": int(engine.waiting_tokens * (1 - stats.cache_hit_rate)),
+        "num_used_tokens": engine.running_tokens,
+        "num_total_tokens": engine.running_tokens + engine.waiting_tokens,
+        "num_active_tokens": engine.running_tokens + engine.waiting_tokens,
+        "num_prealloc_ready_tokens": 0,
+        "max_total_num_tokens": pool,
+        "max_running_requests": config.slots,
+        "token_usage": round(min(1.0, engine.running_tokens / pool), 4),
+        "gen_throughput": round(simulation.tokens_per_s(), 2),
+        "cache_hit_rate": round(stats.cache_hit_rate, 4),
+        "utilization": round(engine.running / config.slots, 4),
+        "total_prefill_uncached_tokens": stats.prompt_tokens - stats.cached_tokens,
+        "total_prefill_busy_us": 0,
+        "decode_moments": None,
+    }
+    return told | dict(_details(simulation, sections))
+
+
+def server_info(simulation: Simulation) -> dict[str, Any]:
+    """The part of `/server_info` that a client may want: simulated flags and the scheduler's limits."""
+    config = simulation.config
+    pool = max(1, config.cache_tokens)
+    return {
+        "model_path": config.model,
+        "served_model_name": config.model,
+        "tokenizer_path": config.model,
+        "context_length": config.context_tokens,
+        "max_running_requests": config.slots,
+        "max_queued_requests": config.queue_limit,
+        "max_total_tokens": pool,
+        "schedule_policy": "fcfs",
+        "disable_radix_cache": config.cache_tokens == 0,
+        "enable_cache_report": True,
+        "enable_metrics": True,
+        "tokenizer_worker_num": config.tokenizer_workers,
+        "dp_size": 1,
+        "tp_size": 1,
+        "random_seed": config.seed,
+        "launch_command": "streamsyn simulate",
+        "status": "ready",
+        "max_total_num_tokens": pool,
+        "max_req_input_len": config.context_tokens - 1,
+        "kv_events": None,
+        "startup_time": simulation.started_at,
+        "internal_states": [
+            {
+                "last_gen_throughput": simulation.tokens_per_s(),
+                "effective_max_running_requests_per_dp": config.slots,
+            }
+        ],
+        "version": SGLANG_VERSION,
+        "frontend": "python",
+    }
+
+
+def _details(simulation: Simulation, sections: set[str]) -> Iterator[tuple[str, Any]]:
+    if sections & {"all", "memory"}:
+        yield (
+            "memory",
+            {
+                "weight_gb": 0.0,
+                "kv_cache_gb": 0.0,
+                "graph_gb": 0.0,
+                "token_capacity": simulation.config.cache_tokens,
+            },
+        )
+    if sections & {"all", "disagg"}:
+        yield (
+            "disaggregation",
+            {
+                "mode": "null",
+                "prefill_bootstrap_queue_reqs": 0,
+                "prefill_inflight_queue_reqs": 0,
+                "decode_prealloc_queue_reqs": 0,
+                "decode_transfer_queue_reqs": 0,
+                "decode_retracted_queue_reqs": 0,
+                "kv_transfer_speed_gb_s": 0.0,
+                "kv_transfer_latency_ms": 0.0,
+            },
+        )
+    if sections & {"all", "queues"}:
+        yield (
+            "queues",
+            {
+                "waiting": simulation.engine.waiting,
+                "grammar": 0,
+                "paused": 0,
+                "retracted": 0,
+                "prealloc_ready": 0,
+            },
+        )
+
+
+def metrics(simulation: Simulation) -> str:
+    """Prometheus text with the main names of the real server's `--enable-metrics`."""
+    core, stats = load(simulation, {"core"}), simulation.stats
+    labels = f'model_name="{simulation.config.model}",engine_type="unified"'
+    ranks = f'{labels},tp_rank="0",pp_rank="0",moe_ep_rank="0"'
+    gauges = {
+        "num_running_reqs": core["num_running_reqs"],
+        "num_queue_reqs": core["num_waiting_reqs"],
+        "num_used_tokens": core["num_used_tokens"],
+        "token_usage": core["token_usage"],
+        "gen_throughput": core["gen_throughput"],
+        "cache_hit_rate": core["cache_hit_rate"],
+        "utilization": core["utilization"],
+        "max_total_num_tokens": core["max_total_num_tokens"],
+    }
+    counters = {
+        ("prompt_tokens_total", 'is_streaming="False"'): stats.prompt_tokens,
+        ("generation_tokens_total", 'is_streaming="False"'): stats.completion_tokens,
+        ("cached_tokens_total", 'cache_source="device"'): stats.cached_tokens,
+        ("num_requests_total", 'is_streaming="False"'): stats.answered,
+        ("num_aborted_requests_total", ""): stats.aborted,
+    }
+    lines = []
+    for name, value in gauges.items():
+        lines += [f"# TYPE sglang:{name} gauge", f"sglang:{name}{{{ranks}}} {float(value)}"]
+    for (name, label), count in counters.items():
+        marked = f"{labels},{label}" if label else labels
+        lines += [f"# TYPE sglang:{name} counter", f"sglang:{name}{{{marked}}} {float(count)}"]
+    return "\n".join(lines) + "\n"

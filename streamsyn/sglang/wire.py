@@ -1,0 +1,120 @@
+"""What goes over the wire to an SGLang server (0.5) and what comes back; no I/O here.
+
+The chat route is OpenAI's, so any compatible server will do. Shapes of failures are SGLang's; two
+kinds of error object exist, `{"object": "error", "message": ...}` and `{"error": {"message": ...}}`,
+and either may come inside a 200.
+"""
+
+from typing import Any
+
+import orjson
+
+from streamsyn.errors import (
+    BrokenResponse,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    ServerUnavailable,
+)
+from streamsyn.records import Completion, Request
+
+CHAT = "/v1/chat/completions"
+MODELS = "/v1/models"
+HEALTH = "/health"
+ABORT = "/abort_request"
+
+_MISCONFIGURED = frozenset({401, 403, 404, 405})
+"""Statuses that say something about the server or the key, not about the request."""
+_SHOWN = 200
+
+
+def chat_body(request: Request, model: str, rid: str) -> bytes:
+    """The body of a chat request."""
+    return orjson.dumps({"model": model, "messages": request.messages, "rid": rid, **request.sampling})
+
+
+def parse_chat(status: int, body: bytes, server: str) -> Completion:
+    """The completion in a chat answer.
+
+    Raises:
+        ServerError: There is none; which one says what to do next.
+    """
+    if status != 200:
+        raise error_of(status, _message(body), server)
+    try:
+        answer = orjson.loads(body)
+        if (message := _error_message(answer)) is not None:
+            raise error_of(_error_code(answer), message, server)
+        choice, usage = answer["choices"][0], answer["usage"]
+        finish_reason = choice["finish_reason"]
+        completion = Completion(
+            text=choice["message"]["content"] or "",
+            finish_reason=finish_reason,
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+            completion_tokens=usage["completion_tokens"],
+            model=answer["model"],
+            server=server,
+            weight_version=(answer.get("metadata") or {}).get("weight_version"),
+        )
+    except orjson.JSONDecodeError as error:
+        raise BrokenResponse(f"{server} answered no JSON: {_shown(body)}") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BrokenResponse(f"{server} answered without {error}: {_shown(body)}") from error
+    if finish_reason not in ("stop", "length"):
+        raise BrokenResponse(f"{server} ended its answer with {finish_reason!r}")
+    return completion
+
+
+def error_of(status: int, message: str, server: str) -> ServerError:
+    """The error that an HTTP status (or the code of an error object) and its message stand for."""
+    said = f"{server} answered {status}: {message}"
+    if status == 429 or (status == 503 and "queue is full" in message):
+        return ServerBusy(said)
+    if status >= 500 or status == 408 or status in _MISCONFIGURED:
+        return ServerUnavailable(said)
+    if 400 <= status < 500:
+        return RequestRefused(said)
+    return BrokenResponse(said)
+
+
+def served_models(body: bytes) -> list[str]:
+    """Names in an answer of /v1/models.
+
+    Raises:
+        BrokenResponse: It is no such answer.
+    """
+    try:
+        return [model["id"] for model in orjson.loads(body)["data"]]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise BrokenResponse(f"{MODELS} is not answered as expected: {_shown(body)}") from error
+
+
+def _error_message(answer: Any) -> str | None:
+    """The message, if `answer` is an error object of either kind."""
+    if not isinstance(answer, dict):
+        return None
+    error = answer.get("error")
+    if isinstance(error, dict):
+        return str(error.get("message", error))
+    if isinstance(error, str):
+        return error
+    return str(answer.get("message")) if answer.get("object") == "error" else None
+
+
+def _error_code(answer: dict[str, Any]) -> int:
+    nested = answer.get("error")
+    code = nested.get("code") if isinstance(nested, dict) else answer.get("code")
+    return code if isinstance(code, int) else 500
+
+
+def _message(body: bytes) -> str:
+    try:
+        message = _error_message(orjson.loads(body))
+    except orjson.JSONDecodeError:
+        message = None
+    return message or _shown(body)
+
+
+def _shown(body: bytes) -> str:
+    return repr(body[:_SHOWN].decode(errors="replace")) if body else "(nothing)"

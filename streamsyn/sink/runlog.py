@@ -1,0 +1,106 @@
+"""The whole log of a run directory: contexts, rejects, samples, and what is known to be finished."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamsyn.config import SinkSection
+from streamsyn.records import Context, Outcome, Reject
+from streamsyn.sink import frames
+from streamsyn.sink.finished import Claims, FinishedKeys
+from streamsyn.sink.log import ShardLog, row_key
+from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.shard import OPEN_SUFFIX
+
+
+class RunLog:
+    """Opens the log of a run, taking up what an earlier one left. Every method may block.
+
+    Reads the manifest, the open shards, and those sealed shards that a kill kept from being
+    indexed (one, as a rule): what it costs does not grow with the number of outcomes.
+    """
+
+    def __init__(self, root: Path, sink: SinkSection) -> None:
+        self.root = root
+        self.manifest = Manifest(root / "manifest.jsonl")
+        self.manifest.cut_torn_line()
+        self._finished = FinishedKeys(root / "index" / "finished.sqlite")
+        self._finished.catch_up(self.manifest, root)
+        indexed = self._finished.add_shard
+        self.contexts = ShardLog(root, "contexts", self.manifest, sink, indexed)
+        self.rejects = ShardLog(root, "rejects", self.manifest, sink, indexed)
+        self.samples = ShardLog(root, "samples", self.manifest, sink)
+        self.samples.recover()
+        tail = [*self.contexts.recover(), *self.rejects.recover()]
+        self._finished.add_tail(row_key(row) for row in tail)
+
+    @property
+    def outcomes(self) -> int:
+        """Contexts and rejects in the log."""
+        return self.contexts.rows + self.rejects.rows
+
+    def claims(self) -> Claims:
+        """The set that tells the producer what need not be done again."""
+        return Claims(self._finished.path, self.root / "index" / "read.sqlite")
+
+    def append(self, outcomes: Sequence[Outcome]) -> list[tuple[int, Outcome]]:
+        """Write outcomes, so that they survive a kill of this process; each with its seq."""
+        contexts = [outcome for outcome in outcomes if isinstance(outcome, Context)]
+        rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+        written: list[tuple[int, Outcome]] = []
+        if contexts:
+            written += zip(self.contexts.append(contexts), contexts, strict=True)
+        if rejects:
+            written += zip(self.rejects.append(rejects), rejects, strict=True)
+        return written
+
+    def sync(self) -> None:
+        """Have all outcomes written so far survive a loss of power."""
+        self.contexts.sync()
+        self.rejects.sync()
+
+    def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
+        """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
+        return read_contexts(self.root, self.manifest, first_seq, end_seq)
+
+    def seal_outcomes(self) -> None:
+        """Seal what is open, at the end of the stream, and note where it ended."""
+        self.contexts.seal()
+        self.rejects.seal()
+        if not self.manifest.flushes or self.manifest.flushes[-1] != self.contexts.rows:
+            self.manifest.add_flush(self.contexts.rows)
+
+    def finish(self) -> None:
+        """Note that everything is done."""
+        self.samples.seal()
+        if self.manifest.final is None:
+            totals = {
+                "contexts": self.contexts.rows,
+                "rejects": self.rejects.rows,
+                "samples": self.samples.rows,
+            }
+            self.manifest.add_final(totals)
+
+    def close(self) -> None:
+        """Sync and leave open shards for a later run."""
+        for log in (self.contexts, self.rejects, self.samples):
+            log.close()
+        self._finished.close()
+
+
+def read_contexts(root: Path, manifest: Manifest, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
+    """Rows of contexts from `first_seq` up to, not with, `end_seq`, sealed and open ones."""
+    for path in shard_paths(root, manifest, "contexts", first_seq):
+        for row in frames.rows(path):
+            if row["seq"] >= end_seq:
+                return
+            if row["seq"] >= first_seq:
+                yield row
+
+
+def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:
+    """The shards of a kind that hold rows from `first_seq` on: the sealed ones, then the open one."""
+    for shard in manifest.of_kind(kind):
+        if shard.last_seq >= first_seq:
+            yield root / shard.path
+    yield from sorted((root / kind).glob(f"part-*{OPEN_SUFFIX}"))

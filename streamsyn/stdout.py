@@ -1,0 +1,51 @@
+"""Our stdout as a stream of samples that somebody reads, more or less quickly, or no longer."""
+
+import os
+import select
+import stat
+from collections.abc import Iterable
+
+from streamsyn.errors import ReaderGone
+
+_PIPE_CHUNK = 4096
+"""A pipe that polls as writable takes this much without blocking (POSIX: PIPE_BUF)."""
+
+
+class SampleStream:
+    """Takes stdout over: from now on nothing else gets there; what others print goes to stderr.
+
+    `write` blocks while the reader is slow: call it in a thread. `stop` ends a write that waits.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.dup(1)
+        os.dup2(2, 1)
+        is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._chunk = 1 << 20 if is_file else _PIPE_CHUNK
+        self._wake_read, self._wake_write = os.pipe()
+
+    def write(self, lines: Iterable[bytes]) -> None:
+        """Write whole lines.
+
+        Raises:
+            ReaderGone: The reader has closed its end, or `stop` was called.
+        """
+        for line in lines:
+            data = memoryview(line)
+            while data:
+                stopped, _, _ = select.select([self._wake_read], [self._fd], [])
+                if stopped:
+                    raise ReaderGone("stopped while the reader of stdout was not reading")
+                try:
+                    data = data[os.write(self._fd, data[: self._chunk]) :]
+                except BrokenPipeError:
+                    raise ReaderGone("the reader of stdout has gone away") from None
+
+    def stop(self) -> None:
+        """End a write that waits for the reader, from any thread."""
+        os.write(self._wake_write, b"x")
+
+    def close(self) -> None:
+        """Close our end: the reader sees the end of the stream."""
+        for fd in (self._fd, self._wake_read, self._wake_write):
+            os.close(fd)

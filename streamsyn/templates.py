@@ -1,0 +1,84 @@
+"""Jinja2 templates: the packaged ones and the user's, checked before anything is sent."""
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from streamsyn.errors import ConfigError
+
+
+class PromptTemplate:
+    """A template file; its blocks, where it has any, are rendered one by one.
+
+    Args:
+        name: How it is called in messages: a path.
+        source: Its text.
+        example: Variables it may use, with values to try it on.
+
+    Raises:
+        ConfigError: It is no valid template, or uses a variable that there is not.
+    """
+
+    def __init__(self, name: str, source: str, example: dict[str, Any]) -> None:
+        self.source = source
+        self._name = name
+        try:
+            self._template = _environment().from_string(source)
+            for block in self._template.blocks or [""]:
+                self.render(block, **example)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"template {name}:{error.lineno}: {error.message}") from error
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            there_are = ", ".join(sorted(example))
+            raise ConfigError(f"template {name}: {error}; the variables are {there_are}") from error
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the file is divided into blocks."""
+        return bool(self._template.blocks)
+
+    def render(self, block: str = "", **variables: Any) -> str:
+        """The text of a block, or of the whole file; empty when there is no such block."""
+        if not block:
+            return self._template.render(variables).strip()
+        parts = self._template.blocks.get(block)
+        if parts is None:
+            return ""
+        return "".join(parts(self._template.new_context(variables))).strip()
+
+
+def packaged(folder: str, name: str) -> str:
+    """The text of a template that comes with the package.
+
+    Raises:
+        ConfigError: There is no such template.
+    """
+    path = files("streamsyn") / "data" / folder / f"{name}.j2"
+    if not path.is_file():
+        raise ConfigError(f"there is no packaged template {folder}/{name}")
+    return path.read_text("utf-8")
+
+
+def read(path: Path) -> str:
+    """The text of a user's template.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the template {path}: {error}") from error
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # noqa: S701 - the output is a prompt, not HTML
+    )

@@ -1,0 +1,117 @@
+"""The simulator's parts by themselves: faults, configuration, engine, prefix cache, texts."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from streamsyn.errors import ConfigError
+from streamsyn.sglang.simulator.cache import PrefixCache, chain, extend
+from streamsyn.sglang.simulator.config import SimulatorConfig
+from streamsyn.sglang.simulator.engine import Engine, Work
+from streamsyn.sglang.simulator.faults import Fault, FaultPlan
+from streamsyn.sglang.simulator.text import Prose
+
+
+def test_rates_decide_the_same_way_for_a_seed() -> None:
+    """Which request meets which fault is fixed by the seed; shares come near the rates."""
+    rates: dict[str, float] = {Fault.RESET: 0.1, Fault.EMPTY: 0.3}
+    once, again, other = (FaultPlan(rates, seed) for seed in (1, 1, 2))
+    drawn = [once.decide(number, {}) for number in range(1, 2001)]
+    assert drawn == [again.decide(number, {}) for number in range(1, 2001)]
+    assert drawn != [other.decide(number, {}) for number in range(1, 2001)]
+    assert 150 <= drawn.count(Fault.RESET) <= 250
+    assert 520 <= drawn.count(Fault.EMPTY) <= 680
+
+
+def test_a_script_comes_before_the_rates() -> None:
+    """A sequence decides while it lasts; a function decides always."""
+    listed = FaultPlan({Fault.RESET: 1.0}, 0, [None, Fault.EMPTY])
+    assert [listed.decide(number, {}) for number in (1, 2, 3)] == [None, Fault.EMPTY, Fault.RESET]
+    called = FaultPlan(
+        {Fault.RESET: 1.0}, 0, lambda number, body: Fault.QA if body.get("x") == number else None
+    )
+    assert [called.decide(number, {"x": 2}) for number in (1, 2, 3)] == [None, Fault.QA, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"faults": {"flood": 0.1}}, "'flood'"),
+        ({"faults": {"reset": 1.5}}, "'reset'"),
+        ({"faults": {"reset": 0.6, "stall": 0.6}}, "more than 1"),
+        ({"slots": 0}, "slots"),
+        ({"latency_ms": -1}, "latency_ms"),
+        ({"keep_alive_s": 0}, "keep_alive_s"),
+        ({"queue_limit": -1}, "queue_limit"),
+    ],
+)
+def test_wrong_configuration_is_named(fields: dict[str, Any], named: str) -> None:
+    """What cannot be simulated is refused by name."""
+    with pytest.raises(ConfigError, match=named):
+        SimulatorConfig(**fields)
+
+
+async def test_slots_pass_on_in_order_of_arrival() -> None:
+    """Whoever leaves gives the slot to the first in the queue, also when others have left the queue."""
+    engine = Engine(slots=1, queue_limit=None, cache_tokens=0)
+    works = [Work(str(number), "prompt") for number in range(4)]
+    for work in works:
+        engine.enter(work)
+    engine.leave(works[1])  # cancelled while waiting
+    engine.leave(works[0])
+    assert [work.running for work in works[2:]] == [True, False]
+    engine.abort("2", exact=True)
+    engine.leave(works[2])
+    engine.leave(works[3])
+    assert (engine.running, engine.waiting, engine.running_tokens, engine.waiting_tokens) == (0, 0, 0, 0)
+
+
+def test_the_cache_forgets_leaves_first() -> None:
+    """Beyond its capacity the cache drops the ends of the least recently used prefixes."""
+    cache = PrefixCache(4 * 64)
+    old, new = chain("a" * 256 * 3), chain("b" * 256 * 2)
+    cache.insert(old)
+    cache.insert(new)
+    assert cache.tokens == 4 * 64
+    assert cache.match(new, 10**6) == 2 * 64
+    assert cache.match(old, 10**6) == 2 * 64
+    assert cache.match(old, 100) == 64
+    assert PrefixCache(0).match(old, 10**6) == 0
+
+
+def test_keys_of_a_longer_prompt_extend_those_of_the_shorter() -> None:
+    """Extending gives the keys that the joined text has."""
+    prompt, output = "geese " * 150, "fly south " * 90
+    assert extend(chain(prompt), prompt, output) == chain(prompt + output)
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    """The runs of five words in `text`."""
+    words = text.split()
+    return set(zip(*(words[start:] for start in range(5)), strict=False))
+
+
+def test_texts_do_not_repeat_themselves() -> None:
+    """Texts have about the wanted length, and hardly a run of five words comes twice in one, however long."""
+    prose = Prose(0)
+    assert all(120 <= len(prose.write(150).split()) <= 180 for _ in range(200))
+    for words in (150, 2000, 20_000):
+        text = prose.write(words)
+        assert len(runs(text)) > 0.85 * (len(text.split()) - 4)
+
+
+def test_texts_differ_from_each_other() -> None:
+    """No two of many texts share more than a small part of their runs of five words."""
+    prose = Prose(0)
+    for words, count in ((150, 200), (2000, 20)):
+        found = [runs(prose.write(words)) for _ in range(count)]
+        pairs = [len(one & other) / len(one | other) for one, other in itertools.combinations(found, 2)]
+        assert max(pairs) < 0.2
+        assert sum(pairs) / len(pairs) < 0.02
+
+
+def test_texts_are_fixed_by_the_seed() -> None:
+    """The same seed writes the same texts, another seed others."""
+    assert Prose(1).write(150) == Prose(1).write(150) != Prose(2).write(150)
+    assert len(Prose(1).write(4).split()) == 4

@@ -1,0 +1,310 @@
+"""The queue between two stages: nothing lost, nothing doubled, never too long, nobody left waiting."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamsyn.queues import BoundedQueue
+
+STEPS = st.sampled_from(
+    ["put", "put", "put", "get", "get", "get", "cancel_writer", "cancel_reader", "step", "settle"]
+    + ["get_nowait", "discard"]
+)
+
+
+async def settle() -> None:
+    """Let every asyncio task run until it waits for another one (or is done)."""
+    for _ in range(60):
+        await asyncio.sleep(0)
+
+
+class Traffic:
+    """Writers and readers at one queue, and what went through it in which order."""
+
+    def __init__(self, maxsize: int, stages: asyncio.TaskGroup) -> None:
+        self.queue: BoundedQueue[int] = BoundedQueue(maxsize)
+        self.accepted: list[int] = []
+        self.taken: list[int] = []
+        self.writers: list[asyncio.Task[None]] = []
+        self.readers: list[asyncio.Task[None]] = []
+        self._stages = stages
+
+    async def step(self, name: str, number: int) -> None:
+        """Do one thing; `number` picks the item, or who is cancelled."""
+        match name:
+            case "put":
+                self.writers.append(self._stages.create_task(self._put(len(self.writers))))
+            case "get":
+                self.readers.append(self._stages.create_task(self._get()))
+            case "cancel_writer" if self.writers:
+                self.writers[number % len(self.writers)].cancel()
+            case "cancel_reader" if self.readers:
+                self.readers[number % len(self.readers)].cancel()
+            case "get_nowait":
+                self.taken += self.queue.get_nowait(number % 3)
+            case "discard":
+                at = len(self.taken)
+                self.taken += self.accepted[at : at + self.queue.discard()]
+            case "step":
+                await asyncio.sleep(0)
+            case "settle":
+                await settle()
+                self.check_that_nobody_waits_in_vain()
+
+    def check_that_nobody_waits_in_vain(self) -> None:
+        """No reader waits beside an item, no writer beside room."""
+        if any(not reader.done() for reader in self.readers):
+            assert len(self.queue) == 0
+        if any(not writer.done() for writer in self.writers):
+            assert len(self.queue) == self.queue.maxsize
+
+    async def _put(self, item: int) -> None:
+        try:
+            await self.queue.put(item)
+        except RuntimeError:
+            assert self.queue.closed
+        else:
+            self.accepted.append(item)
+
+    async def _get(self) -> None:
+        async for item in self.queue:
+            self.taken.append(item)
+            return
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    maxsize=st.integers(1, 3),
+    steps=st.lists(st.tuples(STEPS, st.integers(0, 50)), max_size=50),
+    close_at=st.integers(0, 60),
+)
+async def test_nothing_is_lost_or_doubled(maxsize: int, steps: list[tuple[str, int]], close_at: int) -> None:
+    """Whoever is cancelled whenever: what was put comes out once, in order, and nobody hangs."""
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        traffic = Traffic(maxsize, stages)
+        for index, (name, number) in enumerate(steps):
+            if index == close_at:
+                traffic.queue.close()
+            await traffic.step(name, number)
+            assert len(traffic.queue) <= maxsize
+        traffic.queue.close()
+    rest = [item async for item in traffic.queue]
+
+    assert traffic.accepted == traffic.taken + rest
+
+
+async def test_items_come_out_in_order() -> None:
+    """Readers get the items in the order in which they were put, then the end."""
+    queue: BoundedQueue[int] = BoundedQueue(2)
+
+    async def put_all() -> None:
+        for number in range(100):
+            await queue.put(number)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        stages.create_task(put_all()).add_done_callback(lambda _: queue.close())
+        items = [item async for item in queue]
+
+    assert list(range(100)) == items
+
+
+async def test_a_full_queue_makes_the_writer_wait() -> None:
+    """A put beyond `maxsize` waits until an item is taken."""
+    queue: BoundedQueue[str] = BoundedQueue(1)
+    await queue.put("first")
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        writing = stages.create_task(queue.put("second"))
+        await settle()
+        waited = not writing.done()
+        first = await anext(queue)
+    second = await anext(queue)
+
+    assert (True, "first", "second") == (waited, first, second)
+
+
+@pytest.mark.parametrize("maxsize", [0, -1])
+def test_a_queue_without_room_is_refused(maxsize: int) -> None:
+    """A queue holds at least one item."""
+    with pytest.raises(ValueError, match="at least one item"):
+        BoundedQueue(maxsize)
+
+
+async def test_close_wakes_every_reader() -> None:
+    """All readers that wait on an empty queue see its end."""
+    queue: BoundedQueue[int] = BoundedQueue(1)
+
+    async def read() -> list[int]:
+        return [item async for item in queue]
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        readers = [stages.create_task(read()) for _ in range(5)]
+        await settle()
+        queue.close()
+
+    assert [[]] * 5 == [reader.result() for reader in readers]
+
+
+async def test_close_wakes_every_writer() -> None:
+    """All writers that wait for room are told that the queue is closed, and their items stay out."""
+    queue: BoundedQueue[int] = BoundedQueue(1)
+    await queue.put(0)
+
+    async def write(item: int) -> str:
+        with pytest.raises(RuntimeError) as raised:
+            await queue.put(item)
+        return str(raised.value)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        writers = [stages.create_task(write(item)) for item in range(1, 6)]
+        await settle()
+        queue.close()
+
+    assert ["put on a closed queue"] * 5 == [writer.result() for writer in writers]
+    assert [0] == [item async for item in queue]
+
+
+async def test_readers_get_what_is_left_after_close() -> None:
+    """A closed queue takes nothing more, and still gives what it holds; closing twice is harmless."""
+    queue: BoundedQueue[int] = BoundedQueue(3)
+    await queue.put(1)
+    await queue.put(2)
+
+    queue.close()
+    queue.close()
+    with pytest.raises(RuntimeError, match="put on a closed queue"):
+        await queue.put(3)
+
+    assert queue.closed
+    assert [1, 2] == [item async for item in queue]
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        pytest.param(lambda queue: queue.discard(), id="discard"),
+        pytest.param(lambda queue: len(queue.get_nowait(3)), id="get_nowait"),
+    ],
+)
+async def test_taking_many_lets_as_many_writers_in(free: Callable[[BoundedQueue[int]], int]) -> None:
+    """Discarding, or taking all at once, makes room for every writer that waits for it."""
+    queue: BoundedQueue[int] = BoundedQueue(3)
+    for item in range(3):
+        await queue.put(item)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        for item in range(3, 6):
+            stages.create_task(queue.put(item))
+        await settle()
+        freed = free(queue)
+
+    assert 3 == freed
+    assert [3, 4, 5] == queue.get_nowait(10)
+
+
+async def test_get_nowait_takes_no_more_than_the_limit() -> None:
+    """What is there now, at most so many; from an empty queue nothing."""
+    queue: BoundedQueue[int] = BoundedQueue(3)
+    for item in range(3):
+        await queue.put(item)
+
+    assert [[0, 1], [2], []] == [queue.get_nowait(2) for _ in range(3)]
+
+
+async def test_a_stage_cancelled_before_its_first_step_closes_the_queue() -> None:
+    """`close` as a done-callback works where a `finally` inside the stage would never be reached."""
+    queue: BoundedQueue[int] = BoundedQueue(1)
+
+    async def produce() -> None:
+        try:
+            await queue.put(1)
+        finally:
+            queue.close()
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        producing = stages.create_task(produce())
+        producing.add_done_callback(lambda _: queue.close())
+        producing.cancel()
+        items = [item async for item in queue]
+
+    assert [] == items
+
+
+async def test_a_bug_in_a_reader_does_not_leave_writers_hanging() -> None:
+    """When a task group cancels the writers of a full queue, all of it ends."""
+    queue: BoundedQueue[int] = BoundedQueue(1)
+
+    async def produce() -> None:
+        for number in range(10):
+            await queue.put(number)
+
+    async def consume() -> None:
+        raise KeyError(await anext(queue))
+
+    with pytest.raises(ExceptionGroup) as raised:
+        async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+            stages.create_task(produce()).add_done_callback(lambda _: queue.close())
+            stages.create_task(consume())
+
+    assert [KeyError] == [type(error) for error in raised.value.exceptions]
+    assert queue.closed
+
+
+async def test_a_reader_cancelled_after_its_wake_up_passes_the_turn_on() -> None:
+    """The item that woke a cancelled reader goes to the next one."""
+    queue: BoundedQueue[str] = BoundedQueue(1)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        first = stages.create_task(anext(queue))
+        second = stages.create_task(anext(queue))
+        await settle()
+        await queue.put("item")  # wakes the first one, which has not run yet
+        first.cancel()
+
+    assert first.cancelled()
+    assert "item" == second.result()
+
+
+async def test_a_reader_cancelled_before_the_wake_up_takes_none() -> None:
+    """A put skips a reader that has been cancelled and has not noticed yet."""
+    queue: BoundedQueue[str] = BoundedQueue(1)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        first = stages.create_task(anext(queue))
+        second = stages.create_task(anext(queue))
+        await settle()
+        first.cancel()
+        await queue.put("item")
+
+    assert first.cancelled()
+    assert "item" == second.result()
+
+
+async def test_a_writer_cancelled_after_its_wake_up_passes_the_turn_on() -> None:
+    """The room that woke a cancelled writer goes to the next one."""
+    queue: BoundedQueue[str] = BoundedQueue(1)
+    await queue.put("there")
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        first = stages.create_task(queue.put("first"))
+        stages.create_task(queue.put("second"))
+        await settle()
+        taken = queue.get_nowait(1)  # wakes the first writer, which has not run yet
+        first.cancel()
+
+    assert ["there"] == taken
+    assert ["second"] == queue.get_nowait(1)
+
+
+async def test_its_text_says_how_full_it_is() -> None:
+    """`repr` is for logs: items, room, state."""
+    queue: BoundedQueue[int] = BoundedQueue(2)
+    await queue.put(1)
+    is_open = repr(queue)
+    queue.close()
+
+    assert "<BoundedQueue 1/2 open>" == is_open
+    assert "<BoundedQueue 1/2 closed>" == repr(queue)
