@@ -73,3 +73,17 @@ class LaunchError(StreamsynError):
 
 class SinkError(StreamsynError):
     """Raised when the log cannot be written; what is on disk stays valid and resumable."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The one error to tell of, out of a group of asyncio tasks that failed together.
+
+    A bug before a log that cannot be written, that before a mistake of the user's, that before a stop.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    order = (StoppedEarly, ConfigError, StreamsynError)
+    causes = [root_cause(part) for part in error.exceptions]
+    return max(
+        causes, key=lambda cause: next((n for n, kind in enumerate(order) if isinstance(cause, kind)), 9)
+    )

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from streamsyn.config import Config
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
 from streamsyn.seeds.reader import SeedReader
@@ -17,23 +18,15 @@ class Producer:
     Args:
         reader: Where entries come from.
         claims: What has been read and what is finished.
-        contexts_per_seed: Drafts a seed.
-        limit: Seeds to take at most; None takes all.
+        config: Says how many drafts a seed gets, and how many seeds are taken.
         counters: Told what is read.
     """
 
-    def __init__(
-        self,
-        reader: SeedReader,
-        claims: Claims,
-        contexts_per_seed: int,
-        limit: int | None,
-        counters: Counters,
-    ) -> None:
+    def __init__(self, reader: SeedReader, claims: Claims, config: Config, counters: Counters) -> None:
         self._reader = reader
         self._claims = claims
-        self._drafts = range(contexts_per_seed)
-        self._limit = limit
+        self._drafts = range(config.recipe.contexts_per_seed)
+        self._limit = config.seeds.limit
         self._counters = counters
         self._taken = 0
 

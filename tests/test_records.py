@@ -1,5 +1,7 @@
 """Keys and ids: the same on every machine, and no two things share one by accident."""
 
+# ruff: noqa: SIM300 - what is expected stands first
+
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
@@ -17,7 +19,10 @@ def test_a_digest_is_the_same_everywhere() -> None:
     assert "7c86fbf6d61767219ebb4b80586136c5" == digest("Who?", b"Ada.").hex()
 
 
-@given(parts=st.lists(st.text(st.characters(codec="utf-8"))), other=st.lists(st.text(st.characters(codec="utf-8"))))
+@given(
+    parts=st.lists(st.text(st.characters(codec="utf-8"))),
+    other=st.lists(st.text(st.characters(codec="utf-8"))),
+)
 def test_digests_differ_where_parts_do(parts: list[str], other: list[str]) -> None:
     """Not only the text counts but also where one part ends and the next begins."""
     assert (parts == other) == (digest(*parts) == digest(*other))

@@ -22,7 +22,9 @@ inputs() {
     sha256sum | cut -d ' ' -f 1
 }
 
-finished() { [[ -f $home/stamp && $(<"$home/stamp") == "$(inputs)" ]]; }
+finished() {
+  [[ -x $home/venv/bin/python && -f $home/model/config.json && -f $home/stamp && $(<"$home/stamp") == "$(inputs)" ]]
+}
 
 # uv installs in a fifth of pip's time (it downloads and unpacks in parallel), but does not read pip's settings.
 # Pass on where this machine's pip is told to look, with pip's rule that the best version of all places wins.
@@ -59,15 +61,21 @@ prune() {
 # (7 s longer each), at every start where PYTHONDONTWRITEBYTECODE is set.
 compile() {
   local site=$1
-  "$home/venv/bin/python" -m compileall -qq -j 0 -x '/(tests?|testing|multimodal_gen|jedi)/' "$site" >/dev/null || true
+  local never_imported='site-packages/(.*/)?(tests?|testing|multimodal_gen|jedi)/'
+  # Not all of what remains compiles: some packages ship templates and Python 2.
+  "$home/venv/bin/python" -m compileall -qq -j 0 -x "$never_imported" "$site" >/dev/null || true
 }
 
 install() {
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    say "needs Python 3.11 or newer; name one with PYTHON=..."
+    exit 1
+  fi
   rm -rf "$home/stamp" "$home/venv" "$home/model" "$home/${model_name:?}" "$home/build"
   mkdir -p "$home/build"
   trap 'rm -rf "$home/build"' EXIT
 
-  say "installing into $home: 0.6 GB to download, 2.1 GB on disk, about a minute on two cores"
+  say "installing into $home: 0.6 GB to download, 2.2 GB on disk, a minute or two on two cores"
   "$python" -m venv --without-pip "$home/venv"
   install_packages
   local site
@@ -78,8 +86,9 @@ install() {
   compile "$site"
 
   say "converting the model $model_name"
-  if ! "$home/venv/bin/python" "$here/convert_model.py" "$home/build/gguf" "$home/$model_name" >"$home/build/log" 2>&1; then
-    cat "$home/build/log" >&2
+  local log=$home/build/convert.log
+  if ! "$home/venv/bin/python" "$here/convert_model.py" "$home/build/gguf" "$home/$model_name" >"$log" 2>&1; then
+    cat "$log" >&2
     say "the model could not be converted"
     exit 1
   fi

@@ -6,7 +6,7 @@ bytes. A small file, written now and then, keeps a resume from reading the whole
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -39,13 +39,48 @@ class AssemblyStore(Protocol):
         ...
 
 
+class SampleOutlet(Protocol):
+    """Where samples go. May block."""
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        """Take samples over: when this returns they are recorded.
+
+        Raises:
+            StoppedEarly: Whoever reads them has gone away.
+            SinkError: They cannot be written.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End a `deliver` that waits for a slow reader, from any thread."""
+        ...
+
+
+class NoAssembly:
+    """Stands in where `assembly.write` is off."""
+
+    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+        """Let contexts pass."""
+        async for _ in contexts:
+            pass
+
+    def stop(self) -> None:
+        """There is nothing to stop."""
+
+    def finish(self) -> None:
+        """There is nothing to finish."""
+
+    def save(self) -> None:
+        """There is nothing to save."""
+
+
 class AssemblyStage:
-    """Makes samples and passes them to `deliver`, each once.
+    """Makes samples and passes them to `outlet`, each once.
 
     Args:
         assembler: A new one.
         store: The disk.
-        deliver: Takes samples, in a thread; may raise, which ends the stage.
+        outlet: Takes samples.
         logged: Contexts that the log holds at the start.
         delivered: Samples that were delivered by earlier runs.
         flushes: Numbers of contexts at which earlier streams ended.
@@ -55,7 +90,7 @@ class AssemblyStage:
         self,
         assembler: Assembler,
         store: AssemblyStore,
-        deliver: Callable[[Sequence[Sample]], None],
+        outlet: SampleOutlet,
         *,
         logged: int,
         delivered: int,
@@ -63,7 +98,7 @@ class AssemblyStage:
     ) -> None:
         self._assembler = assembler
         self._store = store
-        self._deliver = deliver
+        self._outlet = outlet
         self._logged = logged
         self._delivered = delivered
         self._flushes = flushes
@@ -81,6 +116,7 @@ class AssemblyStage:
     def stop(self) -> None:
         """Make no more samples: the log has what they are made of."""
         self._stopped.set()
+        self._outlet.stop()
 
     def finish(self) -> None:
         """At the end of the stream, in a thread: what still waits is made with what there is."""
@@ -133,5 +169,5 @@ class AssemblyStage:
         first = self._assembler.samples - len(samples)
         new = samples[max(0, self._delivered - first) :]
         if new:
-            self._deliver(new)
+            self._outlet.deliver(new)
             self._delivered += len(new)

@@ -13,7 +13,7 @@ from streamsyn.seeds.lines import split_lines
 from streamsyn.seeds.parse import SeedParser
 
 CHUNK_BYTES = 256 * 1024
-ZSTD_CHUNK_BYTES = 256
+ZSTD_CHUNK_BYTES = 64
 """Four bytes can stand for a block of 128 KiB: so few are decompressed at once that memory is bounded."""
 BATCH_ROWS = 256
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")

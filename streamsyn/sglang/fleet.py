@@ -10,6 +10,7 @@ from random import Random
 
 import structlog
 
+from streamsyn.background import Background, background
 from streamsyn.config import FleetSection
 from streamsyn.errors import (
     ConfigError,
@@ -21,7 +22,6 @@ from streamsyn.errors import (
     ServerUnavailable,
 )
 from streamsyn.records import Attempt, Completion, Request
-from streamsyn.sglang.background import Background, background
 from streamsyn.sglang.backoff import RetryBudget, full_jitter
 from streamsyn.sglang.client import ServerClient, open_session
 from streamsyn.sglang.health import Health
@@ -35,8 +35,8 @@ log = structlog.get_logger()
 class Fleet:
     """The servers of a run. Made by `open_fleet`.
 
-    Each request carries a rid of fixed width that starts with the run's own, because servers abort
-    by prefix: one call drops all that a run has under way, and none drops another's.
+    Each try carries a rid of its own, all of one width: a server refuses a rid that it still has,
+    and aborts every request whose rid begins with the one it is given.
     """
 
     def __init__(
@@ -124,13 +124,6 @@ class Fleet:
                 server.health.ejected = True
                 self._tasks.start(self._probe(server), name=f"probe-{server.url}")
 
-    async def drop_all(self) -> None:
-        """Have every server drop what this run still has under way."""
-        async with asyncio.TaskGroup() as group:
-            for server in self.servers:
-                if not server.health.ejected:
-                    group.create_task(_abort(server, self._run_rid), name=f"abort-{server.url}")
-
     def close(self) -> None:
         """Stop the timers."""
         self._placement.close()
@@ -143,7 +136,8 @@ class Fleet:
             return await server.client.chat(request, self.model, rid)
         except (ServerTimeout, asyncio.CancelledError):
             # A server goes on with a request whose client has left, for seconds at the least.
-            self._tasks.start(_abort(server, rid), name=f"abort-{rid}")
+            # By its whole rid: with one tokenizer worker, the default, a prefix of it aborts nothing.
+            self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True)
             raise
 
     async def _ask_each(self, served: dict[str, list[str]]) -> None:
@@ -228,7 +222,6 @@ async def open_fleet(
             yield fleet
         finally:
             fleet.close()
-            await fleet.drop_all()  # bounded: each abort has its time
 
 
 async def _abort(server: Server, rid: str) -> None:

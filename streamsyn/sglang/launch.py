@@ -26,6 +26,7 @@ from streamsyn.sglang.launch_command import (
     LaunchCommand,
     find_python,
     has_gpu,
+    is_cpu_install,
     served_name,
     server_command,
 )
@@ -34,7 +35,7 @@ PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 10.0  # /health generates a token: about a second on a quiet CPU, several on a busy one
 STOP_TIMEOUT_S = 20.0
 
-# As Ctrl-C would: 3 s to a clean end. SIGTERM takes 6 s when it goes to the group (the API server finds its
+# As Ctrl-C would: 0.5 to 3 s to a clean end. SIGTERM takes 6 s when it goes to the group (the API server finds its
 # scheduler dead and waits to diagnose that) and 11 s when it goes to the API server alone.
 STOP_SIGNAL = signal.SIGINT
 
@@ -179,8 +180,9 @@ async def launched(
     """A healthy SGLang server for `model` on a free port of this machine, watched while the body runs."""
 
     def prepared() -> LaunchedServer:
-        port = free_port()
-        command = server_command(find_python(python), model, port, gpu=has_gpu(), extra_args=extra_args)
+        port, interpreter = free_port(), find_python(python)
+        gpu = has_gpu() and not is_cpu_install(interpreter)
+        command = server_command(interpreter, model, port, gpu=gpu, extra_args=extra_args)
         return LaunchedServer(command, port=port, model=served_name(model), log_path=log_path)
 
     server = await asyncio.to_thread(prepared)

@@ -17,7 +17,7 @@ SOURCE_TREE = Path(__file__).parents[2]
 
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "xgrammar", "--disable-overlap-schedule", "--disable-cuda-graph"),
+    *("--grammar-backend", "xgrammar", "--disable-overlap-schedule"),
     # 0.7 GB of KV cache for the packaged model, where a share of the memory would be 1.8 GB and 10 s.
     *("--mem-fraction-static", "0.1", "--max-total-tokens", "32768", "--max-running-requests", "32"),
     # Idle without spinning; /health generates a token anyway, so a warm-up would only delay it.
@@ -37,6 +37,11 @@ def has_gpu() -> bool:
     """Whether this machine has a GPU; asks the file system alone, which is quick and cannot hang."""
     devices = (Path("/dev/nvidia0"), Path("/dev/kfd"))
     return any(device.exists() for device in devices) or shutil.which("nvidia-smi") is not None
+
+
+def is_cpu_install(python: Path) -> bool:
+    """Whether this is the interpreter of `INSTALLER`, which cannot use a GPU even where there is one."""
+    return any(python.parents[1].glob("lib/python*/site-packages/sglang_cpu_server.py"))
 
 
 def served_name(model: str | Path) -> str:

@@ -7,6 +7,7 @@ from typing import IO
 
 TAIL_BYTES = 64 * 1024
 LINE_CHARS = 300
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 AN_ERROR = re.compile(r"(Error|Exception)\b|\b(error|FATAL|No module named)\b")
 
 
@@ -34,5 +35,5 @@ def _lines(path: Path, start: int) -> list[str]:
     with path.open("rb") as log:
         end = log.seek(0, 2)
         log.seek(max(start, end - TAIL_BYTES))
-        text = log.read().decode(errors="replace")
+        text = COLOUR.sub("", log.read().decode(errors="replace"))
     return [line.strip()[:LINE_CHARS] for line in text.splitlines() if line.strip()]

@@ -14,6 +14,11 @@ CHUNK_BYTES = 1 << 20
 SUFFIXES = {"none": ".jsonl", "zstd": ".jsonl.zst"}
 
 
+def line(row: dict[str, Any]) -> bytes:
+    """A row as the log has it."""
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+
+
 def encode(lines: bytes, compression: str) -> bytes:
     """The bytes to append for some whole lines."""
     if compression == "none":

@@ -113,7 +113,7 @@ class ShardLog:
             self._shard = OpenShard(self._path(self._number), self._kind, self.rows)
         lines = []
         for record in records:
-            lines.append(_line(self.rows, record))
+            lines.append(encode_row(self.rows, record))
             self.rows += 1
             if self._on_sealed is not None and not isinstance(record, Sample):
                 self._keys += record.key
@@ -128,7 +128,8 @@ class ShardLog:
         return self._root / self._kind / f"part-{number:06d}{suffix}"
 
 
-def _line(seq: int, record: Record) -> bytes:
+def encode_row(seq: int, record: Record) -> bytes:
+    """The line of a record in the log."""
     body = orjson.dumps(record, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
     return b'{"seq":%d,%s' % (seq, body[1:])
 

@@ -4,13 +4,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from streamsyn.config import SinkSection
 from streamsyn.records import Context, Outcome, Reject
 from streamsyn.sink import frames
 from streamsyn.sink.finished import Claims, FinishedKeys
 from streamsyn.sink.log import ShardLog, row_key
 from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.rundir import write_whole
 from streamsyn.sink.shard import OPEN_SUFFIX
+
+_STATE = "assembly.json"
 
 
 class RunLog:
@@ -62,6 +67,19 @@ class RunLog:
     def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
         """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
         return read_contexts(self.root, self.manifest, first_seq, end_seq)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """Where assembly stood when it was last saved; None when that is lost."""
+        try:
+            state: dict[str, Any] = orjson.loads((self.root / _STATE).read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return None
+        return state
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Keep where assembly stands. The samples made so far are on disk before it says so."""
+        self.samples.sync()
+        write_whole(self.root / _STATE, orjson.dumps(state))
 
     def seal_outcomes(self) -> None:
         """Seal what is open, at the end of the stream, and note where it ended."""

@@ -25,7 +25,7 @@ from streamsyn.sglang.launch import LaunchedServer, free_port, launched, supervi
 from streamsyn.sglang.launch_command import LaunchCommand, find_packaged_model, find_python, server_command
 
 SERVER = '''
-"""SERVER MODE PORT NEWS_PORT: answers /health, exits on any POST, and has one child that only SIGKILL ends."""
+"""SERVER MODE PORT NEWS_PORT: answers /health, exits on a POST, has one child that only SIGKILL ends."""
 import http.server, os, signal, socket, subprocess, sys
 
 mode, port, news_port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -47,7 +47,7 @@ if mode != "alone":
     child.stdout.readline()
 if mode == "slow":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    print("loading weights", flush=True)
+    print("\\033[1mloading weights\\033[0m", flush=True)
     signal.sigwaitinfo([signal.SIGUSR1])
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -116,8 +116,11 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(script: Path, news: News, tmp_path: Path) -> Callable[[str], LaunchedServer]:
-    """Makes a server, not yet started, that behaves as its mode says."""
+def server(
+    script: Path, news: News, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], LaunchedServer]:
+    """Makes a server, not yet started, that behaves as its mode says; it starts faster than SGLang."""
+    monkeypatch.setattr(launch, "PROBE_INTERVAL_S", 0.05)
 
     def make(mode: str) -> LaunchedServer:
         port = free_port()
@@ -260,6 +263,17 @@ def test_a_folder_that_is_called_sglang_is_not_sglang(
         find_python()
 
 
+def test_the_installed_sglang_is_known_by_its_launcher(home: Path) -> None:
+    """It is started as on a CPU machine, whatever the machine has."""
+    installed = python_at(home / "venv/bin/python")
+    assert not launch_command.is_cpu_install(installed)
+
+    (home / "venv/lib/python3.11/site-packages").mkdir(parents=True)
+    (home / "venv/lib/python3.11/site-packages/sglang_cpu_server.py").touch()
+
+    assert launch_command.is_cpu_install(installed)
+
+
 def test_without_any_sglang_the_error_says_what_to_do(home: Path) -> None:
     """One line, with the flag, the variable and the installer."""
     with pytest.raises(ConfigError) as caught:
@@ -346,7 +360,7 @@ async def test_a_server_that_does_not_answer_in_time_is_ended(
 async def test_while_a_server_starts_its_last_line_is_told(
     server: Callable[[str], LaunchedServer], news: News
 ) -> None:
-    """About once a second, with the time so far. This server goes on only once its line was seen."""
+    """At every probe, with the time so far. This server goes on only once its line was seen."""
     slow = server("slow")
     told: list[tuple[float, str]] = []
 

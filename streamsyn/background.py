@@ -7,19 +7,24 @@ from typing import Any
 
 
 class Background:
-    """Tasks of a group that end, at the latest, with the block that opened it."""
+    """Tasks of a group that end with the block that opened it: cancelled, or finished if they must be."""
 
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self._group = group
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
-    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Run `work` beside everything else; not at all when the block is ending."""
+    def start(self, work: Coroutine[Any, Any, None], name: str, *, finish: bool = False) -> None:
+        """Run `work` beside everything else; not at all when the block is ending.
+
+        With `finish`, the block waits for it at its end: it must be bounded in time.
+        """
         if self._closing:
             work.close()
             return
         task = self._group.create_task(work, name=name)
+        if finish:
+            return
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

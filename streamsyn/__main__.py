@@ -1,0 +1,3 @@
+from streamsyn.cli import main
+
+main()

@@ -1,0 +1,235 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import streamsyn
+from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError
+from streamsyn.sglang.simulator.command import simulate
+
+if TYPE_CHECKING:
+    from streamsyn.config import Config
+
+EXIT_OTHER = 1
+EXIT_USAGE = 2
+EXIT_REJECTS = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+Command = Callable[..., Any]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(streamsyn.__version__)
+def cli() -> None:
+    """Write long contexts for short instruction-answer pairs, and make training samples of them.
+
+    \b
+    Exit codes: 0 every seed has an outcome; 2 usage or configuration; 3 too many rejects;
+    75 stopped early, run again to go on; 1 anything else.
+    """  # noqa: D301 - click keeps the lines of a paragraph that begins with a backspace
+
+
+cli.add_command(simulate)
+
+
+def run_options(command: Command) -> Command:
+    """The options of `run` and of what behaves as `run`."""
+    options = [
+        click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False)),
+        click.option(
+            "--seeds",
+            multiple=True,
+            metavar="PATH|-",
+            help="File, directory, glob, or - for NDJSON on stdin. Repeatable.",
+        ),
+        click.option("--server", multiple=True, metavar="URL", help="An SGLang server. Repeatable."),
+        click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take at most N seeds."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a key of the configuration. Repeatable.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@run_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Run directory; an existing one is resumed.",
+)
+@click.option(
+    "--stdout", "to_stdout", is_flag=True, help="Print samples as NDJSON; nothing else gets to stdout."
+)
+@click.option("--no-progress", is_flag=True, help="Plain log lines, even on a terminal.")
+@click.option("--log-json", is_flag=True, help="Log lines as JSON.")
+@click.option("--launch", metavar="MODEL", help="Start an SGLang server for MODEL, for this run.")
+@click.option(
+    "--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang, for --launch."
+)
+@click.option(
+    "--sglang-arg", multiple=True, metavar="FLAG", help="A further flag for the launched server. Repeatable."
+)
+def run(**given: Any) -> None:
+    """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off."""
+    from streamsyn.run import RunRequest
+    from streamsyn.run import run as run_pipeline
+    from streamsyn.stdout import SampleStream
+    from streamsyn.summary import closing_lines
+    from streamsyn.telemetry import configure_logs
+
+    configure_logs(as_json=given["log_json"])
+    config = _resolve(given, given["out"])
+    if given["launch"] and given["server"]:
+        raise ConfigError("--launch starts a server; give it or --server, not both")
+    stream = SampleStream() if given["to_stdout"] else None
+    request = RunRequest(
+        config=config,
+        out=given["out"],
+        api_key=os.environ.get("STREAMSYN_API_KEY"),
+        stream=stream,
+        launch=given["launch"],
+        launch_python=given["sglang_python"],
+        launch_args=given["sglang_arg"],
+        show_progress=not (given["no_progress"] or given["log_json"]),
+    )
+    try:
+        summary = run_pipeline(request)
+    finally:
+        if stream is not None:
+            stream.close()
+    for line in closing_lines(summary):
+        click.echo(line, err=True)
+    if summary.stopped:
+        sys.exit(EXIT_STOPPED)
+    if summary.reject_fraction > config.run.max_reject_fraction:
+        click.echo(
+            f"rejects are {summary.reject_fraction:.1%} of the outcomes, more than "
+            f"run.max_reject_fraction = {config.run.max_reject_fraction:.1%}",
+            err=True,
+        )
+        sys.exit(EXIT_REJECTS)
+
+
+@cli.command()
+@run_options
+def preview(**given: Any) -> None:
+    """Print what would be sent for the first seeds (3, or --limit); asks no server, writes nothing."""
+    from streamsyn.preview import preview as preview_seeds
+
+    config = _resolve(given, None)
+    if not config.seeds.sources:
+        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
+    for text in preview_seeds(config, given["limit"] or 3):
+        click.echo(text)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--repair", is_flag=True, help="Cut torn ends, list unlisted shards, make the index anew.")
+def verify(directory: Path, repair: bool) -> None:
+    """Check every guarantee of a run directory, by reading all of it. Exits 1 if one is broken."""
+    from streamsyn.telemetry import configure_logs
+    from streamsyn.verify import repair as repair_directory
+    from streamsyn.verify import verify as verify_directory
+
+    configure_logs(as_json=False, level=logging.WARNING)
+    if repair:
+        repair_directory(directory)
+    problems, found = verify_directory(directory)
+    for line in found.notes:
+        click.echo(f"note: {line}")
+    for line in problems:
+        click.echo(f"problem: {line}")
+    counts = ", ".join(f"{number:,} {kind}" for kind, number in found.counts.items())
+    click.echo(f"{directory}: {counts}; " + (f"{len(problems)} problems" if problems else "no problem"))
+    sys.exit(EXIT_OTHER if problems else 0)
+
+
+@cli.command("config")
+@click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key. Repeatable.")
+def show_config(config: Path | None, settings: tuple[str, ...]) -> None:
+    """Print the resolved configuration as TOML: every key, its meaning, its value."""
+    from streamsyn.config import load, parse_override
+    from streamsyn.config_text import as_toml
+
+    click.echo(as_toml(load(config, map(parse_override, settings))), nl=False)
+
+
+@cli.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True
+)
+@click.option("--model", help="Model to serve; by default the packaged one.")
+@click.option("--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang.")
+def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
+    """Start a real SGLang server, write contexts for a dozen packaged seeds, show one sample."""
+    from streamsyn.demo import demo as run_demo
+    from streamsyn.telemetry import configure_logs
+
+    configure_logs(as_json=False)
+    sys.exit(run_demo(out, model, sglang_python))
+
+
+def _resolve(given: dict[str, Any], out: Path | None) -> "Config":
+    """The configuration: the file, or what the directory was made with; flags and --set over it."""
+    from streamsyn.config import load, parse_override
+
+    overrides: list[tuple[str, Any]] = []
+    if given["config"] is None and out is not None:
+        overrides += _remembered(out)
+    if given["seeds"]:
+        overrides.append(("seeds.sources", [{"path": path} for path in given["seeds"]]))
+    if given["server"]:
+        overrides.append(("fleet.servers", list(given["server"])))
+    if given["limit"]:
+        overrides.append(("seeds.limit", given["limit"]))
+    overrides += map(parse_override, given["settings"])
+    return load(given["config"], overrides)
+
+
+def _remembered(out: Path) -> list[tuple[str, Any]]:
+    """The sections that a run directory was made with, but for what holds for one run only."""
+    from streamsyn.sink.rundir import read_run_json
+
+    saved = read_run_json(out)
+    if saved is None:
+        return []
+    sections: dict[str, Any] = saved["config"]
+    seeds = {**sections["seeds"], "limit": None}
+    seeds["sources"] = [source for source in seeds["sources"] if source["path"] != "-"]
+    return list({**sections, "seeds": seeds}.items())
+
+
+def main() -> None:
+    """Run the command line; errors that are the user's to mend are one line each."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except click.Abort:
+        sys.exit(EXIT_STOPPED)
+    except ConfigError as error:
+        click.echo(f"streamsyn: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+    except (SinkError, LaunchError) as error:
+        click.echo(f"streamsyn: {error}", err=True)
+        sys.exit(EXIT_OTHER)
+    except StreamsynError as error:
+        click.echo(f"streamsyn: {error}", err=True)
+        sys.exit(EXIT_STOPPED)

@@ -1,0 +1,114 @@
+"""The whole flow of a run on one page.
+
+    seeds -> producer -> [work] -> workers -> [results] -> sink -> [durable] -> assembly -> samples
+
+Each arrow in brackets is a bounded queue, closed by the stage that puts. A slow stage fills the queue
+before it, so the one before that waits: back to the producer, which stops reading.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from streamsyn.assembly.stage import AssemblyStage, NoAssembly
+from streamsyn.errors import ConfigError, StoppedEarly
+from streamsyn.producer import Producer
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Context, Outcome, Work
+from streamsyn.sink.writer import OutcomeWriter
+from streamsyn.workers import WorkerPool
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of a run, in the order of the flow."""
+
+    producer: Producer
+    workers: WorkerPool
+    sink: OutcomeWriter
+    assembly: AssemblyStage | NoAssembly
+
+
+class Pipeline:
+    """Runs the stages to the end of the seeds, or to an early stop that a later run goes on from.
+
+    Args:
+        stages: The stages.
+        queue_size: Bound of each queue.
+        drain_timeout_s: How long requests in flight may take to finish after `drain`.
+    """
+
+    def __init__(self, stages: Stages, queue_size: int, drain_timeout_s: float) -> None:
+        self._stages = stages
+        self._drain_timeout_s = drain_timeout_s
+        self._work: BoundedQueue[Work] = BoundedQueue(queue_size)
+        self._results: BoundedQueue[Outcome] = BoundedQueue(queue_size)
+        self._durable: BoundedQueue[tuple[int, Context]] = BoundedQueue(queue_size)
+        self._producing: asyncio.Task[None] | None = None
+        self._working: asyncio.Task[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._why_stopped: str | None = None
+        self._left_work = False
+        self._unreadable: ConfigError | None = None
+
+    async def run(self) -> None:
+        """Run to the end.
+
+        Raises:
+            ConfigError: A source of seeds could not be read to its end; what was read has outcomes.
+            StoppedEarly: `drain` or `cancel` left something to do, or the reader of stdout is gone.
+            BaseExceptionGroup: A SinkError, or a bug.
+        """
+        async with asyncio.TaskGroup() as group:
+            self._producing = group.create_task(self._produce(), name="producer")
+            self._working = group.create_task(
+                self._stages.workers.run(self._work, self._results), name="workers"
+            )
+            sinking = group.create_task(self._stages.sink.run(self._results, self._durable), name="sink")
+            group.create_task(self._assemble(), name="assembly")
+            self._producing.add_done_callback(lambda _: self._work.close())
+            self._working.add_done_callback(lambda _: self._results.close())
+            sinking.add_done_callback(lambda _: self._durable.close())
+        if self._deadline is not None:
+            self._deadline.cancel()
+        left_work = self._left_work or self._producing.cancelled() or self._working.cancelled()
+        if self._why_stopped is not None and left_work:
+            raise StoppedEarly(self._why_stopped)
+        if self._unreadable is not None:
+            raise self._unreadable
+
+    def drain(self, why: str) -> None:
+        """Start nothing new; let what is in flight finish, for `drain_timeout_s` at most."""
+        if self._why_stopped is not None or self._producing is None:
+            return
+        self._why_stopped = why
+        self._producing.cancel()
+        self._left_work = self._work.discard() > 0
+        log.info("run.draining", why=why, timeout_s=self._drain_timeout_s)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._drain_timeout_s, self.cancel, "the drain took too long")
+
+    def cancel(self, why: str) -> None:
+        """Give up what is in flight; what has been written stays, and is all that a resume needs."""
+        self.drain(why)
+        if self._working is not None:
+            self._working.cancel()
+        self._stages.assembly.stop()
+
+    async def _produce(self) -> None:
+        try:
+            await self._stages.producer.run(self._work)
+        except ConfigError as error:
+            self._unreadable = error  # raised at the end: what has been read is finished first
+
+    async def _assemble(self) -> None:
+        try:
+            await self._stages.assembly.run(self._durable)
+        except StoppedEarly as error:
+            self._left_work = True
+            self.cancel(str(error))
+            async for _ in self._durable:
+                pass  # the log has them; the sink must not wait for us

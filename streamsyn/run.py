@@ -1,0 +1,277 @@
+"""One run, from an open directory to its end: sets the stages up, runs them, closes the log."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from streamsyn.assembly.assembler import Assembler
+from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.stage import AssemblyStage, NoAssembly
+from streamsyn.config import Config, fingerprint
+from streamsyn.errors import ConfigError, StoppedEarly, root_cause
+from streamsyn.pipeline import Pipeline, Stages
+from streamsyn.producer import Producer
+from streamsyn.progress import Progress, reporting
+from streamsyn.recipes.load import load_recipe
+from streamsyn.recipes.recipe import Recipe
+from streamsyn.records import Sample
+from streamsyn.seeds.reader import SeedReader
+from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sink.log import encode_row
+from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.writer import OutcomeWriter
+from streamsyn.stdout import SampleStream
+from streamsyn.telemetry import Counters
+from streamsyn.workers import Worker, WorkerPool
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, kw_only=True)
+class RunRequest:
+    """What is to be run.
+
+    Attributes:
+        config: The resolved configuration.
+        out: The run directory.
+        api_key: For the servers.
+        stream: Where samples go besides the log, if anywhere.
+        launch: A model to start a server for; None uses `config.fleet.servers`.
+        launch_python: The interpreter that has sglang.
+        launch_args: More flags for the server.
+        show_progress: Draw progress on stderr when it is a terminal.
+    """
+
+    config: Config
+    out: Path
+    api_key: str | None = None
+    stream: SampleStream | None = None
+    launch: str | None = None
+    launch_python: Path | None = None
+    launch_args: Sequence[str] = ()
+    show_progress: bool = True
+
+
+@dataclass(slots=True)
+class RunSummary:
+    """What came of a run; totals are of the directory, counters of this process."""
+
+    out: Path
+    counters: Counters
+    stopped: str | None = None
+    contexts: int = 0
+    rejects: int = 0
+    samples: int = 0
+
+    @property
+    def reject_fraction(self) -> float:
+        """Share of rejects among all outcomes in the directory."""
+        return self.rejects / max(1, self.contexts + self.rejects)
+
+
+def run(request: RunRequest) -> RunSummary:
+    """Run until every seed has an outcome, or until stopped; the summary says which.
+
+    Raises:
+        ConfigError: Something the user gave cannot be used; nothing is lost.
+        SinkError: The log cannot be written; the directory resumes.
+        LaunchError: The server to be started did not come up.
+    """
+    recipe = load_recipe(request.config.recipe, request.config.checks)
+    prompts = SamplePrompts(request.config.assembly)
+    shaping = {**fingerprint(request.config), **recipe.fingerprint(), **prompts.fingerprint()}
+    if request.stream is not None and not request.config.assembly.write:
+        raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
+    summary = RunSummary(request.out, Counters())
+    directory = RunDirectory(request.out)
+    try:
+        directory.check(shaping)
+        reader = SeedReader(request.config.seeds, request.config.run.seed, request.out / "spool")
+        run_log = RunLog(request.out, request.config.sink)
+        try:
+            parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary.counters)
+            asyncio.run(_run(parts))
+        except (StoppedEarly, BaseExceptionGroup) as raised:
+            cause = root_cause(raised)
+            if not isinstance(cause, StoppedEarly):
+                raise cause from None
+            summary.stopped = str(cause)
+        finally:
+            run_log.close()
+            summary.contexts, summary.rejects = run_log.contexts.rows, run_log.rejects.rows
+            summary.samples = run_log.samples.rows
+    finally:
+        directory.close()
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a run is made of, once its directory is open."""
+
+    request: RunRequest
+    directory: RunDirectory
+    log: RunLog
+    reader: SeedReader
+    recipe: Recipe
+    prompts: SamplePrompts
+    shaping: dict[str, Any]
+    counters: Counters
+
+
+async def _run(parts: _Parts) -> None:
+    config = parts.request.config
+    stopper = _Stopper()
+    with stopper.signals():
+        async with _servers(parts.request) as servers, _fleet(parts, servers, stopper) as fleet:
+            claims = await asyncio.to_thread(parts.log.claims)
+            assembly = _assembly(parts)
+            try:
+                stages = Stages(
+                    producer=Producer(parts.reader, claims, config, parts.counters),
+                    workers=_workers(parts, fleet),
+                    sink=OutcomeWriter(parts.log, config.sink, parts.counters),
+                    assembly=assembly,
+                )
+                stopper.pipeline = Pipeline(stages, config.run.queue_size, config.run.drain_timeout_s)
+                progress = Progress(parts.counters, parts.reader, fleet, config.recipe.contexts_per_seed)
+                async with reporting(progress, show=parts.request.show_progress):
+                    await stopper.pipeline.run()
+            finally:
+                await asyncio.to_thread(claims.close)
+        await asyncio.to_thread(_finish, parts, assembly)
+
+
+@asynccontextmanager
+async def _fleet(parts: _Parts, servers: Sequence[str], stopper: "_Stopper") -> AsyncIterator[Fleet]:
+    """The fleet, once it is known which model it serves, and that this is the run's."""
+    section = parts.request.config.fleet.model_copy(update={"servers": tuple(servers)})
+    gone = f"no server was usable for fleet.give_up_s = {section.give_up_s:g} s"
+    async with open_fleet(section, parts.request.api_key, lambda: stopper.cancel(gone)) as fleet:
+        await fleet.ask_models()
+        shaping = {**parts.shaping, "model": fleet.model}
+        parts.directory.check(shaping)
+        config = parts.request.config.model_dump(mode="json")
+        await asyncio.to_thread(parts.directory.save, config, shaping)
+        log.info("run.started", model=fleet.model, servers=len(fleet.servers), out=str(parts.request.out))
+        yield fleet
+
+
+@asynccontextmanager
+async def _servers(request: RunRequest) -> AsyncIterator[Sequence[str]]:
+    """The servers to ask: those of the configuration, or one started for this run."""
+    if request.launch is None:
+        yield request.config.fleet.servers
+        return
+    from streamsyn.sglang.launch import launched
+
+    async with launched(
+        request.launch,
+        python=request.launch_python,
+        log_path=request.out / "sglang.log",
+        extra_args=request.launch_args,
+        on_wait=_say_waiting,
+    ) as server:
+        yield [server.url]
+
+
+def _say_waiting(seconds: float, line: str) -> None:
+    if round(seconds) % 10 == 0:
+        log.info("sglang.starting", seconds=round(seconds), log=line[-100:])
+
+
+def _workers(parts: _Parts, fleet: Fleet) -> WorkerPool:
+    return WorkerPool(
+        lambda: Worker(parts.recipe, fleet),
+        size=fleet.capacity,
+        max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
+    )
+
+
+def _assembly(parts: _Parts) -> AssemblyStage | NoAssembly:
+    config = parts.request.config
+    if not config.assembly.write:
+        return NoAssembly()
+    return AssemblyStage(
+        Assembler(config.assembly, config.run.seed, parts.prompts),
+        parts.log,
+        _Outlet(parts.log, parts.request.stream, parts.counters),
+        logged=parts.log.contexts.rows,
+        delivered=parts.log.samples.rows,
+        flushes=parts.log.manifest.flushes,
+    )
+
+
+def _finish(parts: _Parts, assembly: AssemblyStage | NoAssembly) -> None:
+    """Every seed has its outcome: seal the log, and make the samples that still waited."""
+    parts.log.seal_outcomes()
+    assembly.finish()
+    parts.log.finish()
+
+
+class _Outlet:
+    """Gives samples to whoever reads our stdout, then records them: none is skipped, whatever happens."""
+
+    def __init__(self, run_log: RunLog, stream: SampleStream | None, counters: Counters) -> None:
+        self._samples = run_log.samples
+        self._stream = stream
+        self._counters = counters
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        if self._stream is not None:
+            numbered = enumerate(samples, self._samples.rows)
+            self._stream.write(encode_row(seq, sample) for seq, sample in numbered)
+        self._samples.append(samples)
+        self._counters.samples += len(samples)
+
+    def stop(self) -> None:
+        if self._stream is not None:
+            self._stream.stop()
+
+
+class _Stopper:
+    """What SIGTERM, SIGINT and a fleet that is gone do: before the pipeline is up, and while it runs."""
+
+    def __init__(self) -> None:
+        self.pipeline: Pipeline | None = None
+        self._main = asyncio.current_task()
+        self._signals = 0
+        self._early: str | None = None
+
+    def cancel(self, why: str) -> None:
+        """Stop at once."""
+        if self.pipeline is not None:
+            self.pipeline.cancel(why)
+        elif self._main is not None:
+            self._early = why
+            self._main.cancel()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first signal drains, the second cancels."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number.name)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._early is None:
+                raise
+            raise StoppedEarly(self._early) from None
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, name: str) -> None:
+        self._signals += 1
+        if self._signals == 1 and self.pipeline is not None:
+            self.pipeline.drain(f"stopped by {name}")
+        else:
+            self.cancel(f"stopped by {name}")

@@ -1,0 +1,324 @@
+"""All sources of a run as one stream: what is found, in which order it comes, what is kept of a pipe."""
+
+# ruff: noqa: SIM300 - what is expected stands first
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamsyn.config import SeedsSection, SourceSection
+from streamsyn.errors import ConfigError
+from streamsyn.records import BadSeed, Entry, Seed
+from streamsyn.seeds.reader import SeedReader, find
+
+pytestmark = pytest.mark.timeout(20)
+
+
+def jsonl(*names: str) -> bytes:
+    return b"".join(
+        orjson.dumps({"instruction": f"What is {name}?", "answer": name, "id": name}) + b"\n"
+        for name in names
+    )
+
+
+def write(path: Path, *names: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jsonl(*names))
+    return path
+
+
+def reader_of(
+    *sources: str | dict[str, Any],
+    interleave: bool = False,
+    run_seed: int = 0,
+    spool: Path | None = None,
+) -> SeedReader:
+    given_sources = [{"path": source} if isinstance(source, str) else source for source in sources]
+    section = SeedsSection(
+        sources=tuple(SourceSection(**source) for source in given_sources), interleave=interleave
+    )
+    return SeedReader(section, run_seed, spool)
+
+
+def ids(batches: Iterator[list[Entry]]) -> list[str]:
+    return [entry.id if isinstance(entry, Seed) else entry.origin for batch in batches for entry in batch]
+
+
+def nothing_known(_: Entry) -> bool:
+    return False
+
+
+def read(reader: SeedReader) -> list[str]:
+    return ids(reader.batches(nothing_known))
+
+
+# What a path stands for
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Seed files at several depths, among others that are none."""
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.parquet", "deep/er/d.ndjson.zst"):
+        write(tmp_path / "tree" / name)
+    for name in ("README.md", "deep/notes.txt", "pictures/cat.png"):
+        write(tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+def test_a_file_stands_for_itself(tree: Path) -> None:
+    """Also where its name looks like a glob."""
+    odd = write(tree / "a[1].jsonl")
+
+    assert [tree / "b.jsonl"] == find(str(tree / "b.jsonl"))
+    assert [odd] == find(str(odd))
+
+
+def test_a_folder_stands_for_all_seed_files_in_it(tree: Path) -> None:
+    """At any depth, sorted; what is no seed file is left aside, and so are folders without any."""
+    expected = ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"]
+
+    assert expected == [str(path.relative_to(tree)) for path in find(str(tree))]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jsonl", ["b.jsonl"]),
+        ("*.jsonl*", ["a.jsonl.gz", "b.jsonl"]),
+        ("d*", ["deep/c.parquet", "deep/er/d.ndjson.zst"]),
+        ("*", ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"]),
+        ("**/*.parquet", ["deep/c.parquet"]),
+        ("**", ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"]),
+    ],
+)
+def test_a_glob_stands_for_what_it_matches(tree: Path, pattern: str, expected: list[str]) -> None:
+    """Each file once, though `**` matches it and the folder in which it lies."""
+    found = [str(path.relative_to(tree)) for path in find(str(tree / pattern))]
+
+    assert expected == sorted(found)
+
+
+def test_a_saved_dataset_is_one_source(tree: Path) -> None:
+    """Its files are not taken for seed files one by one."""
+    write(tree / "saved" / "state.json")
+    write(tree / "saved" / "data.parquet")
+
+    assert [tree / "saved"] == find(str(tree / "saved"))
+    assert (tree / "saved") in find(str(tree))
+    assert (tree / "saved" / "data.parquet") not in find(str(tree))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("missing.jsonl", "seeds: {} does not exist"),
+        ("*.csv", "seeds: {} does not exist"),
+        ("pictures", "seeds: there is no seed file in {}"),
+        ("pictures/*", "seeds: there is no seed file in {}"),
+        ("README.md", "seeds: {} is of no known kind; there are .jsonl"),
+    ],
+)
+def test_what_stands_for_nothing_is_refused(tree: Path, pattern: str, message: str) -> None:
+    """A run without seeds is a typing error, not an empty success."""
+    path = str(tree / pattern)
+
+    with pytest.raises(ConfigError) as raised:
+        reader_of(path)
+
+    assert str(raised.value).startswith(message.format(path))
+
+
+# The order of sources
+
+
+def test_sources_are_read_in_turn(tmp_path: Path) -> None:
+    """In the order in which they are given, each under its own task."""
+    first, second = write(tmp_path / "b.jsonl", "b1", "b2"), write(tmp_path / "a.jsonl", "a1")
+    reader = reader_of(str(first), {"path": str(second), "task": "given"})
+
+    entries = [entry for batch in reader.batches(nothing_known) for entry in batch]
+
+    assert [("b1", "b"), ("b2", "b"), ("a1", "given")] == [
+        (entry.id, entry.task) for entry in entries if isinstance(entry, Seed)
+    ]
+    assert 1.0 == reader.fraction()
+
+
+def test_the_fraction_grows_to_one(tmp_path: Path) -> None:
+    """Before anything is read it is zero; progress bars rely on it."""
+    reader = reader_of(str(write(tmp_path / "a.jsonl", "a1")), str(write(tmp_path / "b.jsonl", "b1")))
+
+    before = reader.fraction()
+    fractions = [reader.fraction() for _ in reader.batches(nothing_known)]
+
+    assert 0.0 == before
+    assert [0.5, 1.0] == fractions
+
+
+def test_without_sources_nothing_is_read() -> None:
+    """Its share is unknown."""
+    reader = reader_of()
+
+    assert ([], None) == (read(reader), reader.fraction())
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two sources of 3,000 seeds each, one with three times the weight of the other."""
+    folder = tmp_path_factory.mktemp("weighted")
+    heavy = write(folder / "heavy.jsonl", *(f"heavy-{number}" for number in range(3000)))
+    light = write(folder / "light.jsonl", *(f"light-{number}" for number in range(3000)))
+    return [{"path": str(heavy), "weight": 3}, {"path": str(light), "weight": 1}]
+
+
+def test_interleaved_sources_come_by_weight(weighted: list[dict[str, Any]]) -> None:
+    """As long as both last, three of four come from the heavy one."""
+    mixed = read(reader_of(*weighted, interleave=True))
+
+    heavy = Counter(name.split("-")[0] for name in mixed[:2000])["heavy"]
+    assert 0.72 < heavy / 2000 < 0.78
+
+
+def test_interleaving_loses_nothing(weighted: list[dict[str, Any]]) -> None:
+    """Each source comes whole and in its own order."""
+    mixed = read(reader_of(*weighted, interleave=True))
+
+    for name in ("heavy", "light"):
+        expected = [f"{name}-{number}" for number in range(3000)]
+        assert expected == [found for found in mixed if found.startswith(name)]
+    assert 6000 == len(mixed)
+
+
+def test_the_order_of_interleaving_is_drawn_from_the_run_seed(weighted: list[dict[str, Any]]) -> None:
+    """The same seed gives the same order, another seed another one."""
+    orders = [read(reader_of(*weighted, interleave=True, run_seed=seed)) for seed in (1, 1, 2)]
+
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4), run_seed=st.integers(0, 100))
+def test_interleaving_sources_of_any_size_loses_nothing(
+    tmp_path: Path, sizes: list[int], run_seed: int
+) -> None:
+    """Empty ones, short ones, and whatever the last batch holds."""
+    names = [[f"{source}-{number}" for number in range(size)] for source, size in enumerate(sizes)]
+    paths = [str(write(tmp_path / f"{source}.jsonl", *ours)) for source, ours in enumerate(names)]
+
+    batches = list(reader_of(*paths, interleave=True, run_seed=run_seed).batches(nothing_known))
+
+    assert sorted(name for ours in names for name in ours) == sorted(ids(iter(batches)))
+    assert all(1 <= len(batch) <= 16 for batch in batches) or len(paths) == 1
+
+
+# Stdin
+
+
+@contextmanager
+def stdin() -> Iterator[FileIO]:
+    """Put a pipe in the place of stdin; gives its writer's end."""
+    kept = os.dup(0)
+    read_fd, write_fd = os.pipe()
+    os.dup2(read_fd, 0)
+    os.close(read_fd)
+    try:
+        with FileIO(write_fd, "wb") as writer:
+            yield writer
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def read_piped(data: bytes, spool: Path | None) -> list[str]:
+    """What is read when `data` is piped, after what the spool holds."""
+    with stdin() as writer:
+        writer.write(data)
+        writer.close()
+        return read(reader_of("-", spool=spool))
+
+
+def test_stdin_can_be_given_once() -> None:
+    """It cannot be read twice."""
+    with pytest.raises(ConfigError, match=r"stdin .* is given twice"):
+        reader_of("-", "-")
+
+
+def test_stdin_is_spooled_and_files_are_not(tmp_path: Path) -> None:
+    """A file can be read again; what came through a pipe is gone."""
+    path = write(tmp_path / "a.jsonl", "file")
+    with stdin() as writer:
+        writer.write(jsonl("pipe") + b"nix\n")
+        writer.close()
+        both = read(reader_of(str(path), "-", spool=tmp_path / "spool"))
+
+    assert ["file", "pipe", "-:2"] == both
+    assert ["pipe", "-:2"] == read(reader_of(spool=tmp_path / "spool"))
+
+
+def test_preview_spools_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a folder for it nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+    assert ["pipe"] == read_piped(jsonl("pipe"), spool=None)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_what_was_spooled_comes_before_the_sources(tmp_path: Path) -> None:
+    """A run that goes on begins with what an earlier one had read and perhaps not finished."""
+    read_piped(jsonl("earlier"), spool=tmp_path / "spool")
+    path = write(tmp_path / "a.jsonl", "file")
+
+    assert ["earlier", "file"] == read(reader_of(str(path), spool=tmp_path / "spool"))
+
+
+def test_piping_the_same_seeds_again_changes_nothing(tmp_path: Path) -> None:
+    """They come under the same ids and keys as before, so that only what is new is spooled."""
+    read_piped(jsonl("a", "b") + b"nix\n", spool=tmp_path)
+    known: set[str | bytes] = set()
+    seen = []
+
+    with stdin() as writer:
+        writer.write(jsonl("a", "b") + b"nix\n" + jsonl("c"))
+        writer.close()
+        for batch in reader_of("-", spool=tmp_path).batches(lambda entry: key(entry) in known):
+            seen += [key(entry) for entry in batch]
+            known.update(seen)
+
+    assert seen == [*seen[:3], *seen[:3], "c"]
+    assert ["a", "b", "-:3", "c"] == read(reader_of(spool=tmp_path))
+
+
+def key(entry: Entry) -> str | bytes:
+    return entry.key if isinstance(entry, BadSeed) else entry.id
+
+
+def test_stop_ends_the_reading_of_stdin(tmp_path: Path) -> None:
+    """What was read before stays in the spool; half a line is neither passed on nor spooled."""
+    with stdin() as writer:
+        writer.write(jsonl("a") + b"half a li")
+        reader = reader_of("-", spool=tmp_path)
+        batches = reader.batches(nothing_known)
+        read_first = ids(iter([next(batches)]))
+        reader.stop()
+        rest = ids(batches)
+
+    assert (["a"], []) == (read_first, rest)
+    assert ["a"] == read(reader_of(spool=tmp_path))
+
+
+def test_stop_without_stdin_is_harmless(tmp_path: Path) -> None:
+    """Files are read batch by batch; there is nothing to wake."""
+    reader = reader_of(str(write(tmp_path / "a.jsonl", "a")))
+    reader.stop()
+
+    assert ["a"] == read(reader)
