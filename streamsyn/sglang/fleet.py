@@ -13,6 +13,7 @@ import structlog
 from streamsyn.background import Background, background
 from streamsyn.config import FleetSection
 from streamsyn.errors import (
+    BrokenResponse,
     ConfigError,
     FleetGone,
     RequestRefused,
@@ -161,8 +162,8 @@ class Fleet:
         if isinstance(error, ServerBusy):
             server.health.answered()
             server.limiter.busy(time.monotonic(), self._draw.random())
-        elif isinstance(error, RequestRefused):
-            server.health.answered()
+        elif isinstance(error, RequestRefused | BrokenResponse):
+            server.health.answered()  # it is alive, whatever it said
         elif server.health.failed():
             log.warning("fleet.ejected", server=server.url, error=str(error))
             self._tasks.start(self._probe(server), name=f"probe-{server.url}")
