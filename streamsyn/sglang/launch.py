@@ -35,8 +35,8 @@ PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 10.0  # /health generates a token: about a second on a quiet CPU, several on a busy one
 STOP_TIMEOUT_S = 20.0
 
-# As Ctrl-C would: 0.5 to 3 s to a clean end. SIGTERM takes 6 s when it goes to the group (the API server finds
-# its scheduler dead and waits to diagnose that) and 11 s when it goes to the API server alone.
+# As Ctrl-C would: 0.5 to 3 s to a clean end. SIGTERM takes 6 s when it goes to the group (the API server
+# finds its scheduler dead, and waits to diagnose it) and 11 s when it goes to the API server alone.
 STOP_SIGNAL = signal.SIGINT
 
 # Runs in the child before the server: asks the kernel for SIGKILL when the thread that forked it ends, looks

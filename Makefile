@@ -1,0 +1,43 @@
+# Every target does its own set-up: a virtual environment in .venv, and for those that need a server a real
+# SGLang in .sglang-cpu (or $STREAMSYN_SGLANG_HOME). Both are made once; the second time costs nothing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-quick lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: .venv/stamp sglang  ## the main job on a real SGLang with a packaged model
+	$(BIN)/streamsyn demo
+
+test: .venv/stamp sglang  ## all tests, those against the real SGLang among them
+	$(BIN)/pytest
+
+test-quick: .venv/stamp  ## all tests that need no SGLang
+	$(BIN)/pytest -m "not real_sglang"
+
+lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/stamp  ## client overhead, memory and resume, as ratios against a baseline of the same run
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/resume.py
+
+clean:  ## remove what the other targets made
+	rm -rf .venv .sglang-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/stamp: pyproject.toml deploy/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamsyn needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: sglang
+sglang:
+	deploy/sglang-cpu/install.sh

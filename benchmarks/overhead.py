@@ -1,0 +1,98 @@
+"""CPU time a request: `streamsyn run` beside a bare aiohttp loop, on the simulator, in one run.
+
+    python benchmarks/overhead.py [--requests 4000] [--concurrency 256] [--latency-ms 20] [--rounds 3]
+
+The loop sends prompts of the same size, decodes the answers and throws them away. streamsyn reads seeds,
+renders prompts, retries, checks, logs every context durably and assembles samples, here with n = 1 and
+n = 10. Start-up is taken out: CPU a request is the difference between a long and a short run.
+"""
+
+import argparse
+import asyncio
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import aiohttp
+import orjson
+from common import Simulator, seeds_file
+
+SHORT = 256
+VARIANTS = {
+    "bare aiohttp loop": None,
+    "streamsyn, contexts only": ["--set", "assembly.write=false"],
+    "streamsyn, n = 1": ["--set", "assembly.contexts_per_sample=1"],
+    "streamsyn, n = 10": ["--set", "assembly.contexts_per_sample=10"],
+}
+
+
+async def bare(url: str, requests: int, concurrency: int) -> None:
+    """Send `requests` chat requests, `concurrency` at a time."""
+    prompt = "You write documents. " * 95 + "Question: who? Answer: somebody. "
+    body = orjson.dumps({"model": "simulated", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4096})
+    left = iter(range(requests))
+
+    async def worker(session: aiohttp.ClientSession) -> None:
+        for _ in left:
+            async with session.post(f"{url}/v1/chat/completions", data=body) as response:
+                orjson.loads(await response.read())["choices"][0]["message"]["content"]
+
+    headers = {"Content-Type": "application/json"}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as session:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(worker(session))
+
+
+def measure(url: str, options: list[str] | None, requests: int, concurrency: int, folder: Path) -> tuple[float, float]:
+    """CPU seconds and wall seconds of one whole process."""
+    if options is None:
+        command = [sys.executable, __file__, "--bare", url, "--requests", str(requests), "--concurrency", str(concurrency)]
+    else:
+        out = tempfile.mkdtemp(dir=folder)
+        command = [sys.executable, "-m", "streamsyn", "run", "--seeds", str(seeds_file(folder, requests)), "--out", out]
+        command += ["--server", url, "--set", f"fleet.max_in_flight={concurrency}", "--no-progress", *options]
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--concurrency", type=int, default=256)
+    parser.add_argument("--latency-ms", type=float, default=20)
+    parser.add_argument("--words", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.bare:
+        asyncio.run(bare(args.bare, args.requests, args.concurrency))
+        return
+    cpu: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    rate: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    simulator = Simulator("--latency-ms", str(args.latency_ms), "--words", str(args.words), "--slots", "4096")
+    with tempfile.TemporaryDirectory() as folder, simulator as url:
+        for _ in range(args.rounds):
+            for name, options in VARIANTS.items():
+                short = measure(url, options, SHORT, args.concurrency, Path(folder))
+                long = measure(url, options, args.requests, args.concurrency, Path(folder))
+                more = args.requests - SHORT
+                cpu[name].append((long[0] - short[0]) / more * 1000)
+                rate[name].append(more / (long[1] - short[1]))
+    print(f"{args.requests} requests, concurrency {args.concurrency}, {args.latency_ms:g} ms, {args.words} words, {args.rounds} rounds")
+    print(f"{'':28}{'CPU ms/request':>16}{'of bare':>10}{'requests/s':>13}")
+    base = next(iter(VARIANTS))
+    for name in VARIANTS:
+        ratio = statistics.median(mine / bare for mine, bare in zip(cpu[name], cpu[base], strict=True))
+        print(f"{name:28}{statistics.median(cpu[name]):16.3f}{ratio:10.2f}{statistics.median(rate[name]):13.0f}")
+
+
+if __name__ == "__main__":
+    main()
