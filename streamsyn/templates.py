@@ -27,8 +27,7 @@ class PromptTemplate:
         self._name = name
         try:
             self._template = _environment().from_string(source)
-            for block in self._template.blocks or [""]:
-                self.render(block, **example)
+            self.render(**example)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {name}:{error.lineno}: {error.message}") from error
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -36,18 +35,18 @@ class PromptTemplate:
             raise ConfigError(f"template {name}: {error}; the variables are {there_are}") from error
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether the file is divided into blocks."""
-        return bool(self._template.blocks)
+    def fixed_lines(self) -> list[str]:
+        """Lines that stand in every text rendered from it."""
+        return [line.strip() for line in self.source.splitlines() if not {"{", "}"} & set(line)]
 
-    def render(self, block: str = "", **variables: Any) -> str:
-        """The text of a block, or of the whole file; empty when there is no such block."""
-        if not block:
-            return self._template.render(variables).strip()
-        parts = self._template.blocks.get(block)
-        if parts is None:
-            return ""
-        return "".join(parts(self._template.new_context(variables))).strip()
+    def render(self, **variables: Any) -> str:
+        """The text of the whole file."""
+        return self._template.render(variables).strip()
+
+    def render_blocks(self, **variables: Any) -> dict[str, str]:
+        """The text of each block, by its name; none for a file that has no blocks."""
+        context = self._template.new_context(variables)
+        return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
 
 
 def packaged(folder: str, name: str) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from typing import Any
 
 import structlog
 
@@ -195,10 +195,14 @@ def _reason(error: ServerError) -> RejectReason:
             return RejectReason.SERVER_UNAVAILABLE
 
 
-def _figures(step: Completion) -> dict[str, object]:
-    figures = asdict(step)
-    del figures["text"]
-    return figures
+def _figures(step: Completion) -> dict[str, Any]:
+    return {
+        "finish_reason": step.finish_reason,
+        "prompt_tokens": step.prompt_tokens,
+        "cached_tokens": step.cached_tokens,
+        "completion_tokens": step.completion_tokens,
+        "server": step.server,
+    }
 
 
 def _name(item: Work) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -283,6 +283,7 @@ def test_an_override_without_key_or_value_is_refused(text: str) -> None:
     assert f"--set takes key=value, as in run.seed=1, not {text!r}" == str(raised.value)
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_whatever_is_set_is_taken_or_refused_by_name(text: str) -> None:
     """No text on the command line ends in anything but a configuration or a ConfigError."""

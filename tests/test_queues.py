@@ -287,6 +287,19 @@ async def test_a_reader_cancelled_before_the_wake_up_takes_none() -> None:
     assert "item" == second.result()
 
 
+async def test_nothing_is_kept_of_who_was_cancelled() -> None:
+    """Readers that give up one after the other, as with a timeout, leave no trace in the queue."""
+    queue: BoundedQueue[str] = BoundedQueue(1)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        readers = [stages.create_task(anext(queue)) for _ in range(10)]
+        await settle()
+        for reader in readers:
+            reader.cancel()
+
+    assert 0 == len(queue._readers)
+
+
 async def test_a_writer_cancelled_after_its_wake_up_passes_the_turn_on() -> None:
     """The room that woke a cancelled writer goes to the next one."""
     queue: BoundedQueue[str] = BoundedQueue(1)

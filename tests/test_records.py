@@ -5,7 +5,7 @@
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn import records
@@ -19,6 +19,7 @@ def test_a_digest_is_the_same_everywhere() -> None:
     assert "7c86fbf6d61767219ebb4b80586136c5" == digest("Who?", b"Ada.").hex()
 
 
+@settings(deadline=None)
 @given(
     parts=st.lists(st.text(st.characters(codec="utf-8"))),
     other=st.lists(st.text(st.characters(codec="utf-8"))),

@@ -1,7 +1,7 @@
 """What a context must satisfy. Each check measures a text and names its own reason to reject."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +50,25 @@ class Checks:
         words = text.split()
         return {"words": len(words), "repetition": round(repetition(words), 4)}
 
-    def failure(self, text: str, figures: dict[str, Any], seed: Seed, prompt: str) -> Failure | None:
-        """The first check that `text` fails; None when it passes them all."""
-        return next(self._failures(text, figures, seed, prompt), None)
+    def failure(
+        self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
+    ) -> Failure | None:
+        """The first check that `text` fails; None when it passes them all.
 
-    def _failures(self, text: str, figures: dict[str, Any], seed: Seed, prompt: str) -> Iterator[Failure]:
+        `own_lines` are lines of our prompt that are the same for every seed, normalised.
+        """
+        return next(self._failures(text, figures, seed, own_lines), None)
+
+    def _failures(
+        self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
+    ) -> Iterator[Failure]:
         section, words = self._section, figures["words"]
         if not words:
             yield Failure(RejectReason.EMPTY, "the answer holds no text")
         if section.refusal and _REFUSAL.match(text):
             yield Failure(RejectReason.REFUSAL, _shown(text))
         plain = normalised(text)
-        if section.prompt_echo and (line := _echoed(plain, prompt, seed)):
+        if section.prompt_echo and (line := _echoed(plain, own_lines)):
             yield Failure(RejectReason.PROMPT_ECHO, f"repeats our prompt: {line!r}")
         if section.qa_pasted and (what := _pasted(text, plain, seed)):
             yield Failure(RejectReason.QA_PASTED, f"{what}: {_shown(text)}")
@@ -92,14 +99,8 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _echoed(plain: str, prompt: str, seed: Seed) -> str | None:
-    """A line of our own words that stands in the answer; the seed's words may."""
-    pair = normalised(f"{seed.instruction} {seed.answer}")
-    for line in prompt.splitlines():
-        wanted = normalised(line.lstrip("-* "))
-        if len(wanted) >= _ECHO_CHARS and wanted in plain and wanted not in pair:
-            return _shown(line)
-    return None
+def _echoed(plain: str, own_lines: Sequence[str]) -> str | None:
+    return next((_shown(line) for line in own_lines if len(line) >= _ECHO_CHARS and line in plain), None)
 
 
 def _pasted(text: str, plain: str, seed: Seed) -> str | None:

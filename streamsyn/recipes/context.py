@@ -5,11 +5,13 @@ Tuning", arXiv 2502.15592, section 3.
 """
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from streamsyn.config import ChecksSection, RecipeSection
-from streamsyn.recipes.checks import Checks, Failure
+from streamsyn.recipes.checks import Checks, Failure, normalised
 from streamsyn.recipes.parse import document_text
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, digest
@@ -28,13 +30,9 @@ class ContextRecipe:
     def __init__(self, recipe: RecipeSection, checks: ChecksSection) -> None:
         self._recipe = recipe
         self._checks = Checks(checks)
-        self._template = (
-            PromptTemplate(str(recipe.template), read(recipe.template), _EXAMPLE)
-            if recipe.template is not None
-            else PromptTemplate("context", packaged("prompts", "context"), _EXAMPLE)
-        )
-        self._templates = {
-            task: PromptTemplate(str(section.template), read(section.template), _EXAMPLE)
+        self._prompt = _prompt(recipe.template)
+        self._prompts = {
+            task: _prompt(section.template)
             for task, section in recipe.tasks.items()
             if section.template is not None
         }
@@ -42,14 +40,14 @@ class ContextRecipe:
     def steps(self, draft: Draft) -> Steps:
         """Ask up to `recipe.tries` times for a document that passes the checks."""
         request = self.request(draft)
-        prompt = "\n".join(message["content"] for message in request.messages)
+        own_lines = self._prompt_of(draft).own_lines
         failure: Failure | None = None
         for _ in range(self._recipe.tries):
             completions = yield from self._answer(request)
             text = document_text("".join(completion.text for completion in completions))
             figures = self._checks.measure(text)
             truncated = completions[-1].finish_reason == "length"
-            failure = self._checks.failure(text, figures, draft.seed, prompt)
+            failure = self._checks.failure(text, figures, draft.seed, own_lines)
             if failure is None and truncated and self._recipe.on_truncated == "reject":
                 failure = Failure(
                     RejectReason.TRUNCATED, f"cut at {completions[-1].completion_tokens} tokens"
@@ -71,17 +69,17 @@ class ContextRecipe:
             "target_words": (override and override.target_words) or self._recipe.target_words,
             "metadata": seed.metadata,
         }
-        template = self._templates.get(seed.task, self._template)
+        template = self._prompt_of(draft).template
+        blocks = template.render_blocks(**variables)
         messages = []
-        if system := template.render("system", **variables):
+        if system := blocks.get("system"):
             messages.append({"role": "system", "content": system})
-        user = template.render("user" if template.has_blocks else "", **variables)
-        messages.append({"role": "user", "content": user})
+        messages.append({"role": "user", "content": blocks.get("user") or template.render(**variables)})
         return Request(messages, self._sampling)
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of the prompt, which may be the packaged one of another version."""
-        return {"recipe.prompt": digest(self._template.source).hex()}
+        return {"recipe.prompt": digest(self._prompt.template.source).hex()}
 
     def _answer(self, request: Request) -> Generator[Request, Completion, list[Completion]]:
         """One answer, continued where it was cut and that is wanted."""
@@ -96,7 +94,24 @@ class ContextRecipe:
             completions.append((yield Request(messages, {**self._sampling, "continue_final_message": True})))
         return completions
 
+    def _prompt_of(self, draft: Draft) -> "_Prompt":
+        return self._prompts.get(draft.seed.task, self._prompt)
+
     @cached_property
     def _sampling(self) -> dict[str, Any]:
         recipe = self._recipe
         return {"temperature": recipe.temperature, "max_tokens": recipe.max_tokens, **recipe.sampling}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A template, and the lines of it that must not come back in an answer."""
+
+    template: PromptTemplate
+    own_lines: tuple[str, ...]
+
+
+def _prompt(path: Path | None) -> _Prompt:
+    name, source = ("context", packaged("prompts", "context")) if path is None else (str(path), read(path))
+    template = PromptTemplate(name, source, _EXAMPLE)
+    return _Prompt(template, tuple(normalised(line.lstrip("-* ")) for line in template.fixed_lines))

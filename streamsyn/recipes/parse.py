@@ -20,11 +20,16 @@ _CLOSING_TAG = re.compile(r"\s*</(?:context|document|background|text)>\s*\Z", re
 
 def document_text(answer: str) -> str:
     """The document, without thoughts, code fences and labels such as `Context:` round it."""
-    text = _THOUGHTS.sub("", answer)
+    text = answer.strip()
+    if text.startswith("<think>"):
+        text = _THOUGHTS.sub("", text)
     previous = None
     while text != previous:  # a label may stand inside a fence, and a fence below a label
         previous = text
         if fenced := _FENCE.match(text):
-            text = fenced["inside"]
-        text = _CLOSING_TAG.sub("", _LABEL.sub("", text))
+            text = fenced["inside"].strip()
+        if label := _LABEL.match(text):
+            text = text[label.end() :]
+        if text.endswith(">"):
+            text = _CLOSING_TAG.sub("", text)
     return _OPEN_FENCE.sub("", text).strip()  # a fence left open: the answer was cut

@@ -1,10 +1,9 @@
 """One server over HTTP. The only place where aiohttp's errors are seen: they become ours here."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from types import SimpleNamespace
-from typing import Any
 
 import aiohttp
 
@@ -20,6 +19,8 @@ from streamsyn.sglang import wire
 
 KEEP_ALIVE_S = 4.0
 """Shorter than the 5 s after which an SGLang server closes an idle connection (its default)."""
+_STALE_WITHIN_S = 1.0
+"""A dead connection shows this soon; one that breaks later had a request at work on it."""
 _CONTROL_TIMEOUT_S = 15.0
 _ABORT_TIMEOUT_S = 2.0
 
@@ -90,22 +91,21 @@ class ServerClient:
                 return response.status, await response.read()
 
     async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        connection = SimpleNamespace(reused=False)
         with self._translated():
+            started = time.monotonic()
             try:
-                return await self._post_once(path, body, connection)
-            except aiohttp.ServerDisconnectedError:
-                # A kept-alive connection that the server had already closed says nothing about the
-                # server: once more, on another one. A fresh connection that breaks does.
-                if not connection.reused:
+                return await self._post_once(path, body)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                # Gone at once and without a byte: most likely a kept-alive connection that the server
+                # was just closing, which says nothing about the server. Once more, on another one.
+                if time.monotonic() - started > _STALE_WITHIN_S:
                     raise
-            except aiohttp.ClientOSError as error:
-                if not connection.reused or isinstance(error, aiohttp.ClientConnectorError):
-                    raise
-            return await self._post_once(path, body, connection)
+            return await self._post_once(path, body)
 
-    async def _post_once(self, path: str, body: bytes, connection: SimpleNamespace) -> tuple[int, bytes]:
-        async with self._session.post(self.url + path, data=body, trace_request_ctx=connection) as response:
+    async def _post_once(self, path: str, body: bytes) -> tuple[int, bytes]:
+        async with self._session.post(self.url + path, data=body) as response:
             return response.status, await response.read()
 
     @contextmanager
@@ -129,18 +129,10 @@ async def open_session(
     fleet: FleetSection, headers: Mapping[str, str]
 ) -> AsyncIterator[aiohttp.ClientSession]:
     """A session for one server: as many connections as there are requests, none kept too long."""
-    tracing = aiohttp.TraceConfig()
-    tracing.on_connection_reuseconn.append(_note_reuse)
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=fleet.connect_timeout_s),
         headers={"Content-Type": "application/json", **headers},
-        trace_configs=[tracing],
         read_bufsize=2**20,
     ) as session:
         yield session
-
-
-async def _note_reuse(_session: Any, context: Any, _params: Any) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.reused = True

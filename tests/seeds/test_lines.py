@@ -5,7 +5,7 @@
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamsyn.seeds.lines import BOM, Line, LineSplitter, split_lines
@@ -38,6 +38,7 @@ def stated(data: bytes, max_line_bytes: int) -> list[Line]:
     return lines
 
 
+@settings(deadline=None)
 @given(data=STREAMS, cuts=CUTS, max_line_bytes=st.integers(1, 50))
 @example(data=BOM + b"a\r\nb", cuts=[1, 2, 5], max_line_bytes=50)
 def test_lines_are_the_same_however_the_bytes_come(data: bytes, cuts: list[int], max_line_bytes: int) -> None:
@@ -45,6 +46,7 @@ def test_lines_are_the_same_however_the_bytes_come(data: bytes, cuts: list[int],
     assert stated(data, max_line_bytes) == lines_of(chunks_of(data, cuts), max_line_bytes)
 
 
+@settings(deadline=None)
 @given(
     texts=st.lists(st.binary(max_size=20).filter(lambda text: not {10, 13} & set(text) and text)),
     end=st.sampled_from([b"\n", b"\r\n"]),
@@ -93,6 +95,7 @@ def test_a_line_may_be_as_long_as_the_limit(size: int, text: bytes | None) -> No
     assert expected == lines_of([b"x" * size + b"\nnext\n"], 10)
 
 
+@settings(deadline=None)
 @given(
     chunks=st.lists(st.sampled_from([b"x" * 7, b"x" * 40, b"\n", b"a\nb"]), max_size=60),
     max_line_bytes=st.integers(1, 50),

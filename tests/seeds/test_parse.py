@@ -20,7 +20,11 @@ from streamsyn.seeds.parse import SeedParser
 TEXT = st.text(st.characters(codec="utf-8"))
 WORDS = TEXT.filter(str.strip)
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda below: st.lists(below, max_size=3) | st.dictionaries(TEXT, below, max_size=3),
     max_leaves=10,
 )
@@ -44,6 +48,7 @@ def bad_in(text: bytes) -> BadSeed:
     return entry
 
 
+@settings(deadline=None)
 @given(
     instruction=WORDS,
     answer=WORDS,
@@ -267,7 +272,7 @@ def test_a_seed_that_is_taken_can_be_written_wherever_it_goes(depth: int) -> Non
         assert depth > 230
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     text=st.binary()
     | JSON_VALUES.map(orjson.dumps)

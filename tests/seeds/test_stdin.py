@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.config import SeedsSection
@@ -217,6 +217,7 @@ def spooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_torn_last_line_is_cut_off(spooled: Path, data: st.DataObject) -> None:
     """Wherever a kill cut the file: whole lines are replayed, and what is read next follows them."""
