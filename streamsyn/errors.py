@@ -7,7 +7,8 @@
     │   ├── FleetGone          no server answered for `fleet.give_up_s`
     │   └── ReaderGone         whoever read our stdout went away
     ├── ServerError            one request failed; carries the server and what was tried
-    │   ├── ServerUnavailable  connection refused, reset, 5xx: try another server
+    │   ├── ServerUnavailable  connection reset, 5xx: try another server
+    │   │   └── ServerUnreachable  no connection could be made: the request was never sent
     │   ├── ServerBusy         queue full: backpressure, wait and try again, not a failure
     │   ├── ServerTimeout      no answer in time: abort by rid, try again
     │   ├── BrokenResponse     an answer that makes no sense: try again, then reject
@@ -49,6 +50,10 @@ class ServerError(StreamsynError):
 
 class ServerUnavailable(ServerError):
     """Raised when the server could not be reached, dropped the connection or answered 5xx."""
+
+
+class ServerUnreachable(ServerUnavailable):
+    """Raised when no connection to the server could be made; that says nothing about the request."""
 
 
 class ServerBusy(ServerError):
