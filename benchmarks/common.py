@@ -36,6 +36,9 @@ def seeds_file(folder: Path, number: int) -> Path:
     if not path.exists():
         with path.open("wb") as file:
             for index in range(number):
-                seed = {"instruction": f"Who kept the lighthouse in year {index}?", "answer": f"Keeper {index * 7919}"}
+                seed = {
+                    "instruction": f"Who kept the lighthouse in year {index}?",
+                    "answer": f"Keeper {index * 7919}",
+                }
                 file.write(orjson.dumps(seed) + b"\n")
     return path

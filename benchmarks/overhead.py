@@ -33,7 +33,9 @@ VARIANTS = {
 async def bare(url: str, requests: int, concurrency: int) -> None:
     """Send `requests` chat requests, `concurrency` at a time."""
     prompt = "You write documents. " * 95 + "Question: who? Answer: somebody. "
-    body = orjson.dumps({"model": "simulated", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4096})
+    body = orjson.dumps(
+        {"model": "simulated", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4096}
+    )
     left = iter(range(requests))
 
     async def worker(session: aiohttp.ClientSession) -> None:
@@ -48,13 +50,33 @@ async def bare(url: str, requests: int, concurrency: int) -> None:
                 group.create_task(worker(session))
 
 
-def measure(url: str, options: list[str] | None, requests: int, concurrency: int, folder: Path) -> tuple[float, float]:
+def measure(
+    url: str, options: list[str] | None, requests: int, concurrency: int, folder: Path
+) -> tuple[float, float]:
     """CPU seconds and wall seconds of one whole process."""
     if options is None:
-        command = [sys.executable, __file__, "--bare", url, "--requests", str(requests), "--concurrency", str(concurrency)]
+        command = [
+            sys.executable,
+            __file__,
+            "--bare",
+            url,
+            "--requests",
+            str(requests),
+            "--concurrency",
+            str(concurrency),
+        ]
     else:
         out = tempfile.mkdtemp(dir=folder)
-        command = [sys.executable, "-m", "streamsyn", "run", "--seeds", str(seeds_file(folder, requests)), "--out", out]
+        command = [
+            sys.executable,
+            "-m",
+            "streamsyn",
+            "run",
+            "--seeds",
+            str(seeds_file(folder, requests)),
+            "--out",
+            out,
+        ]
         command += ["--server", url, "--set", f"fleet.max_in_flight={concurrency}", "--no-progress", *options]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
@@ -64,7 +86,9 @@ def measure(url: str, options: list[str] | None, requests: int, concurrency: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--latency-ms", type=float, default=20)
@@ -86,12 +110,16 @@ def main() -> None:
                 more = args.requests - SHORT
                 cpu[name].append((long[0] - short[0]) / more * 1000)
                 rate[name].append(more / (long[1] - short[1]))
-    print(f"{args.requests} requests, concurrency {args.concurrency}, {args.latency_ms:g} ms, {args.words} words, {args.rounds} rounds")
+    print(
+        f"{args.requests} requests, concurrency {args.concurrency}, {args.latency_ms:g} ms, {args.words} words, {args.rounds} rounds"
+    )
     print(f"{'':28}{'CPU ms/request':>16}{'of bare':>10}{'requests/s':>13}")
     base = next(iter(VARIANTS))
     for name in VARIANTS:
         ratio = statistics.median(mine / bare for mine, bare in zip(cpu[name], cpu[base], strict=True))
-        print(f"{name:28}{statistics.median(cpu[name]):16.3f}{ratio:10.2f}{statistics.median(rate[name]):13.0f}")
+        print(
+            f"{name:28}{statistics.median(cpu[name]):16.3f}{ratio:10.2f}{statistics.median(rate[name]):13.0f}"
+        )
 
 
 if __name__ == "__main__":

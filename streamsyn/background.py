@@ -12,6 +12,7 @@ class Background:
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self._group = group
         self._tasks: set[asyncio.Task[None]] = set()
+        self._finishing: set[asyncio.Task[None]] = set()
         self._closing = False
 
     def start(self, work: Coroutine[Any, Any, None], name: str, *, finish: bool = False) -> None:
@@ -22,17 +23,22 @@ class Background:
         if self._closing:
             work.close()
             return
-        task = self._group.create_task(work, name=name)
-        if finish:
+        try:
+            task = self._group.create_task(work, name=name)
+        except RuntimeError:  # a bug in another one is ending the block
+            work.close()
             return
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks = self._finishing if finish else self._tasks
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
-    def close(self) -> None:
-        """Cancel what still runs."""
+    async def close(self) -> None:
+        """Cancel what has no end; wait for what has one, which the group would cancel after an error."""
         self._closing = True
         for task in self._tasks:
             task.cancel()
+        if self._finishing:
+            await asyncio.wait(self._finishing)
 
 
 @asynccontextmanager
@@ -43,4 +49,4 @@ async def background() -> AsyncIterator[Background]:
         try:
             yield tasks
         finally:
-            tasks.close()
+            await tasks.close()

@@ -149,13 +149,14 @@ class FleetSection(Section):
     connect_timeout_s: Annotated[Seconds, operational] = 10.0
     """Bound on opening a connection."""
     max_attempts: Annotated[Count, operational] = 6
-    """Tries of one request. A full queue is no try."""
+    """Tries of one request. A full queue is no try, nor is a server that cannot be reached."""
     backoff_base_s: Annotated[Seconds, operational] = 0.5
     """First pause between tries is drawn from zero to this; it doubles each time."""
     backoff_max_s: Annotated[Seconds, operational] = 30.0
     """Longest pause between tries."""
     eject_after: Annotated[Count, operational] = 3
-    """Failures in a row after which a server gets no more requests until it answers a probe."""
+    """Failures in a row after which a server gets no more requests until it answers a probe. One that
+    cannot be reached gets none at once."""
     probe_interval_s: Annotated[Seconds, operational] = 2.0
     """Pause between the probes of an ejected server; it grows to ten times this."""
     give_up_s: Annotated[Seconds, operational] = 300.0

@@ -66,6 +66,6 @@ def _string(text: str) -> str:
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
     return (
         '"'
-        + "".join(escapes.get(char, char if char.isprintable() else f"\\u{ord(char):04x}") for char in text)
+        + "".join(escapes.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text)
         + '"'
     )

@@ -94,6 +94,7 @@ class Pipeline:
     def cancel(self, why: str) -> None:
         """Give up what is in flight; what has been written stays, and is all that a resume needs."""
         self.drain(why)
+        self._left_work = True  # at the least the samples that assembly will not make
         if self._working is not None:
             self._working.cancel()
         self._stages.assembly.stop()

@@ -71,10 +71,12 @@ class Producer:
             return []
         self._taken += isinstance(entry, Seed)
         if isinstance(entry, BadSeed):
+            self._counters.drafts_read += 1
             work: list[Work] = [entry] if claim is Claim.NEW else []
             self._counters.finished_before += not work
             return work
         drafts = [Draft(entry, number) for number in self._drafts]
+        self._counters.drafts_read += len(drafts)
         left = [
             draft
             for draft in drafts

@@ -29,7 +29,6 @@ class Progress:
     counters: Counters
     reader: SeedReader
     fleet: Fleet
-    contexts_per_seed: int
     _past: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def figures(self) -> dict[str, Any]:
@@ -57,11 +56,10 @@ class Progress:
     def _total(self) -> tuple[int | None, bool]:
         """Drafts in all: exact once all seeds have been read, before that by the share of bytes read."""
         counters = self.counters
-        read = (counters.seeds_read - counters.repeated) * self.contexts_per_seed
         if counters.reading_done:
-            return read, True
+            return counters.drafts_read, True
         fraction = self.reader.fraction()
-        return (round(read / fraction), False) if fraction else (None, False)
+        return (round(counters.drafts_read / fraction), False) if fraction else (None, False)
 
     def _rates(self) -> tuple[float, float]:
         counters = self.counters

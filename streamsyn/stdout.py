@@ -5,7 +5,7 @@ import select
 import stat
 from collections.abc import Iterable
 
-from streamsyn.errors import ReaderGone
+from streamsyn.errors import ReaderGone, SinkError
 
 _PIPE_CHUNK = 4096
 """A pipe that polls as writable takes this much without blocking (POSIX: PIPE_BUF)."""
@@ -29,6 +29,7 @@ class SampleStream:
 
         Raises:
             ReaderGone: The reader has closed its end, or `stop` was called.
+            SinkError: Stdout is a file that cannot be written.
         """
         for line in lines:
             data = memoryview(line)
@@ -38,8 +39,10 @@ class SampleStream:
                     raise ReaderGone("stopped while the reader of stdout was not reading")
                 try:
                     data = data[os.write(self._fd, data[: self._chunk]) :]
-                except BrokenPipeError:
+                except ConnectionError:  # EPIPE of a pipe, ECONNRESET of a socket
                     raise ReaderGone("the reader of stdout has gone away") from None
+                except OSError as error:
+                    raise SinkError(f"cannot write samples to stdout: {error.strerror}") from error
 
     def stop(self) -> None:
         """End a write that waits for the reader, from any thread."""

@@ -37,6 +37,8 @@ class Counters:
     started_at: float = field(default_factory=time.monotonic)
     seeds_read: int = 0
     """Lines that were read, good and bad."""
+    drafts_read: int = 0
+    """Outcomes that they come to: one a bad line, `recipe.contexts_per_seed` a seed."""
     finished_before: int = 0
     """Drafts that an earlier run had finished."""
     repeated: int = 0

@@ -27,6 +27,7 @@ class PromptTemplate:
         self._name = name
         try:
             self._template = _environment().from_string(source)
+            self._globals = dict(self._template.globals)  # a ChainMap, which is slow to copy each time
             self.render(**example)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {name}:{error.lineno}: {error.message}") from error
@@ -45,7 +46,7 @@ class PromptTemplate:
 
     def render_blocks(self, **variables: Any) -> dict[str, str]:
         """The text of each block, by its name; none for a file that has no blocks."""
-        context = self._template.new_context(variables)
+        context = self._template.new_context({**self._globals, **variables}, shared=True)
         return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
 
 

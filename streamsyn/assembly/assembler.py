@@ -9,7 +9,7 @@ never the time, the process or the order of anything but the log.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from random import Random
 from typing import Any
 
@@ -65,11 +65,14 @@ class Assembler:
             if oldest.seq in self._pending:
                 made.append(self._make_do(oldest))
             self._window.drop_oldest()
+            self._forget_gone(oldest.task)
         return made
 
     def flush(self) -> list[Sample]:
         """At the end of the stream: make the samples that still wait, with what there is."""
-        return [self._make_do(self._pending[seq]) for seq in sorted(self._pending)]
+        made = [self._make_do(self._pending[seq]) for seq in sorted(self._pending)]
+        self._waiting.clear()
+        return made
 
     def state(self) -> AssemblyState:
         """What `restore` needs, besides the log."""
@@ -125,6 +128,17 @@ class Assembler:
         if not waiting:
             del self._waiting[task]
         return made
+
+    def _forget_gone(self, task: str) -> None:
+        """Keep `_waiting` no longer than twice the pool, whatever has left the window."""
+        waiting = self._waiting.get(task, [])
+        pool = self._window.pools.get(task)
+        if len(waiting) <= 2 * (0 if pool is None else len(pool)):
+            return
+        waiting[:] = [entry for entry in waiting if entry[1] in self._pending]
+        heapify(waiting)
+        if not waiting:
+            self._waiting.pop(task, None)
 
     def _make_do(self, passage: Passage) -> Sample:
         del self._pending[passage.seq]

@@ -58,8 +58,8 @@ class Passage:
 
     @cached_property
     def size(self) -> int:
-        """Bytes it counts for in the window: its text, and that for comparing."""
-        return 2 * len(self.text.encode())
+        """Bytes it counts for in the window: its text, that for comparing, and what comes with it."""
+        return 2 * len(self.text.encode()) + len(self.instruction.encode()) + len(self.answer.encode()) + 1024
 
     def holds(self, answer: str) -> bool:
         """Whether it contains `answer`, which is given as `plain` would have it."""

@@ -14,6 +14,7 @@ import structlog
 
 from streamsyn.assembly.assembler import Assembler, AssemblyState
 from streamsyn.assembly.passages import Passage
+from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
 
@@ -104,13 +105,16 @@ class AssemblyStage:
         self._flushes = flushes
         self._unsaved_bytes = 0
         self._stopped = threading.Event()
+        self._left_out = False
 
     async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
         """Catch up with the log, then follow `contexts` to their end."""
         await asyncio.to_thread(self._catch_up)
         async for first in contexts:
             batch = [first, *contexts.get_nowait(_BATCH - 1)]
-            if not self._stopped.is_set():  # else they are taken from the queue, and no more
+            if self._stopped.is_set():
+                self._left_out = True  # they are taken from the queue, and no more
+            else:
                 await asyncio.to_thread(self._take, [Passage.of_context(*one) for one in batch])
 
     def stop(self) -> None:
@@ -119,7 +123,13 @@ class AssemblyStage:
         self._outlet.stop()
 
     def finish(self) -> None:
-        """At the end of the stream, in a thread: what still waits is made with what there is."""
+        """At the end of the stream, in a thread: what still waits is made with what there is.
+
+        Raises:
+            StoppedEarly: `stop` has left contexts out; a later run makes their samples.
+        """
+        if self._left_out:
+            raise StoppedEarly("stopped before every sample was made")
         self._emit(self._assembler.flush())
         self.save()
 
@@ -137,6 +147,7 @@ class AssemblyStage:
         passages = map(Passage.of_row, rows)
         while batch := list(islice(passages, _BATCH)):
             if self._stopped.is_set():
+                self._left_out = True
                 return
             self._take(batch)
         self._emit_flushed()

@@ -11,17 +11,21 @@ from streamsyn.records import RejectReason, Seed
 _CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
 _WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
 _SORRY = rf"(?:{_WE_ARE}\s+(?:\w+\s+)?(?:sorry|afraid)|sorry|i\s+apologi[sz]e)"
-_DECLINED = r"(?:help|assist|write|provide|generate|create|comply|fulfil|answer|do|produce|continue)"
+_DECLINED = (
+    r"(?:help\s+(?:you|with)|assist|write|provide|generate|create|comply|fulfil|answer|do\s+(?:this|that)"
+    r"|produce|continue)"
+)
 _REFUSAL = re.compile(
     rf"""\A\W*(?:
       {_SORRY}\b[^.\n]{{0,60}}\b{_CANNOT}
     | (?:unfortunately,?\s+)?(?:i|we)\s+(?:am\s+|are\s+)?{_CANNOT}\s+(?:to\s+)?{_DECLINED}
-    | as\s+an?\s+(?:ai|artificial|large\s+language|language\s+model)\b
+    | as\s+an?\s+(?:ai|artificial\s+intelligence|(?:ai\s+|large\s+)?language\s+model)
+      (?:\s+(?:model|assistant|system))?\s*,?\s+i\b
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
 _QA_LABEL = re.compile(
-    r"\A\W*(?:question|instruction|query|q)\W*:.{0,2000}?\n\W*(?:answer|a)\W*:", re.IGNORECASE | re.DOTALL
+    r"\A\W*(?:question|instruction|query)\W*:.{0,2000}?\n\W*answer\W*:", re.IGNORECASE | re.DOTALL
 )
 _RUN = 5
 """Words in a run, for repetition."""
@@ -90,8 +94,10 @@ class Checks:
 
 def repetition(words: list[str]) -> float:
     """Share of runs of five words that have stood in the text before."""
-    runs = list(zip(*(words[start:] for start in range(_RUN)), strict=False))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    runs = len(words) - _RUN + 1
+    if runs < 1:
+        return 0.0
+    return 1 - len(set(zip(*(words[start:] for start in range(_RUN)), strict=False))) / runs
 
 
 def normalised(text: str) -> str:
@@ -109,10 +115,12 @@ def _pasted(text: str, plain: str, seed: Seed) -> str | None:
     if _QA_LABEL.match(text):
         return "labelled question and answer"
     asked = plain.find(instruction)
-    if asked >= 0:
+    while asked >= 0:
         behind = asked + len(instruction)
-        if plain.find(answer, behind, behind + len(answer) + _NEAR) >= 0:
+        near = plain[behind : behind + len(answer) + _NEAR]
+        if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", near):  # "no" does not stand in "nobody"
             return "the question with its answer behind it"
+        asked = plain.find(instruction, behind)
     if answer in plain and 4 * len(answer) > 3 * len(plain):
         return "hardly more than the answer"
     return None

@@ -5,16 +5,16 @@ import re
 _LABEL = re.compile(
     r"""\A\s*
     (?:\#{1,6}\s*|\*{1,2}|_{1,2}|<)?                    # markdown or a tag round it
-    (?:(?:here\s+is|below\s+is|this\s+is)\s+)?(?:the\s+)?(?:lost\s+|missing\s+|written\s+)?
+    (?:(?:here\s+is|here['\u2019]s|below\s+is|this\s+is)\s+)?(?:the\s+)?(?:lost\s+|missing\s+|written\s+)?
     (?:context|document|background|text)
     (?:\s+document)?
-    \s*(?::\s*(?:\*{1,2}|_{1,2})?|(?:\*{1,2}|_{1,2})\s*:?\s*\n|>|[ \t]*\n)   # a colon or a line ends it
+    \s*(?::\s*(?:\*{1,2}|_{1,2})?|(?:\*{1,2}|_{1,2})\s*(?::|\n)|>|[ \t]*\n)   # a colon or a line ends it
     \s*""",
     re.IGNORECASE | re.VERBOSE,
 )
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
-_OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n")
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+_OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?!.*```)", re.DOTALL)
+_THOUGHTS = re.compile(r"\A<think>.*?(?:</think>\s*|\Z)", re.DOTALL)  # left open: there is no document yet
 _CLOSING_TAG = re.compile(r"\s*</(?:context|document|background|text)>\s*\Z", re.IGNORECASE)
 
 

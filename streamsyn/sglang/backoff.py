@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from streamsyn.config import FleetSection
-from streamsyn.errors import RequestRefused, ServerBusy, ServerError
+from streamsyn.errors import RequestRefused, ServerBusy, ServerError, ServerUnreachable
 
 
 def full_jitter(base_s: float, longest_s: float, step: int, draw: Random) -> float:
@@ -17,7 +17,11 @@ def full_jitter(base_s: float, longest_s: float, step: int, draw: Random) -> flo
 
 @dataclass(slots=True)
 class RetryBudget:
-    """What one request may use up: tries and seconds. A full queue costs no try."""
+    """What one request may use up: tries and seconds.
+
+    A full queue costs no try, nor does a server that is not there: it was never asked. So a request
+    outlives a fleet that is gone for a while, and many servers that go one after the other.
+    """
 
     fleet: FleetSection
     draw: Random
@@ -27,8 +31,8 @@ class RetryBudget:
     def pause_after(self, error: ServerError, seconds: float) -> float | None:
         """Seconds to wait before the next try, after one that took `seconds`; None to give up."""
         self.spent_s += seconds
-        if isinstance(error, ServerBusy):
-            return 0.0  # the server's limiter does the waiting
+        if isinstance(error, ServerBusy | ServerUnreachable):
+            return 0.0  # the waiting is done for a place: the server is held, or ejected
         self.tries += 1
         if isinstance(error, RequestRefused) or self.tries >= self.fleet.max_attempts:
             return None

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
 
@@ -13,6 +13,8 @@ from streamsyn.errors import (
     ConfigError,
     ServerTimeout,
     ServerUnavailable,
+    ServerUnreachable,
+    StreamsynError,
 )
 from streamsyn.records import Completion, Request
 from streamsyn.sglang import wire
@@ -46,18 +48,24 @@ class ServerClient:
             ServerError: No usable answer came; the kind says what to do next.
         """
         body = wire.chat_body(request, model, rid)
-        async with self._bounded(self._request_timeout_s):
-            status, answer = await self._post(wire.CHAT, body)
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                status, answer = await self._post(wire.CHAT, body)
+        except TimeoutError:
+            raise self._late(self._request_timeout_s) from None
         return wire.parse_chat(status, answer, self.url)
 
     async def abort(self, rid: str) -> None:
-        """Have the server drop requests whose rid starts with `rid`.
+        """Have the server drop the request of that rid.
 
         Raises:
             ServerError: It could not be told; it will find out when it writes its answer.
         """
-        async with self._bounded(_ABORT_TIMEOUT_S):
-            await self._post(wire.ABORT, b'{"rid":"%s"}' % rid.encode())
+        try:
+            async with asyncio.timeout(_ABORT_TIMEOUT_S):
+                await self._post(wire.ABORT, b'{"rid":"%s"}' % rid.encode())
+        except TimeoutError:
+            raise self._late(_ABORT_TIMEOUT_S) from None
 
     async def models(self) -> list[str]:
         """What it serves, once it is healthy.
@@ -66,62 +74,62 @@ class ServerClient:
             ServerError: It is not up.
             ConfigError: It does not accept our key.
         """
-        async with self._bounded(_CONTROL_TIMEOUT_S):
-            status, body = await self._get(wire.HEALTH)
-            if status not in (200, 404):  # other servers than SGLang may lack the route
-                raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {status}")
-            status, body = await self._get(wire.MODELS)
+        try:
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                status, body = await self._get(wire.HEALTH)
+                if status not in (200, 404):  # other servers than SGLang may lack the route
+                    raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {status}")
+                status, body = await self._get(wire.MODELS)
+        except TimeoutError:
+            raise self._late(_CONTROL_TIMEOUT_S) from None
         if status in (401, 403):
             raise ConfigError(f"{self.url} does not accept the key (HTTP {status}); set STREAMSYN_API_KEY")
         if status != 200:
             raise wire.error_of(status, "no list of models", self.url)
         return wire.served_models(body)
 
-    @asynccontextmanager
-    async def _bounded(self, timeout_s: float) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError:
-            raise ServerTimeout(f"{self.url} gave no answer within {timeout_s:g} s") from None
+    def _late(self, timeout_s: float) -> ServerTimeout:
+        return ServerTimeout(f"{self.url} gave no answer within {timeout_s:g} s")
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        with self._translated():
+        try:
             async with self._session.get(self.url + path) as response:
                 return response.status, await response.read()
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise self._translated(error) from error
 
     async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        with self._translated():
-            started = time.monotonic()
+        started = time.monotonic()
+        try:
             try:
                 return await self._post_once(path, body)
-            except aiohttp.ClientConnectorError:
-                raise
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 # Gone at once and without a byte: most likely a kept-alive connection that the server
                 # was just closing, which says nothing about the server. Once more, on another one.
-                if time.monotonic() - started > _STALE_WITHIN_S:
+                late = time.monotonic() - started > _STALE_WITHIN_S
+                if late or isinstance(error, aiohttp.ClientConnectorError):
                     raise
             return await self._post_once(path, body)
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise self._translated(error) from error
 
     async def _post_once(self, path: str, body: bytes) -> tuple[int, bytes]:
         async with self._session.post(self.url + path, data=body) as response:
             return response.status, await response.read()
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except aiohttp.ClientPayloadError as error:
-            raise BrokenResponse(f"{self.url} cut its answer short: {error}") from error
-        except aiohttp.ConnectionTimeoutError as error:
-            raise ServerUnavailable(f"{self.url} cannot be reached: {error}") from error
-        except aiohttp.InvalidURL as error:
-            raise ConfigError(f"{self.url} is no URL") from error
-        except (aiohttp.ClientConnectionError, ConnectionError) as error:
-            raise ServerUnavailable(f"{self.url} dropped or refused the connection: {error}") from error
-        except aiohttp.ClientError as error:
-            raise BrokenResponse(f"{self.url} speaks no proper HTTP: {error}") from error
+    def _translated(self, error: Exception) -> StreamsynError:
+        """What aiohttp's error means to us."""
+        match error:
+            case aiohttp.InvalidURL():
+                return ConfigError(f"{self.url} is no URL")
+            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+                return ServerUnreachable(f"{self.url} cannot be reached: {error}")
+            case aiohttp.ClientPayloadError():
+                return BrokenResponse(f"{self.url} cut its answer short: {error}")
+            case aiohttp.ClientConnectionError() | ConnectionError():
+                return ServerUnavailable(f"{self.url} dropped the connection: {error}")
+            case _:
+                return BrokenResponse(f"{self.url} speaks no proper HTTP: {error}")
 
 
 @asynccontextmanager

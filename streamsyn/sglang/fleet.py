@@ -21,6 +21,7 @@ from streamsyn.errors import (
     ServerError,
     ServerTimeout,
     ServerUnavailable,
+    ServerUnreachable,
 )
 from streamsyn.records import Attempt, Completion, Request
 from streamsyn.sglang.backoff import RetryBudget, full_jitter
@@ -92,8 +93,9 @@ class Fleet:
                 return completion
             finally:
                 self._placement.release(server)
-            said = f"{type(failure).__name__}: {failure}"
-            attempts.append(Attempt(server.url, at, _since(started), said))
+            if not isinstance(failure, ServerBusy):  # no try; there may be thousands
+                said = f"{type(failure).__name__}: {failure}"
+                attempts.append(Attempt(server.url, at, _since(started), said))
             pause_s = budget.pause_after(failure, _since(started))
             if pause_s is None:
                 raise failure
@@ -164,7 +166,7 @@ class Fleet:
             server.limiter.busy(time.monotonic(), self._draw.random())
         elif isinstance(error, RequestRefused | BrokenResponse):
             server.health.answered()  # it is alive, whatever it said
-        elif server.health.failed():
+        elif server.health.failed(is_there=not isinstance(error, ServerUnreachable)):
             log.warning("fleet.ejected", server=server.url, error=str(error))
             self._tasks.start(self._probe(server), name=f"probe-{server.url}")
             if all(other.health.ejected for other in self.servers):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Health:
-    """Counts failures in a row; so many of them, or a refused connection, eject the server."""
+    """Counts failures in a row; so many of them, or a connection not made, eject the server."""
 
     eject_after: int
     ejected: bool = False
@@ -15,10 +15,10 @@ class Health:
         """An answer came, of whatever kind: the server is alive."""
         self.failures = 0
 
-    def failed(self) -> bool:
-        """No answer came. True when this ejects the server."""
+    def failed(self, *, is_there: bool = True) -> bool:
+        """No answer came, or the server `is_there` no longer. True when this ejects it."""
         self.failures += 1
-        if self.ejected or self.failures < self.eject_after:
+        if self.ejected or (is_there and self.failures < self.eject_after):
             return False
         self.ejected = True
         return True

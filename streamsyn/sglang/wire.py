@@ -46,12 +46,16 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
         if (message := _error_message(answer)) is not None:
             raise error_of(_error_code(answer), message, server)
         choice, usage = answer["choices"][0], answer["usage"]
-        finish_reason = choice["finish_reason"]
+        finish_reason, text = choice["finish_reason"], choice["message"]["content"] or ""
+        cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        counts = (usage["prompt_tokens"], cached_tokens, usage["completion_tokens"])
+        if not isinstance(text, str) or not all(isinstance(count, int) for count in counts):
+            raise TypeError("a text and its counts")
         completion = Completion(
-            text=choice["message"]["content"] or "",
+            text=text,
             finish_reason=finish_reason,
             prompt_tokens=usage["prompt_tokens"],
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+            cached_tokens=cached_tokens,
             completion_tokens=usage["completion_tokens"],
             model=answer["model"],
             server=server,

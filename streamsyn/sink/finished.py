@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 
+from streamsyn.errors import SinkError
 from streamsyn.sink import frames
 from streamsyn.sink.log import row_key
 from streamsyn.sink.manifest import Manifest, SealedShard
@@ -37,13 +38,12 @@ class FinishedKeys:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._db = self._open()
-        except sqlite3.DatabaseError as error:
-            log.warning("index.rebuilt", path=str(path), why=str(error))
-            for part in path.parent.glob(path.name + "*"):
-                part.unlink()
-            self._db = self._open()
+        self._db = sqlite3.connect(":memory:")
+        with _translated(path):
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                self._make_anew(error)
 
     def add_shard(self, shard: SealedShard, keys: bytes) -> None:
         """Add the keys of a shard that has been sealed: KEY_BYTES each, one after the other."""
@@ -55,27 +55,57 @@ class FinishedKeys:
         self._insert(keys, None)
 
     def catch_up(self, manifest: Manifest, root: Path) -> None:
-        """Add the shards that are sealed but not yet in here: after a kill, or when made anew."""
-        known = {path for (path,) in self._db.execute("SELECT path FROM shards")}
-        for shard in manifest.shards:
-            if shard.kind != "samples" and shard.path not in known:
-                self._insert((row_key(row) for row in frames.rows(root / shard.path)), shard)
+        """Add the shards that are sealed but not yet in here: after a kill, or when made anew.
+
+        Raises:
+            SinkError: One of them is missing or damaged.
+        """
+        shards = {shard.path: shard for shard in manifest.shards if shard.kind != "samples"}
+        with _translated(self.path):
+            try:
+                self._catch_up(shards, root)
+            except sqlite3.DatabaseError as error:
+                self._make_anew(error)
+                self._catch_up(shards, root)
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
-    def _open(self) -> sqlite3.Connection:
+    def _catch_up(self, shards: dict[str, SealedShard], root: Path) -> None:
+        known = {path for (path,) in self._db.execute("SELECT path FROM shards")}
+        # One that the manifest no longer lists is being written again.
+        unlisted = ((path,) for path in known - shards.keys())
+        self._db.executemany("DELETE FROM shards WHERE path = ?", unlisted)
+        for path in shards.keys() - known:
+            self._write(_keys_of(root, shards[path]), shards[path])
+
+    def _make_anew(self, error: sqlite3.DatabaseError) -> None:
+        """Start with an empty file, when what is wrong is the file."""
+        if not _is_damage(error):
+            raise error
+        log.warning("index.rebuilt", path=str(self.path), why=str(error))
+        self._db.close()
+        for part in self.path.parent.glob(self.path.name + "*"):
+            part.unlink()
+        self._open()
+
+    def _open(self) -> None:
+        self._db.close()
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=60)
+        self._db = db
         # A write-ahead log lets the producer look things up while the sink adds a shard.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         db.execute("CREATE TABLE IF NOT EXISTS finished (key BLOB PRIMARY KEY) WITHOUT ROWID")
         db.execute("CREATE TABLE IF NOT EXISTS shards (path TEXT PRIMARY KEY) WITHOUT ROWID")
-        return db
 
     def _insert(self, keys: Iterable[bytes], shard: SealedShard | None) -> None:
+        with _translated(self.path):
+            self._write(keys, shard)
+
+    def _write(self, keys: Iterable[bytes], shard: SealedShard | None) -> None:
         self._db.execute("BEGIN")
         self._db.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in keys))
         if shard is not None:
@@ -132,3 +162,39 @@ class Claims:
         """Forget what was read in this run."""
         self._db.close()
         self._scratch.unlink(missing_ok=True)
+
+
+def _keys_of(root: Path, shard: SealedShard) -> Iterator[bytes]:
+    """Keys of the rows of a sealed shard, all of them: a draft that is missed would be done twice."""
+    rows = 0
+    try:
+        for row in frames.rows(root / shard.path):
+            yield row_key(row)
+            rows += 1
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SinkError(f"{root / shard.path} cannot be read: {error!r}; restore it from a copy") from error
+    if rows != shard.rows:
+        raise SinkError(
+            f"{root / shard.path} has {rows} rows that can be read, the manifest says {shard.rows}; "
+            "restore it from a copy"
+        )
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file is at fault, and not the disk it lies on."""
+    disk = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY)
+    return error.sqlite_errorcode & 0xFF not in disk
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn an error of SQLite into a SinkError that says what to do."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        advice = (
+            "`streamsyn verify --repair` makes it anew"
+            if _is_damage(error)
+            else "what is on disk stays valid: make room and run again to go on"
+        )
+        raise SinkError(f"cannot use {path}: {error}; {advice}") from error

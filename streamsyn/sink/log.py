@@ -62,6 +62,7 @@ class ShardLog:
         with _translated(f"take up {self._kind} in {self._root}"):
             path = self._path(self._number)
             open_path = path.with_name(path.name + OPEN_SUFFIX)
+            self._refuse_unlisted(beyond=path)
             if path.exists():  # killed between the new name and the manifest's line
                 path.rename(open_path)
             if not open_path.exists():
@@ -122,6 +123,16 @@ class ShardLog:
             self._shard.count(_figures(record))
         if self._shard.bytes >= self._sink.shard_bytes:
             self.seal()
+
+    def _refuse_unlisted(self, beyond: Path) -> None:
+        """Only the shard that comes next may be missing from the manifest, or the manifest has lost lines."""
+        name = beyond.name + OPEN_SUFFIX
+        unlisted = [path for path in beyond.parent.glob("part-*") if path.name > name]
+        if unlisted:
+            raise SinkError(
+                f"{min(unlisted)} is not in manifest.jsonl, which lists {self._number} shards of {self._kind}: "
+                "restore manifest.jsonl from a copy"
+            )
 
     def _path(self, number: int) -> Path:
         suffix = SUFFIXES[self._sink.compression]

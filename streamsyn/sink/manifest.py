@@ -81,8 +81,10 @@ class Manifest:
 
     def _append(self, line: Any) -> None:
         data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-        with self._path.open("ab", buffering=0) as file:
+        self.cut_torn_line()  # a disk that was full has room again: no line must join half a line
+        with self._path.open("ab") as file:
             file.write(data)
+            file.flush()
             os.fsync(file.fileno())
         self._good_bytes += len(data)
 
@@ -93,9 +95,16 @@ class Manifest:
                     return
                 try:
                     self._take(orjson.loads(line))
-                except (ValueError, TypeError, KeyError) as error:
-                    raise SinkError(f"{self._path}:{number} is no line of a manifest: {error}") from error
+                except orjson.JSONDecodeError as error:
+                    if not file.read(1):
+                        return  # a power loss may keep the end of the last line without its beginning
+                    raise self._refuse(number, error) from error
+                except (AttributeError, ValueError, TypeError, KeyError) as error:
+                    raise self._refuse(number, error) from error
                 self._good_bytes += len(line)
+
+    def _refuse(self, number: int, error: Exception) -> SinkError:
+        return SinkError(f"{self._path}:{number} is no line of a manifest: {error}")
 
     def _take(self, line: dict[str, Any]) -> None:
         self.final = None

@@ -1,19 +1,21 @@
 """The whole log of a run directory: contexts, rejects, samples, and what is known to be finished."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from streamsyn.config import SinkSection
+from streamsyn.errors import SinkError
 from streamsyn.records import Context, Outcome, Reject
 from streamsyn.sink import frames
 from streamsyn.sink.finished import Claims, FinishedKeys
 from streamsyn.sink.log import ShardLog, row_key
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import write_whole
-from streamsyn.sink.shard import OPEN_SUFFIX
+from streamsyn.sink.shard import sync_folder
 
 _STATE = "assembly.json"
 
@@ -27,7 +29,11 @@ class RunLog:
 
     def __init__(self, root: Path, sink: SinkSection) -> None:
         self.root = root
-        self.manifest = Manifest(root / "manifest.jsonl")
+        manifest = root / "manifest.jsonl"
+        if not manifest.exists():
+            manifest.touch()
+            sync_folder(root)
+        self.manifest = Manifest(manifest)
         self.manifest.cut_torn_line()
         self._finished = FinishedKeys(root / "index" / "finished.sqlite")
         self._finished.catch_up(self.manifest, root)
@@ -107,18 +113,31 @@ class RunLog:
 
 
 def read_contexts(root: Path, manifest: Manifest, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
-    """Rows of contexts from `first_seq` up to, not with, `end_seq`, sealed and open ones."""
-    for path in shard_paths(root, manifest, "contexts", first_seq):
-        for row in frames.rows(path):
-            if row["seq"] >= end_seq:
-                return
-            if row["seq"] >= first_seq:
-                yield row
+    """Rows of contexts from `first_seq` up to, not with, `end_seq`, sealed and open ones.
+
+    Raises:
+        SinkError: A shard is missing or damaged.
+    """
+    seq, tries = first_seq, 0
+    while seq < end_seq and tries < 3:
+        before = seq
+        for path in shard_paths(root, manifest, "contexts", seq):
+            with suppress(FileNotFoundError):  # another thread has just sealed it: look again
+                for row in frames.rows(path):
+                    if row.get("seq") == seq < end_seq:
+                        yield row
+                        seq += 1
+        tries = 0 if seq > before else tries + 1
+    if seq < end_seq:
+        raise SinkError(f"row {seq} of {root / 'contexts'} cannot be read; `streamsyn verify` says why")
 
 
 def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:
-    """The shards of a kind that hold rows from `first_seq` on: the sealed ones, then the open one."""
-    for shard in manifest.of_kind(kind):
+    """The shards of a kind that hold rows from `first_seq` on, in order: the open one is the last."""
+    listed = manifest.of_kind(kind)
+    for shard in listed:
         if shard.last_seq >= first_seq:
             yield root / shard.path
-    yield from sorted((root / kind).glob(f"part-*{OPEN_SUFFIX}"))
+    # The rest: the open shard, and before it what has been sealed since, or by one who was killed.
+    known = {root / shard.path for shard in listed}
+    yield from sorted(path for path in (root / kind).glob("part-*") if path not in known)

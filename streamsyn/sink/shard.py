@@ -30,6 +30,7 @@ class OpenShard:
         self._tokens = {"prompt": 0, "cached": 0, "completion": 0}
         self._models: set[str] = set()
         self._fd = os.open(self.open_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
 
     @property
     def open_path(self) -> Path:

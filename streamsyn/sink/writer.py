@@ -1,7 +1,8 @@
 """The sink as a stage: outcomes in, durable contexts out.
 
 What arrives is written at once, so that a kill loses nothing that has been written; the disk is
-synced every `sink.sync_interval_s`, and only then does a context go on to assembly.
+synced every `sink.sync_interval_s`, and only then does a context go on to assembly. A slow assembly
+makes writing wait, and with it the workers; it never delays a sync.
 """
 
 import asyncio
@@ -34,7 +35,14 @@ class OutcomeWriter:
         self._sink = sink
         self._counters = counters
         self._written: BoundedQueue[tuple[int, Outcome]] = BoundedQueue(sink.sync_rows)
+        self._rows = 0
+        """Outcomes written so far."""
+        self._synced = self._syncing = 0
+        """Those of them that are on disk; those that are, or will be when the present sync is done."""
+        self._ended = False
+        self._sync_soon = asyncio.Event()
         self._sync_now = asyncio.Event()
+        self._have_synced = asyncio.Event()
         self._disk = asyncio.Lock()  # the log is for one thread at a time
 
     async def run(self, results: BoundedQueue[Outcome], durable: BoundedQueue[DurableContext]) -> None:
@@ -42,34 +50,52 @@ class OutcomeWriter:
         async with asyncio.TaskGroup() as group:
             writing = group.create_task(self._write(results), name="sink-write")
             writing.add_done_callback(lambda _: self._end())
-            group.create_task(self._sync(durable), name="sink-sync")
+            group.create_task(self._sync(), name="sink-sync")
+            group.create_task(self._hand_on(durable), name="sink-hand-on")
 
     async def _write(self, results: BoundedQueue[Outcome]) -> None:
         async for outcome in results:
             batch = [outcome, *results.get_nowait(_MAX_BATCH - 1)]
-            for written in await self._in_thread(partial(self._log.append, batch)):
-                if len(self._written) == self._sink.sync_rows - 1:
-                    self._sync_now.set()
-                await self._written.put(written)
+            written = await self._in_thread(partial(self._log.append, batch))
+            self._rows += len(written)
+            self._sync_soon.set()
+            if self._rows - self._syncing >= self._sink.sync_rows:
+                self._sync_now.set()
+            for one in written:
+                await self._written.put(one)
 
-    async def _sync(self, durable: BoundedQueue[DurableContext]) -> None:
-        async for first in self._written:
+    async def _sync(self) -> None:
+        """Sync so long after the first row that is not on disk, or as soon as there are too many."""
+        while not self._ended or self._synced < self._rows:
+            await self._sync_soon.wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._sink.sync_interval_s):
                     await self._sync_now.wait()
-            batch = [first, *self._written.get_nowait(self._sink.sync_rows)]
-            if not self._written.closed:
+            if not self._ended:
+                self._sync_soon.clear()
                 self._sync_now.clear()
+            self._syncing = self._rows
             await self._in_thread(self._log.sync)
-            for seq, outcome in batch:
-                self._counters.count_outcome(outcome)
-                if isinstance(outcome, Context):
-                    await durable.put((seq, outcome))
+            self._synced = self._syncing
+            self._have_synced.set()
+
+    async def _hand_on(self, durable: BoundedQueue[DurableContext]) -> None:
+        handed_on = 0
+        async for seq, outcome in self._written:
+            while handed_on == self._synced:
+                self._have_synced.clear()
+                await self._have_synced.wait()
+            handed_on += 1
+            self._counters.count_outcome(outcome)
+            if isinstance(outcome, Context):
+                await durable.put((seq, outcome))
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         async with self._disk:
             return await asyncio.to_thread(call)
 
     def _end(self) -> None:
+        self._ended = True
         self._written.close()
+        self._sync_soon.set()
         self._sync_now.set()
