@@ -1,5 +1,7 @@
 """Jinja2 templates: the packaged ones and the user's, checked before anything is sent."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any
 import jinja2
 
 from streamsyn.errors import ConfigError
+
+_UNRENDERABLE = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
 class PromptTemplate:
@@ -27,13 +31,11 @@ class PromptTemplate:
         self._name = name
         try:
             self._template = _environment().from_string(source)
-            self._globals = dict(self._template.globals)  # a ChainMap, which is slow to copy each time
-            self.render(**example)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {name}:{error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            there_are = ", ".join(sorted(example))
-            raise ConfigError(f"template {name}: {error}; the variables are {there_are}") from error
+        self._globals = dict(self._template.globals)  # a ChainMap, which is slow to copy each time
+        self.render(**example)
+        self.render_blocks(**example)
 
     @property
     def fixed_lines(self) -> list[str]:
@@ -41,13 +43,32 @@ class PromptTemplate:
         return [line.strip() for line in self.source.splitlines() if not {"{", "}"} & set(line)]
 
     def render(self, **variables: Any) -> str:
-        """The text of the whole file."""
-        return self._template.render(variables).strip()
+        """The text of the whole file.
+
+        Raises:
+            ConfigError: It cannot be rendered with these values.
+        """
+        with self._translated(variables):
+            return self._template.render(variables).strip()
 
     def render_blocks(self, **variables: Any) -> dict[str, str]:
-        """The text of each block, by its name; none for a file that has no blocks."""
+        """The text of each block, by its name; none for a file that has no blocks.
+
+        Raises:
+            ConfigError: They cannot be rendered with these values.
+        """
         context = self._template.new_context({**self._globals, **variables}, shared=True)
-        return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
+        with self._translated(variables):
+            return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
+
+    @contextmanager
+    def _translated(self, variables: dict[str, Any]) -> Iterator[None]:
+        """Name the template in what goes wrong in it."""
+        try:
+            yield
+        except _UNRENDERABLE as error:
+            there_are = ", ".join(sorted(variables))
+            raise ConfigError(f"template {self._name}: {error}; the variables are {there_are}") from error
 
 
 def packaged(folder: str, name: str) -> str:

@@ -151,17 +151,19 @@ class Assembler:
         wanted, tokens = section.contexts_per_sample - 1, passage.tokens
         answer = " ".join(passage.answer.casefold().split())
         draw = self._draw("distractors", passage)
+        seeds = {passage.seed_id}  # drafts of one seed tell the same story
         chosen: list[Passage] = []
         for tried, candidate in enumerate(pool.shuffled(draw)):
             if self._is_enough(len(chosen), wanted, tokens):
                 return chosen, True
             if tried > 8 * (len(chosen) + 8):
                 break  # nearly everything holds the answer
-            if candidate.seed_id == passage.seed_id:
+            if candidate.seed_id in seeds:
                 continue
             if len(answer) >= section.min_answer_chars and candidate.holds(answer):
                 continue
             chosen.append(candidate)
+            seeds.add(candidate.seed_id)
             tokens += candidate.tokens
         return chosen, self._is_enough(len(chosen), wanted, tokens)
 

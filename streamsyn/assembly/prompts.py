@@ -23,7 +23,8 @@ KNOWN_TASKS = {
     "multi_news": "summary",
     "qmsum": "meeting_query",
 }
-_EXAMPLE = {"contexts": ["a", "b"], "instruction": "i", "task": "t"}
+# One context alone: a sample has no more when no distractor fits.
+_EXAMPLE = {"contexts": ["a"], "instruction": "i", "task": "t"}
 
 
 class SamplePrompts:

@@ -23,6 +23,8 @@ KEEP_ALIVE_S = 4.0
 """Shorter than the 5 s after which an SGLang server closes an idle connection (its default)."""
 _STALE_WITHIN_S = 1.0
 """A dead connection shows this soon; one that breaks later had a request at work on it."""
+_FOREIGN = (aiohttp.ClientError, ConnectionError, UnicodeError)
+"""What aiohttp raises; the last one when a host name cannot be looked up at all."""
 _CONTROL_TIMEOUT_S = 15.0
 _ABORT_TIMEOUT_S = 2.0
 
@@ -77,9 +79,10 @@ class ServerClient:
         try:
             async with asyncio.timeout(_CONTROL_TIMEOUT_S):
                 status, body = await self._get(wire.HEALTH)
-                if status not in (200, 404):  # other servers than SGLang may lack the route
+                if status in (200, 404):  # other servers than SGLang may lack the route
+                    status, body = await self._get(wire.MODELS)
+                elif status not in (401, 403):
                     raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {status}")
-                status, body = await self._get(wire.MODELS)
         except TimeoutError:
             raise self._late(_CONTROL_TIMEOUT_S) from None
         if status in (401, 403):
@@ -95,7 +98,7 @@ class ServerClient:
         try:
             async with self._session.get(self.url + path) as response:
                 return response.status, await response.read()
-        except (aiohttp.ClientError, ConnectionError) as error:
+        except _FOREIGN as error:
             raise self._translated(error) from error
 
     async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
@@ -110,7 +113,7 @@ class ServerClient:
                 if late or isinstance(error, aiohttp.ClientConnectorError):
                     raise
             return await self._post_once(path, body)
-        except (aiohttp.ClientError, ConnectionError) as error:
+        except _FOREIGN as error:
             raise self._translated(error) from error
 
     async def _post_once(self, path: str, body: bytes) -> tuple[int, bytes]:
@@ -120,7 +123,7 @@ class ServerClient:
     def _translated(self, error: Exception) -> StreamsynError:
         """What aiohttp's error means to us."""
         match error:
-            case aiohttp.InvalidURL():
+            case aiohttp.InvalidURL() | UnicodeError():
                 return ConfigError(f"{self.url} is no URL")
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
                 return ServerUnreachable(f"{self.url} cannot be reached: {error}")

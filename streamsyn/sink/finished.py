@@ -123,6 +123,7 @@ class Claims:
 
     def __init__(self, finished: Path | None, scratch: Path) -> None:
         self._scratch = scratch
+        self._finished = finished
         scratch.unlink(missing_ok=True)
         self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
         self._db.execute("PRAGMA journal_mode = OFF")
@@ -153,10 +154,15 @@ class Claims:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """A transaction round the claims of one batch of seeds."""
-        self._db.execute("BEGIN")
-        yield
-        self._db.execute("COMMIT")
+        """A transaction round the claims of one batch of seeds.
+
+        Raises:
+            SinkError: The disk is full, or the file of FinishedKeys is damaged.
+        """
+        with _translated(self._finished or self._scratch):
+            self._db.execute("BEGIN")
+            yield
+            self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Forget what was read in this run."""

@@ -130,8 +130,8 @@ class ShardLog:
         unlisted = [path for path in beyond.parent.glob("part-*") if path.name > name]
         if unlisted:
             raise SinkError(
-                f"{min(unlisted)} is not in manifest.jsonl, which lists {self._number} shards of {self._kind}: "
-                "restore manifest.jsonl from a copy"
+                f"{min(unlisted)} is not in manifest.jsonl, which lists {self._number} shards of "
+                f"{self._kind}: restore manifest.jsonl from a copy"
             )
 
     def _path(self, number: int) -> Path:

@@ -31,6 +31,7 @@ class Verification:
             raise ConfigError(f"{root} is no run directory: it has no run.json")
         self.root = root
         self.counts = dict.fromkeys(KINDS, 0)
+        self._next_seq = dict.fromkeys(KINDS, 0)
         self.notes: list[str] = []
         """What is as it should be in a run that was interrupted."""
         try:
@@ -46,10 +47,30 @@ class Verification:
         """
         if torn := self.manifest.torn_bytes:
             self.notes.append(f"manifest.jsonl: {torn} bytes of an unfinished line at its end")
-        for shard in self.manifest.shards:
-            yield from _check_sealed(self.root, shard)
         for kind in KINDS:
             self._note_unlisted(kind)
+        for problem in self._log():
+            reassemble = None  # there is no sound log to make samples of
+            yield problem
+        yield from self._samples(reassemble)
+        final, sealed = self.manifest.final, self._sealed
+        if final and (differing := [kind for kind in KINDS if final.get(kind) != sealed[kind]]):
+            yield f"manifest.jsonl: its final line counts other rows than there are of {', '.join(differing)}"
+        elif not self._is_finished:
+            self.notes.append("manifest.jsonl: no final line behind all rows: the run is not finished")
+
+    @property
+    def _sealed(self) -> dict[str, int]:
+        return {kind: sum(shard.rows for shard in self.manifest.of_kind(kind)) for kind in KINDS}
+
+    @property
+    def _is_finished(self) -> bool:
+        """Whether nothing came behind the manifest's final line: a run may go on with more seeds."""
+        return self.manifest.final is not None and self.counts == self._sealed
+
+    def _log(self) -> Problems:
+        for shard in self.manifest.shards:
+            yield from _check_sealed(self.root, shard)
         with tempfile.TemporaryDirectory() as folder:
             claims = Claims(None, Path(folder) / "keys.sqlite")
             try:
@@ -57,12 +78,6 @@ class Verification:
                     yield from self._rows(kind, claims)
             finally:
                 claims.close()
-        yield from self._samples(reassemble)
-        final = self.manifest.final
-        if final is None:
-            self.notes.append("manifest.jsonl: no final line: the run is not finished")
-        elif differing := [kind for kind in KINDS if final.get(kind) != self.counts[kind]]:
-            yield f"manifest.jsonl: its final line counts other rows than there are of {', '.join(differing)}"
 
     def _note_unlisted(self, kind: str) -> None:
         listed = {shard.path for shard in self.manifest.of_kind(kind)}
@@ -80,37 +95,43 @@ class Verification:
             with claims.batch():
                 for row in frames.rows(path):
                     yield from self._check_seq(kind, path, row)
-                    if claims.claim(row_key(row)) is Claim.REPEATED:
-                        name = row.get("id") or row.get("origin")
-                        yield f"{path}: row {row['seq']}: {name} has more than one outcome"
+                    where = f"{self._name(path)}: row {row.get('seq')}"
+                    try:
+                        key = row_key(row)
+                    except (KeyError, TypeError, ValueError, AttributeError):
+                        yield f"{where} does not say which seed it is of"
+                        continue
+                    if claims.claim(key) is Claim.REPEATED:
+                        yield f"{where}: {row.get('id') or row.get('origin')} has more than one outcome"
 
     def _samples(self, reassemble: Callable[[Iterator[Row], list[int]], Iterator[bytes]] | None) -> Problems:
         contexts = (row for path in self._paths("contexts") for row in frames.rows(path))
         again = reassemble(contexts, self.manifest.flushes) if reassemble is not None else None
+        logged = range(self.counts["contexts"])
         for path in self._paths("samples"):
             for row in frames.rows(path):
                 yield from self._check_seq("samples", path, row)
-                if any(not 0 <= seq < self.counts["contexts"] for seq in row["context_seqs"]):
-                    yield f"{path}: sample {row['seq']} names contexts that are not in the log"
+                where, seqs = f"{self._name(path)}: sample {row.get('seq')}", row.get("context_seqs")
+                if not isinstance(seqs, list) or any(seq not in logged for seq in seqs):
+                    yield f"{where} names contexts that are not in the log"
                 if again is not None and next(again, None) != frames.line(row):
-                    yield f"{path}: sample {row['seq']} is not what the log assembles to"
+                    yield f"{where} is not what the log assembles to"
                     again = None  # all that follow would differ as well
-        if again is not None and self.manifest.final is not None and next(again, None) is not None:
+        if again is not None and self._is_finished and next(again, None) is not None:
             yield "samples: there are fewer than the log assembles to"
 
     def _check_seq(self, kind: str, path: Path, row: Row) -> Problems:
-        if row.get("seq") != self.counts[kind]:
-            yield f"{path}: seq {self.counts[kind]} is next, not {row.get('seq')}"
+        expected, seq = self._next_seq[kind], row.get("seq")
+        if seq != expected:
+            yield f"{self._name(path)}: seq {expected} is next, not {seq}"
+        self._next_seq[kind] = (seq if isinstance(seq, int) else expected) + 1
         self.counts[kind] += 1
 
     def _paths(self, kind: str) -> Iterator[Path]:
-        listed = {self.root / shard.path for shard in self.manifest.of_kind(kind)}
-        yield from (path for path in shard_paths(self.root, self.manifest, kind) if path.exists())
-        yield from sorted(
-            path
-            for path in (self.root / kind).glob("part-*")
-            if path not in listed and path.suffix != OPEN_SUFFIX
-        )
+        return (path for path in shard_paths(self.root, self.manifest, kind) if path.exists())
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
 
 
 def _check_sealed(root: Path, shard: SealedShard) -> Problems:

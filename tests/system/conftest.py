@@ -1,0 +1,111 @@
+"""The command line as a user has it: subprocesses, and simulated servers that are processes too."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "streamsyn"]
+
+
+def streamsyn(*arguments: str | Path, timeout_s: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; output as text."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command."""
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], **{"stderr": subprocess.PIPE, **options})
+
+
+def wait_for_line(process: subprocess.Popen[bytes], pattern: str) -> str:
+    """Read stderr up to a line that has `pattern`."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if re.search(pattern, text := line.decode()):
+            return text
+    raise AssertionError(f"no line with {pattern!r} came")
+
+
+class Server:
+    """A simulated server."""
+
+    def __init__(self, *options: str) -> None:
+        self.process = start("simulate", "--port", "0", *options)
+        found = re.search(r"http://[^ ]+", wait_for_line(self.process, "http://"))
+        assert found is not None
+        self.url = found.group()
+
+    def stats(self) -> dict[str, Any]:
+        """What it counts."""
+        with urllib.request.urlopen(f"{self.url}/simulator/stats", timeout=10) as answer:
+            counted: dict[str, Any] = json.load(answer)
+        return counted
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
+        self.process.send_signal(number)
+        self.process.wait(20)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Starts simulated servers, which end with the test."""
+    servers: list[Server] = []
+
+    def started(*options: str) -> Server:
+        servers.append(Server(*options))
+        return servers[-1]
+
+    yield started
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Callable[..., Path]:
+    """Writes files of seeds, all different."""
+
+    def written(number: int, name: str = "riddles.jsonl") -> Path:
+        path = tmp_path / name
+        lines = (
+            json.dumps({"instruction": f"Who kept lighthouse {n} of {name}?", "answer": f"Keeper number {n * 7919}."})
+            for n in range(number)
+        )
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return written
+
+
+def rows(out: Path, kind: str) -> list[dict[str, Any]]:
+    """All rows of a kind, sealed and open ones, but for a torn end."""
+    found = []
+    for path in [*sorted((out / kind).glob("*.jsonl")), *sorted((out / kind).glob("*.open"))]:
+        found += [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return found
+
+
+def assert_clean(out: Path) -> None:
+    """`verify` finds nothing."""
+    verified = streamsyn("verify", out)
+
+    assert (0, "") == (verified.returncode, verified.stderr), verified.stdout
+    assert "problem:" not in verified.stdout
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours, and more."""
+    return {**os.environ, **more}
