@@ -131,8 +131,6 @@ def preview(**given: Any) -> None:
     from streamsyn.preview import preview as preview_seeds
 
     config = _resolve(given, None)
-    if not config.seeds.sources:
-        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     for text in preview_seeds(config, given["limit"] or 3):
         click.echo(text)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from streamsyn.config import Config
+from streamsyn.errors import ConfigError
 from streamsyn.recipes.load import load_recipe
 from streamsyn.records import BadSeed, Draft
 from streamsyn.seeds.reader import SeedReader
@@ -17,6 +18,8 @@ def preview(config: Config, limit: int) -> Iterator[str]:
     """
     recipe = load_recipe(config.recipe, config.checks)
     reader = SeedReader(config.seeds, config.run.seed, spool_folder=None)
+    if not reader.has_sources:
+        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     entries = (entry for batch in reader.batches(lambda _: False) for entry in batch)
     for entry in islice(entries, limit):
         if isinstance(entry, BadSeed):

@@ -24,7 +24,7 @@ from streamsyn.recipes.load import load_recipe
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.records import Sample
 from streamsyn.seeds.reader import SeedReader
-from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sglang.fleet import Fleet, check_urls, open_fleet
 from streamsyn.sink.log import encode_row
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
@@ -91,11 +91,15 @@ def run(request: RunRequest) -> RunSummary:
     shaping = {**fingerprint(request.config), **recipe.fingerprint(), **prompts.fingerprint()}
     if request.stream is not None and not request.config.assembly.write:
         raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
+    if request.launch is None:
+        check_urls(request.config.fleet.servers)
+    reader = SeedReader(request.config.seeds, request.config.run.seed, request.out / "spool")
+    if not reader.has_sources:
+        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     summary = RunSummary(request.out, Counters())
     directory = RunDirectory(request.out)
     try:
         directory.check(shaping)
-        reader = SeedReader(request.config.seeds, request.config.run.seed, request.out / "spool")
         run_log = RunLog(request.out, request.config.sink)
         try:
             parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary.counters)

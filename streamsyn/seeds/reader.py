@@ -38,6 +38,11 @@ class SeedReader:
         self._stdin: StdinSource | None = None
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether there is anything to read, be it what an earlier run spooled."""
+        return bool(self._sources) or (self._spool is not None and self._spool.exists())
+
     def batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
         """Entries of all sources. `is_known` tells which ones need not be spooled again."""
         if self._spool is not None:

@@ -60,6 +60,10 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "stdin.jsonl"
 
+    def exists(self) -> bool:
+        """Whether an earlier run has read a pipe."""
+        return self._path.exists()
+
     def replay(self) -> Iterator[list[Entry]]:
         """What earlier runs have read. A torn last line was not acted on: it is cut off."""
         if not self._path.exists():

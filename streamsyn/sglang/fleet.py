@@ -234,7 +234,12 @@ async def _abort(server: Server, rid: str) -> None:
         log.debug("fleet.abort_failed", server=server.url, rid=rid, error=str(error))
 
 
-def _distinct(urls: Sequence[str]) -> list[str]:
+def check_urls(urls: Sequence[str]) -> None:
+    """See that there are servers, named by URLs.
+
+    Raises:
+        ConfigError: There are none, or one is no URL.
+    """
     if not urls:
         raise ConfigError(
             "no server: pass --server URL, set fleet.servers, or --launch MODEL to have one started"
@@ -242,6 +247,10 @@ def _distinct(urls: Sequence[str]) -> list[str]:
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"fleet.servers: {url} is no URL; it starts with http:// or https://")
+
+
+def _distinct(urls: Sequence[str]) -> list[str]:
+    check_urls(urls)
     return list(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
 
 

@@ -6,7 +6,7 @@ file is made anew.
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -48,14 +48,14 @@ class FinishedKeys:
     def add_shard(self, shard: SealedShard, keys: bytes) -> None:
         """Add the keys of a shard that has been sealed: KEY_BYTES each, one after the other."""
         split = (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
-        self._insert(split, shard)
+        with _translated(self.path):
+            self._write(split, shard)
 
-    def add_tail(self, keys: Iterable[bytes]) -> None:
-        """Add the keys of rows in an open shard."""
-        self._insert(keys, None)
-
-    def catch_up(self, manifest: Manifest, root: Path) -> None:
+    def catch_up(self, manifest: Manifest, root: Path, tail: Sequence[bytes]) -> None:
         """Add the shards that are sealed but not yet in here: after a kill, or when made anew.
+
+        Args:
+            tail: Keys of the rows in open shards.
 
         Raises:
             SinkError: One of them is missing or damaged.
@@ -63,22 +63,23 @@ class FinishedKeys:
         shards = {shard.path: shard for shard in manifest.shards if shard.kind != "samples"}
         with _translated(self.path):
             try:
-                self._catch_up(shards, root)
+                self._catch_up(shards, root, tail)
             except sqlite3.DatabaseError as error:
                 self._make_anew(error)
-                self._catch_up(shards, root)
+                self._catch_up(shards, root, tail)
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
-    def _catch_up(self, shards: dict[str, SealedShard], root: Path) -> None:
+    def _catch_up(self, shards: dict[str, SealedShard], root: Path, tail: Sequence[bytes]) -> None:
         known = {path for (path,) in self._db.execute("SELECT path FROM shards")}
         # One that the manifest no longer lists is being written again.
         unlisted = ((path,) for path in known - shards.keys())
         self._db.executemany("DELETE FROM shards WHERE path = ?", unlisted)
         for path in shards.keys() - known:
             self._write(_keys_of(root, shards[path]), shards[path])
+        self._write(tail, None)
 
     def _make_anew(self, error: sqlite3.DatabaseError) -> None:
         """Start with an empty file, when what is wrong is the file."""
@@ -101,16 +102,12 @@ class FinishedKeys:
         db.execute("CREATE TABLE IF NOT EXISTS finished (key BLOB PRIMARY KEY) WITHOUT ROWID")
         db.execute("CREATE TABLE IF NOT EXISTS shards (path TEXT PRIMARY KEY) WITHOUT ROWID")
 
-    def _insert(self, keys: Iterable[bytes], shard: SealedShard | None) -> None:
-        with _translated(self.path):
-            self._write(keys, shard)
-
     def _write(self, keys: Iterable[bytes], shard: SealedShard | None) -> None:
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in keys))
-        if shard is not None:
-            self._db.execute("INSERT OR IGNORE INTO shards VALUES (?)", (shard.path,))
-        self._db.execute("COMMIT")
+        with self._db:  # rolls back when the keys cannot be read
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in keys))
+            if shard is not None:
+                self._db.execute("INSERT OR IGNORE INTO shards VALUES (?)", (shard.path,))
 
 
 class Claims:

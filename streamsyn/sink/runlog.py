@@ -36,14 +36,13 @@ class RunLog:
         self.manifest = Manifest(manifest)
         self.manifest.cut_torn_line()
         self._finished = FinishedKeys(root / "index" / "finished.sqlite")
-        self._finished.catch_up(self.manifest, root)
         indexed = self._finished.add_shard
         self.contexts = ShardLog(root, "contexts", self.manifest, sink, indexed)
         self.rejects = ShardLog(root, "rejects", self.manifest, sink, indexed)
         self.samples = ShardLog(root, "samples", self.manifest, sink)
         self.samples.recover()
         tail = [*self.contexts.recover(), *self.rejects.recover()]
-        self._finished.add_tail(row_key(row) for row in tail)
+        self._finished.catch_up(self.manifest, root, [row_key(row) for row in tail])
 
     @property
     def outcomes(self) -> int:

@@ -16,13 +16,13 @@ import pytest
 COMMAND = [sys.executable, "-m", "streamsyn"]
 
 
-def streamsyn(*arguments: str | Path, timeout_s: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
+def streamsyn(*arguments: object, timeout_s: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; output as text."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
 
 
-def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Start a command."""
     return subprocess.Popen([*COMMAND, *map(str, arguments)], **{"stderr": subprocess.PIPE, **options})
 
@@ -81,7 +81,9 @@ def seeds(tmp_path: Path) -> Callable[..., Path]:
     def written(number: int, name: str = "riddles.jsonl") -> Path:
         path = tmp_path / name
         lines = (
-            json.dumps({"instruction": f"Who kept lighthouse {n} of {name}?", "answer": f"Keeper number {n * 7919}."})
+            json.dumps(
+                {"instruction": f"Who kept lighthouse {n} of {name}?", "answer": f"Keeper number {n * 7919}."}
+            )
             for n in range(number)
         )
         path.write_text("\n".join(lines) + "\n")
@@ -94,7 +96,9 @@ def rows(out: Path, kind: str) -> list[dict[str, Any]]:
     """All rows of a kind, sealed and open ones, but for a torn end."""
     found = []
     for path in [*sorted((out / kind).glob("*.jsonl")), *sorted((out / kind).glob("*.open"))]:
-        found += [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        found += [
+            json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+        ]
     return found
 
 

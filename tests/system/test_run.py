@@ -24,9 +24,12 @@ def test_every_seed_has_one_outcome_whatever_the_servers_do(
     serve: Serve, seeds: Seeds, tmp_path: Path, compression: str
 ) -> None:
     """With all faults on at two servers, each seed ends once, `verify` is clean, samples load."""
-    rates = {fault: "0.02" for fault in Fault} | {Fault.STALL: "0.004"}
+    rates = dict.fromkeys(Fault, "0.02") | {Fault.STALL: "0.004"}
     faults = [part for fault, rate in rates.items() for part in ("--fault", f"{fault}={rate}")]
-    servers = [serve("--latency-ms", "10", "--seed", str(n), "--queue-limit", "20", "--slots", "24", *faults) for n in (1, 2)]
+    servers = [
+        serve("--latency-ms", "10", "--seed", str(n), "--queue-limit", "20", "--slots", "24", *faults)
+        for n in (1, 2)
+    ]
     urls = [part for server in servers for part in ("--server", server.url)]
     out = tmp_path / "out"
     options = [*QUICK, "--set", "fleet.request_timeout_s=2", "--set", f"sink.compression={compression}"]
@@ -55,7 +58,9 @@ def loaded_samples(out: Path) -> list[dict[str, list[dict[str, str]]]]:
     return list(samples)
 
 
-def test_nothing_is_asked_again_when_a_finished_run_is_run_again(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
+def test_nothing_is_asked_again_when_a_finished_run_is_run_again(
+    serve: Serve, seeds: Seeds, tmp_path: Path
+) -> None:
     """A second run with the same directory sends no request and changes no sealed file."""
     server, out = serve(), tmp_path / "out"
     arguments = ["run", "--seeds", seeds(60), "--server", server.url, "--out", out, *QUICK]
@@ -106,8 +111,17 @@ def test_bad_lines_are_rejects_that_say_where(serve: Serve, tmp_path: Path) -> N
     """A line that is no seed is a Reject with file and line; the others are done; resuming adds none."""
     path, out = tmp_path / "seeds.jsonl", tmp_path / "out"
     good = '{"instruction": "Who rang bell %d?", "answer": "The sexton, number %d."}'
-    lines = [b"\xef\xbb\xbf" + (good % (1, 1)).encode() + b"\r", b"", b"{broken", b'{"instruction": "only"}', b"[1]"]
-    lines += [b'{"instruction": "caf\xe9", "answer": "x"}', b'{"instruction": "a", "answer": "' + b"y" * 50_000_000 + b'"}']
+    lines = [
+        b"\xef\xbb\xbf" + (good % (1, 1)).encode() + b"\r",
+        b"",
+        b"{broken",
+        b'{"instruction": "only"}',
+        b"[1]",
+    ]
+    lines += [
+        b'{"instruction": "caf\xe9", "answer": "x"}',
+        b'{"instruction": "a", "answer": "' + b"y" * 50_000_000 + b'"}',
+    ]
     lines += [(good % (2, 2)).encode(), (good % (2, 2)).encode(), b"{broken", (good % (3, 3)).encode()]
     path.write_bytes(b"\n".join(lines))
     arguments = ["run", "--seeds", path, "--server", serve().url, "--out", out, *QUICK]
@@ -117,8 +131,13 @@ def test_bad_lines_are_rejects_that_say_where(serve: Serve, tmp_path: Path) -> N
 
     assert done.returncode == 0, done.stderr
     wanted = {
-        3: "invalid_json", 4: "not_a_seed", 5: "not_a_seed", 6: "invalid_utf8", 7: "line_too_long", 10: "invalid_json",
-    }  # fmt: skip
+        3: "invalid_json",
+        4: "not_a_seed",
+        5: "not_a_seed",
+        6: "invalid_utf8",
+        7: "line_too_long",
+        10: "invalid_json",
+    }
     assert {f"{path}:{line}": reason for line, reason in wanted.items()} == {
         row["origin"]: row["reason"] for row in rows(out, "rejects")
     }
@@ -130,9 +149,18 @@ def test_bad_lines_are_rejects_that_say_where(serve: Serve, tmp_path: Path) -> N
 
 def test_too_many_rejects_exit_with_3(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """Above `run.max_reject_fraction` the exit code is 3, and all outcomes are there."""
-    options = ["--set", "checks.min_words=100000", "--set", "run.max_reject_fraction=0.5", "--set", "recipe.tries=1"]
+    options = [
+        "--set",
+        "checks.min_words=100000",
+        "--set",
+        "run.max_reject_fraction=0.5",
+        "--set",
+        "recipe.tries=1",
+    ]
 
-    done = streamsyn("run", "--seeds", seeds(5), "--server", serve().url, "--out", tmp_path / "out", *QUICK, *options)
+    done = streamsyn(
+        "run", "--seeds", seeds(5), "--server", serve().url, "--out", tmp_path / "out", *QUICK, *options
+    )
 
     assert 3 == done.returncode
     assert "run.max_reject_fraction" in done.stderr
@@ -162,7 +190,9 @@ def test_servers_gone_exits_with_75_and_resumes(serve: Serve, seeds: Seeds, tmp_
 
 def test_log_lines_can_be_json(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """With --log-json each event on stderr is one JSON object."""
-    done = streamsyn("run", "--seeds", seeds(3), "--server", serve().url, "--out", tmp_path / "o", "--log-json")
+    done = streamsyn(
+        "run", "--seeds", seeds(3), "--server", serve().url, "--out", tmp_path / "o", "--log-json"
+    )
 
     events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert "run.started" in [event["event"] for event in events]
@@ -199,6 +229,9 @@ def test_help_is_quick_and_complete() -> None:
     for command in ("run", "preview", "verify", "config", "demo", "simulate"):
         assert 0 == streamsyn(command, "--help").returncode
     loaded = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "streamsyn", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-m", "streamsyn", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stderr
     assert [] == [name for name in ("aiohttp", "pydantic", "jinja2", "rich") if f" {name}\n" in loaded]

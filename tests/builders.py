@@ -1,0 +1,128 @@
+"""Records and logs for the tests of what lies behind the workers."""
+
+import hashlib
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from streamsyn.config import SinkSection
+from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
+from streamsyn.sink import frames
+from streamsyn.sink.log import KINDS
+from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.runlog import RunLog, shard_paths
+
+COMPRESSIONS = ("none", "zstd")
+
+
+def context(number: int, **given: Any) -> Context:
+    """The context of seed `number`; what is not given follows from the number."""
+    seed_id, draft = given.pop("seed_id", f"seed-{number}"), given.pop("draft", 0)
+    fields: dict[str, Any] = {
+        "id": f"{seed_id}#{draft}" if draft else seed_id,
+        "seed_id": seed_id,
+        "draft": draft,
+        "task": "qa",
+        "instruction": f"What is {number}?",
+        "answer": f"answer {number}",
+        "context": f"text {number} with a line\nbreak, a \u2028 and a \r, \x85 and é",
+        "model": "model",
+        "server": "http://server",
+        "weight_version": None,
+        "finish_reason": "stop",
+        "prompt_tokens": 3,
+        "cached_tokens": 1,
+        "completion_tokens": 10,
+        "wasted_tokens": 0,
+        "attempts": [],
+        "steps": [],
+        "checks": {},
+        "origin": f"seeds.jsonl:{number}",
+        "metadata": {},
+        "written_at": 1.0,
+    }
+    return Context(**{**fields, **given})
+
+
+def reject(number: int) -> Reject:
+    """The reject of a line that is no seed."""
+    bad = BadSeed(f"bad.jsonl:{number}", RejectReason.NOT_A_SEED, "no answer", b"%016d" % number)
+    return Reject(key=bad.key, reason=bad.reason, detail=bad.detail, origin=bad.origin)
+
+
+def sample(number: int, **given: Any) -> Sample:
+    """A sample of context `number` alone."""
+    fields: dict[str, Any] = {
+        "id": f"seed-{number}",
+        "seed_id": f"seed-{number}",
+        "task": "qa",
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
+        "context_seqs": [number],
+        "relevant_index": 0,
+        "n_tokens": 10,
+    }
+    return Sample(**{**fields, **given})
+
+
+def outcome(number: int) -> Outcome:
+    """Every fourth is a reject."""
+    return reject(number) if number % 4 == 3 else context(number)
+
+
+def sink(**given: Any) -> SinkSection:
+    """A section with shards of a few rows."""
+    return SinkSection.model_validate({"shard_bytes": 2000, **given})
+
+
+def new_run(root: Path) -> Path:
+    """The folders of a run directory, let go of again."""
+    RunDirectory(root).close()
+    return root
+
+
+@contextmanager
+def opened(root: Path, section: SinkSection) -> Iterator[RunLog]:
+    """The log of a run, closed at the end."""
+    log = RunLog(new_run(root), section)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def rows(root: Path, kind: str) -> list[dict[str, Any]]:
+    """All rows of a kind, as any reader of the directory finds them."""
+    manifest = Manifest(root / "manifest.jsonl")
+    return [row for path in shard_paths(root, manifest, kind) for row in frames.rows(path)]
+
+
+def as_rows(records: Iterable[Outcome | Sample]) -> list[dict[str, Any]]:
+    """What the log says of records, when they are all there is."""
+    plain = (orjson.loads(orjson.dumps(record, default=bytes.hex)) for record in records)
+    return [{"seq": seq, **row} for seq, row in enumerate(plain)]
+
+
+def sealed_bytes(root: Path) -> dict[str, str]:
+    """The digest of each shard that has its final name."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for kind in KINDS
+        for path in (root / kind).glob("part-*")
+        if path.suffix != ".open"
+    }
+
+
+@contextmanager
+def disk_full_beyond(file_bytes: int) -> Iterator[None]:
+    """Within, no file of this process can grow beyond `file_bytes`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

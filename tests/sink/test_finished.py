@@ -1,0 +1,180 @@
+"""The index of finished drafts: derived from the log, made anew when it is lost, spoilt or behind."""
+
+# ruff: noqa: SIM300 - what is expected stands first
+
+import random
+from pathlib import Path
+
+import pytest
+
+from streamsyn.errors import SinkError
+from streamsyn.records import Draft, Seed
+from streamsyn.sink.finished import Claim, Claims, FinishedKeys
+from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.runlog import RunLog
+from tests.builders import context, opened, outcome, reject, sink
+
+KEYS = [b"%016d" % number for number in range(5)]
+
+
+def finished_run(root: Path, outcomes: int = 30) -> Path:
+    """A run directory with several sealed shards, and open ones; the path of its index."""
+    with opened(root, sink()) as log:
+        for number in range(outcomes):
+            log.append([outcome(number)])
+        assert len(log.manifest.shards) > 3
+    return root / "index" / "finished.sqlite"
+
+
+def known(root: Path, outcomes: int = 30) -> list[Claim]:
+    """What a resumed run says of each draft, and of one that is not done."""
+    with opened(root, sink()) as log:
+        claims = log.claims()
+        with claims.batch():
+            answers = [claims.claim(outcome(number).key) for number in range(outcomes + 1)]
+        claims.close()
+    return answers
+
+
+ALL_FINISHED = [Claim.FINISHED] * 30 + [Claim.NEW]
+
+
+def test_a_key_is_new_once(tmp_path: Path) -> None:
+    """The first claim of a key in a run takes it; another says that it was repeated."""
+    claims = Claims(None, tmp_path / "read.sqlite")
+
+    assert [Claim.NEW, Claim.NEW, Claim.REPEATED, Claim.NEW, Claim.REPEATED] == [
+        claims.claim(KEYS[number]) for number in (0, 1, 0, 2, 1)
+    ]
+    assert [True, False] == [claims.is_known(key) for key in KEYS[2:4]]
+    assert not claims.is_finished(KEYS[0])
+    claims.close()
+
+
+def test_a_finished_key_is_said_to_be_finished_once(tmp_path: Path) -> None:
+    """A seed that an earlier run finished is FINISHED, and REPEATED when it comes again."""
+    finished = FinishedKeys(tmp_path / "finished.sqlite")
+    finished.catch_up(Manifest(tmp_path / "none"), tmp_path, KEYS[:2])
+    claims = Claims(finished.path, tmp_path / "read.sqlite")
+
+    assert [Claim.FINISHED, Claim.REPEATED, Claim.NEW] == [claims.claim(KEYS[n]) for n in (0, 0, 2)]
+    assert [True, True, True, False] == [claims.is_known(key) for key in KEYS[:4]]
+    assert [True, True, False] == [claims.is_finished(key) for key in KEYS[:3]]
+    claims.close()
+    finished.close()
+
+
+def test_what_was_read_is_forgotten_between_runs(tmp_path: Path) -> None:
+    """The scratch file is gone after a run, and one that a kill left does not count."""
+    scratch = tmp_path / "read.sqlite"
+    killed = Claims(None, scratch)
+    killed.claim(KEYS[0])
+    left_behind = scratch.exists()
+    claims = Claims(None, scratch)
+
+    assert left_behind
+    assert Claim.NEW == claims.claim(KEYS[0])
+    claims.close()
+    assert not scratch.exists()
+    killed._db.close()
+
+
+def test_the_key_of_a_draft_is_found_in_its_row(tmp_path: Path) -> None:
+    """Each draft of a seed, and each bad line, is known again by what the log says of it."""
+    seed = Seed("seed", "qa", "i", "a", "file:1")
+    drafts = [context(number, seed_id="seed", draft=number) for number in range(3)]
+    with opened(tmp_path, sink()) as log:
+        log.append([*drafts, reject(7)])
+        log.seal_outcomes()
+    (tmp_path / "index" / "finished.sqlite").unlink()
+
+    with opened(tmp_path, sink()) as log:
+        claims = log.claims()
+        keys = [*(Draft(seed, number).key for number in range(4)), reject(7).key, reject(8).key]
+        assert [True, True, True, False, True, False] == [claims.is_finished(key) for key in keys]
+        claims.close()
+
+
+def test_the_index_is_made_anew_when_it_is_gone(tmp_path: Path) -> None:
+    """Without the file, the shards are read again: also when its write-ahead log is still there."""
+    index = finished_run(tmp_path)
+    index.unlink()
+    index.with_name(index.name + "-wal").write_bytes(b"left behind" * 1000)
+
+    assert ALL_FINISHED == known(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 1000, 4096, 4100, 9000])
+def test_the_index_is_made_anew_when_it_is_cut_off(tmp_path: Path, size: int) -> None:
+    """A file that is too short, at whatever length, is no reason to do a draft again."""
+    index = finished_run(tmp_path)
+    index.write_bytes(index.read_bytes()[:size])
+
+    assert ALL_FINISHED == known(tmp_path)
+
+
+@pytest.mark.parametrize("at", [0, 16, 40, 90, 110, 3900, 4096, 8192])
+def test_the_index_is_made_anew_when_it_is_garbage(tmp_path: Path, at: int) -> None:
+    """Garbage in the file, wherever it lies, is noticed and made good from the log."""
+    index = finished_run(tmp_path)
+    data = index.read_bytes()
+    garbage = random.Random(at).randbytes(200)
+    index.write_bytes(data[:at] + garbage + data[at + 200 :])
+
+    assert ALL_FINISHED == known(tmp_path)
+
+
+def test_a_text_file_in_place_of_the_index_is_replaced(tmp_path: Path) -> None:
+    """What is no index at all is made anew."""
+    index = finished_run(tmp_path)
+    index.write_text("this is no database\n" * 1000)
+
+    assert ALL_FINISHED == known(tmp_path)
+
+
+def test_a_shard_that_was_not_indexed_is_caught_up_with(tmp_path: Path) -> None:
+    """A kill between the manifest's line and the index: the next run reads that shard."""
+    index = finished_run(tmp_path)
+    with opened(tmp_path, sink()) as log:
+        log.seal_outcomes()
+        last = log.manifest.shards[-1].path
+        log._finished._db.execute("DELETE FROM shards WHERE path = ?", (last,))
+        log._finished._db.execute("DELETE FROM finished")
+
+    finished = FinishedKeys(index)
+    with opened(tmp_path, sink()) as log:
+        finished.catch_up(log.manifest, tmp_path, [])
+    count, shards = (
+        finished._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        for table in ("finished", "shards")
+    )
+    finished.close()
+
+    assert (
+        next(shard.rows for shard in log.manifest.shards if shard.path == last),
+        len(log.manifest.shards),
+    ) == (
+        count,
+        shards,
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_an_index_is_not_made_from_a_damaged_shard(tmp_path: Path, damage: str) -> None:
+    """A sealed shard whose rows cannot all be read is named: else its drafts would be done twice."""
+    index = finished_run(tmp_path)
+    index.unlink()
+    shard = tmp_path / "contexts" / "part-000001.jsonl"
+    data = shard.read_bytes()
+    match damage:
+        case "missing":
+            shard.unlink()
+        case "cut":
+            shard.write_bytes(data[:-9])
+        case "changed":
+            shard.write_bytes(data.replace(b'"seed_id"', b'"seed-id"', 1))
+
+    with pytest.raises(SinkError, match=r"contexts/part-000001\.jsonl .*; restore it from a copy"):
+        RunLog(tmp_path, sink())
+    shard.write_bytes(data)
+    assert ALL_FINISHED == known(tmp_path)

@@ -1,0 +1,166 @@
+"""The run directory: one writer at a time, and only under the configuration it was made with."""
+
+# ruff: noqa: SIM300 - what is expected stands first
+
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from streamsyn.config import fingerprint, load
+from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
+from streamsyn.sink.rundir import RunDirectory, read_run_json, write_whole
+from tests.builders import disk_full_beyond
+
+HOLDER = """
+import sys
+from pathlib import Path
+from streamsyn.sink.rundir import RunDirectory
+
+directory = RunDirectory(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    """Whoever holds the directory is named by its pid; SIGKILL lets go of it."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert "held\n" == holder.stdout.readline()
+        with pytest.raises(DirectoryInUse) as raised:
+            RunDirectory(tmp_path)
+        holder.send_signal(signal.SIGKILL)
+
+    assert f"{tmp_path} is in use by another process (pid {holder.pid} on {platform.node()})" == str(
+        raised.value
+    )
+    RunDirectory(tmp_path).close()
+
+
+def test_the_same_process_is_refused_as_well(tmp_path: Path) -> None:
+    """One process cannot open a directory twice; after `close` it can, and the pid is right again."""
+    first = RunDirectory(tmp_path)
+
+    for _ in range(2):
+        with pytest.raises(DirectoryInUse, match=f"pid {os.getpid()} "):
+            RunDirectory(tmp_path)
+    first.close()
+    RunDirectory(tmp_path).close()
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    """A file in its place is the user's to mend."""
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match=re.escape(f"cannot make the run directory {tmp_path / 'file'}: ")):
+        RunDirectory(tmp_path / "file")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    """One that a run was made in."""
+    directory = RunDirectory(tmp_path)
+    config = load(None)
+    directory.save(config.model_dump(mode="json"), {**fingerprint(config), "model": "m"})
+    return directory
+
+
+def test_the_same_configuration_goes_on(directory: RunDirectory) -> None:
+    """The fingerprint of the same configuration differs in nothing, with the model or before it is known."""
+    shaping = fingerprint(load(None))
+
+    directory.check(shaping)
+    directory.check({**shaping, "model": "m"})
+
+
+def test_keys_that_differ_are_named_with_both_values(directory: RunDirectory) -> None:
+    """Every key that shapes outputs and differs is named, with the value before and now."""
+    changed = load(None, [("recipe.target_words", 10), ("run.seed", 7), ("recipe.sampling.top_p", 0.5)])
+
+    with pytest.raises(ConfigError) as raised:
+        directory.check({**fingerprint(changed), "model": "other"})
+    assert (
+        f"{directory.root} holds a run of another configuration ("
+        "model: 'm' before, 'other' now; recipe.sampling.top_p: None before, 0.5 now; "
+        "recipe.target_words: 2000 before, 10 now; run.seed: 0 before, 7 now); use another --out"
+    ) == str(raised.value)
+
+
+def test_operational_keys_may_change(directory: RunDirectory) -> None:
+    """Servers, concurrency, timeouts and sizes of shards are no reason to refuse."""
+    changed = [
+        ("fleet.servers", ["http://elsewhere"]),
+        ("fleet.max_in_flight", 7),
+        ("fleet.request_timeout_s", 1),
+        ("run.drain_timeout_s", 1),
+        ("run.queue_size", 3),
+        ("sink.shard_bytes", 5),
+        ("sink.sync_interval_s", 9),
+        ("seeds.limit", 4),
+    ]
+
+    directory.check(fingerprint(load(None, changed)))
+
+
+def test_the_compression_may_not_change(directory: RunDirectory) -> None:
+    """It names the files of the log."""
+    with pytest.raises(ConfigError, match="sink.compression: 'none' before, 'zstd' now"):
+        directory.check(fingerprint(load(None, [("sink.compression", "zstd")])))
+
+
+def test_a_template_counts_by_its_text(tmp_path: Path) -> None:
+    """A long value is cut in the message; where the template lies does not matter."""
+    for name, text in (("a", "same {{ instruction }}"), ("b", "same {{ instruction }}"), ("c", "x" * 99)):
+        (tmp_path / name).write_text(text)
+    directory = RunDirectory(tmp_path / "out")
+    a, b, c = (fingerprint(load(None, [("assembly.template", str(tmp_path / name))])) for name in "abc")
+    directory.save({}, a)
+
+    directory.check(b)
+    with pytest.raises(ConfigError, match=r"'same \{\{ instruction \}\}' before, 'x{56}\.\.\. now"):
+        directory.check(c)
+
+
+def test_run_json_keeps_when_the_run_began(directory: RunDirectory) -> None:
+    """A later run updates run.json and keeps `created_at`."""
+    before = directory.saved() or {}
+    directory.save({"new": 1}, {})
+    after = directory.saved() or {}
+
+    assert (before["created_at"], {"new": 1}, 1) == (after["created_at"], after["config"], after["format"])
+    assert after["updated_at"] > before["updated_at"]
+
+
+def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
+    """A run directory that a later streamsyn wrote is not touched."""
+    (tmp_path / "run.json").write_bytes(orjson.dumps({"format": 2}))
+
+    with pytest.raises(ConfigError, match=r"run\.json is of format 2; this streamsyn reads format 1"):
+        read_run_json(tmp_path)
+
+
+def test_a_broken_run_json_is_named(tmp_path: Path) -> None:
+    """What is no JSON is the user's to mend; nothing at all is a new directory."""
+    assert read_run_json(tmp_path) is None
+    (tmp_path / "run.json").write_text("{")
+
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'run.json'} cannot be read: ")):
+        read_run_json(tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """With no room for the new one, the old one is still there."""
+    path = tmp_path / "state.json"
+    write_whole(path, b"old")
+    with disk_full_beyond(100), pytest.raises(SinkError, match=re.escape(f"cannot write {path}: ")):
+        write_whole(path, b"new" * 100)
+
+    assert b"old" == path.read_bytes()

@@ -1,0 +1,231 @@
+"""The sink as a stage: nothing is handed on before it is on disk, nothing waits longer than it must."""
+
+# ruff: noqa: SIM300 - what is expected stands first
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from streamsyn.config import SinkSection
+from streamsyn.errors import SinkError, root_cause
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Context, Outcome
+from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.writer import DurableContext, OutcomeWriter
+from streamsyn.telemetry import Counters
+from tests.builders import as_rows, context, disk_full_beyond, new_run, outcome, rows, sink
+
+NEVER_S = 3600.0
+
+
+class WatchedLog(RunLog):
+    """Notes how many outcomes are on disk, and tells of each sync."""
+
+    def __init__(self, root: Path, section: SinkSection, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(new_run(root), section)
+        self.durable = 0
+        self.syncs = 0
+        self._loop = loop
+        self.changed = asyncio.Event()
+
+    def append(self, outcomes: list[Outcome]) -> list[tuple[int, Outcome]]:  # type: ignore[override]
+        written = super().append(outcomes)
+        self._loop.call_soon_threadsafe(self.changed.set)
+        return written
+
+    def sync(self) -> None:
+        super().sync()
+        self.durable = self.outcomes
+        self.syncs += 1
+        self._loop.call_soon_threadsafe(self.changed.set)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds of the log."""
+        while not holds():
+            self.changed.clear()
+            await self.changed.wait()
+
+
+class Stage:
+    """A writer between its queues, with a log of its own."""
+
+    def __init__(self, root: Path, *, durable: int = 10_000, results: int = 1, **section: object) -> None:
+        self.section = sink(**{"sync_interval_s": NEVER_S, "shard_bytes": 10**6, **section})
+        self.log: WatchedLog
+        self._root = root
+        self.counters = Counters()
+        self.results: BoundedQueue[Outcome] = BoundedQueue(results)
+        self.durable: BoundedQueue[DurableContext] = BoundedQueue(durable)
+
+    async def run(self, play: Callable[[], Awaitable[None]]) -> None:
+        """Run the writer while `play` uses its queues; the results end when it does."""
+        loop = asyncio.get_running_loop()
+        self.log = await asyncio.to_thread(WatchedLog, self._root, self.section, loop)
+        writer = OutcomeWriter(self.log, self.section, self.counters)
+        try:
+            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+                writing = group.create_task(writer.run(self.results, self.durable))
+                writing.add_done_callback(lambda _: self.durable.close())
+                await play()
+                self.results.close()
+        finally:
+            await asyncio.to_thread(self.log.close)
+
+
+async def test_the_end_flushes_everything(tmp_path: Path) -> None:
+    """When the results end, all are synced, counted, and the contexts handed on in the order of the log."""
+    stage = Stage(tmp_path)
+    given = [outcome(number) for number in range(50)]
+
+    async def play() -> None:
+        for one in given:
+            await stage.results.put(one)
+
+    await stage.run(play)
+    contexts = [one for one in given if isinstance(one, Context)]
+
+    assert list(enumerate(contexts)) == [one async for one in stage.durable]
+    assert as_rows(contexts) == await asyncio.to_thread(rows, tmp_path, "contexts")
+    assert (len(contexts), 12) == (stage.counters.contexts, stage.counters.rejects.total())
+    assert 50 == stage.log.durable
+
+
+async def test_no_results_end_at_once(tmp_path: Path) -> None:
+    """A run that has nothing to write ends."""
+    stage = Stage(tmp_path)
+
+    async def play() -> None:
+        pass
+
+    await stage.run(play)
+    assert [] == [one async for one in stage.durable]
+
+
+async def test_a_context_is_handed_on_only_once_it_is_on_disk(tmp_path: Path) -> None:
+    """Whatever reaches assembly has been synced before."""
+    stage = Stage(tmp_path, sync_rows=3, durable=1)
+    on_disk = []
+
+    async def play() -> None:
+        for number in range(40):
+            await stage.results.put(context(number))
+        stage.results.close()
+        async for seq, _ in stage.durable:
+            on_disk.append(seq < stage.log.durable)
+
+    await stage.run(play)
+    assert [True] * 40 == on_disk
+
+
+async def test_nothing_is_handed_on_before_a_sync(tmp_path: Path) -> None:
+    """Fewer rows than `sync_rows` wait for `sync_interval_s`, here for the end."""
+    stage = Stage(tmp_path, sync_rows=4)
+    before_the_end = []
+
+    async def play() -> None:
+        for number in range(3):
+            await stage.results.put(context(number))
+            await stage.log.until(lambda: stage.log.outcomes > number)  # noqa: B023 - awaited at once
+        before_the_end.append((stage.log.syncs, len(stage.durable)))
+
+    await stage.run(play)
+    assert [(0, 0)] == before_the_end
+    assert 3 == len(stage.durable)
+
+
+@pytest.mark.parametrize("sync_rows", [1, 2, 3, 10])
+async def test_so_many_rows_are_synced_at_once(tmp_path: Path, sync_rows: int) -> None:
+    """`sync_rows` unsynced rows do not wait for the interval, time and again, however they come."""
+    stage = Stage(tmp_path, sync_rows=sync_rows)
+
+    async def play() -> None:
+        for number in range(4 * sync_rows):
+            await stage.results.put(context(number))
+            if number % sync_rows == sync_rows - 1:
+                await stage.log.until(lambda: stage.log.durable == number + 1)  # noqa: B023 - awaited at once
+        for number in range(4 * sync_rows, 8 * sync_rows):  # with no wait between them
+            await stage.results.put(context(number))
+        await stage.log.until(lambda: stage.log.durable == 8 * sync_rows)
+
+    await stage.run(play)
+    assert 8 * sync_rows == len(stage.durable)
+
+
+async def test_rows_are_synced_after_the_interval(tmp_path: Path) -> None:
+    """One row alone is on disk when `sync_interval_s` is over, without more rows or the end."""
+    stage = Stage(tmp_path, sync_interval_s=0.01)
+
+    async def play() -> None:
+        for number in range(3):
+            await stage.results.put(context(number))
+            assert number == (await anext(stage.durable))[0]
+
+    await stage.run(play)
+    assert 3 == stage.log.durable
+
+
+async def test_a_slow_assembly_makes_the_writer_wait(tmp_path: Path) -> None:
+    """With nobody taking contexts, memory is bounded: the results fill up and their putter waits."""
+    stage = Stage(tmp_path, durable=1, results=1, sync_rows=4)
+    put = []
+
+    async def feed() -> None:
+        for number in range(100):
+            await stage.results.put(context(number))
+            put.append(number)
+
+    async def play() -> None:
+        async with asyncio.TaskGroup() as group:
+            feeding = group.create_task(feed())
+            await stage.log.until(lambda: stage.log.durable > 4)
+            for _ in range(500):
+                await asyncio.sleep(0)
+            # 1 + 4 + 1 in queues, and one at most in the hands of each of the four who pass them on
+            assert len(put) <= 10
+            assert not feeding.done()
+            seqs = [(await anext(stage.durable))[0] for _ in range(100)]
+        assert list(range(100)) == seqs
+
+    await stage.run(play)
+
+
+async def test_a_slow_assembly_does_not_delay_the_sync(tmp_path: Path) -> None:
+    """What has been written is on disk after `sync_interval_s`, though nobody takes contexts."""
+    stage = Stage(tmp_path, durable=1, sync_interval_s=0.01)
+
+    async def play() -> None:
+        for number in range(20):
+            await stage.results.put(context(number))
+            await stage.log.until(lambda: stage.log.durable == number + 1)  # noqa: B023 - awaited at once
+        assert 1 == len(stage.durable)
+        assert list(range(20)) == [(await anext(stage.durable))[0] for _ in range(20)]
+
+    await stage.run(play)
+
+
+async def test_a_full_disk_comes_out(tmp_path: Path) -> None:
+    """The stage ends with the SinkError; what it wrote before can be taken up again."""
+    stage = Stage(tmp_path, sync_rows=2)
+
+    async def play() -> None:
+        with disk_full_beyond(5000):
+            for number in range(100):
+                await stage.results.put(context(number))
+            await stage.log.until(lambda: stage.log.outcomes == 100)  # it never is
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await stage.run(play)
+    cause = root_cause(raised.value)
+    handed_on = [one async for one in stage.durable]
+    again = await asyncio.to_thread(RunLog, tmp_path, stage.section)
+    kept = again.contexts.rows
+    await asyncio.to_thread(again.close)
+
+    assert isinstance(cause, SinkError)
+    assert re.fullmatch(
+        "cannot write contexts to .*: File too large; what is on disk stays valid: .*", str(cause)
+    )
+    assert len(handed_on) <= kept < 100

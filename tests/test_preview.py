@@ -1,0 +1,55 @@
+"""What would be sent, without a server."""
+
+# ruff: noqa: SIM300 - what is expected stands first
+
+from pathlib import Path
+
+import pytest
+
+from streamsyn.config import Config, load
+from streamsyn.errors import ConfigError
+from streamsyn.preview import preview
+
+LINES = [
+    '{"id": "one", "task": "qa", "instruction": "When did it burn?", "answer": "In 1847."}',
+    '{"instruction": "No answer"}',
+    '{"id": "three", "instruction": "Who rowed?", "answer": "Nobody."}',
+]
+
+
+def config_of(folder: Path, *settings: tuple[str, object]) -> Config:
+    """A configuration that reads LINES."""
+    path = folder / "seeds.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    return load(None, [("seeds.sources", [{"path": str(path)}]), *settings])
+
+
+def test_the_first_seeds(tmp_path: Path) -> None:
+    """Where each stands, what it is called, how it is sampled, and both messages."""
+    one, bad = preview(config_of(tmp_path, ("recipe.target_words", 321)), 2)
+    head, *rest = one.split("\n")
+    assert f"=== {tmp_path}/seeds.jsonl:1: seed one, task qa (temperature=0.8, max_tokens=4096)" == head
+    assert ["--- system", "--- user"] == [line for line in rest if line.startswith("---")]
+    assert ["When did it burn?" in one, "In 1847." in one, "321" in one] == [True] * 3
+    assert f"=== {tmp_path}/seeds.jsonl:2: would be rejected: not_a_seed: " == bad[: bad.index("field")]
+
+
+def test_no_more_than_there_are(tmp_path: Path) -> None:
+    """A limit beyond the end is none."""
+    assert 3 == len(list(preview(config_of(tmp_path), 99)))
+
+
+def test_nothing_is_written(tmp_path: Path) -> None:
+    """The folder holds what it held."""
+    config = config_of(tmp_path)
+    list(preview(config, 99))
+    assert ["seeds.jsonl"] == [path.name for path in tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("recipe.use", "none"), ("recipe.template", "no.j2"), ("seeds.sources", [{"path": "no"}])]
+)
+def test_what_cannot_be_used(tmp_path: Path, key: str, value: object) -> None:
+    """It is refused as `run` would refuse it."""
+    with pytest.raises(ConfigError):
+        list(preview(config_of(tmp_path, (key, value)), 1))

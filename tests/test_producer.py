@@ -1,0 +1,195 @@
+"""The producer: what has no outcome yet is put on the work queue, once, and all of it is counted."""
+
+# ruff: noqa: SIM300 - what is expected stands first
+
+import asyncio
+import gzip
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from streamsyn.config import Config, load
+from streamsyn.errors import ConfigError
+from streamsyn.producer import Producer
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Draft, Reject, RejectReason, Work, draft_key
+from streamsyn.seeds.reader import SeedReader
+from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.runlog import RunLog
+from streamsyn.telemetry import Counters
+
+
+def lines(*names: str) -> bytes:
+    """A seed a line; their ids are `names`."""
+    return b"".join(
+        orjson.dumps({"id": name, "instruction": f"i {name}", "answer": f"a {name}"}) + b"\n"
+        for name in names
+    )
+
+
+def outcome(seed_id: str, number: int = 0) -> Reject:
+    """An outcome of an earlier run."""
+    key = draft_key(seed_id, number)
+    return Reject(key=key, reason=RejectReason.EMPTY, detail="", origin="", seed_id=seed_id, draft=number)
+
+
+@dataclass
+class Produced:
+    """What a producer did."""
+
+    names: list[str]
+    counters: Counters
+    error: ConfigError | None
+
+
+Produce = Callable[..., Produced]
+
+
+@pytest.fixture
+def produce(tmp_path: Path) -> Produce:
+    """Runs a producer over files with these contents, in a directory that holds the outcomes `before`."""
+
+    def run(*contents: bytes, suffix: str = ".jsonl", before: Sequence[Reject] = (), **keys: Any) -> Produced:
+        paths = [tmp_path / f"seeds-{number}{suffix}" for number in range(len(contents))]
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        settings = [(key.replace("__", "."), value) for key, value in keys.items()]
+        config = load(None, [("seeds.sources", [{"path": str(path)} for path in paths]), *settings])
+        with closing(RunDirectory(tmp_path / "out")), closing(RunLog(tmp_path / "out", config.sink)) as log:
+            log.append(before)
+            log.seal_outcomes()
+            with closing(log.claims()) as claims:
+                reader, counters = SeedReader(config.seeds, 0, tmp_path / "spool"), Counters()
+                producer = Producer(reader, claims, config, counters)
+                return asyncio.run(drained(producer, counters))
+
+    return run
+
+
+async def drained(producer: Producer, counters: Counters) -> Produced:
+    """Run `producer` beside a reader of its queue, which holds two items."""
+    work, names = BoundedQueue[Work](2), []
+    error: ConfigError | None = None
+
+    async def take() -> None:
+        async for item in work:
+            names.append(item.id if isinstance(item, Draft) else Path(item.origin).name)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        group.create_task(take())
+        try:
+            await producer.run(work)
+        except ConfigError as raised:
+            error = raised
+        work.close()
+    return Produced(names, counters, error)
+
+
+def test_all_seeds_in_order(produce: Produce) -> None:
+    """Sources in turn; each seed once, and the end is noted."""
+    done = produce(lines("a", "b"), lines("c"))
+    assert ["a", "b", "c"] == done.names
+    assert (3, 3, 0, 0, True) == figures(done)
+
+
+def figures(done: Produced) -> tuple[int, int, int, int, bool]:
+    """Lines read, drafts they come to, those finished before, repeated ids, and whether reading ended."""
+    counted = done.counters
+    return (
+        counted.seeds_read,
+        counted.drafts_read,
+        counted.finished_before,
+        counted.repeated,
+        counted.reading_done,
+    )
+
+
+def test_what_is_finished_is_skipped(produce: Produce) -> None:
+    """And counted: a resume knows how far it was."""
+    done = produce(lines("a", "b", "c"), before=[outcome("a"), outcome("c")])
+    assert ["b"] == done.names
+    assert (3, 3, 2, 0, True) == figures(done)
+
+
+def test_a_repeated_id_is_skipped(produce: Produce) -> None:
+    """Within a source and across sources, and whether or not it is finished."""
+    done = produce(lines("a", "b", "a"), lines("b", "c", "c"), before=[outcome("b")])
+    assert ["a", "c"] == done.names
+    assert (6, 3, 1, 3, True) == figures(done)
+
+
+def test_drafts_of_a_seed(produce: Produce) -> None:
+    """Each of `recipe.contexts_per_seed` is a unit with an id of its own."""
+    done = produce(lines("a", "b"), recipe__contexts_per_seed=3)
+    assert ["a", "a#1", "a#2", "b", "b#1", "b#2"] == done.names
+    assert (2, 6, 0, 0, True) == figures(done)
+
+
+def test_a_seed_that_is_finished_in_part(produce: Produce) -> None:
+    """Only the drafts that are left are done, whichever they are."""
+    done = produce(
+        lines("a", "b", "c"),
+        recipe__contexts_per_seed=3,
+        before=[outcome("a", 1), outcome("b", 0), outcome("b", 2), *(outcome("c", n) for n in range(3))],
+    )
+    assert ["a", "a#2", "b#1"] == done.names
+    assert (3, 9, 6, 0, True) == figures(done)
+
+
+def test_bad_lines_flow_through(produce: Produce) -> None:
+    """Each is one unit of work, however many drafts a seed has; blank lines are none."""
+    done = produce(b"no json\n\n" + lines("a") + b'{"instruction": 1}\n', recipe__contexts_per_seed=2)
+    assert ["seeds-0.jsonl:1", "a", "a#1", "seeds-0.jsonl:4"] == done.names
+    assert (3, 4, 0, 0, True) == figures(done)
+
+
+def test_a_limit_counts_seeds(produce: Produce) -> None:
+    """Bad lines and repeated ids do not count; nothing behind the limit is taken."""
+    done = produce(b"bad\n" + lines("a", "a", "b", "c", "d"), seeds__limit=2)
+    assert ["seeds-0.jsonl:1", "a", "b"] == done.names
+    assert (4, 3, 0, 1, True) == figures(done)
+
+
+def test_a_limit_counts_finished_seeds_too(produce: Produce) -> None:
+    """The first N are the same N when the run is resumed."""
+    assert ["b"] == produce(lines("a", "b", "c"), seeds__limit=2, before=[outcome("a")]).names
+
+
+def test_a_source_that_breaks_half_way(produce: Produce) -> None:
+    """What was read is on the queue, the message names the file, and the end is not noted."""
+    names = [f"s{number}" for number in range(60_000)]
+    whole = gzip.compress(lines(*names), compresslevel=1)
+    done = produce(whole[: len(whole) // 2], suffix=".jsonl.gz")
+    assert done.names == names[: len(done.names)]
+    assert len(names) // 4 < len(done.names) < len(names)
+    assert "seeds-0.jsonl.gz cannot be read to its end" in str(done.error)
+    assert (len(done.names), False) == (done.counters.seeds_read, done.counters.reading_done)
+
+
+def test_a_slow_reader_holds_the_producer(tmp_path: Path) -> None:
+    """With nobody taking from the queue, no more than a batch or two are read of ten thousand seeds."""
+    path = tmp_path / "seeds.jsonl"
+    path.write_bytes(lines(*(f"{number:0>100}" for number in range(10_000))))
+    config = load(None, [("seeds.sources", [{"path": str(path)}])])
+    counters, work = Counters(), BoundedQueue[Work](4)
+
+    async def run(producer: Producer) -> None:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            producing = group.create_task(producer.run(work))
+            while len(work) < 4:
+                await asyncio.sleep(0)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            producing.cancel()
+
+    with closing(RunDirectory(tmp_path / "out")), closing(RunLog(tmp_path / "out", Config().sink)) as log:
+        claims = log.claims()
+        asyncio.run(run(Producer(SeedReader(config.seeds, 0, None), claims, config, counters)))
+        claims.close()
+    assert 4 <= counters.seeds_read < 3_000
+    assert not counters.reading_done
