@@ -25,9 +25,9 @@ lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/lint-imports
 
 bench: .venv/stamp  ## client overhead, memory and resume, as ratios against a baseline of the same run
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.resume
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .sglang-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,8 +1,11 @@
-"""What the benchmarks share: a simulator of their own, seeds in any number."""
+"""What the benchmarks share: a simulator of their own, seeds in any number, a process's own costs."""
 
+import os
 import re
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -42,3 +45,28 @@ def seeds_file(folder: Path, number: int) -> Path:
                 }
                 file.write(orjson.dumps(seed) + b"\n")
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one process used."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+
+
+def measured(command: list[str]) -> Cost:
+    """Run a command to its end; what that process used, by the kernel's own accounting."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}")
+    return Cost(time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
+def run_measured(*arguments: str) -> Cost:
+    """Run a streamsyn command to its end; what it used."""
+    return measured([sys.executable, "-m", "streamsyn", *arguments])

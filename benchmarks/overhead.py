@@ -1,6 +1,6 @@
 """CPU time a request: `streamsyn run` beside a bare aiohttp loop, on the simulator, in one run.
 
-    python benchmarks/overhead.py [--requests 4000] [--concurrency 256] [--latency-ms 20] [--rounds 3]
+    python -m benchmarks.overhead [--requests 4000] [--concurrency 256] [--latency-ms 20] [--rounds 3]
 
 The loop sends prompts of the same size, decodes the answers and throws them away. streamsyn reads seeds,
 renders prompts, retries, checks, logs every context durably and assembles samples, here with n = 1 and
@@ -9,17 +9,15 @@ n = 10. Start-up is taken out: CPU a request is the difference between a long an
 
 import argparse
 import asyncio
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import aiohttp
 import orjson
-from common import Simulator, seeds_file
+
+from benchmarks.common import Cost, Simulator, measured, run_measured, seeds_file
 
 SHORT = 256
 VARIANTS = {
@@ -44,45 +42,23 @@ async def bare(url: str, requests: int, concurrency: int) -> None:
                 orjson.loads(await response.read())["choices"][0]["message"]["content"]
 
     headers = {"Content-Type": "application/json"}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as session:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(worker(session))
+    connector = aiohttp.TCPConnector(limit=0)
+    async with (
+        aiohttp.ClientSession(connector=connector, headers=headers) as session,
+        asyncio.TaskGroup() as group,
+    ):
+        for _ in range(concurrency):
+            group.create_task(worker(session))
 
 
-def measure(
-    url: str, options: list[str] | None, requests: int, concurrency: int, folder: Path
-) -> tuple[float, float]:
-    """CPU seconds and wall seconds of one whole process."""
+def measure(url: str, options: list[str] | None, requests: int, concurrency: int, folder: Path) -> Cost:
+    """One whole process, of the loop or of streamsyn."""
     if options is None:
-        command = [
-            sys.executable,
-            __file__,
-            "--bare",
-            url,
-            "--requests",
-            str(requests),
-            "--concurrency",
-            str(concurrency),
-        ]
-    else:
-        out = tempfile.mkdtemp(dir=folder)
-        command = [
-            sys.executable,
-            "-m",
-            "streamsyn",
-            "run",
-            "--seeds",
-            str(seeds_file(folder, requests)),
-            "--out",
-            out,
-        ]
-        command += ["--server", url, "--set", f"fleet.max_in_flight={concurrency}", "--no-progress", *options]
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return cpu, time.perf_counter() - started
+        command = [sys.executable, "-m", "benchmarks.overhead", "--bare", url]
+        return measured([*command, "--requests", str(requests), "--concurrency", str(concurrency)])
+    out = tempfile.mkdtemp(dir=folder)
+    command = ["run", "--seeds", str(seeds_file(folder, requests)), "--out", out, "--server", url]
+    return run_measured(*command, "--set", f"fleet.max_in_flight={concurrency}", "--no-progress", *options)
 
 
 def main() -> None:
@@ -108,11 +84,10 @@ def main() -> None:
                 short = measure(url, options, SHORT, args.concurrency, Path(folder))
                 long = measure(url, options, args.requests, args.concurrency, Path(folder))
                 more = args.requests - SHORT
-                cpu[name].append((long[0] - short[0]) / more * 1000)
-                rate[name].append(more / (long[1] - short[1]))
-    print(
-        f"{args.requests} requests, concurrency {args.concurrency}, {args.latency_ms:g} ms, {args.words} words, {args.rounds} rounds"
-    )
+                cpu[name].append((long.cpu_s - short.cpu_s) / more * 1000)
+                rate[name].append(more / (long.wall_s - short.wall_s))
+    load = f"{args.requests} requests, concurrency {args.concurrency}, {args.latency_ms:g} ms"
+    print(f"{load}, {args.words} words, median of {args.rounds} rounds")
     print(f"{'':28}{'CPU ms/request':>16}{'of bare':>10}{'requests/s':>13}")
     base = next(iter(VARIANTS))
     for name in VARIANTS:

@@ -51,8 +51,10 @@ class Producer:
 
     def _batches(self) -> Iterator[list[Work]]:
         for entries in self._reader.batches(self._is_known):
+            items = [(entry, self._work_of(entry)) for entry in entries]
+            finished = self._claims.finished([key for _, parts in items for key, _ in parts])
             with self._claims.batch():
-                yield [work for entry in entries for work in self._claim(entry)]
+                yield [work for entry, parts in items for work in self._left(entry, parts, finished)]
             if self._is_enough:
                 return
 
@@ -60,34 +62,30 @@ class Producer:
     def _is_enough(self) -> bool:
         return self._limit is not None and self._taken >= self._limit
 
-    def _claim(self, entry: Entry) -> Sequence[Work]:
-        """What is to be done for an entry: nothing, if it is known."""
+    def _work_of(self, entry: Entry) -> list[tuple[bytes, Work]]:
+        """What an entry asks for, each with its key."""
+        if isinstance(entry, BadSeed):
+            return [(entry.key, entry)]
+        drafts = [Draft(entry, number) for number in self._drafts]
+        return [(draft.key, draft) for draft in drafts]
+
+    def _left(self, entry: Entry, parts: Sequence[tuple[bytes, Work]], finished: set[bytes]) -> list[Work]:
+        """What of it is still to be done, unless the entry has been read before in this run."""
         if self._is_enough:
             return []
         self._counters.seeds_read += 1
-        claim = self._claims.claim(_key(entry))
-        if claim is Claim.REPEATED:
+        left = [work for key, work in parts if key not in finished]
+        # What is finished need not be noted as read, which makes a resume twice as quick; but a limit
+        # counts each seed once.
+        is_to_note = bool(left) or self._limit is not None
+        if is_to_note and self._claims.claim(parts[0][0]) is Claim.REPEATED:
             self._counters.repeated += 1
             return []
         self._taken += isinstance(entry, Seed)
-        if isinstance(entry, BadSeed):
-            self._counters.drafts_read += 1
-            work: list[Work] = [entry] if claim is Claim.NEW else []
-            self._counters.finished_before += not work
-            return work
-        drafts = [Draft(entry, number) for number in self._drafts]
-        self._counters.drafts_read += len(drafts)
-        left = [
-            draft
-            for draft in drafts
-            if not (claim is Claim.FINISHED if draft.number == 0 else self._claims.is_finished(draft.key))
-        ]
-        self._counters.finished_before += len(drafts) - len(left)
+        self._counters.drafts_read += len(parts)
+        self._counters.finished_before += len(parts) - len(left)
         return left
 
     def _is_known(self, entry: Entry) -> bool:
-        return self._claims.is_known(_key(entry))
-
-
-def _key(entry: Entry) -> bytes:
-    return entry.key if isinstance(entry, BadSeed) else draft_key(entry.id, 0)
+        key = entry.key if isinstance(entry, BadSeed) else draft_key(entry.id, 0)
+        return self._claims.is_known(key)

@@ -1,7 +1,5 @@
 """Asyncio tasks beside the main flow: they end with the block, one way or the other."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import asyncio
 
 import pytest
@@ -77,11 +75,14 @@ async def test_a_bug_ends_the_block() -> None:
         await work.began.wait()
         raise KeyError("bug")
 
-    with pytest.raises(BaseExceptionGroup) as raised:
+    async def block() -> None:
         async with asyncio.timeout(1), background() as tasks:
             tasks.start(work(), name="probe")
             tasks.start(fail(), name="broken")
             await asyncio.Event().wait()
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await block()
     assert ["KeyError"] == [type(error).__name__ for error in raised.value.exceptions]
     assert "cancelled" == work.ended
 
@@ -93,14 +94,16 @@ async def test_nothing_is_started_once_the_block_ends() -> None:
     async def fail() -> None:
         raise KeyError("bug")
 
-    with pytest.raises(BaseExceptionGroup) as raised:
+    async def block() -> None:
         async with asyncio.timeout(1), background() as tasks:
             tasks.start(fail(), name="broken")
             try:
                 await asyncio.Event().wait()
             finally:
                 tasks.start(late(), name="abort", finish=True)
-    tasks.start(late(), name="later")
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await block()
     await asyncio.sleep(0)
     assert not late.began.is_set()
     assert ["KeyError"] == [type(error).__name__ for error in raised.value.exceptions]

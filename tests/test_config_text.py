@@ -1,8 +1,7 @@
 """The configuration as a file: it explains itself, and reads back as it was."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def test_it_reads_back_as_it_was(tree: dict[str, Any], tmp_path: Path) -> None:
 def test_every_key_has_its_meaning_above_it(tree: dict[str, Any]) -> None:
     """Each key and each section stands under a comment; one without a value is a comment itself."""
     lines = as_toml(Config.model_validate(tree)).splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in pairwise(lines):
         if line and not line.startswith("#"):
             assert above.startswith("# "), line
 
@@ -78,7 +77,9 @@ VALUE = st.recursive(
 
 @settings(deadline=None)
 @given(
-    sampling=st.dictionaries(TEXT, VALUE, max_size=4), tasks=st.dictionaries(TEXT, st.none(), max_size=3), path=TEXT
+    sampling=st.dictionaries(TEXT, VALUE, max_size=4),
+    tasks=st.dictionaries(TEXT, st.none(), max_size=3),
+    path=TEXT,
 )
 def test_any_value_reads_back(sampling: dict[str, Any], tasks: dict[str, None], path: str) -> None:
     """Whatever characters stand in names and texts, whatever is nested in what."""

@@ -1,7 +1,5 @@
 """What would be sent, without a server."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from pathlib import Path
 
 import pytest
@@ -47,7 +45,8 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("recipe.use", "none"), ("recipe.template", "no.j2"), ("seeds.sources", [{"path": "no"}])]
+    ("key", "value"),
+    [("recipe.use", "none"), ("recipe.template", "no.j2"), ("seeds.sources", [{"path": "no"}])],
 )
 def test_what_cannot_be_used(tmp_path: Path, key: str, value: object) -> None:
     """It is refused as `run` would refuse it."""

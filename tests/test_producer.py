@@ -1,7 +1,5 @@
 """The producer: what has no outcome yet is put on the work queue, once, and all of it is counted."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import asyncio
 import gzip
 from collections.abc import Callable, Sequence
@@ -73,21 +71,20 @@ def produce(tmp_path: Path) -> Produce:
 
 async def drained(producer: Producer, counters: Counters) -> Produced:
     """Run `producer` beside a reader of its queue, which holds two items."""
-    work, names = BoundedQueue[Work](2), []
+    work = BoundedQueue[Work](2)
     error: ConfigError | None = None
 
-    async def take() -> None:
-        async for item in work:
-            names.append(item.id if isinstance(item, Draft) else Path(item.origin).name)
+    async def taken() -> list[str]:
+        return [item.id if isinstance(item, Draft) else Path(item.origin).name async for item in work]
 
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        group.create_task(take())
+        taking = group.create_task(taken())
         try:
             await producer.run(work)
         except ConfigError as raised:
             error = raised
         work.close()
-    return Produced(names, counters, error)
+    return Produced(taking.result(), counters, error)
 
 
 def test_all_seeds_in_order(produce: Produce) -> None:
@@ -181,7 +178,7 @@ def test_a_slow_reader_holds_the_producer(tmp_path: Path) -> None:
     async def run(producer: Producer) -> None:
         async with asyncio.timeout(10), asyncio.TaskGroup() as group:
             producing = group.create_task(producer.run(work))
-            while len(work) < 4:
+            while len(work) < 4:  # noqa: ASYNC110 - what is waited for sets no event
                 await asyncio.sleep(0)
             for _ in range(100):
                 await asyncio.sleep(0)

@@ -1,7 +1,5 @@
 """The closing words of a run."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from pathlib import Path
 
 from streamsyn.run import RunSummary

@@ -9,6 +9,9 @@ from typing import Any
 
 from streamsyn.records import Context
 
+_RECORD_BYTES = 1024
+"""What a passage costs besides its texts, roughly."""
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -58,8 +61,8 @@ class Passage:
 
     @cached_property
     def size(self) -> int:
-        """Bytes it counts for in the window: its text, that for comparing, and what comes with it."""
-        return 2 * len(self.text.encode()) + len(self.instruction.encode()) + len(self.answer.encode()) + 1024
+        """Bytes it counts for in the window: its text twice (once for comparing) and the rest."""
+        return 2 * len(self.text.encode()) + len(self.instruction) + len(self.answer) + _RECORD_BYTES
 
     def holds(self, answer: str) -> bool:
         """Whether it contains `answer`, which is given as `plain` would have it."""

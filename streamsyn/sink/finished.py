@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 KEY_BYTES = 16
 _CACHE_KIB = 16 * 1024
+_KEYS_A_QUERY = 500
 
 
 class Claim(Enum):
@@ -111,7 +112,7 @@ class FinishedKeys:
 
 
 class Claims:
-    """Tells of each key, once a run, whether it is new; for the thread that reads seeds.
+    """Tells of keys whether they are finished, or read before in this run; for the thread that reads seeds.
 
     Args:
         finished: The file of FinishedKeys; None when there is no run directory (`preview`).
@@ -136,18 +137,22 @@ class Claims:
         """Take `key` for this run, unless it is finished or was taken before."""
         if not self._db.execute("INSERT OR IGNORE INTO main.claimed VALUES (?)", (key,)).rowcount:
             return Claim.REPEATED
-        return Claim.FINISHED if self.is_finished(key) else Claim.NEW
+        return Claim.FINISHED if self.finished([key]) else Claim.NEW
 
-    def is_finished(self, key: bytes) -> bool:
-        """Whether an earlier run wrote an outcome for `key`."""
-        if not self._has_finished:
-            return False
-        return bool(self._db.execute("SELECT 1 FROM old.finished WHERE key = ?", (key,)).fetchall())
+    def finished(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of `keys` for which an earlier run wrote an outcome."""
+        found: set[bytes] = set()
+        if self._has_finished:
+            for start in range(0, len(keys), _KEYS_A_QUERY):
+                some = keys[start : start + _KEYS_A_QUERY]
+                query = f"SELECT key FROM old.finished WHERE key IN ({','.join('?' * len(some))})"  # noqa: S608
+                found.update(key for (key,) in self._db.execute(query, some))
+        return found
 
     def is_known(self, key: bytes) -> bool:
         """Whether `key` is finished or was taken in this run."""
         claimed = self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall()
-        return bool(claimed) or self.is_finished(key)
+        return bool(claimed) or bool(self.finished([key]))
 
     @contextmanager
     def batch(self) -> Iterator[None]:

@@ -1,7 +1,5 @@
 """What is not fit to be a context, and what only looks so."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from typing import Any
 
 import pytest
@@ -127,7 +125,7 @@ def test_an_echo_of_our_prompt() -> None:
 def test_length() -> None:
     """At the bounds a text still passes; beyond them the detail names bound and key."""
     words = [f"word{number}" for number in range(101)]
-    limits = {"min_words": 10, "max_words": 100}
+    limits: dict[str, Any] = {"min_words": 10, "max_words": 100}
     assert [None, None] == [reason(" ".join(words[:count]), **limits) for count in (10, 100)]
     short, long = failure(" ".join(words[:9]), **limits), failure(" ".join(words), **limits)
     assert Failure(RejectReason.TOO_SHORT, "9 words, fewer than checks.min_words = 10") == short
@@ -138,7 +136,9 @@ def test_repetition() -> None:
     """The share of five-word runs that have stood before; a loop is found, a refrain is not."""
     loop = "round and round the mill wheel goes " * 20
     assert RejectReason.REPETITION is reason(loop)
-    assert reason(f"{PROSE} so the river runs to the sea. {PROSE[:300]} so the river runs to the sea.") is None
+    assert (
+        reason(f"{PROSE} so the river runs to the sea. {PROSE[:300]} so the river runs to the sea.") is None
+    )
     assert reason(loop, max_repetition=1) is None
 
 
@@ -153,7 +153,8 @@ def test_repetition() -> None:
 def test_a_check_that_is_off(switch: str, text: str) -> None:
     """Each can be left out by itself."""
     assert reason(text) is not None
-    assert reason(text, **{switch: False}) is None
+    off: dict[str, Any] = {switch: False}
+    assert reason(text, **off) is None
 
 
 def test_nothing_at_all() -> None:

@@ -1,7 +1,5 @@
 """The recipe `context`: what it asks, and what it makes of the answers. No server is needed for that."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,7 @@ def said(text: str, finish_reason: str = "stop") -> Completion:
 def drive(made: ContextRecipe, *answers: Completion, seed: Seed = SEED) -> tuple[Document, list[Request]]:
     """The document that comes of these answers, and what was asked for them."""
     steps = made.steps(Draft(seed))
-    requests = [next(steps)]
-    for answer in answers[:-1]:
-        requests.append(steps.send(answer))
+    requests = [next(steps), *(steps.send(answer) for answer in answers[:-1])]
     with pytest.raises(StopIteration) as done:
         steps.send(answers[-1])
     document: Document = done.value.value
@@ -116,7 +112,9 @@ def test_a_task_of_its_own(tmp_path: Path) -> None:
 
 def test_a_template_with_blocks(tmp_path: Path) -> None:
     """The blocks `system` and `user` become the two messages."""
-    path = write(tmp_path, "{% block system %}You write.{% endblock %}\n{% block user %}{{ task }}{% endblock %}")
+    path = write(
+        tmp_path, "{% block system %}You write.{% endblock %}\n{% block user %}{{ task }}{% endblock %}"
+    )
     assert {"system": "You write.", "user": "qa"} == messages(recipe(template=path))
 
 

@@ -1,7 +1,5 @@
 """From an answer to the document in it."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +80,9 @@ def test_a_document_keeps_its_own_words(text: str) -> None:
     assert text == document_text(text)
 
 
-@pytest.mark.parametrize("answer", ["", "  \n", "```\n```", "<think>so far", "<think>all</think>", "Context:\n"])
+@pytest.mark.parametrize(
+    "answer", ["", "  \n", "```\n```", "<think>so far", "<think>all</think>", "Context:\n"]
+)
 def test_an_answer_without_a_document(answer: str) -> None:
     """Nothing is left, and a check says so."""
     assert "" == document_text(answer)
@@ -90,7 +90,18 @@ def test_an_answer_without_a_document(answer: str) -> None:
 
 PIECES = st.lists(
     st.sampled_from(
-        ["Context:", "```", "```text\n", "\n", "<think>", "</think>", "<context>", "</context>", "mill ", "# "]
+        [
+            "Context:",
+            "```",
+            "```text\n",
+            "\n",
+            "<think>",
+            "</think>",
+            "<context>",
+            "</context>",
+            "mill ",
+            "# ",
+        ]
     ),
     max_size=9,
 )

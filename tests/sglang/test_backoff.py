@@ -1,7 +1,5 @@
 """When to try again and when to give up."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from random import Random
 
 import pytest

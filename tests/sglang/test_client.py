@@ -1,7 +1,5 @@
 """One server over HTTP: real sockets, scripted failures, and only our own errors come out."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -108,6 +106,13 @@ async def raw(*scripts: Sequence[bytes | None]) -> AsyncIterator[tuple[ServerCli
             server.close()
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0)
+
+
 def closed_port() -> int:
     """A port at which nobody listens."""
     with socket.socket() as free:
@@ -155,9 +160,10 @@ async def test_a_fault_becomes_its_error(fault: Fault) -> None:
     async with simulated(lambda _, __: fault, request_timeout_s=0.15) as (client, server):
         with pytest.raises(ServerError, match=server.url) as fresh:
             await client.chat(REQUEST, "m", "r-1")
-    async with simulated(
-        lambda number, _: fault if number > 1 else None, request_timeout_s=0.15
-    ) as (client, _):
+    async with simulated(lambda number, _: fault if number > 1 else None, request_timeout_s=0.15) as (
+        client,
+        _,
+    ):
         await client.chat(REQUEST, "m", "r-1")
         with pytest.raises(ServerError) as reused:
             await client.chat(REQUEST, "m", "r-2")
@@ -218,8 +224,9 @@ async def until_closed(client: ServerClient) -> None:
     """Return when the server has closed all connections that the client keeps."""
     connector = client._session.connector
     assert connector is not None
-    while any(kept.is_connected() for group in connector._conns.values() for kept, _ in group):
-        await asyncio.sleep(0)
+    await until(
+        lambda: not any(kept.is_connected() for group in connector._conns.values() for kept, _ in group)
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,8 +375,7 @@ async def test_more_requests_at_once_than_aiohttp_would_allow() -> None:
     """Nothing but the fleet bounds what is in flight: aiohttp's own limit of 100 is off."""
     async with simulated(lambda _, __: Fault.STALL) as (client, server), asyncio.TaskGroup() as group:
         asked = [group.create_task(client.chat(REQUEST, "m", f"r-{number}")) for number in range(130)]
-        while server.simulation.stats.in_flight < 130:
-            await asyncio.sleep(0)
+        await until(lambda: server.simulation.stats.in_flight == 130)
         for task in asked:
             task.cancel()
     assert 130 == server.simulation.stats.max_in_flight
@@ -380,8 +386,7 @@ async def test_an_abort_by_rid() -> None:
     async with simulated([Fault.STALL, Fault.STALL]) as (client, server), asyncio.TaskGroup() as group:
         first = group.create_task(ended(client, "r-1"))
         second = group.create_task(ended(client, "r-2"))
-        while server.simulation.engine.running < 2:
-            await asyncio.sleep(0)
+        await until(lambda: server.simulation.engine.running == 2)
         await client.abort("r-2")
         assert "BrokenResponse" == await second
         assert not first.done()

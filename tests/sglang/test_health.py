@@ -1,7 +1,5 @@
 """In or ejected: a plain state machine."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """The cap of a server and its holds: a plain state machine."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from itertools import pairwise
 
 from hypothesis import given

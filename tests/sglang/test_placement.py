@@ -1,11 +1,8 @@
 """Places in flight: given out fairly, never more than there are, and nobody waits beside a free one."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import asyncio
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,7 +215,6 @@ STEPS = st.tuples(
 )  # what everybody does, more often than what befalls a server
 
 
-@pytest.mark.filterwarnings("ignore:Executing:RuntimeWarning")
 @settings(max_examples=200, deadline=None)
 @given(caps=st.lists(st.integers(1, 3), min_size=1, max_size=3), steps=st.lists(STEPS, max_size=40))
 def test_places_are_never_lost_nor_doubled(caps: list[int], steps: list[tuple[str, int]]) -> None:

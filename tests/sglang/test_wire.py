@@ -1,7 +1,5 @@
 """The wire: what is asked, what is made of each answer, and of each shape of failure."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from typing import Any
 
 import orjson

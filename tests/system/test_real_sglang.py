@@ -61,8 +61,17 @@ def test_main_job_on_a_launched_server(tmp_path: Path) -> None:
     assert tokens["cached"] > 0
 
 
-def session_of(stderr: str) -> list[int]:
-    """Processes that still run in the session that the server was started in."""
+def session_of(stderr: str) -> list[psutil.Process]:
+    """Processes that live on in the session that the server was started in; the dead need a moment to go."""
     found = re.search(r"sglang.starting.* pid=(\d+)", stderr)
     assert found is not None
-    return [pid for pid in psutil.pids() if psutil.pid_exists(pid) and os.getsid(pid) == int(found[1])]
+    session = [process for process in psutil.process_iter() if _session(process.pid) == int(found[1])]
+    _, alive = psutil.wait_procs(session, timeout=5)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None

@@ -1,0 +1,214 @@
+"""Workers: one draft in, exactly one outcome out, whatever happens on the way."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from streamsyn.config import ChecksSection, FleetSection, RecipeSection
+from streamsyn.errors import root_cause
+from streamsyn.queues import BoundedQueue
+from streamsyn.recipes.context import ContextRecipe
+from streamsyn.recipes.recipe import Recipe, Steps
+from streamsyn.records import BadSeed, Context, Draft, Outcome, Reject, RejectReason, Seed, Work, draft_key
+from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sglang.simulator.app import RunningSimulator, running
+from streamsyn.sglang.simulator.config import SimulatorConfig
+from streamsyn.sglang.simulator.faults import Fault, Script
+from streamsyn.workers import Worker, WorkerPool
+
+
+def drafts(*names: str) -> list[Work]:
+    """A draft for each name."""
+    return [Draft(Seed(name, "qa", f"What of {name}?", f"{name} it is.", f"f:{name}")) for name in names]
+
+
+RECIPE = ContextRecipe(RecipeSection(), ChecksSection())
+
+
+class Buggy:
+    """A recipe with a bug that shows with some seeds."""
+
+    def __init__(self, breaks: Callable[[str], bool]) -> None:
+        self._breaks = breaks
+
+    def fingerprint(self) -> dict[str, str]:
+        """As that of the recipe without the bug."""
+        return RECIPE.fingerprint()
+
+    def steps(self, draft: Draft) -> Steps:
+        """Hold the conversation, and stumble at its end."""
+        document = yield from RECIPE.steps(draft)
+        if self._breaks(draft.seed.id):
+            raise KeyError(draft.seed.id)
+        return document
+
+
+@asynccontextmanager
+async def fleet_at(script: Script, **section: float) -> AsyncIterator[tuple[Fleet, RunningSimulator]]:
+    """A fleet of one simulator."""
+    async with asyncio.timeout(20), running(SimulatorConfig(), script=script) as server:
+        quick = {"backoff_base_s": 0.001, "probe_interval_s": 0.01, "request_timeout_s": 0.1, **section}
+        settings = FleetSection.model_validate({"servers": [server.url], **quick})
+        async with open_fleet(settings, None, lambda: None) as fleet:
+            await fleet.ask_models()
+            yield fleet, server
+
+
+async def worked(
+    fleet: Fleet, items: Sequence[Work], recipe: Recipe = RECIPE, *, size: int = 1, max_bugs: int = 3
+) -> list[Outcome]:
+    """The outcomes of `items`, in the order in which they came."""
+    work, results = BoundedQueue[Work](len(items) + 1), BoundedQueue[Outcome](len(items) + 1)
+    for item in items:
+        await work.put(item)
+    work.close()
+    await WorkerPool(lambda: Worker(recipe, fleet), size, max_bugs).run(work, results)
+    return results.get_nowait(len(items) + 1)
+
+
+async def test_a_draft_becomes_a_context() -> None:
+    """It holds the pair, the document, where and how it was written, and what that cost."""
+    item = Draft(Seed("a", "qa", "Who?", "Ada.", "f:1", {"year": 1843}), 2)
+    async with fleet_at([]) as (fleet, server):
+        [context] = await worked(fleet, [item])
+        stats = server.simulation.stats
+    assert isinstance(context, Context)
+    assert ("a#2", "a", 2, "qa", "Who?", "Ada.", "f:1", {"year": 1843}) == (
+        context.id,
+        context.seed_id,
+        context.draft,
+        context.task,
+        context.instruction,
+        context.answer,
+        context.origin,
+        context.metadata,
+    )
+    assert ("simulated", server.url, "default", "stop", stats.prompt_tokens, stats.completion_tokens, 0) == (
+        context.model,
+        context.server,
+        context.weight_version,
+        context.finish_reason,
+        context.prompt_tokens,
+        context.completion_tokens,
+        context.wasted_tokens,
+    )
+    assert context.key == item.key
+    assert len(context.context.split()) == context.checks["words"] > 100
+    assert ([None], 1) == ([attempt.error for attempt in context.attempts], len(context.steps))
+
+
+async def test_tokens_of_answers_thrown_away_are_told() -> None:
+    """A short answer first, then a good one: the first is waste, and so is all of a draft that fails."""
+    async with fleet_at([Fault.SHORT]) as (fleet, server):
+        [context] = await worked(fleet, drafts("a"))
+        spent = server.simulation.stats.completion_tokens
+    assert isinstance(context, Context)
+    assert spent == context.completion_tokens + context.wasted_tokens
+    assert 0 < context.wasted_tokens < context.completion_tokens
+    async with fleet_at([Fault.SHORT] * 3) as (fleet, server):
+        [reject] = await worked(fleet, drafts("a"))
+        spent = server.simulation.stats.completion_tokens
+    assert (spent, RejectReason.TOO_SHORT) == (reject.wasted_tokens, reject.reason)  # type: ignore[union-attr]
+
+
+REASONS = {
+    Fault.REFUSE: RejectReason.REQUEST_REFUSED,
+    Fault.STALL: RejectReason.TIMEOUT,
+    Fault.BAD_JSON: RejectReason.BROKEN_RESPONSE,
+    Fault.HTTP_500: RejectReason.SERVER_UNAVAILABLE,
+    Fault.EMPTY: RejectReason.EMPTY,
+    Fault.REFUSAL: RejectReason.REFUSAL,
+    Fault.REPETITION: RejectReason.REPETITION,
+    Fault.QA: RejectReason.PROMPT_ECHO,
+}
+
+
+@pytest.mark.parametrize("fault", REASONS)
+async def test_a_failure_becomes_a_reject(fault: Fault) -> None:
+    """With its reason, the pair, and each try; nothing is raised, and the worker takes the next draft."""
+    async with fleet_at(lambda number, _: fault, max_attempts=2) as (fleet, _):
+        outcomes = await worked(fleet, drafts("a", "b"))
+    rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+    assert [("a", "a", 0, draft_key("a", 0)), ("b", "b", 0, draft_key("b", 0))] == [
+        (reject.id, reject.seed_id, reject.draft, reject.key) for reject in rejects
+    ]
+    allowed = {REASONS[fault]} | ({RejectReason.QA_PASTED} if fault is Fault.QA else set())
+    assert {reject.reason for reject in rejects} <= allowed
+    assert ("What of a?", "a it is.", "f:a") == (
+        rejects[0].instruction,
+        rejects[0].answer,
+        rejects[0].origin,
+    )
+    assert all(reject.attempts and reject.detail for reject in rejects)
+
+
+async def test_a_bad_line_flows_through() -> None:
+    """It becomes a reject without a question asked."""
+    bad = BadSeed("f:7", RejectReason.INVALID_JSON, "unexpected end", b"k" * 16)
+    async with fleet_at([]) as (fleet, server):
+        [reject] = await worked(fleet, [bad])
+        assert 0 == server.simulation.stats.requests
+    assert isinstance(reject, Reject)
+    assert (bad.key, bad.origin, bad.reason, bad.detail, None) == (
+        reject.key,
+        reject.origin,
+        reject.reason,
+        reject.detail,
+        reject.seed_id,
+    )
+
+
+async def test_a_bug_costs_one_draft() -> None:
+    """It becomes a reject with the traceback; another worker takes its place, the other drafts are fine."""
+    async with fleet_at([]) as (fleet, _):
+        outcomes = await worked(fleet, drafts("a", "b", "c", "d", "e"), Buggy(lambda name: name in "bd"))
+    by_kind = [outcome.reason if isinstance(outcome, Reject) else "context" for outcome in outcomes]
+    assert ["context", "internal_error", "context", "internal_error", "context"] == by_kind
+    bug = outcomes[1]
+    assert isinstance(bug, Reject)
+    assert [True] * 3 == ["Traceback" in bug.detail, "KeyError: 'b'" in bug.detail, bug.wasted_tokens > 0]
+    assert 1 == len(bug.attempts)
+
+
+async def test_a_run_of_bugs_ends_the_run() -> None:
+    """So many in a row, with nothing done in between: what is raised is the bug itself."""
+    async with fleet_at([]) as (fleet, server):
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await worked(fleet, drafts(*"abcdef"), Buggy(lambda _: True), max_bugs=3)
+        assert 3 == server.simulation.stats.requests
+    assert "KeyError('c')" == repr(root_cause(raised.value))
+
+
+async def test_bugs_in_a_row_are_those_of_all_workers() -> None:
+    """An outcome of any worker ends the row."""
+    async with fleet_at([]) as (fleet, _):
+        names = [f"{kind}{number}" for number in range(10) for kind in ("bug", "bug", "good")]
+        made = Buggy(lambda name: name.startswith("bug"))
+        assert 30 == len(await worked(fleet, drafts(*names), made, max_bugs=3))
+
+
+async def test_each_draft_has_one_outcome() -> None:
+    """With many workers, faults of all kinds and bugs among them."""
+    names = [f"s{number}" for number in range(120)]
+    kinds = [
+        None,
+        Fault.RESET,
+        Fault.BAD_JSON,
+        None,
+        Fault.SHORT,
+        Fault.HTTP_500,
+        Fault.EMPTY,
+        Fault.QUEUE_FULL,
+    ]
+    async with fleet_at(lambda number, _: kinds[number % 8], max_attempts=4, request_timeout_s=5) as (
+        fleet,
+        _,
+    ):
+        made = Buggy(lambda name: name.endswith("7"))
+        outcomes = await worked(fleet, drafts(*names), made, size=16, max_bugs=100)
+    assert sorted(names) == sorted(str(outcome.seed_id) for outcome in outcomes)
+    assert 12 >= sum(
+        isinstance(outcome, Reject) and outcome.reason is RejectReason.INTERNAL_ERROR for outcome in outcomes
+    )
