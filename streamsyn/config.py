@@ -197,7 +197,7 @@ class AssemblySection(Section):
     counted by the servers that wrote them."""
     min_answer_chars: Count = 5
     """A distractor must not contain the answer, when the answer is at least this long."""
-    window_bytes: Count = 32 * 2**20
+    window_bytes: Count = 16 * 2**20
     """Distractors are drawn from this much of the most recent contexts: the memory that assembly uses."""
     template: Path | None = None
     """A Jinja2 file for the user message in place of the packaged ones."""

@@ -89,7 +89,7 @@ class Pool:
     def drop_oldest(self) -> None:
         """Let the oldest go."""
         self._head += 1
-        if self._head > 64 and 2 * self._head > len(self._passages):
+        if self._head > 64 and 8 * self._head > len(self._passages):  # what is dropped must not live on here
             del self._passages[: self._head]
             self._head = 0
 

@@ -20,7 +20,7 @@ _REFUSAL = re.compile(
       {_SORRY}\b[^.\n]{{0,60}}\b{_CANNOT}
     | (?:unfortunately,?\s+)?(?:i|we)\s+(?:am\s+|are\s+)?{_CANNOT}\s+(?:to\s+)?{_DECLINED}
     | as\s+an?\s+(?:ai|artificial\s+intelligence|(?:ai\s+|large\s+)?language\s+model)
-      (?:\s+(?:model|assistant|system))?\s*,?\s+i\b
+      (?:\s+(?:model|assistant|system))?(?:,\s*|\s+)i\b
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -120,7 +120,7 @@ def _pasted(text: str, plain: str, seed: Seed) -> str | None:
         near = plain[behind : behind + len(answer) + _NEAR]
         if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", near):  # "no" does not stand in "nobody"
             return "the question with its answer behind it"
-        asked = plain.find(instruction, behind)
+        asked = plain.find(instruction, asked + 1)
     if answer in plain and 4 * len(answer) > 3 * len(plain):
         return "hardly more than the answer"
     return None

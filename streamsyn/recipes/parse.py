@@ -15,7 +15,7 @@ _LABEL = re.compile(
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
 _OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?!.*```)", re.DOTALL)
 _THOUGHTS = re.compile(r"\A<think>.*?(?:</think>\s*|\Z)", re.DOTALL)  # left open: there is no document yet
-_CLOSING_TAG = re.compile(r"\s*</(?:context|document|background|text)>\s*\Z", re.IGNORECASE)
+_CLOSING_TAG = re.compile(r"</(?:context|document|background|text)>\Z", re.IGNORECASE)
 
 
 def document_text(answer: str) -> str:
@@ -31,5 +31,5 @@ def document_text(answer: str) -> str:
         if label := _LABEL.match(text):
             text = text[label.end() :]
         if text.endswith(">"):
-            text = _CLOSING_TAG.sub("", text)
+            text = _CLOSING_TAG.sub("", text).rstrip()
     return _OPEN_FENCE.sub("", text).strip()  # a fence left open: the answer was cut

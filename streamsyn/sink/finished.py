@@ -21,7 +21,7 @@ from streamsyn.sink.manifest import Manifest, SealedShard
 log = structlog.get_logger()
 
 KEY_BYTES = 16
-_CACHE_KIB = 16 * 1024
+_CACHE_KIB = 4 * 1024
 _KEYS_A_QUERY = 500
 
 
@@ -56,6 +56,8 @@ class FinishedKeys:
         """Add the shards that are sealed but not yet in here: after a kill, or when made anew.
 
         Args:
+            manifest: Says which shards are sealed.
+            root: The run directory.
             tail: Keys of the rows in open shards.
 
         Raises:
@@ -121,7 +123,7 @@ class Claims:
 
     def __init__(self, finished: Path | None, scratch: Path) -> None:
         self._scratch = scratch
-        self._finished = finished
+        self._path = finished or scratch
         scratch.unlink(missing_ok=True)
         self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
         self._db.execute("PRAGMA journal_mode = OFF")
@@ -142,7 +144,9 @@ class Claims:
     def finished(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of `keys` for which an earlier run wrote an outcome."""
         found: set[bytes] = set()
-        if self._has_finished:
+        if not self._has_finished:
+            return found
+        with _translated(self._path):
             for start in range(0, len(keys), _KEYS_A_QUERY):
                 some = keys[start : start + _KEYS_A_QUERY]
                 query = f"SELECT key FROM old.finished WHERE key IN ({','.join('?' * len(some))})"  # noqa: S608
@@ -151,7 +155,8 @@ class Claims:
 
     def is_known(self, key: bytes) -> bool:
         """Whether `key` is finished or was taken in this run."""
-        claimed = self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall()
+        with _translated(self._path):
+            claimed = self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall()
         return bool(claimed) or bool(self.finished([key]))
 
     @contextmanager
@@ -161,7 +166,7 @@ class Claims:
         Raises:
             SinkError: The disk is full, or the file of FinishedKeys is damaged.
         """
-        with _translated(self._finished or self._scratch):
+        with _translated(self._path):
             self._db.execute("BEGIN")
             yield
             self._db.execute("COMMIT")

@@ -1,7 +1,5 @@
 """The user message of a sample: a family's template, or the user's own."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,6 @@
 """What is not fit to be a context, and what only looks so."""
 
+import time
 from typing import Any
 
 import pytest
@@ -179,3 +180,12 @@ def test_any_text_can_be_checked(text: str, instruction: str, answer: str) -> No
     """Whatever stands in a pair or an answer, a check says yes or names its reason."""
     found = failure(text, Seed("s", "t", instruction, answer, "f:1"), min_words=0)
     assert found is None or found.detail
+
+
+@pytest.mark.parametrize("start", ["As an AI", "I'm sorry", "Question:", "Question", "I cannot"])
+def test_a_loop_of_white_space_is_checked_in_no_time(start: str) -> None:
+    """Checks run beside all other requests: no answer, however odd, may hold them up for long."""
+    began = time.process_time()
+    for loop in (" ", "\n", "\n ", "\nanswer "):
+        reason(start + loop * 20_000)
+    assert 10 > time.process_time() - began

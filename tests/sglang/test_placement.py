@@ -145,8 +145,6 @@ class Crowd:
         self.group = group
         self.waiting: list[asyncio.Task[None]] = []
         self.holding: list[Server] = []
-        self.order: list[int] = []
-        self.came = 0
 
     async def step(self, name: str, number: int) -> None:
         """Do one thing; `number` picks who or where."""
@@ -154,8 +152,7 @@ class Crowd:
         match name:
             case "acquire":
                 avoid = server if number % 2 else None
-                self.waiting.append(self.group.create_task(self._acquire(self.came, avoid)))
-                self.came += 1
+                self.waiting.append(self.group.create_task(self._acquire(avoid)))
             case "release" if self.holding:
                 self.placement.release(self.holding.pop(number % len(self.holding)))
             case "cancel" if self.waiting:
@@ -188,11 +185,9 @@ class Crowd:
         free = [server.url for server in self.servers if server.is_usable(0.0)]
         assert not self.waiting or [] == free
         assert len(self.holding) == sum(server.limiter.in_flight for server in self.servers)
-        assert sorted(self.order) == self.order
 
-    async def _acquire(self, number: int, avoid: Server | None) -> None:
+    async def _acquire(self, avoid: Server | None) -> None:
         self.holding.append(await self.placement.acquire(avoid))
-        self.order.append(number)
 
     async def end(self) -> None:
         """Everybody gets a place once there are some."""

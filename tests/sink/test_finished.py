@@ -1,7 +1,5 @@
 """The index of finished drafts: derived from the log, made anew when it is lost, spoilt or behind."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import random
 from pathlib import Path
 
@@ -47,7 +45,7 @@ def test_a_key_is_new_once(tmp_path: Path) -> None:
         claims.claim(KEYS[number]) for number in (0, 1, 0, 2, 1)
     ]
     assert [True, False] == [claims.is_known(key) for key in KEYS[2:4]]
-    assert not claims.is_finished(KEYS[0])
+    assert set() == claims.finished(KEYS)
     claims.close()
 
 
@@ -59,7 +57,20 @@ def test_a_finished_key_is_said_to_be_finished_once(tmp_path: Path) -> None:
 
     assert [Claim.FINISHED, Claim.REPEATED, Claim.NEW] == [claims.claim(KEYS[n]) for n in (0, 0, 2)]
     assert [True, True, True, False] == [claims.is_known(key) for key in KEYS[:4]]
-    assert [True, True, False] == [claims.is_finished(key) for key in KEYS[:3]]
+    assert set(KEYS[:2]) == claims.finished(KEYS)
+    claims.close()
+    finished.close()
+
+
+def test_any_number_of_keys_may_be_asked_for_at_once(tmp_path: Path) -> None:
+    """More than one query can hold, with repeats, or none."""
+    keys = [b"%016d" % number for number in range(5000)]
+    finished = FinishedKeys(tmp_path / "finished.sqlite")
+    finished.catch_up(Manifest(tmp_path / "none"), tmp_path, keys[::3])
+    claims = Claims(finished.path, tmp_path / "read.sqlite")
+
+    assert set(keys[::3]) == claims.finished([*keys, *keys])
+    assert set() == claims.finished([])
     claims.close()
     finished.close()
 
@@ -91,7 +102,7 @@ def test_the_key_of_a_draft_is_found_in_its_row(tmp_path: Path) -> None:
     with opened(tmp_path, sink()) as log:
         claims = log.claims()
         keys = [*(Draft(seed, number).key for number in range(4)), reject(7).key, reject(8).key]
-        assert [True, True, True, False, True, False] == [claims.is_finished(key) for key in keys]
+        assert {*keys[:3], keys[4]} == claims.finished(keys)
         claims.close()
 
 

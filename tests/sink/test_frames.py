@@ -1,7 +1,5 @@
 """Shards are read by the tools that others have."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import io
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The manifest: read line by line, a torn end cut, anything else that is wrong refused by its line."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The run directory: one writer at a time, and only under the configuration it was made with."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import os
 import platform
 import re
@@ -112,7 +110,7 @@ def test_operational_keys_may_change(directory: RunDirectory) -> None:
 
 def test_the_compression_may_not_change(directory: RunDirectory) -> None:
     """It names the files of the log."""
-    with pytest.raises(ConfigError, match="sink.compression: 'none' before, 'zstd' now"):
+    with pytest.raises(ConfigError, match=r"sink\.compression: 'none' before, 'zstd' now"):
         directory.check(fingerprint(load(None, [("sink.compression", "zstd")])))
 
 

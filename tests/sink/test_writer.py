@@ -1,7 +1,5 @@
 """The sink as a stage: nothing is handed on before it is on disk, nothing waits longer than it must."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
@@ -106,7 +104,7 @@ async def test_no_results_end_at_once(tmp_path: Path) -> None:
 
 async def test_a_context_is_handed_on_only_once_it_is_on_disk(tmp_path: Path) -> None:
     """Whatever reaches assembly has been synced before."""
-    stage = Stage(tmp_path, sync_rows=3, durable=1)
+    stage = Stage(tmp_path, sync_rows=3, durable=1, results=100)
     on_disk = []
 
     async def play() -> None:

@@ -1,0 +1,253 @@
+"""Assembly as a stage: whatever a kill leaves unfinished is made again, each sample delivered once."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamsyn.assembly.assembler import Assembler
+from streamsyn.assembly.passages import Passage
+from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.stage import AssemblyStage, NoAssembly
+from streamsyn.config import AssemblySection
+from streamsyn.errors import StoppedEarly
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Context, Sample
+from tests.builders import as_rows, context
+
+SECTION = AssemblySection(contexts_per_sample=4, window_bytes=40_000)
+PROMPTS = SamplePrompts(SECTION)
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL."""
+
+
+class Disk:
+    """A log, a state and samples that outlive the stage. `deliveries` bounds those before the kill."""
+
+    def __init__(self, contexts: Sequence[Context], flushes: Sequence[int] = ()) -> None:
+        self.rows = as_rows(contexts)
+        self.flushes = list(flushes)
+        self.state: bytes | None = None
+        self.samples: list[Sample] = []
+        self.deliveries = 10**9
+        self.read_from: list[int] = []
+
+    def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
+        self.read_from.append(first_seq)
+        yield from self.rows[first_seq:end_seq]
+
+    def load_state(self) -> dict[str, Any] | None:
+        return None if self.state is None else orjson.loads(self.state)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        self.state = orjson.dumps(state)
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        if self.deliveries == 0:
+            raise Killed
+        self.deliveries -= 1
+        self.samples += samples
+
+    def stop(self) -> None:
+        pass
+
+    def stage(self, logged: int) -> AssemblyStage:
+        return AssemblyStage(
+            Assembler(SECTION, 0, PROMPTS),
+            self,
+            self,
+            logged=logged,
+            delivered=len(self.samples),
+            flushes=self.flushes,
+        )
+
+
+def contexts_of(count: int) -> list[Context]:
+    return [
+        context(n, task="qa" if n % 3 else "sum", context=f"[{n}] " + "x" * (n % 7) * 300)
+        for n in range(count)
+    ]
+
+
+def expected_samples(contexts: Sequence[Context], flushes: Sequence[int]) -> list[Sample]:
+    """What an assembler makes of the whole log, undisturbed."""
+    assembler = Assembler(SECTION, 0, PROMPTS)
+    made = []
+    for seq, one in enumerate(contexts):
+        if seq in flushes:
+            made += assembler.flush()
+        made += assembler.add(Passage.of_context(seq, one))
+    return made + assembler.flush()
+
+
+async def run(stage: AssemblyStage, contexts: Sequence[tuple[int, Context]]) -> None:
+    """Run a stage over contexts that come after those that the log held."""
+    queue: BoundedQueue[tuple[int, Context]] = BoundedQueue(max(1, len(contexts)))
+    for one in contexts:
+        await queue.put(one)
+    queue.close()
+    async with asyncio.timeout(10):
+        await stage.run(queue)
+
+
+async def run_and_finish(disk: Disk, contexts: Sequence[Context], logged: int) -> None:
+    stage = disk.stage(logged)
+    await run(stage, list(enumerate(contexts))[logged:])
+    await asyncio.to_thread(stage.finish)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 60),
+    kills=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12), st.booleans()), max_size=4),
+    flushes=st.lists(st.integers(0, 60), max_size=2),
+)
+async def test_a_kill_anywhere_loses_and_doubles_no_sample(
+    count: int, kills: list[tuple[int, int, bool]], flushes: list[int]
+) -> None:
+    """However far the log was, after whichever delivery, with the state saved or not: each sample once."""
+    contexts = contexts_of(count)
+    disk = Disk(contexts, flushes)
+    logged = 0
+    for grown, deliveries, save in kills:
+        before, logged = logged, min(count, logged + grown)
+        stage, disk.deliveries = disk.stage(before), deliveries
+        try:
+            await run(stage, list(enumerate(contexts))[before:logged])
+            if save:
+                await asyncio.to_thread(stage.save)
+        except Killed:
+            pass
+    disk.deliveries = 10**9
+    await run_and_finish(disk, contexts, logged)
+
+    assert expected_samples(contexts, flushes) == disk.samples
+
+
+async def test_a_resume_reads_only_what_it_needs() -> None:
+    """With a saved state the log is read from the window on, not from its start."""
+    contexts = contexts_of(200)
+    disk = Disk(contexts)
+    stage = disk.stage(0)
+    await run(stage, list(enumerate(contexts))[:150])
+    await asyncio.to_thread(stage.save)
+    await run_and_finish(disk, contexts, 160)
+    window_start, caught_up_from = disk.read_from[1:]
+
+    assert expected_samples(contexts, []) == disk.samples
+    assert 100 < window_start < 150
+    assert 150 == caught_up_from
+
+
+@pytest.mark.parametrize("lost", ["contexts", "samples"])
+async def test_a_state_ahead_of_the_log_is_not_used(lost: str) -> None:
+    """Should the log have lost its end, samples are made from its start, and not delivered twice."""
+    contexts = contexts_of(40)
+    disk = Disk(contexts)
+    await run_and_finish(disk, contexts, 0)
+    if lost == "contexts":
+        del disk.rows[30:]
+        contexts = contexts[:30]
+        expected = expected_samples(contexts, [])[:20]
+        del disk.samples[20:]
+    else:
+        expected = disk.samples[:]
+        del disk.samples[-5:]
+    before = len(disk.samples)
+    await run_and_finish(disk, contexts, len(contexts))
+
+    assert expected[:before] == disk.samples[:before]
+    assert expected_samples(contexts, []) == disk.samples
+
+
+async def test_a_stream_that_goes_on_keeps_what_was_flushed() -> None:
+    """A run that ended and goes on with more seeds makes the samples of the log with its flush in it."""
+    contexts = contexts_of(30)
+    disk = Disk(contexts)
+    await run_and_finish(disk, contexts[:5], 0)
+    disk.flushes.append(5)
+    await run_and_finish(disk, contexts, 5)
+
+    assert expected_samples(contexts, [5]) == disk.samples
+    assert expected_samples(contexts, []) != disk.samples
+
+
+class SlowReader(Disk):
+    """Its second `deliver` waits until it is stopped."""
+
+    def __init__(self, contexts: Sequence[Context]) -> None:
+        super().__init__(contexts)
+        self.waiting = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._stopped = threading.Event()
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        if self.samples:
+            self._loop.call_soon_threadsafe(self.waiting.set)
+            assert self._stopped.wait(10)
+            raise StoppedEarly("stopped")
+        super().deliver(samples)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+async def test_stop_ends_a_delivery_that_waits() -> None:
+    """A reader that is stuck does not keep the run from ending; a later one delivers what was left."""
+    contexts = contexts_of(30)
+    slow = SlowReader(contexts)
+    stage = slow.stage(0)
+
+    async def stop_while_it_waits() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(run(stage, list(enumerate(contexts))))
+            await slow.waiting.wait()
+            stage.stop()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await stop_while_it_waits()
+    later = Disk(contexts)
+    later.samples = slow.samples
+    await run_and_finish(later, contexts, 30)
+
+    assert [StoppedEarly] == [type(error) for error in raised.value.exceptions]
+    assert expected_samples(contexts, []) == later.samples
+
+
+@pytest.mark.parametrize("logged", [0, 30])
+async def test_after_stop_the_rest_is_left_to_a_later_run(logged: int) -> None:
+    """Contexts are still taken from the queue, but no sample is made, least of all with too few contexts."""
+    contexts = contexts_of(30)
+    disk = Disk(contexts)
+    stopped = disk.stage(logged)
+    stopped.stop()
+    await run(stopped, list(enumerate(contexts))[logged:])
+    with pytest.raises(StoppedEarly, match="stopped before every sample was made"):
+        await asyncio.to_thread(stopped.finish)
+    made = disk.samples[:]
+    await run_and_finish(disk, contexts, 30)
+
+    assert [] == made
+    assert expected_samples(contexts, []) == disk.samples
+
+
+async def test_without_assembly_contexts_pass() -> None:
+    """`assembly.write = false`: the queue is emptied, nothing else happens."""
+    queue: BoundedQueue[tuple[int, Context]] = BoundedQueue(3)
+    for one in enumerate(contexts_of(3)):
+        await queue.put(one)
+    queue.close()
+    nothing = NoAssembly()
+    await nothing.run(queue)
+    nothing.stop()
+    nothing.save()
+    nothing.finish()
+
+    assert 0 == len(queue)

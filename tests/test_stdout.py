@@ -1,0 +1,151 @@
+"""Our stdout as a stream of samples: real pipes, readers that are slow, stuck or gone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PRELUDE = """
+import os, subprocess, sys, threading
+from streamsyn.errors import StreamsynError
+from streamsyn.stdout import SampleStream
+
+def report(write):
+    try:
+        write()
+    except StreamsynError as error:
+        print(type(error).__name__, error, file=sys.stderr, flush=True)
+    else:
+        print("all written", file=sys.stderr, flush=True)
+"""
+
+
+def started(script: str, stdout: int | None = subprocess.PIPE) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + script],
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_nothing_but_samples_gets_to_stdout() -> None:
+    """What is printed, by us or by others, goes to stderr; the lines come as they were written."""
+    script = """
+stream = SampleStream()
+print("stray")
+stream.write([b'{"a":1}\\n', b'{"b":2}\\n'])
+os.write(1, b"low level\\n")
+subprocess.run(["echo", "a child"], check=True)
+sys.stdout.flush()
+stream.write([b'{"c":3}\\n'])
+stream.close()
+"""
+    with started(script) as process:
+        out, err = process.communicate(timeout=20)
+
+    assert b'{"a":1}\n{"b":2}\n{"c":3}\n' == out
+    assert {b"a child", b"stray", b"low level"} == set(err.splitlines())
+    assert 0 == process.returncode
+
+
+def test_each_line_is_there_at_once() -> None:
+    """A line has left us when `write` returns: the reader need not wait for more, or for the end."""
+    script = """
+stream = SampleStream()
+for line in sys.stdin.buffer:
+    stream.write([line])
+"""
+    with started(script) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in (b"one\n", b"two\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert line == process.stdout.readline()
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 65_537, 5_000_000])
+def test_long_lines_arrive_whole(size: int) -> None:
+    """Lines longer than the pipe come out byte by byte as they went in."""
+    script = f"""
+stream = SampleStream()
+report(lambda: stream.write(bytes([97 + n]) * {size} + b"\\n" for n in range(3)))
+"""
+    with started(script) as process:
+        out, err = process.communicate(timeout=20)
+
+    assert b"".join(letter * size + b"\n" for letter in (b"a", b"b", b"c")) == out
+    assert b"all written\n" == err
+
+
+def test_a_file_is_written_as_well(tmp_path: Path) -> None:
+    """Stdout may be a file."""
+    with (
+        (tmp_path / "out").open("wb") as file,
+        started(
+            'stream = SampleStream(); report(lambda: stream.write([b"x" * 3_000_000 + b"\\n"]))',
+            file.fileno(),
+        ) as process,
+    ):
+        _, err = process.communicate(timeout=20)
+
+    assert b"all written\n" == err
+    assert b"x" * 3_000_000 + b"\n" == (tmp_path / "out").read_bytes()
+
+
+def test_a_reader_that_closes_is_noticed() -> None:
+    """`head -1` ends the stream with ReaderGone, not with a signal or a traceback."""
+    script = """
+stream = SampleStream()
+report(lambda: stream.write(iter(lambda: b"x" * 1000 + b"\\n", None)))
+stream.close()
+"""
+    with started(script) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+
+    assert b"ReaderGone the reader of stdout has gone away\n" == err
+    assert 0 == process.returncode
+
+
+def test_stop_ends_a_write_that_nobody_reads() -> None:
+    """A reader that is stuck keeps `write` waiting until `stop` is called; later ones end at once."""
+    script = """
+stream = SampleStream()
+writing = threading.Thread(target=report, args=[lambda: stream.write([b"x" * 10_000_000])])
+writing.start()
+sys.stdin.readline()
+stream.stop()
+writing.join()
+report(lambda: stream.write([b"more\\n"]))
+"""
+    with started(script) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.read(1)  # the write has begun, and the pipe cannot hold all of it
+        process.stdin.write(b"stop\n")
+        process.stdin.flush()
+        err = process.stderr.read()
+        process.stdout.read()
+
+    assert b"x" == first
+    assert b"ReaderGone stopped while the reader of stdout was not reading\n" * 2 == err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
+    """Stdout that cannot be written is no bug of ours: a SinkError says why."""
+    with (
+        Path("/dev/full").open("wb") as full,
+        started('stream = SampleStream(); report(lambda: stream.write([b"x\\n"]))', full.fileno()) as process,
+    ):
+        _, err = process.communicate(timeout=20)
+
+    assert b"SinkError cannot write samples to stdout: No space left on device\n" == err

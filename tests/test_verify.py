@@ -1,0 +1,404 @@
+"""`verify`: nothing is wrong with a run directory that is as it should be; each damage is found and named."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from streamsyn.assembly.assembler import Assembler
+from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.stage import AssemblyStage
+from streamsyn.config import Config, fingerprint
+from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
+from streamsyn.records import Outcome, Sample
+from streamsyn.sink import frames
+from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.runlog import RunLog
+from streamsyn.verify import repair, verify
+from tests.builders import COMPRESSIONS, context, outcome, rows
+
+NOT_FINISHED = "manifest.jsonl: no final line behind all rows: the run is not finished"
+
+
+class Outlet:
+    """Records samples."""
+
+    def __init__(self, log: RunLog) -> None:
+        self._log = log
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        self._log.samples.append(samples)
+
+    def stop(self) -> None:
+        pass
+
+
+def config_of(compression: str = "none", **assembly: Any) -> Config:
+    return Config.model_validate(
+        {
+            "sink": {"compression": compression, "shard_bytes": 4000},
+            "assembly": {"contexts_per_sample": 3, **assembly},
+        }
+    )
+
+
+def run(root: Path, config: Config, outcomes: Sequence[Outcome], *, to_the_end: bool) -> None:
+    """Log outcomes behind those that are there, and make samples, as a run does."""
+    directory = RunDirectory(root)
+    directory.save(config.model_dump(mode="json"), fingerprint(config))
+    log = RunLog(root, config.sink)
+    for number in range(0, len(outcomes), 3):
+        log.append(outcomes[number : number + 3])
+    stage = AssemblyStage(
+        Assembler(config.assembly, config.run.seed, SamplePrompts(config.assembly)),
+        log,
+        Outlet(log),
+        logged=log.contexts.rows,
+        delivered=log.samples.rows,
+        flushes=log.manifest.flushes,
+    )
+    if config.assembly.write:
+        stage._catch_up()
+    if to_the_end:
+        log.seal_outcomes()
+        if config.assembly.write:
+            stage.finish()
+        log.finish()
+    log.close()
+    directory.close()
+
+
+@pytest.fixture(params=COMPRESSIONS)
+def compression(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, compression: str) -> Path:
+    """A run that came to its end: several shards of each kind."""
+    run(tmp_path, config_of(compression), [outcome(n) for n in range(40)], to_the_end=True)
+    assert {"contexts": 30, "rejects": 10, "samples": 30} == verify(tmp_path)[1].counts
+    return tmp_path
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, compression: str) -> Path:
+    """A run that was killed: sealed shards and open ones of each kind."""
+    run(tmp_path, config_of(compression), [outcome(n) for n in range(40)], to_the_end=False)
+    assert 3 == len(list(tmp_path.glob("*/part-*.open")))
+    return tmp_path
+
+
+def problems(root: Path) -> list[str]:
+    return verify(root)[0]
+
+
+def notes(root: Path) -> list[str]:
+    found, verification = verify(root)
+    assert [] == found
+    return verification.notes
+
+
+def shard(root: Path, kind: str, number: int = 0) -> Path:
+    return next((root / kind).glob(f"part-{number:06d}.*"))
+
+
+def open_shard(root: Path, kind: str) -> Path:
+    return next((root / kind).glob("part-*.open"))
+
+
+def rewrite(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Change the rows of an open shard."""
+    inside = list(frames.rows(path))
+    change(inside)
+    lines = b"".join(map(frames.line, inside))
+    path.write_bytes(frames.encode(lines, "zstd" if ".zst" in path.suffixes else "none"))
+
+
+# Nothing is wrong
+
+
+def test_a_finished_run_is_sound(finished: Path) -> None:
+    """No problem and no note."""
+    assert [] == notes(finished)
+
+
+def test_an_interrupted_run_is_sound(interrupted: Path) -> None:
+    """That it is not finished is a note, no problem."""
+    assert [NOT_FINISHED] == notes(interrupted)
+
+
+def test_a_run_without_samples_is_sound(tmp_path: Path) -> None:
+    """With `assembly.write = false` there are none, and none are missed."""
+    run(tmp_path, config_of(write=False), [outcome(n) for n in range(9)], to_the_end=True)
+
+    assert [] == notes(tmp_path)
+
+
+def test_a_run_that_goes_on_is_sound(finished: Path, compression: str) -> None:
+    """More seeds after the end: while they are written, and when they have come to an end as well."""
+    more = [outcome(n) for n in range(40, 47)]
+    run(finished, config_of(compression), more, to_the_end=False)
+    on_the_way = notes(finished)
+    run(finished, config_of(compression), [outcome(n) for n in range(47, 60)], to_the_end=True)
+
+    assert [NOT_FINISHED] == on_the_way
+    assert [] == notes(finished)
+
+
+def test_killed_before_a_sample_was_made_of_the_rest(finished: Path, compression: str) -> None:
+    """Outcomes of more seeds, whose samples are still to be made, are no reason to miss samples."""
+    log = RunLog(finished, config_of(compression).sink)
+    log.append([context(n) for n in range(100, 110)])
+    log.close()
+
+    assert [NOT_FINISHED] == notes(finished)
+
+
+# Damage
+
+
+def test_a_flipped_byte_in_a_sealed_shard_is_found(finished: Path) -> None:
+    """Any byte, in any kind of shard: the shard is named."""
+    for kind in ("contexts", "rejects", "samples"):
+        path = shard(finished, kind)
+        data = path.read_bytes()
+        for at in range(0, len(data), len(data) // 17):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 0x04]) + data[at + 1 :])
+            changed = "has changed since it was sealed (sha256); restore it from a copy"
+            assert f"{path.relative_to(finished)}: {changed}" in problems(finished), at
+        path.write_bytes(data)
+
+    assert [] == problems(finished)
+
+
+@pytest.mark.parametrize("kind", ["contexts", "rejects", "samples"])
+def test_a_missing_shard_is_found(finished: Path, kind: str) -> None:
+    """It is named, also when it is the last one."""
+    for path in (shard(finished, kind), max((finished / kind).iterdir())):
+        kept = path.read_bytes()
+        path.unlink()
+        assert f"{path.relative_to(finished)}: is missing; restore it from a copy" in problems(finished)
+        path.write_bytes(kept)
+
+
+def test_a_shard_that_was_cut_is_found(finished: Path) -> None:
+    """A sealed shard is not as long as the manifest says."""
+    path = shard(finished, "contexts", 1)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-10])
+
+    assert (
+        f"{path.relative_to(finished)}: {size - 10} bytes, the manifest says {size}; restore it from a copy"
+    ) in problems(finished)
+
+
+def test_a_wrong_number_of_rows_is_found(finished: Path) -> None:
+    """The manifest says how many rows a shard has."""
+    manifest = finished / "manifest.jsonl"
+    lines = [orjson.loads(line) for line in manifest.read_bytes().splitlines()]
+    changed = next(line for line in lines if line.get("kind") == "contexts")
+    changed["rows"] += 1
+    manifest.write_bytes(b"".join(map(frames.line, lines)))
+
+    assert f"{changed['path']}: {changed['rows'] - 1} rows, the manifest says {changed['rows']}" in problems(
+        finished
+    )
+
+
+@pytest.mark.parametrize("kind", ["contexts", "rejects"])
+def test_a_second_outcome_of_a_draft_is_found(interrupted: Path, kind: str) -> None:
+    """G1: none twice. The draft is named, and the shard that its second outcome lies in."""
+    first = rows(interrupted, kind)[0]
+    path = open_shard(interrupted, kind)
+    rewrite(path, lambda inside: inside.append({**first, "seq": inside[-1]["seq"] + 1}))
+    seq = rows(interrupted, kind)[-1]["seq"]
+
+    name = first["id"] or first["origin"]
+    assert [f"{path.relative_to(interrupted)}: row {seq}: {name} has more than one outcome"] == problems(
+        interrupted
+    )
+
+
+@pytest.mark.parametrize("kind", ["contexts", "rejects", "samples"])
+def test_a_missing_seq_is_found(interrupted: Path, kind: str) -> None:
+    """G3: dense and rising. The place is named, once."""
+    path = open_shard(interrupted, kind)
+    first = next(frames.rows(path))["seq"]
+    rewrite(path, lambda inside: inside.pop(0))
+    if next(frames.rows(path), None) is None:
+        pytest.skip("the open shard had one row")
+
+    assert [f"{path.relative_to(interrupted)}: seq {first} is next, not {first + 1}"] == [
+        line for line in problems(interrupted) if "seq" in line
+    ]
+
+
+def test_a_row_of_no_seed_is_found(interrupted: Path) -> None:
+    """A row that does not say what it is the outcome of."""
+    path = open_shard(interrupted, "contexts")
+    rewrite(path, lambda inside: inside[0].pop("seed_id"))
+    seq = next(frames.rows(path))["seq"]
+
+    assert [f"{path.relative_to(interrupted)}: row {seq} does not say which seed it is of"] == problems(
+        interrupted
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"messages": []}, "is not what the log assembles to"),
+        ({"relevant_index": 2, "n_tokens": 0}, "is not what the log assembles to"),
+        ({"context_seqs": [999]}, "names contexts that are not in the log"),
+        ({"context_seqs": None}, "names contexts that are not in the log"),
+    ],
+)
+def test_a_changed_sample_is_found(interrupted: Path, change: dict[str, Any], what: str) -> None:
+    """G3: samples are what the log assembles to, also those in a shard that is not sealed."""
+    path = open_shard(interrupted, "samples")
+    rewrite(path, lambda inside: inside[0].update(change))
+    seq = next(frames.rows(path))["seq"]
+
+    assert f"{path.relative_to(interrupted)}: sample {seq} {what}" in problems(interrupted)
+
+
+def test_samples_that_are_missing_at_the_end_are_found(tmp_path: Path) -> None:
+    """A run that says it is finished has a sample of each context."""
+    config = config_of()
+    run(tmp_path, config, [outcome(n) for n in range(9)], to_the_end=False)
+    log = RunLog(tmp_path, config.sink)
+    log.seal_outcomes()
+    log.append([context(n) for n in range(100, 103)])
+    log.contexts.seal()
+    log.finish()
+    log.close()
+
+    assert ["samples: there are fewer than the log assembles to"] == problems(tmp_path)
+
+
+def test_wrong_final_counts_are_found(finished: Path) -> None:
+    """The final line says how many rows of each kind there are."""
+    manifest = Manifest(finished / "manifest.jsonl")
+    manifest.add_final({**(manifest.final or {}), "contexts": 31, "samples": 0})
+
+    assert [
+        "manifest.jsonl: its final line counts other rows than there are of contexts, samples"
+    ] == problems(finished)
+
+
+def test_a_broken_manifest_is_named(finished: Path) -> None:
+    """With file and line; nothing else can be said of the directory."""
+    manifest = finished / "manifest.jsonl"
+    manifest.write_bytes(b"{}\n" + manifest.read_bytes())
+
+    with pytest.raises(ConfigError, match=r"manifest\.jsonl:1 is no line of a manifest"):
+        verify(finished)
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+    """It has no run.json, and nothing is made in it."""
+    for call in (verify, repair):
+        with pytest.raises(ConfigError, match=r"is no run directory: it has no run\.json"):
+            call(tmp_path)
+
+    assert [] == list(tmp_path.iterdir())
+
+
+# What a kill leaves, and repair
+
+
+def leave_torn_tails(root: Path) -> None:
+    for path in [*root.glob("*/part-*.open"), root / "manifest.jsonl"]:
+        with path.open("ab") as file:
+            file.write(b'{"torn')
+
+
+def forget_last_shard(root: Path) -> None:
+    """As a kill between a shard's name and the manifest's line does."""
+    manifest = root / "manifest.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    last = orjson.loads(lines[-1])
+    for path in (root / last["kind"]).glob("part-*.open"):
+        path.unlink()
+    manifest.write_bytes(b"".join(lines[:-1]))
+
+
+def spoil_index(root: Path) -> None:
+    for path in (root / "index").iterdir():
+        path.write_bytes(b"garbage" * 1000)
+
+
+def lose_derived(root: Path) -> None:
+    shutil.rmtree(root / "index")
+    (root / "assembly.json").write_bytes(b"{")
+
+
+def test_torn_tails_are_notes(interrupted: Path) -> None:
+    """What a kill leaves is as it should be: each is noted with its file and its bytes."""
+    names = [str(path.relative_to(interrupted)) for path in sorted(interrupted.glob("*/part-*.open"))]
+    leave_torn_tails(interrupted)
+
+    assert {
+        *(f"{name}: 6 bytes of an unfinished row at its end" for name in names),
+        "manifest.jsonl: 6 bytes of an unfinished line at its end",
+        NOT_FINISHED,
+    } == set(notes(interrupted))
+
+
+def test_a_shard_that_the_manifest_was_not_told_of_is_a_note(tmp_path: Path) -> None:
+    """Killed while it was sealed: it is read, and noted."""
+    run(tmp_path, config_of(write=False), [context(n) for n in range(20)], to_the_end=False)
+    path = tmp_path / orjson.loads((tmp_path / "manifest.jsonl").read_bytes().splitlines()[-1])["path"]
+    forget_last_shard(tmp_path)
+
+    assert f"{path.relative_to(tmp_path)}: sealed, but the manifest was not told" in notes(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [leave_torn_tails, spoil_index, lose_derived])
+def test_repair_mends_what_a_kill_leaves(interrupted: Path, damage: Callable[[Path], None]) -> None:
+    """Afterwards only the unfinished run is noted, no row is lost, and the run can go on to its end."""
+    before = {kind: rows(interrupted, kind) for kind in ("contexts", "rejects", "samples")}
+    saved = orjson.loads((interrupted / "run.json").read_bytes())["config"]
+    damage(interrupted)
+    repair(interrupted)
+
+    assert [NOT_FINISHED] == notes(interrupted)
+    assert before == {kind: rows(interrupted, kind) for kind in before}
+    run(interrupted, Config.model_validate(saved), [outcome(n) for n in range(40, 45)], to_the_end=True)
+    assert [] == notes(interrupted)
+
+
+def test_repair_lists_a_shard_that_was_just_sealed(tmp_path: Path) -> None:
+    """It is taken up again, as the open shard that it was."""
+    run(tmp_path, config_of(write=False), [context(n) for n in range(20)], to_the_end=False)
+    forget_last_shard(tmp_path)
+    left = rows(tmp_path, "contexts")
+    repair(tmp_path)
+
+    assert [NOT_FINISHED] == notes(tmp_path)
+    assert left == rows(tmp_path, "contexts")
+
+
+def test_repair_leaves_a_damaged_shard_alone(finished: Path) -> None:
+    """What cannot be made again is named, and nothing that is left is touched."""
+    path = shard(finished, "contexts")
+    path.unlink()
+
+    with pytest.raises(
+        SinkError, match=r"contexts/part-000000\.jsonl.* cannot be read: .*restore it from a copy"
+    ):
+        repair(finished)
+    assert f"{path.relative_to(finished)}: is missing; restore it from a copy" in problems(finished)
+
+
+def test_repair_waits_for_no_run(interrupted: Path) -> None:
+    """A directory that is being written to is refused."""
+    directory = RunDirectory(interrupted)
+    with pytest.raises(DirectoryInUse):
+        repair(interrupted)
+    directory.close()
