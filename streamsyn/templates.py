@@ -38,6 +38,11 @@ class PromptTemplate:
         self.render_blocks(**example)
 
     @property
+    def block_names(self) -> frozenset[str]:
+        """Names of its blocks."""
+        return frozenset(self._template.blocks)
+
+    @property
     def fixed_lines(self) -> list[str]:
         """Lines that stand in every text rendered from it."""
         return [line.strip() for line in self.source.splitlines() if not {"{", "}"} & set(line)]

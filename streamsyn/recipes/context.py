@@ -11,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from streamsyn.config import ChecksSection, RecipeSection
+from streamsyn.errors import ConfigError
 from streamsyn.recipes.checks import Checks, Failure, normalised
 from streamsyn.recipes.parse import document_text
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, digest
 from streamsyn.templates import PromptTemplate, packaged, read
 
-_EXAMPLE = {"instruction": "i", "answer": "a", "task": "t", "target_words": 1, "metadata": {}}
+
+class _AnyMetadata(dict[str, str]):
+    """Stands in for a seed's other fields when a template is tried: nobody knows them yet."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+_EXAMPLE = {"instruction": "i", "answer": "a", "task": "t", "target_words": 1, "metadata": _AnyMetadata()}
 
 
 class ContextRecipe:
@@ -114,4 +123,7 @@ class _Prompt:
 def _prompt(path: Path | None) -> _Prompt:
     name, source = ("context", packaged("prompts", "context")) if path is None else (str(path), read(path))
     template = PromptTemplate(name, source, _EXAMPLE)
+    if template.block_names and "user" not in template.block_names:
+        found = ", ".join(sorted(template.block_names))
+        raise ConfigError(f"template {name}: there is no block `user`, only {found}")
     return _Prompt(template, tuple(normalised(line.lstrip("-* ")) for line in template.fixed_lines))

@@ -181,7 +181,8 @@ class Fleet:
                 if self.model not in models:
                     raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {self.model}")
             except (ServerError, ConfigError) as error:
-                log.debug("fleet.probe_failed", server=server.url, error=str(error))
+                say = log.debug if step else log.info
+                say("fleet.probe_failed", server=server.url, error=str(error))
                 await asyncio.sleep(self._probe_pause(step))
             else:
                 break

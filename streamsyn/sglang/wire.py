@@ -25,6 +25,8 @@ ABORT = "/abort_request"
 
 _MISCONFIGURED = frozenset({401, 403, 404, 405})
 """Statuses that say something about the server or the key, not about the request."""
+_DUPLICATE = "Duplicate request ID"
+"""A server still has the request that a connection was lost with: the next try has another rid."""
 _SHOWN = 200
 
 
@@ -77,7 +79,7 @@ def error_of(status: int, message: str, server: str) -> ServerError:
         return ServerBusy(said)
     if status >= 500 or status == 408 or status in _MISCONFIGURED:
         return ServerUnavailable(said)
-    if 400 <= status < 500:
+    if 400 <= status < 500 and _DUPLICATE not in message:
         return RequestRefused(said)
     return BrokenResponse(said)
 

@@ -1,7 +1,7 @@
 """Which drafts are finished, and which seeds have been read: sets that live on disk.
 
-Both grow with the number of seeds, so neither is held in memory: SQLite keeps them, with a bounded
-page cache. They are derived from the log. What is missing is read from the shards again; a damaged
+Both grow with the number of seeds, so neither is held in memory: SQLite keeps them, with a page cache
+of 2 MB (its default). They are derived from the log. What is missing is read from the shards again; a damaged
 file is made anew.
 """
 
@@ -21,7 +21,6 @@ from streamsyn.sink.manifest import Manifest, SealedShard
 log = structlog.get_logger()
 
 KEY_BYTES = 16
-_CACHE_KIB = 4 * 1024
 _KEYS_A_QUERY = 500
 
 
@@ -101,7 +100,6 @@ class FinishedKeys:
         # A write-ahead log lets the producer look things up while the sink adds a shard.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         db.execute("CREATE TABLE IF NOT EXISTS finished (key BLOB PRIMARY KEY) WITHOUT ROWID")
         db.execute("CREATE TABLE IF NOT EXISTS shards (path TEXT PRIMARY KEY) WITHOUT ROWID")
 
@@ -128,7 +126,6 @@ class Claims:
         self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("PRAGMA synchronous = OFF")
-        self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._db.execute("CREATE TABLE claimed (key BLOB PRIMARY KEY) WITHOUT ROWID")
         self._has_finished = finished is not None
         if finished is not None:

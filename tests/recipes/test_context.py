@@ -247,3 +247,22 @@ def test_a_recipe_by_its_name() -> None:
     assert isinstance(load_recipe(RecipeSection(), ChecksSection()), ContextRecipe)
     with pytest.raises(ConfigError, match=r"recipe\.use.*'contxt'.*'context'"):
         load_recipe(RecipeSection(use="contxt"), ChecksSection())
+
+
+def test_a_template_may_use_any_metadata(tmp_path: Path) -> None:
+    """What other fields seeds have is not known when a template is loaded."""
+    template = tmp_path / "mine.j2"
+    template.write_text("{% block user %}{{ metadata.title }}: {{ instruction }}{% endblock %}")
+    recipe = ContextRecipe(RecipeSection(template=template), ChecksSection())
+    seed = Seed("id", "task", "Who?", "Me", "x:1", {"title": "Rivers"})
+
+    assert "Rivers: Who?" == recipe.request(Draft(seed)).messages[0]["content"]
+
+
+def test_a_template_with_blocks_but_no_user_block_is_refused(tmp_path: Path) -> None:
+    """A misspelt block is named, rather than the whole file sent."""
+    template = tmp_path / "mine.j2"
+    template.write_text("{% block usr %}{{ instruction }}{% endblock %}")
+
+    with pytest.raises(ConfigError, match="no block `user`, only usr"):
+        ContextRecipe(RecipeSection(template=template), ChecksSection())
