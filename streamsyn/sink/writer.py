@@ -21,6 +21,8 @@ T = TypeVar("T")
 DurableContext: TypeAlias = tuple[int, Context]
 
 _MAX_BATCH = 256
+_GATHER_S = 0.005
+"""Outcomes that come this close together are written by one call into a thread."""
 
 
 class OutcomeWriter:
@@ -55,6 +57,7 @@ class OutcomeWriter:
 
     async def _write(self, results: BoundedQueue[Outcome]) -> None:
         async for outcome in results:
+            await asyncio.sleep(_GATHER_S)
             batch = [outcome, *results.get_nowait(_MAX_BATCH - 1)]
             written = await self._in_thread(partial(self._log.append, batch))
             self._rows += len(written)
