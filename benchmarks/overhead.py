@@ -2,9 +2,10 @@
 
     python -m benchmarks.overhead [--requests 4000] [--concurrency 256] [--latency-ms 20] [--rounds 3]
 
-The loop sends prompts of the same size, decodes the answers and throws them away. streamsyn reads seeds,
-renders prompts, retries, checks, logs every context durably and assembles samples, here with n = 1 and
-n = 10. Start-up is taken out: CPU a request is the difference between a long and a short run.
+The loop is what one writes first: `session.post(url, json=...)` and `await response.json()`, with prompts
+of the same size, the answers thrown away; beside it the same with orjson. streamsyn reads seeds, renders
+prompts, retries, checks, logs every context durably and assembles samples, here with n = 1 and n = 10.
+Start-up is taken out: CPU a request is the difference between a long and a short run.
 """
 
 import argparse
@@ -21,40 +22,44 @@ from benchmarks.common import Cost, Simulator, measured, run_measured, seeds_fil
 
 SHORT = 256
 VARIANTS = {
-    "bare aiohttp loop": None,
+    "bare aiohttp loop": ["--codec", "json"],
+    "the same with orjson": ["--codec", "orjson"],
     "streamsyn, contexts only": ["--set", "assembly.write=false"],
     "streamsyn, n = 1": ["--set", "assembly.contexts_per_sample=1"],
     "streamsyn, n = 10": ["--set", "assembly.contexts_per_sample=10"],
 }
 
 
-async def bare(url: str, requests: int, concurrency: int) -> None:
-    """Send `requests` chat requests, `concurrency` at a time."""
-    prompt = "You write documents. " * 95 + "Question: who? Answer: somebody. "
-    body = orjson.dumps(
-        {"model": "simulated", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4096}
-    )
-    left = iter(range(requests))
+async def bare(url: str, requests: int, concurrency: int, codec: str) -> None:
+    """Send `requests` chat requests, `concurrency` at a time, and decode the answers."""
+    route, left = f"{url}/v1/chat/completions", iter(range(requests))
 
-    async def worker(session: aiohttp.ClientSession) -> None:
-        for _ in left:
-            async with session.post(f"{url}/v1/chat/completions", data=body) as response:
+    def body(number: int) -> dict[str, object]:
+        prompt = f"{number} " + "You write documents. " * 95 + "Question: who? Answer: somebody."
+        return {"model": "simulated", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4096}
+
+    async def plainly(session: aiohttp.ClientSession) -> None:
+        for number in left:
+            async with session.post(route, json=body(number)) as response:
+                (await response.json())["choices"][0]["message"]["content"]
+
+    async def thriftily(session: aiohttp.ClientSession) -> None:
+        headers = {"Content-Type": "application/json"}
+        for number in left:
+            async with session.post(route, data=orjson.dumps(body(number)), headers=headers) as response:
                 orjson.loads(await response.read())["choices"][0]["message"]["content"]
 
-    headers = {"Content-Type": "application/json"}
+    worker = {"json": plainly, "orjson": thriftily}[codec]
     connector = aiohttp.TCPConnector(limit=0)
-    async with (
-        aiohttp.ClientSession(connector=connector, headers=headers) as session,
-        asyncio.TaskGroup() as group,
-    ):
+    async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(worker(session))
 
 
-def measure(url: str, options: list[str] | None, requests: int, concurrency: int, folder: Path) -> Cost:
+def measure(url: str, options: list[str], requests: int, concurrency: int, folder: Path) -> Cost:
     """One whole process, of the loop or of streamsyn."""
-    if options is None:
-        command = [sys.executable, "-m", "benchmarks.overhead", "--bare", url]
+    if "--codec" in options:
+        command = [sys.executable, "-m", "benchmarks.overhead", "--bare", url, *options]
         return measured([*command, "--requests", str(requests), "--concurrency", str(concurrency)])
     out = tempfile.mkdtemp(dir=folder)
     command = ["run", "--seeds", str(seeds_file(folder, requests)), "--out", out, "--server", url]
@@ -71,9 +76,10 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--codec", choices=["json", "orjson"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
-        asyncio.run(bare(args.bare, args.requests, args.concurrency))
+        asyncio.run(bare(args.bare, args.requests, args.concurrency, args.codec))
         return
     cpu: dict[str, list[float]] = {name: [] for name in VARIANTS}
     rate: dict[str, list[float]] = {name: [] for name in VARIANTS}

@@ -83,9 +83,8 @@ def main() -> None:
         started = time.perf_counter()
         make(folder / "out", seeds, args.outcomes)
         size = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
-        print(
-            f"made {args.outcomes:,} outcomes, {size / 2**20:,.0f} MiB, in {time.perf_counter() - started:.0f} s"
-        )
+        seconds = time.perf_counter() - started
+        print(f"made {args.outcomes:,} outcomes, {size / 2**20:,.0f} MiB, in {seconds:.0f} s")
         started = time.perf_counter()
         log = RunLog(folder / "out", SinkSection())
         print(f"opening the log: {time.perf_counter() - started:.2f} s, {log.outcomes:,} outcomes")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import uvloop
 
 from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.prompts import SamplePrompts
@@ -104,8 +103,7 @@ def run(request: RunRequest) -> RunSummary:
         try:
             parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary.counters)
             _spare_the_collector()
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_run(parts))
+            asyncio.run(_run(parts))
         except (StoppedEarly, BaseExceptionGroup) as raised:
             cause = root_cause(raised)
             if not isinstance(cause, StoppedEarly):

@@ -33,7 +33,7 @@ class PromptTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {name}:{error.lineno}: {error.message}") from error
-        self._globals = dict(self._template.globals)  # a ChainMap, which is slow to copy each time
+        self._globals = dict(self._template.globals)
         self.render(**example)
         self.render_blocks(**example)
 
@@ -53,8 +53,9 @@ class PromptTemplate:
         Raises:
             ConfigError: It cannot be rendered with these values.
         """
+        context = self._context(variables)
         with self._translated(variables):
-            return self._template.render(variables).strip()
+            return "".join(self._template.root_render_func(context)).strip()
 
     def render_blocks(self, **variables: Any) -> dict[str, str]:
         """The text of each block, by its name; none for a file that has no blocks.
@@ -62,9 +63,16 @@ class PromptTemplate:
         Raises:
             ConfigError: They cannot be rendered with these values.
         """
-        context = self._template.new_context({**self._globals, **variables}, shared=True)
+        context = self._context(variables)
         with self._translated(variables):
             return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
+
+    def _context(self, variables: dict[str, Any]) -> jinja2.runtime.Context:
+        # What `new_context` does, less walking through the globals for each text.
+        template = self._template
+        return template.environment.context_class(
+            template.environment, {**self._globals, **variables}, template.name, template.blocks
+        )
 
     @contextmanager
     def _translated(self, variables: dict[str, Any]) -> Iterator[None]:

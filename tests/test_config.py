@@ -1,7 +1,5 @@
 """The configuration: what is said wrong is named, what is not said has a documented default."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args

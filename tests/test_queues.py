@@ -1,7 +1,5 @@
 """The queue between two stages: nothing lost, nothing doubled, never too long, nobody left waiting."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import asyncio
 from collections.abc import Callable
 

@@ -20,7 +20,7 @@ from streamsyn.records import Context, Sample
 
 log = structlog.get_logger()
 
-_BATCH = 16
+_BATCH = 64
 _STATE_EVERY_BYTES = 16 * 2**20
 
 

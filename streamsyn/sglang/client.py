@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from streamsyn.config import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
     ConfigError,
@@ -35,15 +34,21 @@ class ServerClient:
         url: Its base URL, without a path.
         session: Used for this server alone.
         request_timeout_s: Bound on one chat request.
+        connect_timeout_s: Bound on opening a connection.
     """
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        request_timeout_s: float,
+        connect_timeout_s: float = 10.0,
+    ) -> None:
         self.url = url
         self._session = session
         # aiohttp's own total costs less than asyncio.timeout; beyond 5 s it is up to a second late.
-        connect_s = session.timeout.sock_connect
         self._request_timeout, self._control_timeout, self._abort_timeout = (
-            aiohttp.ClientTimeout(total=seconds, sock_connect=connect_s)
+            aiohttp.ClientTimeout(total=seconds, sock_connect=connect_timeout_s)
             for seconds in (request_timeout_s, _CONTROL_TIMEOUT_S, _ABORT_TIMEOUT_S)
         )
 
@@ -84,33 +89,33 @@ class ServerClient:
         return wire.served_models(body)
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        timeout = self._control_timeout
+        bound = self._control_timeout
         try:
-            async with self._session.get(self.url + path, timeout=timeout) as response:
+            async with self._session.get(self.url + path, timeout=bound) as response:
                 return response.status, await response.read()
         except _FOREIGN as error:
-            raise self._translated(error, timeout) from error
+            raise self._translated(error, bound) from error
 
-    async def _post(self, path: str, body: bytes, timeout: aiohttp.ClientTimeout) -> tuple[int, bytes]:
+    async def _post(self, path: str, body: bytes, bound: aiohttp.ClientTimeout) -> tuple[int, bytes]:
         started = time.monotonic()
         try:
             try:
-                return await self._post_once(path, body, timeout)
+                return await self._post_once(path, body, bound)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 # Gone at once and without a byte: most likely a kept-alive connection that the server
                 # was just closing, which says nothing about the server. Once more, on another one.
                 late = time.monotonic() - started > _STALE_WITHIN_S
                 if late or isinstance(error, aiohttp.ClientConnectorError):
                     raise
-            return await self._post_once(path, body, timeout)
+            return await self._post_once(path, body, bound)
         except _FOREIGN as error:
-            raise self._translated(error, timeout) from error
+            raise self._translated(error, bound) from error
 
-    async def _post_once(self, path: str, body: bytes, timeout: aiohttp.ClientTimeout) -> tuple[int, bytes]:
-        async with self._session.post(self.url + path, data=body, timeout=timeout) as response:
+    async def _post_once(self, path: str, body: bytes, bound: aiohttp.ClientTimeout) -> tuple[int, bytes]:
+        async with self._session.post(self.url + path, data=body, timeout=bound) as response:
             return response.status, await response.read()
 
-    def _translated(self, error: Exception, timeout: aiohttp.ClientTimeout) -> StreamsynError:
+    def _translated(self, error: Exception, bound: aiohttp.ClientTimeout) -> StreamsynError:
         """What aiohttp's error means to us."""
         match error:
             case aiohttp.InvalidURL() | UnicodeError():
@@ -118,7 +123,7 @@ class ServerClient:
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
                 return ServerUnreachable(f"{self.url} cannot be reached: {error}")
             case TimeoutError():
-                return ServerTimeout(f"{self.url} gave no answer within {timeout.total:g} s")
+                return ServerTimeout(f"{self.url} gave no answer within {bound.total:g} s")
             case aiohttp.ClientPayloadError():
                 return BrokenResponse(f"{self.url} cut its answer short: {error}")
             case aiohttp.ClientConnectionError() | ConnectionError():
@@ -128,13 +133,10 @@ class ServerClient:
 
 
 @asynccontextmanager
-async def open_session(
-    fleet: FleetSection, headers: Mapping[str, str]
-) -> AsyncIterator[aiohttp.ClientSession]:
+async def open_session(headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientSession]:
     """A session for one server: as many connections as there are requests, none kept too long."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=fleet.connect_timeout_s),
         headers={"Content-Type": "application/json", **headers},
         read_bufsize=2**20,
     ) as session:

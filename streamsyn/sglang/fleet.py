@@ -217,8 +217,8 @@ async def open_fleet(
     async with AsyncExitStack() as stack:
         servers = []
         for url in urls:
-            session = await stack.enter_async_context(open_session(section, headers))
-            client = ServerClient(url, session, section.request_timeout_s)
+            session = await stack.enter_async_context(open_session(headers))
+            client = ServerClient(url, session, section.request_timeout_s, section.connect_timeout_s)
             servers.append(Server(client, Limiter(section.max_in_flight), Health(section.eject_after)))
         tasks = await stack.enter_async_context(background())
         fleet = Fleet(section, servers, tasks, on_gone)

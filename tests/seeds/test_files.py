@@ -1,7 +1,5 @@
 """Seeds in files of every kind: the same seeds, their places, and what becomes of broken files."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import gzip
 import random
 import struct

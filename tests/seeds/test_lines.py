@@ -1,7 +1,5 @@
 """Lines out of byte streams: the same however the bytes come, and no line too long is held."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 from collections.abc import Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """From a line to a seed: what is wrong with a line is said, with its place; no line stops a run."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import json
 import sys
 from pathlib import Path

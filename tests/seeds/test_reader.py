@@ -1,7 +1,5 @@
 """All sources of a run as one stream: what is found, in which order it comes, what is kept of a pipe."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import os
 from collections import Counter
 from collections.abc import Iterator

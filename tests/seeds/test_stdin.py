@@ -1,7 +1,5 @@
 """Seeds from a pipe: they arrive as they come, and are on disk before anything is made of them."""
 
-# ruff: noqa: SIM300 - what is expected stands first
-
 import os
 import queue
 import threading

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from streamsyn.config import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
     ConfigError,
@@ -41,9 +40,8 @@ async def client_of(
 ) -> AsyncIterator[ServerClient]:
     """A client with a session of its own."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    section = FleetSection(connect_timeout_s=connect_timeout_s)
-    async with asyncio.timeout(20), open_session(section, headers) as session:
-        yield ServerClient(url, session, request_timeout_s)
+    async with asyncio.timeout(20), open_session(headers) as session:
+        yield ServerClient(url, session, request_timeout_s, connect_timeout_s)
 
 
 @asynccontextmanager
