@@ -170,10 +170,18 @@ async def _fleet(parts: _Parts, servers: Sequence[str], stopper: "_Stopper") -> 
         await fleet.ask_models()
         shaping = {**parts.shaping, "model": fleet.model}
         parts.directory.check(shaping)
-        config = parts.request.config.model_dump(mode="json")
-        await asyncio.to_thread(parts.directory.save, config, shaping)
+        await asyncio.to_thread(parts.directory.save, _lasting(parts.request.config), shaping)
         log.info("run.started", model=fleet.model, servers=len(fleet.servers), out=str(parts.request.out))
         yield fleet
+
+
+def _lasting(config: Config) -> dict[str, Any]:
+    """The configuration as a later run, from wherever it is started, can go on with it."""
+    saved = config.model_dump(mode="json")
+    for source in saved["seeds"]["sources"]:
+        if source["path"] != "-":
+            source["path"] = str(Path(source["path"]).absolute())
+    return saved
 
 
 @asynccontextmanager

@@ -235,3 +235,29 @@ def test_help_is_quick_and_complete() -> None:
         check=True,
     ).stderr
     assert [] == [name for name in ("aiohttp", "pydantic", "jinja2", "rich") if f" {name}\n" in loaded]
+
+
+def test_a_directory_remembers_its_configuration(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
+    """Without CONFIG, seeds or servers a run goes on with what the directory was made with, from anywhere."""
+    server, path = serve(), seeds(30)
+    settings = ["--set", "recipe.target_words=123", "--set", "assembly.contexts_per_sample=2"]
+    first = [
+        "run",
+        "--seeds",
+        path.name,
+        "--server",
+        server.url,
+        "--out",
+        "out",
+        "--limit",
+        "10",
+        *QUICK,
+        *settings,
+    ]
+    assert 0 == streamsyn(*first, cwd=tmp_path).returncode
+
+    resumed = streamsyn("run", "--out", tmp_path / "out", *QUICK)
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert 30 == len(rows(tmp_path / "out", "contexts")) == server.stats()["requests"]
+    assert {2} == {len(sample["context_seqs"]) for sample in rows(tmp_path / "out", "samples")[1:]}
