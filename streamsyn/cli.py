@@ -2,19 +2,24 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+import structlog
 
 import streamsyn
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError
 from streamsyn.sglang.simulator.command import simulate
+from streamsyn.telemetry import configure_logs, secure_stdio
 
 if TYPE_CHECKING:
     from streamsyn.config import Config
+    from streamsyn.run import RunSummary
 
 EXIT_OTHER = 1
 EXIT_USAGE = 2
@@ -39,7 +44,7 @@ cli.add_command(simulate)
 
 
 def run_options(command: Command) -> Command:
-    """The options of `run` and of what behaves as `run`."""
+    """The options of `run`, and of what takes the command line of a run; only `run` insists on --out."""
     options = [
         click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False)),
         click.option(
@@ -57,6 +62,30 @@ def run_options(command: Command) -> Command:
             metavar="KEY=VALUE",
             help="Override a key of the configuration. Repeatable.",
         ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, file_okay=False),
+            required=command.__name__ == "run",
+            help="Run directory; an existing one is resumed.",
+        ),
+        click.option(
+            "--stdout",
+            "to_stdout",
+            is_flag=True,
+            help="Print samples as NDJSON; nothing else gets to stdout.",
+        ),
+        click.option("--no-progress", is_flag=True, help="Plain log lines, even on a terminal."),
+        click.option("--log-json", is_flag=True, help="One JSON object a line on stderr, and nothing else."),
+        click.option("--launch", metavar="MODEL", help="Start an SGLang server for MODEL, for this run."),
+        click.option(
+            "--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang, for --launch."
+        ),
+        click.option(
+            "--sglang-arg",
+            multiple=True,
+            metavar="FLAG",
+            help="A further flag for the launched server. Repeatable.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -65,31 +94,11 @@ def run_options(command: Command) -> Command:
 
 @cli.command()
 @run_options
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
-    help="Run directory; an existing one is resumed.",
-)
-@click.option(
-    "--stdout", "to_stdout", is_flag=True, help="Print samples as NDJSON; nothing else gets to stdout."
-)
-@click.option("--no-progress", is_flag=True, help="Plain log lines, even on a terminal.")
-@click.option("--log-json", is_flag=True, help="Log lines as JSON.")
-@click.option("--launch", metavar="MODEL", help="Start an SGLang server for MODEL, for this run.")
-@click.option(
-    "--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang, for --launch."
-)
-@click.option(
-    "--sglang-arg", multiple=True, metavar="FLAG", help="A further flag for the launched server. Repeatable."
-)
 def run(**given: Any) -> None:
     """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off."""
     from streamsyn.run import RunRequest
     from streamsyn.run import run as run_pipeline
     from streamsyn.stdout import SampleStream
-    from streamsyn.summary import closing_lines
-    from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
     config = _resolve(given, given["out"])
@@ -109,30 +118,49 @@ def run(**given: Any) -> None:
     try:
         summary = run_pipeline(request)
     finally:
+        # The outcome stands: a signal that comes now has nothing left to stop.
+        _on_signals(signal.SIG_IGN)
         if stream is not None:
             stream.close()
-    for line in closing_lines(summary):
-        click.echo(line, err=True)
+    _close(summary, as_json=given["log_json"])
     if summary.stopped:
         sys.exit(EXIT_STOPPED)
     if summary.reject_fraction > config.run.max_reject_fraction:
-        click.echo(
+        _fail(
             f"rejects are {summary.reject_fraction:.1%} of the outcomes, more than "
             f"run.max_reject_fraction = {config.run.max_reject_fraction:.1%}",
-            err=True,
+            EXIT_REJECTS,
+            prefix="",
         )
-        sys.exit(EXIT_REJECTS)
+
+
+def _close(summary: "RunSummary", *, as_json: bool) -> None:
+    """Say what came of a run."""
+    from streamsyn.summary import closing_figures, closing_lines
+
+    if as_json:
+        structlog.get_logger().info("run.done", **closing_figures(summary))
+        return
+    for line in closing_lines(summary):
+        click.echo(line, err=True)
 
 
 @cli.command()
 @run_options
 def preview(**given: Any) -> None:
-    """Print what would be sent for the first seeds (3, or --limit); asks no server, writes nothing."""
+    """Print what would be sent for the first seeds (3, or --limit); asks no server, writes nothing.
+
+    Takes the command line of a run; options that shape no prompt have no effect.
+    """
     from streamsyn.preview import preview as preview_seeds
 
-    config = _resolve(given, None)
-    for text in preview_seeds(config, given["limit"] or 3):
-        click.echo(text)
+    config = _resolve(given, given["out"])
+    try:
+        for text in preview_seeds(config, given["limit"] or 3):
+            click.echo(text)
+    except BrokenPipeError:
+        # Whoever reads (`head`, a pager) has seen enough. What is still buffered has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @cli.command()
@@ -140,7 +168,6 @@ def preview(**given: Any) -> None:
 @click.option("--repair", is_flag=True, help="Cut torn ends, list unlisted shards, make the index anew.")
 def verify(directory: Path, repair: bool) -> None:
     """Check every guarantee of a run directory, by reading all of it. Exits 1 if one is broken."""
-    from streamsyn.telemetry import configure_logs
     from streamsyn.verify import repair as repair_directory
     from streamsyn.verify import verify as verify_directory
 
@@ -177,7 +204,6 @@ def show_config(config: Path | None, settings: tuple[str, ...]) -> None:
 def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     """Start a real SGLang server, write contexts for a dozen packaged seeds, show one sample."""
     from streamsyn.demo import demo as run_demo
-    from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=False)
     sys.exit(run_demo(out, model, sglang_python))
@@ -215,19 +241,50 @@ def _remembered(out: Path) -> list[tuple[str, Any]]:
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one line each."""
+    if sys.argv[1:2] in (["run"], ["demo"]):
+        _on_signals(_stop_early)  # until the run has handlers of its own
+    secure_stdio()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_USAGE)
+        if not _as_json():
+            error.show()
+            sys.exit(EXIT_USAGE)
+        _fail(error.format_message(), EXIT_USAGE)
     except click.Abort:
         sys.exit(EXIT_STOPPED)
     except ConfigError as error:
-        click.echo(f"streamsyn: {error}", err=True)
-        sys.exit(EXIT_USAGE)
+        _fail(str(error), EXIT_USAGE)
     except (SinkError, LaunchError) as error:
-        click.echo(f"streamsyn: {error}", err=True)
-        sys.exit(EXIT_OTHER)
+        _fail(str(error), EXIT_OTHER)
     except StreamsynError as error:
-        click.echo(f"streamsyn: {error}", err=True)
-        sys.exit(EXIT_STOPPED)
+        _fail(str(error), EXIT_STOPPED)
+    except Exception as error:
+        if not _as_json():
+            raise
+        _fail(repr(error), EXIT_OTHER, exc_info=True)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _stop_early(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Before a run has begun there is nothing to drain."""
+    sys.exit(EXIT_STOPPED)
+
+
+def _fail(text: str, code: int, *, prefix: str = "streamsyn: ", **more: Any) -> NoReturn:
+    """Say on stderr why, in the form in which the rest is there, and exit."""
+    if _as_json():
+        configure_logs(as_json=True)
+        structlog.get_logger().error("run.failed", error=text, exit_code=code, **more)
+    else:
+        click.echo(prefix + text, err=True)
+    sys.exit(code)
+
+
+def _as_json() -> bool:
+    """Whether --log-json is given; asked of the arguments themselves, for they may be what is wrong."""
+    return "--log-json" in sys.argv

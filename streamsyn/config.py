@@ -27,7 +27,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """The run as a whole."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds everything drawn at random: the order of interleaved sources, distractors, positions."""
     max_reject_fraction: Annotated[float, Field(ge=0, le=1), operational] = 1.0
     """Exit with 3 when more than this share of the outcomes are rejects."""

@@ -74,7 +74,8 @@ class Pipeline:
             sinking.add_done_callback(lambda _: self._durable.close())
         if self._deadline is not None:
             self._deadline.cancel()
-        left_work = self._left_work or self._producing.cancelled() or self._working.cancelled()
+        left_work = self._left_work or self._stages.workers.left_work
+        left_work = left_work or self._producing.cancelled() or self._working.cancelled()
         if self._why_stopped is not None and left_work:
             raise StoppedEarly(self._why_stopped)
         if self._unreadable is not None:
@@ -87,6 +88,7 @@ class Pipeline:
         self._why_stopped = why
         self._producing.cancel()
         self._left_work = self._work.discard() > 0
+        self._stages.workers.drain()
         log.info("run.draining", why=why, timeout_s=self._drain_timeout_s)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._drain_timeout_s, self.cancel, "the drain took too long")

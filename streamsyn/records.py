@@ -80,8 +80,12 @@ class Draft:
 
     @property
     def id(self) -> str:
-        """The seed's own id for its first draft, `id#1`, `id#2`, ... for the others."""
-        return f"{self.seed.id}#{self.number}" if self.number else self.seed.id
+        """The seed's own id for its first draft, `id#1`, `id#2`, ... for the others.
+
+        A `#` in a seed's own id is doubled, so that no two drafts share an id.
+        """
+        own = self.seed.id.replace("#", "##")
+        return f"{own}#{self.number}" if self.number else own
 
     @property
     def key(self) -> bytes:

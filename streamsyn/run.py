@@ -4,7 +4,7 @@ import asyncio
 import gc
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config import Config, fingerprint
-from streamsyn.errors import ConfigError, StoppedEarly, root_cause
+from streamsyn.errors import ConfigError, SinkError, StoppedEarly, root_cause
 from streamsyn.pipeline import Pipeline, Stages
 from streamsyn.producer import Producer
 from streamsyn.progress import Progress, reporting
@@ -100,22 +100,33 @@ def run(request: RunRequest) -> RunSummary:
     try:
         directory.check(shaping)
         run_log = RunLog(request.out, request.config.sink)
-        try:
+        with _closing(run_log):
             parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary.counters)
             _spare_the_collector()
-            asyncio.run(_run(parts))
-        except (StoppedEarly, BaseExceptionGroup) as raised:
-            cause = root_cause(raised)
-            if not isinstance(cause, StoppedEarly):
-                raise cause from None
-            summary.stopped = str(cause)
-        finally:
-            run_log.close()
-            summary.contexts, summary.rejects = run_log.contexts.rows, run_log.rejects.rows
-            summary.samples = run_log.samples.rows
+            try:
+                asyncio.run(_run(parts))
+            except (StoppedEarly, BaseExceptionGroup) as raised:
+                cause = root_cause(raised)
+                if not isinstance(cause, StoppedEarly):
+                    raise cause from None
+                summary.stopped = str(cause)
+        summary.contexts, summary.rejects = run_log.contexts.rows, run_log.rejects.rows
+        summary.samples = run_log.samples.rows
     finally:
         directory.close()
     return summary
+
+
+@contextmanager
+def _closing(run_log: RunLog) -> Iterator[None]:
+    """Close the log at the end of the block; an error of the block is the one to tell of."""
+    try:
+        yield
+    except BaseException:
+        with suppress(SinkError):
+            run_log.close()
+        raise
+    run_log.close()
 
 
 def _spare_the_collector() -> None:
@@ -181,6 +192,10 @@ def _lasting(config: Config) -> dict[str, Any]:
     for source in saved["seeds"]["sources"]:
         if source["path"] != "-":
             source["path"] = str(Path(source["path"]).absolute())
+    for section in (saved["recipe"], saved["assembly"]):
+        for settings in (section, *section["tasks"].values()):
+            if settings["template"] is not None:
+                settings["template"] = str(Path(settings["template"]).absolute())
     return saved
 
 
@@ -212,6 +227,7 @@ def _workers(parts: _Parts, fleet: Fleet) -> WorkerPool:
         lambda: Worker(parts.recipe, fleet),
         size=fleet.capacity,
         max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
+        on_drain=fleet.drain,
     )
 
 

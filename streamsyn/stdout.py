@@ -3,9 +3,10 @@
 import os
 import select
 import stat
+import sys
 from collections.abc import Iterable
 
-from streamsyn.errors import ReaderGone, SinkError
+from streamsyn.errors import ConfigError, ReaderGone, SinkError
 
 _PIPE_CHUNK = 4096
 """A pipe that polls as writable takes this much without blocking (POSIX: PIPE_BUF)."""
@@ -15,9 +16,14 @@ class SampleStream:
     """Takes stdout over: from now on nothing else gets there; what others print goes to stderr.
 
     `write` blocks while the reader is slow: call it in a thread. `stop` ends a write that waits.
+
+    Raises:
+        ConfigError: Stdout is closed.
     """
 
     def __init__(self) -> None:
+        if sys.stdout is None:  # Python found it closed; by now its number may be another file's
+            raise ConfigError("--stdout prints samples, and stdout is closed")
         self._fd = os.dup(1)
         os.dup2(2, 1)
         is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)

@@ -1,6 +1,7 @@
 """The closing words of a run: what it did, where it lies, how to go on."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from streamsyn.progress import duration
 from streamsyn.run import RunSummary
@@ -35,3 +36,28 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
     elif summary.samples:
         pattern = f"{out}/samples/*.jsonl*"
         yield f'  load       datasets.load_dataset("json", data_files="{pattern}", split="train")'
+
+
+def closing_figures(summary: RunSummary) -> dict[str, Any]:
+    """The same for a program: counts of this run, and below `directory` those of all runs into it."""
+    counters = summary.counters
+    return {
+        "out": str(summary.out),
+        "stopped": summary.stopped,
+        "seconds": round(counters.elapsed_s, 3),
+        "contexts": counters.contexts,
+        "rejects": dict(counters.rejects),
+        "samples": counters.samples,
+        "finished_before": counters.finished_before,
+        "repeated": counters.repeated,
+        "useful_tokens": counters.useful_tokens,
+        "wasted_tokens": counters.wasted_tokens,
+        "prompt_tokens": counters.prompt_tokens,
+        "cached_tokens": counters.cached_tokens,
+        "failed_tries": counters.retries,
+        "directory": {
+            "contexts": summary.contexts,
+            "rejects": summary.rejects,
+            "samples": summary.samples,
+        },
+    }

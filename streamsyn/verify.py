@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamsyn.assembly.assembler import Assembler
+from streamsyn.assembly.assembler import Arrangement, Assembler
 from streamsyn.assembly.passages import Passage
 from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.config import Config, SinkSection
@@ -56,7 +56,7 @@ class Reassembly:
         """The lines, in order; `flushes` are the numbers of contexts at which streams ended."""
         section = self._config.assembly
         assembler = Assembler(section, self._config.run.seed, SamplePrompts(section))
-        made = (sample for samples in self._batches(assembler, contexts, flushes) for sample in samples)
+        made = (one.sample() for some in self._batches(assembler, contexts, flushes) for one in some)
         return (encode_row(seq, sample) for seq, sample in enumerate(made))
 
     def _batches(

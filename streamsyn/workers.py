@@ -13,6 +13,7 @@ from streamsyn.errors import (
     RequestRefused,
     ServerError,
     ServerTimeout,
+    StoppedEarly,
 )
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
@@ -145,13 +146,27 @@ class WorkerPool:
         new_worker: Makes a worker.
         size: How many work at a time.
         max_consecutive_bugs: So many bugs, with no outcome in between, are raised.
+        on_drain: Told when nothing new is to be started.
     """
 
-    def __init__(self, new_worker: Callable[[], Worker], size: int, max_consecutive_bugs: int) -> None:
+    def __init__(
+        self,
+        new_worker: Callable[[], Worker],
+        size: int,
+        max_consecutive_bugs: int,
+        on_drain: Callable[[], None] = lambda: None,
+    ) -> None:
         self._new_worker = new_worker
         self._size = size
         self._max_bugs = max_consecutive_bugs
         self._bugs = 0
+        self._on_drain = on_drain
+        self.left_work = False
+        """Whether a drain made workers put down what they were at."""
+
+    def drain(self) -> None:
+        """Finish only what is in flight."""
+        self._on_drain()
 
     async def run(self, work: BoundedQueue[Work], results: BoundedQueue[Outcome]) -> None:
         """Work until `work` ends."""
@@ -164,6 +179,9 @@ class WorkerPool:
             worker = self._new_worker()
             try:
                 await worker.run(work, results, self._no_bug)
+            except StoppedEarly:
+                self.left_work = True
+                return
             except Exception as bug:  # noqa: BLE001 - whatever it is, it must not take the run with it
                 await self._replaced(worker, bug, results)
             else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from streamsyn.assembly.assembler import Arrangement
 from streamsyn.config import SinkSection
 from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
 from streamsyn.sink import frames
@@ -126,3 +127,8 @@ def disk_full_beyond(file_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def samples_of(arranged: Iterable[Arrangement]) -> list[Sample]:
+    """The samples of what an assembler has arranged."""
+    return [one.sample() for one in arranged]

@@ -26,7 +26,7 @@ class AssemblyState:
     consumed: int = 0
     """Contexts taken in; also the seq of the next one."""
     samples: int = 0
-    """Samples made."""
+    """Samples arranged."""
     window_start: int = 0
     """Seq of the oldest context still in the window."""
     pending: list[tuple[int, int]] = field(default_factory=list)
@@ -37,6 +37,32 @@ class AssemblyState:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Which contexts make a sample, in which order. Many may be due at once, so its text is made later."""
+
+    passages: list[Passage]
+    relevant_index: int
+    prompts: SamplePrompts
+
+    def sample(self) -> Sample:
+        """The sample, with its text."""
+        relevant = self.passages[self.relevant_index]
+        user = self.prompts.user_message(relevant, [one.text for one in self.passages])
+        return Sample(
+            id=relevant.id,
+            seed_id=relevant.seed_id,
+            task=relevant.task,
+            messages=[
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": relevant.answer},
+            ],
+            context_seqs=[one.seq for one in self.passages],
+            relevant_index=self.relevant_index,
+            n_tokens=sum(one.tokens for one in self.passages),
+        )
 
 
 class Assembler:
@@ -52,12 +78,12 @@ class Assembler:
         self.consumed = 0
         self.samples = 0
 
-    def add(self, passage: Passage) -> list[Sample]:
-        """Take in the next passage; the samples that can be made now."""
+    def add(self, passage: Passage) -> list[Arrangement]:
+        """Take in the next passage; what can be arranged now, each once."""
         assert passage.seq == self.consumed, f"context {self.consumed} is next, not {passage.seq}"
         self.consumed += 1
         if self._is_single:
-            return [self._sample(passage, [])]
+            return [self._arranged(passage, [])]
         pool = self._window.add(passage)
         self._wait(passage, self._section.contexts_per_sample if self._section.target_tokens is None else 1)
         made = self._retry(passage.task, pool)
@@ -68,8 +94,8 @@ class Assembler:
             self._forget_gone(oldest.task)
         return made
 
-    def flush(self) -> list[Sample]:
-        """At the end of the stream: make the samples that still wait, with what there is."""
+    def flush(self) -> list[Arrangement]:
+        """At the end of the stream: arrange those that still wait, with what there is."""
         made = [self._make_do(self._pending[seq]) for seq in sorted(self._pending)]
         self._waiting.clear()
         return made
@@ -109,8 +135,8 @@ class Assembler:
         self._pending[passage.seq] = passage
         heappush(self._waiting.setdefault(passage.task, []), (retry_at, passage.seq))
 
-    def _retry(self, task: str, pool: Pool) -> list[Sample]:
-        """Samples of those that wait for the pool to be as large as it is now."""
+    def _retry(self, task: str, pool: Pool) -> list[Arrangement]:
+        """Arrangements of those that wait for the pool to be as large as it is now."""
         made = []
         waiting = self._waiting[task]
         while waiting and waiting[0][0] <= pool.added:
@@ -120,7 +146,7 @@ class Assembler:
             distractors, enough = self._distractors(passage, pool)
             if enough:
                 del self._pending[seq]
-                made.append(self._sample(passage, distractors))
+                made.append(self._arranged(passage, distractors))
             else:
                 # Twice as many next time: one that finds few, as its answer stands everywhere,
                 # must not cost a search for each context that comes.
@@ -140,10 +166,10 @@ class Assembler:
         if not waiting:
             self._waiting.pop(task, None)
 
-    def _make_do(self, passage: Passage) -> Sample:
+    def _make_do(self, passage: Passage) -> Arrangement:
         del self._pending[passage.seq]
         distractors, _ = self._distractors(passage, self._window.pools[passage.task])
-        return self._sample(passage, distractors)
+        return self._arranged(passage, distractors)
 
     def _distractors(self, passage: Passage, pool: Pool) -> tuple[list[Passage], bool]:
         """Distractors drawn for `passage`, and whether they are as many as are wanted."""
@@ -172,23 +198,11 @@ class Assembler:
             return tokens >= self._section.target_tokens
         return chosen >= wanted
 
-    def _sample(self, passage: Passage, distractors: list[Passage]) -> Sample:
+    def _arranged(self, passage: Passage, distractors: list[Passage]) -> Arrangement:
         relevant_index = self._draw("position", passage).randint(0, len(distractors)) if distractors else 0
         passages = [*distractors[:relevant_index], passage, *distractors[relevant_index:]]
         self.samples += 1
-        user = self._prompts.user_message(passage, [one.text for one in passages])
-        return Sample(
-            id=passage.id,
-            seed_id=passage.seed_id,
-            task=passage.task,
-            messages=[
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": passage.answer},
-            ],
-            context_seqs=[one.seq for one in passages],
-            relevant_index=relevant_index,
-            n_tokens=sum(one.tokens for one in passages),
-        )
+        return Arrangement(passages, relevant_index, self._prompts)
 
     def _draw(self, what: str, passage: Passage) -> Random:
         return Random(digest(what, self._run_seed, passage.id))

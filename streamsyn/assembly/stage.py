@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from streamsyn.assembly.assembler import Assembler, AssemblyState
+from streamsyn.assembly.assembler import Arrangement, Assembler, AssemblyState
 from streamsyn.assembly.passages import Passage
 from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 _BATCH = 64
 _STATE_EVERY_BYTES = 16 * 2**20
+_DELIVERED_CHARS = 2**20
 
 
 class AssemblyStore(Protocol):
@@ -156,7 +157,11 @@ class AssemblyStage:
         saved = self._store.load_state()
         if saved is None:
             return
-        state = AssemblyState(**saved)
+        try:
+            state = AssemblyState(**saved)
+        except TypeError:
+            log.warning("assembly.state_damaged")
+            return  # it is derived: start from the first context
         if state.consumed > self._logged or state.samples > self._delivered:
             log.warning("assembly.state_ahead", state=state.consumed, logged=self._logged)
             return  # it was saved by a log that has since lost its end: start from the first context
@@ -175,10 +180,20 @@ class AssemblyStage:
         if self._assembler.consumed in self._flushes:
             self._emit(self._assembler.flush())
 
-    def _emit(self, samples: Sequence[Sample]) -> None:
-        """Deliver what earlier runs have not."""
-        first = self._assembler.samples - len(samples)
-        new = samples[max(0, self._delivered - first) :]
-        if new:
-            self._outlet.deliver(new)
-            self._delivered += len(new)
+    def _emit(self, arranged: Sequence[Arrangement]) -> None:
+        """Deliver what earlier runs have not, a bounded amount of text at a time."""
+        first = self._assembler.samples - len(arranged)
+        batch: list[Sample] = []
+        size = 0
+        for arrangement in arranged[max(0, self._delivered - first) :]:
+            batch.append(arrangement.sample())
+            size += len(batch[-1].messages[0]["content"])
+            if size > _DELIVERED_CHARS:
+                self._deliver(batch)
+                batch, size = [], 0
+        self._deliver(batch)
+
+    def _deliver(self, batch: Sequence[Sample]) -> None:
+        if batch:
+            self._outlet.deliver(batch)
+            self._delivered += len(batch)

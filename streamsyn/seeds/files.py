@@ -182,6 +182,13 @@ def is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
+def is_run_directory(path: Path) -> bool:
+    """Whether a directory is one that `run` writes to."""
+    return (path / "run.json").is_file() and (
+        (path / "manifest.jsonl").is_file() or (path / "contexts").is_dir()
+    )
+
+
 def is_seed_file(path: Path) -> bool:
     """Whether the name is one of a kind that can be read."""
     return path.suffix == ".parquet" or any(

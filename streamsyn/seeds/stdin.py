@@ -9,7 +9,7 @@ from typing import IO, Any
 import orjson
 
 from streamsyn.config import SeedsSection
-from streamsyn.errors import SinkError
+from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
 from streamsyn.seeds.lines import LineSplitter
 from streamsyn.seeds.parse import SeedParser
@@ -47,7 +47,10 @@ class StdinSource:
         # Waiting in `select` rather than in `read` is what lets `stop` through; and once it says
         # that there is something, `read` returns at once with what there is.
         ready, _, _ = select.select([self._fd, self._wake_read], [], [])
-        return b"" if self._wake_read in ready else os.read(self._fd, CHUNK_BYTES)
+        try:
+            return b"" if self._wake_read in ready else os.read(self._fd, CHUNK_BYTES)
+        except OSError as error:
+            raise ConfigError(f"stdin cannot be read: {error.strerror}") from error
 
     def _entries(self, lines: Iterator[Any]) -> list[Entry]:
         parsed = [self._parser.line(line, "-", self._task, self._max_line_bytes) for line in lines]
@@ -65,15 +68,21 @@ class Spool:
         return self._path.exists()
 
     def replay(self) -> Iterator[list[Entry]]:
-        """What earlier runs have read. A torn last line was not acted on: it is cut off."""
+        """What earlier runs have read. A torn last line was not acted on: it is cut off.
+
+        Raises:
+            SinkError: A line is damaged that is not the last one; nothing is cut.
+        """
         if not self._path.exists():
             return
         batch: list[Entry] = []
         end = 0
         with self._path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 entry = _decode(line)
                 if entry is None:
+                    if file.readline():  # what lies behind was acted on, and cannot be piped again
+                        raise SinkError(f"{self._path}:{number} is damaged; mend or delete that line")
                     break
                 end += len(line)
                 batch.append(entry)

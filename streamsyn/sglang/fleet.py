@@ -56,6 +56,7 @@ class Fleet:
         self._tasks = tasks
         self._on_gone = on_gone
         self._gone_timer: asyncio.TimerHandle | None = None
+        self._busy_since: float | None = None
         self._draw = Random()
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
@@ -75,6 +76,7 @@ class Fleet:
 
         Raises:
             ServerError: The last failure, when the request was refused or its budget is used up.
+            StoppedEarly: The run is draining, and no server has a place.
         """
         budget = RetryBudget(self._section, self._draw)
         failed_at: Server | None = None
@@ -109,23 +111,28 @@ class Fleet:
             FleetGone: None came up within `fleet.give_up_s`.
         """
         served: dict[str, list[str]] = {}
+        why: dict[str, str] = {}
         try:
             async with asyncio.timeout(self._section.give_up_s):
                 for step in count():
-                    await self._ask_each(served)
+                    await self._ask_each(served, why)
                     if served:
                         break
                     if step == 0:
-                        log.warning("fleet.waiting", servers=[server.url for server in self.servers])
+                        log.warning("fleet.waiting", servers=why)
                     await asyncio.sleep(self._probe_pause(step))
         except TimeoutError:
-            urls = ", ".join(server.url for server in self.servers)
-            raise FleetGone(f"no server came up within {self._section.give_up_s:g} s: {urls}") from None
+            reasons = "; ".join(why.values())
+            raise FleetGone(f"no server came up within {self._section.give_up_s:g} s: {reasons}") from None
         self.model = _agreed_model(served, self._section.model)
         for server in self.servers:
             if server.url not in served:
                 server.health.ejected = True
                 self._tasks.start(self._probe(server), name=f"probe-{server.url}")
+
+    def drain(self) -> None:
+        """From now on a request that finds no place at once fails with StoppedEarly."""
+        self._placement.drain()
 
     def close(self) -> None:
         """Stop the timers."""
@@ -143,18 +150,21 @@ class Fleet:
             self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True)
             raise
 
-    async def _ask_each(self, served: dict[str, list[str]]) -> None:
+    async def _ask_each(self, served: dict[str, list[str]], why: dict[str, str]) -> None:
+        """Ask all servers what they serve; `why` takes what those say that are not up."""
+
         async def ask(server: Server) -> None:
             try:
                 served[server.url] = await server.client.models()
             except ServerError as error:
-                log.debug("fleet.not_up", server=server.url, error=str(error))
+                why[server.url] = str(error)
 
         async with asyncio.TaskGroup() as group:
             for server in self.servers:
                 group.create_task(ask(server), name=f"ask-{server.url}")
 
     def _answered(self, server: Server, completion: Completion) -> None:
+        self._busy_since = None
         server.health.answered()
         server.limiter.answered()
         server.completions += 1
@@ -164,6 +174,7 @@ class Fleet:
         if isinstance(error, ServerBusy):
             server.health.answered()
             server.limiter.busy(time.monotonic(), self._draw.random())
+            self._still_busy(time.monotonic())
         elif isinstance(error, RequestRefused | BrokenResponse):
             server.health.answered()  # it is alive, whatever it said
         elif server.health.failed(is_there=not isinstance(error, ServerUnreachable)):
@@ -172,6 +183,17 @@ class Fleet:
             if all(other.health.ejected for other in self.servers):
                 loop = asyncio.get_running_loop()
                 self._gone_timer = loop.call_later(self._section.give_up_s, self._on_gone)
+
+    def _still_busy(self, now: float) -> None:
+        """Queues that stay full are waited for, but not for ever.
+
+        What a server has accepted is answered, or late, within `request_timeout_s`: when all are only
+        busy for longer than that, nothing was accepted.
+        """
+        if self._busy_since is None:
+            self._busy_since = now
+        elif now - self._busy_since > max(self._section.give_up_s, self._section.request_timeout_s):
+            self._on_gone()
 
     async def _probe(self, server: Server) -> None:
         """Ask an ejected server, ever less often, until it answers; then use it again."""
@@ -213,6 +235,8 @@ async def open_fleet(
         ConfigError: There is no server, or what stands for one is no URL.
     """
     urls = _distinct(section.servers)
+    if api_key is not None and not api_key.isprintable():
+        raise ConfigError("STREAMSYN_API_KEY holds characters that no HTTP header can, such as a line end")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with AsyncExitStack() as stack:
         servers = []
@@ -246,7 +270,8 @@ def check_urls(urls: Sequence[str]) -> None:
             "no server: pass --server URL, set fleet.servers, or --launch MODEL to have one started"
         )
     for url in urls:
-        if not url.startswith(("http://", "https://")):
+        host = url.removeprefix("https://").removeprefix("http://").split("/")[0]
+        if not url.startswith(("http://", "https://")) or not host or not url.isprintable() or " " in url:
             raise ConfigError(f"fleet.servers: {url} is no URL; it starts with http:// or https://")
 
 

@@ -6,7 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streamsyn.errors import StoppedEarly
 from streamsyn.sglang.server import Server
+
+_DRAINED = "the run is draining, and no server has a place"
 
 
 @dataclass(slots=True, eq=False)
@@ -26,19 +29,26 @@ class Placement:
         self._servers = servers
         self._waiters: deque[_Waiter] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
 
     async def acquire(self, avoid: Server | None = None) -> Server:
-        """Wait for a place at a server, if possible another one than `avoid`; `release` it after."""
+        """Wait for a place at a server, if possible another one than `avoid`; `release` it after.
+
+        Raises:
+            StoppedEarly: `drain` was called, and there is no place.
+        """
         if not self._waiters and (server := self._pick(avoid)) is not None:
             server.limiter.in_flight += 1
             return server
+        if self._draining:
+            raise StoppedEarly(_DRAINED)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
         self._waiters.append(waiter)
         self.dispatch()
         try:
             return await waiter.turn
         except asyncio.CancelledError:
-            if waiter.turn.done() and not waiter.turn.cancelled():
+            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
                 self.release(waiter.turn.result())
             raise
 
@@ -59,6 +69,14 @@ class Placement:
                 server.limiter.in_flight += 1
                 waiter.turn.set_result(server)
             self._waiters.popleft()
+
+    def drain(self) -> None:
+        """Let nobody wait any longer: a drain is for what is in flight."""
+        self._draining = True
+        for waiter in self._waiters:
+            if not waiter.turn.done():
+                waiter.turn.set_exception(StoppedEarly(_DRAINED))
+        self._waiters.clear()
 
     def close(self) -> None:
         """Stop the timer."""

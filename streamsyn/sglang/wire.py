@@ -5,7 +5,7 @@ kinds of error object exist, `{"object": "error", "message": ...}` and `{"error"
 and either may come inside a 200.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -17,6 +17,8 @@ from streamsyn.errors import (
     ServerUnavailable,
 )
 from streamsyn.records import Completion, Request
+
+T = TypeVar("T")
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
@@ -48,20 +50,17 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
         if (message := _error_message(answer)) is not None:
             raise error_of(_error_code(answer), message, server)
         choice, usage = answer["choices"][0], answer["usage"]
-        finish_reason, text = choice["finish_reason"], choice["message"]["content"] or ""
-        cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        counts = (usage["prompt_tokens"], cached_tokens, usage["completion_tokens"])
-        if not isinstance(text, str) or not all(isinstance(count, int) for count in counts):
-            raise TypeError("a text and its counts")
+        details, metadata = usage.get("prompt_tokens_details"), answer.get("metadata")
+        finish_reason = choice["finish_reason"]
         completion = Completion(
-            text=text,
+            text=_checked(choice["message"]["content"] or "", str),
             finish_reason=finish_reason,
-            prompt_tokens=usage["prompt_tokens"],
-            cached_tokens=cached_tokens,
-            completion_tokens=usage["completion_tokens"],
-            model=answer["model"],
+            prompt_tokens=_count(usage["prompt_tokens"]),
+            cached_tokens=_count((details or {}).get("cached_tokens") or 0),
+            completion_tokens=_count(usage["completion_tokens"]),
+            model=_checked(answer["model"], str),
             server=server,
-            weight_version=(answer.get("metadata") or {}).get("weight_version"),
+            weight_version=_checked((metadata or {}).get("weight_version") or "", str) or None,
         )
     except orjson.JSONDecodeError as error:
         raise BrokenResponse(f"{server} answered no JSON: {_shown(body)}") from error
@@ -70,6 +69,20 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
     if finish_reason not in ("stop", "length"):
         raise BrokenResponse(f"{server} ended its answer with {finish_reason!r}")
     return completion
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    """`value`, which goes into the log as it is, and so has to be what readers of the log expect."""
+    if not isinstance(value, kind):
+        raise TypeError(f"a {kind.__name__} where there is {value!r:.40}")
+    return value
+
+
+def _count(value: Any) -> int:
+    count = _checked(value, int)
+    if isinstance(value, bool) or not 0 <= count < 2**31:
+        raise TypeError(f"a count where there is {value!r:.40}")
+    return count
 
 
 def error_of(status: int, message: str, server: str) -> ServerError:

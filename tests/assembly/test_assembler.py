@@ -19,6 +19,7 @@ from streamsyn.assembly.passages import Passage, Pool
 from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.config import AssemblySection
 from streamsyn.records import Sample
+from tests.builders import samples_of
 
 WORDS = ("alpha beta", "Gamma", "delta", "yes")
 
@@ -53,9 +54,9 @@ def assemble(given_assembler: Assembler, log: Sequence[Passage], flushes: Sequen
     made = []
     for one in log:
         if one.seq in flushes:
-            made += given_assembler.flush()
-        made += given_assembler.add(one)
-    return made + given_assembler.flush()
+            made += samples_of(given_assembler.flush())
+        made += samples_of(given_assembler.add(one))
+    return made + samples_of(given_assembler.flush())
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
 
     for one in log:
         if one.seq in case.flushes:
-            check(one_by_one.flush(), flushed=True)
-        samples = one_by_one.add(one)
+            check(samples_of(one_by_one.flush()), flushed=True)
+        samples = samples_of(one_by_one.add(one))
         window.append(one)
         check(samples, flushed=False)
         while (
@@ -176,7 +177,7 @@ def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
         assert [there.seq for there in window if not single] == [
             there.seq for there in one_by_one._window._passages
         ]
-    check(one_by_one.flush(), flushed=True)
+    check(samples_of(one_by_one.flush()), flushed=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,10 +189,10 @@ def test_a_restored_assembler_goes_on_as_if_undisturbed(case: Case) -> None:
     states = []
     for one in log:
         if one.seq in case.flushes:
-            made += undisturbed.flush()
+            made += samples_of(undisturbed.flush())
         states.append((len(made), orjson.dumps(undisturbed.state().as_dict())))
-        made += undisturbed.add(one)
-    made += undisturbed.flush()
+        made += samples_of(undisturbed.add(one))
+    made += samples_of(undisturbed.flush())
     for consumed, (samples, saved) in enumerate(states):
         state = AssemblyState(**orjson.loads(saved))
         again = assembler(**case.section)
@@ -201,32 +202,34 @@ def test_a_restored_assembler_goes_on_as_if_undisturbed(case: Case) -> None:
         rest = []
         for one in log[consumed:]:
             if one.seq in case.flushes and one.seq > consumed:
-                rest += again.flush()
-            rest += again.add(one)
-        assert made[samples:] == rest + again.flush()
+                rest += samples_of(again.flush())
+            rest += samples_of(again.add(one))
+        assert made[samples:] == rest + samples_of(again.flush())
 
 
 def test_a_sample_is_made_as_soon_as_there_are_enough() -> None:
     """The first n contexts of a task are enough for n samples; each later one brings its own at once."""
     one_by_one = assembler(contexts_per_sample=4)
-    counts = [len(one_by_one.add(passage(seq, task="qa" if seq % 2 else "sum"))) for seq in range(16)]
+    counts = [
+        len(samples_of(one_by_one.add(passage(seq, task="qa" if seq % 2 else "sum")))) for seq in range(16)
+    ]
 
     assert [0] * 6 + [4, 4] + [1] * 8 == counts
-    assert [] == one_by_one.flush()
+    assert [] == samples_of(one_by_one.flush())
 
 
 def test_a_flush_makes_what_waits() -> None:
     """At the end of a stream samples are made of what there is, in the order of the log."""
     one_by_one = assembler(contexts_per_sample=5)
-    waiting = [one_by_one.add(passage(seq)) for seq in range(3)]
-    flushed = one_by_one.flush()
+    waiting = [samples_of(one_by_one.add(passage(seq))) for seq in range(3)]
+    flushed = samples_of(one_by_one.flush())
 
     assert [[], [], []] == waiting
     assert [(f"seed-{seq}#{seq}", [0, 1, 2]) for seq in range(3)] == [
         (sample.id, sorted(sample.context_seqs)) for sample in flushed
     ]
-    assert [] == one_by_one.flush()
-    assert [0, 2] == [len(one_by_one.add(passage(seq))) for seq in (3, 4)]
+    assert [] == samples_of(one_by_one.flush())
+    assert [0, 2] == [len(samples_of(one_by_one.add(passage(seq)))) for seq in (3, 4)]
 
 
 def test_target_tokens_decide_in_place_of_a_number() -> None:
@@ -273,7 +276,7 @@ def test_every_context_is_a_distractor_about_as_often() -> None:
     log = [passage(seq) for seq in range(40)]
     one_by_one = assembler(contexts_per_sample=5)
     for one in log:
-        one_by_one.add(one)
+        samples_of(one_by_one.add(one))
     drawn = Counter[int]()
     for seq in range(40, 1040):
         pool = one_by_one._window.pools["qa"]
@@ -343,7 +346,7 @@ def test_memory_is_bounded_by_the_window(log: Any, length: dict[str, int]) -> No
     one_by_one = assembler(window_bytes=50_000, **length)
     most = 0
     for seq in range(3000):
-        one_by_one.add(passage(seq, **log(seq)))
+        samples_of(one_by_one.add(passage(seq, **log(seq))))
         most = max(most, held(one_by_one))
         assert sum(one.size for one in one_by_one._window._passages) <= 50_000
 

@@ -18,7 +18,7 @@ from streamsyn.config import AssemblySection
 from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
-from tests.builders import as_rows, context
+from tests.builders import as_rows, context, samples_of
 
 SECTION = AssemblySection(contexts_per_sample=4, window_bytes=40_000)
 PROMPTS = SamplePrompts(SECTION)
@@ -82,9 +82,9 @@ def expected_samples(contexts: Sequence[Context], flushes: Sequence[int]) -> lis
     made = []
     for seq, one in enumerate(contexts):
         if seq in flushes:
-            made += assembler.flush()
-        made += assembler.add(Passage.of_context(seq, one))
-    return made + assembler.flush()
+            made += samples_of(assembler.flush())
+        made += samples_of(assembler.add(Passage.of_context(seq, one)))
+    return made + samples_of(assembler.flush())
 
 
 async def run(stage: AssemblyStage, contexts: Sequence[tuple[int, Context]]) -> None:
