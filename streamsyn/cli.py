@@ -10,12 +10,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-import structlog
 
 import streamsyn
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError
 from streamsyn.sglang.simulator.command import simulate
-from streamsyn.telemetry import configure_logs, secure_stdio
+from streamsyn.stdout import secure_stdio
 
 if TYPE_CHECKING:
     from streamsyn.config import Config
@@ -99,6 +98,7 @@ def run(**given: Any) -> None:
     from streamsyn.run import RunRequest
     from streamsyn.run import run as run_pipeline
     from streamsyn.stdout import SampleStream
+    from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
     config = _resolve(given, given["out"])
@@ -136,6 +136,8 @@ def run(**given: Any) -> None:
 
 def _close(summary: "RunSummary", *, as_json: bool) -> None:
     """Say what came of a run."""
+    import structlog
+
     from streamsyn.summary import closing_figures, closing_lines
 
     if as_json:
@@ -168,6 +170,7 @@ def preview(**given: Any) -> None:
 @click.option("--repair", is_flag=True, help="Cut torn ends, list unlisted shards, make the index anew.")
 def verify(directory: Path, repair: bool) -> None:
     """Check every guarantee of a run directory, by reading all of it. Exits 1 if one is broken."""
+    from streamsyn.telemetry import configure_logs
     from streamsyn.verify import repair as repair_directory
     from streamsyn.verify import verify as verify_directory
 
@@ -204,6 +207,7 @@ def show_config(config: Path | None, settings: tuple[str, ...]) -> None:
 def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     """Start a real SGLang server, write contexts for a dozen packaged seeds, show one sample."""
     from streamsyn.demo import demo as run_demo
+    from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=False)
     sys.exit(run_demo(out, model, sglang_python))
@@ -278,6 +282,10 @@ def _stop_early(_number: int, _frame: FrameType | None) -> NoReturn:
 def _fail(text: str, code: int, *, prefix: str = "streamsyn: ", **more: Any) -> NoReturn:
     """Say on stderr why, in the form in which the rest is there, and exit."""
     if _as_json():
+        import structlog
+
+        from streamsyn.telemetry import configure_logs
+
         configure_logs(as_json=True)
         structlog.get_logger().error("run.failed", error=text, exit_code=code, **more)
     else:

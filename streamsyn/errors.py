@@ -45,7 +45,15 @@ class ReaderGone(StoppedEarly):
 
 
 class ServerError(StreamsynError):
-    """Raised when one try at one server brought no usable answer."""
+    """Raised when one try at one server brought no usable answer.
+
+    Attributes:
+        completion_tokens: What the server had written, as far as it said; it is lost.
+    """
+
+    def __init__(self, message: str, completion_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.completion_tokens = completion_tokens
 
 
 class ServerUnavailable(ServerError):

@@ -1,10 +1,12 @@
-"""Our stdout as a stream of samples that somebody reads, more or less quickly, or no longer."""
+"""Our stdout as a stream of samples that somebody reads, more or less quickly, or no longer; and stderr."""
 
+import io
 import os
 import select
 import stat
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from streamsyn.errors import ConfigError, ReaderGone, SinkError
 
@@ -58,3 +60,33 @@ class SampleStream:
         """Close our end: the reader sees the end of the stream."""
         for fd in (self._fd, self._wake_read, self._wake_write):
             os.close(fd)
+
+
+def secure_stdio() -> None:
+    """Make stderr one that cannot fail, and keep files of ours from taking the place of a closed stream."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    raw = _LossyFile(2, "wb", closefd=False)
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+    )
+
+
+class _LossyFile(io.FileIO):
+    """Takes whatever is written, also when nobody reads it any more.
+
+    The terminal or the log collector behind stderr may go away, or its disk may be full: what a run
+    says is lost then, and that is no reason to lose the run. Whatever writes to stderr comes through
+    here: logs, progress, the summary, and what Python or a library has to say.
+    """
+
+    def write(self, data: Any, /) -> int:
+        """All of it, or as much as is taken."""
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written

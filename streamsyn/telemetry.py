@@ -1,13 +1,10 @@
 """Logs and counters: what a run says of itself. Everything goes to stderr."""
 
-import io
 import logging
-import os
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
@@ -31,36 +28,17 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    if as_json:  # then what libraries have to say is an object too
+        logging.captureWarnings(True)
+        logging.basicConfig(handlers=[_Forward()])
 
 
-def secure_stdio() -> None:
-    """Make stderr one that cannot fail, and keep files of ours from taking the place of a closed stream."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
-    raw = _LossyFile(2, "wb", closefd=False)
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
-    )
+class _Forward(logging.Handler):
+    """Makes events of what comes through the standard library's logging."""
 
-
-class _LossyFile(io.FileIO):
-    """Takes whatever is written, also when nobody reads it any more.
-
-    The terminal or the log collector behind stderr may go away, or its disk may be full: what a run
-    says is lost then, and that is no reason to lose the run. Whatever writes to stderr comes through
-    here: logs, progress, the summary, and what Python or a library has to say.
-    """
-
-    def write(self, data: Any, /) -> int:
-        """All of it, or as much as is taken."""
-        try:
-            written = super().write(data)
-        except OSError:
-            written = None
-        return len(data) if written is None else written
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger()
+        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
 
 
 @dataclass(slots=True)

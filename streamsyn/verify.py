@@ -1,18 +1,24 @@
 """`streamsyn verify`: a run directory against its guarantees, and what can be repaired of it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import structlog
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
 from streamsyn.assembly.passages import Passage
 from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.config import Config, SinkSection
+from streamsyn.config import AssemblySection, Config
 from streamsyn.errors import ConfigError
+from streamsyn.records import digest
 from streamsyn.sink.log import encode_row
-from streamsyn.sink.rundir import RunDirectory, read_run_json
+from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
 from streamsyn.sink.runlog import RunLog
-from streamsyn.sink.verify import Verification, drop_derived
+from streamsyn.sink.verify import Verification, drop_derived, drop_samples
+
+log = structlog.get_logger()
 
 
 def verify(root: Path) -> tuple[list[str], Verification]:
@@ -22,40 +28,66 @@ def verify(root: Path) -> tuple[list[str], Verification]:
         ConfigError: It is no run directory.
     """
     verification = Verification(root)
-    config = _saved_config(root)
-    again = Reassembly(config) if config is not None and config.assembly.write else None
-    return list(verification.problems(again)), verification
+    config, shaping = _saved(root)
+    problems: list[str] = []
+    again = None
+    if config.assembly.write:
+        try:
+            again = Reassembly(config, shaping)
+        except ConfigError as error:
+            problems.append(f"samples cannot be compared with the log: {error}")
+    if again is not None and again.is_of_another_version:
+        verification.notes.append("samples are not compared with the log: packaged templates have changed")
+        again = None
+    return [*problems, *verification.problems(again)], verification
 
 
 def repair(root: Path) -> None:
     """Cut torn ends off, list sealed shards that the manifest was not told of, make the index anew.
+
+    Samples are dropped from the first shard on that something is wrong with, when the log that they
+    are made of is sound: the next run makes them again.
 
     Raises:
         DirectoryInUse: A run is writing to it.
         ConfigError: It is no run directory.
         SinkError: It cannot be read or written.
     """
-    saved = read_run_json(root)
-    if saved is None:
-        raise ConfigError(f"{root} is no run directory: it has no run.json")
+    config, _ = _saved(root)
     directory = RunDirectory(root)
     try:
+        _, found = verify(root)
         drop_derived(root)
-        RunLog(root, SinkSection.model_validate(saved["config"]["sink"])).close()
+        if found.log_is_sound and found.bad_samples is not None:
+            drop_samples(root, found.manifest, found.bad_samples)
+            log.warning("verify.samples_dropped", first=found.bad_samples, then="run again to make them anew")
+        RunLog(root, config.sink).close()
     finally:
         directory.close()
 
 
 class Reassembly:
-    """Makes the lines of samples again from the contexts of a log."""
+    """Makes the lines of samples again from the contexts of a log.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: That of the run.
+        shaping: The run's fingerprint: it has the templates as they were, wherever they are now.
+
+    Raises:
+        ConfigError: A template cannot be used.
+    """
+
+    def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
         self._config = config
+        with TemporaryDirectory() as folder:
+            self._prompts = SamplePrompts(_with_templates(config.assembly, shaping, Path(folder)))
+        now = self._prompts.fingerprint()
+        self.is_of_another_version = any(shaping.get(key, value) != value for key, value in now.items())
+        """Whether the packaged templates are not those that the run used."""
 
     def __call__(self, contexts: Iterable[dict[str, Any]], flushes: Sequence[int]) -> Iterator[bytes]:
         """The lines, in order; `flushes` are the numbers of contexts at which streams ended."""
-        section = self._config.assembly
-        assembler = Assembler(section, self._config.run.seed, SamplePrompts(section))
+        assembler = Assembler(self._config.assembly, self._config.run.seed, self._prompts)
         made = (one.sample() for some in self._batches(assembler, contexts, flushes) for one in some)
         return (encode_row(seq, sample) for seq, sample in enumerate(made))
 
@@ -70,6 +102,29 @@ class Reassembly:
             yield assembler.flush()
 
 
-def _saved_config(root: Path) -> Config | None:
-    saved = read_run_json(root)
-    return None if saved is None else Config.model_validate(saved["config"])
+def _with_templates(section: AssemblySection, shaping: Mapping[str, Any], folder: Path) -> AssemblySection:
+    """The section with the texts of its templates as files in `folder`."""
+
+    def kept(key: str, path: Path | None) -> Path | None:
+        text = shaping.get(key)
+        if path is None or not isinstance(text, str):
+            return path
+        copy = folder / digest(key).hex()
+        copy.write_bytes(text.encode())  # not `write_text`, which may change line ends
+        return copy
+
+    tasks = {
+        name: task.model_copy(update={"template": kept(f"assembly.tasks.{name}.template", task.template)})
+        for name, task in section.tasks.items()
+    }
+    return section.model_copy(
+        update={"template": kept("assembly.template", section.template), "tasks": tasks}
+    )
+
+
+def _saved(root: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the fingerprint that a directory was made with."""
+    config, saved = saved_config(root), read_run_json(root)
+    if config is None or saved is None:
+        raise ConfigError(f"{root} is no run directory: it has no run.json")
+    return config, saved["fingerprint"]

@@ -40,7 +40,6 @@ class Worker:
     Attributes:
         current: What it is at; it has no outcome yet.
         attempts: Tries at servers for it so far.
-        tokens: Completion tokens that were spent on it so far.
     """
 
     def __init__(self, recipe: Recipe, fleet: Fleet) -> None:
@@ -48,18 +47,22 @@ class Worker:
         self._fleet = fleet
         self.current: Work | None = None
         self.attempts: list[Attempt] = []
-        self.tokens = 0
 
     async def run(
         self, work: BoundedQueue[Work], results: BoundedQueue[Outcome], on_outcome: Callable[[], None]
     ) -> None:
         """Put one outcome on `results` for each item of `work`."""
         async for item in work:
-            self.current, self.attempts, self.tokens = item, [], 0
+            self.current, self.attempts = item, []
             outcome = await self._outcome(item)
             self.current = None
             on_outcome()
             await results.put(outcome)
+
+    @property
+    def _tokens(self) -> int:
+        """Completion tokens that servers have spent on it so far."""
+        return sum(attempt.completion_tokens for attempt in self.attempts)
 
     async def _outcome(self, item: Work) -> Outcome:
         if isinstance(item, BadSeed):
@@ -79,7 +82,6 @@ class Worker:
             request = next(steps)
             while True:
                 completion = await self._fleet.complete(request, self.attempts)
-                self.tokens += completion.completion_tokens
                 request = steps.send(completion)
         except StopIteration as done:
             document: Document = done.value
@@ -103,7 +105,7 @@ class Worker:
             prompt_tokens=sum(step.prompt_tokens for step in steps),
             cached_tokens=sum(step.cached_tokens for step in steps),
             completion_tokens=tokens,
-            wasted_tokens=self.tokens - tokens,
+            wasted_tokens=self._tokens - tokens,
             attempts=self.attempts,
             steps=[_figures(step) for step in steps],
             checks=document.checks,
@@ -132,7 +134,7 @@ class Worker:
             task=seed.task,
             instruction=seed.instruction,
             answer=seed.answer,
-            wasted_tokens=self.tokens,
+            wasted_tokens=self._tokens,
             attempts=self.attempts,
             metadata=seed.metadata,
             written_at=time.time(),

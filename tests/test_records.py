@@ -90,3 +90,12 @@ def test_reasons_are_a_closed_set() -> None:
     )
 
     assert expected.split() == [str(reason) for reason in RejectReason]
+
+
+def test_no_two_drafts_share_an_id() -> None:
+    """Not even when a seed is called as another one's second draft."""
+    seeds = [Seed(name, "t", "i", "a", "f:1") for name in ("a", "a#1", "a##1", "a#", "#")]
+    ids = [Draft(seed, number).id for seed in seeds for number in range(3)]
+
+    assert ["a", "a#1", "a#2"] == ids[:3]
+    assert len(ids) == len(set(ids))

@@ -149,3 +149,39 @@ def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
         _, err = process.communicate(timeout=20)
 
     assert b"SinkError cannot write samples to stdout: No space left on device\n" == err
+
+
+def test_a_closed_stdout_is_refused() -> None:
+    """Its number may be another file's by the time that samples come."""
+    script = PRELUDE + "report(SampleStream)"
+    command = ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, script]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=20, check=False)
+
+    assert b"ConfigError --stdout prints samples, and stdout is closed\n" == done.stderr
+
+
+def test_a_secured_stderr_never_fails() -> None:
+    """Also when nobody reads it: what is written is lost, and the exit code stays what it was."""
+    script = (
+        PRELUDE
+        + """
+from streamsyn.stdout import secure_stdio
+secure_stdio()
+print("one", file=sys.stderr)
+sys.stdin.readline()
+print("two" * 100_000, file=sys.stderr)
+print("three", file=sys.stderr, flush=True)
+"""
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.stderr.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert 0 == process.wait(20)
+
+    assert b"one\n" == first

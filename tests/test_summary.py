@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from streamsyn.run import RunSummary
-from streamsyn.summary import closing_lines
+from streamsyn.summary import closing_figures, closing_lines
 from streamsyn.telemetry import Counters
 
 
@@ -62,3 +62,21 @@ def test_a_run_that_had_nothing_to_do() -> None:
 def test_the_share_of_rejects() -> None:
     """Of all outcomes in the directory, not of this run alone: it decides the exit code."""
     assert 10 / 1240 == summary().reject_fraction
+
+
+def test_figures_for_a_program() -> None:
+    """Counts of this run, and those of the directory."""
+    figures = closing_figures(summary(stopped="stopped by SIGTERM"))
+
+    assert ("out", "stopped by SIGTERM", 120.0) == (figures["out"], figures["stopped"], figures["seconds"])
+    assert (230, 200, {"too_short": 3, "empty": 7}) == (
+        figures["contexts"],
+        figures["samples"],
+        figures["rejects"],
+    )
+    assert (900_000, 100_000, 4) == (
+        figures["useful_tokens"],
+        figures["wasted_tokens"],
+        figures["failed_tries"],
+    )
+    assert {"contexts": 1230, "rejects": 10, "samples": 1200} == figures["directory"]

@@ -1,6 +1,7 @@
 """`verify`: nothing is wrong with a run directory that is as it should be; each damage is found and named."""
 
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from streamsyn.sink import frames
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.verify import Verification
 from streamsyn.verify import repair, verify
 from tests.builders import COMPRESSIONS, context, outcome, rows
 
@@ -402,3 +404,143 @@ def test_repair_waits_for_no_run(interrupted: Path) -> None:
     with pytest.raises(DirectoryInUse):
         repair(interrupted)
     directory.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed", "open"])
+def test_repair_has_damaged_samples_made_again(finished: Path, compression: str, damage: str) -> None:
+    """They are derived: the next run makes the same samples, in the same bytes."""
+    before = {kind: rows(finished, kind) for kind in ("contexts", "rejects", "samples")}
+    config = config_of(compression)
+    path = shard(finished, "samples", 1)
+    data = path.read_bytes()
+    match damage:
+        case "missing":
+            path.unlink()
+        case "cut":
+            path.write_bytes(data[:-10])
+        case "changed":
+            path.write_bytes(data.replace(b"a", b"b"))
+        case "open":
+            run(finished, config, [outcome(n) for n in range(40, 44)], to_the_end=False)
+            before = {kind: rows(finished, kind) for kind in before}
+            rewrite(open_shard(finished, "samples"), lambda inside: inside[0].update(messages=[]))
+    repair(finished)
+
+    assert [NOT_FINISHED] == notes(finished)
+    run(finished, config, [], to_the_end=damage != "open")
+    assert [NOT_FINISHED] * (damage == "open") == notes(finished)
+    assert before == {kind: rows(finished, kind) for kind in before}
+
+
+def test_repair_keeps_samples_that_cannot_be_made_again(finished: Path) -> None:
+    """With contexts damaged as well, samples stay as they are."""
+    shard(finished, "samples", 1).unlink()
+    shard(finished, "contexts").unlink()
+    left = sorted(finished.glob("samples/*"))
+    with pytest.raises(SinkError, match="restore it from a copy"):
+        repair(finished)
+
+    assert left == sorted(finished.glob("samples/*"))
+
+
+# What else is in the directory
+
+
+@pytest.mark.parametrize("kind", ["contexts", "rejects", "samples"])
+def test_a_directory_in_place_of_a_shard_is_found(interrupted: Path, kind: str) -> None:
+    """Sealed or open: it is named."""
+    for path in (shard(interrupted, kind), open_shard(interrupted, kind)):
+        path.unlink()
+        path.mkdir()
+        assert f"{path.relative_to(interrupted)}: is a directory; a shard belongs here" in problems(
+            interrupted
+        )
+
+
+def test_a_spool_that_was_cut_is_a_note(finished: Path) -> None:
+    """A kill leaves half a line at its end; a damaged line before others is a problem."""
+    spool = finished / "spool" / "stdin.jsonl"
+    spool.parent.mkdir()
+    spool.write_bytes(b'{"seed":{}}\n{"bad":{}}\n{"se')
+    torn = notes(finished)
+    spool.write_bytes(b'{"seed":{}}\n{"ba\n{"seed":{}}\n')
+
+    assert ["spool/stdin.jsonl: 4 bytes of an unfinished line at its end"] == torn
+    assert ["spool/stdin.jsonl:2 is damaged; the seeds behind it would not be read again"] == problems(
+        finished
+    )
+
+
+def test_a_key_of_a_newer_version_is_named(finished: Path) -> None:
+    """One line, with the file and the key."""
+    saved = orjson.loads((finished / "run.json").read_bytes())
+    saved["config"]["assembly"]["news"] = 1
+    (finished / "run.json").write_bytes(orjson.dumps(saved))
+
+    for call in (verify, repair):
+        with pytest.raises(ConfigError, match=r"run\.json: unknown key assembly\.news"):
+            call(finished)
+
+
+def test_a_template_is_used_as_it_was(tmp_path: Path) -> None:
+    """Changed or gone, it is in run.json; without it there, that is a problem."""
+    template, root = tmp_path / "own.j2", tmp_path / "out"
+    template.write_bytes(b"{{ instruction }}\r\n{{ contexts | join }}")
+    run(root, config_of(template=str(template)), [outcome(n) for n in range(9)], to_the_end=True)
+    template.write_text("other")
+    changed = notes(root)
+    template.unlink()
+    gone = notes(root)
+    saved = orjson.loads((root / "run.json").read_bytes())
+    del saved["fingerprint"]["assembly.template"]
+    (root / "run.json").write_bytes(orjson.dumps(saved))
+
+    assert ([], []) == (changed, gone)
+    (problem,) = problems(root)
+    assert problem.startswith(
+        f"samples cannot be compared with the log: cannot read the template {template}: "
+    )
+
+
+def test_templates_of_another_version_are_noted(finished: Path) -> None:
+    """Samples are not said to be wrong when it is this version that differs."""
+    saved = orjson.loads((finished / "run.json").read_bytes())
+    saved["fingerprint"]["assembly.prompts"] = "other"
+    (finished / "run.json").write_bytes(orjson.dumps(saved))
+
+    assert ["samples are not compared with the log: packaged templates have changed"] == notes(finished)
+
+
+# While a run is writing
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_run_that_is_writing_is_sound(tmp_path: Path, compression: str) -> None:
+    """However often it is looked at while shards grow and are sealed."""
+    config = config_of(compression)
+    run(tmp_path, config, [outcome(0)], to_the_end=False)
+
+    def write() -> None:
+        for number in range(1, 150, 5):
+            more = [outcome(n) for n in range(number, number + 5)]
+            run(tmp_path, config, more, to_the_end=number % 15 == 1)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    looks = []
+    while writing.is_alive():
+        looks.append(problems(tmp_path))
+    writing.join()
+
+    assert len(looks) > 3
+    assert [] == [found for found in looks if found]
+
+
+def test_a_shard_that_is_sealed_after_the_look_is_read(interrupted: Path, compression: str) -> None:
+    """Under its new name, up to where it was; what has come since does not count."""
+    verification = Verification(interrupted)
+    counts = {kind: len(rows(interrupted, kind)) for kind in ("contexts", "rejects", "samples")}
+    run(interrupted, config_of(compression), [outcome(n) for n in range(40, 60)], to_the_end=True)
+
+    assert [] == list(verification.problems(None))
+    assert counts == verification.counts

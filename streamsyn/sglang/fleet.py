@@ -57,6 +57,7 @@ class Fleet:
         self._on_gone = on_gone
         self._gone_timer: asyncio.TimerHandle | None = None
         self._busy_since: float | None = None
+        self._gone_since: float | None = None
         self._draw = Random()
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
@@ -97,7 +98,7 @@ class Fleet:
                 self._placement.release(server)
             if not isinstance(failure, ServerBusy):  # no try; there may be thousands
                 said = f"{type(failure).__name__}: {failure}"
-                attempts.append(Attempt(server.url, at, _since(started), said))
+                attempts.append(Attempt(server.url, at, _since(started), said, failure.completion_tokens))
             pause_s = budget.pause_after(failure, _since(started))
             if pause_s is None:
                 raise failure
@@ -164,7 +165,7 @@ class Fleet:
                 group.create_task(ask(server), name=f"ask-{server.url}")
 
     def _answered(self, server: Server, completion: Completion) -> None:
-        self._busy_since = None
+        self._busy_since = self._gone_since = None
         server.health.answered()
         server.limiter.answered()
         server.completions += 1
@@ -181,8 +182,13 @@ class Fleet:
             log.warning("fleet.ejected", server=server.url, error=str(error))
             self._tasks.start(self._probe(server), name=f"probe-{server.url}")
             if all(other.health.ejected for other in self.servers):
-                loop = asyncio.get_running_loop()
-                self._gone_timer = loop.call_later(self._section.give_up_s, self._on_gone)
+                self._all_ejected(asyncio.get_running_loop())
+
+    def _all_ejected(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count the time from when it first was so since the last answer, whatever probes say."""
+        if self._gone_since is None:
+            self._gone_since = loop.time()
+        self._gone_timer = loop.call_at(self._gone_since + self._section.give_up_s, self._on_gone)
 
     def _still_busy(self, now: float) -> None:
         """Queues that stay full are waited for, but not for ever.
@@ -197,6 +203,8 @@ class Fleet:
 
     async def _probe(self, server: Server) -> None:
         """Ask an ejected server, ever less often, until it answers; then use it again."""
+        if server.health.ejections > 1:  # the last time it answered probes only
+            await asyncio.sleep(self._probe_pause(server.health.ejections))
         for step in count():
             try:
                 models = await server.client.models()

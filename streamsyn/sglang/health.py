@@ -10,10 +10,12 @@ class Health:
     eject_after: int
     ejected: bool = False
     failures: int = 0
+    ejections: int = 0
+    """Since the last answer: a server may answer probes and nothing else."""
 
     def answered(self) -> None:
         """An answer came, of whatever kind: the server is alive."""
-        self.failures = 0
+        self.failures = self.ejections = 0
 
     def failed(self, *, is_there: bool = True) -> bool:
         """No answer came, or the server `is_there` no longer. True when this ejects it."""
@@ -21,6 +23,7 @@ class Health:
         if self.ejected or (is_there and self.failures < self.eject_after):
             return False
         self.ejected = True
+        self.ejections += 1
         return True
 
     def readmit(self) -> None:

@@ -67,7 +67,8 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise BrokenResponse(f"{server} answered without {error}: {_shown(body)}") from error
     if finish_reason not in ("stop", "length"):
-        raise BrokenResponse(f"{server} ended its answer with {finish_reason!r}")
+        said = f"{server} ended its answer with {finish_reason!r}"
+        raise BrokenResponse(said, completion.completion_tokens)
     return completion
 
 

@@ -104,23 +104,22 @@ class ShardLog:
 
     def close(self) -> None:
         """Sync, and leave the open shard for a later run."""
-        if self._shard is not None:
+        shard, self._shard = self._shard, None
+        if shard is not None:
             with _translated(f"sync {self._kind} in {self._root}"):
-                self._shard.close()
-            self._shard = None
+                shard.close()
 
     def _append(self, records: Sequence[Record]) -> None:
         if self._shard is None:
             self._shard = OpenShard(self._path(self._number), self._kind, self.rows)
-        lines = []
-        for record in records:
-            lines.append(encode_row(self.rows, record))
-            self.rows += 1
-            if self._on_sealed is not None and not isinstance(record, Sample):
-                self._keys += record.key
+        # Nothing counts before it is written: after an error the log is as it was.
+        lines = [encode_row(seq, record) for seq, record in enumerate(records, self.rows)]
         self._shard.append(b"".join(lines))
+        self.rows += len(records)
         for record in records:
             self._shard.count(_figures(record))
+            if self._on_sealed is not None and not isinstance(record, Sample):
+                self._keys += record.key
         if self._shard.bytes >= self._sink.shard_bytes:
             self.seal()
 

@@ -41,7 +41,8 @@ class Manifest:
         self.flushes: list[int] = []
         """Numbers of contexts at which a stream ended."""
         self.final: dict[str, Any] | None = None
-        self._good_bytes = 0
+        self.good_bytes = 0
+        """Bytes of whole lines."""
         if path.exists():
             self._read()
 
@@ -52,12 +53,12 @@ class Manifest:
     @property
     def torn_bytes(self) -> int:
         """Bytes of an unfinished last line."""
-        return self._path.stat().st_size - self._good_bytes if self._path.exists() else 0
+        return self._path.stat().st_size - self.good_bytes if self._path.exists() else 0
 
     def cut_torn_line(self) -> None:
         """Remove what a kill left of a line that was being written."""
         if self.torn_bytes:
-            os.truncate(self._path, self._good_bytes)
+            os.truncate(self._path, self.good_bytes)
 
     def add_shard(self, shard: SealedShard) -> None:
         """Append the line of a shard that has just been sealed."""
@@ -86,7 +87,7 @@ class Manifest:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self._good_bytes += len(data)
+        self.good_bytes += len(data)
 
     def _read(self) -> None:
         with self._path.open("rb") as file:
@@ -101,7 +102,7 @@ class Manifest:
                     raise self._refuse(number, error) from error
                 except (AttributeError, ValueError, TypeError, KeyError) as error:
                     raise self._refuse(number, error) from error
-                self._good_bytes += len(line)
+                self.good_bytes += len(line)
 
     def _refuse(self, number: int, error: Exception) -> SinkError:
         return SinkError(f"{self._path}:{number} is no line of a manifest: {error}")

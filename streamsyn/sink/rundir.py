@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 import streamsyn
+from streamsyn.config import Config, load
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
 from streamsyn.sink.log import KINDS
 from streamsyn.sink.shard import sync_folder
@@ -96,7 +97,7 @@ def read_run_json(root: Path) -> dict[str, Any] | None:
     """What OUT/run.json says; None when there is none.
 
     Raises:
-        ConfigError: It cannot be read, or is of a newer format.
+        ConfigError: It cannot be read, is of a newer format, or lacks what every run.json has.
     """
     path = root / "run.json"
     try:
@@ -105,9 +106,38 @@ def read_run_json(root: Path) -> dict[str, Any] | None:
         return None
     except (OSError, orjson.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is no run.json: it holds no object")
     if data.get("format") != FORMAT:
-        raise ConfigError(f"{path} is of format {data.get('format')}; this streamsyn reads format {FORMAT}")
+        raise ConfigError(f"{path} is of format {data.get('format')!r}; this streamsyn reads format {FORMAT}")
+    for key in ("config", "fingerprint"):
+        if not isinstance(data.get(key), dict):
+            raise ConfigError(f"{path} is no run.json: it has no {key}")
     return data
+
+
+def saved_config(root: Path) -> Config | None:
+    """The configuration in OUT/run.json; None when there is none.
+
+    Raises:
+        ConfigError: It cannot be read, or a key or value is unknown to this version.
+    """
+    saved = read_run_json(root)
+    if saved is None:
+        return None
+    try:
+        return load(None, _without_nulls(saved["config"]).items())
+    except ConfigError as error:
+        raise ConfigError(f"{root / 'run.json'}: {error}") from error
+
+
+def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    """Null is what is not set, and what JSON makes of `inf`, which only operational keys can be."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value is not None
+    }
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
 
 from streamsyn.config import SinkSection
 from streamsyn.errors import SinkError
@@ -16,6 +17,8 @@ from streamsyn.sink.log import ShardLog, row_key
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import write_whole
 from streamsyn.sink.shard import sync_folder
+
+log = structlog.get_logger()
 
 _STATE = "assembly.json"
 
@@ -104,11 +107,26 @@ class RunLog:
             }
             self.manifest.add_final(totals)
 
-    def close(self) -> None:
-        """Sync and leave open shards for a later run."""
-        for log in (self.contexts, self.rejects, self.samples):
-            log.close()
+    def close(self, *, quietly: bool = False) -> None:
+        """Sync and leave open shards for a later run. Closes all, even when one cannot be synced.
+
+        Args:
+            quietly: Log what goes wrong in place of raising it: another error is on its way already.
+
+        Raises:
+            SinkError: A shard cannot be synced.
+        """
+        failures = []
+        for shard_log in (self.contexts, self.rejects, self.samples):
+            try:
+                shard_log.close()
+            except SinkError as error:
+                failures.append(error)
         self._finished.close()
+        if failures and not quietly:
+            raise failures[0]
+        for failure in failures:
+            log.warning("log.close_failed", why=str(failure))
 
 
 def read_contexts(root: Path, manifest: Manifest, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:

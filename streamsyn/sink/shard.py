@@ -3,13 +3,17 @@
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from streamsyn.sink import frames
 from streamsyn.sink.manifest import SealedShard
 
 OPEN_SUFFIX = ".open"
+_CLOSED = -1
 
 
 class OpenShard:
@@ -63,11 +67,17 @@ class OpenShard:
 
     def append(self, lines: bytes) -> None:
         """Write whole lines."""
-        data = memoryview(frames.encode(lines, self._compression))
+        data = frames.encode(lines, self._compression)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError:
+            with suppress(OSError):  # what stays is a torn end, which the next run cuts
+                os.ftruncate(self._fd, self.bytes)
+            raise
         self._sha256.update(data)
         self.bytes += len(data)
-        while data:
-            data = data[os.write(self._fd, data) :]
 
     def count(self, row: dict[str, Any]) -> None:
         """Add a row's figures to those of the shard."""
@@ -75,22 +85,33 @@ class OpenShard:
         for name in self._tokens:
             self._tokens[name] += row.get(f"{name}_tokens") or 0
         if model := row.get("model"):
-            self._models.add(model)
+            self._models.add(str(model))  # a server may call itself anything
 
     def sync(self) -> None:
         """Have the kernel put everything on disk."""
-        os.fsync(self._fd)
+        if self._fd != _CLOSED:
+            os.fsync(self._fd)
 
     def close(self) -> None:
         """Sync and leave the shard open on disk, for a later run to go on with."""
-        os.fsync(self._fd)
-        os.close(self._fd)
+        fd, self._fd = self._fd, _CLOSED  # the number may soon be that of another file
+        if fd == _CLOSED:
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def seal(self, root: Path) -> SealedShard:
         """Give the shard its name; from now on it never changes."""
+        sealed = self._sealed(root)
+        orjson.dumps(sealed)  # what the manifest could not hold fails here, while the shard is open
         self.close()
         self.open_path.rename(self.path)
         sync_folder(self.path.parent)
+        return sealed
+
+    def _sealed(self, root: Path) -> SealedShard:
         return SealedShard(
             kind=self._kind,
             path=str(self.path.relative_to(root)),

@@ -251,3 +251,26 @@ async def test_without_assembly_contexts_pass() -> None:
     nothing.finish()
 
     assert 0 == len(queue)
+
+
+def test_many_samples_due_at_once_are_delivered_a_little_at_a_time() -> None:
+    """At the end of a stream everything may be due; its text is made and recorded piece by piece."""
+    section = AssemblySection(contexts_per_sample=1000, window_bytes=10**9)
+    disk = Disk([context(n, context=f"[{n}] " + "x" * 100_000) for n in range(40)])
+    sizes: list[int] = []
+
+    class Outlet:
+        def deliver(self, samples: Sequence[Sample]) -> None:
+            sizes.append(sum(len(sample.messages[0]["content"]) for sample in samples))
+
+        def stop(self) -> None:
+            pass
+
+    stage = AssemblyStage(
+        Assembler(section, 0, SamplePrompts(section)), disk, Outlet(), logged=40, delivered=0, flushes=()
+    )
+    asyncio.run(run(stage, []))
+    stage.finish()
+
+    assert len(sizes) == 40
+    assert max(sizes) < 6_000_000

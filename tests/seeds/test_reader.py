@@ -1,6 +1,7 @@
 """All sources of a run as one stream: what is found, in which order it comes, what is kept of a pipe."""
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,57 @@ def test_a_saved_dataset_is_one_source(tree: Path) -> None:
     assert [tree / "saved"] == find(str(tree / "saved"))
     assert (tree / "saved") in find(str(tree))
     assert (tree / "saved" / "data.parquet") not in find(str(tree))
+
+
+@pytest.fixture
+def out(tree: Path) -> Path:
+    """A run directory among the seeds, with shards that are named as seed files are."""
+    for name in ("run.json", "manifest.jsonl", "contexts/part-000000.jsonl", "spool/stdin.jsonl"):
+        write(tree / "deep" / "out" / name)
+    return tree / "deep" / "out"
+
+
+@pytest.mark.parametrize(
+    "pattern", [".", "*", "**", "**/*", "**/*.*", "d*/**", "deep/../*", "?eep/out/../../*"]
+)
+def test_a_run_directory_is_left_aside(tree: Path, out: Path, pattern: str) -> None:
+    """OUT may lie among the seeds: what a run writes never becomes its seeds."""
+    found = find(str(tree / pattern))
+
+    assert found
+    assert [] == [path for path in found if "out" in path.parts and ".." not in path.parts]
+
+
+@pytest.mark.parametrize(("pattern", "files"), [("spool", 1), ("spool/*.jsonl", 1), ("contexts/*", 1)])
+def test_what_lies_in_a_run_directory_can_be_given(out: Path, pattern: str, files: int) -> None:
+    """Somebody who spells it out means it."""
+    assert files == len(find(str(out / pattern)))
+
+
+@pytest.mark.parametrize("log", ["manifest.jsonl", "contexts/part-000000.jsonl.open"])
+def test_a_run_directory_itself_is_refused(tmp_path: Path, log: str) -> None:
+    """Given as a path, with one line that says what it is; by a glob there is nothing in it."""
+    out = tmp_path / "out"
+    write(out / "run.json")
+    write(out / log)
+
+    with pytest.raises(ConfigError, match="out is a run directory"):
+        find(str(out))
+    with pytest.raises(ConfigError, match="there is no seed file in"):
+        find(str(out / "*"))
+
+
+def test_a_run_json_alone_makes_no_run_directory(tmp_path: Path) -> None:
+    """Any tool may write a file of that name."""
+    assert [write(tmp_path / "run.json")] == find(str(tmp_path))
+
+
+def test_a_socket_is_refused(tmp_path: Path) -> None:
+    """It has a seed file's name, and cannot be opened."""
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "s.jsonl"))
+        with pytest.raises(ConfigError, match=r"s\.jsonl is neither a file nor a directory"):
+            find(str(tmp_path))
 
 
 @pytest.mark.parametrize(

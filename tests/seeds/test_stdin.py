@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.config import SeedsSection
-from streamsyn.errors import SinkError
+from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
 from streamsyn.seeds.stdin import Spool, StdinSource
 
@@ -253,17 +253,40 @@ def _lines(entries: list[Entry], folder: Path) -> list[bytes]:
         b'{"bad":{"origin":"-:1","reason":"nix","detail":"","key":""}}\n',
     ],
 )
-def test_a_tail_that_makes_no_sense_is_cut_off(tmp_path: Path, tail: bytes) -> None:
-    """After a power cut a file may end in anything, whole lines after it included."""
+def test_a_last_line_that_makes_no_sense_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+    """After a power cut a file may end in anything."""
     list(Spool(tmp_path).follow(iter([ENTRIES]), nothing_known))
     path = tmp_path / "stdin.jsonl"
     good = path.read_bytes()
-    path.write_bytes(good + tail + good)
+    path.write_bytes(good + tail)
 
     replayed = [entry for batch in Spool(tmp_path).replay() for entry in batch]
 
     assert ENTRIES == replayed
     assert good == path.read_bytes()
+
+
+@pytest.mark.parametrize("damaged", [b"\0" * 100, b"{}\n", b"\n", b'{"seed":{"id":"1"}}\n'])
+def test_a_damaged_line_among_others_stops_the_run(tmp_path: Path, damaged: bytes) -> None:
+    """What lies behind it was acted on and cannot be piped again: it is named, and nothing is cut."""
+    list(Spool(tmp_path).follow(iter([ENTRIES]), nothing_known))
+    path = tmp_path / "stdin.jsonl"
+    spoiled = path.read_bytes() + damaged + path.read_bytes()
+    path.write_bytes(spoiled)
+
+    with pytest.raises(SinkError) as raised:
+        list(Spool(tmp_path).replay())
+
+    assert f"{path}:4 is damaged; mend or delete that line" == str(raised.value)
+    assert spoiled == path.read_bytes()
+
+
+def test_a_stdin_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    """As with a file that is open for writing alone."""
+    with (tmp_path / "file").open("wb") as file, pytest.raises(ConfigError) as raised:
+        list(StdinSource(file.fileno(), None, SeedsSection()).batches())
+
+    assert "stdin cannot be read: Bad file descriptor" == str(raised.value)
 
 
 def fill_disk(folder: Path) -> None:

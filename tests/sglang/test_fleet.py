@@ -16,6 +16,7 @@ from streamsyn.errors import (
     ServerError,
     ServerTimeout,
     ServerUnavailable,
+    StoppedEarly,
     root_cause,
 )
 from streamsyn.records import Attempt, Completion, Request
@@ -192,6 +193,51 @@ async def test_a_full_queue_is_waited_for() -> None:
         assert server.simulation.stats.requests > 8
     assert [1] * 8 == [len(attempts) for attempts in tries]
     assert not fleet.servers[0].health.failures
+
+
+async def test_queues_that_stay_full_are_not_waited_for_for_ever() -> None:
+    """When nothing was accepted for longer than any request may take, the fleet counts as gone."""
+    gone = asyncio.Event()
+    async with simulators() as simulated:
+        server = await simulated.start(faults={Fault.QUEUE_FULL: 1.0})
+        async with (
+            fleet_of(server.url, on_gone=gone.set, give_up_s=0.2, request_timeout_s=0.2) as fleet,
+            asyncio.TaskGroup() as group,
+        ):
+            asked = group.create_task(ask(fleet))
+            async with asyncio.timeout(10):
+                await gone.wait()
+            asked.cancel()
+
+
+async def test_a_drain_lets_nobody_wait() -> None:
+    """Who has no place when the run drains gives up at once; who is in flight is answered."""
+    async with simulators() as simulated:
+        server = await simulated.start(latency_ms=200)
+        async with fleet_of(server.url, max_in_flight=1) as fleet, asyncio.TaskGroup() as group:
+            in_flight = group.create_task(ask(fleet))
+            await until(lambda: fleet.servers[0].limiter.in_flight)
+            waiting = group.create_task(_stopped(fleet))
+            await until(lambda: fleet._placement._waiters)
+            fleet.drain()
+            assert await waiting
+            assert await _stopped(fleet)
+            assert (await in_flight).text
+
+
+async def _stopped(fleet: Fleet) -> bool:
+    try:
+        await ask(fleet)
+    except StoppedEarly:
+        return True
+    return False
+
+
+async def test_a_key_that_no_header_can_hold() -> None:
+    """It is the user's to mend, before anything is sent."""
+    with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
+        async with open_fleet(FleetSection(servers=("http://one:1",)), "a\nb", lambda: None):
+            pass
 
 
 async def test_a_refused_request_is_tried_once() -> None:
@@ -445,9 +491,33 @@ async def test_urls_as_people_write_them() -> None:
         assert ["http://one:1", "https://two:2"] == [server.url for server in fleet.servers]
 
 
-@pytest.mark.parametrize(("urls", "said"), [((), "--server URL"), (("one:30000",), "one:30000 is no URL")])
+@pytest.mark.parametrize(
+    ("urls", "said"),
+    [
+        ((), "--server URL"),
+        (("one:30000",), "one:30000 is no URL"),
+        (("http://",), "http:// is no URL"),
+        (("http://one two",), "http://one two is no URL"),
+    ],
+)
 async def test_no_usable_server_is_given(urls: tuple[str, ...], said: str) -> None:
     """The message says what to do, or what is wrong."""
     with pytest.raises(ConfigError, match=said):
         async with opened(*urls):
             pass
+
+
+async def test_a_fleet_that_answers_probes_and_nothing_else_is_gone() -> None:
+    """Servers that are healthy but fail each request must not use up seed after seed for ever."""
+    gone = asyncio.Event()
+    async with simulators() as simulated:
+        server = await simulated.start(faults={Fault.HTTP_500: 1.0})
+        async with (
+            fleet_of(server.url, on_gone=gone.set, give_up_s=0.3, max_attempts=1000) as fleet,
+            asyncio.TaskGroup() as group,
+        ):
+            asked = group.create_task(ask(fleet))
+            async with asyncio.timeout(10):
+                await gone.wait()
+            assert fleet.servers[0].health.ejections > 1
+            asked.cancel()

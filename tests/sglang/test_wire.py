@@ -121,6 +121,12 @@ def test_an_answer_that_lacks_a_part_is_broken(name: str) -> None:
         answer(usage=None),
         answer(usage={"prompt_tokens": 1}),
         answer(metadata="v1"),
+        answer(metadata={"weight_version": 7}),
+        answer(model=5),
+        answer(model={"name": "m"}),
+        answer(usage={"prompt_tokens": 1, "completion_tokens": 2**63}),
+        answer(usage={"prompt_tokens": True, "completion_tokens": 1}),
+        answer(usage={"prompt_tokens": 1, "completion_tokens": -1}),
     ],
 )
 def test_json_that_is_no_answer_is_broken(body: Any) -> None:
