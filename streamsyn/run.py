@@ -4,7 +4,7 @@ import asyncio
 import gc
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config import Config, fingerprint
-from streamsyn.errors import ConfigError, SinkError, StoppedEarly, root_cause
+from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.pipeline import Pipeline, Stages
 from streamsyn.producer import Producer
 from streamsyn.progress import Progress, reporting
@@ -123,8 +123,7 @@ def _closing(run_log: RunLog) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(SinkError):
-            run_log.close()
+        run_log.close(quietly=True)
         raise
     run_log.close()
 
@@ -293,7 +292,8 @@ class _Stopper:
     def signals(self) -> Iterator[None]:
         """The first signal drains, the second cancels."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
             loop.add_signal_handler(number, self._on_signal, number.name)
         try:
             yield
@@ -302,8 +302,9 @@ class _Stopper:
                 raise
             raise StoppedEarly(self._early) from None
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number, earlier in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, earlier)
 
     def _on_signal(self, name: str) -> None:
         self._signals += 1

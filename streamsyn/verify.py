@@ -93,7 +93,7 @@ class Reassembly:
 
     def _batches(
         self, assembler: Assembler, contexts: Iterable[dict[str, Any]], flushes: Sequence[int]
-    ) -> Any:
+    ) -> Iterator[list[Arrangement]]:
         for row in contexts:
             if assembler.consumed in flushes:
                 yield assembler.flush()

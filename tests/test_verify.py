@@ -449,7 +449,7 @@ def test_repair_keeps_samples_that_cannot_be_made_again(finished: Path) -> None:
 @pytest.mark.parametrize("kind", ["contexts", "rejects", "samples"])
 def test_a_directory_in_place_of_a_shard_is_found(interrupted: Path, kind: str) -> None:
     """Sealed or open: it is named."""
-    for path in (shard(interrupted, kind), open_shard(interrupted, kind)):
+    for path in {shard(interrupted, kind), open_shard(interrupted, kind)}:
         path.unlink()
         path.mkdir()
         assert f"{path.relative_to(interrupted)}: is a directory; a shard belongs here" in problems(
@@ -466,9 +466,7 @@ def test_a_spool_that_was_cut_is_a_note(finished: Path) -> None:
     spool.write_bytes(b'{"seed":{}}\n{"ba\n{"seed":{}}\n')
 
     assert ["spool/stdin.jsonl: 4 bytes of an unfinished line at its end"] == torn
-    assert ["spool/stdin.jsonl:2 is damaged; the seeds behind it would not be read again"] == problems(
-        finished
-    )
+    assert ["spool/stdin.jsonl:2 is damaged; seeds behind it would not be read again"] == problems(finished)
 
 
 def test_a_key_of_a_newer_version_is_named(finished: Path) -> None:

@@ -157,7 +157,7 @@ class Verification:
                 if _is_spooled(line):
                     continue
                 if file.read(1):
-                    yield f"spool/stdin.jsonl:{number} is damaged; the seeds behind it would not be read again"
+                    yield f"spool/stdin.jsonl:{number} is damaged; seeds behind it would not be read again"
                 else:
                     self.notes.append(
                         f"spool/stdin.jsonl: {len(line)} bytes of an unfinished line at its end"
@@ -193,16 +193,17 @@ def _is_spooled(line: bytes) -> bool:
 
 
 def drop_samples(root: Path, manifest: Manifest, first: str) -> None:
-    """Remove shards of samples from `first` on, from the manifest before the disk: a run makes them again."""
+    """Remove the shards of samples from `first` on, and the manifest's final line: a run makes them again."""
+    # Files go first: killed in between, what is listed and missing is found, and dropped again.
+    for path in (root / "samples").glob("part-*"):
+        if path.is_file() and str(path.relative_to(root)) >= first:
+            path.unlink()
     kept = []
     for line in (root / "manifest.jsonl").read_bytes()[: manifest.good_bytes].splitlines(keepends=True):
         listed = orjson.loads(line)
         if not listed.get("final") and not (listed.get("kind") == "samples" and listed["path"] >= first):
             kept.append(line)
     write_whole(root / "manifest.jsonl", b"".join(kept))
-    for path in (root / "samples").glob("part-*"):
-        if path.is_file() and str(path.relative_to(root)) >= first:
-            path.unlink()
 
 
 def drop_derived(root: Path) -> None:

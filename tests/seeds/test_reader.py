@@ -124,9 +124,7 @@ def out(tree: Path) -> Path:
     return tree / "deep" / "out"
 
 
-@pytest.mark.parametrize(
-    "pattern", [".", "*", "**", "**/*", "**/*.*", "d*/**", "deep/../*", "?eep/out/../../*"]
-)
+@pytest.mark.parametrize("pattern", [".", "*", "**", "**/*", "**/*.*", "d*/**", "deep/../*"])
 def test_a_run_directory_is_left_aside(tree: Path, out: Path, pattern: str) -> None:
     """OUT may lie among the seeds: what a run writes never becomes its seeds."""
     found = find(str(tree / pattern))

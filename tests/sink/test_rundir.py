@@ -13,7 +13,7 @@ import pytest
 
 from streamsyn.config import fingerprint, load
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
-from streamsyn.sink.rundir import RunDirectory, read_run_json, write_whole
+from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config, write_whole
 from tests.builders import disk_full_beyond
 
 HOLDER = """
@@ -152,6 +152,46 @@ def test_a_broken_run_json_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'run.json'} cannot be read: ")):
         read_run_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ([], "is no run.json: it holds no object"),
+        ({"format": 1, "fingerprint": {}}, "is no run.json: it has no config"),
+        ({"format": 1, "config": {}, "fingerprint": 1}, "is no run.json: it has no fingerprint"),
+        ({"format": [1]}, "is of format [1]; this streamsyn reads format 1"),
+    ],
+)
+def test_what_is_no_run_json_is_named(tmp_path: Path, data: object, what: str) -> None:
+    """One line, whatever it holds."""
+    path = tmp_path / "run.json"
+    path.write_bytes(orjson.dumps(data))
+
+    with pytest.raises(ConfigError) as raised:
+        read_run_json(tmp_path)
+    assert f"{path} {what}" == str(raised.value)
+
+
+def test_the_saved_configuration_is_there_again(tmp_path: Path) -> None:
+    """Also one that JSON cannot hold whole: an operational `inf` is as good as not set."""
+    assert saved_config(tmp_path) is None
+    config = load(None, [("fleet.give_up_s", float("inf")), ("recipe.target_words", 7)])
+    directory = RunDirectory(tmp_path)
+    directory.save(config.model_dump(mode="json"), {})
+
+    assert load(None, [("recipe.target_words", 7)]) == saved_config(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"run": 5}, {"run": {"seed": "x"}}, {"run": {"sed": 1}}, {"new": {}}])
+def test_a_saved_configuration_that_is_not_known_is_named(
+    directory: RunDirectory, config: dict[str, object]
+) -> None:
+    """One line, with the file and the key."""
+    directory.save(config, {})
+
+    with pytest.raises(ConfigError, match=r"^[^\n]*run\.json: [^\n]*(run|new)[^\n]*$"):
+        saved_config(directory.root)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

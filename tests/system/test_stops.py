@@ -184,7 +184,7 @@ def test_another_configuration_is_refused(serve: Serve, seeds: Seeds, tmp_path: 
     assert 0 == knobs.returncode
 
 
-@pytest.mark.parametrize("bound", [40_000, 150_000])
+@pytest.mark.parametrize("bound", [120_000, 300_000])
 def test_a_full_disk_stops_the_run_and_loses_nothing(
     serve: Serve, seeds: Seeds, tmp_path: Path, bound: int
 ) -> None:
