@@ -232,15 +232,16 @@ def _resolve(given: dict[str, Any], out: Path | None) -> "Config":
 
 def _remembered(out: Path) -> list[tuple[str, Any]]:
     """The sections that a run directory was made with, but for what holds for one run only."""
-    from streamsyn.sink.rundir import read_run_json
+    from streamsyn.sink.rundir import read_run_json, saved_config
 
-    saved = read_run_json(out)
-    if saved is None:
+    if read_run_json(out) is None:
         return []
-    sections: dict[str, Any] = saved["config"]
-    seeds = {**sections["seeds"], "limit": None}
-    seeds["sources"] = [source for source in seeds["sources"] if source["path"] != "-"]
-    return list({**sections, "seeds": seeds}.items())
+    sections = saved_config(out).model_dump(exclude_none=True)
+    sections["seeds"].pop("limit", None)
+    sections["seeds"]["sources"] = [
+        source for source in sections["seeds"]["sources"] if source["path"] != "-"
+    ]
+    return list(sections.items())
 
 
 def main() -> None:
