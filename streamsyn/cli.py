@@ -232,11 +232,12 @@ def _resolve(given: dict[str, Any], out: Path | None) -> "Config":
 
 def _remembered(out: Path) -> list[tuple[str, Any]]:
     """The sections that a run directory was made with, but for what holds for one run only."""
-    from streamsyn.sink.rundir import read_run_json, saved_config
+    from streamsyn.sink.rundir import saved_config
 
-    if read_run_json(out) is None:
+    saved = saved_config(out)
+    if saved is None:
         return []
-    sections = saved_config(out).model_dump(exclude_none=True)
+    sections = saved.model_dump(exclude_none=True)
     sections["seeds"].pop("limit", None)
     sections["seeds"]["sources"] = [
         source for source in sections["seeds"]["sources"] if source["path"] != "-"
