@@ -151,7 +151,7 @@ class AssemblyStage:
                 self._left_out = True
                 return
             self._take(batch)
-        self._emit_flushed()
+        self._emit(self._flushed())
 
     def _restore(self) -> None:
         saved = self._store.load_state()
@@ -169,16 +169,18 @@ class AssemblyStage:
         self._assembler.restore(state, map(Passage.of_row, rows))
 
     def _take(self, passages: Iterable[Passage]) -> None:
+        arranged: list[Arrangement] = []
         for passage in passages:
-            self._emit_flushed()
-            self._emit(self._assembler.add(passage))
+            arranged += self._flushed()
+            arranged += self._assembler.add(passage)
             self._unsaved_bytes += passage.size
+        self._emit(arranged)
         if self._unsaved_bytes > _STATE_EVERY_BYTES:
             self.save()
 
-    def _emit_flushed(self) -> None:
-        if self._assembler.consumed in self._flushes:
-            self._emit(self._assembler.flush())
+    def _flushed(self) -> list[Arrangement]:
+        """What an earlier run made at the end of its stream, if that was here."""
+        return self._assembler.flush() if self._assembler.consumed in self._flushes else []
 
     def _emit(self, arranged: Sequence[Arrangement]) -> None:
         """Deliver what earlier runs have not, a bounded amount of text at a time."""

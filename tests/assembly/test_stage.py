@@ -201,7 +201,7 @@ class SlowReader(Disk):
 
 async def test_stop_ends_a_delivery_that_waits() -> None:
     """A reader that is stuck does not keep the run from ending; a later one delivers what was left."""
-    contexts = contexts_of(30)
+    contexts = contexts_of(150)
     slow = SlowReader(contexts)
     stage = slow.stage(0)
 
@@ -215,7 +215,7 @@ async def test_stop_ends_a_delivery_that_waits() -> None:
         await stop_while_it_waits()
     later = Disk(contexts)
     later.samples = slow.samples
-    await run_and_finish(later, contexts, 30)
+    await run_and_finish(later, contexts, 150)
 
     assert [StoppedEarly] == [type(error) for error in raised.value.exceptions]
     assert expected_samples(contexts, []) == later.samples
