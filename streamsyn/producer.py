@@ -54,7 +54,8 @@ class Producer:
             items = [(entry, self._work_of(entry)) for entry in entries]
             finished = self._claims.finished([key for _, parts in items for key, _ in parts])
             with self._claims.batch():
-                yield [work for entry, parts in items for work in self._left(entry, parts, finished)]
+                left = [work for entry, parts in items for work in self._left(entry, parts, finished)]
+            yield left  # outside the transaction: it may be long until the next batch is wanted
             if self._is_enough:
                 return
 
