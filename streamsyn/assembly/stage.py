@@ -22,7 +22,8 @@ log = structlog.get_logger()
 
 _BATCH = 64
 _STATE_EVERY_BYTES = 16 * 2**20
-_DELIVERED_CHARS = 2**20
+_DELIVERED_CHARS = 2**16
+"""Text delivered at a time: what a kill may make a reader of stdout see twice."""
 
 
 class AssemblyStore(Protocol):
