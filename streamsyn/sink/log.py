@@ -25,6 +25,10 @@ def row_key(row: dict[str, Any]) -> bytes:
     return draft_key(row["seed_id"], row["draft"])
 
 
+_MAX_ROWS = 64
+"""Rows written at once: bounds the buffer for samples of many MB."""
+
+
 class ShardLog:
     """Appends records of one kind, gives each its `seq`, and seals shards by size.
 
@@ -79,8 +83,8 @@ class ShardLog:
         """Write records, so that they survive a kill of this process; their seqs."""
         with _translated(f"write {self._kind} to {self._root}"):
             first = self.rows
-            for start in range(0, len(records), 64):  # bounds the buffer for samples of many MB
-                self._append(records[start : start + 64])
+            while (done := self.rows - first) < len(records):
+                self._append(records[done : done + _MAX_ROWS])
         return list(range(first, self.rows))
 
     def sync(self) -> None:
@@ -110,11 +114,19 @@ class ShardLog:
                 shard.close()
 
     def _append(self, records: Sequence[Record]) -> None:
+        """Write the first of `records`: as many as fill the shard, so that shards end at the same rows
+        however rows came together.
+        """
         if self._shard is None:
             self._shard = OpenShard(self._path(self._number), self._kind, self.rows)
+        room = self._sink.shard_bytes - self._shard.bytes
+        lines: list[bytes] = []
+        while room > 0 and len(lines) < len(records):
+            lines.append(encode_row(self.rows + len(lines), records[len(lines)]))
+            room -= len(lines[-1])
         # Nothing counts before it is written: after an error the log is as it was.
-        lines = [encode_row(seq, record) for seq, record in enumerate(records, self.rows)]
         self._shard.append(b"".join(lines))
+        records = records[: len(lines)]
         self.rows += len(records)
         for record in records:
             self._shard.count(_figures(record))

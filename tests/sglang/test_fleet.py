@@ -466,7 +466,7 @@ async def test_servers_that_come_up_late() -> None:
 async def test_the_cap_of_each_server_is_kept() -> None:
     """As many as it says are in flight, never more; and all servers have the same share."""
     async with simulators() as simulated:
-        servers = [await simulated.start(latency_ms=3) for _ in range(3)]
+        servers = [await simulated.start(latency_ms=30) for _ in range(3)]
         async with fleet_of(*(server.url for server in servers), max_in_flight=4) as fleet:
             assert 12 == fleet.capacity
             await ask_many(fleet, 90)

@@ -102,7 +102,7 @@ def test_datasets_loads_every_row(
 def test_a_row_longer_than_a_read_is_whole(tmp_path: Path, compression: str) -> None:
     """Rows of several MB, compressible or not, come back."""
     given = [context(n, context=text) for n, text in enumerate(["x" * 3_000_000, os.urandom(2**20).hex()])]
-    with opened(tmp_path, sink(compression=compression)) as log:
+    with opened(tmp_path, sink(compression=compression, shard_bytes=10**9)) as log:
         log.append(given)
         log.seal_outcomes()
     path = tmp_path / "contexts" / f"part-000000{frames.SUFFIXES[compression]}"

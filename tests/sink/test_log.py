@@ -459,7 +459,7 @@ def test_contexts_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
     with opened(tmp_path, sink(shard_bytes=1)) as log:
         log.append([context(number) for number in range(3)])
         log.append([context(number) for number in range(3, 6)])
-        (tmp_path / "contexts" / "part-000000.jsonl").unlink()
+        (tmp_path / "contexts" / "part-000001.jsonl").unlink()
         reading = log.read_contexts(1, 5)
 
         with pytest.raises(SinkError, match=r"row 1 of .*contexts cannot be read"):
