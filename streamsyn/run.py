@@ -129,7 +129,7 @@ def _closing(run_log: RunLog) -> Iterator[None]:
 
 
 def _spare_the_collector() -> None:
-    """What is there now stays; what comes is freed by counting. Measured: a tenth of the CPU time."""
+    """What is there now stays; most of what comes is freed by counting references."""
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
 
