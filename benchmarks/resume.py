@@ -14,8 +14,8 @@ from pathlib import Path
 import orjson
 
 from benchmarks.common import Simulator, run_measured, seeds_file
-from streamsyn.config import FieldsSection, SinkSection
 from streamsyn.records import Context, Seed
+from streamsyn.sections import FieldsSection, SinkSection
 from streamsyn.seeds.lines import Line
 from streamsyn.seeds.parse import SeedParser
 from streamsyn.sink.rundir import RunDirectory

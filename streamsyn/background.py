@@ -15,22 +15,25 @@ class Background:
         self._finishing: set[asyncio.Task[None]] = set()
         self._closing = False
 
-    def start(self, work: Coroutine[Any, Any, None], name: str, *, finish: bool = False) -> None:
-        """Run `work` beside everything else; not at all when the block is ending.
+    def start(
+        self, work: Coroutine[Any, Any, None], name: str, *, finish: bool = False
+    ) -> asyncio.Task[None] | None:
+        """Run `work` beside everything else; not at all, and None, when the block is ending.
 
         With `finish`, the block waits for it at its end: it must be bounded in time.
         """
         if self._closing:
             work.close()
-            return
+            return None
         try:
             task = self._group.create_task(work, name=name)
         except RuntimeError:  # a bug in another one is ending the block
             work.close()
-            return
+            return None
         tasks = self._finishing if finish else self._tasks
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return task
 
     async def close(self) -> None:
         """Cancel what has no end; wait for what has one, which the group would cancel after an error."""

@@ -108,7 +108,6 @@ def run(**given: Any) -> None:
     request = RunRequest(
         config=config,
         out=given["out"],
-        api_key=os.environ.get("STREAMSYN_API_KEY"),
         stream=stream,
         launch=given["launch"],
         launch_python=given["sglang_python"],

@@ -1,208 +1,24 @@
-"""The configuration: one TOML file, one frozen section a stage, every key with its meaning.
-
-Keys marked `operational` do not shape what is written; all others make up the fingerprint of a run.
-"""
+"""The configuration: one TOML file, overrides laid over it, and what of it makes up a run's fingerprint."""
 
 import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from streamsyn.errors import ConfigError
-
-operational = Field(json_schema_extra={"operational": True})
-Seconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, closed, documented by the text below each field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class RunSection(Section):
-    """The run as a whole."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds everything drawn at random: the order of interleaved sources, distractors, positions."""
-    max_reject_fraction: Annotated[float, Field(ge=0, le=1), operational] = 1.0
-    """Exit with 3 when more than this share of the outcomes are rejects."""
-    drain_timeout_s: Annotated[Seconds, operational] = 60.0
-    """After the first SIGTERM or SIGINT, how long requests in flight may take to finish."""
-    max_consecutive_bugs: Annotated[Count, operational] = 16
-    """So many internal errors in a row, with nothing done in between, end the run."""
-    queue_size: Annotated[Count, operational] = 256
-    """Items the queue between two stages holds at most."""
-
-
-class SourceSection(Section):
-    """One place that seeds come from."""
-
-    path: str
-    """A file, a directory, a glob, or `-` for NDJSON on stdin."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source when sources are interleaved."""
-    task: str | None = None
-    """The task of seeds that name none; by default the file's stem."""
-
-
-class FieldsSection(Section):
-    """Where a seed's parts stand in a line: the names of its fields."""
-
-    instruction: str = "instruction"
-    """Field that holds the instruction."""
-    answer: str = "answer"
-    """Field that holds the gold answer."""
-    id: str = "id"
-    """Optional field that holds the id."""
-    task: str = "task"
-    """Optional field that holds the task."""
-    messages: str = "messages"
-    """Field that holds a chat-format pair, used where instruction and answer are absent."""
-
-
-class SeedsSection(Section):
-    """Where seeds come from."""
-
-    sources: Annotated[tuple[SourceSection, ...], operational] = ()
-    """The sources; `--seeds PATH` on the command line replaces them."""
-    interleave: Annotated[bool, operational] = False
-    """Mix the sources by weight, instead of reading them in turn."""
-    fields: FieldsSection = FieldsSection()
-    """Names of the fields."""
-    max_line_bytes: Annotated[Count, operational] = 8 * 2**20
-    """A longer line is rejected without being held in memory."""
-    limit: Annotated[Count | None, operational] = None
-    """Read at most so many seeds (`--limit`)."""
-
-
-class TaskRecipeSection(Section):
-    """What differs for one task; what is left out is as for all."""
-
-    target_words: Count | None = None
-    """As `recipe.target_words`."""
-    template: Path | None = None
-    """As `recipe.template`."""
-
-
-class RecipeSection(Section):
-    """What is asked of the LLM for a seed."""
-
-    use: str = "context"
-    """The recipe: `context` writes one document a draft."""
-    target_words: Count = 2000
-    """Length that the LLM is asked for."""
-    contexts_per_seed: Count = 1
-    """Drafts a seed: contexts written independently of each other."""
-    max_tokens: Count = 4096
-    """Longest answer, in tokens of the model that writes."""
-    temperature: Annotated[float, Field(ge=0)] = 0.8
-    """Sampling temperature."""
-    sampling: dict[str, Any] = {}
-    """Any other sampling parameter, passed through to the server, such as `top_p`."""
-    template: Path | None = None
-    """A Jinja2 file with the blocks `system` and `user` in place of the packaged prompt."""
-    tasks: dict[str, TaskRecipeSection] = {}
-    """Overrides for single tasks: `[recipe.tasks.NAME]`."""
-    tries: Count = 3
-    """Fresh answers asked for, in all, when one fails a check."""
-    on_truncated: Literal["keep", "continue", "reject"] = "keep"
-    """An answer cut at `max_tokens`: keep it with a flag, have it continued, or try afresh."""
-    max_continuations: Count = 4
-    """How often one answer is continued at most."""
-
-
-class ChecksSection(Section):
-    """What a context must satisfy; the first failure names the reject."""
-
-    min_words: Annotated[int, Field(ge=0)] = 50
-    """Fewer words are `too_short`."""
-    max_words: Count = 20_000
-    """More words are `too_long`."""
-    refusal: bool = True
-    """Reject answers that decline (`refusal`)."""
-    max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Largest share of repeated five-word runs; above it is `repetition`. 1 switches it off."""
-    prompt_echo: bool = True
-    """Reject answers that repeat our prompt (`prompt_echo`)."""
-    qa_pasted: bool = True
-    """Reject answers that are the question and its answer rather than a document (`qa_pasted`)."""
-
-
-class FleetSection(Section):
-    """The servers and how they are asked. All of it is operational."""
-
-    servers: Annotated[tuple[str, ...], operational] = ()
-    """Base URLs; `--server URL` on the command line replaces them."""
-    model: Annotated[str | None, operational] = None
-    """Model to ask for; by default what the servers say they serve."""
-    max_in_flight: Annotated[Count, operational] = 128
-    """Requests at one server at a time."""
-    request_timeout_s: Annotated[Seconds, operational] = 600.0
-    """Bound on one try."""
-    total_timeout_s: Annotated[Seconds, operational] = 3600.0
-    """Bound on all tries of one request; time spent waiting for a free server does not count."""
-    connect_timeout_s: Annotated[Seconds, operational] = 10.0
-    """Bound on opening a connection."""
-    max_attempts: Annotated[Count, operational] = 6
-    """Tries of one request. A full queue is no try, nor is a server that cannot be reached."""
-    backoff_base_s: Annotated[Seconds, operational] = 0.5
-    """First pause between tries is drawn from zero to this; it doubles each time."""
-    backoff_max_s: Annotated[Seconds, operational] = 30.0
-    """Longest pause between tries."""
-    eject_after: Annotated[Count, operational] = 3
-    """Failures in a row after which a server gets no more requests until it answers a probe. One that
-    cannot be reached gets none at once."""
-    probe_interval_s: Annotated[Seconds, operational] = 2.0
-    """Pause between the probes of an ejected server; it grows to ten times this."""
-    give_up_s: Annotated[Seconds, operational] = 300.0
-    """When no server was usable for so long, the run stops with 75, resumable."""
-
-
-class SinkSection(Section):
-    """The log on disk. All of it is operational but the compression."""
-
-    sync_interval_s: Annotated[Seconds, operational] = 1.0
-    """Outcomes are on disk (fsync) at most this long after they were written."""
-    sync_rows: Annotated[Count, operational] = 1024
-    """So many unsynced rows are synced at once, however early."""
-    shard_bytes: Annotated[Count, operational] = 128 * 2**20
-    """A shard is sealed when it has grown to this."""
-    compression: Literal["none", "zstd"] = "none"
-    """`zstd` writes `.jsonl.zst`."""
-
-
-class TaskAssemblySection(Section):
-    """What differs for one task."""
-
-    family: str | None = None
-    """Prompt family: single_doc_qa, multi_doc_qa, summary, meeting_query or general."""
-    template: Path | None = None
-    """As `assembly.template`."""
-
-
-class AssemblySection(Section):
-    """How contexts become samples."""
-
-    write: bool = True
-    """False: contexts only."""
-    contexts_per_sample: Count = 10
-    """One relevant context and so many less one distractors of the same task."""
-    target_tokens: Count | None = None
-    """In place of a number of contexts: add distractors until the contexts have so many tokens, as
-    counted by the servers that wrote them."""
-    min_answer_chars: Count = 5
-    """A distractor must not contain the answer, when the answer is at least this long."""
-    window_bytes: Count = 16 * 2**20
-    """Distractors are drawn from this much of the most recent contexts: the memory that assembly uses."""
-    template: Path | None = None
-    """A Jinja2 file for the user message in place of the packaged ones."""
-    tasks: dict[str, TaskAssemblySection] = {}
-    """Overrides for single tasks: `[assembly.tasks.NAME]`."""
+from streamsyn.sections import (
+    AssemblySection,
+    ChecksSection,
+    FleetSection,
+    RecipeSection,
+    RunSection,
+    Section,
+    SeedsSection,
+    SinkSection,
+)
 
 
 class Config(Section):

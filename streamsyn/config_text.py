@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from streamsyn.config import Config, Section
+from streamsyn.config import Config
+from streamsyn.sections import Section
 
 
 def as_toml(config: Config) -> str:

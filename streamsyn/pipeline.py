@@ -13,11 +13,11 @@ import structlog
 
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.errors import ConfigError, StoppedEarly
+from streamsyn.pool import WorkerPool
 from streamsyn.producer import Producer
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Outcome, Work
 from streamsyn.sink.writer import OutcomeWriter
-from streamsyn.workers import WorkerPool
 
 log = structlog.get_logger()
 

@@ -29,5 +29,7 @@ def preview(config: Config, limit: int) -> Iterator[str]:
         sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
         parts = [f"=== {entry.origin}: seed {entry.id}, task {entry.task} ({sampling})"]
         parts += [f"--- {message['role']}\n{message['content']}" for message in request.messages]
+        if outlook := recipe.outlook():
+            parts.append(f"--- {outlook}")
         yield "\n".join(parts) + "\n"
     reader.stop()

@@ -1,15 +1,20 @@
-"""Reads seeds and puts what has no outcome yet on the work queue."""
+"""Reads seeds and puts what has no outcome yet on the work queue, groups of seeds together."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 from streamsyn.config import Config
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
+from streamsyn.regroup import Regroup
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.finished import Claim, Claims
 from streamsyn.telemetry import Counters
+
+_Batch: TypeAlias = list[tuple[str, Work]]
+_Reading: TypeAlias = asyncio.Future[_Batch | None]
 
 
 class Producer:
@@ -20,14 +25,24 @@ class Producer:
         claims: What has been read and what is finished.
         config: Says how many drafts a seed gets, and how many seeds are taken.
         counters: Told what is read.
+        group_of: The recipe's `group`; without it seeds stay in their order.
     """
 
-    def __init__(self, reader: SeedReader, claims: Claims, config: Config, counters: Counters) -> None:
+    def __init__(
+        self,
+        reader: SeedReader,
+        claims: Claims,
+        config: Config,
+        counters: Counters,
+        group_of: Callable[[Seed], str] = lambda _: "",
+    ) -> None:
         self._reader = reader
         self._claims = claims
         self._drafts = range(config.recipe.contexts_per_seed)
         self._limit = config.seeds.limit
         self._counters = counters
+        self._group_of = group_of
+        self._held: Regroup[Work] = Regroup(config.seeds.group_window)
         self._taken = 0
 
     async def run(self, work: BoundedQueue[Work]) -> None:
@@ -40,24 +55,39 @@ class Producer:
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="seeds")
         batches = self._batches()
+        reading: _Reading | None = None
+        at_end = False
         try:
-            while (batch := await loop.run_in_executor(thread, next, batches, None)) is not None:
-                for item in batch:
-                    await work.put(item)
+            while not at_end or self._held:
+                if reading is None and not at_end and self._held.has_room:
+                    reading = loop.run_in_executor(thread, next, batches, None)
+                # What is held never waits for what is still to be read, and goes before an error.
+                if reading is not None and (not self._held or _is_good(reading)):
+                    batch, reading = await reading, None
+                    self._held.add(batch or ())
+                    at_end = batch is None
+                if self._held:
+                    await work.put(self._held.take())
             self._counters.reading_done = True
         finally:
+            if reading is not None:
+                reading.cancel()
             self._reader.stop()  # ends a read that waits for stdin
             thread.shutdown(wait=False)
 
-    def _batches(self) -> Iterator[list[Work]]:
+    def _batches(self) -> Iterator[_Batch]:
         for entries in self._reader.batches(self._is_known):
             items = [(entry, self._work_of(entry)) for entry in entries]
             finished = self._claims.finished([key for _, parts in items for key, _ in parts])
             with self._claims.batch():
                 left = [work for entry, parts in items for work in self._left(entry, parts, finished)]
-            yield left  # outside the transaction: it may be long until the next batch is wanted
+            grouped = [(self._group(item), item) for item in left]
+            yield grouped  # outside the transaction: it may be long until the next batch is wanted
             if self._is_enough:
                 return
+
+    def _group(self, item: Work) -> str:
+        return "" if isinstance(item, BadSeed) else self._group_of(item.seed)
 
     @property
     def _is_enough(self) -> bool:
@@ -90,3 +120,8 @@ class Producer:
     def _is_known(self, entry: Entry) -> bool:
         key = entry.key if isinstance(entry, BadSeed) else draft_key(entry.id, 0)
         return self._claims.is_known(key)
+
+
+def _is_good(reading: _Reading) -> bool:
+    """Whether there is a batch, and no error."""
+    return reading.done() and reading.exception() is None

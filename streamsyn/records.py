@@ -108,6 +108,11 @@ class Request:
 
     messages: list[dict[str, str]]
     sampling: dict[str, Any]
+    group: str = ""
+    """Requests of one group share a long beginning, so they go to one server; "" where none is shared."""
+    beginnings: tuple[str, ...] = ()
+    """Keys of what it begins with like others do, outermost first: the template's, then the group's. The
+    first request with a key brings it into a server's cache, the others wait for that."""
 
 
 @dataclass(frozen=True, slots=True)

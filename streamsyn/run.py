@@ -2,10 +2,10 @@
 
 import asyncio
 import gc
-import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,25 @@ from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config import Config, fingerprint
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.pipeline import Pipeline, Stages
+from streamsyn.pool import WorkerPool
 from streamsyn.producer import Producer
 from streamsyn.progress import Progress, reporting
 from streamsyn.recipes.load import load_recipe
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.records import Sample
+from streamsyn.sections import ServerSection
 from streamsyn.seeds.reader import SeedReader
-from streamsyn.sglang.fleet import Fleet, check_urls, open_fleet
+from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sglang.roster import Connect
+from streamsyn.sglang.spec import specs
 from streamsyn.sink.log import encode_row
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.stdout import SampleStream
+from streamsyn.stopper import Stopper
 from streamsyn.telemetry import Counters
-from streamsyn.workers import Worker, WorkerPool
+from streamsyn.workers import Worker
 
 log = structlog.get_logger()
 
@@ -42,7 +47,9 @@ class RunRequest:
     Attributes:
         config: The resolved configuration.
         out: The run directory.
-        api_key: For the servers.
+        environ: Holds the servers' keys.
+        connect: What carries requests to servers; None is HTTP.
+        runner: Runs the event loop; another one for a simulation in virtual time.
         stream: Where samples go besides the log, if anywhere.
         launch: A model to start a server for; None uses `config.fleet.servers`.
         launch_python: The interpreter that has sglang.
@@ -52,7 +59,9 @@ class RunRequest:
 
     config: Config
     out: Path
-    api_key: str | None = None
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    connect: Connect | None = None
+    runner: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
     stream: SampleStream | None = None
     launch: str | None = None
     launch_python: Path | None = None
@@ -70,6 +79,8 @@ class RunSummary:
     contexts: int = 0
     rejects: int = 0
     samples: int = 0
+    servers: Callable[[], list[dict[str, Any]]] = list
+    """What there is to say of each server."""
 
     @property
     def reject_fraction(self) -> float:
@@ -91,7 +102,7 @@ def run(request: RunRequest) -> RunSummary:
     if request.stream is not None and not request.config.assembly.write:
         raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
     if request.launch is None:
-        check_urls(request.config.fleet.servers)
+        specs(request.config.fleet)
     reader = SeedReader(request.config.seeds, request.config.run.seed, request.out / "spool")
     if not reader.has_sources:
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
@@ -101,10 +112,11 @@ def run(request: RunRequest) -> RunSummary:
         directory.check(shaping)
         run_log = RunLog(request.out, request.config.sink)
         with _closing(run_log):
-            parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary.counters)
+            parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary)
             _spare_the_collector()
             try:
-                asyncio.run(_run(parts))
+                with _metrics(parts):
+                    request.runner(_run(parts))
             except (StoppedEarly, BaseExceptionGroup) as raised:
                 cause = root_cause(raised)
                 if not isinstance(cause, StoppedEarly):
@@ -145,19 +157,24 @@ class _Parts:
     recipe: Recipe
     prompts: SamplePrompts
     shaping: dict[str, Any]
-    counters: Counters
+    summary: RunSummary
+
+    @property
+    def counters(self) -> Counters:
+        """What this process has done."""
+        return self.summary.counters
 
 
 async def _run(parts: _Parts) -> None:
     config = parts.request.config
-    stopper = _Stopper()
+    stopper = Stopper()
     with stopper.signals():
         async with _servers(parts.request) as servers, _fleet(parts, servers, stopper) as fleet:
             claims = await asyncio.to_thread(parts.log.claims)
             assembly = _assembly(parts)
             try:
                 stages = Stages(
-                    producer=Producer(parts.reader, claims, config, parts.counters),
+                    producer=Producer(parts.reader, claims, config, parts.counters, parts.recipe.group),
                     workers=_workers(parts, fleet),
                     sink=OutcomeWriter(parts.log, config.sink, parts.counters),
                     assembly=assembly,
@@ -172,17 +189,41 @@ async def _run(parts: _Parts) -> None:
 
 
 @asynccontextmanager
-async def _fleet(parts: _Parts, servers: Sequence[str], stopper: "_Stopper") -> AsyncIterator[Fleet]:
+async def _fleet(
+    parts: _Parts, servers: Sequence[str | ServerSection], stopper: "Stopper"
+) -> AsyncIterator[Fleet]:
     """The fleet, once it is known which model it serves, and that this is the run's."""
-    section = parts.request.config.fleet.model_copy(update={"servers": tuple(servers)})
+    request = parts.request
+    section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
+    if request.launch is not None:
+        section = section.model_copy(update={"servers_file": None, "servers_dns": None})
     gone = f"no server was usable for fleet.give_up_s = {section.give_up_s:g} s"
-    async with open_fleet(section, parts.request.api_key, lambda: stopper.cancel(gone)) as fleet:
+    async with open_fleet(section, lambda: stopper.cancel(gone), request.environ, request.connect) as fleet:
+        parts.summary.servers = fleet.figures
         await fleet.ask_models()
-        shaping = {**parts.shaping, "model": fleet.model}
+        model = ", ".join(fleet.models)
+        shaping = {**parts.shaping, "model": model}
         parts.directory.check(shaping)
-        await asyncio.to_thread(parts.directory.save, _lasting(parts.request.config), shaping)
-        log.info("run.started", model=fleet.model, servers=len(fleet.servers), out=str(parts.request.out))
+        await asyncio.to_thread(parts.directory.save, _lasting(request.config), shaping)
+        log.info("run.started", model=model, servers=len(fleet.servers), out=str(request.out))
         yield fleet
+
+
+@contextmanager
+def _metrics(parts: _Parts) -> Iterator[None]:
+    """Serve metrics while the block runs, if that is wanted."""
+    listen = parts.request.config.run.metrics_listen
+    if listen is None:
+        yield
+        return
+    from streamsyn.metrics import serving_metrics
+
+    def servers() -> list[dict[str, Any]]:  # of a fleet that is not there yet
+        return parts.summary.servers()
+
+    with serving_metrics(listen, parts.summary.counters, servers) as url:
+        log.info("metrics.serving", url=url)
+        yield
 
 
 def _lasting(config: Config) -> dict[str, Any]:
@@ -191,15 +232,18 @@ def _lasting(config: Config) -> dict[str, Any]:
     for source in saved["seeds"]["sources"]:
         if source["path"] != "-":
             source["path"] = str(Path(source["path"]).absolute())
-    for section in (saved["recipe"], saved["assembly"]):
-        for settings in (section, *section["tasks"].values()):
-            if settings["template"] is not None:
-                settings["template"] = str(Path(settings["template"]).absolute())
+    recipe, assembly = saved["recipe"], saved["assembly"]
+    templates = [recipe, assembly, *recipe["tasks"].values(), *assembly["tasks"].values()]
+    paths = [(settings, "template") for settings in templates]
+    paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
+    for settings, key in paths:
+        if settings[key] is not None:
+            settings[key] = str(Path(settings[key]).absolute())
     return saved
 
 
 @asynccontextmanager
-async def _servers(request: RunRequest) -> AsyncIterator[Sequence[str]]:
+async def _servers(request: RunRequest) -> AsyncIterator[Sequence[str | ServerSection]]:
     """The servers to ask: those of the configuration, or one started for this run."""
     if request.launch is None:
         yield request.config.fleet.servers
@@ -222,12 +266,21 @@ def _say_waiting(seconds: float, line: str) -> None:
 
 
 def _workers(parts: _Parts, fleet: Fleet) -> WorkerPool:
-    return WorkerPool(
-        lambda: Worker(parts.recipe, fleet),
-        size=fleet.capacity,
+    draining = asyncio.Event()
+
+    def drain() -> None:
+        draining.set()
+        fleet.drain()
+
+    pool = WorkerPool(
+        lambda: Worker(parts.recipe, fleet, parts.log.journal, draining.is_set),
+        size=lambda: fleet.capacity + fleet.capacity // 8 + 1,  # so that none waits for a worker
         max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
-        on_drain=fleet.drain,
+        on_drain=drain,
+        on_idle=fleet.tail,
     )
+    fleet.on_room(pool.grow)
+    return pool
 
 
 def _assembly(parts: _Parts) -> AssemblyStage | NoAssembly:
@@ -269,46 +322,3 @@ class _Outlet:
     def stop(self) -> None:
         if self._stream is not None:
             self._stream.stop()
-
-
-class _Stopper:
-    """What SIGTERM, SIGINT and a fleet that is gone do: before the pipeline is up, and while it runs."""
-
-    def __init__(self) -> None:
-        self.pipeline: Pipeline | None = None
-        self._main = asyncio.current_task()
-        self._signals = 0
-        self._early: str | None = None
-
-    def cancel(self, why: str) -> None:
-        """Stop at once."""
-        if self.pipeline is not None:
-            self.pipeline.cancel(why)
-        elif self._main is not None:
-            self._early = why
-            self._main.cancel()
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first signal drains, the second cancels."""
-        loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            loop.add_signal_handler(number, self._on_signal, number.name)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self._early is None:
-                raise
-            raise StoppedEarly(self._early) from None
-        finally:
-            for number, earlier in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, earlier)
-
-    def _on_signal(self, name: str) -> None:
-        self._signals += 1
-        if self._signals == 1 and self.pipeline is not None:
-            self.pipeline.drain(f"stopped by {name}")
-        else:
-            self.cancel(f"stopped by {name}")

@@ -10,9 +10,10 @@ import structlog
 from streamsyn.assembly.assembler import Arrangement, Assembler
 from streamsyn.assembly.passages import Passage
 from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.config import AssemblySection, Config
+from streamsyn.config import Config
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
+from streamsyn.sections import AssemblySection
 from streamsyn.sink.log import encode_row
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
 from streamsyn.sink.runlog import RunLog

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +26,11 @@ from streamsyn.records import (
     Outcome,
     Reject,
     RejectReason,
+    Request,
     Work,
 )
 from streamsyn.sglang.fleet import Fleet
+from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 
 log = structlog.get_logger()
 
@@ -37,14 +38,28 @@ log = structlog.get_logger()
 class Worker:
     """Takes work until there is none. All of its state is its own, and dies with it.
 
+    Args:
+        recipe: What to ask.
+        fleet: Whom to ask.
+        journal: Keeps the finished steps of a draft that has more of them; without one a kill costs them.
+        is_draining: Whether nothing new is to be started; then a draft whose steps are kept is put down.
+
     Attributes:
         current: What it is at; it has no outcome yet.
         attempts: Tries at servers for it so far.
     """
 
-    def __init__(self, recipe: Recipe, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        fleet: Fleet,
+        journal: Journal | None = None,
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._recipe = recipe
         self._fleet = fleet
+        self._journal = journal
+        self._is_draining = is_draining
         self.current: Work | None = None
         self.attempts: list[Attempt] = []
 
@@ -76,16 +91,46 @@ class Worker:
         return self._context(item, document)
 
     async def _write(self, draft: Draft) -> Document:
-        """Drive the recipe's conversation: it yields requests and is sent their completions."""
-        steps = self._recipe.steps(draft)
+        """Drive the recipe's conversation: it yields requests and is sent their completions.
+
+        Steps that an earlier run finished are played to it from the journal, tries and all; they are in
+        the figures as if they had been asked now, once.
+        """
+        steps, model = self._recipe.steps(draft), self._fleet.model_of(draft.key)
         try:
-            request = next(steps)
+            request, number = next(steps), 0
+            for finished in await self._finished_steps(draft):
+                if finished.request_digest != request_digest(request):
+                    break  # the rest are answers to something else; the next step takes their place
+                self.attempts += finished.attempts
+                request, number = steps.send(finished.completion), number + 1
             while True:
-                completion = await self._fleet.complete(request, self.attempts)
-                request = steps.send(completion)
+                before = len(self.attempts)
+                completion = await self._fleet.complete(request, self.attempts, model)
+                asked, request = request, steps.send(completion)
+                is_kept = await self._keep(draft, number, asked, completion, self.attempts[before:])
+                if is_kept and self._is_draining():
+                    raise StoppedEarly("draining: the next run goes on with the next step")
+                number += 1
         except StopIteration as done:
             document: Document = done.value
             return document
+
+    async def _finished_steps(self, draft: Draft) -> list[FinishedStep]:
+        if self._journal is None or not self._journal.holds(draft.key):
+            return []
+        return await asyncio.to_thread(self._journal.steps, draft.key)
+
+    async def _keep(
+        self, draft: Draft, number: int, asked: Request, answer: Completion, tries: list[Attempt]
+    ) -> bool:
+        """Keep a step that is not the last, so that a kill does not cost it."""
+        journal = self._journal
+        if journal is None:
+            return False
+        return await asyncio.to_thread(
+            lambda: journal.add(draft.key, number, request_digest(asked), answer, tries)
+        )
 
     def _context(self, draft: Draft, document: Document) -> Context:
         seed, steps = draft.seed, document.steps
@@ -141,68 +186,6 @@ class Worker:
         )
 
 
-class WorkerPool:
-    """Keeps `size` workers going. One that falls over a bug is replaced; a run of bugs ends the run.
-
-    Args:
-        new_worker: Makes a worker.
-        size: How many work at a time.
-        max_consecutive_bugs: So many bugs, with no outcome in between, are raised.
-        on_drain: Told when nothing new is to be started.
-    """
-
-    def __init__(
-        self,
-        new_worker: Callable[[], Worker],
-        size: int,
-        max_consecutive_bugs: int,
-        on_drain: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._new_worker = new_worker
-        self._size = size
-        self._max_bugs = max_consecutive_bugs
-        self._bugs = 0
-        self._on_drain = on_drain
-        self.left_work = False
-        """Whether a drain made workers put down what they were at."""
-
-    def drain(self) -> None:
-        """Finish only what is in flight."""
-        self._on_drain()
-
-    async def run(self, work: BoundedQueue[Work], results: BoundedQueue[Outcome]) -> None:
-        """Work until `work` ends."""
-        async with asyncio.TaskGroup() as pool:
-            for number in range(self._size):
-                pool.create_task(self._keep_one(work, results), name=f"worker-{number}")
-
-    async def _keep_one(self, work: BoundedQueue[Work], results: BoundedQueue[Outcome]) -> None:
-        while True:
-            worker = self._new_worker()
-            try:
-                await worker.run(work, results, self._no_bug)
-            except StoppedEarly:
-                self.left_work = True
-                return
-            except Exception as bug:  # noqa: BLE001 - whatever it is, it must not take the run with it
-                await self._replaced(worker, bug, results)
-            else:
-                return
-
-    async def _replaced(self, worker: Worker, bug: Exception, results: BoundedQueue[Outcome]) -> None:
-        if worker.current is None:
-            raise bug  # not over a seed: the queues themselves are broken
-        self._bugs += 1
-        log.error("worker.bug", item=_name(worker.current), bug=repr(bug), in_a_row=self._bugs)
-        if self._bugs >= self._max_bugs:
-            raise bug
-        detail = "".join(traceback.format_exception(bug))
-        await results.put(worker.reject(RejectReason.INTERNAL_ERROR, detail))
-
-    def _no_bug(self) -> None:
-        self._bugs = 0
-
-
 def _reason(error: ServerError) -> RejectReason:
     match error:
         case RequestRefused():
@@ -223,7 +206,3 @@ def _figures(step: Completion) -> dict[str, Any]:
         "completion_tokens": step.completion_tokens,
         "server": step.server,
     }
-
-
-def _name(item: Work) -> str:
-    return item.origin if isinstance(item, BadSeed) else item.id

@@ -10,8 +10,13 @@ from typing import Any
 import orjson
 
 from streamsyn.assembly.assembler import Arrangement
-from streamsyn.config import SinkSection
 from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
+from streamsyn.sections import SinkSection
+from streamsyn.sglang.client import ServerClient
+from streamsyn.sglang.health import Health
+from streamsyn.sglang.limiter import Limiter
+from streamsyn.sglang.server import Server
+from streamsyn.sglang.spec import ServerSpec
 from streamsyn.sink import frames
 from streamsyn.sink.log import KINDS
 from streamsyn.sink.manifest import Manifest
@@ -132,3 +137,9 @@ def disk_full_beyond(file_bytes: int) -> Iterator[None]:
 def samples_of(arranged: Iterable[Arrangement]) -> list[Sample]:
     """The samples of what an assembler has arranged."""
     return [one.sample() for one in arranged]
+
+
+def server_at(url: str, limiter: Limiter, weight: float = 1.0) -> Server:
+    """A server that is never asked."""
+    transport: Any = None
+    return Server(ServerSpec(url, weight), ServerClient(url, transport, 1.0), limiter, Health(3))

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from streamsyn.config import Config, Section, fingerprint, known_keys, load, parse_override
+from streamsyn.config import Config, fingerprint, known_keys, load, parse_override
 from streamsyn.errors import ConfigError
+from streamsyn.sections import Section
 
 Written = Callable[[str], Path]
 

@@ -37,6 +37,18 @@ def test_no_more_than_there_are(tmp_path: Path) -> None:
     assert 3 == len(list(preview(config_of(tmp_path), 99)))
 
 
+def test_what_follows_the_first_request(tmp_path: Path) -> None:
+    """The first request alone is known; of a recipe with more steps it is said what comes."""
+    one, _ = preview(config_of(tmp_path, ("recipe.use", "sections")), 2)
+    assert "First make an outline of the document: 8 short headings" in one
+    assert one.endswith(
+        "--- then about 8 sections of at most 1024 tokens, up to 8000 in all, "
+        "each asked for in the same conversation\n"
+    )
+    plain, _ = preview(config_of(tmp_path), 2)
+    assert "--- then" not in plain
+
+
 def test_nothing_is_written(tmp_path: Path) -> None:
     """The folder holds what it held."""
     config = config_of(tmp_path)

@@ -2,9 +2,11 @@
 
 import asyncio
 import gzip
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from streamsyn.config import Config, load
 from streamsyn.errors import ConfigError
 from streamsyn.producer import Producer
 from streamsyn.queues import BoundedQueue
-from streamsyn.records import Draft, Reject, RejectReason, Work, draft_key
+from streamsyn.records import Draft, Entry, Reject, RejectReason, Seed, Work, draft_key
 from streamsyn.seeds.reader import SeedReader
+from streamsyn.sink.finished import Claims
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
 from streamsyn.telemetry import Counters
@@ -52,7 +55,13 @@ Produce = Callable[..., Produced]
 def produce(tmp_path: Path) -> Produce:
     """Runs a producer over files with these contents, in a directory that holds the outcomes `before`."""
 
-    def run(*contents: bytes, suffix: str = ".jsonl", before: Sequence[Reject] = (), **keys: Any) -> Produced:
+    def run(
+        *contents: bytes,
+        suffix: str = ".jsonl",
+        before: Sequence[Reject] = (),
+        group_of: Callable[[Seed], str] = lambda _: "",
+        **keys: Any,
+    ) -> Produced:
         paths = [tmp_path / f"seeds-{number}{suffix}" for number in range(len(contents))]
         for path, content in zip(paths, contents, strict=True):
             path.write_bytes(content)
@@ -63,7 +72,7 @@ def produce(tmp_path: Path) -> Produce:
             log.seal_outcomes()
             with closing(log.claims()) as claims:
                 reader, counters = SeedReader(config.seeds, 0, tmp_path / "spool"), Counters()
-                producer = Producer(reader, claims, config, counters)
+                producer = Producer(reader, claims, config, counters, group_of)
                 return asyncio.run(drained(producer, counters))
 
     return run
@@ -166,6 +175,92 @@ def test_a_source_that_breaks_half_way(produce: Produce) -> None:
     assert len(names) // 4 < len(done.names) < len(names)
     assert "seeds-0.jsonl.gz cannot be read to its end" in str(done.error)
     assert (len(done.names), False) == (done.counters.seeds_read, done.counters.reading_done)
+
+
+def grouped(seed: Seed) -> str:
+    """Seeds of a group have the first letter of their names in common."""
+    return seed.id[0] if seed.id[0] in "xy" else ""
+
+
+def test_groups_of_seeds_follow_each_other(produce: Produce) -> None:
+    """Within `seeds.group_window`; bad lines and the others keep their places."""
+    content = lines("x1", "a", "y1") + b"bad\n" + lines("x2", "y2", "b", "x3")
+    done = produce(content, group_of=grouped)
+    assert ["x1", "x2", "x3", "a", "y1", "y2", "seeds-0.jsonl:4", "b"] == done.names
+    assert (8, 8, 0, 0, True) == figures(done)
+    unmoved = produce(content, group_of=grouped, seeds__group_window=0)
+    assert ["x1", "a", "y1", "seeds-0.jsonl:4", "x2", "y2", "b", "x3"] == unmoved.names
+
+
+async def test_groups_are_found_across_batches(tmp_path: Path) -> None:
+    """While the queue is full the producer reads on, a batch for each item that is taken."""
+    names: list[str] = []
+
+    class Ahead(SeedReader):
+        """Batches with one seed each of the same group; says how many were asked for."""
+
+        asked = 0
+
+        def batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
+            for batch in range(20):
+                yield [Seed(f"{'a' if n else 'x'}{batch}-{n}", "qa", "i", "a", "f") for n in range(10)]
+                self.asked += 1
+
+    config = load(None, [])
+    reader = Ahead(config.seeds, 0, None)
+    claims = await asyncio.to_thread(Claims, None, tmp_path / "read.sqlite")
+    producer, work = Producer(reader, claims, config, Counters(), grouped), BoundedQueue[Work](1)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        producing = group.create_task(producer.run(work))
+        producing.add_done_callback(lambda _: work.close())
+        async for item in work:
+            assert isinstance(item, Draft)
+            names.append(item.id)
+            for _ in range(100):  # a slow worker: meanwhile the next batch is read, as a rule
+                if reader.asked >= min(20, len(names)):
+                    break
+                await asyncio.sleep(0)
+    await asyncio.to_thread(claims.close)
+    assert 200 == len(set(names)) == len(names)
+    assert 3 < sum(before[0] == after[0] == "x" for before, after in pairwise(names))
+
+
+def test_a_source_that_breaks_gives_what_is_held_first(produce: Produce) -> None:
+    """What was read on before the error is on the queue too."""
+    names = [f"{'x' if number % 2 else 'a'}{number}" for number in range(60_000)]
+    whole = gzip.compress(lines(*names), compresslevel=1)
+    done = produce(whole[: len(whole) // 2], suffix=".jsonl.gz", group_of=grouped)
+    assert "cannot be read to its end" in str(done.error)
+    assert (len(done.names), False) == (done.counters.seeds_read, done.counters.reading_done)
+    assert sorted(names[: len(done.names)]) == sorted(done.names)
+
+
+async def test_what_comes_in_is_not_held_back(tmp_path: Path) -> None:
+    """Seeds from a pipe go to work as they come, groups or not: nothing waits for the window to fill."""
+    taken: list[str] = []
+
+    class Pipe(SeedReader):
+        """Gives the next seed once the one before has been taken."""
+
+        def batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
+            for number in range(5):
+                yield [Seed(f"x{number}", "qa", "i", "a", "pipe")]
+                assert gone.wait(5), "the seed was held back"
+                gone.clear()
+
+    gone, config = threading.Event(), load(None, [])
+    reader = Pipe(config.seeds, 0, None)
+    claims = await asyncio.to_thread(Claims, None, tmp_path / "read.sqlite")
+    producer, work = Producer(reader, claims, config, Counters(), grouped), BoundedQueue[Work](100)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        producing = group.create_task(producer.run(work))
+        producing.add_done_callback(lambda _: work.close())
+        async for item in work:
+            assert isinstance(item, Draft)
+            taken.append(item.id)
+            gone.set()
+    await asyncio.to_thread(claims.close)
+    assert [f"x{number}" for number in range(5)] == taken
 
 
 def test_a_slow_reader_holds_the_producer(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import structlog
 
 from streamsyn import progress as progress_module
-from streamsyn.config import FleetSection, load
+from streamsyn.config import load
 from streamsyn.progress import Progress, _table, duration, reporting
+from streamsyn.sections import FleetSection
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sglang.fleet import open_fleet
 from streamsyn.telemetry import Counters
@@ -41,7 +42,7 @@ async def progress_of(folder: Path, *, lines: int = 100) -> AsyncIterator[tuple[
         return SeedReader(load(None, [("seeds.sources", [{"path": str(path)}])]).seeds, 0, None)
 
     counters, seeds = Clock(), await asyncio.to_thread(reader)
-    async with open_fleet(FleetSection(servers=URLS), None, lambda: None) as fleet:
+    async with open_fleet(FleetSection(servers=URLS), lambda: None) as fleet:
         yield Progress(counters, seeds, fleet), counters, seeds
 
 

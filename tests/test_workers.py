@@ -3,20 +3,25 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from streamsyn.config import ChecksSection, FleetSection, RecipeSection
 from streamsyn.errors import root_cause
+from streamsyn.pool import WorkerPool
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import Recipe, Steps
+from streamsyn.recipes.sections import SectionsRecipe
 from streamsyn.records import BadSeed, Context, Draft, Outcome, Reject, RejectReason, Seed, Work, draft_key
+from streamsyn.sections import ChecksSection, FleetSection, RecipeSection
 from streamsyn.sglang.fleet import Fleet, open_fleet
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
 from streamsyn.sglang.simulator.faults import Fault, Script
-from streamsyn.workers import Worker, WorkerPool
+from streamsyn.sink.journal import Journal
+from streamsyn.workers import Worker
 
 
 def drafts(*names: str) -> list[Work]:
@@ -37,6 +42,14 @@ class Buggy:
         """As that of the recipe without the bug."""
         return RECIPE.fingerprint()
 
+    def group(self, seed: Seed) -> str:
+        """As that of the recipe without the bug."""
+        return RECIPE.group(seed)
+
+    def outlook(self) -> str:
+        """As that of the recipe without the bug."""
+        return RECIPE.outlook()
+
     def steps(self, draft: Draft) -> Steps:
         """Hold the conversation, and stumble at its end."""
         document = yield from RECIPE.steps(draft)
@@ -51,20 +64,28 @@ async def fleet_at(script: Script, **section: float) -> AsyncIterator[tuple[Flee
     async with asyncio.timeout(20), running(SimulatorConfig(), script=script) as server:
         quick = {"backoff_base_s": 0.001, "probe_interval_s": 0.01, "request_timeout_s": 0.1, **section}
         settings = FleetSection.model_validate({"servers": [server.url], **quick})
-        async with open_fleet(settings, None, lambda: None) as fleet:
+        async with open_fleet(settings, lambda: None) as fleet:
             await fleet.ask_models()
             yield fleet, server
 
 
 async def worked(
-    fleet: Fleet, items: Sequence[Work], recipe: Recipe = RECIPE, *, size: int = 1, max_bugs: int = 3
+    fleet: Fleet,
+    items: Sequence[Work],
+    recipe: Recipe = RECIPE,
+    *,
+    size: int = 1,
+    max_bugs: int = 3,
+    journal: Journal | None = None,
+    is_draining: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """The outcomes of `items`, in the order in which they came."""
     work, results = BoundedQueue[Work](len(items) + 1), BoundedQueue[Outcome](len(items) + 1)
     for item in items:
         await work.put(item)
     work.close()
-    await WorkerPool(lambda: Worker(recipe, fleet), size, max_bugs).run(work, results)
+    pool = WorkerPool(lambda: Worker(recipe, fleet, journal, is_draining), lambda: size, max_bugs)
+    await pool.run(work, results)
     return results.get_nowait(len(items) + 1)
 
 
@@ -212,3 +233,111 @@ async def test_each_draft_has_one_outcome() -> None:
     assert 12 >= sum(
         isinstance(outcome, Reject) and outcome.reason is RejectReason.INTERNAL_ERROR for outcome in outcomes
     )
+
+
+SECTIONS = SectionsRecipe(
+    RecipeSection(use="sections", target_tokens=600, section_tokens=100), ChecksSection(min_words=10)
+)
+COLDER = SectionsRecipe(
+    RecipeSection(use="sections", target_tokens=600, section_tokens=100, temperature=0.1),
+    ChecksSection(min_words=10),
+)
+STEPS = 7
+"""An outline and six sections; the simulator writes more than a section may have."""
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    """A journal."""
+    opened = await asyncio.to_thread(Journal, tmp_path / "journal.sqlite")
+    yield opened
+    await asyncio.to_thread(opened.close)
+
+
+def sections_of(outcome: Outcome) -> Context:
+    """The context that an outcome is."""
+    assert isinstance(outcome, Context), outcome
+    return outcome
+
+
+async def test_finished_steps_are_not_asked_again(journal: Journal) -> None:
+    """A draft that was given up after three steps goes on with the fourth; its figures are those of all."""
+    refuse: Script = lambda number, _: Fault.REFUSE if number == 4 else None  # noqa: E731
+    [item] = drafts("a")
+    assert isinstance(item, Draft)
+    async with fleet_at(refuse) as (fleet, server):
+        [reject] = await worked(fleet, [item], SECTIONS, journal=journal)
+        before = server.simulation.stats.completion_tokens
+    assert isinstance(reject, Reject)
+    kept = await asyncio.to_thread(journal.steps, item.key)
+    assert 3 == len(kept)
+    async with fleet_at([]) as (fleet, server):
+        context = sections_of((await worked(fleet, [item], SECTIONS, journal=journal))[0])
+        stats = server.simulation.stats
+    assert STEPS - 3 == stats.requests
+    assert STEPS == len(context.steps) == len(context.attempts)
+    assert (before + stats.completion_tokens, 0) == (context.completion_tokens, context.wasted_tokens)
+    assert kept[1].completion.text[:50] in context.context
+    assert [kept[0].completion.server] == list({step["server"] for step in context.steps[:3]})
+
+
+async def test_tries_of_a_step_are_played_again_too(journal: Journal) -> None:
+    """What was thrown away in an earlier run is waste, once, and is not tried again."""
+    script = [None, Fault.EMPTY, Fault.SHORT, Fault.REFUSE]
+    [item] = drafts("a")
+    async with fleet_at(script) as (fleet, server):
+        await worked(fleet, [item], SECTIONS, journal=journal)
+        before = server.simulation.stats.completion_tokens
+    async with fleet_at([]) as (fleet, server):
+        context = sections_of((await worked(fleet, [item], SECTIONS, journal=journal))[0])
+        stats = server.simulation.stats
+    assert 3 + stats.requests == len(context.attempts)
+    assert before + stats.completion_tokens == context.completion_tokens + context.wasted_tokens
+    empty = 1
+    assert len(context.attempts) - empty == len(context.steps)
+
+
+async def test_a_step_that_is_asked_otherwise_is_asked_again(journal: Journal) -> None:
+    """With another prompt nothing of the journal fits; what is finished now takes its place."""
+    [item] = drafts("a")
+    assert isinstance(item, Draft)
+    async with fleet_at(lambda number, _: Fault.REFUSE if number == 5 else None) as (fleet, _):
+        await worked(fleet, [item], SECTIONS, journal=journal)
+    async with fleet_at(lambda number, _: Fault.REFUSE if number == 3 else None) as (fleet, server):
+        await worked(fleet, [item], COLDER, journal=journal)
+        assert 3 == server.simulation.stats.requests
+    assert 2 == len(await asyncio.to_thread(journal.steps, item.key))
+    async with fleet_at([]) as (fleet, server):
+        sections_of((await worked(fleet, [item], COLDER, journal=journal))[0])
+        assert STEPS - 2 == server.simulation.stats.requests
+
+
+async def test_a_drain_puts_a_draft_down_between_two_steps(journal: Journal) -> None:
+    """Its steps are kept, so nothing is lost; one that is at its last step ends."""
+    items = drafts("a", "b")
+    async with fleet_at([]) as (fleet, server):
+        stats = server.simulation.stats
+        assert [] == await worked(
+            fleet, items, SECTIONS, journal=journal, is_draining=lambda: stats.requests >= 3
+        )
+        assert 3 == stats.requests
+        assert 1 == len(await worked(fleet, items[1:], journal=journal, is_draining=lambda: True))
+        await worked(fleet, items, SECTIONS, journal=journal)
+        assert 1 + 2 * STEPS == server.simulation.stats.requests
+
+
+async def test_a_single_step_is_not_kept(journal: Journal) -> None:
+    """Only what has more to come is worth it."""
+    async with fleet_at([]) as (fleet, _):
+        await worked(fleet, drafts("a", "b"), journal=journal)
+    assert not journal.path.exists()
+
+
+async def test_the_past_of_a_conversation_is_cached(journal: Journal) -> None:
+    """Each step finds what was said before in the server's cache: all of its prompt but the last question."""
+    async with fleet_at([]) as (fleet, _):
+        context = sections_of((await worked(fleet, drafts("a"), SECTIONS, journal=journal))[0])
+    for before, after in pairwise(context.steps):
+        past = before["prompt_tokens"] + before["completion_tokens"]
+        assert after["cached_tokens"] >= past - 64
+    assert context.cached_tokens > 0.7 * context.prompt_tokens

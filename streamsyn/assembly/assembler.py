@@ -15,8 +15,8 @@ from typing import Any
 
 from streamsyn.assembly.passages import Passage, Pool, Window
 from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.config import AssemblySection
 from streamsyn.records import Sample, digest
+from streamsyn.sections import AssemblySection
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """The user message of a sample: a template for each family of tasks, or the user's own."""
 
 from streamsyn.assembly.passages import Passage
-from streamsyn.config import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
+from streamsyn.sections import AssemblySection
 from streamsyn.templates import PromptTemplate, packaged, read
 
 FAMILIES = ("single_doc_qa", "multi_doc_qa", "summary", "meeting_query", "general")

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamsyn.config import ChecksSection
 from streamsyn.records import RejectReason, Seed
+from streamsyn.sections import ChecksSection
 
 _CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
 _WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
@@ -63,17 +63,31 @@ class Checks:
         """
         return next(self._failures(text, figures, seed, own_lines), None)
 
+    def part_failure(self, text: str, own_lines: Sequence[str]) -> Failure | None:
+        """What makes one section of a document unfit to be gone on from; None when nothing does."""
+        return (
+            self.refusal(text)
+            or self._echo(normalised(text), own_lines)
+            or self._repetition(repetition(text.split()))
+        )
+
+    def refusal(self, text: str) -> Failure | None:
+        """Whether there is no text, or one that declines."""
+        if not text.strip():
+            return Failure(RejectReason.EMPTY, "the answer holds no text")
+        if self._section.refusal and _REFUSAL.match(text):
+            return Failure(RejectReason.REFUSAL, _shown(text))
+        return None
+
     def _failures(
         self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
     ) -> Iterator[Failure]:
         section, words = self._section, figures["words"]
-        if not words:
-            yield Failure(RejectReason.EMPTY, "the answer holds no text")
-        if section.refusal and _REFUSAL.match(text):
-            yield Failure(RejectReason.REFUSAL, _shown(text))
+        if failure := self.refusal(text):
+            yield failure
         plain = normalised(text)
-        if section.prompt_echo and (line := _echoed(plain, own_lines)):
-            yield Failure(RejectReason.PROMPT_ECHO, f"repeats our prompt: {line!r}")
+        if failure := self._echo(plain, own_lines):
+            yield failure
         if section.qa_pasted and (what := _pasted(text, plain, seed)):
             yield Failure(RejectReason.QA_PASTED, f"{what}: {_shown(text)}")
         if words < section.min_words:
@@ -84,12 +98,22 @@ class Checks:
             yield Failure(
                 RejectReason.TOO_LONG, f"{words} words, more than checks.max_words = {section.max_words}"
             )
-        if figures["repetition"] > section.max_repetition:
-            yield Failure(
-                RejectReason.REPETITION,
-                f"{figures['repetition']:.0%} of its {_RUN}-word runs stand in it before, more than "
-                f"checks.max_repetition = {section.max_repetition:.0%}",
-            )
+        if failure := self._repetition(figures["repetition"]):
+            yield failure
+
+    def _echo(self, plain: str, own_lines: Sequence[str]) -> Failure | None:
+        if self._section.prompt_echo and (line := _echoed(plain, own_lines)):
+            return Failure(RejectReason.PROMPT_ECHO, f"repeats our prompt: {line!r}")
+        return None
+
+    def _repetition(self, share: float) -> Failure | None:
+        if share <= self._section.max_repetition:
+            return None
+        return Failure(
+            RejectReason.REPETITION,
+            f"{share:.0%} of its {_RUN}-word runs stand in it before, more than "
+            f"checks.max_repetition = {self._section.max_repetition:.0%}",
+        )
 
 
 def repetition(words: list[str]) -> float:

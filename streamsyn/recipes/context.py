@@ -5,28 +5,17 @@ Tuning", arXiv 2502.15592, section 3.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamsyn.config import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
-from streamsyn.recipes.checks import Checks, Failure, normalised
+from streamsyn.recipes.checks import Checks, Failure
 from streamsyn.recipes.parse import document_text
+from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, opening, seed_group
 from streamsyn.recipes.recipe import RejectedDraft, Steps
-from streamsyn.records import Completion, Document, Draft, RejectReason, Request, digest
-from streamsyn.templates import PromptTemplate, packaged, read
-
-
-class _AnyMetadata(dict[str, str]):
-    """Stands in for a seed's other fields when a template is tried: nobody knows them yet."""
-
-    def __missing__(self, name: str) -> str:
-        return name
-
-
-_EXAMPLE = {"instruction": "i", "answer": "a", "task": "t", "target_words": 1, "metadata": _AnyMetadata()}
+from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
+from streamsyn.sections import ChecksSection, RecipeSection
 
 
 class ContextRecipe:
@@ -49,7 +38,7 @@ class ContextRecipe:
     def steps(self, draft: Draft) -> Steps:
         """Ask up to `recipe.tries` times for a document that passes the checks."""
         request = self.request(draft)
-        own_lines = self._prompt_of(draft).own_lines
+        own_lines = self._prompt_of(draft.seed).own_lines
         failure: Failure | None = None
         for _ in range(self._recipe.tries):
             completions = yield from self._answer(request)
@@ -69,7 +58,33 @@ class ContextRecipe:
 
     def request(self, draft: Draft) -> Request:
         """The question asked first, and afresh after a failed check."""
-        seed = draft.seed
+        begins = self._opening(draft.seed)
+        group, beginnings = begins.group, begins.beginnings
+        asks_alike = self._recipe.contexts_per_seed > 1
+        if asks_alike:
+            beginnings = (*beginnings, begins.own)
+        if asks_alike or self._recipe.on_truncated == "continue":
+            group = group or seed_group(draft.seed)
+        return Request(begins.messages, self._sampling, group, beginnings)
+
+    def group(self, seed: Seed) -> str:
+        """Key of what the template's block `group` makes of a seed."""
+        if "group" not in self._prompt_of(seed).block_names:
+            return ""
+        try:
+            return self._opening(seed).group
+        except ConfigError:  # the worker that gets the seed will tell
+            return ""
+
+    def outlook(self) -> str:
+        """Nothing follows a good answer."""
+        return ""
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of the prompt, which may be the packaged one of another version."""
+        return {"recipe.prompt": self._prompt.digest}
+
+    def _opening(self, seed: Seed) -> Opening:
         override = self._recipe.tasks.get(seed.task)
         variables = {
             "instruction": seed.instruction,
@@ -78,33 +93,27 @@ class ContextRecipe:
             "target_words": (override and override.target_words) or self._recipe.target_words,
             "metadata": seed.metadata,
         }
-        template = self._prompt_of(draft).template
-        blocks = template.render_blocks(**variables)
-        messages = []
-        if system := blocks.get("system"):
-            messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": blocks.get("user") or template.render(**variables)})
-        return Request(messages, self._sampling)
-
-    def fingerprint(self) -> dict[str, str]:
-        """A digest of the prompt, which may be the packaged one of another version."""
-        return {"recipe.prompt": digest(self._prompt.template.source).hex()}
+        prompt = self._prompt_of(seed)
+        blocks = prompt.blocks(variables)
+        own = blocks.get("user") or prompt.whole(variables)
+        return opening(blocks.get("system", ""), blocks.get("group", ""), own)
 
     def _answer(self, request: Request) -> Generator[Request, Completion, list[Completion]]:
         """One answer, continued where it was cut and that is wanted."""
         completions = [(yield request)]
         if self._recipe.on_truncated != "continue":
             return completions
+        goes_on = {**self._sampling, "continue_final_message": True}
         for _ in range(self._recipe.max_continuations):
             if completions[-1].finish_reason != "length":
                 break
             so_far = "".join(completion.text for completion in completions)
             messages = [*request.messages, {"role": "assistant", "content": so_far}]
-            completions.append((yield Request(messages, {**self._sampling, "continue_final_message": True})))
+            completions.append((yield Request(messages, goes_on, request.group, request.beginnings)))
         return completions
 
-    def _prompt_of(self, draft: Draft) -> "_Prompt":
-        return self._prompts.get(draft.seed.task, self._prompt)
+    def _prompt_of(self, seed: Seed) -> Prompt:
+        return self._prompts.get(seed.task, self._prompt)
 
     @cached_property
     def _sampling(self) -> dict[str, Any]:
@@ -112,18 +121,9 @@ class ContextRecipe:
         return {"temperature": recipe.temperature, "max_tokens": recipe.max_tokens, **recipe.sampling}
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A template, and the lines of it that must not come back in an answer."""
-
-    template: PromptTemplate
-    own_lines: tuple[str, ...]
-
-
-def _prompt(path: Path | None) -> _Prompt:
-    name, source = ("context", packaged("prompts", "context")) if path is None else (str(path), read(path))
-    template = PromptTemplate(name, source, _EXAMPLE)
-    if template.block_names and "user" not in template.block_names:
-        found = ", ".join(sorted(template.block_names))
-        raise ConfigError(f"template {name}: there is no block `user`, only {found}")
-    return _Prompt(template, tuple(normalised(line.lstrip("-* ")) for line in template.fixed_lines))
+def _prompt(path: Path | None) -> Prompt:
+    prompt = Prompt(path, "context", EXAMPLE)
+    if prompt.block_names and "user" not in prompt.block_names:
+        found = ", ".join(sorted(prompt.block_names))
+        raise ConfigError(f"template {path}: there is no block `user`, only {found}")
+    return prompt

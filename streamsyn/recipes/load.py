@@ -1,13 +1,18 @@
 """From `recipe.use` to a recipe."""
 
 import difflib
+from collections.abc import Callable
 
-from streamsyn.config import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import Recipe
+from streamsyn.recipes.sections import SectionsRecipe
+from streamsyn.sections import ChecksSection, RecipeSection
 
-RECIPES = {"context": ContextRecipe}
+RECIPES: dict[str, Callable[[RecipeSection, ChecksSection], Recipe]] = {
+    "context": ContextRecipe,
+    "sections": SectionsRecipe,
+}
 
 
 def load_recipe(recipe: RecipeSection, checks: ChecksSection) -> Recipe:

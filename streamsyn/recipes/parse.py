@@ -15,6 +15,16 @@ _LABEL = re.compile(
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
 _OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?!.*```)", re.DOTALL)
 _THOUGHTS = re.compile(r"\A<think>.*?(?:</think>\s*|\Z)", re.DOTALL)  # left open: there is no document yet
+_SECTION_HEADING = re.compile(
+    r"""\A\s*
+    (?: \#{1,6}[ \t]+[^\n]*
+    |   \*\*[^\n*]{1,120}\*\*:?
+    |   (?:section|part|chapter)[ ]\d+\b[^\n]{0,120}(?<![.!?,;])
+    )[ \t]*(?:\n\s*|\Z)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_DOTS = re.compile(r"\A(?:\.{3}|\u2026)\s*")
 _CLOSING_TAG = re.compile(r"</(?:context|document|background|text)>\Z", re.IGNORECASE)
 
 
@@ -33,3 +43,18 @@ def document_text(answer: str) -> str:
         if text.endswith(">"):
             text = _CLOSING_TAG.sub("", text).rstrip()
     return _OPEN_FENCE.sub("", text).strip()  # a fence left open: the answer was cut
+
+
+def section_text(answer: str, title: str, *, goes_on: bool) -> str:
+    """The text of one section, without the heading that was not asked for.
+
+    Args:
+        answer: What the LLM gave.
+        title: What the section is on.
+        goes_on: Whether it goes on in the middle of the section before, where some put dots first.
+    """
+    text = _SECTION_HEADING.sub("", document_text(answer))
+    first, _, rest = text.partition("\n")
+    if title and first.strip(" \t*_#:.").casefold() == title.casefold():
+        text = rest.lstrip()
+    return _DOTS.sub("", text) if goes_on else text

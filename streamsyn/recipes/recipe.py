@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from typing import Protocol, TypeAlias
 
-from streamsyn.records import Completion, Document, Draft, RejectReason, Request
+from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 
 Steps: TypeAlias = Generator[Request, Completion, Document]
 """Yields a Request, is sent its Completion, and so on; returns the Document."""
@@ -13,7 +13,9 @@ class Recipe(Protocol):
     """Decides what is asked of an LLM for a draft, and what is made of the answers.
 
     A recipe does no I/O and keeps no state between drafts: a worker drives `steps`, so retries,
-    placement and time bounds are none of its business, and the same answers give the same document.
+    placement and time bounds are none of its business. The same answers give the same next request
+    and the same document: after a kill, finished steps are played to it again from the journal. So
+    what it draws at random comes from the draft, never from a clock.
     """
 
     def steps(self, draft: Draft) -> Steps:
@@ -22,6 +24,14 @@ class Recipe(Protocol):
         Raises:
             RejectedDraft: No answer was good enough.
         """
+        ...
+
+    def group(self, seed: Seed) -> str:
+        """Key of a long text that `seed` shares with other seeds; "" where there is none. Cheap."""
+        ...
+
+    def outlook(self) -> str:
+        """What follows the first request of a draft, in words; "" when that is all, as a rule."""
         ...
 
     def fingerprint(self) -> dict[str, str]:

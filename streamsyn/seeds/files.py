@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from streamsyn.config import SeedsSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import Entry
+from streamsyn.sections import SeedsSection
 from streamsyn.seeds.lines import split_lines
 from streamsyn.seeds.parse import SeedParser
 

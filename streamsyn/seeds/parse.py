@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from streamsyn.config import FieldsSection
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
+from streamsyn.sections import FieldsSection
 from streamsyn.seeds.lines import Line
 
 _SHOWN = 120

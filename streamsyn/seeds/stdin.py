@@ -8,9 +8,9 @@ from typing import IO, Any
 
 import orjson
 
-from streamsyn.config import SeedsSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
+from streamsyn.sections import SeedsSection
 from streamsyn.seeds.lines import LineSplitter
 from streamsyn.seeds.parse import SeedParser
 

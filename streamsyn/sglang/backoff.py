@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from random import Random
 
-from streamsyn.config import FleetSection
 from streamsyn.errors import RequestRefused, ServerBusy, ServerError, ServerUnreachable
+from streamsyn.sections import FleetSection
 
 
 def full_jitter(base_s: float, longest_s: float, step: int, draw: Random) -> float:

@@ -1,29 +1,15 @@
-"""One server over HTTP. The only place where aiohttp's errors are seen: they become ours here."""
+"""One server, in its own words: requests out, completions and loads back, whatever carries them."""
 
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
-import aiohttp
-
-from streamsyn.errors import (
-    BrokenResponse,
-    ConfigError,
-    ServerTimeout,
-    ServerUnavailable,
-    ServerUnreachable,
-    StreamsynError,
-)
+from streamsyn.errors import ConfigError, ServerUnavailable
 from streamsyn.records import Completion, Request
 from streamsyn.sglang import wire
+from streamsyn.sglang.loads import Load, parse_load
+from streamsyn.sglang.transport import Transport
 
-KEEP_ALIVE_S = 4.0
-"""Shorter than the 5 s after which an SGLang server closes an idle connection (its default)."""
-_STALE_WITHIN_S = 1.0
-"""A dead connection shows this soon; one that breaks later had a request at work on it."""
-_FOREIGN = (aiohttp.ClientError, ConnectionError, TimeoutError, UnicodeError)
-"""What aiohttp raises; the last one when a host name cannot be looked up at all."""
 _CONTROL_TIMEOUT_S = 15.0
+_LOAD_TIMEOUT_S = 5.0
 _ABORT_TIMEOUT_S = 2.0
 
 
@@ -31,36 +17,39 @@ class ServerClient:
     """Speaks to one server.
 
     Args:
-        url: Its base URL, without a path.
-        session: Used for this server alone.
+        url: Its base URL, by which it is called.
+        transport: What carries requests to it.
         request_timeout_s: Bound on one chat request.
-        connect_timeout_s: Bound on opening a connection.
     """
 
-    def __init__(
-        self,
-        url: str,
-        session: aiohttp.ClientSession,
-        request_timeout_s: float,
-        connect_timeout_s: float = 10.0,
-    ) -> None:
+    def __init__(self, url: str, transport: Transport, request_timeout_s: float) -> None:
         self.url = url
-        self._session = session
-        # aiohttp's own total costs less than asyncio.timeout; beyond 5 s it is up to a second late.
-        self._request_timeout, self._control_timeout, self._abort_timeout = (
-            aiohttp.ClientTimeout(total=seconds, sock_connect=connect_timeout_s)
-            for seconds in (request_timeout_s, _CONTROL_TIMEOUT_S, _ABORT_TIMEOUT_S)
-        )
+        self._transport = transport
+        self._request_timeout_s = request_timeout_s
 
-    async def chat(self, request: Request, model: str, rid: str) -> Completion:
+    async def chat(
+        self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
+    ) -> Completion:
         """Ask and wait for the whole answer.
+
+        With `on_first_token` the answer is streamed, and the call made when it begins: from then on the
+        prompt is in the server's prefix cache.
 
         Raises:
             ServerError: No usable answer came; the kind says what to do next.
         """
-        body = wire.chat_body(request, model, rid)
-        status, answer = await self._post(wire.CHAT, body, self._request_timeout)
-        return wire.parse_chat(status, answer, self.url)
+        headers = {wire.ROUTING_KEY: request.group} if request.group else {}
+        reply = await self._transport.exchange(
+            "POST",
+            wire.CHAT,
+            body=wire.chat_body(request, model, rid, stream=on_first_token is not None),
+            headers=headers,
+            timeout_s=self._request_timeout_s,
+            on_data=on_first_token,
+        )
+        if on_first_token is not None:
+            return wire.parse_chat_stream(reply.status, reply.body, self.url)
+        return wire.parse_chat(reply.status, reply.body, self.url)
 
     async def abort(self, rid: str) -> None:
         """Have the server drop the request of that rid.
@@ -68,7 +57,30 @@ class ServerClient:
         Raises:
             ServerError: It could not be told; it will find out when it writes its answer.
         """
-        await self._post(wire.ABORT, b'{"rid":"%s"}' % rid.encode(), self._abort_timeout)
+        body = b'{"rid":"%s"}' % rid.encode()
+        await self._transport.exchange("POST", wire.ABORT, body=body, timeout_s=_ABORT_TIMEOUT_S)
+
+    async def load(self) -> Load | None:
+        """What it has to do just now; None when it does not say.
+
+        Raises:
+            ServerError: It gave no answer.
+        """
+        reply = await self._transport.exchange("GET", wire.LOADS, timeout_s=_LOAD_TIMEOUT_S)
+        if reply.status in (404, 405):
+            return None
+        if reply.status != 200:
+            raise wire.error_of(reply.status, "no load", self.url)
+        return parse_load(reply.body)
+
+    async def weight_version(self) -> str | None:
+        """Which weights it has, as it calls them; None when it does not say.
+
+        Raises:
+            ServerError: It gave no answer.
+        """
+        reply = await self._transport.exchange("GET", wire.MODEL_INFO, timeout_s=_CONTROL_TIMEOUT_S)
+        return wire.weight_version(reply.body) if reply.status == 200 else None
 
     async def models(self) -> list[str]:
         """What it serves, once it is healthy.
@@ -77,67 +89,15 @@ class ServerClient:
             ServerError: It is not up.
             ConfigError: It does not accept our key.
         """
-        status, body = await self._get(wire.HEALTH)
-        if status in (200, 404):  # other servers than SGLang may lack the route
-            status, body = await self._get(wire.MODELS)
-        elif status not in (401, 403):
-            raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {status}")
-        if status in (401, 403):
-            raise ConfigError(f"{self.url} does not accept the key (HTTP {status}); set STREAMSYN_API_KEY")
-        if status != 200:
-            raise wire.error_of(status, "no list of models", self.url)
-        return wire.served_models(body)
-
-    async def _get(self, path: str) -> tuple[int, bytes]:
-        bound = self._control_timeout
-        try:
-            async with self._session.get(self.url + path, timeout=bound) as response:
-                return response.status, await response.read()
-        except _FOREIGN as error:
-            raise self._translated(error, bound) from error
-
-    async def _post(self, path: str, body: bytes, bound: aiohttp.ClientTimeout) -> tuple[int, bytes]:
-        started = time.monotonic()
-        try:
-            try:
-                return await self._post_once(path, body, bound)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                # Gone at once and without a byte: most likely a kept-alive connection that the server
-                # was just closing, which says nothing about the server. Once more, on another one.
-                late = time.monotonic() - started > _STALE_WITHIN_S
-                if late or isinstance(error, aiohttp.ClientConnectorError):
-                    raise
-            return await self._post_once(path, body, bound)
-        except _FOREIGN as error:
-            raise self._translated(error, bound) from error
-
-    async def _post_once(self, path: str, body: bytes, bound: aiohttp.ClientTimeout) -> tuple[int, bytes]:
-        async with self._session.post(self.url + path, data=body, timeout=bound) as response:
-            return response.status, await response.read()
-
-    def _translated(self, error: Exception, bound: aiohttp.ClientTimeout) -> StreamsynError:
-        """What aiohttp's error means to us."""
-        match error:
-            case aiohttp.InvalidURL() | UnicodeError():
-                return ConfigError(f"{self.url} is no URL")
-            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
-                return ServerUnreachable(f"{self.url} cannot be reached: {error}")
-            case TimeoutError():
-                return ServerTimeout(f"{self.url} gave no answer within {bound.total:g} s")
-            case aiohttp.ClientPayloadError():
-                return BrokenResponse(f"{self.url} cut its answer short: {error}")
-            case aiohttp.ClientConnectionError() | ConnectionError():
-                return ServerUnavailable(f"{self.url} dropped the connection: {error}")
-            case _:
-                return BrokenResponse(f"{self.url} speaks no proper HTTP: {error}")
-
-
-@asynccontextmanager
-async def open_session(headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session for one server: as many connections as there are requests, none kept too long."""
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-        headers={"Content-Type": "application/json", **headers},
-        read_bufsize=2**20,
-    ) as session:
-        yield session
+        reply = await self._transport.exchange("GET", wire.HEALTH, timeout_s=_CONTROL_TIMEOUT_S)
+        if reply.status in (200, 404):  # other servers than SGLang may lack the route
+            reply = await self._transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
+        elif reply.status not in (401, 403):
+            raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
+        if reply.status in (401, 403):
+            raise ConfigError(
+                f"{self.url} does not accept the key (HTTP {reply.status}); set STREAMSYN_API_KEY"
+            )
+        if reply.status != 200:
+            raise wire.error_of(reply.status, "no list of models", self.url)
+        return wire.served_models(reply.body)

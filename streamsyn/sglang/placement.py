@@ -1,101 +1,248 @@
-"""Which server a request goes to: the usable one with the fewest in flight; a queue when there is none."""
+"""Which server a request goes to, and when: places in flight, given out in the order of asking.
+
+A request without a group goes to whichever server has the smallest load; one that belongs to a group
+waits for its group's server. While a beginning that it shares with others is just being brought into a
+server's cache, it waits for that too.
+"""
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 from streamsyn.errors import StoppedEarly
+from streamsyn.records import Request
+from streamsyn.sglang.homes import Homes
 from streamsyn.sglang.server import Server
 
 _DRAINED = "the run is draining, and no server has a place"
+_IDLE = 0.8
+"""A server that uses less than this part of its cap takes over requests that wait for another one."""
+_NOTHING = Request([], {})
 
 
 @dataclass(slots=True, eq=False)
-class _Waiter:
-    turn: asyncio.Future[Server]
+class Place:
+    """One request's place at a server, to be given back.
+
+    Attributes:
+        server: Where.
+        leads: The beginnings that it is the first with.
+    """
+
+    server: Server
+    leads: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that has no place yet."""
+
+    number: int
+    request: Request
+    turn: asyncio.Future[Place]
     avoid: Server | None
 
 
 class Placement:
-    """Hands out places in flight, first come first served.
+    """Hands out places in flight.
 
-    Every change of state is a plain call and ends with `dispatch`, which gives free places to those
-    who wait; nothing can be interrupted half-way.
+    Every change of state is a plain call that ends by giving free places to those who wait; nothing can
+    be interrupted half-way.
+
+    Args:
+        servers: May be added to later.
+        homes: Where groups are at home.
+        leader_wait_s: The longest wait for a leader.
+        clock: Seconds of the event loop.
     """
 
-    def __init__(self, servers: Sequence[Server]) -> None:
-        self._servers = servers
-        self._waiters: deque[_Waiter] = deque()
+    def __init__(
+        self, servers: list[Server], homes: Homes, leader_wait_s: float, clock: Callable[[], float]
+    ) -> None:
+        self.servers = servers
+        self.homes = homes
+        self._leader_wait_s = leader_wait_s
+        self._clock = clock
+        self._common: deque[Waiter] = deque()
+        self._numbers = count()
         self._timer: asyncio.TimerHandle | None = None
-        self._draining = False
+        self._wait_ends: dict[tuple[Server, str], asyncio.TimerHandle] = {}
+        self._is_draining = False
 
-    async def acquire(self, avoid: Server | None = None) -> Server:
-        """Wait for a place at a server, if possible another one than `avoid`; `release` it after.
+    async def acquire(self, request: Request = _NOTHING, avoid: Server | None = None) -> Place:
+        """Wait for a place, if possible at another server than `avoid`; `release` it after.
 
         Raises:
             StoppedEarly: `drain` was called, and there is no place.
         """
-        if not self._waiters and (server := self._pick(avoid)) is not None:
-            server.limiter.in_flight += 1
-            return server
-        if self._draining:
-            raise StoppedEarly(_DRAINED)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
-        self._waiters.append(waiter)
-        self.dispatch()
+        waiter = Waiter(next(self._numbers), request, asyncio.get_running_loop().create_future(), avoid)
+        self._put(waiter)
+        if not waiter.turn.done():
+            if self._is_draining:
+                waiter.turn.cancel()  # whoever comes upon it in a queue skips it
+                raise StoppedEarly(_DRAINED)
+            self._look_again_later()
         try:
             return await waiter.turn
         except asyncio.CancelledError:
-            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+            if not waiter.turn.cancelled() and waiter.turn.done() and waiter.turn.exception() is None:
                 self.release(waiter.turn.result())
             raise
 
-    def release(self, server: Server) -> None:
+    def release(self, place: Place) -> None:
         """Give a place back."""
+        server = place.server
         server.limiter.in_flight -= 1
-        self.dispatch()
+        if place.leads:  # no first token came
+            self._release(server, place.leads, warm=False)
+        self._fill(server)
+
+    def warmed(self, place: Place) -> None:
+        """The first token has come: what the request begins with is in the server's cache."""
+        leads, place.leads = place.leads, ()
+        self._release(place.server, leads, warm=True)
 
     def dispatch(self) -> None:
         """Give what is free to those who wait; to be called when a server has become usable."""
-        while self._waiters:
-            waiter = self._waiters[0]
-            if not waiter.turn.done():  # else it was cancelled
-                server = self._pick(waiter.avoid)
-                if server is None:
-                    self._dispatch_after_hold()
-                    return
-                server.limiter.in_flight += 1
-                waiter.turn.set_result(server)
-            self._waiters.popleft()
+        for server in self.servers:
+            self._fill(server)
+        self._look_again_later()
+
+    def left(self, server: Server) -> None:
+        """`server` is out: who waits for it goes elsewhere, and its groups find other homes."""
+        self.homes.forget(server)
+        server.prefixes.clear()
+        waiters = [*server.queue, *server.leaders.clear()]
+        server.queue.clear()
+        for waiter in sorted(waiters, key=lambda waiter: waiter.number):
+            if not waiter.turn.done():
+                self._put(waiter)
 
     def drain(self) -> None:
         """Let nobody wait any longer: a drain is for what is in flight."""
-        self._draining = True
-        for waiter in self._waiters:
+        self._is_draining = True
+        for waiter in self._all_waiters():
             if not waiter.turn.done():
                 waiter.turn.set_exception(StoppedEarly(_DRAINED))
-        self._waiters.clear()
+        self._common.clear()
+        for server in self.servers:
+            server.queue.clear()
 
     def close(self) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
+        for timer in (self._timer, *self._wait_ends.values()):
+            if timer is not None:
+                timer.cancel()
+        self._wait_ends.clear()
+
+    def _put(self, waiter: Waiter) -> None:
+        """Give it a place if there is one, else let it wait where it should."""
+        usable = [server for server in self.servers if server.is_in]
+        if waiter.request.group and usable:
+            server = self.homes.home(waiter.request.group, usable, waiter.avoid)
+            _drop_cancelled(server.queue)
+            if server.queue or not self._seat(waiter, server):
+                server.queue.append(waiter)
+            return
+        _drop_cancelled(self._common)
+        if not self._common:
+            now = self._clock()
+            roomy = [server for server in usable if server.limiter.has_room(now)]
+            others = [server for server in roomy if server is not waiter.avoid] or roomy
+            if others and self._seat(waiter, min(others, key=_load)):
+                return
+        self._common.append(waiter)
+
+    def _seat(self, waiter: Waiter, server: Server) -> bool:
+        """Give it a place at `server`, or have it follow a leader there; False when there is no room."""
+        if not server.limiter.has_room(self._clock()):
+            return False
+        beginnings = waiter.request.beginnings
+        if beginnings and (key := server.leaders.led(beginnings)) is not None:
+            server.leaders.follow(key, waiter)
+            return True
+        leads = server.leaders.lead(beginnings) if beginnings else ()
+        for key in leads:
+            self._bound_wait(server, key)
+        server.limiter.in_flight += 1
+        waiter.turn.set_result(Place(server, leads))
+        return True
+
+    def _fill(self, server: Server) -> None:
+        """Give the server's free places to those who wait for it, then to those who wait for any."""
+        while server.is_in and server.limiter.has_room(self._clock()):
+            waiter = self._next_for(server)
+            if waiter is None:
+                return
+            self._seat(waiter, server)
+
+    def _next_for(self, server: Server) -> Waiter | None:
+        own, common = server.queue, self._common
+        _drop_cancelled(own)
+        _drop_cancelled(common)
+        if own and (not common or own[0].number < common[0].number):
+            return own.popleft()
+        if common:
+            return common.popleft()
+        limiter = server.limiter
+        if limiter.in_flight >= _IDLE * limiter.cap_at(self._clock()):
+            return None
+        return self._taken_over(server)
+
+    def _taken_over(self, server: Server) -> Waiter | None:
+        """A waiter of the longest queue: the one with the shortest past, which loses least by moving."""
+        fullest = max(self.servers, key=lambda other: len(other.queue) / other.share)
+        waiting = [waiter for waiter in fullest.queue if not waiter.turn.done()]
+        if not waiting or fullest is server or fullest.model != server.model:
+            return None
+        waiter = min(waiting, key=lambda waiter: (len(waiter.request.messages), waiter.number))
+        fullest.queue.remove(waiter)
+        self.homes.move(waiter.request.group, server)
+        return waiter
+
+    def _release(self, server: Server, keys: Iterable[str], *, warm: bool) -> None:
+        keys = tuple(keys)
+        for key in keys:
+            if timer := self._wait_ends.pop((server, key), None):
+                timer.cancel()
+        released = server.leaders.release(keys, warm=warm)
+        left = [
+            waiter
+            for waiter in released
+            if not waiter.turn.done() and not (server.is_in and self._seat(waiter, server))
+        ]
+        server.queue.extendleft(reversed(left))
+
+    def _bound_wait(self, server: Server, key: str) -> None:
+        end = partial(self._release, server, (key,), warm=True)
+        loop = asyncio.get_running_loop()
+        self._wait_ends[server, key] = loop.call_later(self._leader_wait_s, end)
+
+    def _look_again_later(self) -> None:
+        """Look when the first of the servers that are held, or start slowly, has room again."""
+        now = self._clock()
+        ends = [server.limiter.next_room_at(now) for server in self.servers if server.is_in]
+        end = min((end for end in ends if end is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        if end is not None and (self._common or any(server.queue for server in self.servers)):
+            self._timer = asyncio.get_running_loop().call_at(end, self.dispatch)
 
-    def _pick(self, avoid: Server | None) -> Server | None:
-        now = time.monotonic()
-        usable = [server for server in self._servers if server.is_usable(now)]
-        others = [server for server in usable if server is not avoid]
-        return min(others or usable, key=_load, default=None)
-
-    def _dispatch_after_hold(self) -> None:
-        now = time.monotonic()
-        ends = [server.limiter.held_until for server in self._servers if server.limiter.held_until > now]
-        self.close()
-        if ends:
-            self._timer = asyncio.get_running_loop().call_later(min(ends) - now, self.dispatch)
+    def _all_waiters(self) -> list[Waiter]:
+        waiting = list(self._common)
+        for server in self.servers:
+            waiting += [*server.queue, *server.leaders.waiting()]
+        return waiting
 
 
-def _load(server: Server) -> tuple[int, int]:
-    return server.limiter.in_flight, server.completions
+def _load(server: Server) -> tuple[float, int]:
+    return server.assigned / server.share, server.completions
+
+
+def _drop_cancelled(queue: deque[Waiter]) -> None:
+    while queue and queue[0].turn.done():
+        queue.popleft()

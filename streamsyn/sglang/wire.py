@@ -22,8 +22,12 @@ T = TypeVar("T")
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
+MODEL_INFO = "/model_info"
 HEALTH = "/health"
 ABORT = "/abort_request"
+LOADS = "/v1/loads?include=core,queues"
+ROUTING_KEY = "X-SMG-Routing-Key"
+"""By which a router in front of servers keeps requests together; servers take it too."""
 
 _MISCONFIGURED = frozenset({401, 403, 404, 405})
 """Statuses that say something about the server or the key, not about the request."""
@@ -32,9 +36,12 @@ _DUPLICATE = "Duplicate request ID"
 _SHOWN = 200
 
 
-def chat_body(request: Request, model: str, rid: str) -> bytes:
-    """The body of a chat request."""
-    return orjson.dumps({"model": model, "messages": request.messages, "rid": rid, **request.sampling})
+def chat_body(request: Request, model: str, rid: str, *, stream: bool = False) -> bytes:
+    """The body of a chat request; with `stream`, for an answer that `parse_chat_stream` reads."""
+    body = {"model": model, "messages": request.messages, "rid": rid, **request.sampling}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return orjson.dumps(body)
 
 
 def parse_chat(status: int, body: bytes, server: str) -> Completion:
@@ -47,6 +54,42 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
         raise error_of(status, _message(body), server)
     try:
         answer = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BrokenResponse(f"{server} answered no JSON: {_shown(body)}") from error
+    return _completion(answer, body, server)
+
+
+def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
+    """The completion in a streamed chat answer that has come to its end.
+
+    Raises:
+        ServerError: There is none; which one says what to do next.
+    """
+    if status != 200:
+        raise error_of(status, _message(body), server)
+    events = [event.removeprefix(b"data: ") for event in body.replace(b"\r\n", b"\n").split(b"\n\n") if event]
+    if not events or events.pop().strip() != b"[DONE]":
+        raise BrokenResponse(f"{server} cut its stream short: {_shown(body[-_SHOWN:])}")
+    answer: dict[str, Any] = {"choices": [{"message": {}, "finish_reason": None}]}
+    choice, text = answer["choices"][0], []
+    try:
+        for event in map(orjson.loads, events):
+            if (message := _error_message(event)) is not None:
+                raise error_of(_error_code(event), message, server)
+            answer.update((name, event[name]) for name in ("model", "usage", "metadata") if event.get(name))
+            for part in event["choices"]:
+                text.append(part["delta"].get("content") or "")
+                choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+    except orjson.JSONDecodeError as error:
+        raise BrokenResponse(f"{server} streamed no JSON: {_shown(body)}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BrokenResponse(f"{server} streamed an event without {error}: {_shown(body)}") from error
+    choice["message"]["content"] = "".join(text)
+    return _completion(answer, body, server)
+
+
+def _completion(answer: Any, body: bytes, server: str) -> Completion:
+    try:
         if (message := _error_message(answer)) is not None:
             raise error_of(_error_code(answer), message, server)
         choice, usage = answer["choices"][0], answer["usage"]
@@ -62,8 +105,6 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
             server=server,
             weight_version=_checked((metadata or {}).get("weight_version") or "", str) or None,
         )
-    except orjson.JSONDecodeError as error:
-        raise BrokenResponse(f"{server} answered no JSON: {_shown(body)}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise BrokenResponse(f"{server} answered without {error}: {_shown(body)}") from error
     if finish_reason not in ("stop", "length"):
@@ -108,6 +149,15 @@ def served_models(body: bytes) -> list[str]:
         return [model["id"] for model in orjson.loads(body)["data"]]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise BrokenResponse(f"{MODELS} is not answered as expected: {_shown(body)}") from error
+
+
+def weight_version(body: bytes) -> str | None:
+    """The version of the weights in an answer of /model_info, if it is there."""
+    try:
+        version = orjson.loads(body)["weight_version"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, str) else None
 
 
 def _error_message(answer: Any) -> str | None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
-from streamsyn.config import SinkSection
 from streamsyn.errors import SinkError
 from streamsyn.records import Context, Reject, Sample, draft_key
+from streamsyn.sections import SinkSection
 from streamsyn.sink.frames import SUFFIXES
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.shard import OPEN_SUFFIX, OpenShard

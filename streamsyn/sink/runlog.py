@@ -8,11 +8,12 @@ from typing import Any
 import orjson
 import structlog
 
-from streamsyn.config import SinkSection
 from streamsyn.errors import SinkError
 from streamsyn.records import Context, Outcome, Reject
+from streamsyn.sections import SinkSection
 from streamsyn.sink import frames
 from streamsyn.sink.finished import Claims, FinishedKeys
+from streamsyn.sink.journal import Journal
 from streamsyn.sink.log import ShardLog, row_key
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import write_whole
@@ -46,6 +47,9 @@ class RunLog:
         self.samples.recover()
         tail = [*self.contexts.recover(), *self.rejects.recover()]
         self._finished.catch_up(self.manifest, root, [row_key(row) for row in tail])
+        self.journal = Journal(root / "journal.sqlite")
+        self._settled: list[bytes] = []
+        """Drafts with steps in the journal whose outcome is written and not yet on disk."""
 
     @property
     def outcomes(self) -> int:
@@ -54,7 +58,10 @@ class RunLog:
 
     def claims(self) -> Claims:
         """The set that tells the producer what need not be done again."""
-        return Claims(self._finished.path, self.root / "index" / "read.sqlite")
+        claims = Claims(self._finished.path, self.root / "index" / "read.sqlite")
+        # Killed between the sync and the drop: their outcomes are in the log.
+        self.journal.drop(claims.finished(self.journal.keys()))
+        return claims
 
     def append(self, outcomes: Sequence[Outcome]) -> list[tuple[int, Outcome]]:
         """Write outcomes, so that they survive a kill of this process; each with its seq."""
@@ -65,12 +72,15 @@ class RunLog:
             written += zip(self.contexts.append(contexts), contexts, strict=True)
         if rejects:
             written += zip(self.rejects.append(rejects), rejects, strict=True)
+        self._settled += [outcome.key for outcome in outcomes if self.journal.holds(outcome.key)]
         return written
 
     def sync(self) -> None:
         """Have all outcomes written so far survive a loss of power."""
         self.contexts.sync()
         self.rejects.sync()
+        settled, self._settled = self._settled, []
+        self.journal.drop(settled)
 
     def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
         """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
@@ -106,6 +116,7 @@ class RunLog:
                 "samples": self.samples.rows,
             }
             self.manifest.add_final(totals)
+        self.journal.close(remove_empty=True)
 
     def close(self, *, quietly: bool = False) -> None:
         """Sync and leave open shards for a later run. Closes all, even when one cannot be synced.
@@ -123,6 +134,7 @@ class RunLog:
             except SinkError as error:
                 failures.append(error)
         self._finished.close()
+        self.journal.close()
         if failures and not quietly:
             raise failures[0]
         for failure in failures:

@@ -11,9 +11,9 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeAlias, TypeVar
 
-from streamsyn.config import SinkSection
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Outcome
+from streamsyn.sections import SinkSection
 from streamsyn.sink.runlog import RunLog
 from streamsyn.telemetry import Counters
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from streamsyn.assembly.assembler import Assembler, AssemblyState
 from streamsyn.assembly.passages import Passage, Pool
 from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.config import AssemblySection
 from streamsyn.records import Sample
+from streamsyn.sections import AssemblySection
 from tests.builders import samples_of
 
 WORDS = ("alpha beta", "Gamma", "delta", "yes")

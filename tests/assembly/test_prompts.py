@@ -8,8 +8,8 @@ import pytest
 
 from streamsyn.assembly.passages import Passage
 from streamsyn.assembly.prompts import FAMILIES, KNOWN_TASKS, SamplePrompts
-from streamsyn.config import AssemblySection
 from streamsyn.errors import ConfigError
+from streamsyn.sections import AssemblySection
 
 
 def message(task: str, contexts: list[str], **section: Any) -> str:

@@ -14,10 +14,10 @@ from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.passages import Passage
 from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
-from streamsyn.config import AssemblySection
 from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
+from streamsyn.sections import AssemblySection
 from tests.builders import as_rows, context, samples_of
 
 SECTION = AssemblySection(contexts_per_sample=4, window_bytes=40_000)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from streamsyn.config import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.load import load_recipe
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
+from streamsyn.sections import ChecksSection, RecipeSection
 
 SEED = Seed("s-1", "qa", "When did the mill of Aldersby burn down?", "In 1847.", "seeds.jsonl:1")
 OTHER = Seed("s-2", "qa", "Who rowed to Fairholm?", "Nobody rowed there.", "seeds.jsonl:2")
@@ -266,3 +266,44 @@ def test_a_template_with_blocks_but_no_user_block_is_refused(tmp_path: Path) -> 
 
     with pytest.raises(ConfigError, match="no block `user`, only usr"):
         ContextRecipe(RecipeSection(template=template), ChecksSection())
+
+
+def test_the_keys_of_a_request() -> None:
+    """One seed, one draft: what it shares with others is the system message alone."""
+    made = recipe()
+    request, other = made.request(Draft(SEED)), made.request(Draft(OTHER))
+    assert ("", 1) == (request.group, len(request.beginnings))
+    assert request.beginnings == other.beginnings
+    assert all(key.isalnum() and key.isascii() for key in request.beginnings)
+    assert "" == made.group(SEED) == made.outlook()
+
+
+def test_drafts_of_a_seed_go_to_one_server() -> None:
+    """And so does an answer that is to be continued; the first draft brings the seed into the cache."""
+    request = recipe(contexts_per_seed=2).request(Draft(SEED, 1))
+    other = recipe(contexts_per_seed=2).request(Draft(OTHER, 1))
+    assert request.group != other.group
+    assert request.beginnings[0] == other.beginnings[0]
+    assert request.beginnings[1] != other.beginnings[1]
+    assert request.group == recipe(on_truncated="continue").request(Draft(SEED)).group
+
+
+def test_a_text_that_several_seeds_share(tmp_path: Path) -> None:
+    """The block `group` stands between the system message and what is the seed's own."""
+    path = write(
+        tmp_path,
+        "{% block user %}{{ instruction }}{% endblock %}{% block system %}You write.{% endblock %}"
+        "{% block group %}{{ metadata.passage }}{% endblock %}",
+    )
+    made = recipe(template=path)
+    passages = ("One passage.", "One passage.", "Another.", "")
+    seeds = [Seed(f"s{n}", "qa", f"i {n}", "a", "f", {"passage": text}) for n, text in enumerate(passages)]
+    requests = [made.request(Draft(seed)) for seed in seeds]
+    assert ["One passage.\n\ni 0", "One passage.\n\ni 1", "Another.\n\ni 2", "i 3"] == [
+        request.messages[1]["content"] for request in requests
+    ]
+    assert [request.group for request in requests] == [made.group(seed) for seed in seeds]
+    assert requests[0].group == requests[1].group != requests[2].group
+    assert ("", 1) == (requests[3].group, len(requests[3].beginnings))
+    assert requests[0].beginnings == requests[1].beginnings == (requests[3].beginnings[0], requests[0].group)
+    assert "" == made.group(SEED)  # it has no passage: the worker that gets it will tell

@@ -12,9 +12,9 @@ import orjson
 import pytest
 import zstandard
 
-from streamsyn.config import SeedsSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
+from streamsyn.sections import SeedsSection
 from streamsyn.seeds.files import (
     JsonLinesSource,
     ParquetSource,

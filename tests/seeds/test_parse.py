@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamsyn.config import FieldsSection
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
+from streamsyn.sections import FieldsSection
 from streamsyn.seeds.lines import Line
 from streamsyn.seeds.parse import SeedParser
 

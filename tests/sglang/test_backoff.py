@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.config import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
     RequestRefused,
@@ -16,6 +15,7 @@ from streamsyn.errors import (
     ServerUnavailable,
     ServerUnreachable,
 )
+from streamsyn.sections import FleetSection
 from streamsyn.sglang.backoff import RetryBudget, full_jitter
 
 TRIES = [BrokenResponse, ServerTimeout, ServerUnavailable]

@@ -18,11 +18,12 @@ from streamsyn.errors import (
     ServerUnreachable,
 )
 from streamsyn.records import Request
-from streamsyn.sglang import client as client_module
-from streamsyn.sglang.client import ServerClient, open_session
+from streamsyn.sglang import transport as transport_module
+from streamsyn.sglang.client import ServerClient
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
 from streamsyn.sglang.simulator.faults import BAD_CONTENT, Fault, Script
+from streamsyn.sglang.transport import http_transport
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 
@@ -40,8 +41,9 @@ async def client_of(
 ) -> AsyncIterator[ServerClient]:
     """A client with a session of its own."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with asyncio.timeout(20), open_session(headers) as session:
-        yield ServerClient(url, session, request_timeout_s, connect_timeout_s)
+    opened = http_transport(url, headers, connect_timeout_s=connect_timeout_s)
+    async with asyncio.timeout(20), opened as transport:
+        yield ServerClient(url, transport, request_timeout_s)
 
 
 @asynccontextmanager
@@ -201,7 +203,7 @@ async def test_a_stale_connection_costs_nothing(last: bytes | None) -> None:
 
 async def test_a_connection_that_breaks_late_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server had the request at work, and would refuse its rid: no second one goes out by itself."""
-    monkeypatch.setattr(client_module, "_STALE_WITHIN_S", 0.0)
+    monkeypatch.setattr(transport_module, "_STALE_WITHIN_S", 0.0)
     async with raw([None]) as (client, server):
         with pytest.raises(ServerUnavailable, match="dropped the connection"):
             await client.chat(REQUEST, "m", "r-1")
@@ -220,7 +222,7 @@ async def test_a_short_keep_alive_of_the_server() -> None:
 
 async def until_closed(client: ServerClient) -> None:
     """Return when the server has closed all connections that the client keeps."""
-    connector = client._session.connector
+    connector = client._transport._session.connector  # type: ignore[attr-defined]
     assert connector is not None
     await until(
         lambda: not any(kept.is_connected() for group in connector._conns.values() for kept, _ in group)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from streamsyn.config import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
     ConfigError,
@@ -20,6 +19,7 @@ from streamsyn.errors import (
     root_cause,
 )
 from streamsyn.records import Attempt, Completion, Request
+from streamsyn.sections import FleetSection
 from streamsyn.sglang.fleet import Fleet, open_fleet
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
@@ -34,6 +34,7 @@ QUICK: dict[str, Any] = {
     "backoff_max_s": 0.02,
     "give_up_s": 10.0,
     "request_timeout_s": 5.0,
+    "slow_start_s": 0.001,
 }
 
 
@@ -43,7 +44,8 @@ async def opened(
 ) -> AsyncIterator[Fleet]:
     """A fleet that has not asked for models yet; times are short."""
     settings = FleetSection(servers=urls, **QUICK | section)
-    async with asyncio.timeout(20), open_fleet(settings, key, on_gone) as fleet:
+    environ = {} if key is None else {"STREAMSYN_API_KEY": key}
+    async with asyncio.timeout(20), open_fleet(settings, on_gone, environ) as fleet:
         yield fleet
 
 
@@ -218,7 +220,7 @@ async def test_a_drain_lets_nobody_wait() -> None:
             in_flight = group.create_task(ask(fleet))
             await until(lambda: fleet.servers[0].limiter.in_flight)
             waiting = group.create_task(_stopped(fleet))
-            await until(lambda: fleet._placement._waiters)
+            await until(lambda: fleet._roster.pools["simulated"]._common)
             fleet.drain()
             assert await waiting
             assert await _stopped(fleet)
@@ -236,7 +238,9 @@ async def _stopped(fleet: Fleet) -> bool:
 async def test_a_key_that_no_header_can_hold() -> None:
     """It is the user's to mend, before anything is sent."""
     with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
-        async with open_fleet(FleetSection(servers=("http://one:1",)), "a\nb", lambda: None):
+        async with open_fleet(
+            FleetSection(servers=("http://one:1",)), lambda: None, {"STREAMSYN_API_KEY": "a\nb"}
+        ):
             pass
 
 
@@ -368,10 +372,10 @@ async def test_a_fleet_that_comes_back_in_time() -> None:
             port = await simulated.stop(server.url)
             asked = group.create_task(ask(fleet, attempts))
             await until(lambda: fleet.servers[0].health.ejected)
-            timers = [fleet._gone_timer]
+            timers = [fleet._outage._timer]
             await simulated.start(port=port)
             assert (await asked).text
-            timers.append(fleet._gone_timer)
+            timers.append(fleet._outage._timer)
     assert [True, False] == [timer is not None for timer in timers]
     assert [] == calls
     assert [True, False] == [attempt.error is not None for attempt in attempts]
@@ -396,7 +400,7 @@ async def test_the_model_that_all_serve() -> None:
     async with simulators() as simulated:
         urls = [(await simulated.start(model="small")).url for _ in range(3)]
         async with fleet_of(*urls) as fleet:
-            assert "small" == fleet.model
+            assert ["small"] == fleet.models
             assert "small" == (await ask(fleet)).model
 
 
@@ -419,7 +423,7 @@ async def test_a_model_that_is_not_served() -> None:
             with pytest.raises(ConfigError, match=rf"fleet\.model: {server.url} serves small, not large"):
                 await fleet.ask_models()
         async with fleet_of(server.url, model="small") as fleet:
-            assert "small" == fleet.model
+            assert ["small"] == fleet.models
 
 
 async def test_a_key_that_is_not_accepted() -> None:

@@ -35,7 +35,7 @@ def test_holds_grow_until_the_server_answers() -> None:
         holds.append(round(limiter.held_until - now, 3))
         now = limiter.held_until
     assert [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0] == holds
-    limiter.answered()
+    limiter.answered(now, 1.0, 1)
     limiter.busy(now, jitter=1.0)
     assert 0.1 == round(limiter.held_until - now, 3)
 
@@ -59,7 +59,7 @@ def test_holds_are_bounded(events: list[tuple[str, float, float]]) -> None:
     for name, later, jitter in events:
         now += later
         if name == "answered":
-            limiter.answered()
+            limiter.answered(now, 1.0, 1)
             continue
         was_held = now < limiter.held_until
         limiter.busy(now, jitter)

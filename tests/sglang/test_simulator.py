@@ -661,6 +661,7 @@ async def test_stats_count_what_came_and_reset_forgets_it() -> None:
         "connections": 1,
         "aborted": 0,
         "disconnected": 0,
+        "retracted": 0,
         "prompt_tokens": sum(usage["prompt_tokens"] for usage in usages),
         "cached_tokens": 0,
         "completion_tokens": usages[1]["completion_tokens"],
@@ -689,3 +690,25 @@ async def test_latency_and_tokens_take_their_time() -> None:
             "POST", "/generate", {"text": "a", "sampling_params": {"max_new_tokens": 30}}
         )
     assert answer["meta_info"]["e2e_latency"] >= 0.045
+
+
+async def test_a_batching_server_speaks_the_same_protocol() -> None:
+    """With a cost model, answers, streams, aborts, the load and the cache are on the same routes."""
+    messages = [{"role": "user", "content": "geese " * 200}]
+    script = [None, None, None, Fault.STALL]
+    async with simulator(script, cost_model="h100", speed=50) as client:
+        usages = [(await client.chat(messages=messages))["usage"] for _ in range(2)]
+        *_, done = await client.events("/v1/chat/completions", CHAT)
+        async with asyncio.TaskGroup() as group:
+            stalled = group.create_task(client.chat(rid="r"))
+            await client.until_running(1)
+            [rank] = (await client.json("GET", "/v1/loads"))["loads"]
+            assert await client.ask("GET", "/flush_cache") == (400, b"Flush cache failed.\n")
+            await client.ask("POST", "/abort_request", {"rid": "r"})
+        await client.json("POST", "/simulator/reset")
+        usages.append((await client.chat(messages=messages))["usage"])
+    assert done == "[DONE]"
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 256, 0]
+    assert stalled.result()["choices"][0]["finish_reason"] == "abort"
+    assert (rank["max_total_num_tokens"], rank["max_running_requests"]) == (444_500, 2048)
+    assert rank["cache_hit_rate"] == 0

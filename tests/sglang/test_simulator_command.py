@@ -58,6 +58,10 @@ def test_die_after_ends_the_process_without_an_answer() -> None:
         (["--fault", "reset"], "expected KIND=RATE"),
         (["--fault", "reset=often"], "'often' is no number"),
         (["--slots", "0"], "slots must be at least 1"),
+        (["--cost-model", "tpu"], "unknown cost_model 'tpu'"),
+        (["--cost-model", "cpu", "--ms-per-token", "3"], "ms_per_token has no meaning"),
+        (["--schedule-policy", "lpm"], "schedule_policy has no meaning"),
+        (["--speed", "-1"], "speed must be positive"),
     ],
 )
 def test_wrong_options_are_named(options: list[str], named: str) -> None:

@@ -8,8 +8,10 @@ import pytest
 from streamsyn.errors import ConfigError
 from streamsyn.sglang.simulator.cache import PrefixCache, chain, extend
 from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.sglang.simulator.engine import Engine, Work
+from streamsyn.sglang.simulator.costs import H100
+from streamsyn.sglang.simulator.engine import Work
 from streamsyn.sglang.simulator.faults import Fault, FaultPlan
+from streamsyn.sglang.simulator.plain import PlainEngine
 from streamsyn.sglang.simulator.text import Prose
 
 
@@ -44,6 +46,13 @@ def test_a_script_comes_before_the_rates() -> None:
         ({"latency_ms": -1}, "latency_ms"),
         ({"keep_alive_s": 0}, "keep_alive_s"),
         ({"queue_limit": -1}, "queue_limit"),
+        ({"cost_model": "tpu"}, "unknown cost_model 'tpu'; there are plain, cpu, h100"),
+        ({"cost_model": "cpu", "schedule_policy": "sjf"}, "unknown schedule_policy 'sjf'"),
+        ({"cost_model": "cpu", "chunked_prefill_size": 0}, "chunked_prefill_size must be at least 1"),
+        ({"cost_model": "cpu", "latency_ms": 5}, "latency_ms has no meaning with cost_model 'cpu'"),
+        ({"max_prefill_tokens": 5}, "max_prefill_tokens has no meaning with cost_model 'plain'"),
+        ({"schedule_policy": "lpm"}, "schedule_policy has no meaning with cost_model 'plain'"),
+        ({"speed": 0}, "speed must be positive"),
     ],
 )
 def test_wrong_configuration_is_named(fields: dict[str, Any], named: str) -> None:
@@ -54,7 +63,7 @@ def test_wrong_configuration_is_named(fields: dict[str, Any], named: str) -> Non
 
 async def test_slots_pass_on_in_order_of_arrival() -> None:
     """Whoever leaves gives the slot to the first in the queue, also when others have left the queue."""
-    engine = Engine(slots=1, queue_limit=None, cache_tokens=0)
+    engine = PlainEngine(slots=1, queue_limit=None, cache_tokens=0)
     works = [Work(str(number), "prompt") for number in range(4)]
     for work in works:
         engine.enter(work)
@@ -65,6 +74,19 @@ async def test_slots_pass_on_in_order_of_arrival() -> None:
     engine.leave(works[2])
     engine.leave(works[3])
     assert (engine.running, engine.waiting, engine.running_tokens, engine.waiting_tokens) == (0, 0, 0, 0)
+
+
+def test_limits_override_those_of_the_cost_model() -> None:
+    """What is not set comes from the preset; a cache of 0 tokens means no caching, not no pool."""
+    assert SimulatorConfig().batching is None
+    preset = SimulatorConfig(cost_model="h100").batching
+    assert preset == H100
+    limits = SimulatorConfig(cost_model="h100", slots=3, cache_tokens=900, chunked_prefill_size=64).batching
+    assert limits is not None
+    assert (limits.max_running_requests, limits.pool_tokens, limits.prefill_tokens) == (3, 900, 64)
+    bare = SimulatorConfig(cost_model="h100", cache_tokens=0).batching
+    assert bare is not None
+    assert bare.pool_tokens == H100.pool_tokens
 
 
 def test_the_cache_forgets_leaves_first() -> None:

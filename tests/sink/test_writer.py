@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from streamsyn.config import SinkSection
 from streamsyn.errors import SinkError, root_cause
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Outcome
+from streamsyn.sections import SinkSection
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.writer import DurableContext, OutcomeWriter
 from streamsyn.telemetry import Counters

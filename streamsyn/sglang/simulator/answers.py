@@ -35,16 +35,21 @@ class Answer:
         return bool(self.finish["type"] == "abort")
 
 
+def cut_short(tokens: int) -> Finish:
+    """The end of an answer for whose other tokens there was no room."""
+    return {"type": "length", "length": tokens}
+
+
 def compose(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> tuple[str, Finish]:
     """What is to be written, and how it ends."""
     if ask.max_tokens == 0:
-        return "", {"type": "length", "length": 0}
+        return "", cut_short(0)
     text = _content(ask, fault, prose, words)
     tokens = count_tokens(text)
     if ask.max_tokens is not None and tokens > ask.max_tokens:
-        return text[: ask.max_tokens * CHARACTERS_A_TOKEN], {"type": "length", "length": ask.max_tokens}
+        return text[: ask.max_tokens * CHARACTERS_A_TOKEN], cut_short(ask.max_tokens)
     if fault is Fault.TRUNCATED:
-        return text, {"type": "length", "length": tokens}
+        return text, cut_short(tokens)
     return text, ABORTED if fault is Fault.ABORTED else STOPPED
 
 

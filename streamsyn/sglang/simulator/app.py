@@ -1,6 +1,5 @@
 import asyncio
 import os
-import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -9,25 +8,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 
-from streamsyn.errors import ConfigError
-from streamsyn.sglang.simulator import wire
+from streamsyn.errors import root_cause
 from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.sglang.simulator.control import Control
+from streamsyn.sglang.simulator.connection import Door, HttpLine
 from streamsyn.sglang.simulator.faults import Script
-from streamsyn.sglang.simulator.generation import Generation, reset
+from streamsyn.sglang.simulator.line import Asked
+from streamsyn.sglang.simulator.routes import Routes
 from streamsyn.sglang.simulator.simulation import Simulation
+from streamsyn.sglang.simulator.timeline import Timeline, playing
 
 BODY_LIMIT_BYTES: Final = 256 * 2**20
-BACKLOG: Final = 4096
 DRAIN_S: Final = 30.0
 """What runs at SIGTERM has this long to finish."""
 KILLED: Final = 137
 
 SIMULATION: Final = web.AppKey("simulation", Simulation)
-OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics")
-"""Paths that begin so need no key (srt/utils/auth.py)."""
 
 
 def make_app(
@@ -40,55 +36,31 @@ def make_app(
     connections are reset then, and each new one at its first request.
     """
     simulation = Simulation(config, script, on_death)
-    app = web.Application(client_max_size=BODY_LIMIT_BYTES, middlewares=[_gate(simulation)])
-    app[SIMULATION] = simulation
-    generation, control = Generation(simulation), Control(simulation)
-    app.router.add_post("/v1/chat/completions", generation.chat)
-    app.router.add_post("/generate", generation.generate)
-    app.router.add_put("/generate", generation.generate)
-    app.router.add_get("/v1/loads", control.loads)
-    app.router.add_get("/v1/models", control.models)
-    for path in ("/health", "/health_generate", "/ready"):
-        app.router.add_get(path, control.health)
-    for path in ("/server_info", "/get_server_info"):
-        app.router.add_get(path, control.server_info)
-    for path in ("/model_info", "/get_model_info"):
-        app.router.add_get(path, control.model_info)
-    for path in ("/tokenize", "/v1/tokenize"):
-        app.router.add_post(path, control.tokenize)
-    app.router.add_post("/abort_request", control.abort)
-    app.router.add_get("/flush_cache", control.flush)
-    app.router.add_post("/flush_cache", control.flush)
-    app.router.add_get("/metrics", control.metrics)
-    app.router.add_get("/simulator/stats", control.stats)
-    app.router.add_post("/simulator/reset", control.reset)
-    return app
+    routes = Routes(simulation)
 
-
-def _gate(simulation: Simulation) -> Middleware:
-    """What every request passes: death, counting, the key, unknown routes."""
-    key = simulation.config.api_key
-
-    @web.middleware
-    async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if simulation.dead:
-            return reset(request)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        line = HttpLine(request)
+        if simulation.gone:
+            line.reset()
+            return line.response
         if request.transport is not None:
             simulation.connected(request.transport)
-        absent = request.match_info.http_exception
-        simulation.stats.by_route["unknown" if absent else request.path] += 1
-        if key is not None and not request.path.startswith(OPEN_TO_ALL) and not _has_key(request, key):
-            return wire.reply({"error": "Unauthorized"}, 401)
-        if absent:
-            return wire.reply({"detail": absent.reason}, absent.status)
-        return await handler(request)
+        headers = request.headers
+        asked = Asked(
+            request.method,
+            request.path,
+            request.query if request.query_string else {},
+            headers.get("Authorization", ""),
+            headers.get("Content-Type", ""),
+            await request.read(),
+        )
+        await routes.serve(asked, line)
+        return line.response
 
-    return gate
-
-
-def _has_key(request: web.Request, key: str) -> bool:
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), key.encode())
+    app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+    app[SIMULATION] = simulation
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +78,23 @@ async def running(
     port: int = 0,
     *,
     script: Script | None = None,
+    timeline: Timeline | None = None,
     on_death: Callable[[], None] = lambda: None,
     drain_s: float = 0.1,
 ) -> AsyncIterator[RunningSimulator]:
     """Serves within this event loop; port 0 picks a free one. What runs at the end has `drain_s` to finish.
 
+    Connections are refused while it is down and once it is dead. With a timeline, errors come in a group.
+
     Raises:
         ConfigError: the address cannot be listened at.
     """
-    app = make_app(config, script=script, on_death=on_death)
+
+    def die() -> None:
+        door.shut()
+        on_death()
+
+    app = make_app(config, script=script, on_death=die)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -123,30 +103,51 @@ async def running(
         shutdown_timeout=drain_s,
     )
     await runner.setup()
+    door = Door(runner, host, port)
     try:
-        try:
-            await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
-        bound = runner.addresses[0][1]
+        await door.open()
         shown = f"[{host}]" if ":" in host else host
-        yield RunningSimulator(f"http://{shown}:{bound}", app[SIMULATION])
+        async with playing(timeline, app[SIMULATION], door):
+            yield RunningSimulator(f"http://{shown}:{door.port}", app[SIMULATION])
     finally:
+        door.shut()
         await runner.cleanup()
 
 
-def serve(config: SimulatorConfig, host: str, port: int, *, script: Script | None = None) -> None:
+def serve(
+    config: SimulatorConfig,
+    host: str,
+    port: int,
+    *,
+    script: Script | None = None,
+    timeline: Timeline | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT, then lets what runs finish; a second signal aborts it.
 
-    `die_after` ends the process here, as abruptly as SIGKILL would.
+    Death, by `die_after` or the timeline, ends the process here, as abruptly as SIGKILL would.
+
+    Raises:
+        ConfigError: the address cannot be listened at.
     """
-    asyncio.run(_serve(config, host, port, script))
+    try:
+        asyncio.run(_serve(config, host, port, script, timeline))
+    except BaseExceptionGroup as group:
+        raise root_cause(group) from None
 
 
-async def _serve(config: SimulatorConfig, host: str, port: int, script: Script | None) -> None:
+async def _serve(
+    config: SimulatorConfig, host: str, port: int, script: Script | None, timeline: Timeline | None
+) -> None:
     stopping = asyncio.Event()
-    dying = running(config, host, port, script=script, on_death=lambda: os._exit(KILLED), drain_s=DRAIN_S)
-    async with dying as server:
+    async with running(
+        config,
+        host,
+        port,
+        script=script,
+        timeline=timeline,
+        on_death=lambda: os._exit(KILLED),
+        drain_s=DRAIN_S,
+    ) as server:
 
         def stop() -> None:
             if stopping.is_set():

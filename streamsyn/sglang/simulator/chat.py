@@ -3,8 +3,6 @@
 import time
 from typing import Any
 
-from aiohttp import web
-
 from streamsyn.sglang.simulator import wire
 from streamsyn.sglang.simulator.answers import WEIGHT_VERSION, Answer
 from streamsyn.sglang.simulator.asks import DEFAULT_MODEL, Ask, Malformed, Refused, whole_number
@@ -34,7 +32,7 @@ class Chat:
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         )
 
-    def refusal(self, message: str) -> web.Response:
+    def refusal(self, message: str) -> wire.Reply:
         """400."""
         return wire.reply(wire.error(message, "BadRequestError", 400), 400)
 

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,8 +32,29 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=30000, show_default=True, help="Port to listen at; 0 picks a free one.")
 @click.option("--model", default=_DEFAULTS["model"], show_default=True, help="Name of the model.")
-@click.option("--slots", default=_DEFAULTS["slots"], show_default=True, help="Requests that run at once.")
+@click.option(
+    "--cost-model",
+    default=_DEFAULTS["cost_model"],
+    show_default=True,
+    help="plain: each request on its own clock; cpu, h100: continuous batching at that machine's costs.",
+)
+@click.option("--slots", type=int, help="Requests that run at once.  [default: 256, or the cost model's]")
 @click.option("--queue-limit", type=int, help="Requests that may wait; beyond it, 503.  [default: no limit]")
+@click.option(
+    "--schedule-policy",
+    default=_DEFAULTS["schedule_policy"],
+    show_default=True,
+    help="With batching, who of those that wait goes first: fcfs, or lpm (longest cached prefix).",
+)
+@click.option(
+    "--max-prefill-tokens", type=int, help="Prompt tokens in a prefill batch.  [default: the cost model's]"
+)
+@click.option(
+    "--chunked-prefill-size",
+    type=int,
+    help="Longer prompts are computed in pieces.  [default: the cost model's]",
+)
+@click.option("--speed", default=_DEFAULTS["speed"], show_default=True, help="0.5: half as fast.")
 @click.option(
     "--latency-ms", default=_DEFAULTS["latency_ms"], show_default=True, help="Time to the first token."
 )
@@ -50,7 +72,10 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
     "--keep-alive-s", default=_DEFAULTS["keep_alive_s"], show_default=True, help="Idle connections close."
 )
 @click.option(
-    "--cache-tokens", default=_DEFAULTS["cache_tokens"], show_default=True, help="Size of prefix cache."
+    "--cache-tokens",
+    type=int,
+    help="Size of the prefix cache; with batching, of the whole KV pool; 0: no prefix caching.  "
+    "[default: 500000, or the cost model's]",
 )
 @click.option(
     "--tokenizer-workers",
@@ -68,19 +93,29 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
     multiple=True,
     help="Share of requests that go wrong; may be repeated.",
 )
-def simulate(host: str, port: int, faults: tuple[tuple[str, float], ...], **options: Any) -> None:
+@click.option(
+    "--timeline",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with what happens when: outages, slow phases, faults.  [default: none]",
+)
+def simulate(
+    host: str, port: int, faults: tuple[tuple[str, float], ...], timeline: Path | None, **options: Any
+) -> None:
     """Serve a simulated SGLang on CPU: its wire protocol, without a model.
 
     For tests, for benchmarks and for planning a run. Texts are plausible prose, a token is four characters,
-    and shared prefixes are found again as the radix cache would find them. GET /simulator/stats counts what
-    came.
+    and shared prefixes are found again as the radix cache would find them. With a cost model other than
+    plain, requests are batched as SGLang's scheduler does it and slow each other down. GET /simulator/stats
+    counts what came.
     """
     from streamsyn.sglang.simulator.app import serve
+    from streamsyn.sglang.simulator.timeline import load_timeline
 
     try:
         rates: dict[str, float] = {}
         for kind, rate in faults:
             rates[kind] = rates.get(kind, 0.0) + rate
-        serve(SimulatorConfig(faults=rates, **options), host, port)
+        played = load_timeline(timeline) if timeline is not None else None
+        serve(SimulatorConfig(faults=rates, **options), host, port, timeline=played)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None

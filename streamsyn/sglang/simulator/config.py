@@ -1,12 +1,20 @@
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from streamsyn.errors import ConfigError
+from streamsyn.sglang.simulator import costs
+from streamsyn.sglang.simulator.costs import CostModel
 from streamsyn.sglang.simulator.faults import Fault
 
 SGLANG_VERSION: Final = "0.5.23"
 """The release whose routes, bodies and manners are simulated."""
+PLAIN_SLOTS: Final = 256
+PLAIN_CACHE_TOKENS: Final = 500_000
+POLICIES: Final = ("fcfs", "lpm")
+_PLAIN_ONLY: Final = ("latency_ms", "jitter_ms", "ms_per_token")
+_BATCHING_ONLY: Final = ("max_prefill_tokens", "chunked_prefill_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +23,23 @@ class SimulatorConfig:
 
     model: str = "simulated"
     """Name under `/v1/models`; a request may name any other and gets that name back."""
-    slots: int = 256
-    """Requests that run at once (`--max-running-requests`); the others wait."""
+    cost_model: str = costs.PLAIN
+    """`plain`: each request on its own clock. `cpu`, `h100`: continuous batching at that machine's costs."""
+    slots: int | None = None
+    """Requests that run at once (`--max-running-requests`); the others wait. None: 256, or what the cost
+    model says."""
     queue_limit: int | None = None
     """Requests that may wait (`--max-queued-requests`); beyond it the answer is 503. None: no limit."""
+    schedule_policy: str = "fcfs"
+    """Who of those that wait goes first, with batching: `fcfs`, or `lpm` for the longest cached prefix."""
+    max_prefill_tokens: int | None = None
+    """Prompt tokens computed in one prefill batch (`--max-prefill-tokens`). None: the cost model's."""
+    chunked_prefill_size: int | None = None
+    """Longer prompts are computed in pieces (`--chunked-prefill-size`). None: the cost model's."""
+    speed: float = 1.0
+    """1 is nominal, 0.5 half as fast."""
     latency_ms: float = 0.0
-    """Time from the start of a request to its first token."""
+    """Time from the start of a request to its first token; plain only, as the next two."""
     jitter_ms: float = 0.0
     """Each latency is moved by a uniform draw from -jitter to +jitter."""
     ms_per_token: float = 0.0
@@ -31,8 +50,10 @@ class SimulatorConfig:
     """Longest prompt (`--context-length`); a longer one is refused with 400."""
     keep_alive_s: float = 5.0
     """Idle connections are closed after this time; 5 s is SGLang's SGLANG_TIMEOUT_KEEP_ALIVE."""
-    cache_tokens: int = 500_000
-    """Size of the prefix cache; the least recently used blocks go first. 0: no prefix caching."""
+    cache_tokens: int | None = None
+    """Size of the prefix cache; the least recently used blocks go first. With batching, size of the KV pool
+    that the cache shares with running requests. 0: no prefix caching. None: 500,000, or what the cost model
+    says."""
     tokenizer_workers: int = 1
     """`--tokenizer-worker-num`: with 1, `/abort_request` ignores a rid that no live request has exactly."""
     seed: int = 0
@@ -45,19 +66,48 @@ class SimulatorConfig:
     """The process dies without a word when this many requests had come and another one comes."""
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("words", 1), ("context_tokens", 1), ("tokenizer_workers", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("latency_ms", "jitter_ms", "ms_per_token", "cache_tokens"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not self.keep_alive_s > 0:
-            raise ConfigError(f"keep_alive_s must be positive, not {self.keep_alive_s}")
-        for name in ("queue_limit", "die_after"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 0:
-                raise ConfigError(f"{name} must not be negative, not {limit}")
+        if self.cost_model not in costs.NAMES:
+            raise ConfigError(f"unknown cost_model {self.cost_model!r}; there are {', '.join(costs.NAMES)}")
+        if self.schedule_policy not in POLICIES:
+            raise ConfigError(
+                f"unknown schedule_policy {self.schedule_policy!r}; there are {', '.join(POLICIES)}"
+            )
+        for name in ("slots", "words", "context_tokens", "tokenizer_workers", *_BATCHING_ONLY):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be at least 1, not {number}")
+        for name in ("latency_ms", "jitter_ms", "ms_per_token", "cache_tokens", "queue_limit", "die_after"):
+            number = getattr(self, name)
+            if number is not None and not number >= 0:
+                raise ConfigError(f"{name} must not be negative, not {number}")
+        for name in ("keep_alive_s", "speed"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        self._check_use()
         check_rates(self.faults)
+
+    def _check_use(self) -> None:
+        """Refuses what would change nothing under this cost model."""
+        plain = self.cost_model == costs.PLAIN
+        for name in _BATCHING_ONLY if plain else _PLAIN_ONLY:
+            if getattr(self, name):
+                raise ConfigError(f"{name} has no meaning with cost_model {self.cost_model!r}")
+        if plain and self.schedule_policy != "fcfs":
+            raise ConfigError(f"schedule_policy has no meaning with cost_model {self.cost_model!r}")
+
+    @property
+    def batching(self) -> CostModel | None:
+        """What batching costs and its limits, as far as they are not set here; None with `plain`."""
+        if self.cost_model == costs.PLAIN:
+            return None
+        preset = costs.PRESETS[self.cost_model]
+        return dataclasses.replace(
+            preset,
+            pool_tokens=self.cache_tokens or preset.pool_tokens,
+            max_running_requests=self.slots or preset.max_running_requests,
+            max_prefill_tokens=self.max_prefill_tokens or preset.max_prefill_tokens,
+            chunked_prefill_size=self.chunked_prefill_size or preset.chunked_prefill_size,
+        )
 
 
 def check_rates(rates: Mapping[str, float]) -> None:

@@ -2,13 +2,11 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from aiohttp import web
-
 from streamsyn.sglang.simulator import wire
 from streamsyn.sglang.simulator.asks import Malformed
 from streamsyn.sglang.simulator.chat import render
 from streamsyn.sglang.simulator.config import SGLANG_VERSION
-from streamsyn.sglang.simulator.generation import read_json
+from streamsyn.sglang.simulator.line import Asked
 from streamsyn.sglang.simulator.loads import SECTIONS, load, metrics, server_info
 from streamsyn.sglang.simulator.simulation import Simulation
 from streamsyn.sglang.simulator.tokens import token_ids
@@ -25,13 +23,13 @@ class Control:
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
 
-    async def health(self, _request: web.Request) -> web.Response:
+    def health(self, _asked: Asked) -> wire.Reply:
         """GET /health, /health_generate and /ready; at once, where the real /health takes a second."""
-        return web.Response()
+        return wire.Reply()
 
-    async def loads(self, request: web.Request) -> web.Response:
+    def loads(self, asked: Asked) -> wire.Reply:
         """GET /v1/loads."""
-        include = request.query.get("include")
+        include = asked.query.get("include")
         sections = {name.strip() for name in include.split(",")} if include else {"all"}
         if unknown := sections - SECTIONS:
             message = f"Invalid include sections: {unknown}. Valid options: {sorted(SECTIONS)}"
@@ -45,11 +43,11 @@ class Control:
         }
         return wire.reply(body)
 
-    async def server_info(self, _request: web.Request) -> web.Response:
+    def server_info(self, _asked: Asked) -> wire.Reply:
         """GET /server_info and /get_server_info."""
         return wire.reply(server_info(self._simulation))
 
-    async def model_info(self, _request: web.Request) -> web.Response:
+    def model_info(self, _asked: Asked) -> wire.Reply:
         """GET /model_info and /get_model_info."""
         model = self._simulation.config.model
         body = {
@@ -70,7 +68,7 @@ class Control:
         }
         return wire.reply(body)
 
-    async def models(self, _request: web.Request) -> web.Response:
+    def models(self, _asked: Asked) -> wire.Reply:
         """GET /v1/models."""
         config = self._simulation.config
         card = {
@@ -84,15 +82,15 @@ class Control:
         }
         return wire.reply({"object": "list", "data": [card]})
 
-    async def metrics(self, _request: web.Request) -> web.Response:
+    def metrics(self, _asked: Asked) -> wire.Reply:
         """GET /metrics."""
-        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        return web.Response(body=metrics(self._simulation).encode(), headers=headers)
+        text = metrics(self._simulation)
+        return wire.Reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    async def abort(self, request: web.Request) -> web.Response:
+    def abort(self, asked: Asked) -> wire.Reply:
         """POST /abort_request: 200 with an empty body, whether or not anything was aborted."""
         try:
-            body = await read_json(request)
+            body = wire.read_object(asked.body)
         except Malformed as error:
             return wire.malformed(str(error))
         rid, engine = body.get("rid"), self._simulation.engine
@@ -100,20 +98,20 @@ class Control:
             engine.abort_all()
         elif isinstance(rid, str):
             engine.abort(rid, exact=self._simulation.config.tokenizer_workers == 1)
-        return web.Response()
+        return wire.Reply()
 
-    async def flush(self, _request: web.Request) -> web.Response:
+    def flush(self, _asked: Asked) -> wire.Reply:
         """GET and POST /flush_cache."""
         engine = self._simulation.engine
         if engine.running or engine.waiting:
-            return web.Response(body=b"Flush cache failed.\n", status=400)
+            return wire.Reply(400, b"Flush cache failed.\n")
         engine.cache.clear()
-        return web.Response(body=FLUSHED.encode())
+        return wire.Reply(200, FLUSHED.encode())
 
-    async def tokenize(self, request: web.Request) -> web.Response:
+    def tokenize(self, asked: Asked) -> wire.Reply:
         """POST /tokenize and /v1/tokenize."""
         try:
-            tokens = _tokenize(await read_json(request))
+            tokens = _tokenize(wire.read_object(asked.body))
         except Malformed as error:
             return wire.malformed(str(error))
         count = [len(ids) for ids in tokens] if tokens and isinstance(tokens[0], list) else len(tokens)
@@ -121,11 +119,11 @@ class Control:
             {"tokens": tokens, "count": count, "max_model_len": self._simulation.config.context_tokens}
         )
 
-    async def stats(self, _request: web.Request) -> web.Response:
+    def stats(self, _asked: Asked) -> wire.Reply:
         """GET /simulator/stats."""
         return wire.reply(self._simulation.stats.as_dict())
 
-    async def reset(self, _request: web.Request) -> web.Response:
+    def reset(self, _asked: Asked) -> wire.Reply:
         """POST /simulator/reset."""
         self._simulation.reset()
         return wire.reply(self._simulation.stats.as_dict())

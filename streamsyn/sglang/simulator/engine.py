@@ -1,16 +1,21 @@
 import asyncio
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from streamsyn.sglang.simulator.cache import PrefixCache, chain, count_tokens, extend
+from streamsyn.sglang.simulator.cache import chain, count_tokens
+from streamsyn.sglang.simulator.radix import Node
 
 
 class QueueFull(Exception):
-    """Raised when a request comes while all slots are taken and as many wait as may."""
+    """Raised when a request comes while as many wait as may."""
 
 
 class DuplicateRid(Exception):
     """Raised when a request comes with the rid of one that is still alive."""
+
+
+class ServerLost(ConnectionResetError):
+    """Raised for whatever runs or waits when the server goes down."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,76 +26,120 @@ class Work:
     prompt: str | list[int]
     reuse_limit: int | None = None
     """No more than this many tokens are taken from the cache (`logprob_start_len`)."""
+    target: int = 0
+    """Tokens that will be written."""
+    max_new_tokens: int | None = None
+    """Tokens that were asked for at most: what a scheduler that cannot look ahead reserves."""
+    piece: int = 0
+    """Tokens in one event of a streamed answer; 0: only the end is waited for."""
+    stalls: bool = False
+    """Runs, but never writes."""
     tokens: int = 0
-    keys: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     running: bool = False
+    """Has been given a place in the running batch (or a slot)."""
     aborted: bool = False
+    lost: bool = False
+    """The server went down under it."""
+    over: bool = False
+    """The engine is done with it."""
+    retractions: int = 0
     wake: asyncio.Future[None] | None = None
+    # What follows belongs to the batch.
+    output: str = ""
+    """What will have been written at the end, for the prefix cache."""
+    written: int = 0
+    """Tokens written, up to the last event that touched this request."""
+    node: Node | None = None
+    """Where its locked prefix ends in the cache."""
+    locked: int = 0
+    """Tokens of that prefix."""
+    private: int = 0
+    """Tokens it holds beside that prefix; while it decodes, what it held when it joined."""
+    joined: int = 0
+    """Decode steps that had passed, and ..."""
+    start: int = 0
+    """... tokens that were written when it joined the running batch."""
+    entry: int = 0
+    """Number of its place in the heap of milestones."""
+    _keys: list[int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.tokens = count_tokens(self.prompt)
-        self.keys = chain(self.prompt)
+
+    @property
+    def keys(self) -> list[int]:
+        """One key for each whole block of the prompt; made at the first look."""
+        if self._keys is None:
+            self._keys = chain(self.prompt)
+        return self._keys
+
+    @property
+    def reusable(self) -> int:
+        """Tokens that may come from the cache: one at least is computed, as its logits are needed."""
+        return self.tokens - 1 if self.reuse_limit is None else min(self.tokens - 1, self.reuse_limit)
 
 
-def _settle(future: asyncio.Future[None] | None) -> None:
-    if future is not None and not future.done():
-        future.set_result(None)
+def settle(work: Work) -> None:
+    """Wakes who waits for `work`."""
+    if work.wake is not None and not work.wake.done():
+        work.wake.set_result(None)
 
 
-class Engine:
-    """Slots, a waiting queue in order of arrival, a prefix cache, and time that passes.
+class Clearable(Protocol):
+    """A prefix cache, as far as a simulation is concerned."""
 
-    `enter`, `leave` and `abort` are synchronous state transitions; `start` and `spend` only wait.
+    def clear(self) -> None:
+        """Forgets all that nobody holds."""
+
+
+class Engine(Protocol):
+    """What a simulation needs from either engine: requests go in, time passes, tokens come out.
+
+    `enter`, `leave` and the aborts are synchronous; `begin` and `write` only wait. All of them are called
+    within a running loop, whose clock is the only one that counts.
     """
 
-    def __init__(self, slots: int, queue_limit: int | None, cache_tokens: int) -> None:
-        self.slots = slots
-        self.cache = PrefixCache(cache_tokens)
-        self.running = 0
-        self.running_tokens = 0
-        self.waiting_tokens = 0
-        self._queue_limit = queue_limit
-        self._waiting: OrderedDict[Work, None] = OrderedDict()
-        self._live: dict[str, Work] = {}
+    @property
+    def speed(self) -> float:
+        """1 is nominal, 0.5 half as fast."""
+        ...
+
+    @speed.setter
+    def speed(self, speed: float) -> None: ...
+
+    @property
+    def cache(self) -> "Clearable":
+        """The prefix cache."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        ...
 
     @property
     def waiting(self) -> int:
-        """Requests that have no slot yet."""
-        return len(self._waiting)
+        """Requests that wait for a place."""
+        ...
 
     def enter(self, work: Work) -> None:
-        """Takes a slot if one is free, else a place in the queue.
+        """Takes a request in.
 
         Raises:
             DuplicateRid: as the real server refuses a rid that is alive.
-            QueueFull: no slot and no place.
+            QueueFull: there is no place for it.
         """
-        if work.rid in self._live:
-            raise DuplicateRid(work.rid)
-        if self.running < self.slots:
-            self._run(work)
-        elif self._queue_limit is not None and len(self._waiting) >= self._queue_limit:
-            raise QueueFull
-        else:
-            self._waiting[work] = None
-            self.waiting_tokens += work.tokens
-            work.wake = asyncio.get_running_loop().create_future()
-        self._live[work.rid] = work
+
+    async def begin(self, work: Work) -> None:
+        """Returns at the first token, or when it was aborted (in the queue: `running` is still False)."""
+
+    async def write(self, work: Work, tokens: int) -> int:
+        """Returns when so many tokens are written in all, or at an abort; says how many there are."""
+        ...
 
     def leave(self, work: Work) -> None:
-        """Gives back whatever `work` holds; the first in the queue gets its slot."""
-        del self._live[work.rid]
-        self._unqueue(work)
-        if not work.running:
-            return
-        self.running -= 1
-        self.running_tokens -= work.tokens
-        if self._waiting:
-            following = next(iter(self._waiting))
-            self._unqueue(following)
-            self._run(following)
-            _settle(following.wake)
+        """Gives back whatever `work` holds; to be called once for each that entered."""
 
     def abort(self, rid: str, *, exact: bool) -> int:
         """Aborts every live request whose rid begins with `rid` and says how many.
@@ -99,56 +148,38 @@ class Engine:
         worker (the default) drops an abort for a rid that it does not know before the scheduler, which
         matches prefixes, sees it (`TokenizerManager.abort_request`).
         """
-        if not rid or (exact and rid not in self._live):
-            return 0
-        return self._abort([work for work in self._live.values() if work.rid.startswith(rid)])
+        ...
 
     def abort_all(self) -> int:
         """Aborts every live request and says how many."""
-        return self._abort(list(self._live.values()))
+        ...
 
-    async def start(self, work: Work) -> None:
-        """Returns when `work` has its slot (or was aborted in the queue), with what the cache gave it."""
-        if not work.running and not work.aborted and work.wake is not None:
-            await work.wake
-        if work.running:
-            # One token at least is always computed, as the real server needs its logits.
-            limit = work.tokens - 1 if work.reuse_limit is None else min(work.tokens - 1, work.reuse_limit)
-            work.cached_tokens = self.cache.match(work.keys, limit)
+    def lose_all(self) -> None:
+        """Everything alive is lost and the cache is empty, as when the process dies."""
 
-    async def spend(self, work: Work, seconds: float | None) -> None:
-        """Lets time pass, for ever if None; an abort ends it at once. No time: no trip through the loop."""
-        if work.aborted or seconds == 0:
-            return
-        loop = asyncio.get_running_loop()
-        work.wake = loop.create_future()
-        timer = None if seconds is None else loop.call_later(seconds, _settle, work.wake)
-        try:
-            await work.wake
-        finally:
-            if timer is not None:
-                timer.cancel()
+    def load(self) -> "Load":
+        """What `/v1/loads` tells."""
+        ...
 
-    def remember(self, work: Work, output: str = "") -> None:
-        """From now on, prompts that begin like this one (and its output) find it in the cache."""
-        keys = (
-            extend(work.keys, work.prompt, output) if output and isinstance(work.prompt, str) else work.keys
-        )
-        self.cache.insert(keys)
 
-    def _run(self, work: Work) -> None:
-        work.running = True
-        self.running += 1
-        self.running_tokens += work.tokens
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine tells about itself; names are those of `/v1/loads`."""
 
-    def _unqueue(self, work: Work) -> None:
-        if work in self._waiting:
-            del self._waiting[work]
-            self.waiting_tokens -= work.tokens
-
-    def _abort(self, works: list[Work]) -> int:
-        for work in works:
-            work.aborted = True
-            self._unqueue(work)
-            _settle(work.wake)
-        return len(works)
+    running: int
+    waiting: int
+    waiting_tokens: int
+    waiting_uncached_tokens: int | None
+    """Prompt tokens that are still to be computed; None: to be estimated from the hit rate."""
+    used_tokens: int
+    pool_tokens: int
+    max_running_requests: int
+    cache_hit_rate: float | None = None
+    """Of the request that was admitted last; None: not known here."""
+    generated_tokens: int | None = None
+    """Written since the start; None: counted elsewhere."""
+    prefilled_tokens: int | None = None
+    """Prompt tokens computed since the start; None: counted elsewhere."""
+    retracted: int = 0
+    """Requests thrown out of the batch just now."""
+    retracted_in_all: int = 0

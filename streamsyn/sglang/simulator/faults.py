@@ -44,15 +44,19 @@ class FaultPlan:
     def __init__(self, rates: Mapping[str, float], seed: int, script: Script | None = None) -> None:
         self._seed = seed
         self._script = script
+        self.set_rates(rates)
+        self.rewind()
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """From the next request on, these rates hold and no others."""
         self._kinds: list[tuple[float, Fault]] = []
         edge = 0.0
         for kind, rate in rates.items():
             edge += rate
             self._kinds.append((edge, Fault(kind)))
-        self.rewind()
 
     def rewind(self) -> None:
-        """Starts again as if no request had come."""
+        """Starts again as if no request had come; rates that were set stay."""
         self._random = Random(f"faults {self._seed}")
 
     def decide(self, number: int, body: dict[str, Any]) -> Fault | None:
@@ -65,7 +69,5 @@ class FaultPlan:
         return drawn
 
     def _draw(self) -> Fault | None:
-        if not self._kinds:
-            return None
         point = self._random.random()  # one draw a request, so that the n-th request has the n-th draw
         return next((kind for edge, kind in self._kinds if point < edge), None)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from streamsyn.sglang.simulator.config import SGLANG_VERSION
+from streamsyn.sglang.simulator.engine import Load
 from streamsyn.sglang.simulator.simulation import Simulation
 
 SECTIONS: Final = frozenset({"core", "memory", "spec", "lora", "disagg", "queues", "all"})
@@ -15,45 +16,49 @@ SECTIONS: Final = frozenset({"core", "memory", "spec", "lora", "disagg", "queues
 
 def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
     """The one entry of `/v1/loads` (there is one data-parallel rank)."""
-    engine, stats, config = simulation.engine, simulation.stats, simulation.config
-    pool = max(1, config.cache_tokens)
-    told: dict[str, Any] = {
+    told, stats = simulation.engine.load(), simulation.stats
+    uncached = told.waiting_uncached_tokens
+    if uncached is None:
+        uncached = int(told.waiting_tokens * (1 - stats.cache_hit_rate))
+    hit_rate = stats.cache_hit_rate if told.cache_hit_rate is None else told.cache_hit_rate
+    prefilled = told.prefilled_tokens
+    entry: dict[str, Any] = {
         "timestamp": time.time(),
         "dp_rank": 0,
-        "num_running_reqs": engine.running,
-        "num_waiting_reqs": engine.waiting,
-        # The real server too goes by the recent hit rate, where it has not matched what waits.
-        "num_waiting_uncached_tokens": int(engine.waiting_tokens * (1 - stats.cache_hit_rate)),
-        "num_used_tokens": engine.running_tokens,
-        "num_total_tokens": engine.running_tokens + engine.waiting_tokens,
-        "num_active_tokens": engine.running_tokens + engine.waiting_tokens,
+        "num_running_reqs": told.running,
+        "num_waiting_reqs": told.waiting,
+        "num_waiting_uncached_tokens": uncached,
+        "num_used_tokens": told.used_tokens,
+        "num_total_tokens": told.used_tokens + told.waiting_tokens,
+        "num_active_tokens": told.used_tokens + told.waiting_tokens,
         "num_prealloc_ready_tokens": 0,
-        "max_total_num_tokens": pool,
-        "max_running_requests": config.slots,
-        "token_usage": round(min(1.0, engine.running_tokens / pool), 4),
-        "gen_throughput": round(simulation.tokens_per_s(), 2),
-        "cache_hit_rate": round(stats.cache_hit_rate, 4),
-        "utilization": round(engine.running / config.slots, 4),
-        "total_prefill_uncached_tokens": stats.prompt_tokens - stats.cached_tokens,
+        "max_total_num_tokens": told.pool_tokens,
+        "max_running_requests": told.max_running_requests,
+        "token_usage": round(min(1.0, told.used_tokens / told.pool_tokens), 4),
+        "gen_throughput": round(simulation.tokens_per_s(told.generated_tokens), 2),
+        "cache_hit_rate": round(hit_rate, 4),
+        "utilization": round(told.running / told.max_running_requests, 4),
+        "total_prefill_uncached_tokens": stats.prompt_tokens - stats.cached_tokens
+        if prefilled is None
+        else prefilled,
         "total_prefill_busy_us": 0,
         "decode_moments": None,
     }
-    return told | dict(_details(simulation, sections))
+    return entry | dict(_details(told, sections))
 
 
 def server_info(simulation: Simulation) -> dict[str, Any]:
     """The part of `/server_info` that a client may want: simulated flags and the scheduler's limits."""
-    config = simulation.config
-    pool = max(1, config.cache_tokens)
+    config, told = simulation.config, simulation.engine.load()
     return {
         "model_path": config.model,
         "served_model_name": config.model,
         "tokenizer_path": config.model,
         "context_length": config.context_tokens,
-        "max_running_requests": config.slots,
+        "max_running_requests": told.max_running_requests,
         "max_queued_requests": config.queue_limit,
-        "max_total_tokens": pool,
-        "schedule_policy": "fcfs",
+        "max_total_tokens": told.pool_tokens,
+        "schedule_policy": config.schedule_policy,
         "disable_radix_cache": config.cache_tokens == 0,
         "enable_cache_report": True,
         "enable_metrics": True,
@@ -63,14 +68,14 @@ def server_info(simulation: Simulation) -> dict[str, Any]:
         "random_seed": config.seed,
         "launch_command": "streamsyn simulate",
         "status": "ready",
-        "max_total_num_tokens": pool,
+        "max_total_num_tokens": told.pool_tokens,
         "max_req_input_len": config.context_tokens - 1,
         "kv_events": None,
         "startup_time": simulation.started_at,
         "internal_states": [
             {
-                "last_gen_throughput": simulation.tokens_per_s(),
-                "effective_max_running_requests_per_dp": config.slots,
+                "last_gen_throughput": simulation.tokens_per_s(told.generated_tokens),
+                "effective_max_running_requests_per_dp": told.max_running_requests,
             }
         ],
         "version": SGLANG_VERSION,
@@ -78,7 +83,7 @@ def server_info(simulation: Simulation) -> dict[str, Any]:
     }
 
 
-def _details(simulation: Simulation, sections: set[str]) -> Iterator[tuple[str, Any]]:
+def _details(told: Load, sections: set[str]) -> Iterator[tuple[str, Any]]:
     if sections & {"all", "memory"}:
         yield (
             "memory",
@@ -86,7 +91,7 @@ def _details(simulation: Simulation, sections: set[str]) -> Iterator[tuple[str, 
                 "weight_gb": 0.0,
                 "kv_cache_gb": 0.0,
                 "graph_gb": 0.0,
-                "token_capacity": simulation.config.cache_tokens,
+                "token_capacity": told.pool_tokens,
             },
         )
     if sections & {"all", "disagg"}:
@@ -107,10 +112,10 @@ def _details(simulation: Simulation, sections: set[str]) -> Iterator[tuple[str, 
         yield (
             "queues",
             {
-                "waiting": simulation.engine.waiting,
+                "waiting": told.waiting,
                 "grammar": 0,
                 "paused": 0,
-                "retracted": 0,
+                "retracted": told.retracted,
                 "prealloc_ready": 0,
             },
         )
@@ -118,7 +123,7 @@ def _details(simulation: Simulation, sections: set[str]) -> Iterator[tuple[str, 
 
 def metrics(simulation: Simulation) -> str:
     """Prometheus text with the main names of the real server's `--enable-metrics`."""
-    core, stats = load(simulation, {"core"}), simulation.stats
+    core, stats, told = load(simulation, {"core"}), simulation.stats, simulation.engine.load()
     labels = f'model_name="{simulation.config.model}",engine_type="unified"'
     ranks = f'{labels},tp_rank="0",pp_rank="0",moe_ep_rank="0"'
     gauges = {
@@ -137,6 +142,7 @@ def metrics(simulation: Simulation) -> str:
         ("cached_tokens_total", 'cache_source="device"'): stats.cached_tokens,
         ("num_requests_total", 'is_streaming="False"'): stats.answered,
         ("num_aborted_requests_total", ""): stats.aborted,
+        ("num_retracted_requests_total", ""): told.retracted_in_all,
     }
     lines = []
     for name, value in gauges.items():

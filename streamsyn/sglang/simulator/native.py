@@ -3,8 +3,6 @@
 import math
 from typing import Any, Final
 
-from aiohttp import web
-
 from streamsyn.sglang.simulator import wire
 from streamsyn.sglang.simulator.answers import ABORTED_WAITING, WEIGHT_VERSION, Answer
 from streamsyn.sglang.simulator.asks import Ask, Malformed, Refused, whole_number
@@ -51,7 +49,7 @@ class Native:
             logprob_start=_logprob_start(body, prompt) if body.get("return_logprob") is True else None,
         )
 
-    def refusal(self, message: str) -> web.Response:
+    def refusal(self, message: str) -> wire.Reply:
         """400."""
         return wire.reply({"error": {"message": message}}, 400)
 

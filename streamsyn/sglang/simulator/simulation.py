@@ -5,12 +5,22 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final, TypeAlias
 
-from streamsyn.sglang.simulator.answers import ABORTED, ABORTED_WAITING, Answer, compose
+from streamsyn.sglang.simulator.answers import (
+    ABORTED,
+    ABORTED_WAITING,
+    Answer,
+    Finish,
+    compose,
+    cut_short,
+)
 from streamsyn.sglang.simulator.asks import Ask
+from streamsyn.sglang.simulator.batched import BatchedEngine
+from streamsyn.sglang.simulator.batching import Batching
 from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, count_tokens
-from streamsyn.sglang.simulator.config import SimulatorConfig
+from streamsyn.sglang.simulator.config import PLAIN_CACHE_TOKENS, PLAIN_SLOTS, SimulatorConfig
 from streamsyn.sglang.simulator.engine import Engine, Work
 from streamsyn.sglang.simulator.faults import Fault, FaultPlan, Script
+from streamsyn.sglang.simulator.plain import PlainEngine
 from streamsyn.sglang.simulator.statistics import Statistics
 from streamsyn.sglang.simulator.text import Prose
 
@@ -22,7 +32,10 @@ Feed: TypeAlias = Callable[[str], Awaitable[None]]
 
 
 class Simulation:
-    """The server behind its routes: configuration, engine, texts, faults, counters."""
+    """The server behind its routes: configuration, engine, texts, faults, counters.
+
+    Its clock is that of the running loop, which may be one whose time jumps.
+    """
 
     def __init__(
         self,
@@ -32,23 +45,81 @@ class Simulation:
     ) -> None:
         self.config = config
         self.dead = False
+        """For good."""
+        self._down = False
         self._on_death = on_death
         self._connections: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        self.engine = Engine(config.slots, config.queue_limit, config.cache_tokens)
+        self.engine = self._engine()
         self.faults = FaultPlan(config.faults, config.seed, script)
         self.stats = Statistics()
         self.started_at = time.time()
-        self._looked_at = time.monotonic()
-        self._looked_tokens = 0
+        self._looked: tuple[float, int] | None = None
         self._rate = 0.0
         self._prose = Prose(config.seed)
         self._random = Random(f"times {config.seed}")
 
+    def _engine(self) -> Engine:
+        config, model = self.config, self.config.batching
+        if model is not None:
+            machine = Batching(
+                model,
+                queue_limit=config.queue_limit,
+                policy=config.schedule_policy,
+                caching=config.cache_tokens != 0,
+                speed=config.speed,
+            )
+            return BatchedEngine(machine)
+        slots = PLAIN_SLOTS if config.slots is None else config.slots
+        cache_tokens = PLAIN_CACHE_TOKENS if config.cache_tokens is None else config.cache_tokens
+        token_s = config.ms_per_token / 1000
+        engine = PlainEngine(slots, config.queue_limit, cache_tokens, self._first_token_s, token_s)
+        engine.speed = config.speed
+        return engine
+
+    @property
+    def speed(self) -> float:
+        """How fast it works: 1 is nominal, 0.5 half as fast."""
+        return self.engine.speed
+
+    @speed.setter
+    def speed(self, speed: float) -> None:
+        """At once with batching; with `plain` from the next token (streamed) or request (whole) on.
+
+        Raises:
+            ValueError: it is not positive.
+        """
+        if not speed > 0:
+            raise ValueError(f"speed must be positive, not {speed}")
+        self.engine.speed = speed
+
+    @property
+    def gone(self) -> bool:
+        """Dead or down: whoever connects is reset."""
+        return self.dead or self._down
+
+    def go_down(self) -> None:
+        """As if the process had died: connections are reset, what runs is lost, and so is the cache."""
+        self._down = True
+        self.engine.lose_all()
+        for transport in list(self._connections):
+            transport.abort()
+
+    def come_up(self) -> None:
+        """Serves again after `go_down`, with an empty cache."""
+        self._down = False
+
+    def die(self) -> None:
+        """Goes down for good."""
+        self.dead = True
+        self._on_death()
+        self.go_down()
+
     def arrive(self) -> bool:
         """Counts a request as come and in flight; False when it finds the server dead."""
         stats, limit = self.stats, self.config.die_after
-        if limit is not None and stats.requests >= limit:
-            self._die()
+        if not self.gone and limit is not None and stats.requests >= limit:
+            self.die()
+        if self.gone:
             return False
         stats.requests += 1
         stats.in_flight += 1
@@ -71,12 +142,19 @@ class Simulation:
         self.stats.cached_tokens += answer.cached_tokens
         self.stats.completion_tokens += answer.completion_tokens
 
-    def tokens_per_s(self) -> float:
-        """Tokens written a second since the last look that lies at least a second back."""
-        now, written = time.monotonic(), self.stats.completion_tokens
-        if now - self._looked_at >= 1:
-            self._rate = max(0, written - self._looked_tokens) / (now - self._looked_at)
-            self._looked_at, self._looked_tokens = now, written
+    def tokens_per_s(self, written: int | None = None) -> float:
+        """Tokens written a second since the last look that lies at least a second back.
+
+        `written` is the number so far; without it, answers that are sent count.
+        """
+        now = asyncio.get_running_loop().time()
+        written = self.stats.completion_tokens if written is None else written
+        if self._looked is None:
+            self._looked = now, written
+        at, before = self._looked
+        if now - at >= 1:
+            self._rate = max(0, written - before) / (now - at)
+            self._looked = now, written
         return self._rate
 
     def reset(self) -> None:
@@ -90,73 +168,65 @@ class Simulation:
         return f"{self._random.getrandbits(128):032x}"
 
     async def answer(self, ask: Ask, fault: Fault | None, feed: Feed | None = None) -> Answer:
-        """Runs one request: waits for a slot, takes its time, holds the slot until the answer is complete.
+        """Runs one request: waits for its turn, takes its time, holds its place until it is complete.
 
         Raises:
             QueueFull: there was no place for it.
             DuplicateRid: its rid is alive.
+            ServerLost: the server went down meanwhile.
         """
-        began = time.perf_counter()
-        work = Work(ask.rid, ask.prompt, ask.reuse_limit)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        work = Work(
+            ask.rid,
+            ask.prompt,
+            ask.reuse_limit,
+            max_new_tokens=ask.max_tokens,
+            piece=PIECE_TOKENS if feed else 0,
+            stalls=fault is Fault.STALL,
+        )
         self.engine.enter(work)
         try:
-            await self.engine.start(work)
+            work.output, finish = compose(ask, fault, self._prose, self.config.words)
+            work.target = count_tokens(work.output)
+            await self.engine.begin(work)
             if not work.running:
-                return Answer("", ABORTED_WAITING, 0, 0, 0, time.perf_counter() - began)
-            text, finish = await self._write(work, ask, fault, feed)
-            if work.aborted:
-                finish = ABORTED
-            seconds = time.perf_counter() - began
+                return Answer("", ABORTED_WAITING, 0, 0, 0, clock() - began)
+            text, finish = await self._write(work, finish, feed)
+            seconds = clock() - began
             return Answer(text, finish, work.tokens, work.cached_tokens, count_tokens(text), seconds)
         finally:
             self.engine.leave(work)
+            self.stats.retracted += work.retractions
 
-    async def _write(
-        self, work: Work, ask: Ask, fault: Fault | None, feed: Feed | None
-    ) -> tuple[str, dict[str, object]]:
-        """The text that was written until its end or an abort."""
-        if fault is Fault.STALL:
-            await self.engine.spend(work, None)
-        await self.engine.spend(work, self._first_token_s())
-        if work.aborted:
-            return "", ABORTED
-        self.engine.remember(work)
-        text, finish = compose(ask, fault, self._prose, self.config.words)
+    async def _write(self, work: Work, finish: Finish, feed: Feed | None) -> tuple[str, Finish]:
+        """The text that was written until its end or an abort, and how it ended."""
+        whole, text = count_tokens(work.output), work.output
         if feed is None:
-            text = await self._decode_whole(work, text)
+            written = await self.engine.write(work, whole)
+        elif work.aborted:
+            written = await self.engine.write(work, 0)
         else:
-            text = await self._decode_pieces(work, text, feed)
-        if text:
-            self.engine.remember(work, text)
-        return text, finish
+            written = await self._write_pieces(work, whole, feed)
+        if written < whole:
+            text, finish = text[: written * CHARACTERS_A_TOKEN], cut_short(written)
+        return text, ABORTED if work.aborted else finish
 
-    async def _decode_whole(self, work: Work, text: str) -> str:
-        began = time.perf_counter()
-        total_s = count_tokens(text) * self.config.ms_per_token / 1000
-        await self.engine.spend(work, total_s)
-        if not work.aborted or not total_s:
-            return text
-        share = min(1.0, (time.perf_counter() - began) / total_s)
-        return text[: int(share * len(text))]
-
-    async def _decode_pieces(self, work: Work, text: str, feed: Feed) -> str:
+    async def _write_pieces(self, work: Work, whole: int, feed: Feed) -> int:
         await feed("")
-        step = PIECE_TOKENS * CHARACTERS_A_TOKEN
-        for start in range(0, len(text), step):
-            piece = text[start : start + step]
-            await self.engine.spend(work, count_tokens(piece) * self.config.ms_per_token / 1000)
-            if work.aborted:
-                return text[:start]
-            await feed(piece)
-        return text
-
-    def _die(self) -> None:
-        self.dead = True
-        self._on_death()
-        for transport in list(self._connections):
-            transport.abort()
+        text, written = work.output, 0
+        while written < whole:
+            goal = min(written + PIECE_TOKENS, whole)
+            now = await self.engine.write(work, goal)
+            if now < goal and work.aborted:
+                return written
+            await feed(text[written * CHARACTERS_A_TOKEN : now * CHARACTERS_A_TOKEN])
+            if now < goal:
+                return now
+            written = now
+        return written
 
     def _first_token_s(self) -> float:
         jitter = self.config.jitter_ms
         moved = self._random.uniform(-jitter, jitter) if jitter else 0.0
-        return max(0.0, self.config.latency_ms + moved) / 1000
+        return max(0.0, self.config.latency_ms + moved) / 1000 / self.engine.speed

@@ -16,6 +16,8 @@ class Statistics:
     """Requests whose client went away first."""
     connections: int = 0
     """Connections on which at least one request came."""
+    retracted: int = 0
+    """How often a request was thrown out of the running batch to be computed again."""
     in_flight: int = 0
     max_in_flight: int = 0
     prompt_tokens: int = 0
@@ -41,6 +43,7 @@ class Statistics:
             "connections": self.connections,
             "aborted": self.aborted,
             "disconnected": self.disconnected,
+            "retracted": self.retracted,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,

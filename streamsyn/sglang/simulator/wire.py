@@ -3,19 +3,28 @@
 Shapes: srt/entrypoints/http_server.py, srt/entrypoints/openai/serving_base.py.
 """
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
-from aiohttp import web
 
-JSON_HEADERS: Final = {"Content-Type": "application/json"}
+from streamsyn.sglang.simulator.asks import Malformed
+
+JSON: Final = "application/json"
 
 QUEUE_FULL: Final = "The request queue is full."
 
 
-def reply(body: Any, status: int = 200) -> web.Response:
+class Reply(NamedTuple):
+    """A whole answer, however it travels."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str | None = None
+
+
+def reply(body: Any, status: int = 200) -> Reply:
     """A JSON answer."""
-    return web.Response(body=orjson.dumps(body), status=status, headers=JSON_HEADERS)
+    return Reply(status, orjson.dumps(body), JSON)
 
 
 def error(message: str, kind: str, code: int) -> dict[str, Any]:
@@ -23,17 +32,17 @@ def error(message: str, kind: str, code: int) -> dict[str, Any]:
     return {"object": "error", "message": message, "type": kind, "param": None, "code": code}
 
 
-def malformed(message: str) -> web.Response:
+def malformed(message: str) -> Reply:
     """400 for a body that does not fit its schema, on every route."""
     return reply(error(message, "Bad Request", 400), 400)
 
 
-def queue_full() -> web.Response:
+def queue_full() -> Reply:
     """503, without Retry-After."""
     return reply(error(QUEUE_FULL, "503", 503), 503)
 
 
-def internal_error() -> web.Response:
+def internal_error() -> Reply:
     """500."""
     return reply(error("Internal server error: simulated", "InternalServerError", 500), 500)
 
@@ -46,3 +55,18 @@ def event(body: Any) -> bytes:
 def stream_error(message: str, kind: str, code: int) -> bytes:
     """An error inside a stream that began with 200 (`create_streaming_error_response`)."""
     return event({"error": error(message, kind, code)})
+
+
+def read_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Raises:
+        Malformed: It is none.
+    """
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError as problem:
+        raise Malformed(f"body: JSON decode error: {problem}") from None
+    if not isinstance(body, dict):
+        raise Malformed("body: Input should be a valid dictionary")
+    return body

@@ -1,0 +1,95 @@
+"""Which server a prefix group is at home at: bounded-load rendezvous hashing.
+
+Sources: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998 (rendezvous);
+Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", arXiv 1608.01350.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from streamsyn.sglang.server import Server
+
+_KNOWN = 65_536
+"""Groups remembered."""
+_CHANCE = 4.0
+"""A server may be over its share by so many times the square root of it: that is chance, not load."""
+
+
+class Homes:
+    """Gives each group a server, and another one when that is overloaded or out.
+
+    Hashing spreads groups evenly only where there are very many of them, so a group's first home is
+    bounded too: no server gets more than `balance_factor` times its share of groups.
+    """
+
+    def __init__(self, balance_factor: float) -> None:
+        self._factor = balance_factor
+        self._homes: OrderedDict[str, Server] = OrderedDict()
+        self.moves = 0
+        """How often a group changed its server."""
+
+    def home(self, group: str, servers: Sequence[Server], avoid: Server | None = None) -> Server:
+        """The server that a request of `group` goes to, out of `servers`, which are usable.
+
+        Args:
+            group: The group's key.
+            servers: At least one.
+            avoid: Where the request has just failed: another one, if there is.
+        """
+        at = self._homes.get(group)
+        total, shares = sum(server.assigned for server in servers) + 1, _shares(servers)
+        if at in shares and at is not avoid and not self._is_over(at, total, shares[at]):
+            self._homes.move_to_end(group)
+            return at
+        ranked = sorted(servers, key=lambda server: _rank(group, server), reverse=True)
+        ranked = [server for server in ranked if server is not avoid] or ranked
+        fit = [server for server in ranked if not self._is_over(server, total, shares[server])] or ranked
+        home = next((server for server in fit if self._takes_group(server, shares[server])), None)
+        if home is None:
+            home = min(fit, key=lambda server: (server.homes + 1) / shares[server])
+        self.move(group, home)
+        return home
+
+    def move(self, group: str, home: Server) -> None:
+        """From now on `group` is at home there."""
+        before = self._homes.get(group)
+        if before is not home:
+            if before is not None:
+                before.homes -= 1
+                self.moves += 1
+            home.homes += 1
+            self._homes[group] = home
+        self._homes.move_to_end(group)
+        while len(self._homes) > _KNOWN:
+            _, forgotten = self._homes.popitem(last=False)
+            forgotten.homes -= 1
+
+    def forget(self, server: Server) -> None:
+        """`server` is out: its groups find other homes when they are asked for."""
+        for group in [group for group, home in self._homes.items() if home is server]:
+            del self._homes[group]
+        server.homes = 0
+
+    def _is_over(self, server: Server, total: int, share: float) -> bool:
+        """Whether one request more is more than it should have, of `total` at all servers."""
+        mean = total * share
+        return server.assigned + 1 > max(1.0, self._factor * mean, mean + _CHANCE * math.sqrt(mean))
+
+    def _takes_group(self, server: Server, share: float) -> bool:
+        mean = (len(self._homes) + 1) * share
+        return server.homes + 1 <= max(math.ceil(mean), int(self._factor * mean))
+
+
+def _shares(servers: Sequence[Server]) -> dict[Server, float]:
+    """What part of all work each should have."""
+    total = sum(server.share for server in servers)
+    return {server: server.share / total for server in servers}
+
+
+def _rank(group: str, server: Server) -> float:
+    """Weighted rendezvous score: the highest wins, in proportion to the weights."""
+    drawn = blake2b(f"{group}\0{server.url}".encode(), digest_size=8).digest()
+    unit = (int.from_bytes(drawn) + 1) / (2**64 + 1)
+    return -server.weight / math.log(unit)

@@ -1,0 +1,151 @@
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+
+from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, PrefixCache, extend
+from streamsyn.sglang.simulator.engine import DuplicateRid, Load, QueueFull, ServerLost, Work, settle
+
+
+class PlainEngine:
+    """Slots, a waiting queue in order of arrival, a prefix cache, and each request on its own clock.
+
+    What a request takes does not depend on what else runs: `first_token_s` tells the time to its first token,
+    and each token takes `token_s` more. `Engine` says what the methods do.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        queue_limit: int | None,
+        cache_tokens: int,
+        first_token_s: Callable[[], float] = lambda: 0.0,
+        token_s: float = 0.0,
+    ) -> None:
+        self.slots = slots
+        self.cache = PrefixCache(cache_tokens)
+        self.speed = 1.0
+        self.running = 0
+        self.running_tokens = 0
+        self.waiting_tokens = 0
+        self._pool = max(1, cache_tokens)
+        self._first_token_s = first_token_s
+        self._token_s = token_s
+        self._queue_limit = queue_limit
+        self._waiting: OrderedDict[Work, None] = OrderedDict()
+        self._live: dict[str, Work] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    def enter(self, work: Work) -> None:
+        """Takes a slot if one is free, else a place in the queue; QueueFull means: no slot and no place."""
+        if work.rid in self._live:
+            raise DuplicateRid(work.rid)
+        if self.running < self.slots:
+            self._run(work)
+        elif self._queue_limit is not None and len(self._waiting) >= self._queue_limit:
+            raise QueueFull
+        else:
+            self._waiting[work] = None
+            self.waiting_tokens += work.tokens
+            work.wake = asyncio.get_running_loop().create_future()
+        self._live[work.rid] = work
+
+    def leave(self, work: Work) -> None:
+        """Gives back whatever `work` holds; the first in the queue gets its slot."""
+        del self._live[work.rid]
+        self._unqueue(work)
+        if not work.running:
+            return
+        self.running -= 1
+        self.running_tokens -= work.tokens
+        if self._waiting:
+            following = next(iter(self._waiting))
+            self._unqueue(following)
+            self._run(following)
+            settle(following)
+
+    def abort(self, rid: str, *, exact: bool) -> int:
+        if not rid or (exact and rid not in self._live):
+            return 0
+        return self._abort([work for work in self._live.values() if work.rid.startswith(rid)])
+
+    def abort_all(self) -> int:
+        return self._abort(list(self._live.values()))
+
+    def lose_all(self) -> None:
+        for work in self._live.values():
+            work.lost = True
+        self._abort(list(self._live.values()))
+        self.cache.clear()
+
+    async def begin(self, work: Work) -> None:
+        if not work.running and not work.aborted and work.wake is not None:
+            await work.wake
+        if work.running and not work.lost:
+            work.cached_tokens = self.cache.match(work.keys, work.reusable)
+            if work.stalls:
+                await self._spend(work, None)
+            await self._spend(work, self._first_token_s())
+            if not work.aborted:
+                self.cache.insert(work.keys)
+        if work.lost:
+            raise ServerLost
+
+    async def write(self, work: Work, tokens: int) -> int:
+        began = asyncio.get_running_loop().time()
+        total_s = (tokens - work.written) * self._token_s / self.speed
+        await self._spend(work, total_s)
+        if work.lost:
+            raise ServerLost
+        if work.aborted and total_s:
+            share = min(1.0, (asyncio.get_running_loop().time() - began) / total_s)
+            tokens = work.written + int(share * (tokens - work.written))
+        work.written = tokens
+        if work.written and (work.aborted or work.written >= work.target) and isinstance(work.prompt, str):
+            output = work.output[: work.written * CHARACTERS_A_TOKEN]
+            self.cache.insert(extend(work.keys, work.prompt, output))
+        return work.written
+
+    def load(self) -> Load:
+        return Load(
+            running=self.running,
+            waiting=len(self._waiting),
+            waiting_tokens=self.waiting_tokens,
+            waiting_uncached_tokens=None,
+            used_tokens=self.running_tokens,
+            pool_tokens=self._pool,
+            max_running_requests=self.slots,
+        )
+
+    async def _spend(self, work: Work, seconds: float | None) -> None:
+        """Lets time pass, for ever if None; an abort ends it at once. No time: no trip through the loop."""
+        if work.aborted or seconds == 0:
+            return
+        loop = asyncio.get_running_loop()
+        work.wake = loop.create_future()
+        timer = None if seconds is None else loop.call_later(seconds, settle, work)
+        try:
+            await work.wake
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _run(self, work: Work) -> None:
+        work.running = True
+        self.running += 1
+        self.running_tokens += work.tokens
+
+    def _unqueue(self, work: Work) -> None:
+        if work in self._waiting:
+            del self._waiting[work]
+            self.waiting_tokens -= work.tokens
+
+    def _abort(self, works: list[Work]) -> int:
+        for work in works:
+            work.aborted = True
+            self._unqueue(work)
+            settle(work)
+        return len(works)
