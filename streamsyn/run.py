@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import structlog
@@ -50,6 +51,7 @@ class RunRequest:
         environ: Holds the servers' keys.
         connect: What carries requests to servers; None is HTTP.
         runner: Runs the event loop; another one for a simulation in virtual time.
+        draw: For jitter; a seeded one for a simulation that is to be repeated.
         stream: Where samples go besides the log, if anywhere.
         launch: A model to start a server for; None uses `config.fleet.servers`.
         launch_python: The interpreter that has sglang.
@@ -62,6 +64,7 @@ class RunRequest:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     connect: Connect | None = None
     runner: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
+    draw: Random | None = None
     stream: SampleStream | None = None
     launch: str | None = None
     launch_python: Path | None = None
@@ -88,8 +91,12 @@ class RunSummary:
         return self.rejects / max(1, self.contexts + self.rejects)
 
 
-def run(request: RunRequest) -> RunSummary:
+def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     """Run until every seed has an outcome, or until stopped; the summary says which.
+
+    Args:
+        request: What is to be run.
+        summary: One to fill as the run goes on, for whoever looks at it meanwhile.
 
     Raises:
         ConfigError: Something the user gave cannot be used; nothing is lost.
@@ -106,7 +113,7 @@ def run(request: RunRequest) -> RunSummary:
     reader = SeedReader(request.config.seeds, request.config.run.seed, request.out / "spool")
     if not reader.has_sources:
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
-    summary = RunSummary(request.out, Counters())
+    summary = summary or RunSummary(request.out, Counters())
     directory = RunDirectory(request.out)
     try:
         directory.check(shaping)
@@ -198,7 +205,9 @@ async def _fleet(
     if request.launch is not None:
         section = section.model_copy(update={"servers_file": None, "servers_dns": None})
     gone = f"no server was usable for fleet.give_up_s = {section.give_up_s:g} s"
-    async with open_fleet(section, lambda: stopper.cancel(gone), request.environ, request.connect) as fleet:
+    async with open_fleet(
+        section, lambda: stopper.cancel(gone), request.environ, request.connect, request.draw
+    ) as fleet:
         parts.summary.servers = fleet.figures
         await fleet.ask_models()
         model = ", ".join(fleet.models)

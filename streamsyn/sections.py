@@ -182,7 +182,7 @@ class FleetSection(Section):
     model: Annotated[str | None, operational] = None
     """Model to ask for; by default what the servers say they serve."""
     models: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    """Several models, each with its share of the drafts, such as `{big = 3, small = 1}`."""
+    """Several models, each with its share of the drafts, such as 3 of one and 1 of another."""
     concurrency: Annotated[Literal["auto"] | Count, operational] = "auto"
     """Requests in flight at one server: `auto` finds what keeps its batch full, or a number."""
     max_in_flight: Annotated[Count, operational] = 2048

@@ -61,7 +61,7 @@ def sections(kind: type[BaseModel]) -> list[type[BaseModel]]:
         ("recipe.temperature", 0.8),
         ("fleet.request_timeout_s", 600.0),
         ("fleet.give_up_s", 300.0),
-        ("fleet.max_in_flight", 128),
+        ("fleet.max_in_flight", 2048),
         ("checks.min_words", 50),
         ("sink.sync_interval_s", 1.0),
         ("sink.shard_bytes", 128 * 1024 * 1024),

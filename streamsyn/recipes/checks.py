@@ -63,12 +63,15 @@ class Checks:
         """
         return next(self._failures(text, figures, seed, own_lines), None)
 
-    def part_failure(self, text: str, own_lines: Sequence[str]) -> Failure | None:
-        """What makes one section of a document unfit to be gone on from; None when nothing does."""
+    def part_failure(self, text: str, own_lines: Sequence[str], before: str) -> Failure | None:
+        """What makes one section of a document unfit to be gone on from; None when nothing does.
+
+        `before` is the section before it: a model that has begun to loop says the same again.
+        """
         return (
             self.refusal(text)
             or self._echo(normalised(text), own_lines)
-            or self._repetition(repetition(text.split()))
+            or self._repetition(repetition(text.split(), before.split()))
         )
 
     def refusal(self, text: str) -> Failure | None:
@@ -116,12 +119,16 @@ class Checks:
         )
 
 
-def repetition(words: list[str]) -> float:
-    """Share of runs of five words that have stood in the text before."""
+def repetition(words: list[str], before: list[str] | None = None) -> float:
+    """Share of runs of five words that have stood in the text before, or in the text `before` it."""
     runs = len(words) - _RUN + 1
     if runs < 1:
         return 0.0
-    return 1 - len(set(zip(*(words[start:] for start in range(_RUN)), strict=False))) / runs
+    return 1 - len(_runs(words) - _runs(before or [])) / runs
+
+
+def _runs(words: list[str]) -> set[tuple[str, ...]]:
+    return set(zip(*(words[start:] for start in range(_RUN)), strict=False))
 
 
 def normalised(text: str) -> str:

@@ -148,6 +148,7 @@ class SectionsRecipe:
     ) -> Generator[Request, Completion, None]:
         """Ask for the next section, and add it; `summary` is given where the conversation has begun again."""
         number, is_last = len(manuscript.sections), manuscript.should_end
+        last = manuscript.sections[-1] if manuscript.sections else ""
         begins, ends = manuscript.span()
         on = title(found, begins, 1.0 if is_last else ends)
         blocks = self._blocks(
@@ -159,14 +160,14 @@ class SectionsRecipe:
             facts=facts.ask(number, ends, is_last=manuscript.may_end),
             is_last=is_last,
             summary=summary,
-            last_section=manuscript.sections[-1] if summary else "",
+            last_section=last,
         )
         question = f"{blocks['resume']}\n\n{blocks['section']}" if summary else blocks["section"]
         own_lines, was_cut = self._prompt_of(seed).own_lines, manuscript.was_cut
 
         def check(completion: Completion) -> Failure | None:
             text = section_text(completion.text, on, goes_on=was_cut)
-            failure = self._checks.part_failure(text, own_lines)
+            failure = self._checks.part_failure(text, own_lines, last)
             is_cut = completion.finish_reason == "length" and manuscript.ends_with(completion)
             if failure is None and is_cut and self._recipe.on_truncated == "reject":
                 said = f"its last section was cut at {completion.completion_tokens} tokens"

@@ -235,6 +235,7 @@ async def open_fleet(
     on_gone: Callable[[], None],
     environ: Mapping[str, str] = os.environ,
     connect: Connect | None = None,
+    draw: Random | None = None,
 ) -> AsyncIterator[Fleet]:
     """A fleet of the servers in `section`; what it still has under way at the end is aborted.
 
@@ -243,6 +244,7 @@ async def open_fleet(
         on_gone: Called when no server was usable for `fleet.give_up_s`.
         environ: Holds the servers' keys.
         connect: Opens what carries requests to a server; None is HTTP.
+        draw: For jitter; a seeded one makes a simulation repeatable.
 
     Raises:
         ConfigError: There is no server, or what stands for one is no URL.
@@ -250,7 +252,7 @@ async def open_fleet(
     discovery = Discovery(section, environ)
     first = await discovery.first()
     connect = connect or await _http(section, environ)
-    draw = Random()
+    draw = draw or Random()
     outage = Outage(section, on_gone)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(background())

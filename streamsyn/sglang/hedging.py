@@ -54,7 +54,7 @@ class Hedging:
         self._share = _TRUE if share is True else float(share)
         self._tasks = tasks
         self._ask = ask
-        self._calls: set[Call] = set()
+        self._calls: dict[Call, None] = {}
         self._answers = 0
         self._seconds = 0.0
 
@@ -66,7 +66,7 @@ class Hedging:
         """
         if not self._share:
             return await self._ask(call.place, call.pool, call.request)
-        self._calls.add(call)
+        self._calls[call] = None
         try:
             # The scope has no end until the second answer sets one: then it cancels the first try,
             # which aborts it at its server.
@@ -77,7 +77,7 @@ class Hedging:
                 raise
             return call.answer
         finally:
-            self._calls.discard(call)
+            del self._calls[call]
             if call.second is not None:
                 call.second.cancel()
         self._answers += 1

@@ -233,11 +233,20 @@ def test_a_document_that_fails_as_a_whole_is_rejected() -> None:
     with pytest.raises(RejectedDraft, match=r"too_short.*\(the whole document\)"):
         drive(recipe({"min_words": 10_000}, **SMALL), writes())
 
-    def same(request: Request, number: int) -> Completion:
-        return said(request, OUTLINE if number == 1 else prose(1), 100)
+    def by_turns(request: Request, number: int) -> Completion:
+        return said(request, OUTLINE if number == 1 else prose(number % 2), 100)
 
-    with pytest.raises(RejectedDraft, match="repetition"):
-        drive(recipe(**SMALL), same)
+    with pytest.raises(RejectedDraft, match=r"repetition.*\(the whole document\)"):
+        drive(recipe({"max_repetition": 0.4}, **SMALL), by_turns)
+
+
+def test_a_section_that_repeats_the_one_before_is_asked_again() -> None:
+    """Small models fall into that, and would never get out of it."""
+    document, requests = drive(
+        recipe(**SMALL), scripted(None, None, Completion(prose(2), "stop", 10, 0, 7, "m", "http://one"))
+    )
+    assert requests[2] == requests[3]
+    assert 4 == document.checks["sections"]
 
 
 def test_what_was_asked_for_is_never_too_long() -> None:

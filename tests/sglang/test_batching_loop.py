@@ -222,6 +222,7 @@ def test_retractions_are_counted_and_lose_no_text() -> None:
         answers = await all_of(simulation, *asks)
         assert all(answer.completion_tokens == 600 for answer in answers)
         assert all(len(answer.text) == 2400 for answer in answers)
+        assert simulation.stats.retracted == sum(answer.retractions for answer in answers)
 
     simulation = virtually(main, cache_tokens=5000, words=1000)
     assert simulation.stats.retracted > 0

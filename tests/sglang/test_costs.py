@@ -59,9 +59,9 @@ def test_cpu_decodes_as_measured(batch: int, tokens_per_s: float) -> None:
 
 
 def test_cpu_prefills_as_measured() -> None:
-    """950 tokens: 2.09 s when nothing is cached, 0.78 to 0.89 s when 944 are; the first includes a decode."""
-    assert CPU.prefill([(944, 6)]) == pytest.approx(0.83, abs=0.06)
-    assert CPU.prefill([(0, 950)]) - CPU.prefill([(944, 6)]) == pytest.approx(2.09 - 0.83, rel=0.6)
+    """950 tokens: 2.09 s to the first token when nothing is cached, 0.78 to 0.89 s when 944 are."""
+    assert CPU.prefill([(0, 950)]) == pytest.approx(2.09, rel=0.02)
+    assert 0.78 < CPU.prefill([(944, 6)]) < 0.89
 
 
 def test_h100_comes_near_published_figures() -> None:

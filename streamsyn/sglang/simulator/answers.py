@@ -28,6 +28,8 @@ class Answer:
     cached_tokens: int
     completion_tokens: int
     seconds: float
+    retractions: int = 0
+    """How often it was thrown out of the running batch."""
 
     @property
     def aborted(self) -> bool:

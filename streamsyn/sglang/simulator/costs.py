@@ -106,9 +106,9 @@ def capacity(model: CostModel, prompt_tokens: int, cached_tokens: int, completio
     where the mean context of a request is its prompt and half of what it writes. Ends are spread over the
     round, B / (m - 1) a step, and each step at which anything ends, a share of 1 - exp(-B / (m - 1)) of all
     if they end independently of each other, is followed by a prefill batch; there are more of them where the
-    tokens do not fit. What lowers it in practice is counted nowhere here: a pool that is not quite full, as
-    the scheduler keeps room for new tokens, and requests that are retracted. It costs nothing where
-    `max_running_requests` bounds the batch, and 5 to 10 per cent where the pool does.
+    tokens do not fit. Two things that the scheduler does are not counted: it keeps room for new tokens, so
+    the pool is 90 to 97 per cent full, and it computes again what it had to retract. Where
+    `max_running_requests` bounds the batch this costs nothing, where the pool does up to 8 per cent.
     """
     batch = largest_batch(model, prompt_tokens, cached_tokens, completion_tokens)
     new = prompt_tokens - cached_tokens
@@ -124,8 +124,8 @@ def capacity(model: CostModel, prompt_tokens: int, cached_tokens: int, completio
 CPU: Final = CostModel(
     name="cpu",
     prefill_s=0.07,
-    prompt_token_s=0.00135,
-    cached_token_s=0.0008,
+    prompt_token_s=0.00212,
+    cached_token_s=0.00079,
     attention_s=0.0,
     step_s=0.0655,
     request_step_s=0.00805,

@@ -193,8 +193,15 @@ class Simulation:
             if not work.running:
                 return Answer("", ABORTED_WAITING, 0, 0, 0, clock() - began)
             text, finish = await self._write(work, finish, feed)
-            seconds = clock() - began
-            return Answer(text, finish, work.tokens, work.cached_tokens, count_tokens(text), seconds)
+            return Answer(
+                text,
+                finish,
+                prompt_tokens=work.tokens,
+                cached_tokens=work.cached_tokens,
+                completion_tokens=count_tokens(text),
+                seconds=clock() - began,
+                retractions=work.retractions,
+            )
         finally:
             self.engine.leave(work)
             self.stats.retracted += work.retractions
