@@ -46,6 +46,7 @@ class Progress:
             "output_tokens_per_s": round(tokens_per_s, 1),
             "cached_share": round(counters.cached_tokens / max(1, counters.prompt_tokens), 3),
             "in_flight": self.fleet.in_flight,
+            "caps": {server.url: server.limiter.cap for server in self.fleet.servers},
             "ejected": [server.url for server in self.fleet.servers if server.health.ejected],
             "contexts": counters.contexts,
             "samples": counters.samples,
@@ -113,7 +114,7 @@ def _table(figures: dict[str, Any]) -> Any:
     )
     rejects = ", ".join(f"{reason} {number:,}" for reason, number in sorted(figures["rejects"].items()))
     servers = ", ".join(
-        f"{url} {'ejected' if url in figures['ejected'] else number}"
+        f"{url} " + ("ejected" if url in figures["ejected"] else f"{number} of {figures['caps'][url]}")
         for url, number in figures["in_flight"].items()
     )
     table.add_row("seeds", f"{figures['done']:,} of {total}   ETA {duration(figures['eta_s'])}")

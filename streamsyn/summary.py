@@ -6,6 +6,9 @@ from typing import Any
 from streamsyn.progress import duration
 from streamsyn.run import RunSummary
 
+_SERVERS = 8
+"""So many are told of one by one."""
+
 
 def closing_lines(summary: RunSummary) -> Iterator[str]:
     """Lines for a person."""
@@ -27,6 +30,7 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         f"({counters.wasted_tokens / max(1, written):.1%}); {counters.retries:,} failed tries; "
         f"{counters.cached_tokens / max(1, counters.prompt_tokens):.0%} of prompt tokens cached"
     )
+    yield from _server_lines(summary)
     yield (
         f"  directory  {out}: {summary.contexts:,} contexts, {summary.rejects:,} rejects, "
         f"{summary.samples:,} samples"
@@ -36,6 +40,20 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
     elif summary.samples:
         pattern = f"{out}/samples/*.jsonl*"
         yield f'  load       datasets.load_dataset("json", data_files="{pattern}", split="train")'
+
+
+def _server_lines(summary: RunSummary) -> Iterator[str]:
+    """What each server did, those that did most first, and whether its cache held what it should."""
+    servers = sorted(summary.servers(), key=lambda server: -server["completions"])
+    for place, server in enumerate(servers[:_SERVERS]):
+        prompt = max(1, server["prompt_tokens"])
+        yield (
+            f"  {'servers' if place == 0 else '':10} {server['server']}: {server['completions']:,} answers, "
+            f"cap {server['cap']}, cached {server['cached_tokens'] / prompt:.0%} of prompt tokens "
+            f"({server['planned_cached_tokens'] / prompt:.0%} planned)"
+        )
+    if len(servers) > _SERVERS:
+        yield f"  {'':10} and {len(servers) - _SERVERS} more"
 
 
 def closing_figures(summary: RunSummary) -> dict[str, Any]:
@@ -55,6 +73,7 @@ def closing_figures(summary: RunSummary) -> dict[str, Any]:
         "prompt_tokens": counters.prompt_tokens,
         "cached_tokens": counters.cached_tokens,
         "failed_tries": counters.retries,
+        "servers": summary.servers(),
         "directory": {
             "contexts": summary.contexts,
             "rejects": summary.rejects,

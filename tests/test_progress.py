@@ -57,6 +57,7 @@ async def test_nothing_yet(tmp_path: Path) -> None:
             "output_tokens_per_s": 0.0,
             "cached_share": 0.0,
             "in_flight": dict.fromkeys(URLS, 0),
+            "caps": dict.fromkeys(URLS, 8),
             "ejected": [],
             "contexts": 0,
             "samples": 0,
@@ -168,7 +169,7 @@ async def test_the_table(tmp_path: Path) -> None:
         text = drawn(progress.figures())
         assert "~50" in drawn({**progress.figures(), "total": 50, "total_is_exact": False})
     assert "seeds 1,204 of 2,000 ETA 7 s rate 120.4 outcomes/s" in text
-    assert "in flight http://one:1 0, http://two:2 ejected" in text
+    assert "in flight http://one:1 0 of 8, http://two:2 ejected" in text
     assert "rejects empty 1, too_short 3" in text
 
 

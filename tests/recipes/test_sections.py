@@ -237,7 +237,7 @@ def test_a_document_that_fails_as_a_whole_is_rejected() -> None:
         return said(request, OUTLINE if number == 1 else prose(number % 2), 100)
 
     with pytest.raises(RejectedDraft, match=r"repetition.*\(the whole document\)"):
-        drive(recipe({"max_repetition": 0.4}, **SMALL), by_turns)
+        drive(recipe(**SMALL), by_turns)
 
 
 def test_a_section_that_repeats_the_one_before_is_asked_again() -> None:
