@@ -223,6 +223,7 @@ def _resolve(given: dict[str, Any], out: Path | None) -> "Config":
         overrides.append(("seeds.sources", [{"path": path} for path in given["seeds"]]))
     if given["server"]:
         overrides.append(("fleet.servers", list(given["server"])))
+        overrides += [("fleet.servers_file", None), ("fleet.servers_dns", None)]
     if given["limit"]:
         overrides.append(("seeds.limit", given["limit"]))
     overrides += map(parse_override, given["settings"])

@@ -116,7 +116,7 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     summary = summary or RunSummary(request.out, Counters())
     directory = RunDirectory(request.out)
     try:
-        directory.check(shaping)
+        directory.check(shaping, fingerprint(Config()))
         run_log = RunLog(request.out, request.config.sink)
         with _closing(run_log):
             parts = _Parts(request, directory, run_log, reader, recipe, prompts, shaping, summary)
@@ -212,7 +212,7 @@ async def _fleet(
         await fleet.ask_models()
         model = ", ".join(fleet.models)
         shaping = {**parts.shaping, "model": model}
-        parts.directory.check(shaping)
+        parts.directory.check(shaping, fingerprint(Config()))
         await asyncio.to_thread(parts.directory.save, _lasting(request.config), shaping)
         log.info("run.started", model=model, servers=len(fleet.servers), out=str(request.out))
         yield fleet

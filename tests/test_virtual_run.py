@@ -13,7 +13,7 @@ from streamsyn.sglang.simulator.inprocess import InProcessServers
 from streamsyn.sglang.simulator.simulation import Simulation
 from streamsyn.sglang.simulator.timeline import Event, Timeline
 
-SERVERS, SEEDS = 8, 600
+SERVERS, SEEDS = 8, 300
 
 
 def played(root: Path) -> list[tuple[Any, ...]]:

@@ -59,10 +59,8 @@ class ContextRecipe:
     def request(self, draft: Draft) -> Request:
         """The question asked first, and afresh after a failed check."""
         begins = self._opening(draft.seed)
-        group, beginnings = begins.group, begins.beginnings
         asks_alike = self._recipe.contexts_per_seed > 1
-        if asks_alike:
-            beginnings = (*beginnings, begins.own)
+        group, beginnings = begins.group, begins.alike if asks_alike else begins.beginnings
         if asks_alike or self._recipe.on_truncated == "continue":
             group = group or seed_group(draft.seed)
         return Request(begins.messages, self._sampling, group, beginnings)

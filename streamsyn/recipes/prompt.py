@@ -22,6 +22,10 @@ class _AnyMetadata(dict[str, str]):
         return name
 
 
+_WORTH_WAITING_CHARS = 1000
+"""What is shorter is computed again sooner than waited for: some 250 tokens, which a GPU reads in 10 ms.
+It takes a streamed answer, too, to know that it has been read."""
+
 EXAMPLE: dict[str, Any] = {
     "instruction": "i",
     "answer": "a",
@@ -40,13 +44,13 @@ class Opening:
         messages: System, if there is one, and the first of the user's.
         group: As `Request.group`, when the template names a text that several seeds share; else "".
         beginnings: Keys of the texts in it that others begin with too, outermost first.
-        own: Key of all of it, for those who begin with exactly this.
+        alike: The same, for requests that begin with all of it.
     """
 
     messages: list[dict[str, str]]
     group: str
     beginnings: tuple[str, ...]
-    own: str
+    alike: tuple[str, ...]
 
 
 class Prompt:
@@ -106,8 +110,11 @@ def opening(system: str, group: str, own: str) -> Opening:
     messages.append({"role": "user", "content": f"{group}\n\n{own}" if group else own})
     template_key = digest("system", system).hex()
     group_key = digest("group", system, group).hex() if group else ""
-    beginnings = [key for key, text in ((template_key, system), (group_key, group)) if text]
-    return Opening(messages, group_key, tuple(beginnings), digest("own", system, group, own).hex())
+    own_key = digest("own", system, group, own).hex()
+    keyed = ((template_key, system), (group_key, group), (own_key, own))
+    alike = tuple(key for key, text in keyed if len(text) >= _WORTH_WAITING_CHARS)
+    beginnings = tuple(key for key in alike if key != own_key)
+    return Opening(messages, group_key, beginnings, alike)
 
 
 def seed_group(seed: Seed) -> str:

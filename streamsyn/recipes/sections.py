@@ -128,9 +128,8 @@ class SectionsRecipe:
 
     def _conversation(self, seed: Seed) -> Conversation:
         begins = self._opening(seed)
-        alike = (begins.own,) if self._recipe.contexts_per_seed > 1 else ()
-        group = begins.group or seed_group(seed)
-        return Conversation(begins, group, (*begins.beginnings, *alike), self._recipe.tries)
+        beginnings = begins.alike if self._recipe.contexts_per_seed > 1 else begins.beginnings
+        return Conversation(begins, begins.group or seed_group(seed), beginnings, self._recipe.tries)
 
     def _opening(self, seed: Seed) -> Opening:
         planned = Manuscript(self._target_tokens(seed), self._recipe.section_tokens).planned

@@ -178,6 +178,8 @@ class Placement:
             if waiter is None:
                 return
             self._seat(waiter, server)
+        if server.limiter.next_room_at(self._clock()) is not None:
+            self._look_again_later()
 
     def _next_for(self, server: Server) -> Waiter | None:
         own, common = server.queue, self._common

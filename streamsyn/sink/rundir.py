@@ -4,6 +4,7 @@ import fcntl
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from streamsyn.sink.shard import sync_folder
 
 FORMAT = 1
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
+
+_NO_DEFAULTS: Mapping[str, Any] = {}
 
 
 class RunDirectory:
@@ -49,17 +52,19 @@ class RunDirectory:
         """Let go of the lock."""
         os.close(self._lock)
 
-    def check(self, fingerprint: dict[str, Any]) -> None:
+    def check(self, fingerprint: dict[str, Any], defaults: Mapping[str, Any] = _NO_DEFAULTS) -> None:
         """Refuse to go on with a run whose outputs were shaped otherwise.
 
-        A `fingerprint` without `model` is of a run that has not asked its servers yet.
+        A `fingerprint` without `model` is of a run that has not asked its servers yet. A key that was not
+        there yet when the run began had its value of `defaults`.
 
         Raises:
             ConfigError: Keys differ; the message names each with both values.
         """
         if (saved := self.saved()) is None:
             return
-        before, now = saved["fingerprint"], orjson.loads(orjson.dumps(fingerprint))
+        now = orjson.loads(orjson.dumps(fingerprint))
+        before = {key: value for key, value in defaults.items() if key in now} | saved["fingerprint"]
         if "model" not in now:
             before.pop("model", None)
         differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

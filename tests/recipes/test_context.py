@@ -1,5 +1,6 @@
 """The recipe `context`: what it asks, and what it makes of the answers. No server is needed for that."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,10 +280,13 @@ def test_the_keys_of_a_request() -> None:
 
 
 def test_drafts_of_a_seed_go_to_one_server() -> None:
-    """And so does an answer that is to be continued; the first draft brings the seed into the cache."""
-    request = recipe(contexts_per_seed=2).request(Draft(SEED, 1))
-    other = recipe(contexts_per_seed=2).request(Draft(OTHER, 1))
+    """And so does an answer that is to be continued; the first draft of a long seed is waited for."""
+    made = recipe(contexts_per_seed=2)
+    request, other = made.request(Draft(SEED, 1)), made.request(Draft(OTHER, 1))
     assert request.group != other.group
+    assert request.beginnings == other.beginnings
+    long, longer = replace(SEED, instruction="i" * 1000), replace(OTHER, instruction="i" * 1001)
+    request, other = made.request(Draft(long, 1)), made.request(Draft(longer, 1))
     assert request.beginnings[0] == other.beginnings[0]
     assert request.beginnings[1] != other.beginnings[1]
     assert request.group == recipe(on_truncated="continue").request(Draft(SEED)).group
@@ -292,14 +296,16 @@ def test_a_text_that_several_seeds_share(tmp_path: Path) -> None:
     """The block `group` stands between the system message and what is the seed's own."""
     path = write(
         tmp_path,
-        "{% block user %}{{ instruction }}{% endblock %}{% block system %}You write.{% endblock %}"
+        "{% block user %}{{ instruction }}{% endblock %}"
+        "{% block system %}{{ 's' * 1000 }}{% endblock %}"
         "{% block group %}{{ metadata.passage }}{% endblock %}",
     )
     made = recipe(template=path)
-    passages = ("One passage.", "One passage.", "Another.", "")
+    one, another = "One passage." * 100, "Another one." * 100
+    passages = (one, one, another, "")
     seeds = [Seed(f"s{n}", "qa", f"i {n}", "a", "f", {"passage": text}) for n, text in enumerate(passages)]
     requests = [made.request(Draft(seed)) for seed in seeds]
-    assert ["One passage.\n\ni 0", "One passage.\n\ni 1", "Another.\n\ni 2", "i 3"] == [
+    assert [f"{one}\n\ni 0", f"{one}\n\ni 1", f"{another}\n\ni 2", "i 3"] == [
         request.messages[1]["content"] for request in requests
     ]
     assert [request.group for request in requests] == [made.group(seed) for seed in seeds]

@@ -1,6 +1,7 @@
 """The recipe `sections`: what it asks step by step, and what it makes of the answers. No server is needed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,13 @@ def test_drafts_of_a_seed_share_its_beginning() -> None:
     made = recipe(**SMALL, contexts_per_seed=2)
     one, two = next(made.steps(Draft(SEED, 0))), next(made.steps(Draft(SEED, 1)))
     assert one == two
-    assert 2 == len(one.beginnings)
-    assert 1 == len(next(recipe(**SMALL).steps(Draft(SEED))).beginnings)
+    long = replace(SEED, instruction="i" * 1000)
+    counts = [
+        len(next(recipe(**SMALL, contexts_per_seed=drafts).steps(Draft(seed))).beginnings)
+        for seed in (SEED, long)
+        for drafts in (1, 2)
+    ]
+    assert [1, 1, 1, 2] == counts, "what is short is not worth waiting for"
 
 
 def test_the_same_answers_give_the_same_conversation() -> None:
@@ -353,14 +359,17 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     """Blocks that it lacks are the packaged ones; `group` stands before what is the seed's own."""
     path = tmp_path / "own.j2"
     path.write_text(
-        "{% block system %}You write.{% endblock %}{% block group %}{{ metadata.passage }}{% endblock %}"
+        "{% block system %}{{ 's' * 1000 }}{% endblock %}"
+        "{% block group %}{{ metadata.passage }}{% endblock %}"
     )
     made = recipe(template=path, **SMALL)
-    seed = Seed("s", "qa", "Who?", "Ada.", "f:1", {"passage": "A long passage."})
-    twin = Seed("t", "qa", "When?", "1843.", "f:2", {"passage": "A long passage."})
+    seed = Seed("s", "qa", "Who?", "Ada.", "f:1", {"passage": "A long passage." * 100})
+    twin = Seed("t", "qa", "When?", "1843.", "f:2", {"passage": "A long passage." * 100})
     one, other = next(made.steps(Draft(seed))), next(made.steps(Draft(twin)))
-    assert "You write." == one.messages[0]["content"]
-    assert one.messages[1]["content"].startswith("A long passage.\n\nQuestion or instruction:\nWho?")
+    assert "s" * 1000 == one.messages[0]["content"]
+    assert one.messages[1]["content"].startswith(
+        "A long passage." * 100 + "\n\nQuestion or instruction:\nWho?"
+    )
     assert one.group == other.group == made.group(seed) != recipe(**SMALL).group(seed) == ""
     assert one.beginnings == other.beginnings
     assert 2 == len(one.beginnings)

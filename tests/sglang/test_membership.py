@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ async def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
     async with simulators() as simulated:
         first, second = await simulated.start(latency_ms=20), await simulated.start()
         await write(file, f"{first.url}\n")
-        settings = {"servers_file": file, "discover_interval_s": 0.02, "max_in_flight": 4}
+        settings: dict[str, Any] = {"servers_file": file, "discover_interval_s": 0.02, "max_in_flight": 4}
         async with opened(**settings) as fleet:
             await fleet.ask_models()
             assert {first.url} == {answer.server for answer in await ask_many(fleet, 4)}
@@ -117,7 +118,7 @@ async def test_a_server_that_goes_finishes_what_it_has(tmp_path: Path) -> None:
     async with simulators() as simulated:
         going, staying = await simulated.start(latency_ms=300), await simulated.start()
         await write(file, f"{going.url}\n")
-        settings = {"servers_file": file, "discover_interval_s": 0.02, "max_in_flight": 2}
+        settings: dict[str, Any] = {"servers_file": file, "discover_interval_s": 0.02, "max_in_flight": 2}
         async with opened(**settings) as fleet, asyncio.TaskGroup() as group:
             await fleet.ask_models()
             asking = [group.create_task(ask_many(fleet, 1)) for _ in range(4)]

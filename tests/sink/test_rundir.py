@@ -202,3 +202,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         write_whole(path, b"new" * 100)
 
     assert b"old" == path.read_bytes()
+
+
+def test_a_key_that_is_newer_than_the_run(tmp_path: Path) -> None:
+    """It had its default then: a run goes on under a new version, unless the key is set to something else."""
+    directory = RunDirectory(tmp_path)
+    try:
+        directory.save({}, {"recipe.use": "context"})
+        defaults = {"recipe.target_tokens": 8000}
+        directory.check({"recipe.use": "context", "recipe.target_tokens": 8000}, defaults)
+        with pytest.raises(ConfigError, match=r"recipe\.target_tokens: 8000 before, 9000 now"):
+            directory.check({"recipe.use": "context", "recipe.target_tokens": 9000}, defaults)
+    finally:
+        directory.close()

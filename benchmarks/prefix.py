@@ -1,0 +1,411 @@
+"""What becomes of shared prefixes: streamsyn's placement beside simpler ones and sglang-router, in one run.
+
+    python -m benchmarks.prefix [--servers 2 8] [--concurrency 16 64 256] [--check]
+
+40 groups of 25 requests, shuffled, share a template of 4,000 characters; each group shares 1,500 more, and
+each request ends with 60 of its own. They are asked by so many workers, each of which waits for its answer,
+of simulated servers with empty caches, by way of
+
+- streamsyn: its fleet, as `streamsyn run` uses it;
+- round robin, least in flight: the same client and connections, with nothing else to choose a server by;
+- router, cache_aware: the same client, through sglang-router (`deploy/sglang-router/install.sh`);
+- streamsyn + router, manual: the fleet with the router as its one server, which goes by the routing key.
+
+Columns: prompt tokens from a cache, as the servers counted them; these as a part of what would be cached if
+every server computed the template once, and one server each group's text once; as a part of what streamsyn
+planned; groups whose text is in the cache of more than one server afterwards, which is found out by asking
+each server for each group; requests at the fullest server, by the mean. With --check the exit code is 1
+when streamsyn misses a target: 0.95 of the plan, 5 % of the groups split, 1.25 times the mean load.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import logging
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import aiohttp
+
+from benchmarks.common import Simulator
+from streamsyn.errors import ServerError
+from streamsyn.records import Attempt, Completion, Request, digest
+from streamsyn.sections import FleetSection
+from streamsyn.sglang.client import ServerClient
+from streamsyn.sglang.fleet import open_fleet
+from streamsyn.sglang.simulator.cache import BLOCK_TOKENS, CHARACTERS_A_TOKEN
+from streamsyn.sglang.simulator.chat import render
+from streamsyn.sglang.transport import http_transport
+from streamsyn.telemetry import configure_logs
+
+MODEL = "simulated"
+TEMPLATE_CHARS = 4_000
+GROUP_CHARS = 1_500
+OWN_CHARS = 60
+LEAST_OF_PLAN, MOST_SPLIT, MOST_LOAD = 0.95, 0.05, 1.25
+"""The targets."""
+PROBES = 32
+"""Requests at a time that ask a server what it has cached."""
+
+Ask: TypeAlias = Callable[[Request], Awaitable[Completion]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is asked for, in its order, and a prompt of each group to find its text by."""
+
+    requests: list[Request]
+    probes: list[Request]
+    template_tokens: int
+    """What the first request of a group can find in a server's cache."""
+    group_tokens: int
+    """What the other ones can."""
+
+    def ideal(self, servers: int) -> int:
+        """Tokens that are cached at best."""
+        groups = len(self.probes)
+        return (len(self.requests) - groups) * self.group_tokens + (groups - servers) * self.template_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a variant brought. `planned` is None where nobody plans."""
+
+    completions: list[Completion]
+    failed: int
+    seconds: float
+    planned: float | None = None
+    moves: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The figures of one variant."""
+
+    variant: str
+    servers: int
+    concurrency: int
+    cached_tokens: int
+    of_ideal: float
+    of_plan: float | None
+    split: float
+    """Part of the groups that more than one server has."""
+    load: float
+    """Requests at the fullest server, by the mean."""
+    requests_per_s: float
+    failed: int
+    moves: int | None
+    """How often streamsyn gave a group another server."""
+
+    def misses(self) -> list[str]:
+        """The targets that it misses."""
+        kept = {
+            "cached of plan": (self.of_plan or 0) >= LEAST_OF_PLAN,
+            "groups split": self.split <= MOST_SPLIT,
+            "max/mean load": self.load <= MOST_LOAD,
+            "requests failed": not self.failed,
+        }
+        return [name for name, is_kept in kept.items() if not is_kept]
+
+
+def _words(draw: random.Random, chars: int) -> str:
+    text = ""
+    while len(text) < chars:
+        text += "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) + " "
+    return text[:chars]
+
+
+def work(groups: int, per_group: int, max_tokens: int) -> Work:
+    """The requests of all groups, shuffled; the same in every process."""
+    draw = random.Random(0)
+    template = _words(draw, TEMPLATE_CHARS)
+    template_key = digest(template).hex()
+    texts = [f"Document {number}. {_words(draw, GROUP_CHARS)}"[:GROUP_CHARS] for number in range(groups)]
+
+    def request(text: str, question: str) -> Request:
+        key = digest(template, text).hex()
+        messages = [
+            {"role": "system", "content": template},
+            {"role": "user", "content": f"{text}\n{question}"},
+        ]
+        return Request(messages, {"max_tokens": max_tokens}, key, (template_key, key))
+
+    requests = [request(text, _words(draw, OWN_CHARS)) for text in texts for _ in range(per_group)]
+    draw.shuffle(requests)
+    probes = [replace(request(text, "?"), sampling={"max_tokens": 1}) for text in texts]
+    prompts = [render(probe.messages, goes_on=False) for probe in probes]
+    again = render(request(texts[0], "!").messages, goes_on=False)
+    return Work(requests, probes, _shared_tokens(prompts[0], prompts[1]), _shared_tokens(prompts[0], again))
+
+
+def _shared_tokens(one: str, other: str) -> int:
+    """What a server finds of `other` when it has `one`: whole blocks."""
+    chars = len(os.path.commonprefix([one, other]))
+    return chars // (BLOCK_TOKENS * CHARACTERS_A_TOKEN) * BLOCK_TOKENS
+
+
+async def closed_loop(requests: Sequence[Request], concurrency: int, ask: Ask) -> Asked:
+    """Ask for all, `concurrency` at a time."""
+    left, completions, failed = iter(requests), list[Completion](), 0
+
+    async def worker() -> None:
+        nonlocal failed
+        for request in left:
+            try:
+                completions.append(await ask(request))
+            except ServerError:
+                failed += 1
+
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(worker())
+    return Asked(completions, failed, time.perf_counter() - started)
+
+
+async def by_streamsyn(urls: Sequence[str], requests: Sequence[Request], concurrency: int, cap: str) -> Asked:
+    """By its fleet. `cap`: "auto", or "even" for the servers' equal part of the concurrency each."""
+    even = -(-concurrency // len(urls))
+    section = FleetSection(
+        servers=tuple(urls), concurrency="auto" if cap == "auto" else even if cap == "even" else int(cap)
+    )
+    async with open_fleet(section, on_gone=lambda: None) as fleet:
+        await fleet.ask_models()
+
+        async def ask(request: Request) -> Completion:
+            attempts: list[Attempt] = []
+            return await fleet.complete(request, attempts)
+
+        asked = await closed_loop(requests, concurrency, ask)
+        planned = sum(server.planned_cached_tokens for server in fleet.servers)
+        moves = sum(pool.homes.moves for pool in fleet._roster.pools.values())  # noqa: SLF001 - no figure yet
+        return replace(asked, planned=planned, moves=moves)
+
+
+async def plainly(
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, *, least_in_flight: bool = False
+) -> Asked:
+    """By the same client, one for each server; without keys, leaders or caps."""
+    turns, rids = itertools.cycle(range(len(urls))), itertools.count()
+    in_flight: Counter[int] = Counter()
+    async with clients(urls) as servers:
+
+        async def ask(request: Request) -> Completion:
+            number = next(turns)
+            if least_in_flight:
+                number = min(range(len(servers)), key=lambda index: in_flight[index])
+            in_flight[number] += 1
+            try:
+                keyless = Request(request.messages, request.sampling)
+                return await servers[number].chat(keyless, MODEL, f"plain-{next(rids):08x}")
+            finally:
+                in_flight[number] -= 1
+
+        return await closed_loop(requests, concurrency, ask)
+
+
+@asynccontextmanager
+async def clients(urls: Sequence[str]) -> AsyncIterator[list[ServerClient]]:
+    """A client with connections of its own for each server."""
+    async with AsyncExitStack() as stack:
+        yield [
+            ServerClient(url, await stack.enter_async_context(http_transport(url, {})), 600.0) for url in urls
+        ]
+
+
+@asynccontextmanager
+async def router(python: Path, urls: Sequence[str], *options: str) -> AsyncIterator[str]:
+    """sglang-router in front of the servers, until the block ends; its URL, once it knows them all."""
+    port, metrics_port = _free_ports(2)
+    command = [str(python), "-m", "sglang_router.launch_router", "--worker-urls", *urls, *options]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # it would look for the simulated model's tokenizer
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | offline
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with asyncio.timeout(60), aiohttp.ClientSession() as session:
+            while await _healthy_workers(session, url) < len(urls):
+                await asyncio.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def _healthy_workers(session: aiohttp.ClientSession, url: str) -> int:
+    try:
+        async with session.get(f"{url}/workers") as answer:
+            told = await answer.json()
+    except (aiohttp.ClientError, ConnectionError):
+        return 0
+    return sum(worker["is_healthy"] for worker in told["workers"])
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+async def reset(urls: Sequence[str]) -> None:
+    """Empty all caches and counters."""
+    async with aiohttp.ClientSession() as session:
+        for url in urls:
+            async with session.post(f"{url}/simulator/reset") as answer:
+                answer.raise_for_status()
+
+
+async def requests_at(urls: Sequence[str]) -> list[int]:
+    """What each server was asked since it was reset."""
+    counts = []
+    async with aiohttp.ClientSession() as session:
+        for url in urls:
+            async with session.get(f"{url}/simulator/stats") as answer:
+                counts.append((await answer.json())["requests"])
+    return counts
+
+
+async def holders(urls: Sequence[str], todo: Work) -> list[int]:
+    """For each group, how many servers have its text in their caches."""
+    held: Counter[str] = Counter()
+    for url in urls:
+
+        async def ask(probe: Request, url: str = url) -> Completion:
+            completion = await server.chat(replace(probe, group=""), MODEL, f"probe-{probe.group}")
+            held[probe.group] += completion.cached_tokens > todo.template_tokens
+            return completion
+
+        async with clients([url]) as (server,):
+            asked = await closed_loop(todo.probes, PROBES, ask)
+        if asked.failed:
+            raise RuntimeError(f"{url} could not be asked what it has cached")
+    return [held[probe.group] for probe in todo.probes]
+
+
+async def measure(
+    variant: str, urls: Sequence[str], todo: Work, concurrency: int, args: argparse.Namespace
+) -> Row:
+    """One variant, from empty caches on."""
+    await reset(urls)
+    match variant:
+        case "streamsyn":
+            asked = await by_streamsyn(urls, todo.requests, concurrency, args.cap)
+        case "round robin" | "least in flight":
+            least = variant == "least in flight"
+            asked = await plainly(urls, todo.requests, concurrency, least_in_flight=least)
+        case "router, cache_aware":
+            async with router(args.router_python, urls, "--policy", "cache_aware") as url:
+                asked = await plainly([url], todo.requests, concurrency)
+        case _:
+            options = ("--policy", "manual", "--assignment-mode", "min_group")
+            async with router(args.router_python, urls, *options) as url:
+                asked = await by_streamsyn([url], todo.requests, concurrency, args.cap)
+    counts = await requests_at(urls)
+    split = [number > 1 for number in await holders(urls, todo)]
+    cached = sum(completion.cached_tokens for completion in asked.completions)
+    return Row(
+        variant=variant,
+        servers=len(urls),
+        concurrency=concurrency,
+        cached_tokens=cached,
+        of_ideal=round(cached / todo.ideal(len(urls)), 4),
+        of_plan=asked.planned and round(cached / asked.planned, 4),
+        split=sum(split) / len(split),
+        load=round(max(counts) * len(counts) / max(1, sum(counts)), 3),
+        requests_per_s=round(len(asked.completions) / asked.seconds, 1),
+        failed=asked.failed,
+        moves=asked.moves,
+    )
+
+
+def show(row: Row) -> None:
+    of_plan = "" if row.of_plan is None else f"{row.of_plan:.3f}"
+    moves = "" if row.moves is None else str(row.moves)
+    print(
+        f"{row.servers:7}{row.concurrency:6}  {row.variant:26}{row.cached_tokens:10}{row.of_ideal:9.3f}"
+        f"{of_plan:>9}{row.split:8.1%}{row.load:10.2f}{row.requests_per_s:11.0f}{row.failed:8}{moves:>7}",
+        flush=True,
+    )
+
+
+@contextmanager
+def _simulators(number: int, options: Sequence[str]) -> Any:
+    with ExitStack() as stack:
+        yield [stack.enter_context(Simulator(*options, "--seed", str(index))) for index in range(number)]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--servers", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--groups", type=int, default=40)
+    parser.add_argument("--per-group", type=int, default=25)
+    parser.add_argument("--max-tokens", type=int, default=16, help="length of an answer")
+    parser.add_argument("--cost-model", default="h100", help="the simulators'")
+    parser.add_argument("--cap", default="auto", help="streamsyn's cap a server: auto, even, or a number")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only those that begin so")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when streamsyn misses a target")
+    args = parser.parse_args()
+    home = os.environ.get("STREAMSYN_ROUTER_HOME") or Path(__file__).parents[1] / ".sglang-router"
+    args.router_python = Path(home) / "venv" / "bin" / "python"
+    return args
+
+
+def variants(args: argparse.Namespace) -> list[str]:
+    """Those that are wanted and can be had."""
+    names = ["streamsyn", "round robin", "least in flight"]
+    if args.router_python.exists():
+        names += ["router, cache_aware", "streamsyn + router, manual"]
+    else:
+        print("without the router: deploy/sglang-router/install.sh installs it", file=sys.stderr)
+    wanted = args.variants or [""]
+    return [name for name in names if any(name.startswith(start) for start in wanted)]
+
+
+def main() -> int:
+    args = arguments()
+    configure_logs(as_json=False, level=logging.WARNING)
+    todo, rows = work(args.groups, args.per_group, args.max_tokens), list[Row]()
+    print(
+        f"{args.groups} groups x {args.per_group} requests, template {TEMPLATE_CHARS} characters, "
+        f"cost model {args.cost_model}, answers of {args.max_tokens} tokens, cap {args.cap}"
+    )
+    print(
+        f"{'servers':>7}{'conc':>6}  {'variant':26}{'cached':>10}{'of ideal':>9}{'of plan':>9}{'split':>8}"
+        f"{'max/mean':>10}{'requests/s':>11}{'failed':>8}{'moves':>7}"
+    )
+    for servers in args.servers:
+        with _simulators(servers, ["--cost-model", args.cost_model]) as urls:
+            for concurrency, variant in itertools.product(args.concurrency, variants(args)):
+                rows.append(asyncio.run(measure(variant, urls, todo, concurrency, args)))
+                show(rows[-1])
+    print(json.dumps({"benchmark": "prefix", "rows": [asdict(row) for row in rows]}))
+    missed = [(row, row.misses()) for row in rows if row.variant == "streamsyn" and row.misses()]
+    for row, names in missed:
+        print(
+            f"streamsyn misses with {row.servers} servers at {row.concurrency}: {', '.join(names)}",
+            file=sys.stderr,
+        )
+    return int(args.check and bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
