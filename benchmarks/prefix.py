@@ -11,11 +11,12 @@ of simulated servers with empty caches, by way of
 - router, cache_aware: the same client, through sglang-router (`deploy/sglang-router/install.sh`);
 - streamsyn + router, manual: the fleet with the router as its one server, which goes by the routing key.
 
-Columns: prompt tokens from a cache, as the servers counted them; these as a part of what would be cached if
-every server computed the template once, and one server each group's text once; as a part of what streamsyn
-planned; groups whose text is in the cache of more than one server afterwards, which is found out by asking
-each server for each group; requests at the fullest server, by the mean. With --check the exit code is 1
-when streamsyn misses a target: 0.95 of the plan, 5 % of the groups split, 1.25 times the mean load.
+Columns: prompt tokens from a cache, as the servers counted them; these by what would be cached if every
+server computed the template once, and one server each group's text once; prompt tokens that were computed, by
+those that then would be; cached tokens by what streamsyn planned; groups whose text is in the cache of more
+than one server afterwards, which is found out by asking each server for each group; requests at the fullest
+server, by the mean; how often streamsyn gave a group another server. With --check the exit code is 1 when
+streamsyn misses a target: 0.95 of the plan, 5 % of the groups split, 1.25 times the mean load.
 """
 
 import argparse
@@ -30,11 +31,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import aiohttp
 
@@ -98,6 +99,8 @@ class Row:
     concurrency: int
     cached_tokens: int
     of_ideal: float
+    computed: float
+    """Prompt tokens that were computed, by those that had to be."""
     of_plan: float | None
     split: float
     """Part of the groups that more than one server has."""
@@ -151,7 +154,7 @@ def work(groups: int, per_group: int, max_tokens: int) -> Work:
 
 def _shared_tokens(one: str, other: str) -> int:
     """What a server finds of `other` when it has `one`: whole blocks."""
-    chars = len(os.path.commonprefix([one, other]))
+    chars = next(i for i, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its)
     return chars // (BLOCK_TOKENS * CHARACTERS_A_TOKEN) * BLOCK_TOKENS
 
 
@@ -232,13 +235,13 @@ async def router(python: Path, urls: Sequence[str], *options: str) -> AsyncItera
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # it would look for the simulated model's tokenizer
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs meanwhile
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | offline
     )
     url = f"http://127.0.0.1:{port}"
     try:
         async with asyncio.timeout(60), aiohttp.ClientSession() as session:
-            while await _healthy_workers(session, url) < len(urls):
+            while await _healthy_workers(session, url) < len(urls):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.1)
         yield url
     finally:
@@ -284,17 +287,17 @@ async def requests_at(urls: Sequence[str]) -> list[int]:
 async def holders(urls: Sequence[str], todo: Work) -> list[int]:
     """For each group, how many servers have its text in their caches."""
     held: Counter[str] = Counter()
-    for url in urls:
+    async with clients(urls) as servers:
+        for server in servers:
 
-        async def ask(probe: Request, url: str = url) -> Completion:
-            completion = await server.chat(replace(probe, group=""), MODEL, f"probe-{probe.group}")
-            held[probe.group] += completion.cached_tokens > todo.template_tokens
-            return completion
+            async def ask(probe: Request, server: ServerClient = server) -> Completion:
+                completion = await server.chat(replace(probe, group=""), MODEL, f"probe-{probe.group}")
+                held[probe.group] += completion.cached_tokens > todo.template_tokens
+                return completion
 
-        async with clients([url]) as (server,):
             asked = await closed_loop(todo.probes, PROBES, ask)
-        if asked.failed:
-            raise RuntimeError(f"{url} could not be asked what it has cached")
+            if asked.failed:
+                raise RuntimeError(f"{server.url} could not be asked what it has cached")
     return [held[probe.group] for probe in todo.probes]
 
 
@@ -319,12 +322,15 @@ async def measure(
     counts = await requests_at(urls)
     split = [number > 1 for number in await holders(urls, todo)]
     cached = sum(completion.cached_tokens for completion in asked.completions)
+    prompts = sum(completion.prompt_tokens for completion in asked.completions)
+    ideal = todo.ideal(len(urls))
     return Row(
         variant=variant,
         servers=len(urls),
         concurrency=concurrency,
         cached_tokens=cached,
-        of_ideal=round(cached / todo.ideal(len(urls)), 4),
+        of_ideal=round(cached / ideal, 4),
+        computed=round((prompts - cached) / (prompts - ideal), 3),
         of_plan=asked.planned and round(cached / asked.planned, 4),
         split=sum(split) / len(split),
         load=round(max(counts) * len(counts) / max(1, sum(counts)), 3),
@@ -338,14 +344,14 @@ def show(row: Row) -> None:
     of_plan = "" if row.of_plan is None else f"{row.of_plan:.3f}"
     moves = "" if row.moves is None else str(row.moves)
     print(
-        f"{row.servers:7}{row.concurrency:6}  {row.variant:26}{row.cached_tokens:10}{row.of_ideal:9.3f}"
-        f"{of_plan:>9}{row.split:8.1%}{row.load:10.2f}{row.requests_per_s:11.0f}{row.failed:8}{moves:>7}",
+        f"{row.servers:7}{row.concurrency:6}  {row.variant:26}{row.cached_tokens:10}"
+        f"{row.of_ideal:9.3f}{row.computed:9.2f}{of_plan:>9}{row.split:8.1%}{row.load:10.2f}{row.requests_per_s:11.0f}{row.failed:8}{moves:>7}",
         flush=True,
     )
 
 
 @contextmanager
-def _simulators(number: int, options: Sequence[str]) -> Any:
+def _simulators(number: int, options: Sequence[str]) -> Iterator[list[str]]:
     with ExitStack() as stack:
         yield [stack.enter_context(Simulator(*options, "--seed", str(index))) for index in range(number)]
 
@@ -389,8 +395,8 @@ def main() -> int:
         f"cost model {args.cost_model}, answers of {args.max_tokens} tokens, cap {args.cap}"
     )
     print(
-        f"{'servers':>7}{'conc':>6}  {'variant':26}{'cached':>10}{'of ideal':>9}{'of plan':>9}{'split':>8}"
-        f"{'max/mean':>10}{'requests/s':>11}{'failed':>8}{'moves':>7}"
+        f"{'servers':>7}{'conc':>6}  {'variant':26}{'cached':>10}{'of ideal':>9}{'computed':>9}"
+        f"{'of plan':>9}{'split':>8}{'max/mean':>10}{'requests/s':>11}{'failed':>8}{'moves':>7}"
     )
     for servers in args.servers:
         with _simulators(servers, ["--cost-model", args.cost_model]) as urls:

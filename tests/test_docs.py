@@ -37,14 +37,15 @@ def test_every_key_in_the_readme_exists() -> None:
 def test_every_path_in_the_tree_exists() -> None:
     """Files and folders that the README names are there."""
     tree = README.split("```\nstreamsyn/\n")[1].split("```")[0]
-    below = [
-        name
-        for line in tree.splitlines()
-        if line.startswith("  ")
-        for name in line.split()
-        if "." in name or "/" in name
-    ]
-    paths = [ROOT / "streamsyn" / name for name in below if re.fullmatch(r"\w+(\.py|/)", name)]
+    paths, folder = [], ROOT / "streamsyn"
+    for line in tree.splitlines():
+        if not line.startswith("  "):
+            break
+        parent = folder if line.startswith("    ") else ROOT / "streamsyn"
+        named = [name.rstrip(":;,") for name in line.split()]
+        found = [parent / name for name in named if re.fullmatch(r"\w+(\.py|/)", name)]
+        folder = found[0] if not line.startswith("    ") else folder
+        paths += found
     paths += [ROOT / name for name in re.findall(r"`((?:tests|benchmarks|streamsyn)/[\w/.]+)`", README)]
 
     assert len(paths) > 15

@@ -83,7 +83,7 @@ async def recognised(transport: Transport) -> RouterFacts | None:
 
 
 async def warn_of_router(url: str, transport: Transport) -> RouterFacts | None:
-    """See whether `url` is a router, and log what to do if its policy is bad for prefix groups, or unknown."""
+    """See whether `url` is a router; log what to do if its policy is bad for prefix groups, or unknown."""
     facts = await recognised(transport)
     if facts is None:
         return None

@@ -67,7 +67,7 @@ class Answering:
         self.asked: list[str] = []
         self._answers = answers
 
-    async def __call__(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.Response:
         """Answer as recorded."""
         self.asked.append(f"{request.method} {request.path}")
         status, kind, body = self._answers.get(request.path, UNKNOWN)
@@ -79,7 +79,7 @@ async def answering(answers: Mapping[str, Answer]) -> AsyncIterator[tuple[Transp
     """A transport to a server that answers so."""
     handler = Answering(answers)
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", handler)
+    app.router.add_route("*", "/{path:.*}", handler.answer)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -93,7 +93,7 @@ async def answering(answers: Mapping[str, Answer]) -> AsyncIterator[tuple[Transp
 
 
 async def test_a_router_that_does_not_tell_its_policy() -> None:
-    """As started by the command line, whatever its policy: one GET tells that it is one, and of its workers."""
+    """As the command line starts it, whatever its policy: one GET tells of its workers."""
     async with answering({"/workers": workers(*map(worker, SERVERS))}) as (transport, handler):
         facts = await recognised(transport)
     assert RouterFacts(2, SERVERS, None) == facts
@@ -102,7 +102,7 @@ async def test_a_router_that_does_not_tell_its_policy() -> None:
 
 @pytest.mark.parametrize("place", ["metadata", "labels"])
 async def test_a_policy_that_workers_are_labelled_with(place: str) -> None:
-    """Added by POST /workers with the label `policy`, which 0.3.2 shows as metadata, and the gateway as a label."""
+    """By POST /workers with the label `policy`: 0.3.2 shows it as metadata, the newer gateway as a label."""
     entries = [worker(url) | {place: {"policy": "manual"}} for url in SERVERS]
     async with answering({"/workers": workers(*entries)}) as (transport, _):
         assert RouterFacts(2, SERVERS, "manual") == await recognised(transport)
@@ -184,7 +184,7 @@ async def test_what_is_said_of_a_router(policy: str, level: str, says: str | Non
 
 
 async def test_a_policy_that_is_not_told_is_warned_of() -> None:
-    """It is cache_aware unless somebody chose another one; with a single worker there is nothing to choose."""
+    """It is cache_aware unless somebody chose another one; with one worker there is nothing to choose."""
     async with answering({"/workers": workers(*map(worker, SERVERS))}) as (transport, _):
         with capture_logs() as logs:
             await warn_of_router("http://r", transport)

@@ -275,3 +275,54 @@ def test_what_is_no_list_of_models_is_broken(body: bytes) -> None:
     """It becomes a ServerError too: the server is asked again later."""
     with pytest.raises(BrokenResponse, match="/v1/models"):
         wire.served_models(body)
+
+
+def event(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
+    """As the real server sends it, less what is not read."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return b"data: %b\n\n" % orjson.dumps({"id": "r", "model": "m", "choices": [choice]})
+
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 7}}
+EVENTS = (
+    event({"role": "assistant", "content": ""})
+    + event({"content": "Geese "})
+    + event({"content": "fly."})
+    + event({"content": None}, "stop")
+    + b"data: %b\n\n" % orjson.dumps({"id": "r", "model": "m", "choices": [], "usage": USAGE})
+)
+DONE = b"data: [DONE]\n\n"
+
+
+def test_a_streamed_answer_is_put_together() -> None:
+    """The text of all events, the finish reason, the usage of the last one."""
+    completion = wire.parse_chat_stream(200, EVENTS + DONE, "s")
+    assert ("Geese fly.", "stop", 9, 7, 4, "m", "s") == (
+        completion.text,
+        completion.finish_reason,
+        completion.prompt_tokens,
+        completion.cached_tokens,
+        completion.completion_tokens,
+        completion.model,
+        completion.server,
+    )
+
+
+@pytest.mark.parametrize("end", range(0, len(EVENTS), 97))
+def test_a_stream_that_is_cut_is_broken(end: int) -> None:
+    """Wherever it ends before its end."""
+    with pytest.raises(BrokenResponse):
+        wire.parse_chat_stream(200, EVENTS[:end], "s")
+
+
+def test_errors_inside_a_stream() -> None:
+    """They come with status 200, and mean what they say: a full queue is a full queue."""
+    error = b'data: {"error": {"object":"error","message":"The request queue is full.","code":503}}\n\n'
+    with pytest.raises(ServerBusy):
+        wire.parse_chat_stream(200, error + DONE, "s")
+    with pytest.raises(BrokenResponse):
+        wire.parse_chat_stream(200, b"data: {no json\n\n" + DONE, "s")
+    with pytest.raises(BrokenResponse):
+        wire.parse_chat_stream(200, b'data: {"choices": [{}]}\n\n' + DONE, "s")
+    with pytest.raises(RequestRefused):
+        wire.parse_chat_stream(400, b'{"object": "error", "message": "no"}', "s")
