@@ -10,8 +10,10 @@ the client's own CPU time counts for nothing: what is compared is who is asked f
 - a plain loop: 512 a server, round robin, each failure asked again at the next server.
 
 Capacity is counted from the cost model (`costs.capacity`), with each server's speed and the time it is up.
-The figure is what was answered between the 60th second and the moment when the first worker finds nothing
-left to do: outside of that, servers are filling up or running empty whatever anyone does.
+The figure is the tokens written between the 60th second and the moment when nothing is left to begin, of
+those that could have been: outside of that, servers are filling up or running empty whatever anyone does.
+(Not the requests answered: they come in waves, as all begin at once.) What a server lost when it went down
+does not count as written.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -96,7 +99,7 @@ class Scenario:
         return self.seeds * self.drafts / (self.requests_per_s() * speeds) / 2
 
     def capacity(self, from_s: float, to_s: float) -> float:
-        """Requests that the fleet can answer in that time."""
+        """Tokens that the fleet can write in that time."""
         total = 0.0
         for number in range(self.servers):
             up_s = to_s - from_s
@@ -109,8 +112,8 @@ class Scenario:
                 )
             elif self.kind(number) == "dying":
                 up_s = max(0.0, min(to_s, self.dies_at_s()) - from_s)
-            total += up_s * self.speed(number) * self.requests_per_s()
-        return total
+            total += up_s * self.speed(number)
+        return total * self.requests_per_s() * tokens_of_a_request(self)[2]
 
     def fleet(self) -> InProcessServers:
         """New servers, with what is to happen to them."""
@@ -136,19 +139,20 @@ class Outcome:
     ended_s: float = 0.0
     left_s: float = 0.0
     """When the first worker had nothing left to do."""
-    answered: list[tuple[float, int]] = field(default_factory=list)
-    """Requests answered so far, each second."""
+    written: list[tuple[float, int]] = field(default_factory=list)
+    """Tokens written so far, each second."""
     caps: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     waiting: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     real_s: float = 0.0
 
     def between(self, from_s: float, to_s: float) -> int:
-        """Requests answered in that time."""
-        before = [count for at, count in self.answered if at <= from_s]
-        until = [count for at, count in self.answered if at <= to_s]
+        """Tokens written in that time."""
+        before = [count for at, count in self.written if at <= from_s]
+        until = [count for at, count in self.written if at <= to_s]
         return (until[-1] if until else 0) - (before[-1] if before else 0)
 
 
+@cache
 def tokens_of_a_request(scenario: Scenario) -> tuple[int, int, int]:
     """Tokens of a prompt, those of it that are cached, tokens of an answer, as the simulator counts them."""
     prompt, shared, _ = example(scenario)
@@ -180,8 +184,17 @@ def settings(scenario: Scenario, more: list[tuple[str, Any]]) -> list[tuple[str,
     ]
 
 
+def written(fleet: InProcessServers) -> int:
+    """Tokens that all servers have written so far."""
+    return sum(server.engine.load().generated_tokens or 0 for server in fleet.simulations.values())
+
+
 async def sampled(
-    main: Coroutine[Any, Any, None], scenario: Scenario, summary: RunSummary, out: Outcome
+    main: Coroutine[Any, Any, None],
+    scenario: Scenario,
+    fleet: InProcessServers,
+    summary: RunSummary,
+    out: Outcome,
 ) -> None:
     """Run `main`, and look at the fleet each virtual second."""
     clock = asyncio.get_running_loop().time
@@ -190,10 +203,9 @@ async def sampled(
     async def look() -> None:
         while True:
             figures = summary.servers()
-            done = sum(server["completions"] for server in figures)
-            out.answered.append((clock(), done))
-            held = sum(server["in_flight"] + server["queued"] for server in figures)
-            if not out.left_s and done + held >= drafts * 0.999:
+            out.written.append((clock(), written(fleet)))
+            held = sum(server["completions"] + server["in_flight"] + server["queued"] for server in figures)
+            if not out.left_s and held >= drafts * 0.999:
                 out.left_s = clock()
             for server in figures:
                 out.caps.setdefault(server["server"], []).append((clock(), server["cap"]))
@@ -219,7 +231,7 @@ def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -
         summary = RunSummary(Path(folder) / "out", Counters())
 
         def runner(main: Coroutine[Any, Any, None]) -> None:
-            fleet.run(sampled(main, scenario, summary, out))
+            fleet.run(sampled(main, scenario, fleet, summary, out))
 
         request = RunRequest(
             config=config,
@@ -243,7 +255,7 @@ def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
     out, began = Outcome(name), time.perf_counter()
     fleet, turns = scenario.fleet(), itertools.count()
     _, _, request = example(scenario)
-    left, done = iter(range(scenario.seeds * scenario.drafts)), itertools.count(1)
+    left = iter(range(scenario.seeds * scenario.drafts))
 
     async def main() -> None:
         clock = asyncio.get_running_loop().time
@@ -262,13 +274,19 @@ def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
                         await asyncio.sleep(0.1)
                     else:
                         break
-                out.answered.append((clock(), next(done)))
-            out.left_s = out.left_s or clock()
+
+        async def look() -> None:
+            while True:
+                out.written.append((clock(), written(fleet)))
+                await asyncio.sleep(1.0)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(cap * len(clients)):
-                group.create_task(work())
-        out.ended_s = clock()
+            looking = group.create_task(look())
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(cap * len(clients)):
+                    workers.create_task(work())
+            out.ended_s = clock()
+            looking.cancel()
 
     fleet.run(main())
     out.real_s = time.perf_counter() - began
@@ -309,7 +327,7 @@ def plot(scenario: Scenario, outcome: Outcome, path: Path) -> None:
     for axes, title in ((above, "in-flight cap"), (below, "waiting at the server")):
         axes.axvline(outcome.left_s, color="grey", linestyle=":")
         axes.set_ylabel(title)
-    above.legend(title="a server of each kind")
+    above.legend(title="a server of each kind", loc="lower right")
     below.set_xlabel("simulated seconds; dotted: nothing left to begin")
     figure.savefig(path, dpi=120)
 
@@ -342,13 +360,11 @@ def main() -> int:
     shares = []
     for outcome in outcomes:
         share = outcome.between(SETTLED_S, auto.left_s) / scenario.capacity(SETTLED_S, auto.left_s)
-        whole = scenario.seeds * scenario.drafts / scenario.capacity(0, outcome.ended_s)
+        whole = scenario.seeds * scenario.drafts * answer / scenario.capacity(0, outcome.ended_s)
         shares.append(share)
         print(f"{outcome.name:24}{share:12.3f}{whole:11.3f}{outcome.ended_s:9.0f}s{outcome.real_s:7.0f}s")
     found_s, swing = level(scenario, auto)
-    print(
-        f"caps found their level after {found_s:.0f} s; they moved by {swing:.0%} of it after {SETTLED_S:.0f} s"
-    )
+    print(f"caps found their level after {found_s:.0f} s; from {SETTLED_S:.0f} s they moved by {swing:.0%}")
     plot(scenario, auto, given.plot)
     print(
         json.dumps(

@@ -13,7 +13,7 @@ from the first request sent to the last answer received, by the client's own clo
   streamsyn the one request that brings the common beginning into the cache;
 - start-up is in none of the times: both programs prepare themselves first, then send. streamsyn's time runs
   from the earliest to the latest stamp in its log's `attempts`, bench_serving's is the `duration` it
-  reports, which holds one GET /server_info too (about 10 ms);
+  reports, which holds one GET /server_info too (about 20 ms);
 - the cache is flushed before each, so each brings the prompts' common beginning into it itself.
 
 `sections`: contexts written section by section on two servers, with the radix cache and without it. The

@@ -20,8 +20,9 @@ _CHANCE = 4.0
 class Homes:
     """Gives each group a server, and another one when that is overloaded or out.
 
-    Hashing spreads groups evenly only where there are very many of them, so a group's first home is
-    bounded too: no server gets more than `balance_factor` times its share of groups.
+    Hashing spreads groups evenly only where there are very many of them, so a new home is chosen more
+    strictly than an old one is kept: hashing decides among the servers that have no more than their share
+    of the load, and no server gets more than `balance_factor` times its share of groups.
     """
 
     def __init__(self, balance_factor: float) -> None:
@@ -45,7 +46,7 @@ class Homes:
             return at
         ranked = sorted(servers, key=lambda server: _rank(group, server), reverse=True)
         ranked = [server for server in ranked if server is not avoid] or ranked
-        fit = [server for server in ranked if not self._is_over(server, total, shares[server])] or ranked
+        fit = [server for server in ranked if server.assigned < math.ceil(total * shares[server])] or ranked
         home = next((server for server in fit if self._takes_group(server, shares[server])), None)
         if home is None:
             home = min(fit, key=lambda server: (server.homes + 1) / shares[server])

@@ -136,6 +136,8 @@ class Batching:
         """Everything is gone, cache and all; who was alive."""
         self._catch_up(now)
         lost = self.live()
+        steps = self.decoding.steps
+        self.generated -= sum(work.start + steps - work.joined for work in self.decoding.batch)
         for work in lost:
             work.lost = work.over = True
             work.node = None

@@ -177,7 +177,7 @@ class Load:
     cache_hit_rate: float | None = None
     """Of the request that was admitted last; None: not known here."""
     generated_tokens: int | None = None
-    """Written since the start; None: counted elsewhere."""
+    """Written since the start, less what was lost with the process; None: counted elsewhere."""
     prefilled_tokens: int | None = None
     """Prompt tokens computed since the start; None: counted elsewhere."""
     retracted: int = 0
