@@ -24,59 +24,34 @@ import asyncio
 import itertools
 import json
 import logging
-import os
-import random
-import socket
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TypeAlias
 
 import aiohttp
 
 from benchmarks.common import Simulator
+from benchmarks.grouped import TEMPLATE_CHARS, Work, work
+from benchmarks.router import router, router_python
 from streamsyn.errors import ServerError
-from streamsyn.records import Attempt, Completion, Request, digest
+from streamsyn.records import Attempt, Completion, Request
 from streamsyn.sections import FleetSection
 from streamsyn.sglang.client import ServerClient
 from streamsyn.sglang.fleet import open_fleet
-from streamsyn.sglang.simulator.cache import BLOCK_TOKENS, CHARACTERS_A_TOKEN
-from streamsyn.sglang.simulator.chat import render
 from streamsyn.sglang.transport import http_transport
 from streamsyn.telemetry import configure_logs
 
 MODEL = "simulated"
-TEMPLATE_CHARS = 4_000
-GROUP_CHARS = 1_500
-OWN_CHARS = 60
 LEAST_OF_PLAN, MOST_SPLIT, MOST_LOAD = 0.95, 0.05, 1.25
 """The targets."""
 PROBES = 32
 """Requests at a time that ask a server what it has cached."""
 
 Ask: TypeAlias = Callable[[Request], Awaitable[Completion]]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is asked for, in its order, and a prompt of each group to find its text by."""
-
-    requests: list[Request]
-    probes: list[Request]
-    template_tokens: int
-    """What the first request of a group can find in a server's cache."""
-    group_tokens: int
-    """What the other ones can."""
-
-    def ideal(self, servers: int) -> int:
-        """Tokens that are cached at best."""
-        groups = len(self.probes)
-        return (len(self.requests) - groups) * self.group_tokens + (groups - servers) * self.template_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,42 +95,6 @@ class Row:
             "requests failed": not self.failed,
         }
         return [name for name, is_kept in kept.items() if not is_kept]
-
-
-def _words(draw: random.Random, chars: int) -> str:
-    text = ""
-    while len(text) < chars:
-        text += "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) + " "
-    return text[:chars]
-
-
-def work(groups: int, per_group: int, max_tokens: int) -> Work:
-    """The requests of all groups, shuffled; the same in every process."""
-    draw = random.Random(0)
-    template = _words(draw, TEMPLATE_CHARS)
-    template_key = digest(template).hex()
-    texts = [f"Document {number}. {_words(draw, GROUP_CHARS)}"[:GROUP_CHARS] for number in range(groups)]
-
-    def request(text: str, question: str) -> Request:
-        key = digest(template, text).hex()
-        messages = [
-            {"role": "system", "content": template},
-            {"role": "user", "content": f"{text}\n{question}"},
-        ]
-        return Request(messages, {"max_tokens": max_tokens}, key, (template_key, key))
-
-    requests = [request(text, _words(draw, OWN_CHARS)) for text in texts for _ in range(per_group)]
-    draw.shuffle(requests)
-    probes = [replace(request(text, "?"), sampling={"max_tokens": 1}) for text in texts]
-    prompts = [render(probe.messages, goes_on=False) for probe in probes]
-    again = render(request(texts[0], "!").messages, goes_on=False)
-    return Work(requests, probes, _shared_tokens(prompts[0], prompts[1]), _shared_tokens(prompts[0], again))
-
-
-def _shared_tokens(one: str, other: str) -> int:
-    """What a server finds of `other` when it has `one`: whole blocks."""
-    chars = next(i for i, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its)
-    return chars // (BLOCK_TOKENS * CHARACTERS_A_TOKEN) * BLOCK_TOKENS
 
 
 async def closed_loop(requests: Sequence[Request], concurrency: int, ask: Ask) -> Asked:
@@ -227,45 +166,6 @@ async def clients(urls: Sequence[str]) -> AsyncIterator[list[ServerClient]]:
         ]
 
 
-@asynccontextmanager
-async def router(python: Path, urls: Sequence[str], *options: str) -> AsyncIterator[str]:
-    """sglang-router in front of the servers, until the block ends; its URL, once it knows them all."""
-    port, metrics_port = _free_ports(2)
-    command = [str(python), "-m", "sglang_router.launch_router", "--worker-urls", *urls, *options]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # it would look for the simulated model's tokenizer
-    process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs meanwhile
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | offline
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        async with asyncio.timeout(60), aiohttp.ClientSession() as session:
-            while await _healthy_workers(session, url) < len(urls):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def _healthy_workers(session: aiohttp.ClientSession, url: str) -> int:
-    try:
-        async with session.get(f"{url}/workers") as answer:
-            told = await answer.json()
-    except (aiohttp.ClientError, ConnectionError):
-        return 0
-    return sum(worker["is_healthy"] for worker in told["workers"])
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 async def reset(urls: Sequence[str]) -> None:
     """Empty all caches and counters."""
     async with aiohttp.ClientSession() as session:
@@ -313,11 +213,11 @@ async def measure(
             least = variant == "least in flight"
             asked = await plainly(urls, todo.requests, concurrency, least_in_flight=least)
         case "router, cache_aware":
-            async with router(args.router_python, urls, "--policy", "cache_aware") as url:
+            async with router(urls, "--policy", "cache_aware") as url:
                 asked = await plainly([url], todo.requests, concurrency)
         case _:
             options = ("--policy", "manual", "--assignment-mode", "min_group")
-            async with router(args.router_python, urls, *options) as url:
+            async with router(urls, *options) as url:
                 asked = await by_streamsyn([url], todo.requests, concurrency, args.cap)
     counts = await requests_at(urls)
     split = [number > 1 for number in await holders(urls, todo)]
@@ -369,16 +269,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cap", default="auto", help="streamsyn's cap a server: auto, even, or a number")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only those that begin so")
     parser.add_argument("--check", action="store_true", help="exit with 1 when streamsyn misses a target")
-    args = parser.parse_args()
-    home = os.environ.get("STREAMSYN_ROUTER_HOME") or Path(__file__).parents[1] / ".sglang-router"
-    args.router_python = Path(home) / "venv" / "bin" / "python"
-    return args
+    return parser.parse_args()
 
 
 def variants(args: argparse.Namespace) -> list[str]:
     """Those that are wanted and can be had."""
     names = ["streamsyn", "round robin", "least in flight"]
-    if args.router_python.exists():
+    if router_python().exists():
         names += ["router, cache_aware", "streamsyn + router, manual"]
     else:
         print("without the router: deploy/sglang-router/install.sh installs it", file=sys.stderr)

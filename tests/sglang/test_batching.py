@@ -18,6 +18,7 @@ MODEL = CostModel(
     prompt_token_s=0.01,
     cached_token_s=0.0,
     attention_s=0.0,
+    padded_attention_s=0.0,
     step_s=0.1,
     request_step_s=0.01,
     kv_token_step_s=0.0,

@@ -24,6 +24,8 @@ class CostModel:
     """Each token before those that a prefill computes: what reading them again costs, whatever follows."""
     attention_s: float
     """Each pair of a computed prompt token and a token before it."""
+    padded_attention_s: float
+    """Each pair of tokens of a prefill's context: for attention that computes all, cached or not."""
     step_s: float
     """Each decode step, however small the batch: the weights are read once."""
     request_step_s: float
@@ -56,6 +58,7 @@ class CostModel:
         for before, new in parts:
             pairs = new * before + new * new / 2
             seconds += new * self.prompt_token_s + before * self.cached_token_s + pairs * self.attention_s
+            seconds += (before + new) ** 2 * self.padded_attention_s
         return seconds
 
     def decode(self, batch: int, context: int, steps: int) -> float:
@@ -123,23 +126,25 @@ def capacity(model: CostModel, prompt_tokens: int, cached_tokens: int, completio
 
 CPU: Final = CostModel(
     name="cpu",
-    prefill_s=0.07,
-    prompt_token_s=0.00212,
-    cached_token_s=0.00079,
+    prefill_s=0.086,
+    prompt_token_s=1.60e-3,
+    cached_token_s=2.9e-4,
     attention_s=0.0,
-    step_s=0.0655,
-    request_step_s=0.00805,
-    kv_token_step_s=0.0,
+    padded_attention_s=4.3e-7,
+    step_s=0.058,
+    request_step_s=0.0035,
+    kv_token_step_s=4.3e-5,
     pool_tokens=32_768,
     max_running_requests=32,
     max_prefill_tokens=16_384,
     chunked_prefill_size=8_192,
 )
-"""Two CPU cores with SmolLM2-135M under SGLang 0.5.23 (`deploy/sglang-cpu`), as first measured.
+"""Two CPU cores with SmolLM2-135M under SGLang 0.5.23 (`deploy/sglang-cpu`), by `benchmarks/calibrate.py`.
 
-Decode at 13.6, 60.6 and 99 tokens/s with 1, 8 and 32 requests makes steps of 73.5, 132 and 323 ms: a line.
-A prompt of 950 tokens takes 2.09 s to its first token, and 0.78 to 0.89 s when 944 of them are cached: that
-attention goes over the whole prefix again, cached or not.
+Medians of three rounds, fitted by least squares: 12 prefills of 128 to 2,304 tokens, off by at most 7 per
+cent, and 10 decode steps of 1 to 32 requests that hold 88 to 17,152 tokens, off by at most 6. SGLang's
+torch_native attention pads what is computed to the whole prompt, so a prompt of 1,024 tokens that is cached
+but for one takes 0.86 s, where all of it takes 2.2 s.
 """
 
 H100: Final = CostModel(
@@ -148,6 +153,7 @@ H100: Final = CostModel(
     prompt_token_s=29.5e-6,
     cached_token_s=0.0,
     attention_s=1.06e-9,
+    padded_attention_s=0.0,
     step_s=0.0068,
     request_step_s=18e-6,
     kv_token_step_s=46e-9,
