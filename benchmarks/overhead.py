@@ -63,7 +63,7 @@ def measure(url: str, options: list[str], requests: int, concurrency: int, folde
         return measured([*command, "--requests", str(requests), "--concurrency", str(concurrency)])
     out = tempfile.mkdtemp(dir=folder)
     command = ["run", "--seeds", str(seeds_file(folder, requests)), "--out", out, "--server", url]
-    return run_measured(*command, "--set", f"fleet.max_in_flight={concurrency}", "--no-progress", *options)
+    return run_measured(*command, "--set", f"fleet.concurrency={concurrency}", "--no-progress", *options)
 
 
 def main() -> None:

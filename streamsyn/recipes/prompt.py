@@ -6,6 +6,7 @@ seeds, then what is the seed's own. So a server finds each of them in its prefix
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,19 @@ def opening(system: str, group: str, own: str) -> Opening:
     """The first messages: `system`, which all seeds of a task share, `group`, which some do, and `own`."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": f"{group}\n\n{own}" if group else own})
-    template_key = digest("system", system).hex()
     group_key = digest("group", system, group).hex() if group else ""
-    own_key = digest("own", system, group, own).hex()
-    keyed = ((template_key, system), (group_key, group), (own_key, own))
-    alike = tuple(key for key, text in keyed if len(text) >= _WORTH_WAITING_CHARS)
-    beginnings = tuple(key for key in alike if key != own_key)
+    beginnings = (_template_key(system),) if len(system) >= _WORTH_WAITING_CHARS else ()
+    if len(group) >= _WORTH_WAITING_CHARS:
+        beginnings = (*beginnings, group_key)
+    alike = beginnings
+    if len(own) >= _WORTH_WAITING_CHARS:
+        alike = (*beginnings, digest("own", system, group, own).hex())
     return Opening(messages, group_key, beginnings, alike)
+
+
+@lru_cache(maxsize=256)
+def _template_key(system: str) -> str:
+    return digest("system", system).hex()
 
 
 def seed_group(seed: Seed) -> str:

@@ -24,7 +24,7 @@ class ServerClient:
 
     def __init__(self, url: str, transport: Transport, request_timeout_s: float) -> None:
         self.url = url
-        self._transport = transport
+        self.transport = transport
         self._request_timeout_s = request_timeout_s
 
     async def chat(
@@ -39,7 +39,7 @@ class ServerClient:
             ServerError: No usable answer came; the kind says what to do next.
         """
         headers = {wire.ROUTING_KEY: request.group} if request.group else {}
-        reply = await self._transport.exchange(
+        reply = await self.transport.exchange(
             "POST",
             wire.CHAT,
             body=wire.chat_body(request, model, rid, stream=on_first_token is not None),
@@ -58,7 +58,7 @@ class ServerClient:
             ServerError: It could not be told; it will find out when it writes its answer.
         """
         body = b'{"rid":"%s"}' % rid.encode()
-        await self._transport.exchange("POST", wire.ABORT, body=body, timeout_s=_ABORT_TIMEOUT_S)
+        await self.transport.exchange("POST", wire.ABORT, body=body, timeout_s=_ABORT_TIMEOUT_S)
 
     async def load(self) -> Load | None:
         """What it has to do just now; None when it does not say.
@@ -66,7 +66,7 @@ class ServerClient:
         Raises:
             ServerError: It gave no answer.
         """
-        reply = await self._transport.exchange("GET", wire.LOADS, timeout_s=_LOAD_TIMEOUT_S)
+        reply = await self.transport.exchange("GET", wire.LOADS, timeout_s=_LOAD_TIMEOUT_S)
         if reply.status in (404, 405):
             return None
         if reply.status != 200:
@@ -79,7 +79,7 @@ class ServerClient:
         Raises:
             ServerError: It gave no answer.
         """
-        reply = await self._transport.exchange("GET", wire.MODEL_INFO, timeout_s=_CONTROL_TIMEOUT_S)
+        reply = await self.transport.exchange("GET", wire.MODEL_INFO, timeout_s=_CONTROL_TIMEOUT_S)
         return wire.weight_version(reply.body) if reply.status == 200 else None
 
     async def models(self) -> list[str]:
@@ -89,9 +89,9 @@ class ServerClient:
             ServerError: It is not up.
             ConfigError: It does not accept our key.
         """
-        reply = await self._transport.exchange("GET", wire.HEALTH, timeout_s=_CONTROL_TIMEOUT_S)
+        reply = await self.transport.exchange("GET", wire.HEALTH, timeout_s=_CONTROL_TIMEOUT_S)
         if reply.status in (200, 404):  # other servers than SGLang may lack the route
-            reply = await self._transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
+            reply = await self.transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
         elif reply.status not in (401, 403):
             raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
         if reply.status in (401, 403):

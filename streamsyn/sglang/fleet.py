@@ -135,7 +135,10 @@ class Fleet:
             place = await pool.acquire(request, failed_at)
             at, started = time.time(), self._clock()
             try:
-                completion = await self._hedging.ask(Call(request, place, pool, started))
+                if self._hedging.is_on:
+                    completion = await self._hedging.ask(Call(request, place, pool, started))
+                else:
+                    completion = await self._ask(place, pool, request)
             except ServerError as error:
                 failure, failed_at = error, place.server
             else:

@@ -58,14 +58,17 @@ class Hedging:
         self._answers = 0
         self._seconds = 0.0
 
+    @property
+    def is_on(self) -> bool:
+        """Whether tries have to go through `ask`."""
+        return self._share > 0
+
     async def ask(self, call: Call) -> Completion:
         """The answer to `call`, of its own server or of a second one.
 
         Raises:
             ServerError: Neither gave one; that of its own server.
         """
-        if not self._share:
-            return await self._ask(call.place, call.pool, call.request)
         self._calls[call] = None
         try:
             # The scope has no end until the second answer sets one: then it cancels the first try,
@@ -86,7 +89,7 @@ class Hedging:
 
     def tail(self, left: int, of: int) -> None:
         """There is no more work to begin: `left` workers `of` so many are still at theirs."""
-        if not self._share or left > max(1.0, self._share * of) or not self._answers:
+        if not self.is_on or left > max(1.0, self._share * of) or not self._answers:
             return
         for call in self._calls:
             if call.second is None:

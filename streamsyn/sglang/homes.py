@@ -6,11 +6,15 @@ Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", arX
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from streamsyn.sglang.server import Server
+from streamsyn.sglang.shares import fair
 
+PATIENCE_S = 2.0
+"""How long a server has to be over its share before groups leave it. A move costs their whole prefix, and
+requests come and go in bursts: what is over in a second costs less than to compute the prefix again."""
 _KNOWN = 65_536
 """Groups remembered."""
 _CHANCE = 4.0
@@ -23,11 +27,17 @@ class Homes:
     Hashing spreads groups evenly only where there are very many of them, so a new home is chosen more
     strictly than an old one is kept: hashing decides among the servers that have no more than their share
     of the load, and no server gets more than `balance_factor` times its share of groups.
+
+    Args:
+        balance_factor: A server that has more than so many times its share of the load is over it.
+        clock: Seconds of the event loop.
     """
 
-    def __init__(self, balance_factor: float) -> None:
+    def __init__(self, balance_factor: float, clock: Callable[[], float]) -> None:
         self._factor = balance_factor
+        self._clock = clock
         self._homes: OrderedDict[str, Server] = OrderedDict()
+        self._over_since: dict[Server, float] = {}
         self.moves = 0
         """How often a group changed its server."""
 
@@ -40,16 +50,17 @@ class Homes:
             avoid: Where the request has just failed: another one, if there is.
         """
         at = self._homes.get(group)
-        total, shares = sum(server.assigned for server in servers) + 1, _shares(servers)
-        if at in shares and at is not avoid and not self._is_over(at, total, shares[at]):
+        shares = fair(servers, sum(server.assigned for server in servers) + 1)
+        share_of = dict(zip(servers, shares, strict=True))
+        if at in share_of and at is not avoid and not self._is_long_over(at, share_of[at]):
             self._homes.move_to_end(group)
             return at
-        ranked = sorted(servers, key=lambda server: _rank(group, server), reverse=True)
-        ranked = [server for server in ranked if server is not avoid] or ranked
-        fit = [server for server in ranked if server.assigned < math.ceil(total * shares[server])] or ranked
-        home = next((server for server in fit if self._takes_group(server, shares[server])), None)
-        if home is None:
-            home = min(fit, key=lambda server: (server.homes + 1) / shares[server])
+        others = [server for server in servers if server is not avoid] or servers
+        fit = [server for server in others if server.assigned < math.ceil(share_of[server])] or others
+        weights = sum(server.weight for server in servers)
+        ranked = sorted(fit, key=lambda server: _rank(group, server), reverse=True)
+        home = next((server for server in ranked if self._takes_group(server, server.weight / weights)), None)
+        home = home or min(ranked, key=lambda server: (server.homes + 1) / server.weight)
         self.move(group, home)
         return home
 
@@ -71,22 +82,20 @@ class Homes:
         """`server` is out: its groups find other homes when they are asked for."""
         for group in [group for group, home in self._homes.items() if home is server]:
             del self._homes[group]
+        self._over_since.pop(server, None)
         server.homes = 0
 
-    def _is_over(self, server: Server, total: int, share: float) -> bool:
-        """Whether one request more is more than it should have, of `total` at all servers."""
-        mean = total * share
-        return server.assigned + 1 > max(1.0, self._factor * mean, mean + _CHANCE * math.sqrt(mean))
+    def _is_long_over(self, server: Server, share: float) -> bool:
+        """Whether it has had more than it should for a while, with one request more."""
+        if server.assigned + 1 <= max(1.0, self._factor * share, share + _CHANCE * math.sqrt(share)):
+            self._over_since.pop(server, None)
+            return False
+        now = self._clock()
+        return now - self._over_since.setdefault(server, now) >= PATIENCE_S
 
     def _takes_group(self, server: Server, share: float) -> bool:
         mean = (len(self._homes) + 1) * share
         return server.homes + 1 <= max(math.ceil(mean), int(self._factor * mean))
-
-
-def _shares(servers: Sequence[Server]) -> dict[Server, float]:
-    """What part of all work each should have."""
-    total = sum(server.share for server in servers)
-    return {server: server.share / total for server in servers}
 
 
 def _rank(group: str, server: Server) -> float:

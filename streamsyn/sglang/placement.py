@@ -14,7 +14,7 @@ from itertools import count
 
 from streamsyn.errors import StoppedEarly
 from streamsyn.records import Request
-from streamsyn.sglang.homes import Homes
+from streamsyn.sglang.homes import PATIENCE_S, Homes
 from streamsyn.sglang.server import Server
 
 _DRAINED = "the run is draining, and no server has a place"
@@ -44,6 +44,7 @@ class Waiter:
     request: Request
     turn: asyncio.Future[Place]
     avoid: Server | None
+    since: float
 
 
 class Placement:
@@ -78,7 +79,8 @@ class Placement:
         Raises:
             StoppedEarly: `drain` was called, and there is no place.
         """
-        waiter = Waiter(next(self._numbers), request, asyncio.get_running_loop().create_future(), avoid)
+        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        waiter = Waiter(next(self._numbers), request, turn, avoid, self._clock())
         self._put(waiter)
         if not waiter.turn.done():
             if self._is_draining:
@@ -189,21 +191,29 @@ class Placement:
             return own.popleft()
         if common:
             return common.popleft()
-        limiter = server.limiter
-        if limiter.in_flight >= _IDLE * limiter.cap_at(self._clock()):
+        if server.assigned >= _IDLE * server.limiter.cap_at(self._clock()):
             return None
         return self._taken_over(server)
 
     def _taken_over(self, server: Server) -> Waiter | None:
-        """A waiter of the longest queue: the one with the shortest past, which loses least by moving."""
-        fullest = max(self.servers, key=lambda other: len(other.queue) / other.share)
-        waiting = [waiter for waiter in fullest.queue if not waiter.turn.done()]
-        if not waiting or fullest is server or fullest.model != server.model:
+        """One who has waited long enough in the longest queue, with all of its group that waits there.
+
+        The one with the shortest past: it loses least by moving.
+        """
+        fullest = max(self.servers, key=lambda other: len(other.queue) / other.weight)
+        since = self._clock() - PATIENCE_S
+        waiting = [waiter for waiter in fullest.queue if waiter.since <= since and not waiter.turn.done()]
+        if not waiting or fullest is server:
             return None
-        waiter = min(waiting, key=lambda waiter: (len(waiter.request.messages), waiter.number))
-        fullest.queue.remove(waiter)
-        self.homes.move(waiter.request.group, server)
-        return waiter
+        first = min(waiting, key=lambda waiter: (len(waiter.request.messages), waiter.number))
+        group = first.request.group
+        moving = [waiter for waiter in fullest.queue if waiter.request.group == group]
+        for waiter in moving:
+            fullest.queue.remove(waiter)
+        self.homes.move(group, server)
+        moving.remove(first)
+        server.queue.extend(moving)
+        return first
 
     def _release(self, server: Server, keys: Iterable[str], *, warm: bool) -> None:
         keys = tuple(keys)
@@ -224,15 +234,23 @@ class Placement:
         self._wait_ends[server, key] = loop.call_later(self._leader_wait_s, end)
 
     def _look_again_later(self) -> None:
-        """Look when the first of the servers that are held, or start slowly, has room again."""
+        """Look when a server that is held, or starts slowly, has room again, or someone has waited long."""
         now = self._clock()
+        heads = [server.queue[0] for server in self.servers if server.queue]
+        if not heads and not self._common:
+            return
         ends = [server.limiter.next_room_at(now) for server in self.servers if server.is_in]
+        ends += [head.since + PATIENCE_S for head in heads if head.since + PATIENCE_S > now]
         end = min((end for end in ends if end is not None), default=None)
+        if end is None or (self._timer is not None and self._timer.when() <= end):
+            return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        if end is not None and (self._common or any(server.queue for server in self.servers)):
-            self._timer = asyncio.get_running_loop().call_at(end, self.dispatch)
+        self._timer = asyncio.get_running_loop().call_at(end, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        self.dispatch()
 
     def _all_waiters(self) -> list[Waiter]:
         waiting = list(self._common)
@@ -242,7 +260,7 @@ class Placement:
 
 
 def _load(server: Server) -> tuple[float, int]:
-    return server.assigned / server.share, server.completions
+    return server.assigned / server.weight, server.completions
 
 
 def _drop_cancelled(queue: deque[Waiter]) -> None:

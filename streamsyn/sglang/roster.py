@@ -20,6 +20,7 @@ from streamsyn.sglang.limiter import START, AdaptiveLimiter, Limiter
 from streamsyn.sglang.models import agreed_models, served_here
 from streamsyn.sglang.outage import Outage
 from streamsyn.sglang.placement import Placement
+from streamsyn.sglang.routers import warn_of_router
 from streamsyn.sglang.server import Server
 from streamsyn.sglang.spec import ServerSpec
 from streamsyn.sglang.transport import Transport
@@ -93,7 +94,7 @@ class Roster:
             raise FleetGone(f"no server came up within {self._section.give_up_s:g} s: {reasons}") from None
         clock = asyncio.get_running_loop().time
         for model in agreed_models(served, self._section):
-            homes = Homes(self._section.balance_factor)
+            homes = Homes(self._section.balance_factor, clock)
             self.pools[model] = Placement([], homes, self._section.leader_wait_s, clock)
         for server in self.servers:
             if server.url in served:
@@ -145,6 +146,7 @@ class Roster:
 
     async def _join(self, server: Server, models: list[str]) -> None:
         """`server` is in, for the first of our models that it serves."""
+        await warn_of_router(server.url, server.client.transport)
         try:
             server.weight_version = await server.client.weight_version()
         except ServerError as error:
@@ -257,9 +259,10 @@ class Roster:
         cap = server.limiter.cap
         if cap == before:
             return
-        say = log.info if abs(cap - server.told_cap) > server.told_cap / 4 else log.debug
-        if say == log.info:
+        is_news = abs(cap - server.told_cap) > server.told_cap / 4
+        if is_news:
             server.told_cap = cap
+        say = log.info if is_news else log.debug
         say("fleet.cap", server=server.url, cap=cap, was=before, why=server.limiter.last_decision)
         if cap > before and server.is_in:
             self._dispatch(server)

@@ -77,9 +77,9 @@ class Server:
         return self.limiter.in_flight + len(self.queue) + self.leaders.followers
 
     @property
-    def share(self) -> float:
-        """What it can take, beside the others."""
-        return self.weight * self.limiter.cap
+    def cap(self) -> int:
+        """Requests that it may have in flight."""
+        return self.limiter.cap
 
     def figures(self) -> dict[str, Any]:
         """What there is to say of it now."""

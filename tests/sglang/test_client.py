@@ -222,7 +222,7 @@ async def test_a_short_keep_alive_of_the_server() -> None:
 
 async def until_closed(client: ServerClient) -> None:
     """Return when the server has closed all connections that the client keeps."""
-    connector = client._transport._session.connector  # type: ignore[attr-defined]
+    connector = client.transport._session.connector  # type: ignore[attr-defined]
     assert connector is not None
     await until(
         lambda: not any(kept.is_connected() for group in connector._conns.values() for kept, _ in group)
