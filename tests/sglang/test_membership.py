@@ -3,17 +3,21 @@
 import asyncio
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from streamsyn.errors import ConfigError
 from streamsyn.records import Attempt, Completion, Request, digest
-from streamsyn.sglang.fleet import Fleet
+from streamsyn.sections import FleetSection
+from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sglang.simulator.clock import run_virtually
+from streamsyn.sglang.simulator.config import SimulatorConfig
 from streamsyn.sglang.simulator.faults import Fault
+from streamsyn.sglang.simulator.inprocess import InProcessServers
+from streamsyn.sglang.simulator.simulation import Simulation
 from tests.sglang.test_fleet import ask_many, fleet_of, opened, simulators, until
-
-pytestmark = pytest.mark.usefixtures("no_task_left")
 
 TEMPLATE = "You write documents. " * 200
 
@@ -36,6 +40,7 @@ async def ask_groups(fleet: Fleet, groups: int, each: int) -> list[tuple[str, Co
     return [(group, task.result()) for (group, _), task in zip(asked, answers, strict=True)]
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_groups_stay_together_and_find_their_prefix() -> None:
     """Each group at one server; all but its first request find template and group in the cache."""
     async with simulators() as simulated:
@@ -54,6 +59,7 @@ async def test_groups_stay_together_and_find_their_prefix() -> None:
     assert 0.95 * planned <= achieved <= 1.1 * planned
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_the_routing_key_goes_along() -> None:
     """For a router in front of servers: the group's key, and none where there is no group."""
     seen: list[str | None] = []
@@ -76,6 +82,7 @@ async def test_the_routing_key_goes_along() -> None:
     assert [digest("group").hex(), None] == seen
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
     """A new line is a new server, a line that goes is a server that finishes what it has and gets no more."""
     file = tmp_path / "servers.txt"
@@ -112,6 +119,7 @@ async def write(path: Path, text: str) -> None:
     await asyncio.to_thread(put)
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_a_server_that_goes_finishes_what_it_has(tmp_path: Path) -> None:
     """Requests in flight there are answered there; those that wait for it go elsewhere."""
     file = tmp_path / "servers.txt"
@@ -130,6 +138,7 @@ async def test_a_server_that_goes_finishes_what_it_has(tmp_path: Path) -> None:
     assert 0 == going.simulation.stats.aborted + going.simulation.stats.disconnected
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_several_models_get_their_shares() -> None:
     """A draft is written by the same model each time, at a server that has it."""
     async with simulators() as simulated:
@@ -146,6 +155,7 @@ async def test_several_models_get_their_shares() -> None:
     assert [("big", big.url), ("small", small.url)] == [(answer.model, answer.server) for answer in answers]
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_a_server_of_none_of_the_models_is_told_of() -> None:
     """At the start, by its URL."""
     async with simulators() as simulated:
@@ -155,6 +165,7 @@ async def test_a_server_of_none_of_the_models_is_told_of() -> None:
                 await fleet.ask_models()
 
 
+@pytest.mark.usefixtures("no_task_left")
 async def test_a_straggler_at_the_end_is_asked_again_elsewhere() -> None:
     """The first answer counts; the slower one is aborted at its server, which is not blamed for it."""
     async with simulators() as simulated:
@@ -173,30 +184,33 @@ async def test_a_straggler_at_the_end_is_asked_again_elsewhere() -> None:
     assert 1 == stuck.simulation.stats.by_route["/abort_request"]
 
 
-async def test_the_cap_grows_to_what_a_server_runs() -> None:
+async def cap_after(requests: int, *, tells_load: bool, **config: Any) -> tuple[Fleet, Simulation]:
+    """A fleet of one server that has answered so many requests, asked at once, in virtual time."""
+    simulation = Simulation(SimulatorConfig(**config))
+    servers = InProcessServers({"http://one:1": simulation})
+    section = FleetSection(servers=("http://one:1",))
+    async with open_fleet(section, lambda: None, {}, servers.connect, Random(0)) as fleet:
+        if not tells_load:
+            fleet.servers[0].client.load = tells_none  # type: ignore[method-assign]
+        await fleet.ask_models()
+        await ask_many(fleet, requests)
+        return fleet, simulation
+
+
+async def tells_none() -> None:
+    """As a server that has no such route."""
+
+
+@pytest.mark.parametrize("slots", [4, 24, 200])
+def test_the_cap_grows_to_what_a_server_runs(slots: int) -> None:
     """By its own figures: beyond its batch nothing more is sent than a short queue."""
-    async with simulators() as simulated:
-        server = await simulated.start(slots=24, latency_ms=20)
-        async with fleet_of(server.url, load_interval_s=0.05) as fleet:
-            assert 8 == fleet.capacity
-            await ask_many(fleet, 500)
-            assert 20 <= fleet.capacity <= 40
-            assert fleet.figures()[0]["decisions"]["ramp"] >= 1
-        assert server.simulation.stats.max_in_flight <= 56
+    fleet, simulation = run_virtually(cap_after(20 * slots, tells_load=True, slots=slots, latency_ms=3000))
+    assert slots <= fleet.capacity <= 1.25 * slots + 4
+    assert simulation.stats.max_in_flight <= 2 * slots + 8
+    assert fleet.figures()[0]["decisions"]
 
 
-async def test_a_server_without_loads_is_asked_all_the_same() -> None:
-    """The cap then goes by answers; a route that is not there is asked for once."""
-    async with simulators() as simulated:
-        server = await simulated.start(slots=24, latency_ms=5)
-        async with fleet_of(server.url, load_interval_s=0.01) as fleet:
-            client = fleet.servers[0].client
-            asked = []
-
-            async def none() -> None:
-                asked.append(1)
-
-            client.load = none  # type: ignore[method-assign]
-            await ask_many(fleet, 400)
-            assert 1 == len(asked)
-            assert 8 < fleet.capacity
+def test_a_server_without_loads_is_asked_all_the_same() -> None:
+    """The cap then goes by answers, which say the same less exactly."""
+    fleet, _ = run_virtually(cap_after(3000, tells_load=False, slots=24, latency_ms=1000))
+    assert 20 <= fleet.capacity <= 60
