@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-quick lint bench clean
+.PHONY: help demo test test-quick lint bench bench-real clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,13 +24,19 @@ lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/stamp  ## client overhead, memory and resume, as ratios against a baseline of the same run
+bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside baselines of the same run
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.resume
+	$(BIN)/python -m benchmarks.fleet
+
+bench-real: .venv/stamp sglang router  ## beside real software: sglang-router, bench_serving; takes over an hour
+	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.real throughput
+	$(BIN)/python -m benchmarks.real sections
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .sglang-cpu .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .sglang-cpu .sglang-router .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 .venv/stamp: pyproject.toml deploy/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamsyn needs Python 3.11 or newer")'
@@ -38,6 +44,9 @@ clean:  ## remove what the other targets made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: sglang
+.PHONY: sglang router
 sglang:
 	deploy/sglang-cpu/install.sh
+
+router:
+	deploy/sglang-router/install.sh

@@ -98,7 +98,7 @@ class Roster:
             self.pools[model] = Placement([], homes, self._section.leader_wait_s, clock)
         for server in self.servers:
             if server.url in served:
-                await self._join(server, served[server.url])
+                self._join(server, served[server.url])
             else:
                 server.health.ejected = True
                 self._tasks.start(self._probe(server), name=f"probe-{server.url}")
@@ -144,20 +144,33 @@ class Roster:
         if server.model:
             self.pools[server.model].left(server)
 
-    async def _join(self, server: Server, models: list[str]) -> None:
-        """`server` is in, for the first of our models that it serves."""
+    def _join(self, server: Server, models: list[str]) -> None:
+        """`server` is in, for the first of our models that it serves.
+
+        Raises:
+            ServerUnavailable: It serves none of them.
+        """
+        if server.model:
+            return
+        server.model = served_here(models, self.pools) or ""
+        if not server.model:
+            raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {', '.join(self.pools)}")
+        self.pools[server.model].servers.append(server)
+
+    async def _models(self, server: Server) -> list[str]:
+        """What it serves; on the way the other things that are asked of a server once, when it comes up.
+
+        Raises:
+            ServerError: It is not up.
+            ConfigError: It does not accept our key.
+        """
+        models = await server.client.models()
         await warn_of_router(server.url, server.client.transport)
         try:
             server.weight_version = await server.client.weight_version()
         except ServerError as error:
             log.debug("fleet.weights_unknown", server=server.url, error=str(error))
-        if not server.model:
-            server.model = served_here(models, self.pools) or ""
-            if not server.model:
-                raise ServerUnavailable(
-                    f"{server.url} serves {', '.join(models)}, not {', '.join(self.pools)}"
-                )
-            self.pools[server.model].servers.append(server)
+        return models
 
     def _set_draining(self, server: Server, *, draining: bool) -> None:
         if server.draining == draining:
@@ -200,7 +213,7 @@ class Roster:
 
         async def ask(server: Server) -> None:
             try:
-                served[server.url] = await server.client.models()
+                served[server.url] = await self._models(server)
             except ServerError as error:
                 why[server.url] = str(error)
 
@@ -216,10 +229,10 @@ class Roster:
             if server.is_gone:
                 return
             try:
-                models = await server.client.models()
+                models = await self._models(server)
                 if server.model and server.model not in models:
                     raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {server.model}")
-                await self._join(server, models)
+                self._join(server, models)
             except (ServerError, ConfigError) as error:
                 say = log.debug if step else log.info
                 say("fleet.probe_failed", server=server.url, error=str(error))
