@@ -73,6 +73,7 @@ datasets.load_dataset = None
 sys.modules["datasets"] = datasets
 runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
 """
+MODES: dict[str, tuple[str, ...]] = {"radix cache": (), "no radix cache": ("--disable-radix-cache",)}
 TARGETS = {"throughput": 0.97, "cached": 0.8, "uncached": 4.0}
 
 Row = dict[str, Any]
@@ -260,7 +261,9 @@ async def sections(args: argparse.Namespace, folder: Path) -> None:
         "recipe.sampling": _without_end(find_packaged_model()),
     }
     found: dict[str, Prompts] = {}
-    for name, flags in {"radix cache": (), "no radix cache": ("--disable-radix-cache",)}.items():
+    for name, flags in MODES.items():
+        if args.only not in (None, name):
+            continue
         started = time.perf_counter()
         async with AsyncExitStack() as stack:
             urls = []
@@ -292,6 +295,8 @@ def _tell_sections(args: argparse.Namespace, found: dict[str, Prompts]) -> None:
     for name, of in found.items():
         share = of.cached / of.tokens
         print(f"{name:18}{of.contexts:9}{of.steps:7}{of.written:9}{of.tokens:9}{share:8.2f}{of.uncached:10}")
+    if len(found) < len(MODES):
+        return
     cached, plain = found.values()
     print(f"cached with the cache       {cached.cached / cached.tokens:6.2f}  (aim: {TARGETS['cached']})")
     print(
@@ -311,6 +316,7 @@ def main() -> None:
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--sequential", type=int, default=8, help="requests asked one at a time")
     command = commands.add_parser("sections")
+    command.add_argument("--only", choices=MODES, help="one of the two runs")
     command.add_argument("--seeds", type=int, default=8)
     command.add_argument("--target-tokens", type=int, default=3000)
     command.add_argument("--section-tokens", type=int, default=430)

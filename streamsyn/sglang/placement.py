@@ -226,7 +226,9 @@ class Placement:
             for waiter in released
             if not waiter.turn.done() and not (server.is_in and self._seat(waiter, server))
         ]
-        server.queue.extendleft(reversed(left))
+        for waiter in reversed(left):
+            queue = server.queue if waiter.request.group and server.is_in else self._common
+            queue.appendleft(waiter)
 
     def _bound_wait(self, server: Server, key: str) -> None:
         end = partial(self._release, server, (key,), warm=True)
