@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,7 +53,7 @@ def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config
         return Config.model_validate(tree)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
-        raise ConfigError(where + "; ".join(_explain(problem) for problem in error.errors())) from error
+        raise ConfigError(where + "; ".join(_explained(error.errors()))) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -81,12 +81,31 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = value
 
 
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] != "extra_forbidden":
-        return f"{key}: {problem['msg']} (got {problem['input']!r})"
-    *level, name = location
+def _explained(problems: Iterable[Any]) -> Iterable[str]:
+    """One line a key. Where a value may be of several kinds, pydantic has a problem for each of them."""
+    by_key: dict[str, list[Any]] = {}
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"] if not _names_a_kind(str(part)))
+        by_key.setdefault(key, []).append(problem)
+    for key, found in by_key.items():
+        if any(longer.startswith(f"{key}.") for longer in by_key):
+            continue  # what stands below it says more
+        if found[0]["type"] == "extra_forbidden":
+            yield _unknown(key)
+        else:
+            messages = " or ".join(
+                dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in found)
+            )
+            yield f"{key}: {messages} (got {found[0]['input']!r})"
+
+
+def _names_a_kind(part: str) -> bool:
+    """Whether a part of pydantic's location is no key but one of the kinds that a value may be of."""
+    return part in ("str", "bool", "int", "float") or "[" in part or part.endswith(("-float", "Section"))
+
+
+def _unknown(key: str) -> str:
+    *level, name = key.split(".")
     known = [parts for parts in (key.split(".") for key in known_keys()) if len(parts) > len(level)]
     siblings = {
         parts[len(level)]
@@ -106,12 +125,19 @@ def known_keys() -> list[str]:
 def _keys(section: type[Section], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
-        for below in (kind, *get_args(kind)):
-            if isinstance(below, type) and issubclass(below, Section):
-                yield from _keys(below, f"{prefix}{name}." if below is kind else f"{prefix}{name}.*.")
-                break
-        else:
+        below = next(_sections_in(kind), None)
+        if below is None:
             yield prefix + name
+        else:
+            yield from _keys(below, f"{prefix}{name}." if below is kind else f"{prefix}{name}.*.")
+
+
+def _sections_in(kind: Any) -> Iterator[type[Section]]:
+    """The sections that a value of `kind` may hold."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        yield kind
+    for part in get_args(kind):
+        yield from _sections_in(part)
 
 
 def fingerprint(config: Config) -> dict[str, Any]:

@@ -210,7 +210,7 @@ async def _fleet(
     ) as fleet:
         parts.summary.servers = fleet.figures
         await fleet.ask_models()
-        model = ", ".join(fleet.models)
+        model = ", ".join(sorted(fleet.models))
         shaping = {**parts.shaping, "model": model}
         parts.directory.check(shaping, fingerprint(Config()))
         await asyncio.to_thread(parts.directory.save, _lasting(request.config), shaping)
@@ -230,8 +230,7 @@ def _metrics(parts: _Parts) -> Iterator[None]:
     def servers() -> list[dict[str, Any]]:  # of a fleet that is not there yet
         return parts.summary.servers()
 
-    with serving_metrics(listen, parts.summary.counters, servers) as url:
-        log.info("metrics.serving", url=url)
+    with serving_metrics(listen, parts.summary.counters, servers):
         yield
 
 

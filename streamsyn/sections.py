@@ -6,11 +6,20 @@ Keys marked `operational` do not shape what is written; all others make up the f
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _no_truth_value(value: Any) -> Any:
+    """To Python `true` is 1; to who wrote it, it is not."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")  # noqa: TRY004 - what pydantic takes
+    return value
+
 
 operational = Field(json_schema_extra={"operational": True})
 Seconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -113,8 +122,9 @@ class RecipeSection(Section):
     `spread` over up to four."""
     window_tokens: Count = 32768
     """No conversation of the recipe `sections` grows beyond so many tokens, prompt and answer together (so it
-    must not exceed the model's context length): before it would, what has been written is summarised, and a
-    new conversation goes on from the summary and the last section."""
+    should not exceed the model's context length): before it would, what has been written is summarised, and a
+    new conversation goes on from the summary and the last section. Where the seed itself is too long for that
+    the context has the flag `beyond_window`."""
     summary_tokens: Count = 512
     """Longest running summary, in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
@@ -159,7 +169,7 @@ class ServerSection(Section):
 
     url: str
     """Base URL."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Share = 1.0
     """Its share of the work, beside the others'."""
     key_env: str | None = None
     """Environment variable that holds its key; by default STREAMSYN_API_KEY."""
@@ -181,7 +191,7 @@ class FleetSection(Section):
     """Pause between looks at the file and the name."""
     model: Annotated[str | None, operational] = None
     """Model to ask for; by default what the servers say they serve."""
-    models: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    models: dict[str, Share] = {}
     """Several models, each with its share of the drafts, such as 3 of one and 1 of another."""
     concurrency: Annotated[Literal["auto"] | Count, operational] = "auto"
     """Requests in flight at one server: `auto` finds what keeps its batch full, or a number."""

@@ -368,3 +368,24 @@ def test_a_template_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, key:
         fingerprint(load(None, [(key, str(tmp_path / "missing.j2"))]))
 
     assert str(raised.value).startswith(f"{key}: cannot read {tmp_path / 'missing.j2'}: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("fleet.concurrency", 0, "fleet.concurrency: Input should be 'auto' or Input should be greater"),
+        ("fleet.concurrency", True, "fleet.concurrency: Input should be 'auto' or Input should be a number"),
+        ("fleet.hedge_tail", 5, "fleet.hedge_tail: "),
+        ("fleet.models", {"m": True}, "fleet.models.m: "),
+        ("fleet.servers", [{"url": "u", "keyenv": "K"}], "the nearest known one is fleet.servers.0.key_env"),
+        ("fleet.servers", [{"url": "u", "weight": 0}], "fleet.servers.0.weight: Input should be greater"),
+        ("fleet.servers", [3], "fleet.servers.0: Input should be a valid string or Input should be a valid"),
+    ],
+)
+def test_values_of_several_kinds(key: str, value: Any, said: str) -> None:
+    """One problem, said once, at the key that it is about."""
+    with pytest.raises(ConfigError) as raised:
+        load(None, [(key, value)])
+    assert said in str(raised.value)
+    assert "constrained" not in str(raised.value)
+    assert ";" not in str(raised.value).replace("; the nearest", "")

@@ -74,6 +74,8 @@ class SectionsRecipe:
             for task, section in recipe.tasks.items()
             if section.template is not None
         }
+        if "max_tokens" in recipe.sampling:
+            raise ConfigError("recipe.sampling: max_tokens is recipe.section_tokens in the recipe sections")
         least = 3 * recipe.section_tokens + 2 * recipe.summary_tokens + _OPENING_TOKENS
         if recipe.window_tokens < least:
             raise ConfigError(
@@ -94,15 +96,18 @@ class SectionsRecipe:
             lambda completion: self._checks.refusal(document_text(completion.text)),
         )
         found = headings(outline.text, wanted)
-        windows, summary = 1, ""
+        windows, summary, window_tokens = 1, "", self._window_tokens(talk.tokens)
         while manuscript.goes_on:
-            if self._is_too_long(talk, manuscript):
+            if self._is_too_long(talk, manuscript, window_tokens):
                 summary = yield from self._summary(talk, seed)
                 talk.begin_again()
                 windows += 1
             yield from self._section(talk, seed, manuscript, facts, found, summary)
             summary = ""
-        return self._document(draft, talk, manuscript, facts, windows)
+        document = self._document(draft, talk, manuscript, facts, windows)
+        if window_tokens > recipe.window_tokens:
+            document.checks["flags"].append("beyond_window")
+        return document
 
     def group(self, seed: Seed) -> str:
         """Key of what the template's block `group` makes of a seed."""
@@ -176,12 +181,21 @@ class SectionsRecipe:
         completion = yield from talk.ask(question, self._sampling(manuscript.next_tokens), check)
         manuscript.add(section_text(completion.text, on, goes_on=was_cut), completion)
 
-    def _is_too_long(self, talk: Conversation, manuscript: Manuscript) -> bool:
+    def _window_tokens(self, opening_tokens: int) -> int:
+        """The bound of a conversation: more than was asked for where the seed alone is that long.
+
+        To begin again would not make it shorter, so there has to be room for some sections behind it.
+        """
+        recipe = self._recipe
+        least = opening_tokens + 3 * recipe.section_tokens + 2 * recipe.summary_tokens + _FRAME_TOKENS
+        return max(recipe.window_tokens, least)
+
+    def _is_too_long(self, talk: Conversation, manuscript: Manuscript, window_tokens: int) -> bool:
         """Whether after one more section there would be no room for a summary."""
         if not manuscript.sections or not talk.tokens:  # nothing to summarise, or nothing new
             return False
         more = manuscript.next_tokens + self._recipe.summary_tokens + _FRAME_TOKENS
-        return talk.tokens + more > self._recipe.window_tokens
+        return talk.tokens + more > window_tokens
 
     def _summary(self, talk: Conversation, seed: Seed) -> Generator[Request, Completion, str]:
         tokens = self._recipe.summary_tokens

@@ -6,6 +6,7 @@ from streamsyn.errors import ConfigError, ServerUnavailable
 from streamsyn.records import Completion, Request
 from streamsyn.sglang import wire
 from streamsyn.sglang.loads import Load, parse_load
+from streamsyn.sglang.spec import KEY_VARIABLE
 from streamsyn.sglang.transport import Transport
 
 _CONTROL_TIMEOUT_S = 15.0
@@ -20,12 +21,16 @@ class ServerClient:
         url: Its base URL, by which it is called.
         transport: What carries requests to it.
         request_timeout_s: Bound on one chat request.
+        key_name: Environment variable that its key came from, for messages.
     """
 
-    def __init__(self, url: str, transport: Transport, request_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, transport: Transport, request_timeout_s: float, key_name: str = KEY_VARIABLE
+    ) -> None:
         self.url = url
         self.transport = transport
         self._request_timeout_s = request_timeout_s
+        self._key_name = key_name
 
     async def chat(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
@@ -96,7 +101,7 @@ class ServerClient:
             raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
         if reply.status in (401, 403):
             raise ConfigError(
-                f"{self.url} does not accept the key (HTTP {reply.status}); set STREAMSYN_API_KEY"
+                f"{self.url} does not accept the key (HTTP {reply.status}); set {self._key_name}"
             )
         if reply.status != 200:
             raise wire.error_of(reply.status, "no list of models", self.url)

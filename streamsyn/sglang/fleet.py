@@ -90,8 +90,13 @@ class Fleet:
         return {server.url: server.limiter.in_flight for server in self.servers}
 
     def figures(self) -> list[dict[str, Any]]:
-        """What there is to say of each server now."""
-        return [server.figures() for server in self.servers]
+        """What there is to say of each server now, and what those did that are gone."""
+        told = {server.url: server.figures() for server in list(self.servers)}
+        for url, counts in list(self._roster.past.items()):
+            figures = told.setdefault(url, {"server": url, "in_flight": 0, "cap": 0, "queued": 0})
+            for name, number in counts.items():
+                figures[name] = figures.get(name, 0) + number
+        return list(told.values())
 
     def on_room(self, call: Callable[[], None]) -> None:
         """Have `call` made when more may be in flight than before."""
@@ -106,8 +111,8 @@ class Fleet:
             ConfigError: Servers serve different models, or not those asked for.
             FleetGone: None came up within `fleet.give_up_s`.
         """
-        await self._roster.agree()
         self._tasks.start(self._discovery.watch(self._roster.apply), name="discovery")
+        await self._roster.agree()
         self._shares = Shares(self._section.models or dict.fromkeys(self.models, 1.0))
 
     def model_of(self, key: bytes) -> str:

@@ -15,9 +15,10 @@ def agreed_models(served: Mapping[str, list[str]], section: FleetSection) -> lis
         section: Names the models that are wanted.
 
     Raises:
-        ConfigError: A server serves none of those wanted, a model is served by none, or nothing is said
-            and the servers do not agree.
+        ConfigError: A server serves none of those wanted, or nothing is said and the servers do not agree.
     """
+    if section.models and section.model is not None:
+        raise ConfigError("fleet.model and fleet.models are both set; the second names all that there are")
     if section.models:
         for url, models in served.items():
             if served_here(models, section.models) is None:
@@ -52,7 +53,7 @@ class Shares:
     def __init__(self, shares: Mapping[str, float]) -> None:
         total, edge = sum(shares.values()), 0.0
         self._edges: list[tuple[float, str]] = []
-        for model, share in shares.items():
+        for model, share in sorted(shares.items()):
             edge += share / total
             self._edges.append((edge, model))
 

@@ -26,14 +26,17 @@ class Outage:
         self._busy_since = self._gone_since = None
 
     def none_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        """No server is in: the time counts from when it first was so since the last answer."""
+        """No server is in, for a model at the least: the time counts from when it first was so since the
+        last answer.
+        """
+        if self._timer is not None:
+            return
         if self._gone_since is None:
             self._gone_since = loop.time()
-        self.some_in()
         self._timer = loop.call_at(self._gone_since + self._section.give_up_s, self._on_gone)
 
     def some_in(self) -> None:
-        """A server is in again; whether it answers more than probes is to be seen."""
+        """There are servers in again; whether it answers more than probes is to be seen."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,8 +1,9 @@
 """The servers there are: who comes and goes, what each serves, who is ejected, probed and readmitted."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from itertools import count
 from random import Random
 from typing import Any, TypeAlias
@@ -22,13 +23,16 @@ from streamsyn.sglang.outage import Outage
 from streamsyn.sglang.placement import Placement
 from streamsyn.sglang.routers import warn_of_router
 from streamsyn.sglang.server import Server
-from streamsyn.sglang.spec import ServerSpec
+from streamsyn.sglang.spec import KEY_VARIABLE, ServerSpec
 from streamsyn.sglang.transport import Transport
 
 log = structlog.get_logger()
 
 _RAMP_LOOK = 0.25
 """While a cap doubles, its server's load is looked at after this part of the interval."""
+
+_MOMENT_S = 2.0
+"""What other servers have to answer in, at the start, once one has."""
 
 Connect: TypeAlias = Callable[[ServerSpec], AbstractAsyncContextManager[Transport]]
 """Opens what carries requests to a server."""
@@ -58,6 +62,10 @@ class Roster:
         self._outage = outage
         self._draw = draw
         self._transports: dict[Server, AsyncExitStack] = {}
+        self._out: set[str] = set()
+        """Models that no server is in for."""
+        self.past: dict[str, Counter[str]] = {}
+        """What servers did that are gone, by URL."""
 
     async def open(self, specs: Iterable[ServerSpec]) -> None:
         """Take up servers; they are not asked before `agree`."""
@@ -99,32 +107,37 @@ class Roster:
         for server in self.servers:
             if server.url in served:
                 self._join(server, served[server.url])
+                self._tasks.start(self._watch(server), name=f"load-{server.url}")
             else:
-                server.health.ejected = True
-                self._tasks.start(self._probe(server), name=f"probe-{server.url}")
-            self._tasks.start(self._watch(server), name=f"load-{server.url}")
+                self._start(server)
+        self.check_in()
 
     async def apply(self, wanted: Iterable[ServerSpec]) -> None:
         """Go over to another set of servers: some are new, some are to finish what they have and go."""
         await self._let_go()
-        left = {server.url: server for server in self.servers if not server.is_gone}
+        left = {server.url: server for server in self.servers}
         for spec in wanted:
             server = left.pop(spec.url, None)
-            if server is None and not spec.draining:
+            if server is None:
                 server = await self._opened(spec)
-                server.health.ejected = True  # until it has said what it serves
                 self.servers.append(server)
-                self._tasks.start(self._probe(server), name=f"probe-{server.url}")
-                self._tasks.start(self._watch(server), name=f"load-{server.url}")
-            elif server is not None:
-                if (server.spec.key_env, server.spec.server_name) != (spec.key_env, spec.server_name):
-                    server.client = await self._client(server, spec)
-                server.spec = spec
-                self._set_draining(server, draining=spec.draining)
+                if self.pools:  # else it is asked with the others
+                    self._start(server)
+            elif (server.spec.key_env, server.spec.server_name) != (spec.key_env, spec.server_name):
+                server.client = await self._client(server, spec)
+            server.spec, server.is_gone = spec, False
+            self._set_draining(server, draining=spec.draining)
         for server in left.values():
             server.is_gone = True
             self._set_draining(server, draining=True)
-        self.check_in()
+        if self.pools:
+            self.check_in()
+
+    def _start(self, server: Server) -> None:
+        """A server that is not in yet: it is, once it has said what it serves."""
+        server.health.ejected = True
+        self._tasks.start(self._probe(server), name=f"probe-{server.url}")
+        self._tasks.start(self._watch(server), name=f"load-{server.url}")
 
     def eject(self, server: Server, error: ServerError) -> None:
         """`server` gets nothing more until it answers a probe."""
@@ -134,11 +147,17 @@ class Roster:
         self.check_in()
 
     def check_in(self) -> None:
-        """See whether any server is in."""
-        if any(server.is_in for server in self.servers):
-            self._outage.some_in()
-        else:
+        """See whether each model has a server that is in."""
+        out = {
+            model for model, pool in self.pools.items() if not any(server.is_in for server in pool.servers)
+        }
+        for model in sorted(out - self._out):
+            log.warning("fleet.none_in", model=model, gives_up_after_s=self._section.give_up_s)
+        self._out = out
+        if out:
             self._outage.none_in(asyncio.get_running_loop())
+        else:
+            self._outage.some_in()
 
     def _left(self, server: Server) -> None:
         if server.model:
@@ -197,36 +216,49 @@ class Roster:
     async def _client(self, server: Server, spec: ServerSpec) -> ServerClient:
         transports = self._transports.setdefault(server, AsyncExitStack())
         transport = await transports.enter_async_context(self._connect(spec))
-        return ServerClient(spec.url, transport, self._section.request_timeout_s)
+        key_name = spec.key_env or KEY_VARIABLE
+        return ServerClient(spec.url, transport, self._section.request_timeout_s, key_name)
 
     async def _let_go(self) -> None:
         """Forget servers that are gone and have answered what they had."""
         for server in [server for server in self.servers if server.is_gone]:
             if not server.limiter.in_flight:
                 self.servers.remove(server)
+                self.past.setdefault(server.url, Counter()).update(server.counts())
                 if server.model:
                     self.pools[server.model].servers.remove(server)
                 await self._transports.pop(server).aclose()
 
     async def _ask_each(self, served: dict[str, list[str]], why: dict[str, str]) -> None:
-        """Ask all servers what they serve; `why` takes what those say that are not up."""
+        """Ask all servers what they serve; `why` takes what those say that are not up.
 
-        async def ask(server: Server) -> None:
+        Once one has answered the others get a moment more: one that hangs need not hold up a run.
+        """
+        clock = asyncio.get_running_loop().time
+
+        async def ask(server: Server, moment: asyncio.Timeout) -> None:
             try:
                 served[server.url] = await self._models(server)
             except ServerError as error:
                 why[server.url] = str(error)
+            else:
+                if moment.when() is None:
+                    moment.reschedule(clock() + _MOMENT_S)
 
-        async with asyncio.TaskGroup() as group:
-            for server in self.servers:
-                group.create_task(ask(server), name=f"ask-{server.url}")
+        why.clear()
+        why |= {server.url: f"{server.url} is to be drained" for server in self.servers if server.draining}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as moment, asyncio.TaskGroup() as group:
+                for server in self.servers:
+                    if not server.draining:
+                        group.create_task(ask(server, moment), name=f"ask-{server.url}")
 
     async def _probe(self, server: Server) -> None:
         """Ask an ejected server, ever less often, until it answers; then use it again."""
         if server.health.ejections > 1:  # the last time it answered probes only
             await asyncio.sleep(self._probe_pause(server.health.ejections))
         for step in count():
-            if server.is_gone:
+            if server not in self.servers:
                 return
             try:
                 models = await self._models(server)
@@ -234,21 +266,22 @@ class Roster:
                     raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {server.model}")
                 self._join(server, models)
             except (ServerError, ConfigError) as error:
-                say = log.debug if step else log.info
+                say = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info
                 say("fleet.probe_failed", server=server.url, error=str(error))
                 await asyncio.sleep(self._probe_pause(step))
             else:
                 break
+        is_new = not server.health.ejections and not server.completions
         server.health.readmit()
         server.limiter.readmitted(asyncio.get_running_loop().time())
-        log.info("fleet.readmitted", server=server.url)
+        log.info("fleet.joined" if is_new else "fleet.readmitted", server=server.url, model=server.model)
         self.check_in()
         self._dispatch(server)
 
     async def _watch(self, server: Server) -> None:
         """Look at the server's load, again and again."""
         clock = asyncio.get_running_loop().time
-        while not server.is_gone:
+        while server in self.servers:
             if server.is_in:
                 try:
                     load = await server.client.load()
@@ -282,7 +315,8 @@ class Roster:
 
     def _probe_pause(self, step: int) -> float:
         interval_s = self._section.probe_interval_s
-        return interval_s / 2 + full_jitter(interval_s, 10 * interval_s, step, self._draw)
+        pause_s = interval_s / 2 + full_jitter(interval_s, 10 * interval_s, step, self._draw)
+        return min(pause_s, max(interval_s / 2, self._section.give_up_s / 4))
 
 
 @asynccontextmanager

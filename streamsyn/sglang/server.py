@@ -81,6 +81,16 @@ class Server:
         """Requests that it may have in flight."""
         return self.limiter.cap
 
+    def counts(self) -> dict[str, int]:
+        """What it has done."""
+        return {
+            "completions": self.completions,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "planned_cached_tokens": round(self.planned_cached_tokens),
+        }
+
     def figures(self) -> dict[str, Any]:
         """What there is to say of it now."""
         load = self.load
@@ -96,10 +106,6 @@ class Server:
             "token_usage": load and load.token_usage,
             "ejected": self.health.ejected,
             "draining": self.draining,
-            "completions": self.completions,
-            "completion_tokens": self.completion_tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "planned_cached_tokens": round(self.planned_cached_tokens),
             "decisions": dict(self.limiter.decisions),
+            **self.counts(),
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, FleetGone
 from streamsyn.records import Attempt, Completion, Request, digest
 from streamsyn.sections import FleetSection
 from streamsyn.sglang.fleet import Fleet, open_fleet
@@ -182,6 +182,89 @@ async def test_a_straggler_at_the_end_is_asked_again_elsewhere() -> None:
             assert {stuck.url: 0, other.url: 0} == fleet.in_flight
     assert {other.url} == set(servers)
     assert 1 == stuck.simulation.stats.by_route["/abort_request"]
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_a_model_that_nobody_serves_ends_the_run() -> None:
+    """After `give_up_s`, however well the others do: its drafts would wait for ever."""
+    async with simulators() as simulated:
+        server = await simulated.start(model="big")
+        gone = asyncio.Event()
+        shares = {"big": 1.0, "typo": 1.0}
+        async with fleet_of(server.url, models=shares, give_up_s=0.2, on_gone=gone.set) as fleet:
+            while not gone.is_set():
+                await fleet.complete(Request([{"role": "user", "content": "Geese?"}], {}), [], "big")
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_servers_that_are_all_to_be_drained_are_none(tmp_path: Path) -> None:
+    """From the start: the run does not wait for ever for them."""
+    async with simulators() as simulated:
+        file = tmp_path / "servers.txt"
+        server = await simulated.start()
+        await write(file, f"{server.url} drain\n")
+        async with opened(servers_file=file, give_up_s=0.2) as fleet:
+            with pytest.raises(FleetGone, match="is to be drained"):
+                await fleet.ask_models()
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_a_server_that_is_listed_while_the_first_is_waited_for(tmp_path: Path) -> None:
+    """It is asked too: servers that come up late come up at other addresses."""
+    async with simulators() as simulated:
+        file = tmp_path / "servers.txt"
+        await write(file, "http://127.0.0.1:9\n")
+        async with opened(servers_file=file, discover_interval_s=0.02) as fleet, asyncio.TaskGroup() as group:
+            asking = group.create_task(fleet.ask_models())
+            await until(lambda: fleet.servers)
+            server = await simulated.start()
+            await write(file, f"http://127.0.0.1:9\n{server.url}\n")
+            await asking
+            assert {server.url} == {answer.server for answer in await ask_many(fleet, 4)}
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_one_that_hangs_does_not_hold_up_the_start() -> None:
+    """A server that takes connections and says nothing is left out until it does."""
+    writers: list[asyncio.StreamWriter] = []
+    mute = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{mute.sockets[0].getsockname()[1]}"
+    try:
+        async with simulators() as simulated:
+            server = await simulated.start()
+            async with fleet_of(url, server.url) as fleet:
+                assert [True, False] == [server.health.ejected for server in fleet.servers]
+    finally:
+        mute.close()
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_a_server_that_comes_back_while_it_leaves_is_one(tmp_path: Path) -> None:
+    """Its requests go on, its cap holds for all of them, and what it did is told once."""
+    file = tmp_path / "servers.txt"
+    async with simulators() as simulated:
+        server, other = await simulated.start(latency_ms=200), await simulated.start()
+        await write(file, f"{server.url}\n{other.url}\n")
+        settings: dict[str, Any] = {"servers_file": file, "discover_interval_s": 0.02, "concurrency": 2}
+        async with opened(**settings) as fleet, asyncio.TaskGroup() as group:
+            await fleet.ask_models()
+            asking = group.create_task(ask_many(fleet, 4))
+            await until(lambda: server.simulation.stats.in_flight == 2)
+            await write(file, f"{other.url}\n")
+            await until(lambda: fleet.servers[0].draining)
+            await write(file, f"{server.url}\n{other.url}\n")
+            await until(lambda: not fleet.servers[0].draining)
+            await asking
+            assert [server.url, other.url] == [one.url for one in fleet.servers]
+            await write(file, f"{other.url}\n")
+            await until(lambda: fleet.servers[0].draining)
+            await write(file, f"{other.url} weight=2\n")
+            await until(lambda: len(fleet.servers) == 1)
+            told = {one["server"]: one["completions"] for one in fleet.figures()}
+    assert {server.url: 2, other.url: 2} == told
 
 
 async def cap_after(requests: int, *, tells_load: bool, **config: Any) -> tuple[Fleet, Simulation]:

@@ -30,7 +30,13 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
 
 @click.command(epilog=f"Kinds of fault: {', '.join(Fault)}.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=30000, show_default=True, help="Port to listen at; 0 picks a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=30000,
+    show_default=True,
+    help="Port to listen at; 0 picks a free one.",
+)
 @click.option("--model", default=_DEFAULTS["model"], show_default=True, help="Name of the model.")
 @click.option(
     "--cost-model",
