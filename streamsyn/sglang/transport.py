@@ -28,6 +28,7 @@ _STALE_WITHIN_S = 1.0
 """A dead connection shows this soon; one that breaks later had a request at work on it."""
 _FOREIGN = (aiohttp.ClientError, ConnectionError, TimeoutError, UnicodeError)
 """What aiohttp raises; the last one when a host name cannot be looked up at all."""
+_OK = 200
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -52,7 +53,7 @@ class Transport(Protocol):
         timeout_s: float,
         on_data: Callable[[], None] | None = None,
     ) -> Reply:
-        """Ask, and wait for the whole answer; `on_data` is called when its first byte has come.
+        """Ask, and wait for the whole answer; `on_data` is called when the first byte of a good one has come.
 
         Raises:
             ServerError: No answer came; the kind says what to do next.
@@ -132,7 +133,8 @@ class HttpTransport:
             if on_data is None:
                 return Reply(answer.status, await answer.read())
             whole = bytearray(await answer.content.readany())
-            on_data()
+            if answer.status == _OK:  # a refusal is no first token
+                on_data()
             whole += await answer.content.read()
             return Reply(answer.status, bytes(whole))
 

@@ -402,3 +402,15 @@ async def ended(client: ServerClient, rid: str) -> str:
     except ServerError as error:
         return type(error).__name__
     return "answered"
+
+
+@pytest.mark.parametrize("fault", [None, Fault.HTTP_500, Fault.REFUSE])
+async def test_the_first_token_is_that_of_an_answer(fault: Fault | None) -> None:
+    """A leader that is refused has brought nothing into the cache."""
+    told = []
+    async with simulated([fault]) as (client, _):
+        try:
+            await client.chat(REQUEST, "m", "r", lambda: told.append(1))
+        except ServerError:
+            assert fault is not None
+    assert told == ([1] if fault is None else [])

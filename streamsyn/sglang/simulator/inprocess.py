@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _STALE_WITHIN_S: Final = 1.0
 """HttpTransport asks once more when a connection is gone this soon, and so must we."""
+_OK: Final = 200
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _NO_QUERY: Final[Mapping[str, str]] = {}
 _NO_TIMELINES: Final[Mapping[str, Timeline]] = {}
@@ -67,7 +68,7 @@ class _Call:
     def _begin(self) -> None:
         if not self.begun:
             self.begun = True
-            if self._on_data is not None:
+            if self._on_data is not None and self.status == _OK:
                 self._on_data()
 
 
