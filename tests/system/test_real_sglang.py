@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,44 @@ def test_main_job_on_a_launched_server(tmp_path: Path) -> None:
     assert [] == session_of(done.stderr)
     tokens = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])["tokens"]
     assert tokens["cached"] > 0
+
+
+SECTIONS = {
+    "recipe.use": "sections",
+    "recipe.target_tokens": 240,
+    "recipe.section_tokens": 60,
+    "checks.min_words": 20,
+    "checks.max_repetition": 1,
+    "fleet.concurrency": 4,
+    "assembly.write": "false",
+    "seeds.limit": 3,
+}
+
+
+def test_sections_on_a_launched_server(tmp_path: Path) -> None:
+    """Each step finds its whole past in the server's cache, and the document grows to what was asked for."""
+    from streamsyn.sglang.launch_command import find_packaged_model
+
+    out = tmp_path / "out"
+    settings = [part for key, value in SECTIONS.items() for part in ("--set", f"{key}={value}")]
+    model = find_packaged_model()
+
+    done = streamsyn(
+        "run", "--seeds", SEEDS, "--launch", model, "--out", out, "--no-progress", *settings, timeout_s=550
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert_clean(out)
+    contexts, rejects = rows(out, "contexts"), rows(out, "rejects")
+    assert 3 == len(contexts) + len(rejects)
+    assert contexts, [reject["detail"] for reject in rejects]
+    for row in contexts:
+        assert 180 < row["checks"]["tokens"] <= 240
+        assert len(row["steps"]) >= 1 + row["checks"]["sections"] >= 5
+        for before, step in pairwise(row["steps"]):
+            past = before["prompt_tokens"] + before["completion_tokens"]
+            assert step["cached_tokens"] >= 0.9 * past - 8, "the past was computed again"
+    assert not (out / "journal.sqlite").exists()
 
 
 def session_of(stderr: str) -> list[psutil.Process]:
