@@ -24,6 +24,8 @@ _SERVER_GAUGES = {
     "in_flight": "Requests in flight.",
     "cap": "Requests that may be in flight.",
     "waiting": "Requests in the server's queue, as it says.",
+    "waiting_uncached_tokens": "Prompt tokens in its queue that no cache spares it, as it says.",
+    "generated_per_s": "Tokens it writes a second, as it says.",
     "running": "Requests in the server's batch, as it says.",
     "token_usage": "Share of the server's KV cache in use, 0 to 1, as it says.",
     "ejected": "1 while it gets no requests, for it failed.",

@@ -12,7 +12,7 @@ from typing import Any
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.checks import Checks, Failure
 from streamsyn.recipes.parse import document_text
-from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, opening, seed_group
+from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, group_of, opening, seed_group
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 from streamsyn.sections import ChecksSection, RecipeSection
@@ -67,12 +67,7 @@ class ContextRecipe:
 
     def group(self, seed: Seed) -> str:
         """Key of what the template's block `group` makes of a seed."""
-        if "group" not in self._prompt_of(seed).block_names:
-            return ""
-        try:
-            return self._opening(seed).group
-        except ConfigError:  # the worker that gets the seed will tell
-            return ""
+        return group_of(self._prompt_of(seed), seed, self._opening)
 
     def outlook(self) -> str:
         """Nothing follows a good answer."""

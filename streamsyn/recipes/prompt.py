@@ -4,7 +4,7 @@ Shared text comes first: the system message, the same for all seeds of a task, t
 seeds, then what is the seed's own. So a server finds each of them in its prefix cache.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -122,6 +122,16 @@ def opening(system: str, group: str, own: str) -> Opening:
 @lru_cache(maxsize=256)
 def _template_key(system: str) -> str:
     return digest("system", system).hex()
+
+
+def group_of(prompt: Prompt, seed: Seed, opening_of: Callable[[Seed], Opening]) -> str:
+    """Key of what the template's block `group` makes of a seed; "" where there is no such block."""
+    if "group" not in prompt.block_names:
+        return ""
+    try:
+        return opening_of(seed).group
+    except ConfigError:  # the worker that gets the seed will tell
+        return ""
 
 
 def seed_group(seed: Seed) -> str:

@@ -25,7 +25,7 @@ from streamsyn.recipes.facts import FactPlan
 from streamsyn.recipes.manuscript import Manuscript
 from streamsyn.recipes.outline import headings, title
 from streamsyn.recipes.parse import document_text, section_text
-from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, opening, seed_group
+from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, group_of, opening, seed_group
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 from streamsyn.sections import ChecksSection, RecipeSection
@@ -111,12 +111,7 @@ class SectionsRecipe:
 
     def group(self, seed: Seed) -> str:
         """Key of what the template's block `group` makes of a seed."""
-        if "group" not in self._prompt_of(seed).block_names:
-            return ""
-        try:
-            return self._opening(seed).group
-        except ConfigError:  # the worker that gets the seed will tell
-            return ""
+        return group_of(self._prompt_of(seed), seed, self._opening)
 
     def outlook(self) -> str:
         """Sections follow."""
