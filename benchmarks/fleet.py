@@ -36,7 +36,8 @@ from streamsyn.config import load
 from streamsyn.errors import ServerError
 from streamsyn.recipes.load import load_recipe
 from streamsyn.records import Draft, Request, Seed
-from streamsyn.run import RunRequest, RunSummary, run
+from streamsyn.request import RunRequest, RunSummary
+from streamsyn.run import run
 from streamsyn.sglang.client import ServerClient
 from streamsyn.sglang.simulator import costs
 from streamsyn.sglang.simulator.config import SimulatorConfig

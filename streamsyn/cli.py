@@ -18,7 +18,7 @@ from streamsyn.stdout import secure_stdio
 
 if TYPE_CHECKING:
     from streamsyn.config import Config
-    from streamsyn.run import RunSummary
+    from streamsyn.request import RunSummary
 
 EXIT_OTHER = 1
 EXIT_USAGE = 2
@@ -95,7 +95,7 @@ def run_options(command: Command) -> Command:
 @run_options
 def run(**given: Any) -> None:
     """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off."""
-    from streamsyn.run import RunRequest
+    from streamsyn.request import RunRequest
     from streamsyn.run import run as run_pipeline
     from streamsyn.stdout import SampleStream
     from streamsyn.telemetry import configure_logs

@@ -4,7 +4,8 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -15,6 +16,7 @@ from streamsyn.sections import (
     FleetSection,
     RecipeSection,
     RunSection,
+    ScoringSection,
     Section,
     SeedsSection,
     SinkSection,
@@ -28,6 +30,7 @@ class Config(Section):
     seeds: SeedsSection = SeedsSection()
     recipe: RecipeSection = RecipeSection()
     checks: ChecksSection = ChecksSection()
+    scoring: ScoringSection = ScoringSection()
     fleet: FleetSection = FleetSection()
     sink: SinkSection = SinkSection()
     assembly: AssemblySection = AssemblySection()
@@ -126,10 +129,11 @@ def _keys(section: type[Section], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
         below = next(_sections_in(kind), None)
-        if below is None:
+        is_table = below is kind or (get_origin(kind) in (UnionType, Union) and below in get_args(kind))
+        if below is None or (is_table and below is not kind):  # a plain value, or one in place of a table
             yield prefix + name
-        else:
-            yield from _keys(below, f"{prefix}{name}." if below is kind else f"{prefix}{name}.*.")
+        if below is not None:
+            yield from _keys(below, f"{prefix}{name}." if is_table else f"{prefix}{name}.*.")
 
 
 def _sections_in(kind: Any) -> Iterator[type[Section]]:
@@ -170,6 +174,22 @@ def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
                 raise ConfigError(f"{prefix}{name}: cannot read {value}: {error}") from error
         else:
             yield prefix + name, value
+
+
+def lasting(config: Config) -> dict[str, Any]:
+    """The configuration as a later run, from wherever it is started, can go on with it."""
+    saved = config.model_dump(mode="json")
+    for source in saved["seeds"]["sources"]:
+        if source["path"] != "-":
+            source["path"] = str(Path(source["path"]).absolute())
+    recipe, assembly = saved["recipe"], saved["assembly"]
+    templates = [recipe, assembly, *recipe["tasks"].values(), *assembly["tasks"].values()]
+    paths = [(settings, "template") for settings in templates]
+    paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
+    for settings, key in paths:
+        if settings[key] is not None:
+            settings[key] = str(Path(settings[key]).absolute())
+    return saved
 
 
 def _is_operational(field: Any) -> bool:

@@ -10,7 +10,8 @@ import click
 import orjson
 
 from streamsyn.config import Config, load
-from streamsyn.run import RunRequest, run
+from streamsyn.request import RunRequest
+from streamsyn.run import run
 from streamsyn.sglang.launch_command import find_packaged_model, find_python
 from streamsyn.summary import closing_lines
 from streamsyn.verify import verify

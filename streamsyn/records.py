@@ -35,6 +35,12 @@ class RejectReason(StrEnum):
     REPETITION = "repetition"
     PROMPT_ECHO = "prompt_echo"
     QA_PASTED = "qa_pasted"
+    NO_PAIR = "no_pair"
+    # the context was no good to train on
+    NEAR_DUPLICATE = "near_duplicate"
+    CONTAMINATED = "contaminated"
+    LOW_CONTEXT_GAIN = "low_context_gain"
+    NOT_ANSWERABLE = "not_answerable"
     # the servers gave no answer
     REQUEST_REFUSED = "request_refused"
     TIMEOUT = "timeout"
@@ -113,6 +119,8 @@ class Request:
     beginnings: tuple[str, ...] = ()
     """Keys of what it begins with like others do, outermost first: the template's, then the group's. The
     first request with a key brings it into a server's cache, the others wait for that."""
+    scored: str | None = None
+    """If given, nothing is to be written: how likely is this as the answer to `messages`?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +146,22 @@ class Completion:
     model: str
     server: str
     weight_version: str | None = None
+    logprobs: tuple[float, ...] = ()
+    """Of the tokens of `Request.scored`, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a recipe makes of its completions: the context's text and what the checks measured."""
+    """What a recipe makes of its completions: the context's text and what the checks measured.
+
+    `instruction` and `answer` are those of the seed, unless the recipe wrote them.
+    """
 
     text: str
     checks: dict[str, Any]
     steps: list[Completion]
+    instruction: str | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from streamsyn.progress import duration
-from streamsyn.run import RunSummary
+from streamsyn.request import RunSummary
 
 _SERVERS = 8
 """So many are told of one by one."""

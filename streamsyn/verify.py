@@ -8,8 +8,8 @@ from typing import Any
 import structlog
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
+from streamsyn.assembly.materials import Materials
 from streamsyn.assembly.passages import Passage
-from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.config import Config
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
@@ -81,14 +81,14 @@ class Reassembly:
     def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
         self._config = config
         with TemporaryDirectory() as folder:
-            self._prompts = SamplePrompts(_with_templates(config.assembly, shaping, Path(folder)))
-        now = self._prompts.fingerprint()
+            self._materials = Materials(_with_templates(config.assembly, shaping, Path(folder)))
+        now = self._materials.fingerprint()
         self.is_of_another_version = any(shaping.get(key, value) != value for key, value in now.items())
         """Whether the packaged templates are not those that the run used."""
 
     def __call__(self, contexts: Iterable[dict[str, Any]], flushes: Sequence[int]) -> Iterator[bytes]:
         """The lines, in order; `flushes` are the numbers of contexts at which streams ended."""
-        assembler = Assembler(self._config.assembly, self._config.run.seed, self._prompts)
+        assembler = self._materials.assembler(self._config.run.seed)
         made = (one.sample() for some in self._batches(assembler, contexts, flushes) for one in some)
         return (encode_row(seq, sample) for seq, sample in enumerate(made))
 

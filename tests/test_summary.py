@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from streamsyn.run import RunSummary
+from streamsyn.request import RunSummary
 from streamsyn.summary import closing_figures, closing_lines
 from streamsyn.telemetry import Counters
 

@@ -7,7 +7,8 @@ from typing import Any
 import orjson
 
 from streamsyn.config import load
-from streamsyn.run import RunRequest, run
+from streamsyn.request import RunRequest
+from streamsyn.run import run
 from streamsyn.sglang.simulator.config import SimulatorConfig
 from streamsyn.sglang.simulator.inprocess import InProcessServers
 from streamsyn.sglang.simulator.simulation import Simulation

@@ -194,7 +194,7 @@ class Assembler:
         return chosen, self._is_enough(len(chosen), wanted, tokens)
 
     def _is_enough(self, chosen: int, wanted: int, tokens: int) -> bool:
-        if self._section.target_tokens is not None:
+        if isinstance(self._section.target_tokens, int):
             return tokens >= self._section.target_tokens
         return chosen >= wanted
 

@@ -1,0 +1,164 @@
+"""From the configuration and an open directory to the stages of a run."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from streamsyn.assembly.materials import Materials
+from streamsyn.assembly.stage import AssemblyStage, NoAssembly
+from streamsyn.config import Config, fingerprint, lasting
+from streamsyn.pool import WorkerPool
+from streamsyn.recipes.recipe import Recipe
+from streamsyn.records import Sample
+from streamsyn.request import RunRequest, RunSummary
+from streamsyn.sections import ServerSection
+from streamsyn.seeds.reader import SeedReader
+from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sink.log import encode_row
+from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.runlog import RunLog
+from streamsyn.stdout import SampleStream
+from streamsyn.stopper import Stopper
+from streamsyn.telemetry import Counters
+from streamsyn.workers import Worker
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run is made of, once its directory is open."""
+
+    request: RunRequest
+    directory: RunDirectory
+    log: RunLog
+    reader: SeedReader
+    recipe: Recipe
+    materials: Materials
+    shaping: dict[str, Any]
+    summary: RunSummary
+
+    @property
+    def counters(self) -> Counters:
+        """What this process has done."""
+        return self.summary.counters
+
+
+@asynccontextmanager
+async def fleet_of(
+    parts: Parts, servers: Sequence[str | ServerSection], stopper: Stopper
+) -> AsyncIterator[Fleet]:
+    """The fleet, once it is known which model it serves, and that this is the run's."""
+    request = parts.request
+    section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
+    if request.launch is not None:
+        section = section.model_copy(update={"servers_file": None, "servers_dns": None})
+    gone = f"no server was usable for fleet.give_up_s = {section.give_up_s:g} s"
+    async with open_fleet(
+        section, lambda: stopper.cancel(gone), request.environ, request.connect, request.draw
+    ) as fleet:
+        parts.summary.servers = fleet.figures
+        await fleet.ask_models()
+        model = ", ".join(sorted(fleet.models))
+        shaping = {**parts.shaping, "model": model}
+        parts.directory.check(shaping, fingerprint(Config()))
+        await asyncio.to_thread(parts.directory.save, lasting(request.config), shaping)
+        log.info("run.started", model=model, servers=len(fleet.servers), out=str(request.out))
+        yield fleet
+
+
+@contextmanager
+def metrics_of(parts: Parts) -> Iterator[None]:
+    """Serve metrics while the block runs, if that is wanted."""
+    listen = parts.request.config.run.metrics_listen
+    if listen is None:
+        yield
+        return
+    from streamsyn.metrics import serving_metrics
+
+    def servers() -> list[dict[str, Any]]:  # of a fleet that is not there yet
+        return parts.summary.servers()
+
+    with serving_metrics(listen, parts.summary.counters, servers):
+        yield
+
+
+@asynccontextmanager
+async def servers_of(request: RunRequest) -> AsyncIterator[Sequence[str | ServerSection]]:
+    """The servers to ask: those of the configuration, or one started for this run."""
+    if request.launch is None:
+        yield request.config.fleet.servers
+        return
+    from streamsyn.sglang.launch import launched
+
+    async with launched(
+        request.launch,
+        python=request.launch_python,
+        log_path=request.out / "sglang.log",
+        extra_args=request.launch_args,
+        on_wait=_say_waiting,
+    ) as server:
+        yield [server.url]
+
+
+def _say_waiting(seconds: float, line: str) -> None:
+    if round(seconds) % 10 == 0:
+        log.info("sglang.starting", seconds=round(seconds), log=line[-100:])
+
+
+def workers_of(parts: Parts, fleet: Fleet) -> WorkerPool:
+    """Workers, as many as the fleet has places for."""
+    draining = asyncio.Event()
+
+    def drain() -> None:
+        draining.set()
+        fleet.drain()
+
+    pool = WorkerPool(
+        lambda: Worker(parts.recipe, fleet, parts.log.journal, draining.is_set),
+        size=lambda: fleet.capacity + fleet.capacity // 8 + 1,  # so that none waits for a worker
+        max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
+        on_drain=drain,
+        on_idle=fleet.tail,
+    )
+    fleet.on_room(pool.grow)
+    return pool
+
+
+def assembly_of(parts: Parts) -> AssemblyStage | NoAssembly:
+    """The stage that makes samples, where they are wanted."""
+    config = parts.request.config
+    if not config.assembly.write:
+        return NoAssembly()
+    return AssemblyStage(
+        parts.materials.assembler(config.run.seed),
+        parts.log,
+        _Outlet(parts.log, parts.request.stream, parts.counters),
+        logged=parts.log.contexts.rows,
+        delivered=parts.log.samples.rows,
+        flushes=parts.log.manifest.flushes,
+    )
+
+
+class _Outlet:
+    """Gives samples to whoever reads our stdout, then records them: none is skipped, whatever happens."""
+
+    def __init__(self, run_log: RunLog, stream: SampleStream | None, counters: Counters) -> None:
+        self._samples = run_log.samples
+        self._stream = stream
+        self._counters = counters
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        if self._stream is not None:
+            numbered = enumerate(samples, self._samples.rows)
+            self._stream.write(encode_row(seq, sample) for seq, sample in numbered)
+        self._samples.append(samples)
+        self._counters.samples += len(samples)
+
+    def stop(self) -> None:
+        if self._stream is not None:
+            self._stream.stop()
