@@ -12,11 +12,11 @@ help:  ## this list
 demo: .venv/stamp sglang  ## the main job on a real SGLang with a packaged model
 	$(BIN)/streamsyn demo
 
-test: .venv/stamp sglang  ## all tests, those against the real SGLang among them
+test: .venv/stamp sglang chromium  ## all tests, those against the real SGLang and in a browser among them
 	$(BIN)/pytest
 
-test-quick: .venv/stamp  ## all tests that need no SGLang
-	$(BIN)/pytest -m "not real_sglang"
+test-quick: .venv/stamp  ## all tests that need neither SGLang nor a browser
+	$(BIN)/pytest -m "not real_sglang and not chromium"
 
 lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/ruff format --check .
@@ -44,9 +44,12 @@ clean:  ## remove what the other targets made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: sglang router
+.PHONY: sglang router chromium
 sglang:
 	deploy/sglang-cpu/install.sh
 
 router:
 	deploy/sglang-router/install.sh
+
+chromium:
+	deploy/chromium/install.sh

@@ -183,6 +183,9 @@ def lasting(config: Config) -> dict[str, Any]:
         if source["path"] != "-":
             source["path"] = str(Path(source["path"]).absolute())
     recipe, assembly = saved["recipe"], saved["assembly"]
+    assembly["corpus"] = [str(Path(path).absolute()) for path in assembly["corpus"]]
+    if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else it is on the hub
+        assembly["tokenizer"] = str(Path(assembly["tokenizer"]).absolute())
     templates = [recipe, assembly, *recipe["tasks"].values(), *assembly["tasks"].values()]
     paths = [(settings, "template") for settings in templates]
     paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]

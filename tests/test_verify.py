@@ -509,7 +509,7 @@ def test_templates_of_another_version_are_noted(finished: Path) -> None:
     saved["fingerprint"]["assembly.prompts"] = "other"
     (finished / "run.json").write_bytes(orjson.dumps(saved))
 
-    assert ["samples are not compared with the log: packaged templates have changed"] == notes(finished)
+    assert ["samples are not compared with the log: changed since: packaged templates"] == notes(finished)
 
 
 # While a run is writing
