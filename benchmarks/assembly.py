@@ -1,7 +1,7 @@
 """How fast samples are put together: MB of finished lines a second, one thread of Python.
 
 python -m benchmarks.assembly [--tokenizer FOLDER] [--target-tokens 128000] [--contexts 400]
-python -m benchmarks.assembly --words 60 --contexts-per-sample 4000 --contexts 4400
+python -m benchmarks.assembly --words 60 --contexts-per-sample 1000 --contexts 1020
 
 Contexts are made up: the words of Python's manual as often as they come there, in sentences and paragraphs.
 The time is that of Assembler.add, Arrangement.sample and encode_row; contexts are there before. Samples that
@@ -21,6 +21,7 @@ from streamsyn.assembly.materials import Materials
 from streamsyn.assembly.passages import Passage
 from streamsyn.sections import AssemblySection
 from streamsyn.sink.log import encode_row
+
 
 def passages(number: int, words: int) -> Iterator[Passage]:
     """Contexts of about so many words, each another."""
@@ -73,8 +74,9 @@ def main() -> None:
             tokens += sample.n_tokens
     seconds, cpu = time.perf_counter() - started, time.process_time() - began_cpu
     print(
-        f"{samples} samples of {tokens / max(1, samples):,.0f} tokens, {size / 1e6:,.0f} MB in {seconds:.1f} s "
-        f"({cpu:.1f} s of CPU): {size / 1e6 / seconds:,.1f} MB/s ({size / 1e6 / cpu:,.1f} MB a second of CPU)"
+        f"{samples} samples of {tokens / max(1, samples):,.0f} tokens, {size / 1e6:,.0f} MB in "
+        f"{seconds:.1f} s ({cpu:.1f} s of CPU): {size / 1e6 / seconds:,.1f} MB/s "
+        f"({size / 1e6 / cpu:,.1f} MB a second of CPU)"
     )
 
 

@@ -67,7 +67,8 @@ def watched(command: list[str]) -> tuple[float, float, list[float], str]:
 
     def look() -> None:
         while not ended.wait(0.5):
-            memory.append(looked_at.memory_info().rss / 2**20)
+            if rss := looked_at.memory_info().rss:  # none of one that has just ended
+                memory.append(rss / 2**20)
 
     looking = threading.Thread(target=look)
     looking.start()

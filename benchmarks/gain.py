@@ -1,15 +1,17 @@
 """Does context gain tell contexts that lead to the answer from others? On a real SGLang, with real seeds.
 
     python -m benchmarks.gain FOLDER [--server URL] [--per-task 13] [--words 250] [--save FILE]
+    python -m benchmarks.gain --scored FILE [--server URL]      the control alone, for contexts saved before
 
 FOLDER holds files of seeds, one a task. `streamsyn run` writes a context for some seeds of each, with
 `checks.context_gain` and `checks.answerable`. Then the planted control: each seed's answer is scored once
-more, by the same code, given the context of another seed of its task, which it cannot follow from. The order
-of the others is a seeded derangement: no context stays with its own seed, and each is used once.
+more, by the same code, given the contexts of other seeds of its task, which it cannot follow from: in
+`--others` derangements, drawn one after the other, no context stays with its own seed, and each is used once.
 
 AUC is the chance that a true context has more gain than one from the control, ties counted half (the rank
 statistic of Mann and Whitney): 0.5 tells nothing, 1 tells all. `own > other` compares pairs: the same seed's
-answer, given its own context and given another's.
+answer, given its own context and given another's. The last row is of those contexts that hold the gold answer
+word for word: what a small model writes often does not lead to the answer, and gain is to say so.
 
 The model that writes and scores is the packaged one, of 135 million parameters: contexts that a good model
 would write hold their answers more often, and a good model is more surprised where they do not.
@@ -47,9 +49,7 @@ class Pair:
 
     task: str
     row: Row
-    other: float
-    cached_tokens: int
-    prompt_tokens: int
+    others: tuple[float, ...]
 
     @property
     def own(self) -> float:
@@ -83,28 +83,27 @@ def auc(high: Sequence[float], low: Sequence[float]) -> float:
     return above / (len(high) * len(low))
 
 
-async def control(rows: Sequence[Row], url: str, concurrency: int, seed: int) -> list[Pair]:
-    """The gain of each row's answer given the context of another row of its task."""
-    section = FleetSection(servers=(url,), concurrency=concurrency)
+async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> list[Pair]:
+    """The gain of each row's answer given the contexts of other rows of its task."""
+    section = FleetSection(servers=(url,), concurrency=args.concurrency)
     async with open_fleet(section, lambda: None) as fleet:
         await fleet.ask_models()
         gain = Gain(AnswerPrompt(), ScoringSection().answer_tokens)
 
-        async def pair(row: Row, other: Row) -> Pair:
+        async def pair(row: Row, others: Sequence[Row]) -> Pair:
             asking = Asking(fleet, fleet.models[0])
             question = Question(row["instruction"], row["answer"], row["task"])
-            found = await gain.measure(asking, question, other["context"])
-            return Pair(row["task"], row, found["context_gain"], asking.cached_tokens, asking.prompt_tokens)
+            found = [await gain.measure(asking, question, other["context"]) for other in others]
+            return Pair(row["task"], row, tuple(one["context_gain"] for one in found))
 
         async with asyncio.TaskGroup() as group:
             tasks = []
             for task in sorted({row["task"] for row in rows}):
-                of_task = [row for row in rows if row["task"] == task]
-                order = derangement(len(of_task), random.Random(f"{seed} {task}"))
-                tasks += [
-                    group.create_task(pair(row, of_task[other]), name=row["id"])
-                    for row, other in zip(of_task, order, strict=True)
-                ]
+                of_task, draw = [row for row in rows if row["task"] == task], random.Random(args.seed)
+                orders = [derangement(len(of_task), draw) for _ in range(args.others)]
+                for number, row in enumerate(of_task):
+                    others = [of_task[order[number]] for order in orders]
+                    tasks.append(group.create_task(pair(row, others), name=row["id"]))
         return [done.result() for done in tasks]
 
 
@@ -114,20 +113,11 @@ def tell(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
         f"{'others: mean':>14}{'> 0':>6}{'own > other':>13}{'AUC':>7}"
         f"{'metric':>9}{'with':>7}{'without':>9}"
     )
-    for task in [*sorted({pair.task for pair in pairs}), "all"]:
-        some = [pair for pair in pairs if task in (pair.task, "all")]
-        own, other = [pair.own for pair in some], [pair.other for pair in some]
-        q1, median, q3 = statistics.quantiles(own, n=4, method="inclusive")
-        checks = [pair.row["checks"] for pair in some]
-        metrics = {check["answer_metric"] for check in checks}
-        print(
-            f"{task:14}{len(some):4}{statistics.mean(own):12.3f}{q1:7.2f}{median:8.2f}{q3:7.2f}"
-            f"{_share(own):6.2f}{statistics.mean(other):14.3f}{_share(other):6.2f}"
-            f"{statistics.mean(pair.own > pair.other for pair in some):13.2f}{auc(own, other):7.3f}"
-            f"{'/'.join(sorted(metrics)) if len(metrics) == 1 else '':>9}"
-            f"{statistics.mean(check['answer_score'] for check in checks):7.3f}"
-            f"{statistics.mean(check['closed_book_score'] for check in checks):9.3f}"
-        )
+    groups = {task: [pair for pair in pairs if pair.task == task] for task in sorted({p.task for p in pairs})}
+    holds = [pair for pair in pairs if pair.row["answer"].lower() in pair.row["context"].lower()]
+    for name, some in {**groups, "all": pairs, "holds it": holds}.items():
+        if len(some) > 1:
+            print(_line(name, some))
     scoring = [row["checks"]["scoring"] for row in rows]
     prompts, cached, written = (
         sum(figures[name] for figures in scoring)
@@ -142,6 +132,23 @@ def tell(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
     flags = sorted({flag for row in rows for flag in row["checks"]["flags"]})
     counts = {flag: sum(flag in row["checks"]["flags"] for row in rows) for flag in flags}
     print("flags:", ", ".join(f"{flag} {count}" for flag, count in counts.items()) or "none")
+
+
+def _line(name: str, some: Sequence[Pair]) -> str:
+    own = [pair.own for pair in some]
+    other = [gain for pair in some for gain in pair.others]
+    q1, median, q3 = statistics.quantiles(own, n=4, method="inclusive")
+    checks = [pair.row["checks"] for pair in some]
+    metrics = {check["answer_metric"] for check in checks}
+    wins = statistics.mean(pair.own > gain for pair in some for gain in pair.others)
+    return (
+        f"{name:14}{len(some):4}{statistics.mean(own):12.3f}{q1:7.2f}{median:8.2f}{q3:7.2f}"
+        f"{_share(own):6.2f}{statistics.mean(other):14.3f}{_share(other):6.2f}{wins:13.2f}"
+        f"{auc(own, other):7.3f}"
+        f"{metrics.pop() if len(metrics) == 1 else '':>9}"
+        f"{statistics.mean(check['answer_score'] for check in checks):7.3f}"
+        f"{statistics.mean(check['closed_book_score'] for check in checks):9.3f}"
+    )
 
 
 def _share(values: Sequence[float]) -> float:
@@ -164,28 +171,32 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
         if url is None:
             server = launched(find_packaged_model(), log_path=folder / "sglang.log")
             url = (await stack.enter_async_context(server)).url
-        seeds = chosen(args.folder, folder / "seeds", args.per_task, args.seed)
-        rows = await asyncio.to_thread(contexts, folder, seeds, [url], settings)
+        if args.scored is not None:
+            rows = [orjson.loads(line) for line in args.scored.read_bytes().splitlines()]
+        else:
+            seeds = chosen(args.folder, folder / "seeds", args.per_task, args.seed)
+            rows = await asyncio.to_thread(contexts, folder, seeds, [url], settings)
+        if args.save is not None:
+            args.save.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
         scored = [row for row in rows if "context_gain" in row["checks"]]
-        pairs = await control(scored, url, args.concurrency, args.seed)
+        pairs = await control(scored, url, args)
     tell(pairs, rows)
-    if args.save is not None:
-        args.save.write_bytes(
-            b"".join(orjson.dumps({**pair.row, "other_gain": pair.other}) + b"\n" for pair in pairs)
-        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="holds files of seeds, one a task")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("folder", nargs="?", type=Path, help="holds files of seeds, one a task")
+    given.add_argument("--scored", type=Path, help="contexts that an earlier run saved")
     parser.add_argument("--server", help="a running SGLang; by default one is started")
     parser.add_argument("--per-task", type=int, default=13)
     parser.add_argument("--words", type=int, default=250, help="length of a context that is asked for")
     parser.add_argument("--max-tokens", type=int, default=400, help="longest context")
     parser.add_argument("--answer-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--others", type=int, default=3, help="contexts of other seeds, for each answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="where the scored contexts are put, as JSON lines")
     args = parser.parse_args()

@@ -130,7 +130,7 @@ def _keys(section: type[Section], prefix: str) -> Iterable[str]:
         kind = field.annotation
         below = next(_sections_in(kind), None)
         is_table = below is kind or (get_origin(kind) in (UnionType, Union) and below in get_args(kind))
-        if below is None or (is_table and below is not kind):  # a plain value, or one in place of a table
+        if below is not kind:
             yield prefix + name
         if below is not None:
             yield from _keys(below, f"{prefix}{name}." if is_table else f"{prefix}{name}.*.")

@@ -79,6 +79,8 @@ class Chooser:
             likeness.add(candidate)
             if candidate.origin is not None:
                 origins.add(candidate.origin)
+        if draws.dry is not None and not fill.is_enough:
+            return Choice()
         return fill.choice()
 
 
@@ -157,16 +159,24 @@ class _Likeness:
 
     def __init__(self, most: float) -> None:
         self._most = most
-        self._by_band: dict[int, list[Signature]] = {}
+        self._by_band: dict[int, Signature] = {}
+        self._more: dict[int, list[Signature]] = {}
+        """Those whose band was taken: few, so the others cost little."""
 
     def is_near(self, piece: Piece) -> bool:
         """Whether the sample has one that is too much like it."""
         if self._most >= 1 or self._by_band.keys().isdisjoint(piece.signature.bands):
             return False
-        known = [one for band in piece.signature.bands for one in self._by_band.get(band, ())]
+        shared = [band for band in piece.signature.bands if band in self._by_band]
+        known = [one for band in shared for one in (self._by_band[band], *self._more.get(band, ()))]
         return any(similarity(piece.signature, one) >= self._most for one in known)
 
     def add(self, piece: Piece) -> None:
-        if self._most < 1:
-            for band in piece.signature.bands:
-                self._by_band.setdefault(band, []).append(piece.signature)
+        if self._most >= 1:
+            return
+        bands = piece.signature.bands
+        if not self._by_band.keys().isdisjoint(bands):
+            for band in self._by_band.keys() & bands:
+                self._more.setdefault(band, []).append(piece.signature)
+            bands = tuple(band for band in bands if band not in self._by_band)
+        self._by_band.update(dict.fromkeys(bands, piece.signature))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from random import Random
-from typing import IO
+from weakref import finalize
 
 from streamsyn.assembly.cutting import cut
 from streamsyn.assembly.passages import Piece, shuffled
@@ -51,16 +51,18 @@ class Corpus:
     """
 
     def __init__(self, documents: Iterable[Iterable[str]], passage_words: int, cached_bytes: int) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this does
         self._ends = array("Q", [0])
         hashed = blake2b(digest_size=16)
-        for document in documents:
-            for text in cut(document, passage_words):
-                data = text.encode()
-                self._file.write(data)
-                self._ends.append(self._ends[-1] + len(data))
-                hashed.update(b"%d:%b" % (len(data), data))
-        self._file.flush()
+        with tempfile.TemporaryFile() as file:
+            for document in documents:
+                for text in cut(document, passage_words):
+                    data = text.encode()
+                    file.write(data)
+                    self._ends.append(self._ends[-1] + len(data))
+                    hashed.update(b"%d:%b" % (len(data), data))
+            file.flush()
+            self._file = os.dup(file.fileno())
+        finalize(self, os.close, self._file)
         self.digest = hashed.hexdigest()
         """Stands for all passages and their order."""
         self._cached = lru_cache(max(64, cached_bytes // (_BYTES_A_WORD * passage_words)))(self._read)
@@ -77,7 +79,7 @@ class Corpus:
 
     def _read(self, index: int) -> CorpusPassage:
         begin, end = self._ends[index], self._ends[index + 1]
-        text = os.pread(self._file.fileno(), end - begin, begin).decode()
+        text = os.pread(self._file, end - begin, begin).decode()
         return CorpusPassage(index, text, round(_TOKENS_A_WORD * len(text.split())))
 
 

@@ -37,7 +37,7 @@ def _end(text: str, begin: int, words: int) -> int | None:
     if len(starts) <= words:
         return None
     latest = starts[words]
-    earliest = starts[words - int(_NEAR * words)]
+    earliest = starts[words - int(_NEAR * words) - 1]
     for pattern in (_PARAGRAPH_END, _SENTENCE_END):
         found = [match.end() for match in pattern.finditer(text, earliest, latest)]
         if found:

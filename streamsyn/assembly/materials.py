@@ -29,7 +29,7 @@ class Materials:
     def __init__(self, section: AssemblySection) -> None:
         self._section = section
         self._prompts = SamplePrompts(section)
-        self._tokenizer: "ChatTokenizer | None" = None
+        self._tokenizer: ChatTokenizer | None = None
         self._corpus: Corpus | None = None
         try:
             if section.tokenizer is not None:

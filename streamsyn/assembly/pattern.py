@@ -16,7 +16,7 @@ _QUANTIFIER = re.compile(r"(?P<sign>[*+?]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>
 _GROUP = re.compile(r"\((?:\?(?P<kind>[i]?:|=|!|>))?(?!\?)")
 
 
-class Unreadable(Exception):  # noqa: N818 - says what a pattern is
+class Unreadable(Exception):
     """A pattern that is not of this simple kind."""
 
 

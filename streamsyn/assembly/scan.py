@@ -95,9 +95,7 @@ class Scan:
     def _classes_of(self, character: str) -> int:
         """The unbounded classes that hold a character, a bit each."""
         if (held := self._held.get(character)) is None:
-            bits = (
-                (not one.pre_tokenize_str(character)) << place for place, one in enumerate(self._classes)
-            )
+            bits = ((not one.pre_tokenize_str(character)) << place for place, one in enumerate(self._classes))
             held = self._held[character] = sum(bits)
         return held
 
@@ -119,7 +117,7 @@ class Scan:
 
 
 def scan_of(spec: dict[str, Any]) -> Scan | None:
-    """How a tokenizer scans, from what `Tokenizer.to_str` says; None when its texts cannot be pieced together."""
+    """How a tokenizer scans, from what `Tokenizer.to_str` says; None when that cannot be said."""
     normalizer = spec["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
         return None
@@ -151,7 +149,9 @@ def _levels(spec: dict[str, Any]) -> tuple[Reach, list[Any]]:
         if last["add_prefix_space"]:
             raise Unreadable(spec["type"])
         if last["use_regex"]:
-            levels.append({"type": "Split", "pattern": {"Regex": _GPT2}, "behavior": "Isolated", "invert": False})
+            levels.append(
+                {"type": "Split", "pattern": {"Regex": _GPT2}, "behavior": "Isolated", "invert": False}
+            )
     if not levels:
         raise Unreadable(spec["type"])
     reaches = [_reach(level, is_alone=len(levels) == 1) for level in levels]

@@ -1,9 +1,10 @@
 """Tokens of long texts, exactly, from those of their passages and of what lies between them.
 
-A passage is encoded once. Of it are kept a safe place near its head, one near its tail, and the tokens between
-them: they are the same wherever the passage stands. What is left of a sample are its seams, from one tail to
-the next head. That a scan is at a boundary at the head is looked up in the seam itself: where it is not, the
-seam goes on to the head of the next passage. What cannot be cut, or found in the text, is counted whole.
+A passage is encoded once. Of it are kept a safe place near its head, one near its tail, and the tokens
+between them: they are the same wherever the passage stands. What is left of a sample are its seams, from one
+tail to the next head. That a scan is at a boundary at the head is looked up in the seam itself: where it is
+not, the seam goes on to the head of the next passage. What cannot be cut, or found in the text, is counted
+whole.
 """
 
 import json
@@ -21,6 +22,7 @@ from streamsyn.assembly.tokens import ChatTokenizer
 
 _HEADS = (256, 4096)
 """The characters in which a first boundary is looked for, and if there is none, in so many."""
+_LOOKED_FOR = 64
 _MOST_SEAMS = 2**14
 _MOST_CORPUS = 2**17
 
@@ -89,12 +91,13 @@ class Splicer:
         if self._scan is None or (self._scan.nfc and not unicodedata.is_normalized("NFC", text)):
             return self._tokenizer.count(text)
         placed: list[tuple[int, Cuts]] = []
-        at = 0
+        at = gap = 0
         for piece in pieces:
             inside = piece.text.strip()
-            begin = text.find(inside, at)
+            begin = _found(text, inside, at, at + gap)
             if begin < 0:
                 return self._tokenizer.count(text)
+            gap = begin - at
             at = begin + len(inside)
             if (cuts := self.cuts(piece)).head >= 0:
                 placed.append((begin, cuts))
@@ -160,6 +163,14 @@ class Splicer:
 
     def _encodings(self, texts: list[str]) -> list[Encoding]:
         return self._tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+
+
+def _found(text: str, inside: str, at: int, guess: int) -> int:
+    """Where a passage begins, not before `at`; -1 if it is nowhere. To look for a long text takes long."""
+    if text.startswith(inside, guess):
+        return guess
+    first = text.find(inside[:_LOOKED_FOR], at)
+    return first if first < 0 or text.startswith(inside, first) else text.find(inside, at)
 
 
 def _seam(text: str, begin: int, to: tuple[int, Cuts]) -> Seam:

@@ -157,6 +157,4 @@ def _added(config: dict[str, Any]) -> dict[int, AddedToken]:
             for number, token in (config.get("added_tokens_decoder") or {}).items()
         }
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"{_KEY}: {_CONFIG}: added_tokens_decoder cannot be understood: {error}"
-        ) from error
+        raise ConfigError(f"{_KEY}: {_CONFIG}: added_tokens_decoder cannot be understood: {error}") from error

@@ -65,7 +65,10 @@ class Source:
         then, now = self.run["fingerprint"], self.materials.fingerprint()
         is_as_the_run = not self._request.settings and self._request.config is None
         keys = now if is_as_the_run else {"assembly.prompts"} & now.keys()
-        return sorted(key for key in keys if key in then and then[key] != now[key])
+        changed = sorted(key for key in keys if key in then and then[key] != now[key])
+        if is_as_the_run and "assembly.max_similarity" not in then:
+            changed.append("the version of streamsyn, which chooses otherwise")
+        return changed
 
     @property
     def sealed_contexts(self) -> int:

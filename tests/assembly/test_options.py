@@ -1,6 +1,9 @@
 """Lengths, sources, positions and what is left out: every way to assemble keeps to the same rules."""
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -19,7 +22,7 @@ from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.assembly.tally import ChatCounts
 from streamsyn.assembly.tokens import ChatTokenizer
 from streamsyn.minhash import signature, similarity
-from streamsyn.records import Sample
+from streamsyn.records import Sample, digest
 from streamsyn.sections import AssemblySection
 from tests.assembly.test_assembler import assemble, passage
 from tests.assembly.tokenizers_made import SPLICED, made
@@ -38,7 +41,9 @@ ANSWER = "seven grey barrels"
 def corpus() -> Corpus:
     chance = random.Random(5)
     words = " ".join(STORIES).split()
-    documents = [[" ".join(chance.choices(words, k=60)) + (f" {ANSWER}" if n % 5 == 0 else "")] for n in range(30)]
+    documents = [
+        [" ".join(chance.choices(words, k=60)) + (f" {ANSWER}" if n % 5 == 0 else "")] for n in range(30)
+    ]
     return Corpus([*documents, documents[1]], passage_words=50, cached_bytes=10**6)
 
 
@@ -142,9 +147,9 @@ def test_no_sample_breaks_a_rule(section: AssemblySection, by_tokens: bool, seed
         poor = section.min_context_gain is not None and gain is not None and gain < section.min_context_gain
         assert excluded or poor or section.max_tokens is not None
     for sample in samples:
-        seq = sample.context_seqs[sample.relevant_index]
-        assert seq is not None
-        relevant = log[seq]
+        place = sample.context_seqs[sample.relevant_index]
+        assert place is not None
+        relevant = log[place]
         assert relevant.id == sample.id
         seqs = [other for other in sample.context_seqs if other is not None]
         assert len({log[other].seed_id for other in seqs}) == len(seqs)
@@ -172,7 +177,13 @@ def test_no_sample_breaks_a_rule(section: AssemblySection, by_tokens: bool, seed
 
 
 @settings(max_examples=80, deadline=None)
-@given(sections(), st.booleans(), st.integers(0, 99), st.integers(0, 25), st.lists(st.integers(0, 25), max_size=2))
+@given(
+    sections(),
+    st.booleans(),
+    st.integers(0, 99),
+    st.integers(0, 25),
+    st.lists(st.integers(0, 25), max_size=2),
+)
 def test_a_restart_anywhere_changes_nothing(
     section: AssemblySection, by_tokens: bool, seed: int, count: int, flushes: list[int]
 ) -> None:
@@ -227,7 +238,7 @@ def test_a_target_is_reached_within_one_distractor(seed: int, source: Any, targe
     """The sample has the target's tokens, and with one distractor less it would not have them."""
     section = AssemblySection.model_validate({"distractors": source, "target_tokens": target})
     one_by_one = assembler(section, by_tokens=True)
-    log = log_of(seed, 40)
+    log = log_of(seed, 80)
     arranged = [one for row in log for one in one_by_one.add(row)]
 
     assert arranged
@@ -285,14 +296,35 @@ def test_another_epoch_draws_anew() -> None:
     """Distractors, lengths and positions; the first epoch's draws are those of versions without epochs."""
     log = [passage(seq) for seq in range(30)]
     epochs = [
-        assemble(assembler(AssemblySection(contexts_per_sample=4, epoch=epoch)), log) for epoch in (0, 1, 1, 2)
+        assemble(assembler(AssemblySection(contexts_per_sample=4, epoch=epoch)), log)
+        for epoch in (0, 1, 1, 2)
     ]
 
     assert epochs[1] == epochs[2]
     assert 3 == len({repr(samples) for samples in epochs})
-    assert [11, 10, 0, 21] == [
-        seq for sample in epochs[0] if sample.id == "seed-10#10" for seq in sample.context_seqs
-    ] or len(epochs[0]) == 30
+
+
+def test_the_first_epochs_draws_are_those_of_older_versions() -> None:
+    """Old runs still verify: these are what a version made that knew no epochs, sources or lengths."""
+    log = [
+        passage(seq, task=f"task {seq % 2}", text=f"[{seq}] " + "text " * (seq % 7), tokens=10 + seq % 5)
+        for seq in range(60)
+    ]
+    made = [
+        assemble(assembler(AssemblySection.model_validate(section), run_seed=3), log)
+        for section in ({"contexts_per_sample": 4}, {"target_tokens": 60})
+    ]
+    digests = [
+        digest(
+            *(
+                repr((one.id, one.context_seqs, one.relevant_index, one.n_tokens, one.messages))
+                for one in samples
+            )
+        ).hex()
+        for samples in made
+    ]
+
+    assert ["5fdf4523ce59a727c7d3a34bcf4c69d0", "7a026322697d933ba36dec6f5840b1f0"] == digests
 
 
 def test_a_mix_is_drawn_by_weight() -> None:
@@ -336,7 +368,7 @@ def test_any_task_waits_for_contexts_of_all(section: dict[str, Any]) -> None:
 
 
 def test_lengths_are_drawn_as_they_are_said_to_be() -> None:
-    """Uniform and log-uniform ones fill their range, choices come by weight, a schedule by place in the log."""
+    """Uniform and log-uniform ones fill their range, choices go by weight, a schedule by place in the log."""
 
     def drawn(**lengths: Any) -> list[int]:
         lots = Lots(AssemblySection.model_validate({"target_tokens": lengths}), 0)
@@ -352,3 +384,33 @@ def test_lengths_are_drawn_as_they_are_said_to_be() -> None:
     assert 0.45 < sum(length < 8000 for length in doublings) / 2000 < 0.55
     assert 0.72 < chosen[10] / 2000 < 0.78
     assert [10] * 5 + [20] * 995 + [30] * 1000 == schedule
+
+
+SCRIPT = """
+from streamsyn.records import digest
+from streamsyn.sections import AssemblySection
+from tests.assembly.test_assembler import assemble
+from tests.assembly.test_options import assembler, log_of
+section = AssemblySection.model_validate({
+    "distractors": {"same_task": 1, "any_task": 1, "corpus": 1}, "target_tokens": {"log_uniform": [100, 900]},
+    "max_tokens": 800, "window_bytes": 20_000, "exclude_flags": ["low_context_gain"],
+})
+one = assembler(section, by_tokens=True)
+print(digest(*map(repr, assemble(one, log_of(1, 60)))).hex(), one.left_out)
+"""
+
+
+def test_samples_do_not_depend_on_the_process() -> None:
+    """Other hash seeds, other numbers of threads in the tokenizer: the same bytes."""
+    made_by = {
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+
+    assert 1 == len(made_by)
+    assert b"excluded" in next(iter(made_by))

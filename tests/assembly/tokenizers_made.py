@@ -41,7 +41,7 @@ SPLICED: dict[str, Any] = {
     "llama3": _split(LLAMA3),
     "qwen2": _split(QWEN2),
     "o200k": _split(O200K),
-    "deepseek": _split(r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK),
+    "deepseek": _split(r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", DEEPSEEK),
     "starcoder": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), _bytes(use_regex=True)]),
     "whitespace": pre_tokenizers.Whitespace(),
     "words": pre_tokenizers.WhitespaceSplit(),
@@ -51,6 +51,8 @@ SPLICED: dict[str, Any] = {
     "sentences": pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[a-z ]+\."), "isolated"), pre_tokenizers.Split(" ", "isolated")]
     ),
+    "looks ahead": _split(r"ab(?=[.1]{6})|\s+|."),
+    "fours": _split(r"[ab]{4}", r"[ab]{1,3}|\s+"),
     "metaspace": pre_tokenizers.Metaspace(prepend_scheme="always"),
     "metaspace never": pre_tokenizers.Metaspace(prepend_scheme="never"),
 }
@@ -74,6 +76,7 @@ def made(
     added: Sequence[AddedToken] = (),
     nfc: bool = False,
     model: str = "bpe",
+    alphabet: bool = True,
 ) -> ChatTokenizer:
     """A tokenizer trained on `corpus`, with `<s>` and `</s>` round each message."""
     special = [AddedToken("<s>", special=True), AddedToken("</s>", special=True)]
@@ -83,7 +86,7 @@ def made(
             vocab_size=vocabulary,
             special_tokens=special,
             show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
         )
     elif model == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))

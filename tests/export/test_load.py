@@ -79,14 +79,3 @@ def test_a_saved_data_set_loads(run: Path, tmp_path: Path, splits: list[str], na
     together = datasets.concatenate_datasets(list(parts.values()))
     assert sorted(rows_of(out), key=lambda row: row["id"]) == plain(together)
     assert 40 == together.num_rows
-
-
-def test_a_saved_data_set_is_a_source_of_seeds(run: Path, tmp_path: Path) -> None:
-    """What we export we can read: each row's `messages` is a pair."""
-    from streamsyn.sections import SeedsSection, SourceSection
-    from streamsyn.seeds.reader import SeedReader
-
-    export(ExportRequest(root=run, to=str(tmp_path / "out"), format="datasets"))
-    section = SeedsSection(sources=(SourceSection(path=str(tmp_path / "out")),))
-
-    assert SeedReader(section, 0, tmp_path / "spool").has_sources

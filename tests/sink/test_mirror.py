@@ -32,6 +32,7 @@ from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
 from streamsyn.verify import repair, verify
 from tests.builders import context, outcome, rows, sealed_bytes
+from tests.export.support import Outlet
 
 Log = list[Any]
 
@@ -47,6 +48,8 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]
     """Called with each file that is opened."""
     corrupt: set[str] = set()  # noqa: RUF012
     """Names of which the next copy has a wrong byte."""
+    cut: set[str] = set()  # noqa: RUF012
+    """Names of which half is copied, and no more."""
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -61,6 +64,10 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]
     def put_file(self, lpath: str, rpath: str, **given: Any) -> None:
         super().put_file(lpath, rpath, **given)
         name = rpath.rpartition("/")[2]
+        if name in Shaky.cut:
+            file = self.store[self._strip_protocol(rpath)]
+            file.truncate(len(file.getvalue()) // 2)
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
         if name in Shaky.corrupt:
             Shaky.corrupt.remove(name)
             file = self.store[self._strip_protocol(rpath)]
@@ -74,23 +81,11 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]
 def shaky(monkeypatch: pytest.MonkeyPatch) -> type[Shaky]:
     """Empty, sound, and asked again without a pause."""
     fsspec.register_implementation("shaky", Shaky, clobber=True)
-    Shaky.store, Shaky.pseudo_dirs, Shaky.written, Shaky.corrupt = {}, [""], [], set()
+    Shaky.store, Shaky.pseudo_dirs, Shaky.written = {}, [""], []
+    Shaky.corrupt, Shaky.cut = set(), set()
     Shaky.before = staticmethod(lambda mode, path: None)
     monkeypatch.setattr(mirror, "BACKOFF_S", 0.001)
     return Shaky
-
-
-class Outlet:
-    """Records samples."""
-
-    def __init__(self, log: RunLog) -> None:
-        self._log = log
-
-    def deliver(self, samples: Any) -> None:
-        self._log.samples.append(samples)
-
-    def stop(self) -> None:
-        pass
 
 
 class Run:
@@ -271,6 +266,25 @@ def test_a_wrong_byte_is_found_and_copied_again(tmp_path: Path, shaky: type[Shak
 
     assert_same(tmp_path / "run", download("shaky://far", tmp_path / "copy"))
     assert ["was not read back as it was written" in event["why"] for event in warnings(events)] == [True]
+
+
+def test_half_a_shard_is_a_torn_end(tmp_path: Path, shaky: type[Shaky]) -> None:
+    """All is lost while a shard is being copied: what is in the mirror is sound, and resumes."""
+    shaky.cut = {"part-000002.jsonl"}
+    with running(tmp_path / "run", "shaky://far", timeout_s=0.2) as run:
+        run.write(40)
+    shutil.rmtree(tmp_path / "run")
+    copy = download("shaky://far", tmp_path / "run")
+    problems, found = verify(copy)
+    shaky.cut = set()
+    with running(copy, "shaky://far") as run:
+        done = {row_key(row) for kind in ("contexts", "rejects") for row in rows(copy, kind)}
+        run.log_all([one for n in range(40) if (one := outcome(n)).key not in done])
+        run.finish()
+
+    assert [] == problems
+    assert any("part-000002.jsonl: sealed, but the manifest was not told" in note for note in found.notes)
+    assert_same(copy, download("shaky://far", tmp_path / "copy"))
 
 
 def test_a_mirror_that_hangs_holds_nobody_up(tmp_path: Path, shaky: type[Shaky]) -> None:
