@@ -182,11 +182,14 @@ def lasting(config: Config) -> dict[str, Any]:
     for source in saved["seeds"]["sources"]:
         if source["path"] != "-":
             source["path"] = str(Path(source["path"]).absolute())
-    recipe, assembly = saved["recipe"], saved["assembly"]
-    assembly["corpus"] = [str(Path(path).absolute()) for path in assembly["corpus"]]
+    recipe, assembly, checks, sink = saved["recipe"], saved["assembly"], saved["checks"], saved["sink"]
+    for settings, key in ((assembly, "corpus"), (checks, "eval_sets")):
+        settings[key] = [str(Path(path).absolute()) for path in settings[key]]
+    if sink["mirror"] and "://" not in sink["mirror"]:
+        sink["mirror"] = str(Path(sink["mirror"]).absolute())
     if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else it is on the hub
         assembly["tokenizer"] = str(Path(assembly["tokenizer"]).absolute())
-    templates = [recipe, assembly, *recipe["tasks"].values(), *assembly["tasks"].values()]
+    templates = [recipe, assembly, saved["scoring"], *recipe["tasks"].values(), *assembly["tasks"].values()]
     paths = [(settings, "template") for settings in templates]
     paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
     for settings, key in paths:

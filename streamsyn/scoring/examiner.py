@@ -161,8 +161,10 @@ class Examiner:
         """
         findings = Findings(self._section, document.checks)
         if self._eval_sets is not None:
-            await self._look_for_leaks(self._eval_sets, findings, document.text)
-        if self._duplicates is not None:
+            written = (document.text, document.instruction, document.answer)
+            await self._look_for_leaks(self._eval_sets, findings, "\n\n".join(filter(None, written)))
+        is_shared = bool(draft.seed.context) and draft.number > 0  # the drafts of a document are about it
+        if self._duplicates is not None and not is_shared:
             await self._look_for_repeats(self._duplicates, findings, draft.id, document.text)
         if self._scores is not None:
             try:

@@ -56,10 +56,10 @@ class RecipeSection(Section):
     sampling: dict[str, Any] = {}
     """Any other sampling parameter, passed through to the server, such as `top_p`."""
     template: Path | None = None
-    """A Jinja2 file in place of the packaged prompt. For `context` and `instruction`: the blocks `user` and, where
-    wanted, `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the others stay as
-    packaged. For all: `group`, text that several seeds share, such as a passage; it stands first in the
-    user message, and its seeds are sent to one server, one after the other."""
+    """A Jinja2 file in place of the packaged prompt. For `context` and `instruction`: the blocks `user` and,
+    where wanted, `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the
+    others stay as packaged. For all: `group`, text that several seeds share, such as a passage; it stands
+    first in the user message, and its seeds are sent to one server, one after the other."""
     tasks: dict[str, TaskRecipeSection] = {}
     """Overrides for single tasks: `[recipe.tasks.NAME]`."""
     tries: Count = 3
