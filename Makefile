@@ -29,6 +29,8 @@ bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside ba
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.resume
 	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.assembly
+	$(BIN)/python -m benchmarks.export
 
 bench-real: .venv/stamp sglang router  ## beside real software: sglang-router, bench_serving; takes over an hour
 	$(BIN)/python -m benchmarks.prefix
