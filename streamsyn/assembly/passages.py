@@ -1,5 +1,6 @@
 """What assembly holds of a context, and the window of recent ones that distractors are drawn from."""
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ _RECORD_BYTES = 1024
 """What a passage costs besides its texts, roughly."""
 
 
-class Piece:
+class Piece(ABC):
     """A text that may stand in a sample, and what is worked out of it once."""
 
     text: str
@@ -22,14 +23,14 @@ class Piece:
     """As the server that wrote it counted, or an estimate."""
 
     @property
+    @abstractmethod
     def log_seq(self) -> int | None:
         """Its place in the log; None when it is no context."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def origin(self) -> str | None:
         """The seed it was written for: texts of one origin tell the same story. None when there is none."""
-        raise NotImplementedError
 
     @cached_property
     def plain(self) -> str:

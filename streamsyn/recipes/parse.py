@@ -14,7 +14,7 @@ _LABEL = re.compile(
 )
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
 _OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?!.*```)", re.DOTALL)
-_THOUGHTS = re.compile(r"\A<think>.*?(?:</think>\s*|\Z)", re.DOTALL)  # left open: there is no document yet
+_THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)  # left open: there is no document yet
 _SECTION_HEADING = re.compile(
     r"""\A\s*
     (?: \#{1,6}[ \t]+[^\n]*
@@ -28,11 +28,14 @@ _DOTS = re.compile(r"\A(?:\.{3}|\u2026)\s*")
 _CLOSING_TAG = re.compile(r"</(?:context|document|background|text)>\Z", re.IGNORECASE)
 
 
+def without_thoughts(answer: str) -> str:
+    """What a model said, without what it thought before that; nothing when its thoughts had no end."""
+    return _THOUGHTS.sub("", answer).strip()
+
+
 def document_text(answer: str) -> str:
     """The document, without thoughts, code fences and labels such as `Context:` round it."""
-    text = answer.strip()
-    if text.startswith("<think>"):
-        text = _THOUGHTS.sub("", text)
+    text = without_thoughts(answer)
     previous = None
     while text != previous:  # a label may stand inside a fence, and a fence below a label
         previous = text

@@ -1,15 +1,13 @@
 """Whether a model finds the answer in the context, and whether it knows it anyway."""
 
-import re
 from typing import Any
 
+from streamsyn.recipes.parse import without_thoughts
 from streamsyn.records import Request
 from streamsyn.scoring.asking import Asking, context_group
 from streamsyn.scoring.metrics import measured
 from streamsyn.scoring.once import Once
 from streamsyn.scoring.prompts import AnswerPrompt, Question
-
-_THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 class Answers:
@@ -50,9 +48,4 @@ class Answers:
         """
         messages = self._prompt.messages(question, context)
         completion = await asking.ask(Request(messages, self._sampling, context_group(context)))
-        return spoken(completion.text)
-
-
-def spoken(text: str) -> str:
-    """What a model said, without what it thought before that; nothing when its thoughts had no end."""
-    return _THOUGHTS.sub("", text).strip()
+        return without_thoughts(completion.text)

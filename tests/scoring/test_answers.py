@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.scoring.answers import Answers, spoken
+from streamsyn.recipes.parse import without_thoughts
+from streamsyn.scoring.answers import Answers
 from streamsyn.scoring.asking import Asking
 from streamsyn.scoring.metrics import f1
 from streamsyn.scoring.prompts import AnswerPrompt, Question
@@ -60,7 +61,7 @@ async def test_closed_book_is_asked_once_and_greedily() -> None:
 )
 def test_thoughts_are_no_answer(text: str, answer: str) -> None:
     """What a reasoning model thinks first is left out; when it does not come to an end there is no answer."""
-    assert answer == spoken(text)
+    assert answer == without_thoughts(text)
 
 
 def test_a_template_of_the_users_replaces_the_question(tmp_path: Path) -> None:

@@ -198,3 +198,31 @@ async def test_leaks_come_first(tmp_path: Path) -> None:
     assert ["truncated", "contaminated"] == flagged.checks["flags"]
     assert {"ngrams", "file", "words"} == flagged.checks["contaminated"].keys()
     assert ["truncated"] == clean.checks["flags"]
+
+
+async def test_what_the_recipe_wrote_is_looked_at_for_leaks(tmp_path: Path) -> None:
+    """A question and an answer that an LLM made of a document may come from an evaluation set, too."""
+    path = tmp_path / "eval.txt"
+    await asyncio.to_thread(path.write_text, HELPS)
+    eval_sets = await asyncio.to_thread(EvalSets, [str(path)], 13)
+    examiner = Examiner(ChecksSection(), eval_sets)
+
+    with pytest.raises(RejectedDraft) as rejected:
+        await examiner.examine(draft(), document(UNRELATED, instruction="Who is she?", answer=HELPS))
+    clean = await examiner.examine(draft(), document(UNRELATED, instruction="Who?", answer="She."))
+
+    assert RejectReason.CONTAMINATED == rejected.value.reason
+    assert ["truncated"] == clean.checks["flags"]
+
+
+async def test_drafts_of_one_document_do_not_repeat_each_other(tmp_path: Path) -> None:
+    """They are about the same text on purpose; another seed with that text is a near-duplicate."""
+    duplicates = await asyncio.to_thread(Duplicates, tmp_path / "index.sqlite", 0.8)
+    examiner = Examiner(ChecksSection(near_duplicate="flag"), duplicates=duplicates)
+    given = [Seed(name, "t", "", "", "f:1", context=HELPS * 3) for name in ("a", "b")]
+    drafts = [Draft(given[0]), Draft(given[0], 1), Draft(given[1])]
+
+    examined = [await examiner.examine(one, document(HELPS * 3)) for one in drafts]
+    await asyncio.to_thread(duplicates.close)
+
+    assert [False, False, True] == ["near_duplicate" in one.checks["flags"] for one in examined]
