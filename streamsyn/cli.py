@@ -15,6 +15,7 @@ import streamsyn
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError
 from streamsyn.sglang.simulator.command import simulate
 from streamsyn.stdout import secure_stdio
+from streamsyn.trainer.command import train
 
 if TYPE_CHECKING:
     from streamsyn.config import Config
@@ -40,6 +41,7 @@ def cli() -> None:
 
 
 cli.add_command(simulate)
+cli.add_command(train)
 
 
 def run_options(command: Command) -> Command:
@@ -247,7 +249,7 @@ def _remembered(out: Path) -> list[tuple[str, Any]]:
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one line each."""
-    if sys.argv[1:2] in (["run"], ["demo"]):
+    if sys.argv[1:2] in (["run"], ["demo"], ["train"]):
         _on_signals(_stop_early)  # until the run has handlers of its own
     secure_stdio()
     try:

@@ -39,7 +39,7 @@ class TrainSection(Section):
     max_steps: Count | None = None
     """Stop after so many optimizer steps."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """A sample longer than `train.seq_len`: left out, or its prompt is cut in the middle, never its answer."""
+    """A sample longer than `train.seq_len`: left out, or cut in the middle of its prompt."""
     mix: tuple[MixSection, ...] = ()
     """Other chat data, mixed in."""
     shuffle_size: Count = 512
@@ -53,7 +53,7 @@ class TrainSection(Section):
     on_stall: Literal["wait", "stop"] = "wait"
     """Then: say so and wait on, or save and exit with 75."""
     loss: Literal["sequence", "token", "longwriter"] = "sequence"
-    """What weighs the same: each sample (LongAlign, eq. 4), each token, or what it is in LongWriter's code."""
+    """What weighs the same: each sample (LongAlign, eq. 4), each token, or as in LongWriter's code."""
     learning_rate: Share = 2e-5
     """Highest learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
