@@ -53,10 +53,13 @@ def model_config(gpu: bool) -> Any:
     """A Llama: 4 layers of 256 on CPU, 0.5 billion weights on a GPU."""
     from transformers import LlamaConfig
 
+    names = [
+        *("hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+    ]
     sizes = (1024, 4096, 24, 16, 8, 65_536) if gpu else (256, 1024, 4, 8, 4, 4096)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    names += ("num_attention_heads", "num_key_value_heads", "vocab_size")
-    return LlamaConfig(**dict(zip(names, sizes, strict=True)), max_position_embeddings=65_536)
+    chosen: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    return LlamaConfig(**chosen, max_position_embeddings=65_536)
 
 
 def clock(gpu: bool) -> float:
@@ -149,9 +152,9 @@ def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(clock(plan["gpu"]) - Watch.began)
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
+        def on_log(self, *_: Any, **given: Any) -> None:
+            if "loss" in given["logs"]:
+                losses.append(given["logs"]["loss"])
 
     config = SFTConfig(
         output_dir=str(folder / "trl"),
@@ -222,7 +225,7 @@ def prepare(folder: Path, steps: int, per_step: int, length: int | None) -> dict
     length = length or (8192 if gpu else 1024)
     torch.manual_seed(0)
     config = model_config(gpu)
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     plain = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>", pad_token="<e>").save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ RUN = {"checks.min_words": 5, "assembly.contexts_per_sample": 2, "fleet.max_in_f
 ONE_THREAD = environment(OMP_NUM_THREADS="1")
 
 
-def sets(keys: dict[str, object]) -> list[str]:
+def sets(keys: Mapping[str, object]) -> list[str]:
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 

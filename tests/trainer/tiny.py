@@ -60,7 +60,8 @@ def model(attention: str = "sdpa", **given: Any) -> LlamaForCausalLM:
 
 def write_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A directory with such a model and its tokenizer."""
-    model().to(dtype).save_pretrained(folder)
+    made: Any = model()
+    made.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
