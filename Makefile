@@ -12,11 +12,11 @@ help:  ## this list
 demo: .venv/stamp sglang  ## the main job on a real SGLang with a packaged model
 	$(BIN)/streamsyn demo
 
-test: .venv/stamp sglang  ## all tests, those against the real SGLang among them
+test: .venv/stamp sglang chromium  ## all tests, those against the real SGLang and in a browser among them
 	$(BIN)/pytest
 
-test-quick: .venv/stamp  ## all tests that need no SGLang
-	$(BIN)/pytest -m "not real_sglang"
+test-quick: .venv/stamp  ## all tests that need neither SGLang nor a browser
+	$(BIN)/pytest -m "not real_sglang and not chromium"
 
 lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/ruff format --check .
@@ -29,6 +29,8 @@ bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside ba
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.resume
 	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.assembly
+	$(BIN)/python -m benchmarks.export
 
 bench-real: .venv/stamp sglang router  ## beside real software: sglang-router, bench_serving; takes over an hour
 	$(BIN)/python -m benchmarks.prefix
@@ -44,9 +46,12 @@ clean:  ## remove what the other targets made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: sglang router
+.PHONY: sglang router chromium
 sglang:
 	deploy/sglang-cpu/install.sh
 
 router:
 	deploy/sglang-router/install.sh
+
+chromium:
+	deploy/chromium/install.sh

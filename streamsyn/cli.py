@@ -13,6 +13,8 @@ import click
 
 import streamsyn
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError
+from streamsyn.export.command import export
+from streamsyn.report.command import report
 from streamsyn.sglang.simulator.command import simulate
 from streamsyn.stdout import secure_stdio
 from streamsyn.trainer.command import train
@@ -41,6 +43,8 @@ def cli() -> None:
 
 
 cli.add_command(simulate)
+cli.add_command(export)
+cli.add_command(report)
 cli.add_command(train)
 
 

@@ -133,7 +133,7 @@ def _keys(section: type[Section], prefix: str) -> Iterable[str]:
         kind = field.annotation
         below = next(_sections_in(kind), None)
         is_table = below is kind or (get_origin(kind) in (UnionType, Union) and below in get_args(kind))
-        if below is None or (is_table and below is not kind):  # a plain value, or one in place of a table
+        if below is not kind:
             yield prefix + name
         if below is not None:
             yield from _keys(below, f"{prefix}{name}." if is_table else f"{prefix}{name}.*.")
@@ -185,8 +185,14 @@ def lasting(config: Config) -> dict[str, Any]:
     for source in saved["seeds"]["sources"]:
         if source["path"] != "-":
             source["path"] = str(Path(source["path"]).absolute())
-    recipe, assembly = saved["recipe"], saved["assembly"]
-    templates = [recipe, assembly, *recipe["tasks"].values(), *assembly["tasks"].values()]
+    recipe, assembly, checks, sink = saved["recipe"], saved["assembly"], saved["checks"], saved["sink"]
+    for settings, key in ((assembly, "corpus"), (checks, "eval_sets")):
+        settings[key] = [str(Path(path).absolute()) for path in settings[key]]
+    if sink["mirror"] and "://" not in sink["mirror"]:
+        sink["mirror"] = str(Path(sink["mirror"]).absolute())
+    if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else it is on the hub
+        assembly["tokenizer"] = str(Path(assembly["tokenizer"]).absolute())
+    templates = [recipe, assembly, saved["scoring"], *recipe["tasks"].values(), *assembly["tasks"].values()]
     paths = [(settings, "template") for settings in templates]
     paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
     for settings, key in paths:

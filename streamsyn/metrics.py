@@ -63,6 +63,9 @@ def _run_metrics(counters: Counters) -> Iterator[Metric]:
         ("seeds_repeated", "Seeds skipped, their id had been read before.", counters.repeated),
         ("samples", "Samples assembled.", counters.samples),
         ("retries", "Tries of requests that failed.", counters.retries),
+        ("contexts_scored", "Contexts that servers were asked about.", counters.scored),
+        ("contexts_unscored", "Those among them that servers failed to score.", counters.unscored),
+        ("scoring_retries", "Tries of scoring requests that failed.", counters.scoring_retries),
     ):
         yield CounterMetricFamily(f"streamsyn_{name}", help_text, value=value)
     yield _by_label(
@@ -81,6 +84,16 @@ def _run_metrics(counters: Counters) -> Iterator[Metric]:
             "wasted": counters.wasted_tokens,
             "prompt": counters.prompt_tokens,
             "cached": counters.cached_tokens,
+        },
+    )
+    yield _by_label(
+        "scoring_tokens",
+        "Tokens of scoring requests, as those of streamsyn_tokens, which has none of them.",
+        "kind",
+        {
+            "written": counters.scoring_tokens,
+            "prompt": counters.scoring_prompt_tokens,
+            "cached": counters.scoring_cached_tokens,
         },
     )
     yield GaugeMetricFamily(

@@ -50,7 +50,7 @@ class Progress:
             "ejected": [server.url for server in self.fleet.servers if server.health.ejected],
             "contexts": counters.contexts,
             "samples": counters.samples,
-            "rejects": dict(counters.rejects),
+            "rejects": {str(reason): number for reason, number in counters.rejects.items()},
             "eta_s": round(left / outcomes_per_s) if left is not None and outcomes_per_s else None,
         }
 

@@ -52,7 +52,17 @@ class RejectReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A trusted instruction-answer pair. `origin` says where it stood, as `file:line`."""
+    """A trusted instruction-answer pair, or a document for which a recipe has the pair written.
+
+    Attributes:
+        id: Its own, or a hash of what it holds.
+        task: Its kind of task.
+        instruction: What is asked; "" with a document.
+        answer: The gold answer; "" with a document.
+        origin: Where it stood, as `file:line`.
+        metadata: Its other fields.
+        context: The document; "" with a pair.
+    """
 
     id: str
     task: str
@@ -60,6 +70,7 @@ class Seed:
     answer: str
     origin: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    context: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +239,12 @@ class Sample:
     seed_id: str
     task: str
     messages: list[dict[str, str]]
-    context_seqs: list[int]
+    context_seqs: list[int | None]
+    """The `seq` of each passage in the prompt, in order; null for one that is no context but of a corpus."""
     relevant_index: int
+    """Which of the passages is the relevant one, from 0."""
     n_tokens: int
-    """Tokens of the contexts in it, as counted by the servers that wrote them."""
+    """Of the whole chat, by the tokenizer of the model to be tuned (`assembly.tokenizer`); without one, of
+    the passages alone, as counted by the servers that wrote them."""
+    target_tokens: int | None = None
+    """How many were wanted; null where a number of contexts was."""

@@ -16,10 +16,20 @@ from streamsyn.recipes.load import load_recipe
 from streamsyn.request import RunRequest, RunSummary
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sglang.spec import specs
+from streamsyn.sink.mirror import mirrored
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.writer import OutcomeWriter
-from streamsyn.staging import Parts, assembly_of, fleet_of, metrics_of, servers_of, workers_of
+from streamsyn.staging import (
+    Parts,
+    assembly_of,
+    examination_of,
+    fleet_of,
+    metrics_of,
+    servers_of,
+    settle,
+    workers_of,
+)
 from streamsyn.stopper import Stopper
 from streamsyn.telemetry import Counters
 
@@ -43,15 +53,19 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
     if request.launch is None:
         specs(request.config.fleet)
-    reader = SeedReader(request.config.seeds, request.config.run.seed, request.out / "spool")
+    reader = SeedReader(
+        request.config.seeds,
+        request.config.run.seed,
+        request.out / "spool",
+        takes_documents=recipe.takes_documents,
+    )
     if not reader.has_sources:
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     summary = summary or RunSummary(request.out, Counters())
     directory = RunDirectory(request.out)
     try:
         directory.check(shaping, fingerprint(Config()))
-        run_log = RunLog(request.out, request.config.sink)
-        with _closing(run_log):
+        with _opened_log(request) as run_log:
             parts = Parts(request, directory, run_log, reader, recipe, materials, shaping, summary)
             _spare_the_collector()
             try:
@@ -70,14 +84,17 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
 
 
 @contextmanager
-def _closing(run_log: RunLog) -> Iterator[None]:
-    """Close the log at the end of the block; an error of the block is the one to tell of."""
-    try:
-        yield
-    except BaseException:
-        run_log.close(quietly=True)
-        raise
-    run_log.close()
+def _opened_log(request: RunRequest) -> Iterator[RunLog]:
+    """The log, closed and mirrored at the end of the block; an error of the block is the one to tell of."""
+    with mirrored(request.out, request.config.sink) as mirror:
+        run_log = RunLog(request.out, request.config.sink)
+        mirror.follow(run_log)
+        try:
+            yield run_log
+        except BaseException:
+            run_log.close(quietly=True)
+            raise
+        run_log.close()
 
 
 def _spare_the_collector() -> None:
@@ -90,13 +107,18 @@ async def _run(parts: Parts) -> None:
     config = parts.request.config
     stopper = Stopper()
     with stopper.signals():
-        async with servers_of(parts.request) as servers, fleet_of(parts, servers, stopper) as fleet:
+        async with (
+            servers_of(parts.request) as servers,
+            fleet_of(parts, servers, stopper) as fleet,
+            examination_of(parts, fleet, stopper) as examination,
+        ):
+            await settle(parts, fleet, examination)
             claims = await asyncio.to_thread(parts.log.claims)
             assembly = assembly_of(parts)
             try:
                 stages = Stages(
                     producer=Producer(parts.reader, claims, config, parts.counters, parts.recipe.group),
-                    workers=workers_of(parts, fleet),
+                    workers=workers_of(parts, fleet, examination),
                     sink=OutcomeWriter(parts.log, config.sink, parts.counters),
                     assembly=assembly,
                 )

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -15,7 +16,7 @@ from streamsyn.pool import WorkerPool
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.records import Sample
 from streamsyn.request import RunRequest, RunSummary
-from streamsyn.sections import ServerSection
+from streamsyn.sections import ChecksSection, ServerSection
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sglang.fleet import Fleet, open_fleet
 from streamsyn.sink.log import encode_row
@@ -25,6 +26,9 @@ from streamsyn.stdout import SampleStream
 from streamsyn.stopper import Stopper
 from streamsyn.telemetry import Counters
 from streamsyn.workers import Worker
+
+if TYPE_CHECKING:
+    from streamsyn.scoring.load import Examination
 
 log = structlog.get_logger()
 
@@ -52,7 +56,7 @@ class Parts:
 async def fleet_of(
     parts: Parts, servers: Sequence[str | ServerSection], stopper: Stopper
 ) -> AsyncIterator[Fleet]:
-    """The fleet, once it is known which model it serves, and that this is the run's."""
+    """The fleet, once it is known which models it serves."""
     request = parts.request
     section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
     if request.launch is not None:
@@ -63,12 +67,65 @@ async def fleet_of(
     ) as fleet:
         parts.summary.servers = fleet.figures
         await fleet.ask_models()
-        model = ", ".join(sorted(fleet.models))
-        shaping = {**parts.shaping, "model": model}
-        parts.directory.check(shaping, fingerprint(Config()))
-        await asyncio.to_thread(parts.directory.save, lasting(request.config), shaping)
-        log.info("run.started", model=model, servers=len(fleet.servers), out=str(request.out))
         yield fleet
+
+
+@asynccontextmanager
+async def examination_of(parts: Parts, fleet: Fleet, stopper: Stopper) -> AsyncIterator["Examination | None"]:
+    """What looks at contexts, where that is wanted; only then is any of its code imported."""
+    config = parts.request.config
+    if not is_examined(config.checks):
+        yield None
+        return
+    from streamsyn.scoring.load import open_examination
+
+    request = parts.request
+    opening = partial(open_fleet, environ=request.environ, connect=request.connect, draw=request.draw)
+    gone = f"no server that scores was usable for fleet.give_up_s = {config.fleet.give_up_s:g} s"
+    run_log = parts.log
+    async with open_examination(
+        config,
+        request.out,
+        lambda first: run_log.read_contexts(first, run_log.contexts.rows),
+        fleet,
+        lambda section: opening(section, lambda: stopper.cancel(gone)),
+        parts.counters,
+    ) as examination:
+        if examination.fleet is not None and examination.fleet is not fleet:
+            parts.summary.servers = partial(_figures, fleet, examination.fleet)
+        yield examination
+
+
+def _figures(writing: Fleet, scoring: Fleet) -> list[dict[str, Any]]:
+    """Of the servers of both; one that is in both has two entries, and no two may have one name."""
+    writes = writing.figures()
+    names = {figures["server"] for figures in writes}
+    scores = [
+        figures | {"server": f"{figures['server']} (scoring)"} if figures["server"] in names else figures
+        for figures in scoring.figures()
+    ]
+    return writes + scores
+
+
+async def settle(parts: Parts, fleet: Fleet, examination: "Examination | None") -> None:
+    """Make sure that all this is what the directory's run is made of, and put it down there.
+
+    Raises:
+        ConfigError: An earlier run into the directory was made of something else.
+    """
+    request = parts.request
+    model = ", ".join(sorted(fleet.models))
+    shaping = {**parts.shaping, "model": model, **(examination.shaping if examination else {})}
+    await asyncio.to_thread(parts.directory.check, shaping, fingerprint(Config()))
+    await asyncio.to_thread(parts.directory.save, lasting(request.config), shaping)
+    log.info("run.started", model=model, servers=len(fleet.servers), out=str(request.out))
+
+
+def is_examined(checks: ChecksSection) -> bool:
+    """Whether contexts are looked at once more after the recipe's own checks."""
+    return (
+        checks.context_gain or checks.answerable or bool(checks.eval_sets) or checks.near_duplicate != "off"
+    )
 
 
 @contextmanager
@@ -110,22 +167,36 @@ def _say_waiting(seconds: float, line: str) -> None:
         log.info("sglang.starting", seconds=round(seconds), log=line[-100:])
 
 
-def workers_of(parts: Parts, fleet: Fleet) -> WorkerPool:
-    """Workers, as many as the fleet has places for."""
+def workers_of(parts: Parts, fleet: Fleet, examination: "Examination | None") -> WorkerPool:
+    """Workers, as many as the fleets have places for."""
     draining = asyncio.Event()
+    examiner = examination.examiner if examination is not None else None
+    fleets = [fleet]
+    if examination is not None and examination.fleet not in (None, fleet):
+        fleets.append(examination.fleet)
 
     def drain() -> None:
         draining.set()
-        fleet.drain()
+        for each in fleets:
+            each.drain()
+
+    def size() -> int:
+        capacity = sum(each.capacity for each in fleets)
+        return capacity + capacity // 8 + 1  # so that no place waits for a worker
+
+    def tail(left: int, of: int) -> None:
+        for each in fleets:
+            each.tail(left, of)
 
     pool = WorkerPool(
-        lambda: Worker(parts.recipe, fleet, parts.log.journal, draining.is_set),
-        size=lambda: fleet.capacity + fleet.capacity // 8 + 1,  # so that none waits for a worker
+        lambda: Worker(parts.recipe, fleet, parts.log.journal, draining.is_set, examiner),
+        size=size,
         max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
         on_drain=drain,
-        on_idle=fleet.tail,
+        on_idle=tail,
     )
-    fleet.on_room(pool.grow)
+    for each in fleets:
+        each.on_room(pool.grow)
     return pool
 
 

@@ -30,6 +30,13 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         f"({counters.wasted_tokens / max(1, written):.1%}); {counters.retries:,} failed tries; "
         f"{counters.cached_tokens / max(1, counters.prompt_tokens):.0%} of prompt tokens cached"
     )
+    if counters.scored:
+        yield (
+            f"  scoring    {counters.scored:,} contexts, {counters.unscored:,} of them without a score; "
+            f"{counters.scoring_prompt_tokens:,} prompt tokens "
+            f"({counters.scoring_cached_tokens / max(1, counters.scoring_prompt_tokens):.0%} cached), "
+            f"{counters.scoring_tokens:,} written; {counters.scoring_retries:,} failed tries"
+        )
     yield from _server_lines(summary)
     yield (
         f"  directory  {out}: {summary.contexts:,} contexts, {summary.rejects:,} rejects, "
@@ -73,6 +80,12 @@ def closing_figures(summary: RunSummary) -> dict[str, Any]:
         "prompt_tokens": counters.prompt_tokens,
         "cached_tokens": counters.cached_tokens,
         "failed_tries": counters.retries,
+        "scored": counters.scored,
+        "unscored": counters.unscored,
+        "scoring_prompt_tokens": counters.scoring_prompt_tokens,
+        "scoring_cached_tokens": counters.scoring_cached_tokens,
+        "scoring_tokens": counters.scoring_tokens,
+        "scoring_failed_tries": counters.scoring_retries,
         "servers": summary.servers(),
         "directory": {
             "contexts": summary.contexts,

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -65,6 +66,15 @@ class Counters:
     wasted_tokens: int = 0
     """Completion tokens of answers that were thrown away: failed checks, retries, rejects."""
     retries: int = 0
+    scored: int = 0
+    """Contexts that servers were asked about."""
+    unscored: int = 0
+    """Those among them that servers failed to score."""
+    scoring_prompt_tokens: int = 0
+    scoring_cached_tokens: int = 0
+    scoring_tokens: int = 0
+    """Completion tokens of answers that were asked for to score contexts; no others count them."""
+    scoring_retries: int = 0
 
     @property
     def outcomes(self) -> int:
@@ -88,3 +98,12 @@ class Counters:
                 self.useful_tokens += outcome.completion_tokens
             case Reject():
                 self.rejects[outcome.reason] += 1
+
+    def count_scoring(self, figures: Mapping[str, int], retries: int, *, failed: bool) -> None:
+        """Add what it took to score one context."""
+        self.scored += 1
+        self.unscored += failed
+        self.scoring_prompt_tokens += figures["prompt_tokens"]
+        self.scoring_cached_tokens += figures["cached_tokens"]
+        self.scoring_tokens += figures["completion_tokens"]
+        self.scoring_retries += retries

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
-from streamsyn.assembly.materials import Materials
+from streamsyn.assembly.materials import MaterialGone, Materials
 from streamsyn.assembly.passages import Passage
 from streamsyn.config import Config
 from streamsyn.errors import ConfigError
@@ -20,6 +20,12 @@ from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.verify import Verification, drop_derived, drop_samples
 
 log = structlog.get_logger()
+
+_CALLED = {
+    "assembly.prompts": "packaged templates",
+    "assembly.tokenizer": "the tokenizer",
+    "assembly.corpus": "the corpus",
+}
 
 
 def verify(root: Path) -> tuple[list[str], Verification]:
@@ -35,10 +41,13 @@ def verify(root: Path) -> tuple[list[str], Verification]:
     if config.assembly.write:
         try:
             again = Reassembly(config, shaping)
+        except MaterialGone as error:
+            verification.notes.append(f"samples are not compared with the log: {error}")
         except ConfigError as error:
             problems.append(f"samples cannot be compared with the log: {error}")
-    if again is not None and again.is_of_another_version:
-        verification.notes.append("samples are not compared with the log: packaged templates have changed")
+    if again is not None and again.changed:
+        changed = ", ".join(again.changed)
+        verification.notes.append(f"samples are not compared with the log: changed since: {changed}")
         again = None
     return [*problems, *verification.problems(again)], verification
 
@@ -76,6 +85,7 @@ class Reassembly:
 
     Raises:
         ConfigError: A template cannot be used.
+        MaterialGone: The tokenizer or the corpus cannot be had (any more).
     """
 
     def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
@@ -83,8 +93,10 @@ class Reassembly:
         with TemporaryDirectory() as folder:
             self._materials = Materials(_with_templates(config.assembly, shaping, Path(folder)))
         now = self._materials.fingerprint()
-        self.is_of_another_version = any(shaping.get(key, value) != value for key, value in now.items())
-        """Whether the packaged templates are not those that the run used."""
+        self.changed = [_CALLED[key] for key, value in now.items() if shaping.get(key, value) != value]
+        """What samples are made with and is not as it was when the run used it."""
+        if "assembly.max_similarity" not in shaping:
+            self.changed.append("how samples are made, by a newer version")
 
     def __call__(self, contexts: Iterable[dict[str, Any]], flushes: Sequence[int]) -> Iterator[bytes]:
         """The lines, in order; `flushes` are the numbers of contexts at which streams ended."""

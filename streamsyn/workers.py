@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -32,6 +32,9 @@ from streamsyn.records import (
 from streamsyn.sglang.fleet import Fleet
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 
+if TYPE_CHECKING:
+    from streamsyn.scoring.examiner import Examiner
+
 log = structlog.get_logger()
 
 
@@ -43,6 +46,7 @@ class Worker:
         fleet: Whom to ask.
         journal: Keeps the finished steps of a draft that has more of them; without one a kill costs them.
         is_draining: Whether nothing new is to be started; then a draft whose steps are kept is put down.
+        examiner: Looks at what was written, if that is wanted.
 
     Attributes:
         current: What it is at; it has no outcome yet.
@@ -55,11 +59,13 @@ class Worker:
         fleet: Fleet,
         journal: Journal | None = None,
         is_draining: Callable[[], bool] = lambda: False,
+        examiner: "Examiner | None" = None,
     ) -> None:
         self._recipe = recipe
         self._fleet = fleet
         self._journal = journal
         self._is_draining = is_draining
+        self._examiner = examiner
         self.current: Work | None = None
         self.attempts: list[Attempt] = []
 
@@ -84,6 +90,8 @@ class Worker:
             return self.reject(item.reason, item.detail)
         try:
             document = await self._write(item)
+            if self._examiner is not None:
+                document = await self._examiner.examine(item, document)
         except RejectedDraft as rejected:
             return self.reject(rejected.reason, rejected.detail)
         except ServerError as error:

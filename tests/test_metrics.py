@@ -56,6 +56,8 @@ def test_what_the_run_has_done() -> None:
         for outcome in (context(1, wasted_tokens=4), context(2), reject(3)):
             counters.count_outcome(outcome)
         counters.reading_done = True
+        figures = {"prompt_tokens": 70, "cached_tokens": 30, "completion_tokens": 9}
+        counters.count_scoring(figures, 2, failed=True)
         after = scraped(url)
 
     assert 0 == before["streamsyn_outcomes_total", "context"]
@@ -66,6 +68,12 @@ def test_what_the_run_has_done() -> None:
         kind: after["streamsyn_tokens_total", kind] for kind in ("useful", "wasted", "prompt", "cached")
     }
     assert {"useful": 20, "wasted": 4, "prompt": 6, "cached": 2} == tokens
+    scoring = {
+        kind: after["streamsyn_scoring_tokens_total", kind] for kind in ("written", "prompt", "cached")
+    }
+    assert {"written": 9, "prompt": 70, "cached": 30} == scoring
+    assert (1, 1) == (after["streamsyn_contexts_scored_total",], after["streamsyn_contexts_unscored_total",])
+    assert 2 == after["streamsyn_scoring_retries_total",]
     assert 5 == after["streamsyn_seeds_read_total",]
     assert 4 == after["streamsyn_drafts_read_total",]
     assert 3 == after["streamsyn_drafts_finished_before_total",]

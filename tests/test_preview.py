@@ -49,6 +49,21 @@ def test_what_follows_the_first_request(tmp_path: Path) -> None:
     assert "--- then" not in plain
 
 
+def test_documents(tmp_path: Path) -> None:
+    """The window that would be sent, of how long a document; one that is too short would be rejected."""
+    path = tmp_path / "books.jsonl"
+    text = " ".join(f"word{number}" for number in range(200))
+    path.write_text(f'{{"context": "{text}", "id": "long"}}\n{{"context": "Short."}}\n{{"text": "x"}}\n')
+    settings = [("recipe.use", "instruction"), ("recipe.window_words", 60)]
+    long, short, bad = preview(load(None, [("seeds.sources", [{"path": str(path)}]), *settings]), 9)
+
+    assert long.startswith(f"=== {path}:1: seed long, task books, a document of 200 words (temperature=0.8")
+    assert 60 == sum(word.startswith("word") for word in long.split("--- user")[1].split())
+    fewer = "would be rejected: too_short: the document has 1 words, fewer than checks.min_words = 50"
+    assert f"=== {path}:2: {fewer}\n" == short
+    assert f"=== {path}:3: would be rejected: not_a_seed: field 'context' is missing; there are text\n" == bad
+
+
 def test_nothing_is_written(tmp_path: Path) -> None:
     """The folder holds what it held."""
     config = config_of(tmp_path)

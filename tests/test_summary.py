@@ -80,3 +80,24 @@ def test_figures_for_a_program() -> None:
         figures["failed_tries"],
     )
     assert {"contexts": 1230, "rejects": 10, "samples": 1200} == figures["directory"]
+
+
+def test_a_run_that_scored() -> None:
+    """What scoring took is told apart, to people and to programs."""
+    scored = summary()
+    assert not [line for line in closing_lines(scored) if line.startswith("  scoring")]
+    figures = {"prompt_tokens": 2000, "cached_tokens": 500, "completion_tokens": 30}
+    scored.counters.count_scoring(figures, 1, failed=False)
+    scored.counters.count_scoring(figures, 2, failed=True)
+    assert (
+        "  scoring    2 contexts, 1 of them without a score; 4,000 prompt tokens (25% cached), 60 written; "
+        "3 failed tries"
+    ) in closing_lines(scored)
+    assert (2, 1, 4000, 1000, 60, 3) == tuple(
+        closing_figures(scored)[name]
+        for name in (
+            *("scored", "unscored", "scoring_prompt_tokens", "scoring_cached_tokens", "scoring_tokens"),
+            "scoring_failed_tries",
+        )
+    )
+    assert 42 == closing_figures(scored)["cached_tokens"] / 10

@@ -9,8 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from streamsyn.assembly.assembler import Assembler
-from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.materials import Materials
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config import Config, fingerprint
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
@@ -21,6 +20,7 @@ from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.verify import Verification
 from streamsyn.verify import repair, verify
+from tests.assembly.tokenizers_made import SPLICED, made, save
 from tests.builders import COMPRESSIONS, context, outcome, rows
 
 NOT_FINISHED = "manifest.jsonl: no final line behind all rows: the run is not finished"
@@ -51,12 +51,13 @@ def config_of(compression: str = "none", **assembly: Any) -> Config:
 def run(root: Path, config: Config, outcomes: Sequence[Outcome], *, to_the_end: bool) -> None:
     """Log outcomes behind those that are there, and make samples, as a run does."""
     directory = RunDirectory(root)
-    directory.save(config.model_dump(mode="json"), fingerprint(config))
+    materials = Materials(config.assembly)
+    directory.save(config.model_dump(mode="json"), fingerprint(config) | materials.fingerprint())
     log = RunLog(root, config.sink)
     for number in range(0, len(outcomes), 3):
         log.append(outcomes[number : number + 3])
     stage = AssemblyStage(
-        Assembler(config.assembly, config.run.seed, SamplePrompts(config.assembly)),
+        materials.assembler(config.run.seed),
         log,
         Outlet(log),
         logged=log.contexts.rows,
@@ -509,7 +510,7 @@ def test_templates_of_another_version_are_noted(finished: Path) -> None:
     saved["fingerprint"]["assembly.prompts"] = "other"
     (finished / "run.json").write_bytes(orjson.dumps(saved))
 
-    assert ["samples are not compared with the log: packaged templates have changed"] == notes(finished)
+    assert ["samples are not compared with the log: changed since: packaged templates"] == notes(finished)
 
 
 # While a run is writing
@@ -545,3 +546,63 @@ def test_a_shard_that_is_sealed_after_the_look_is_read(interrupted: Path, compre
 
     assert [] == list(verification.problems(None))
     assert counts == verification.counts
+
+
+# Tokenizer and corpus
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> tuple[Path, Path]:
+    """A run whose samples are counted by a tokenizer and hold passages of a corpus; and its materials."""
+    materials, root = tmp_path / "materials", tmp_path / "out"
+    save(materials / "tokenizer", made(SPLICED["llama3"], ["some words"]))
+    (materials / "corpus.txt").write_text(" ".join(f"word{n}" for n in range(200)))
+    config = config_of(
+        tokenizer=str(materials / "tokenizer"),
+        distractors={"same_task": 1, "corpus": 1},
+        corpus=[str(materials / "corpus.txt")],
+        corpus_words=20,
+        target_tokens=300,
+        max_tokens=900,
+    )
+    run(root, config, [outcome(n) for n in range(20)], to_the_end=True)
+    return root, materials
+
+
+def test_samples_are_compared_by_their_tokenizer_and_corpus(measured: tuple[Path, Path]) -> None:
+    """They are as the log and the files make them."""
+    root, _ = measured
+    samples = rows(root, "samples")
+
+    assert [] == notes(root)
+    assert 15 == len(samples)
+    assert any(None in sample["context_seqs"] for sample in samples)
+    assert all(300 <= sample["n_tokens"] <= 900 and sample["target_tokens"] == 300 for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("tokenizer/tokenizer_config.json", "the tokenizer"), ("corpus.txt", "the corpus")]
+)
+def test_materials_that_have_changed_are_noted(measured: tuple[Path, Path], file: str, what: str) -> None:
+    """Samples are not said to be wrong when it is the files that differ, or are gone."""
+    root, materials = measured
+    path = materials / file
+    path.write_text(
+        path.read_text().replace("word1", "other").replace("assistant", "x").replace("trim", "upper")
+    )
+    changed = notes(root)
+    shutil.rmtree(materials)
+    gone = notes(root)
+
+    assert [f"samples are not compared with the log: changed since: {what}"] == changed
+    assert ["samples are not compared with the log: assembly."] == [note[:48] for note in gone]
+
+
+def test_samples_of_an_older_version_are_not_compared(finished: Path) -> None:
+    """They may lack what this version writes."""
+    saved = orjson.loads((finished / "run.json").read_bytes())
+    del saved["fingerprint"]["assembly.max_similarity"]
+    (finished / "run.json").write_bytes(orjson.dumps(saved))
+
+    (note,) = notes(finished)
+    assert "by a newer version" in note

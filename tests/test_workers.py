@@ -15,12 +15,15 @@ from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import Recipe, Steps
 from streamsyn.recipes.sections import SectionsRecipe
 from streamsyn.records import BadSeed, Context, Draft, Outcome, Reject, RejectReason, Seed, Work, draft_key
-from streamsyn.sections import ChecksSection, FleetSection, RecipeSection
+from streamsyn.scoring.examiner import Examiner, Scores
+from streamsyn.scoring.prompts import AnswerPrompt
+from streamsyn.sections import ChecksSection, FleetSection, RecipeSection, ScoringSection
 from streamsyn.sglang.fleet import Fleet, open_fleet
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
 from streamsyn.sglang.simulator.faults import Fault, Script
 from streamsyn.sink.journal import Journal
+from streamsyn.telemetry import Counters
 from streamsyn.workers import Worker
 
 
@@ -30,10 +33,13 @@ def drafts(*names: str) -> list[Work]:
 
 
 RECIPE = ContextRecipe(RecipeSection(), ChecksSection())
+PROMPT = AnswerPrompt()
 
 
 class Buggy:
     """A recipe with a bug that shows with some seeds."""
+
+    takes_documents = False
 
     def __init__(self, breaks: Callable[[str], bool]) -> None:
         self._breaks = breaks
@@ -78,13 +84,14 @@ async def worked(
     max_bugs: int = 3,
     journal: Journal | None = None,
     is_draining: Callable[[], bool] = lambda: False,
+    examiner: Examiner | None = None,
 ) -> list[Outcome]:
     """The outcomes of `items`, in the order in which they came."""
     work, results = BoundedQueue[Work](len(items) + 1), BoundedQueue[Outcome](len(items) + 1)
     for item in items:
         await work.put(item)
     work.close()
-    pool = WorkerPool(lambda: Worker(recipe, fleet, journal, is_draining), lambda: size, max_bugs)
+    pool = WorkerPool(lambda: Worker(recipe, fleet, journal, is_draining, examiner), lambda: size, max_bugs)
     await pool.run(work, results)
     return results.get_nowait(len(items) + 1)
 
@@ -179,6 +186,54 @@ async def test_a_bad_line_flows_through() -> None:
         reject.detail,
         reject.seed_id,
     )
+
+
+def examiner_of(fleet: Fleet, **checks: float) -> Examiner:
+    """One that has the fleet itself score."""
+    section = ChecksSection.model_validate({"context_gain": True, **checks})
+    return Examiner(section, scores=Scores(section, ScoringSection(), PROMPT, fleet, "simulated", Counters()))
+
+
+async def test_what_was_written_is_examined() -> None:
+    """What is found stands in the context's checks; the tries that took are not the context's."""
+    async with fleet_at([]) as (fleet, server):
+        [context] = await worked(fleet, drafts("a"), examiner=examiner_of(fleet))
+        assert 3 == server.simulation.stats.requests
+    assert isinstance(context, Context)
+    assert {"words", "context_gain", "scoring", "flags"} <= context.checks.keys()
+    assert (1, 0, 1) == (len(context.attempts), context.wasted_tokens, len(context.steps))
+
+
+async def test_what_fails_its_examination_is_rejected() -> None:
+    """With the reason, and with what writing it has cost."""
+    async with fleet_at([]) as (fleet, _):
+        [reject] = await worked(fleet, drafts("a"), examiner=examiner_of(fleet, reject_gain_below=9))
+    assert isinstance(reject, Reject)
+    assert RejectReason.LOW_CONTEXT_GAIN == reject.reason
+    assert "is below 9" in reject.detail
+    assert (1, True) == (len(reject.attempts), reject.wasted_tokens > 0)
+
+
+async def test_a_context_that_cannot_be_scored_is_kept() -> None:
+    """A server's failure to score is neither the draft's nor the run's."""
+    refuses: Script = lambda _, body: Fault.REFUSE if "input_ids" in body else None  # noqa: E731
+    async with fleet_at(refuses) as (fleet, _):
+        outcomes = await worked(fleet, drafts("a", "b"), examiner=examiner_of(fleet))
+    assert [["unscored"]] * 2 == [
+        outcome.checks["flags"] for outcome in outcomes if isinstance(outcome, Context)
+    ]
+
+
+async def test_a_draft_that_drains_before_it_is_examined_is_put_down() -> None:
+    """It has no outcome; the next run writes it again."""
+
+    def drain(_: int, body: dict[str, object]) -> None:
+        if "input_ids" not in body:
+            fleet.drain()
+            fleet.servers[0].limiter.cap = 0
+
+    async with fleet_at(drain) as (fleet, _):
+        assert [] == await worked(fleet, drafts("a"), examiner=examiner_of(fleet))
 
 
 async def test_a_bug_costs_one_draft() -> None:

@@ -1,22 +1,29 @@
 """Contexts in, samples out: a pure function of the log, the configuration and the run's seed.
 
-Each context becomes the relevant one of one sample. Distractors come from the window of contexts
-before it (and, for the first ones, shortly after it): so a sample is made as soon as the log holds
-enough contexts of its task, memory is bounded by `assembly.window_bytes`, and assembling the same
-log again gives the same samples. What each draw depends on is the seed's id and the run's seed,
-never the time, the process or the order of anything but the log.
+Each context becomes the relevant one of one sample, unless the configuration leaves it out. Distractors
+come from the window of contexts before it (and, for the first ones, shortly after it), or from a corpus:
+so a sample is made as soon as the log holds enough contexts for it, memory is bounded by
+`assembly.window_bytes`, and assembling the same log again gives the same samples. What each draw depends
+on is the seed's id and the run's seed, never the time, the process or the order of anything but the log.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from heapq import heapify, heappop, heappush
-from random import Random
 from typing import Any
 
-from streamsyn.assembly.passages import Passage, Pool, Window
+from streamsyn.assembly.arrangement import Arrangement
+from streamsyn.assembly.choice import Choice, Chooser, Goal
+from streamsyn.assembly.corpus import Corpus
+from streamsyn.assembly.lots import Lots
+from streamsyn.assembly.measure import Measure, ServerCounts
+from streamsyn.assembly.passages import Passage, Piece, Window
 from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.records import Sample, digest
-from streamsyn.sections import AssemblySection
+from streamsyn.assembly.sources import Sources
+from streamsyn.assembly.waiting import Waiting
+from streamsyn.sections import AssemblySection, Source
+
+__all__ = ["Arrangement", "Assembler", "AssemblyState"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,73 +37,75 @@ class AssemblyState:
     window_start: int = 0
     """Seq of the oldest context still in the window."""
     pending: list[tuple[int, int]] = field(default_factory=list)
-    """Contexts that wait for distractors: (seq, size of its pool at which to try again)."""
+    """Contexts that wait for distractors of their task: (seq, size of the pool at which to try again)."""
     added: dict[str, int] = field(default_factory=dict)
     """`Pool.added` of each task in the window."""
+    pending_any: list[tuple[int, int]] = field(default_factory=list)
+    """Those that wait for distractors of any task."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """`Assembler.left_out`."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Arrangement:
-    """Which contexts make a sample, in which order. Many may be due at once, so its text is made later."""
-
-    passages: list[Passage]
-    relevant_index: int
-    prompts: SamplePrompts
-
-    def sample(self) -> Sample:
-        """The sample, with its text."""
-        relevant = self.passages[self.relevant_index]
-        user = self.prompts.user_message(relevant, [one.text for one in self.passages])
-        return Sample(
-            id=relevant.id,
-            seed_id=relevant.seed_id,
-            task=relevant.task,
-            messages=[
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": relevant.answer},
-            ],
-            context_seqs=[one.seq for one in self.passages],
-            relevant_index=self.relevant_index,
-            n_tokens=sum(one.tokens for one in self.passages),
-        )
-
-
 class Assembler:
-    """Makes samples of passages, which must come in the order of the log."""
+    """Makes samples of passages, which must come in the order of the log.
 
-    def __init__(self, section: AssemblySection, run_seed: int, prompts: SamplePrompts) -> None:
+    Args:
+        section: How.
+        run_seed: Decides all draws.
+        prompts: Renders user messages.
+        measure: Counts tokens; by default as the servers did.
+        corpus: Passages to draw distractors from, where the section wants that.
+    """
+
+    def __init__(
+        self,
+        section: AssemblySection,
+        run_seed: int,
+        prompts: SamplePrompts,
+        measure: Measure | None = None,
+        corpus: Corpus | None = None,
+    ) -> None:
         self._section = section
-        self._run_seed = str(run_seed)
         self._prompts = prompts
+        self._measure = measure or ServerCounts()
+        self._lots = Lots(section, run_seed)
         self._window = Window(section.window_bytes)
-        self._waiting: dict[str, list[tuple[int, int]]] = {}
-        self._pending: dict[int, Passage] = {}
+        self._sources = Sources(section, self._lots, self._window, corpus)
+        self._chooser = Chooser(section, self._measure)
+        self._waiting = Waiting()
         self.consumed = 0
         self.samples = 0
+        self.left_out: Counter[str] = Counter()
+        """Contexts that got no sample, by why: excluded or too_long."""
 
     def add(self, passage: Passage) -> list[Arrangement]:
         """Take in the next passage; what can be arranged now, each once."""
         assert passage.seq == self.consumed, f"context {self.consumed} is next, not {passage.seq}"
         self.consumed += 1
-        if self._is_single:
-            return [self._arranged(passage, [])]
-        pool = self._window.add(passage)
-        self._wait(passage, self._section.contexts_per_sample if self._section.target_tokens is None else 1)
-        made = self._retry(passage.task, pool)
+        why = self._why_left_out(passage)
+        if why is not None:
+            self.left_out[why] += 1
+        if not self._sources.of_log:
+            return [] if why is not None else [self._make_do(passage)]
+        self._window.add(passage)
+        if why is None:
+            self._waiting.add(passage, *self._sources.first_try)
+        made = [one for source in ("same_task", "any_task") for one in self._retry(source, passage.task)]
         while (oldest := self._window.overflow()) is not None:
-            if oldest.seq in self._pending:
+            if self._waiting.holds(oldest):
                 made.append(self._make_do(oldest))
             self._window.drop_oldest()
-            self._forget_gone(oldest.task)
+            for source in ("same_task", "any_task"):
+                self._waiting.tidy(source, oldest.task, len(self._sources.pool(source, oldest.task)))
         return made
 
     def flush(self) -> list[Arrangement]:
         """At the end of the stream: arrange those that still wait, with what there is."""
-        made = [self._make_do(self._pending[seq]) for seq in sorted(self._pending)]
+        made = [self._make_do(passage) for passage in self._waiting.all()]
         self._waiting.clear()
         return made
 
@@ -107,102 +116,81 @@ class Assembler:
             consumed=self.consumed,
             samples=self.samples,
             window_start=self.consumed if first is None else first,
-            pending=sorted(
-                (seq, retry_at)
-                for waiting in self._waiting.values()
-                for retry_at, seq in waiting
-                if seq in self._pending
-            ),
+            pending=self._waiting.entries("same_task"),
             added={task: pool.added for task, pool in self._window.pools.items()},
+            pending_any=self._waiting.entries("any_task"),
+            left_out=dict(self.left_out),
         )
 
     def restore(self, state: AssemblyState, passages: Iterable[Passage]) -> None:
         """Go back to `state`; `passages` are those from `window_start` up to `consumed`."""
-        retry_at = dict(state.pending)
+        waiting: tuple[tuple[Source, dict[int, int]], ...] = (
+            ("same_task", dict(state.pending)),
+            ("any_task", dict(state.pending_any)),
+        )
         for passage in passages:
             self._window.add(passage)
-            if passage.seq in retry_at:
-                self._wait(passage, retry_at[passage.seq])
+            for source, retry_at in waiting:
+                if passage.seq in retry_at:
+                    self._waiting.add(passage, source, retry_at[passage.seq])
         for task, pool in self._window.pools.items():
             pool.added = state.added[task]
+        self._window.everything.added = state.consumed
         self.consumed, self.samples = state.consumed, state.samples
+        self.left_out = Counter(state.left_out)
 
-    @property
-    def _is_single(self) -> bool:
-        return self._section.contexts_per_sample == 1 and self._section.target_tokens is None
+    def _why_left_out(self, passage: Passage) -> str | None:
+        """Why it gets no sample; it may be a distractor all the same."""
+        section = self._section
+        if not set(section.exclude_flags).isdisjoint(passage.flags):
+            return "excluded"
+        gain = passage.context_gain
+        if section.min_context_gain is not None and gain is not None and gain < section.min_context_gain:
+            return "excluded"
+        if section.max_tokens is not None and self._measure.total(passage, [passage]) > section.max_tokens:
+            return "too_long"
+        return None
 
-    def _wait(self, passage: Passage, retry_at: int) -> None:
-        self._pending[passage.seq] = passage
-        heappush(self._waiting.setdefault(passage.task, []), (retry_at, passage.seq))
-
-    def _retry(self, task: str, pool: Pool) -> list[Arrangement]:
+    def _retry(self, source: Source, task: str) -> list[Arrangement]:
         """Arrangements of those that wait for the pool to be as large as it is now."""
         made = []
-        waiting = self._waiting[task]
-        while waiting and waiting[0][0] <= pool.added:
-            _, seq = heappop(waiting)
-            if (passage := self._pending.get(seq)) is None:
-                continue  # it has left the window
-            distractors, enough = self._distractors(passage, pool)
-            if enough:
-                del self._pending[seq]
-                made.append(self._arranged(passage, distractors))
+        size = self._sources.pool(source, task).added
+        for passage in self._waiting.due(source, task, size):
+            choice, dry = self._choice(passage, final=False)
+            if choice.is_enough:
+                made.append(self._arranged(passage, choice))
             else:
                 # Twice as many next time: one that finds few, as its answer stands everywhere,
                 # must not cost a search for each context that comes.
-                heappush(waiting, (2 * pool.added, seq))
-        if not waiting:
-            del self._waiting[task]
+                there = self._sources.pool(dry or source, task).added
+                self._waiting.add(passage, dry or source, 2 * there)
         return made
 
-    def _forget_gone(self, task: str) -> None:
-        """Keep `_waiting` no longer than twice the pool, whatever has left the window."""
-        waiting = self._waiting.get(task, [])
-        pool = self._window.pools.get(task)
-        if len(waiting) <= 2 * (0 if pool is None else len(pool)):
-            return
-        waiting[:] = [entry for entry in waiting if entry[1] in self._pending]
-        heapify(waiting)
-        if not waiting:
-            self._waiting.pop(task, None)
-
     def _make_do(self, passage: Passage) -> Arrangement:
-        del self._pending[passage.seq]
-        distractors, _ = self._distractors(passage, self._window.pools[passage.task])
-        return self._arranged(passage, distractors)
+        self._waiting.remove(passage)
+        return self._arranged(passage, self._choice(passage, final=True)[0])
 
-    def _distractors(self, passage: Passage, pool: Pool) -> tuple[list[Passage], bool]:
-        """Distractors drawn for `passage`, and whether they are as many as are wanted."""
+    def _choice(self, passage: Passage, *, final: bool) -> tuple[Choice, Source | None]:
+        """Distractors drawn for `passage`, and which source has run dry before they were enough."""
         section = self._section
-        wanted, tokens = section.contexts_per_sample - 1, passage.tokens
-        answer = " ".join(passage.answer.casefold().split())
-        draw = self._draw("distractors", passage)
-        seeds = {passage.seed_id}  # drafts of one seed tell the same story
-        chosen: list[Passage] = []
-        for tried, candidate in enumerate(pool.shuffled(draw)):
-            if self._is_enough(len(chosen), wanted, tokens):
-                return chosen, True
-            if tried > 8 * (len(chosen) + 8):
-                break  # nearly everything holds the answer
-            if candidate.seed_id in seeds:
-                continue
-            if len(answer) >= section.min_answer_chars and candidate.holds(answer):
-                continue
-            chosen.append(candidate)
-            seeds.add(candidate.seed_id)
-            tokens += candidate.tokens
-        return chosen, self._is_enough(len(chosen), wanted, tokens)
+        if not self._sources.weights:
+            return Choice(is_enough=True), None
+        goal = Goal(section.contexts_per_sample - 1, self._lots.target_tokens(passage), section.max_tokens)
+        draws = self._sources.drawn(passage, final=final)
+        choice = self._chooser.choose(passage, draws, goal, lambda chosen: self._ordered(passage, chosen))
+        return choice, draws.dry
 
-    def _is_enough(self, chosen: int, wanted: int, tokens: int) -> bool:
-        if isinstance(self._section.target_tokens, int):
-            return tokens >= self._section.target_tokens
-        return chosen >= wanted
+    def _ordered(self, passage: Passage, distractors: list[Piece]) -> list[Piece]:
+        place = self._lots.place(passage, len(distractors))
+        return [*distractors[:place], passage, *distractors[place:]]
 
-    def _arranged(self, passage: Passage, distractors: list[Passage]) -> Arrangement:
-        relevant_index = self._draw("position", passage).randint(0, len(distractors)) if distractors else 0
-        passages = [*distractors[:relevant_index], passage, *distractors[relevant_index:]]
+    def _arranged(self, passage: Passage, choice: Choice) -> Arrangement:
         self.samples += 1
-        return Arrangement(passages, relevant_index, self._prompts)
-
-    def _draw(self, what: str, passage: Passage) -> Random:
-        return Random(digest(what, self._run_seed, passage.id))
+        return Arrangement(
+            self._ordered(passage, choice.distractors),
+            self._lots.place(passage, len(choice.distractors)),
+            self._lots.target_tokens(passage),
+            choice.n_tokens,
+            self._prompts,
+            self._measure,
+        )

@@ -1,8 +1,21 @@
 """What assembly needs besides contexts, loaded once: prompts, tokenizer, corpus."""
 
+from typing import TYPE_CHECKING
+
 from streamsyn.assembly.assembler import Assembler
+from streamsyn.assembly.corpus import Corpus, load_corpus
+from streamsyn.assembly.measure import Measure
 from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.sources import weights_of
+from streamsyn.errors import ConfigError
 from streamsyn.sections import AssemblySection
+
+if TYPE_CHECKING:
+    from streamsyn.assembly.tokens import ChatTokenizer
+
+
+class MaterialGone(ConfigError):
+    """A tokenizer or corpus that is not (or no longer) to be had."""
 
 
 class Materials:
@@ -10,16 +23,38 @@ class Materials:
 
     Raises:
         ConfigError: Something that the configuration names cannot be used.
+        MaterialGone: This is so of its tokenizer or its corpus.
     """
 
     def __init__(self, section: AssemblySection) -> None:
         self._section = section
         self._prompts = SamplePrompts(section)
+        self._tokenizer: ChatTokenizer | None = None
+        self._corpus: Corpus | None = None
+        try:
+            if section.tokenizer is not None:
+                from streamsyn.assembly.tokens import load_tokenizer
+
+                self._tokenizer = load_tokenizer(section.tokenizer)
+            if "corpus" in weights_of(section):
+                self._corpus = load_corpus(section)
+        except ConfigError as error:
+            raise MaterialGone(str(error)) from error
 
     def assembler(self, run_seed: int) -> Assembler:
         """One that has not seen a context yet."""
-        return Assembler(self._section, run_seed, self._prompts)
+        measure: Measure | None = None
+        if self._tokenizer is not None:
+            from streamsyn.assembly.tally import ChatCounts
+
+            measure = ChatCounts(self._tokenizer, self._prompts)
+        return Assembler(self._section, run_seed, self._prompts, measure, self._corpus)
 
     def fingerprint(self) -> dict[str, str]:
-        """What shapes samples besides the configuration, such as packaged templates."""
-        return self._prompts.fingerprint()
+        """What shapes samples besides the configuration: packaged templates, what files hold."""
+        shaping = self._prompts.fingerprint()
+        if self._tokenizer is not None:
+            shaping["assembly.tokenizer"] = self._tokenizer.digest
+        if self._corpus is not None:
+            shaping["assembly.corpus"] = self._corpus.digest
+        return shaping

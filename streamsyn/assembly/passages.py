@@ -7,14 +7,47 @@ from functools import cached_property
 from random import Random
 from typing import Any
 
+from streamsyn.minhash import Signature, signature
 from streamsyn.records import Context
 
 _RECORD_BYTES = 1024
 """What a passage costs besides its texts, roughly."""
 
 
-@dataclass(frozen=True)
-class Passage:
+class Piece:
+    """A text that may stand in a sample, and what is worked out of it once."""
+
+    text: str
+    tokens: int
+    """As the server that wrote it counted, or an estimate."""
+
+    @property
+    def log_seq(self) -> int | None:
+        """Its place in the log; None when it is no context."""
+        raise NotImplementedError
+
+    @property
+    def origin(self) -> str | None:
+        """The seed it was written for: texts of one origin tell the same story. None when there is none."""
+        raise NotImplementedError
+
+    @cached_property
+    def plain(self) -> str:
+        """The text for comparing: case and white space do not count."""
+        return " ".join(self.text.casefold().split())
+
+    @cached_property
+    def signature(self) -> Signature:
+        """By which near-duplicates of it are found."""
+        return signature(self.text)
+
+    def holds(self, answer: str) -> bool:
+        """Whether it contains `answer`, which is given as `plain` would have it."""
+        return answer in self.plain
+
+
+@dataclass(frozen=True, eq=False)
+class Passage(Piece):
     """A context as assembly sees it."""
 
     seq: int
@@ -25,6 +58,8 @@ class Passage:
     answer: str
     text: str
     tokens: int
+    flags: tuple[str, ...] = ()
+    context_gain: float | None = None
 
     @classmethod
     def of_context(cls, seq: int, context: Context) -> "Passage":
@@ -37,7 +72,7 @@ class Passage:
             context.instruction,
             context.answer,
             context.context,
-            context.completion_tokens,
+            *_figures(context.completion_tokens, context.checks),
         )
 
     @classmethod
@@ -51,26 +86,30 @@ class Passage:
             row["instruction"],
             row["answer"],
             row["context"],
-            row["completion_tokens"],
+            *_figures(row["completion_tokens"], row.get("checks") or {}),
         )
 
-    @cached_property
-    def plain(self) -> str:
-        """The text for comparing: case and white space do not count."""
-        return " ".join(self.text.casefold().split())
+    @property
+    def log_seq(self) -> int:
+        return self.seq
+
+    @property
+    def origin(self) -> str:
+        return self.seed_id
 
     @cached_property
     def size(self) -> int:
         """Bytes it counts for in the window: its text twice (once for comparing) and the rest."""
         return 2 * len(self.text.encode()) + len(self.instruction) + len(self.answer) + _RECORD_BYTES
 
-    def holds(self, answer: str) -> bool:
-        """Whether it contains `answer`, which is given as `plain` would have it."""
-        return answer in self.plain
+
+def _figures(completion_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
+    """Tokens, flags and gain. A recipe that asks in steps says how many tokens its text alone has."""
+    return checks.get("tokens", completion_tokens), tuple(checks.get("flags", ())), checks.get("context_gain")
 
 
 class Pool:
-    """The passages of one task in the window, oldest first."""
+    """Passages in the window, of one task or of all, oldest first."""
 
     def __init__(self) -> None:
         self._passages: list[Passage] = []
@@ -95,12 +134,18 @@ class Pool:
 
     def shuffled(self, draw: Random) -> Iterator[Passage]:
         """The passages in random order, drawn one by one as they are asked for."""
-        # Fisher and Yates, keeping only the places that have been swapped.
-        swapped: dict[int, int] = {}
-        for last in range(len(self) - 1, -1, -1):
-            place = draw.randint(0, last)
-            yield self._passages[self._head + swapped.get(place, place)]
-            swapped[place] = swapped.get(last, last)
+        first = self._head
+        return (self._passages[first + place] for place in shuffled(len(self), draw))
+
+
+def shuffled(length: int, draw: Random) -> Iterator[int]:
+    """The numbers below `length` in random order, drawn one by one as they are asked for."""
+    # Fisher and Yates, keeping only the places that have been swapped.
+    swapped: dict[int, int] = {}
+    for last in range(length - 1, -1, -1):
+        place = draw.randrange(last + 1)
+        yield swapped.get(place, place)
+        swapped[place] = swapped.get(last, last)
 
 
 class Window:
@@ -111,19 +156,21 @@ class Window:
         self._bytes = 0
         self._passages: deque[Passage] = deque()
         self.pools: dict[str, Pool] = {}
+        """Those of each task."""
+        self.everything = Pool()
+        """Those of all tasks."""
 
     @property
     def first_seq(self) -> int | None:
         """The seq of the oldest passage; None when there is none."""
         return self._passages[0].seq if self._passages else None
 
-    def add(self, passage: Passage) -> Pool:
-        """Take in the newest passage; its task's pool."""
+    def add(self, passage: Passage) -> None:
+        """Take in the newest passage."""
         self._passages.append(passage)
         self._bytes += passage.size
-        pool = self.pools.setdefault(passage.task, Pool())
-        pool.add(passage)
-        return pool
+        self.everything.add(passage)
+        self.pools.setdefault(passage.task, Pool()).add(passage)
 
     def overflow(self) -> Passage | None:
         """The oldest passage, when there is too much; the newest never is."""
@@ -135,6 +182,7 @@ class Window:
         """Let the oldest passage go."""
         passage = self._passages.popleft()
         self._bytes -= passage.size
+        self.everything.drop_oldest()
         pool = self.pools[passage.task]
         pool.drop_oldest()
         if not pool:

@@ -1,6 +1,7 @@
 """The user message of a sample: a template for each family of tasks, or the user's own."""
 
 from streamsyn.assembly.passages import Passage
+from streamsyn.assembly.sources import weights_of
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
 from streamsyn.sections import AssemblySection
@@ -41,7 +42,7 @@ class SamplePrompts:
         self._common: PromptTemplate | None = None
         if section.template is not None:
             self._common = PromptTemplate(str(section.template), read(section.template), _EXAMPLE)
-        elif section.contexts_per_sample == 1 and section.target_tokens is None:
+        elif not weights_of(section):
             self._common = self._families["general"]  # a single document needs no words round it
         self._tasks: dict[str, PromptTemplate] = {}
         for task, override in section.tasks.items():
@@ -58,13 +59,15 @@ class SamplePrompts:
 
     def user_message(self, passage: Passage, contexts: list[str]) -> str:
         """The message that holds `contexts` and asks for what `passage` answers."""
-        template = self._tasks.get(passage.task) or self._common or self._family(passage.task)
+        template = self.template(passage.task)
         return template.render(contexts=contexts, instruction=passage.instruction, task=passage.task)
+
+    def template(self, task: str) -> PromptTemplate:
+        """The one that samples of a task are rendered with."""
+        family = self._families[KNOWN_TASKS.get(task.lower(), "general")]
+        return self._tasks.get(task) or self._common or family
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of the packaged templates, which may be those of another version."""
         sources = [self._families[name].source for name in FAMILIES]
         return {"assembly.prompts": digest(*sources).hex()}
-
-    def _family(self, task: str) -> PromptTemplate:
-        return self._families[KNOWN_TASKS.get(task.lower(), "general")]

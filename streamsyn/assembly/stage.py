@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import structlog
 
-from streamsyn.assembly.assembler import Arrangement, Assembler, AssemblyState
+from streamsyn.assembly.arrangement import Arrangement
+from streamsyn.assembly.assembler import Assembler, AssemblyState
 from streamsyn.assembly.passages import Passage
 from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
@@ -133,6 +134,8 @@ class AssemblyStage:
         if self._left_out:
             raise StoppedEarly("stopped before every sample was made")
         self._emit(self._assembler.flush())
+        if self._assembler.left_out:
+            log.info("assembly.left_out", **self._assembler.left_out)
         self.save()
 
     def save(self) -> None:
@@ -160,7 +163,7 @@ class AssemblyStage:
             return
         try:
             state = AssemblyState(**saved)
-        except TypeError:
+        except TypeError:  # it has keys that this version does not know
             log.warning("assembly.state_damaged")
             return  # it is derived: start from the first context
         if state.consumed > self._logged or state.samples > self._delivered:

@@ -62,6 +62,8 @@ class SectionsRecipe:
         ConfigError: A template cannot be used, or a window holds too little.
     """
 
+    takes_documents = False
+
     def __init__(self, recipe: RecipeSection, checks: ChecksSection) -> None:
         self._recipe = recipe
         targets = [recipe.target_tokens, *(task.target_tokens or 1 for task in recipe.tasks.values())]

@@ -13,9 +13,9 @@ class ChecksSection(Section):
     """What a context must satisfy; the first failure names the reject."""
 
     min_words: Annotated[int, Field(ge=0)] = 50
-    """Fewer words are `too_short`."""
+    """Fewer words are `too_short`; for the recipe `instruction`, in the document."""
     max_words: Count = 20_000
-    """More words are `too_long`."""
+    """More words are `too_long`; for the recipe `instruction`, in question or answer."""
     refusal: bool = True
     """Reject answers that decline (`refusal`)."""
     max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.5

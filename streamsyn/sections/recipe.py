@@ -35,7 +35,7 @@ class RecipeSection(Section):
     contexts_per_seed: Count = 1
     """Drafts a seed: contexts written independently of each other."""
     max_tokens: Count = 4096
-    """Longest answer of the recipe `context`, in tokens of the model that writes."""
+    """Longest answer of the recipes `context` and `instruction`, in tokens of the model that writes."""
     target_tokens: Count = 8000
     """Length that the recipe `sections` writes up to, as the servers count it: never beyond, and short of it
     by less than a quarter of a section. `checks.max_words` does not reject what is asked for here."""
@@ -56,10 +56,10 @@ class RecipeSection(Section):
     sampling: dict[str, Any] = {}
     """Any other sampling parameter, passed through to the server, such as `top_p`."""
     template: Path | None = None
-    """A Jinja2 file in place of the packaged prompt. For `context`: the blocks `user` and, where wanted,
-    `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the others stay as
-    packaged. For both: `group`, text that several seeds share, such as a passage; it stands first in the
-    user message, and its seeds are sent to one server, one after the other."""
+    """A Jinja2 file in place of the packaged prompt. For `context` and `instruction`: the blocks `user` and,
+    where wanted, `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the
+    others stay as packaged. For all: `group`, text that several seeds share, such as a passage; it stands
+    first in the user message, and its seeds are sent to one server, one after the other."""
     tasks: dict[str, TaskRecipeSection] = {}
     """Overrides for single tasks: `[recipe.tasks.NAME]`."""
     tries: Count = 3

@@ -16,6 +16,8 @@ CHUNK_BYTES = 256 * 1024
 ZSTD_CHUNK_BYTES = 64
 """Four bytes can stand for a block of 128 KiB: so few are decompressed at once that memory is bounded."""
 BATCH_ROWS = 256
+BATCH_DOCUMENTS = 16
+"""A document may be as long as a book: so few rows of them are held at once."""
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED_SUFFIXES = ("", ".gz", ".zst")
 
@@ -39,11 +41,13 @@ class SeedSource(Protocol):
 class JsonLinesSource:
     """A file of JSON lines."""
 
-    def __init__(self, path: Path, task: str | None, seeds: SeedsSection) -> None:
+    def __init__(
+        self, path: Path, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
+    ) -> None:
         self._path = path
         self._task = task or _stem(path)
         self._max_line_bytes = seeds.max_line_bytes
-        self._parser = SeedParser(seeds.fields)
+        self._parser = SeedParser(seeds.fields, takes_documents=takes_documents)
         self._size = path.stat().st_size
         self._position = 0
 
@@ -63,12 +67,13 @@ class JsonLinesSource:
         return self._position / self._size if self._size else 1.0
 
     def _chunks(self, raw: IO[bytes]) -> Iterator[bytes]:
-        for chunk in _plain_chunks(self._path.suffix, raw):
+        for chunk in plain_chunks(self._path.suffix, raw):
             self._position = raw.tell()
             yield chunk
 
 
-def _plain_chunks(suffix: str, raw: IO[bytes]) -> Iterator[bytes]:
+def plain_chunks(suffix: str, raw: IO[bytes]) -> Iterator[bytes]:
+    """The bytes of a file, decompressed as its suffix says."""
     if suffix == ".zst":
         yield from _zstd_chunks(raw)
     elif suffix == ".gz":
@@ -103,10 +108,13 @@ def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
 class ParquetSource:
     """A Parquet file; a row's number counts from 1, as lines do."""
 
-    def __init__(self, path: Path, task: str | None, seeds: SeedsSection) -> None:
+    def __init__(
+        self, path: Path, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
+    ) -> None:
         self._path = path
         self._task = task or _stem(path)
-        self._parser = SeedParser(seeds.fields)
+        self._parser = SeedParser(seeds.fields, takes_documents=takes_documents)
+        self._batch_rows = BATCH_DOCUMENTS if takes_documents else BATCH_ROWS
         self._read = 0
         self._rows: int | None = None
 
@@ -117,7 +125,7 @@ class ParquetSource:
         try:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 self._rows = file.metadata.num_rows
-                for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for batch in file.iter_batches(batch_size=self._batch_rows):
                     yield self._entries(batch)
         except (OSError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{self._path} cannot be read to its end as Parquet: {error}") from error
@@ -134,10 +142,13 @@ class ParquetSource:
 class SavedDatasetSource:
     """A directory written by `datasets.save_to_disk`; a DatasetDict is read split by split."""
 
-    def __init__(self, path: Path, task: str | None, seeds: SeedsSection) -> None:
+    def __init__(
+        self, path: Path, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
+    ) -> None:
         self._path = path
         self._task = task or path.name
-        self._parser = SeedParser(seeds.fields)
+        self._parser = SeedParser(seeds.fields, takes_documents=takes_documents)
+        self._batch_rows = BATCH_DOCUMENTS if takes_documents else BATCH_ROWS
         self._read = 0
         self._rows: int | None = None
 
@@ -153,8 +164,8 @@ class SavedDatasetSource:
         for name, split in splits.items():
             source = f"{self._path}[{name}]" if name else str(self._path)
             tables = split.with_format("arrow")
-            for start in range(0, len(split), BATCH_ROWS):
-                rows = tables[start : start + BATCH_ROWS]
+            for start in range(0, len(split), self._batch_rows):
+                rows = tables[start : start + self._batch_rows]
                 self._read += rows.num_rows
                 yield list(_row_entries(rows, start + 1, source, self._task, self._parser))
 

@@ -17,11 +17,18 @@ _WRAPPING = 16
 
 
 class SeedParser:
-    """Reads seeds in the form that `seeds.fields` names."""
+    """Reads seeds in the form that `seeds.fields` names.
 
-    def __init__(self, fields: FieldsSection) -> None:
+    Args:
+        fields: The names.
+        takes_documents: Whether a seed is a document; an instruction or answer beside it is metadata then.
+    """
+
+    def __init__(self, fields: FieldsSection, *, takes_documents: bool = False) -> None:
         self._fields = fields
-        self._named = frozenset((fields.instruction, fields.answer, fields.id, fields.task))
+        self._takes_documents = takes_documents
+        parts = (fields.context,) if takes_documents else (fields.instruction, fields.answer)
+        self._named = frozenset((*parts, fields.id, fields.task))
 
     def line(self, line: Line, source: str, task: str, max_line_bytes: int) -> Entry | None:
         """The seed in one JSON line; None for a blank one."""
@@ -43,13 +50,17 @@ class SeedParser:
     def row(self, row: Mapping[str, Any], origin: str, task: str, raw: bytes) -> Entry:
         """The seed in a decoded object; `raw` stands for its bytes."""
         try:
-            instruction, answer = self._pair(row)
+            if self._takes_documents:
+                instruction, answer, context = "", "", _text(row, self._fields.context)
+            else:
+                instruction, answer, context = *self._pair(row), ""
             task = _optional(row, self._fields.task) or task
-            seed_id = _optional(row, self._fields.id) or digest(instruction, answer).hex()
+            parts = (context,) if self._takes_documents else (instruction, answer)
+            seed_id = _optional(row, self._fields.id) or digest(*parts).hex()
             metadata = self._rest(row)
         except _NotASeed as error:
             return _bad(origin, RejectReason.NOT_A_SEED, str(error), raw)
-        return Seed(seed_id, task, instruction, answer, origin, metadata)
+        return Seed(seed_id, task, instruction, answer, origin, metadata, context)
 
     def unreadable(self, error: Exception, origin: str) -> Entry:
         """What a row is whose values Python cannot hold."""
@@ -65,7 +76,7 @@ class SeedParser:
 
     def _rest(self, row: Mapping[str, Any]) -> dict[str, Any]:
         taken = self._named
-        if self._fields.instruction not in row:
+        if not self._takes_documents and self._fields.instruction not in row:
             taken = taken | {self._fields.messages}
         rest = {key: value for key, value in row.items() if key not in taken}
         if not rest:

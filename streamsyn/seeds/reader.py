@@ -29,13 +29,22 @@ class SeedReader:
         seeds: The section of the configuration.
         run_seed: Seeds the order of interleaved sources.
         spool_folder: Where to keep what is read from stdin; None keeps nothing (`preview`).
+        takes_documents: Whether seeds are documents rather than pairs: as the recipe says.
 
     Raises:
         ConfigError: A source does not exist or is of no known kind.
     """
 
-    def __init__(self, seeds: SeedsSection, run_seed: int, spool_folder: Path | None) -> None:
+    def __init__(
+        self,
+        seeds: SeedsSection,
+        run_seed: int,
+        spool_folder: Path | None,
+        *,
+        takes_documents: bool = False,
+    ) -> None:
         self._seeds = seeds
+        self._documents = takes_documents
         self._random = random.Random(run_seed)
         self._spool = Spool(spool_folder) if spool_folder is not None else None
         self._stdin: StdinSource | None = None
@@ -74,16 +83,16 @@ class SeedReader:
                 raise ConfigError("seeds: stdin (`-`) is given twice; it can be read once")
             if sys.stdin is None:  # Python found it closed; by now its number may be another file's
                 raise ConfigError("seeds: stdin (`-`) is closed; pipe seeds in, or give --seeds a path")
-            self._stdin = StdinSource(0, source.task, self._seeds)
+            self._stdin = StdinSource(0, source.task, self._seeds, takes_documents=self._documents)
             return [self._stdin]
         return [self._open_path(path, source.task) for path in find(source.path)]
 
     def _open_path(self, path: Path, task: str | None) -> SeedSource:
         if path.is_dir():
-            return SavedDatasetSource(path, task, self._seeds)
+            return SavedDatasetSource(path, task, self._seeds, takes_documents=self._documents)
         if path.suffix == ".parquet":
-            return ParquetSource(path, task, self._seeds)
-        return JsonLinesSource(path, task, self._seeds)
+            return ParquetSource(path, task, self._seeds, takes_documents=self._documents)
+        return JsonLinesSource(path, task, self._seeds, takes_documents=self._documents)
 
     def _stream(
         self, parts: Sequence[SeedSource], is_known: Callable[[Entry], bool]

@@ -15,16 +15,19 @@ from streamsyn.seeds.lines import LineSplitter
 from streamsyn.seeds.parse import SeedParser
 
 CHUNK_BYTES = 256 * 1024
+BATCH_LINES = 256
 
 
 class StdinSource:
     """NDJSON on a file descriptor; `stop` ends a read that waits for more."""
 
-    def __init__(self, fd: int, task: str | None, seeds: SeedsSection) -> None:
+    def __init__(
+        self, fd: int, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
+    ) -> None:
         self._fd = fd
         self._task = task or "stdin"
         self._max_line_bytes = seeds.max_line_bytes
-        self._parser = SeedParser(seeds.fields)
+        self._parser = SeedParser(seeds.fields, takes_documents=takes_documents)
         self._wake_read, self._wake_write = os.pipe()
         self._stopped = False
 
@@ -76,7 +79,7 @@ class Spool:
         if not self._path.exists():
             return
         batch: list[Entry] = []
-        end = 0
+        end = begin = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 entry = _decode(line)
@@ -86,9 +89,9 @@ class Spool:
                     break
                 end += len(line)
                 batch.append(entry)
-                if len(batch) == 256:
+                if len(batch) == BATCH_LINES or end - begin >= CHUNK_BYTES:
                     yield batch
-                    batch = []
+                    batch, begin = [], end
         if end < self._path.stat().st_size:
             os.truncate(self._path, end)
         yield batch

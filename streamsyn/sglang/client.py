@@ -6,6 +6,7 @@ from streamsyn.errors import ConfigError, ServerUnavailable
 from streamsyn.records import Completion, Request
 from streamsyn.sglang import wire
 from streamsyn.sglang.loads import Load, parse_load
+from streamsyn.sglang.scored import check_scores, score
 from streamsyn.sglang.spec import KEY_VARIABLE
 from streamsyn.sglang.transport import Transport
 
@@ -31,6 +32,27 @@ class ServerClient:
         self.transport = transport
         self._request_timeout_s = request_timeout_s
         self._key_name = key_name
+
+    async def complete(
+        self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
+    ) -> Completion:
+        """What `request` is after: an answer, as `chat` gives it, or how likely one is.
+
+        Raises:
+            ServerError: No usable answer came; the kind says what to do next.
+        """
+        if request.scored is None:
+            return await self.chat(request, model, rid, on_first_token)
+        return await score(self.transport, self.url, request, model, rid, self._request_timeout_s)
+
+    async def check_scores(self, model: str, rid: str) -> None:
+        """Find out whether it can score.
+
+        Raises:
+            RequestRefused: It cannot.
+            ServerError: It gave no answer.
+        """
+        await check_scores(self.transport, self.url, model, rid, _CONTROL_TIMEOUT_S)
 
     async def chat(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None

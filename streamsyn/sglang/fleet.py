@@ -16,6 +16,7 @@ import structlog
 from streamsyn.background import Background, background
 from streamsyn.errors import (
     BrokenResponse,
+    ConfigError,
     RequestRefused,
     ServerBusy,
     ServerError,
@@ -115,6 +116,30 @@ class Fleet:
         await self._roster.agree()
         self._shares = Shares(self._section.models or dict.fromkeys(self.models, 1.0))
 
+    async def check_scores(self, model: str) -> None:
+        """See whether the servers of `model` that are in can score; one that gives no answer now may.
+
+        Raises:
+            ConfigError: One cannot.
+        """
+        refused: list[str] = []
+
+        async def check(server: Server) -> None:
+            rid = f"{self._run_rid}-{next(self._requests):012x}"
+            try:
+                await server.client.check_scores(model, rid)
+            except RequestRefused as error:
+                refused.append(str(error))
+            except ServerError as error:
+                log.info("fleet.scores_unknown", server=server.url, error=str(error))
+
+        async with asyncio.TaskGroup() as group:
+            for server in self._roster.pools[model].servers:
+                if server.is_in:
+                    group.create_task(check(server), name=f"check-{server.url}")
+        if refused:
+            raise ConfigError(min(refused))
+
     def model_of(self, key: bytes) -> str:
         """The model that writes the draft of this key; the same in every run."""
         return self._shares.model_of(key)
@@ -140,7 +165,7 @@ class Fleet:
             place = await pool.acquire(request, failed_at)
             at, started = time.time(), self._clock()
             try:
-                if self._hedging.is_on:
+                if self._hedging.is_on and request.scored is None:
                     completion = await self._hedging.ask(Call(request, place, pool, started))
                 else:
                     completion = await self._ask(place, pool, request)
@@ -175,7 +200,8 @@ class Fleet:
         server, started = place.server, self._clock()
         text = prefixes.rendered(request)
         keys = prefixes.chain(text)
-        planned = server.prefixes.share(text, keys)
+        scored = request.scored
+        planned = server.prefixes.share(text if scored is None else prefixes.answered(text, scored), keys)
 
         def first_token() -> None:
             server.prefixes.add(keys)
@@ -183,7 +209,7 @@ class Fleet:
 
         rid = f"{self._run_rid}-{next(self._requests):012x}"
         try:
-            completion = await server.client.chat(
+            completion = await server.client.complete(
                 request, server.model, rid, first_token if place.leads else None
             )
         except (ServerTimeout, asyncio.CancelledError) as error:
@@ -202,13 +228,13 @@ class Fleet:
             completion = replace(completion, weight_version=server.weight_version)
         server.weight_version = completion.weight_version
         server.planned_cached_tokens += planned * completion.prompt_tokens
-        if request.group:  # it may go on
+        if request.group and scored is None:  # it may go on
             keys = prefixes.chain(prefixes.answered(text, completion.text), keys)
         server.prefixes.add(keys)
-        self._answered(server, completion, self._since(started))
+        self._answered(server, completion, self._since(started), wrote=scored is None)
         return completion
 
-    def _answered(self, server: Server, completion: Completion, seconds: float) -> None:
+    def _answered(self, server: Server, completion: Completion, seconds: float, *, wrote: bool) -> None:
         self._outage.answered()
         server.health.answered()
         server.completions += 1
@@ -216,7 +242,11 @@ class Fleet:
         server.prompt_tokens += completion.prompt_tokens
         server.cached_tokens += completion.cached_tokens
         cap = server.limiter.cap
-        server.limiter.answered(self._clock(), seconds, completion.completion_tokens)
+        if wrote:
+            server.limiter.answered(self._clock(), seconds, completion.completion_tokens)
+        else:
+            computed = completion.prompt_tokens - completion.cached_tokens
+            server.limiter.scored(self._clock(), seconds, computed)
         self._roster.cap_moved(server, cap)
 
     def _failed(self, server: Server, error: ServerError) -> None:

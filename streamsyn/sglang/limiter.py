@@ -84,6 +84,10 @@ class Limiter:
         """The server answered a request with so many tokens in so many seconds."""
         self._next_hold_s = _FIRST_HOLD_S
 
+    def scored(self, now: float, seconds: float, tokens: int) -> None:  # noqa: ARG002 - the other one asks
+        """The server scored an answer, and computed so many tokens of its prompt for that."""
+        self._next_hold_s = _FIRST_HOLD_S
+
     def failed(self) -> None:
         """A request brought no answer, for whatever reason."""
 
@@ -127,6 +131,8 @@ class AdaptiveLimiter(Limiter):
     _read_at: float | None = None
     _last: Load | None = None
     _rounds: Rounds = field(default_factory=Rounds)
+    _writes: bool = False
+    """Whether it has given answers, and not only scored some."""
 
     def room(self, now: float) -> int:
         """See Limiter."""
@@ -147,6 +153,19 @@ class AdaptiveLimiter(Limiter):
         """See Limiter; without fresh readings, this is what the cap goes by."""
         Limiter.answered(self, now, seconds, tokens)
         self._credit = True
+        if not self._writes:
+            self._writes, self._rounds = True, Rounds()
+        self._judge(now, seconds, tokens)
+
+    def scored(self, now: float, seconds: float, tokens: int) -> None:
+        """See Limiter; a scored request writes nothing, so beside answers it is no measure of a server."""
+        Limiter.scored(self, now, seconds, tokens)
+        self._credit = True
+        if not self._writes:
+            self._judge(now, seconds, tokens)
+
+    def _judge(self, now: float, seconds: float, tokens: int) -> None:
+        """Move the cap by what answers cost, where the server does not tell its load."""
         if self._is_fresh(now):
             return
         verdict = self._rounds.answered(now, seconds, tokens, self.cap)

@@ -26,6 +26,8 @@ MODEL_INFO = "/model_info"
 HEALTH = "/health"
 ABORT = "/abort_request"
 LOADS = "/v1/loads?include=core,queues"
+TOKENIZE = "/tokenize"
+GENERATE = "/generate"
 ROUTING_KEY = "X-SMG-Routing-Key"
 """By which a router in front of servers keeps requests together; servers take it too."""
 
@@ -50,13 +52,28 @@ def parse_chat(status: int, body: bytes, server: str) -> Completion:
     Raises:
         ServerError: There is none; which one says what to do next.
     """
+    return _completion(_parsed(status, body, server), body, server)
+
+
+def parse_object(status: int, body: bytes, server: str) -> Any:
+    """What an answer of another route holds.
+
+    Raises:
+        ServerError: It is none, or says that something is wrong.
+    """
+    answer = _parsed(status, body, server)
+    if (message := _error_message(answer)) is not None:
+        raise error_of(_error_code(answer), message, server)
+    return answer
+
+
+def _parsed(status: int, body: bytes, server: str) -> Any:
     if status != 200:
         raise error_of(status, _message(body), server)
     try:
-        answer = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BrokenResponse(f"{server} answered no JSON: {_shown(body)}") from error
-    return _completion(answer, body, server)
 
 
 def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
@@ -96,14 +113,14 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
         details, metadata = usage.get("prompt_tokens_details"), answer.get("metadata")
         finish_reason = choice["finish_reason"]
         completion = Completion(
-            text=_checked(choice["message"]["content"] or "", str),
+            text=checked(choice["message"]["content"] or "", str),
             finish_reason=finish_reason,
-            prompt_tokens=_count(usage["prompt_tokens"]),
-            cached_tokens=_count((details or {}).get("cached_tokens") or 0),
-            completion_tokens=_count(usage["completion_tokens"]),
-            model=_checked(answer["model"], str),
+            prompt_tokens=count(usage["prompt_tokens"]),
+            cached_tokens=count((details or {}).get("cached_tokens") or 0),
+            completion_tokens=count(usage["completion_tokens"]),
+            model=checked(answer["model"], str),
             server=server,
-            weight_version=_checked((metadata or {}).get("weight_version") or "", str) or None,
+            weight_version=checked((metadata or {}).get("weight_version") or "", str) or None,
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise BrokenResponse(f"{server} answered without {error}: {_shown(body)}") from error
@@ -113,18 +130,19 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
     return completion
 
 
-def _checked(value: Any, kind: type[T]) -> T:
+def checked(value: Any, kind: type[T]) -> T:
     """`value`, which goes into the log as it is, and so has to be what readers of the log expect."""
     if not isinstance(value, kind):
         raise TypeError(f"a {kind.__name__} where there is {value!r:.40}")
     return value
 
 
-def _count(value: Any) -> int:
-    count = _checked(value, int)
-    if isinstance(value, bool) or not 0 <= count < 2**31:
+def count(value: Any) -> int:
+    """`value`, which has to be a number of tokens."""
+    number = checked(value, int)
+    if isinstance(value, bool) or not 0 <= number < 2**31:
         raise TypeError(f"a count where there is {value!r:.40}")
-    return count
+    return number
 
 
 def error_of(status: int, message: str, server: str) -> ServerError:

@@ -180,6 +180,7 @@ def _steps(db: sqlite3.Connection, key: bytes) -> list[FinishedStep]:
             try:
                 completion, attempts = orjson.loads(body)
                 tries = [Attempt(**attempt) for attempt in attempts]
+                completion["logprobs"] = tuple(completion.get("logprobs", ()))
                 steps.append(FinishedStep(asked, Completion(**completion), tries))
             except (TypeError, ValueError):  # another version's
                 break

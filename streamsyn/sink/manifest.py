@@ -6,6 +6,7 @@ waited for distractors were assembled with what there was. It is part of what sa
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Manifest:
         self.final: dict[str, Any] | None = None
         self.good_bytes = 0
         """Bytes of whole lines."""
+        self.on_line: Callable[[Any], None] | None = None
+        """Called with each line that has been appended; must not block."""
         if path.exists():
             self._read()
 
@@ -88,6 +91,8 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         self.good_bytes += len(data)
+        if self.on_line is not None:
+            self.on_line(line)
 
     def _read(self) -> None:
         with self._path.open("rb") as file:

@@ -20,6 +20,8 @@ from streamsyn.sink.shard import sync_folder
 FORMAT = 1
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
 
+_LATE = frozenset({"model", "scoring.model", "scoring.prompt", "checks.eval_sets"})
+"""Keys of the fingerprint that are known only once servers, or large files, have been asked."""
 _NO_DEFAULTS: Mapping[str, Any] = {}
 
 
@@ -65,8 +67,8 @@ class RunDirectory:
             return
         now = orjson.loads(orjson.dumps(fingerprint))
         before = {key: value for key, value in defaults.items() if key in now} | saved["fingerprint"]
-        if "model" not in now:
-            before.pop("model", None)
+        if "model" not in now:  # the servers have not been asked yet
+            before, now = ({k: v for k, v in keys.items() if k not in _LATE} for keys in (before, now))
         differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if differing:
             pairs = "; ".join(

@@ -135,7 +135,7 @@ class Verification:
         for row in part.rows():
             yield from self._check_seq("samples", part, row)
             where, seqs = f"{part.name}: sample {row.get('seq')}", row.get("context_seqs")
-            if not isinstance(seqs, list) or any(seq not in logged for seq in seqs):
+            if not isinstance(seqs, list) or any(seq is not None and seq not in logged for seq in seqs):
                 yield f"{where} names contexts that are not in the log"
             if again is not None and next(again, None) != frames.line(row):
                 yield f"{where} {_DIFFERS}"

@@ -59,6 +59,12 @@ def assemble(given_assembler: Assembler, log: Sequence[Passage], flushes: Sequen
     return made + samples_of(given_assembler.flush())
 
 
+def seqs(sample: Sample) -> list[int]:
+    """Of a sample of contexts alone."""
+    assert None not in sample.context_seqs
+    return [seq for seq in sample.context_seqs if seq is not None]
+
+
 @dataclass(frozen=True)
 class Case:
     """A log and how it is assembled."""
@@ -123,15 +129,15 @@ def test_each_context_becomes_one_sample(case: Case) -> None:
 
     assert Counter(one.id for one in log) == Counter(sample.id for sample in samples)
     for sample in samples:
-        inside = [log[seq] for seq in sample.context_seqs]
+        inside = [log[seq] for seq in seqs(sample)]
         relevant = inside.pop(sample.relevant_index)
         assert (relevant.id, relevant.seed_id, relevant.task) == (sample.id, sample.seed_id, sample.task)
         assert relevant.answer == sample.messages[1]["content"]
-        assert len(sample.context_seqs) == len({log[seq].seed_id for seq in sample.context_seqs})
+        assert len(sample.context_seqs) == len({log[seq].seed_id for seq in seqs(sample)})
         assert [True] * len(inside) == [is_eligible(one, relevant) for one in inside]
-        assert sum(log[seq].tokens for seq in sample.context_seqs) == sample.n_tokens
+        assert sum(log[seq].tokens for seq in seqs(sample)) == sample.n_tokens
         user = sample.messages[0]["content"]
-        places = [user.index(log[seq].text.strip()) for seq in sample.context_seqs]
+        places = [user.index(log[seq].text.strip()) for seq in seqs(sample)]
         assert sorted(places) == places
         assert user.index(relevant.instruction) > places[-1]
 
@@ -152,7 +158,7 @@ def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
 
     def check(samples: list[Sample], *, flushed: bool) -> None:
         for sample in samples:
-            relevant = log[sample.context_seqs[sample.relevant_index]]
+            relevant = log[seqs(sample)[sample.relevant_index]]
             if "contexts_per_sample" in case.section:
                 assert len(sample.context_seqs) <= case.section["contexts_per_sample"]
             if is_complete(sample, case):
@@ -160,7 +166,7 @@ def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
             # it left the window, as its oldest passage, or the stream ended
             there = window if flushed else [one for one in window if one.seq >= relevant.seq]
             eligible = {one.seed_id for one in there if is_eligible(one, relevant)}
-            assert eligible == {log[seq].seed_id for seq in sample.context_seqs} - {relevant.seed_id}
+            assert eligible == {log[seq].seed_id for seq in seqs(sample)} - {relevant.seed_id}
 
     for one in log:
         if one.seq in case.flushes:
@@ -226,7 +232,7 @@ def test_a_flush_makes_what_waits() -> None:
 
     assert [[], [], []] == waiting
     assert [(f"seed-{seq}#{seq}", [0, 1, 2]) for seq in range(3)] == [
-        (sample.id, sorted(sample.context_seqs)) for sample in flushed
+        (sample.id, sorted(seqs(sample))) for sample in flushed
     ]
     assert [] == samples_of(one_by_one.flush())
     assert [0, 2] == [len(samples_of(one_by_one.add(passage(seq)))) for seq in (3, 4)]
@@ -238,7 +244,7 @@ def test_target_tokens_decide_in_place_of_a_number() -> None:
     long = assemble(assembler(target_tokens=35), [passage(0, tokens=35), passage(1)])
 
     assert [4] * 10 == [len(sample.context_seqs) for sample in samples]
-    assert [[0], [0, 1]] == [sorted(sample.context_seqs) for sample in long]
+    assert [[0], [0, 1]] == [sorted(seqs(sample)) for sample in long]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,7 @@ def test_short_answers_may_stand_in_distractors(answer: str, contexts: int) -> N
     """A distractor must not hold the answer, whatever its case and spaces, unless it is as short as a yes."""
     text = "Oh yes, it is PARIS  \n France."
     log = [passage(0, answer=answer), passage(1, text=text), passage(2, text=text)]
-    samples = assemble(assembler(contexts_per_sample=3), log)
+    samples = assemble(assembler(contexts_per_sample=3, max_similarity=1), log)
 
     assert contexts == next(len(one.context_seqs) for one in samples if one.id == "seed-0#0")
 
@@ -258,7 +264,7 @@ def test_drafts_of_a_seed_are_no_distractors_of_each_other() -> None:
     log = [passage(seq, seed=seq // 4) for seq in range(24)]
     samples = assemble(assembler(contexts_per_sample=3), log)
 
-    assert [3] * 24 == [len({seq // 4 for seq in sample.context_seqs}) for sample in samples]
+    assert [3] * 24 == [len({seq // 4 for seq in seqs(sample)}) for sample in samples]
 
 
 def test_the_relevant_one_stands_anywhere() -> None:
@@ -279,8 +285,8 @@ def test_every_context_is_a_distractor_about_as_often() -> None:
         samples_of(one_by_one.add(one))
     drawn = Counter[int]()
     for seq in range(40, 1040):
-        pool = one_by_one._window.pools["qa"]
-        drawn.update(one.seq for one in one_by_one._distractors(passage(seq), pool)[0])
+        choice, _ = one_by_one._choice(passage(seq), final=True)
+        drawn.update(one.log_seq for one in choice.distractors if one.log_seq is not None)
 
     assert 4000 == sum(drawn.values())
     assert set(range(40)) == set(drawn)
@@ -325,9 +331,9 @@ def test_samples_do_not_depend_on_the_process() -> None:
 
 def held(one: Assembler) -> int:
     """How many things an assembler holds."""
-    waiting = sum(len(entries) + 1 for entries in one._waiting.values())
-    pools = sum(len(pool._passages) for pool in one._window.pools.values())
-    return waiting + pools + len(one._pending) + len(one._window._passages) + len(one._window.pools)
+    window = one._window
+    pools = sum(len(pool._passages) for pool in [*window.pools.values(), window.everything])
+    return len(one._waiting) + pools + len(window._passages) + len(window.pools)
 
 
 @pytest.mark.parametrize(
@@ -356,9 +362,10 @@ def test_memory_is_bounded_by_the_window(log: Any, length: dict[str, int]) -> No
 
 def test_one_context_larger_than_the_window_is_held() -> None:
     """The newest passage always is, so that a window too small for one still makes samples."""
-    samples = assemble(assembler(window_bytes=1), [passage(seq, text="x" * 100) for seq in range(5)])
+    log = [passage(seq, text=f"{seq}" * 100) for seq in range(5)]
+    samples = assemble(assembler(window_bytes=1), log)
 
-    assert [[0, 1], [1, 2], [2, 3], [3, 4], [4]] == [sorted(sample.context_seqs) for sample in samples]
+    assert [[0, 1], [1, 2], [2, 3], [3, 4], [4]] == [sorted(seqs(sample)) for sample in samples]
 
 
 @example(length=0, dropped=0)

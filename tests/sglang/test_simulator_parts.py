@@ -12,7 +12,9 @@ from streamsyn.sglang.simulator.costs import H100
 from streamsyn.sglang.simulator.engine import Work
 from streamsyn.sglang.simulator.faults import Fault, FaultPlan
 from streamsyn.sglang.simulator.plain import PlainEngine
+from streamsyn.sglang.simulator.reading import MET, NEW, Spelling, found, surprise, told
 from streamsyn.sglang.simulator.text import Prose
+from streamsyn.sglang.simulator.tokens import token_ids
 
 
 def test_rates_decide_the_same_way_for_a_seed() -> None:
@@ -53,6 +55,7 @@ def test_a_script_comes_before_the_rates() -> None:
         ({"max_prefill_tokens": 5}, "max_prefill_tokens has no meaning with cost_model 'plain'"),
         ({"schedule_policy": "lpm"}, "schedule_policy has no meaning with cost_model 'plain'"),
         ({"speed": 0}, "speed must be positive"),
+        ({"faithful": 1.5}, "faithful must lie between 0 and 1"),
     ],
 )
 def test_wrong_configuration_is_named(fields: dict[str, Any], named: str) -> None:
@@ -137,3 +140,40 @@ def test_texts_are_fixed_by_the_seed() -> None:
     """The same seed writes the same texts, another seed others."""
     assert Prose(1).write(150) == Prose(1).write(150) != Prose(2).write(150)
     assert len(Prose(1).write(4).split()) == 4
+
+
+def test_ids_are_spelled_as_what_they_were_made_from() -> None:
+    """Also two texts one after the other, the second cut; ids that were never made stand for nothing."""
+    spelling, first, second = Spelling(), "The geese fly south.!", "In autumn, when it is cold."
+    ids, more = spelling.learn(first), spelling.learn(second)
+    assert ids == token_ids(first)
+    assert spelling.text(ids + more[:3]) == first.ljust(24) + second[:12]
+    assert spelling.text([*ids, 7]) is None
+
+
+def test_words_that_were_met_are_likelier() -> None:
+    """Token by token: one that holds part of a new word is as unlikely as a new word, case aside."""
+    assert surprise("the Geese fly", "Geese FLY") == [MET, MET, MET]
+    assert surprise("geese", "a goose. geese") == [NEW, NEW, MET, MET]
+
+
+def test_a_question_is_answered_with_the_sentence_that_has_most_of_its_words() -> None:
+    """Sentences of all but the last two paragraphs; none where no word is met."""
+    how = "Answer briefly."
+    context = "Geese are loud. They fly south in autumn.\n\nDucks stay."
+    assert found(f"{context}\n\nWhen do geese fly south?\n\n{how}") == "They fly south in autumn."
+    assert found(f"{context}\n\nWho wrote it?\n\n{how}") == ""
+    assert found(f"When do geese fly south?\n\n{how}") == ""
+
+
+def test_faithful_texts_hold_the_answer() -> None:
+    """What stands below `Answer:` in the prompt, in such a share of texts; the others stay as they are."""
+    prompt = "Question:\nWho?\n\nAnswer:\nKeeper Amund\nTarn.\n\nNow write."
+    assert told(prompt) == "Keeper Amund Tarn."
+    assert told("Write.") == ""
+    faithful, half, plain = (Prose(0, share) for share in (1.0, 0.5, 0.0))
+    texts = [faithful.about(told(prompt), 100) for _ in range(100)]
+    assert all("It is on record: Keeper Amund Tarn. " in text for text in texts)
+    assert 30 < sum("Amund" in half.about(told(prompt), 100) for _ in range(100)) < 70
+    same = Prose(0)
+    assert [plain.about(told(prompt), 60) for _ in range(9)] == [same.write(60) for _ in range(9)]

@@ -1,18 +1,27 @@
 """The main job on the real SGLang that deploy/sglang-cpu installs."""
 
+import asyncio
 import json
 import os
 import re
 from itertools import pairwise
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 
+from streamsyn.scoring.answers import Answers
+from streamsyn.scoring.asking import Asking
+from streamsyn.scoring.gain import Gain
+from streamsyn.scoring.prompts import AnswerPrompt, Question
+from streamsyn.sections import FleetSection
+from streamsyn.sglang.fleet import open_fleet
 from tests.system.conftest import assert_clean, rows, streamsyn
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
 
+PROMPT = AnswerPrompt()
 SEEDS = Path(__file__).parent / "seeds.jsonl"
 OPTIONS = {
     "recipe.target_words": 60,
@@ -98,6 +107,59 @@ def test_sections_on_a_launched_server(tmp_path: Path) -> None:
             past = before["prompt_tokens"] + before["completion_tokens"]
             assert step["cached_tokens"] >= 0.9 * past - 8, "the past was computed again"
     assert not (out / "journal.sqlite").exists()
+
+
+HELPS = (
+    "Nina Sayers grew up in New York. She is a professional ballet dancer, and has danced with a company at "
+    "Lincoln Center since she was twenty. Her mother was a dancer too, and gave it up when Nina was born."
+)
+UNRELATED = (
+    "Sourdough rises slowly. Bakers in the valley add salt on the second day, and bake before dawn, when the "
+    "ovens are hottest. Rye flour takes up more water than wheat, so the dough is left to rest for longer."
+)
+QUESTION = Question(
+    "What does Nina Sayers do for a living?", "She is a professional ballet dancer.", "narrativeqa"
+)
+
+
+async def test_scoring_on_a_launched_server(tmp_path: Path) -> None:
+    """One logprob a token of the answer, the context's prefix from the cache at the second look, and more
+    gain from a context that holds the answer than from another.
+    """
+    from streamsyn.sglang.launch import launched
+    from streamsyn.sglang.launch_command import find_packaged_model
+
+    model = await asyncio.to_thread(find_packaged_model)
+    async with launched(model, log_path=tmp_path / "sglang.log") as server:
+        section = FleetSection(servers=(server.url,), concurrency=4)
+        async with open_fleet(section, lambda: None) as fleet:
+            await fleet.ask_models()
+            await fleet.check_scores(server.model)
+            gain, asking = Gain(PROMPT, 256), Asking(fleet, server.model)
+            helps = await gain.measure(asking, QUESTION, HELPS)
+            first_cached, first_tokens = asking.cached_tokens, asking.prompt_tokens
+            again = await Gain(PROMPT, 256).measure(asking, QUESTION, HELPS)
+            unrelated = await gain.measure(asking, QUESTION, UNRELATED)
+            few = await Gain(PROMPT, 3).measure(asking, QUESTION, HELPS)
+            answer = await Answers(PROMPT, 32).answer(asking, QUESTION, HELPS)
+            tokens = await server_tokens(server.url, QUESTION.answer)
+
+    assert tokens == helps["scored_tokens"]
+    assert 3 == few["scored_tokens"]
+    assert helps["context_gain"] == pytest.approx(again["context_gain"], abs=0.02)
+    assert asking.cached_tokens - first_cached > 0.5 * first_tokens
+    assert helps["context_gain"] > 0.3
+    assert helps["context_gain"] > unrelated["context_gain"] + 0.3
+    assert answer
+
+
+async def server_tokens(url: str, text: str) -> int:
+    """How many tokens the server makes of a text."""
+    async with aiohttp.ClientSession() as session:
+        body = {"prompt": text, "add_special_tokens": False}
+        async with session.post(f"{url}/tokenize", json=body) as reply:
+            count: int = (await reply.json())["count"]
+    return count
 
 
 def session_of(stderr: str) -> list[psutil.Process]:

@@ -4,10 +4,13 @@ from typing import Any, Final
 from streamsyn.sglang.simulator.asks import Ask
 from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, count_tokens
 from streamsyn.sglang.simulator.faults import Fault
+from streamsyn.sglang.simulator.reading import found, told
 from streamsyn.sglang.simulator.text import Prose
 
 EOS_ID: Final = 2
 WEIGHT_VERSION: Final = "default"
+PAIR_FORM: Final = "Question: ...\nAnswer: ..."
+"""A question that holds this is answered in this form."""
 REFUSAL: Final = "I'm sorry, but I can't help with writing this document."
 
 Finish = dict[str, Any]
@@ -74,5 +77,7 @@ def _content(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> str:
         case Fault.TRUNCATED | Fault.ABORTED:
             text = prose.write(words)
             return text[: len(text) * 3 // 5]
+        case _ if PAIR_FORM in ask.question:
+            return prose.pair()
         case _:
-            return prose.write(words)
+            return (found(ask.question) if ask.is_exam else "") or prose.about(told(ask.question), words)

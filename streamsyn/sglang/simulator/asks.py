@@ -28,6 +28,10 @@ class Ask:
     max_tokens: int | None
     stream: bool = False
     include_usage: bool = False
+    is_exam: bool = False
+    """One message alone, to be answered greedily: taken for a question about the text before it."""
+    ids: list[int] | None = None
+    """The prompt's token ids, where it came as such."""
     logprob_start: int | None = None
     """Where input logprobs begin; None when none are asked for."""
 

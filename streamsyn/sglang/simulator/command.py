@@ -72,6 +72,9 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
 )
 @click.option("--words", default=_DEFAULTS["words"], show_default=True, help="Length of a text.")
 @click.option(
+    "--faithful", default=_DEFAULTS["faithful"], show_default=True, help="Share of texts with the answer in."
+)
+@click.option(
     "--context-tokens", default=_DEFAULTS["context_tokens"], show_default=True, help="Longest prompt."
 )
 @click.option(

@@ -46,6 +46,8 @@ class SimulatorConfig:
     """Time for each token after that."""
     words: int = 150
     """Length of a written text in words, give or take a tenth; `max_tokens` cuts it."""
+    faithful: float = 0.0
+    """Share of written texts that hold, word for word, what stands below `Answer:` in their prompt."""
     context_tokens: int = 131_072
     """Longest prompt (`--context-length`); a longer one is refused with 400."""
     keep_alive_s: float = 5.0
@@ -83,6 +85,8 @@ class SimulatorConfig:
         for name in ("keep_alive_s", "speed"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.faithful <= 1:
+            raise ConfigError(f"faithful must lie between 0 and 1, not {self.faithful}")
         self._check_use()
         check_rates(self.faults)
 

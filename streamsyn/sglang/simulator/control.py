@@ -8,8 +8,8 @@ from streamsyn.sglang.simulator.chat import render
 from streamsyn.sglang.simulator.config import SGLANG_VERSION
 from streamsyn.sglang.simulator.line import Asked
 from streamsyn.sglang.simulator.loads import SECTIONS, load, metrics, server_info
+from streamsyn.sglang.simulator.reading import Spelling
 from streamsyn.sglang.simulator.simulation import Simulation
-from streamsyn.sglang.simulator.tokens import token_ids
 
 FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. "
@@ -20,8 +20,9 @@ FLUSHED = (
 class Control:
     """The routes that tell or steer: load, health, model, cache, aborts, and the simulator's own."""
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self, simulation: Simulation, spelling: Spelling) -> None:
         self._simulation = simulation
+        self._spelling = spelling
 
     def health(self, _asked: Asked) -> wire.Reply:
         """GET /health, /health_generate and /ready; at once, where the real /health takes a second."""
@@ -111,7 +112,7 @@ class Control:
     def tokenize(self, asked: Asked) -> wire.Reply:
         """POST /tokenize and /v1/tokenize."""
         try:
-            tokens = _tokenize(wire.read_object(asked.body))
+            tokens = _tokenize(wire.read_object(asked.body), self._spelling)
         except Malformed as error:
             return wire.malformed(str(error))
         count = [len(ids) for ids in tokens] if tokens and isinstance(tokens[0], list) else len(tokens)
@@ -129,12 +130,12 @@ class Control:
         return wire.reply(self._simulation.stats.as_dict())
 
 
-def _tokenize(body: dict[str, Any]) -> list[Any]:
+def _tokenize(body: dict[str, Any], spelling: Spelling) -> list[Any]:
     prompt, messages = body.get("prompt"), body.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
-        return token_ids(render(messages, goes_on=bool(body.get("continue_final_message"))))
+        return spelling.learn(render(messages, goes_on=bool(body.get("continue_final_message"))))
     if isinstance(prompt, str):
-        return token_ids(prompt)
+        return spelling.learn(prompt)
     if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt):
-        return [token_ids(text) for text in prompt]
+        return [spelling.learn(text) for text in prompt]
     raise Malformed("prompt: Input should be a valid string or list of strings")

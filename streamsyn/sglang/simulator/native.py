@@ -1,12 +1,12 @@
 """POST /generate (srt/managers/io_struct.py, tokenizer_manager.py, api/v1/api_types.py)."""
 
-import math
 from typing import Any, Final
 
 from streamsyn.sglang.simulator import wire
 from streamsyn.sglang.simulator.answers import ABORTED_WAITING, WEIGHT_VERSION, Answer
 from streamsyn.sglang.simulator.asks import Ask, Malformed, Refused, whole_number
-from streamsyn.sglang.simulator.cache import count_tokens
+from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, count_tokens
+from streamsyn.sglang.simulator.reading import NEW, Spelling, surprise
 from streamsyn.sglang.simulator.tokens import token_ids
 
 DEFAULT_MAX_TOKENS: Final = 128
@@ -24,7 +24,14 @@ class UnknownField(Refused):
 
 
 class Native:
-    """How the native route reads a body and words its answers."""
+    """How the native route reads a body and words its answers.
+
+    Args:
+        spelling: Which texts token ids stand for.
+    """
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
 
     def ask(self, body: dict[str, Any], rid: str) -> Ask:
         """What `body` asks for; `rid` stands in where it names none."""
@@ -35,7 +42,10 @@ class Native:
             if name not in SAMPLING_FIELDS:
                 listed = ", ".join(f"`{field}`" for field in SAMPLING_FIELDS)
                 raise UnknownField(f"unknown field `{name}`, expected one of {listed}")
-        prompt = _prompt(body)
+        given = _prompt(body)
+        ids = given if isinstance(given, list) else None
+        # As text, where that is known, it shares its prefix with what comes as text.
+        prompt = given if ids is None else self._spelling.text(ids) or ids
         limit = whole_number(sampling, "max_new_tokens")
         named = body.get("rid")
         return Ask(
@@ -46,7 +56,8 @@ class Native:
             # An explicit null means no limit, absence means 128 tokens.
             max_tokens=limit if "max_new_tokens" in sampling else DEFAULT_MAX_TOKENS,
             stream=body.get("stream") is True,
-            logprob_start=_logprob_start(body, prompt) if body.get("return_logprob") is True else None,
+            ids=ids,
+            logprob_start=_logprob_start(body, given) if body.get("return_logprob") is True else None,
         )
 
     def refusal(self, message: str) -> wire.Reply:
@@ -71,7 +82,7 @@ class Native:
         }
         ids = token_ids(answer.text)
         if ask.logprob_start is not None:
-            meta["input_token_logprobs"] = _input_logprobs(ask.prompt, ask.logprob_start)
+            meta["input_token_logprobs"] = _input_logprobs(ask, ask.logprob_start)
             meta["output_token_logprobs"] = [[-0.5, token, None] for token in ids]
             meta["output_token_logprobs_length"] = len(ids)
         meta["e2e_latency"] = answer.seconds
@@ -127,17 +138,18 @@ def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int) -> dict[s
     }
 
 
-def _input_logprobs(prompt: str | list[int], start: int) -> list[list[float | int | None]]:
-    """One entry a token from `start` on; the first has no logprob.
-
-    What comes before makes the rest likelier: about -2.3 a token after nothing, -1.2 after a long context.
-    That is what a real model gave for answers without and with their context.
+def _input_logprobs(ask: Ask, start: int) -> list[list[float | int | None]]:
+    """One entry a token from `start` on; the first has no logprob. What follows is likelier where its words
+    have been met before; of ids that stand for no known text, nothing is.
     """
-    ids = token_ids(prompt, start)
-    mean = 1.2 + 1.1 * math.exp(-start / 100)
-    rows: list[list[float | int | None]] = [
-        [-mean * (0.5 + token % 1024 / 1024), token, None] for token in ids
-    ]
-    if rows:
-        rows[0][0] = None
+    ids = token_ids(ask.prompt if ask.ids is None else ask.ids, start)
+    if not ids:
+        return []
+    means = [NEW] * len(ids)
+    if isinstance(ask.prompt, str):
+        at = (start + 1) * CHARACTERS_A_TOKEN
+        means = surprise(ask.prompt[:at], ask.prompt[at:])
+    rows: list[list[float | int | None]] = [[None, ids[0], None]]
+    for mean, token in zip(means, ids[1:], strict=False):
+        rows.append([-mean * (0.5 + token % 1024 / 1024), token, None])
     return rows

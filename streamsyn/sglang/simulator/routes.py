@@ -8,6 +8,7 @@ from streamsyn.sglang.simulator.control import Control
 from streamsyn.sglang.simulator.generation import Generation
 from streamsyn.sglang.simulator.line import Asked, Line
 from streamsyn.sglang.simulator.native import Native
+from streamsyn.sglang.simulator.reading import Spelling
 from streamsyn.sglang.simulator.simulation import Simulation
 
 OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics")
@@ -25,11 +26,12 @@ class Routes:
         key = simulation.config.api_key
         self._key = key.encode() if key is not None else None
         chat = Generation(simulation, Chat(), json_only=True)
-        generate = Generation(simulation, Native(), json_only=False)
+        spelling = Spelling()
+        generate = Generation(simulation, Native(spelling), json_only=False)
         self._routes: dict[str, dict[str, Route]] = {
             "/v1/chat/completions": {"POST": chat},
             "/generate": {"POST": generate, "PUT": generate},
-            **_telling(Control(simulation)),
+            **_telling(Control(simulation, spelling)),
         }
 
     async def serve(self, asked: Asked, line: Line) -> None:

@@ -55,7 +55,7 @@ class Simulation:
         self.started_at = time.time()
         self._looked: tuple[float, int] | None = None
         self._rate = 0.0
-        self._prose = Prose(config.seed)
+        self._prose = Prose(config.seed, config.faithful)
         self._random = Random(f"times {config.seed}")
 
     def _engine(self) -> Engine:

@@ -46,11 +46,35 @@ class Prose:
     A sentence joins one of 4,096 openings with one of 4,096 endings, each with a place name of its own. A
     text walks through both with strides of its own: no half comes twice within 4,096 sentences, and two texts
     share next to no sentence.
+
+    Args:
+        seed: Fixes the texts.
+        faithful: Share of texts that hold what they are to be about.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, faithful: float = 0.0) -> None:
         self._random = Random(f"text {seed}")
+        self._faithful = faithful
         self._openings, self._endings, self._words_a_sentence = _pools()
+
+    def pair(self) -> str:
+        """A question and its answer, each with its label."""
+        bits = self._random.getrandbits(24)
+        time, _, deed = self._openings[bits & 4095].partition(", ")
+        ending = self._endings[bits >> 12]
+        asked = f"What happened {time[0].lower()}{time[1:]}, when {deed}?"
+        return f"Question: {asked}\nAnswer: {ending[0].upper()}{ending[1:]}"
+
+    def about(self, what: str, words: int) -> str:
+        """A text of about `words` words; where it is to be faithful `what` stands in the middle of it."""
+        text = self.write(words)
+        if not what or not self._faithful or self._random.random() >= self._faithful:
+            return text
+        middle = text.find(". ", len(text) // 2) + 2
+        end = "" if what.endswith((".", "!", "?")) else "."
+        return (
+            f"{text[:middle]}It is on record: {what}{end} {text[middle:]}" if middle > 1 else f"{text} {what}"
+        )
 
     def write(self, words: int) -> str:
         """A text of about `words` words in paragraphs."""

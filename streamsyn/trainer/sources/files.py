@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from streamsyn.errors import ConfigError
-from streamsyn.seeds.files import BATCH_ROWS, _plain_chunks
+from streamsyn.seeds.files import BATCH_ROWS, plain_chunks
 from streamsyn.seeds.lines import Line, split_lines
 from streamsyn.seeds.reader import find
 from streamsyn.trainer.examples import Row
@@ -91,7 +91,7 @@ def _rows_of(path: Path) -> Iterator[_Raw]:
 
 def _of_lines(path: Path) -> Iterator[_Raw]:
     with path.open("rb") as raw:
-        for lines in split_lines(_plain_chunks(path.suffix, raw), MAX_LINE_BYTES):
+        for lines in split_lines(plain_chunks(path.suffix, raw), MAX_LINE_BYTES):
             for line in lines:
                 if line.text is None or line.text.strip():
                     yield f"{path}:{line.number}", line

@@ -1,0 +1,208 @@
+"""Does context gain tell contexts that lead to the answer from others? On a real SGLang, with real seeds.
+
+    python -m benchmarks.gain FOLDER [--server URL] [--per-task 13] [--words 250] [--save FILE]
+    python -m benchmarks.gain --scored FILE [--server URL]      the control alone, for contexts saved before
+
+FOLDER holds files of seeds, one a task. `streamsyn run` writes a context for some seeds of each, with
+`checks.context_gain` and `checks.answerable`. Then the planted control: each seed's answer is scored once
+more, by the same code, given the contexts of other seeds of its task, which it cannot follow from: in
+`--others` derangements, drawn one after the other, no context stays with its own seed, and each is used once.
+
+AUC is the chance that a true context has more gain than one from the control, ties counted half (the rank
+statistic of Mann and Whitney): 0.5 tells nothing, 1 tells all. `own > other` compares pairs: the same seed's
+answer, given its own context and given another's. The last row is of those contexts that hold the gold answer
+word for word: what a small model writes often does not lead to the answer, and gain is to say so.
+
+The model that writes and scores is the packaged one, of 135 million parameters: contexts that a good model
+would write hold their answers more often, and a good model is more surprised where they do not.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from benchmarks.real import contexts
+from streamsyn.scoring.asking import Asking
+from streamsyn.scoring.gain import Gain
+from streamsyn.scoring.prompts import AnswerPrompt, Question
+from streamsyn.sections import FleetSection, ScoringSection
+from streamsyn.sglang.fleet import open_fleet
+from streamsyn.sglang.launch import launched
+from streamsyn.sglang.launch_command import find_packaged_model
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A seed's answer, given its own context and given another seed's."""
+
+    task: str
+    row: Row
+    others: tuple[float, ...]
+
+    @property
+    def own(self) -> float:
+        """The gain that the run measured."""
+        return float(self.row["checks"]["context_gain"])
+
+
+def chosen(folder: Path, into: Path, per_task: int, seed: int) -> Path:
+    """So many seeds of each file, drawn."""
+    into.mkdir()
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = path.read_bytes().splitlines()
+        drawn = random.Random(f"{seed} {path.name}").sample(lines, min(per_task, len(lines)))
+        (into / path.name).write_bytes(b"\n".join(drawn) + b"\n")
+    return into
+
+
+def derangement(number: int, draw: random.Random) -> list[int]:
+    """A permutation that leaves nothing in its place; each is as likely."""
+    if number < 2:
+        raise ValueError("one context cannot be given to another seed")
+    order = list(range(number))
+    while any(place == moved for place, moved in enumerate(order)):
+        draw.shuffle(order)
+    return order
+
+
+def auc(high: Sequence[float], low: Sequence[float]) -> float:
+    """The chance that one of `high` is above one of `low`; ties count half."""
+    above = sum((a > b) + (a == b) / 2 for a, b in product(high, low))
+    return above / (len(high) * len(low))
+
+
+async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> list[Pair]:
+    """The gain of each row's answer given the contexts of other rows of its task."""
+    section = FleetSection(servers=(url,), concurrency=args.concurrency)
+    async with open_fleet(section, lambda: None) as fleet:
+        await fleet.ask_models()
+        gain = Gain(AnswerPrompt(), ScoringSection().answer_tokens)
+
+        async def pair(row: Row, others: Sequence[Row]) -> Pair:
+            asking = Asking(fleet, fleet.models[0])
+            question = Question(row["instruction"], row["answer"], row["task"])
+            found = [await gain.measure(asking, question, other["context"]) for other in others]
+            return Pair(row["task"], row, tuple(one["context_gain"] for one in found))
+
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            for task in sorted({row["task"] for row in rows}):
+                of_task, draw = [row for row in rows if row["task"] == task], random.Random(args.seed)
+                orders = [derangement(len(of_task), draw) for _ in range(args.others)]
+                for number, row in enumerate(of_task):
+                    others = [of_task[order[number]] for order in orders]
+                    tasks.append(group.create_task(pair(row, others), name=row["id"]))
+        return [done.result() for done in tasks]
+
+
+def tell(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
+    print(
+        f"{'task':14}{'n':>4}{'gain: mean':>12}{'q1':>7}{'median':>8}{'q3':>7}{'> 0':>6}"
+        f"{'others: mean':>14}{'> 0':>6}{'own > other':>13}{'AUC':>7}"
+        f"{'metric':>9}{'with':>7}{'without':>9}"
+    )
+    groups = {task: [pair for pair in pairs if pair.task == task] for task in sorted({p.task for p in pairs})}
+    holds = [pair for pair in pairs if pair.row["answer"].lower() in pair.row["context"].lower()]
+    for name, some in {**groups, "all": pairs, "holds it": holds}.items():
+        if len(some) > 1:
+            print(_line(name, some))
+    scoring = [row["checks"]["scoring"] for row in rows]
+    prompts, cached, written = (
+        sum(figures[name] for figures in scoring)
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens")
+    )
+    print(
+        f"\nscoring requests of the run: {prompts:,} prompt tokens, {cached / prompts:.3f} of them cached; "
+        f"{written:,} written"
+    )
+    words = [len(row["context"].split()) for row in rows]
+    print(f"contexts of {statistics.mean(words):.0f} words on average; {len(rows) - len(pairs)} unscored")
+    flags = sorted({flag for row in rows for flag in row["checks"]["flags"]})
+    counts = {flag: sum(flag in row["checks"]["flags"] for row in rows) for flag in flags}
+    print("flags:", ", ".join(f"{flag} {count}" for flag, count in counts.items()) or "none")
+
+
+def _line(name: str, some: Sequence[Pair]) -> str:
+    own = [pair.own for pair in some]
+    other = [gain for pair in some for gain in pair.others]
+    q1, median, q3 = statistics.quantiles(own, n=4, method="inclusive")
+    checks = [pair.row["checks"] for pair in some]
+    metrics = {check["answer_metric"] for check in checks}
+    wins = statistics.mean(pair.own > gain for pair in some for gain in pair.others)
+    return (
+        f"{name:14}{len(some):4}{statistics.mean(own):12.3f}{q1:7.2f}{median:8.2f}{q3:7.2f}"
+        f"{_share(own):6.2f}{statistics.mean(other):14.3f}{_share(other):6.2f}{wins:13.2f}"
+        f"{auc(own, other):7.3f}"
+        f"{metrics.pop() if len(metrics) == 1 else '':>9}"
+        f"{statistics.mean(check['answer_score'] for check in checks):7.3f}"
+        f"{statistics.mean(check['closed_book_score'] for check in checks):9.3f}"
+    )
+
+
+def _share(values: Sequence[float]) -> float:
+    return sum(value > 0 for value in values) / len(values)
+
+
+async def measure(args: argparse.Namespace, folder: Path) -> None:
+    settings = {
+        "recipe.target_words": str(args.words),
+        "recipe.max_tokens": str(args.max_tokens),
+        "checks.min_words": "40",
+        "checks.context_gain": "true",
+        "checks.answerable": "true",
+        "scoring.max_answer_tokens": str(args.answer_tokens),
+        "fleet.concurrency": str(args.concurrency),
+        "assembly.write": "false",
+    }
+    async with AsyncExitStack() as stack:
+        url = args.server
+        if url is None:
+            server = launched(find_packaged_model(), log_path=folder / "sglang.log")
+            url = (await stack.enter_async_context(server)).url
+        if args.scored is not None:
+            rows = [orjson.loads(line) for line in args.scored.read_bytes().splitlines()]
+        else:
+            seeds = chosen(args.folder, folder / "seeds", args.per_task, args.seed)
+            rows = await asyncio.to_thread(contexts, folder, seeds, [url], settings)
+        if args.save is not None:
+            args.save.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+        scored = [row for row in rows if "context_gain" in row["checks"]]
+        pairs = await control(scored, url, args)
+    tell(pairs, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("folder", nargs="?", type=Path, help="holds files of seeds, one a task")
+    given.add_argument("--scored", type=Path, help="contexts that an earlier run saved")
+    parser.add_argument("--server", help="a running SGLang; by default one is started")
+    parser.add_argument("--per-task", type=int, default=13)
+    parser.add_argument("--words", type=int, default=250, help="length of a context that is asked for")
+    parser.add_argument("--max-tokens", type=int, default=400, help="longest context")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--others", type=int, default=3, help="contexts of other seeds, for each answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="where the scored contexts are put, as JSON lines")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(measure(args, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

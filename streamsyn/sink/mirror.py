@@ -1,0 +1,204 @@
+"""The mirror: sealed shards are copied to another place while the run goes on.
+
+Writing never waits for it. It has a thread of its own, and is no asyncio task: what hangs in a file system
+cannot be cancelled, and must not hold up the end of the run.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import structlog
+
+from streamsyn.errors import ConfigError
+from streamsyn.sections import SinkSection
+from streamsyn.sink.copying import Copying
+from streamsyn.sink.manifest import SealedShard
+from streamsyn.sink.remote import reason
+from streamsyn.sink.runlog import RunLog
+
+log = structlog.get_logger()
+
+FIRST_CONTACT_S = 10.0
+"""A run begins after this, whether the mirror has answered or not."""
+BACKOFF_S = 1.0
+LONGEST_BACKOFF_S = 60.0
+_NAMED = 8
+"""So many missing files are named."""
+
+
+@contextmanager
+def mirrored(root: Path, sink: SinkSection) -> Iterator["Mirror | NoMirror"]:
+    """A mirror of a run directory, if the section wants one, for as long as the block runs.
+
+    At the end of the block it may take `sink.mirror_timeout_s` to catch up; after an error it may not.
+
+    Raises:
+        ConfigError: The URL cannot be used, or another run is there.
+    """
+    if not sink.mirror:  # "" switches off what run.json remembers
+        yield NoMirror()
+        return
+    mirror = Mirror(root, sink.mirror)
+    timeout_s = 0.0
+    try:
+        mirror.start()
+        yield mirror
+        timeout_s = sink.mirror_timeout_s
+    finally:
+        mirror.finish(timeout_s)
+
+
+class NoMirror:
+    """Stands in where there is none."""
+
+    def follow(self, run_log: RunLog) -> None:
+        """There is nothing to copy to."""
+
+
+class Mirror:
+    """Copies what a log has sealed, in a thread. Methods are for the thread that runs the run.
+
+    Args:
+        root: The run directory.
+        url: Where to copy it to.
+        draw: For pauses between tries.
+
+    Raises:
+        ConfigError: The URL cannot be used.
+    """
+
+    def __init__(self, root: Path, url: str, draw: Random | None = None) -> None:
+        self._root = root
+        self._url = url
+        self._draw = draw or Random()
+        self._stopped = threading.Event()
+        self._copying = Copying(root, url, self._stopped)
+        try:
+            self._copying.connect()
+        except OSError as error:  # it is down; the thread will try again
+            log.warning("mirror.behind", url=url, why=reason(error))
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._changed = threading.Condition()
+        # from here on: what the condition guards
+        self._log: RunLog | None = None
+        self._needed: dict[str, int] = {}
+        """Of shards of samples: the contexts that the log held when they were sealed, or more."""
+        self._has_news = False
+        self._is_ending = False
+        self._has_answered = False
+        self._refusal: ConfigError | None = None
+
+    def start(self) -> None:
+        """Begin, and wait a little for the first answer.
+
+        Raises:
+            ConfigError: Another run is there.
+        """
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_answered, FIRST_CONTACT_S)
+            if self._refusal is not None:
+                raise self._refusal
+
+    def follow(self, run_log: RunLog) -> None:
+        """Copy what the log has sealed, and what it seals from now on."""
+        samples = run_log.manifest.of_kind("samples")
+        with self._changed:
+            self._log = run_log
+            self._needed = {shard.path: run_log.contexts.rows for shard in samples}
+            self._tell()
+        run_log.manifest.on_line = self._on_line
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for what is being copied, so long at most; say what is missing then."""
+        with self._changed:
+            self._is_ending = True
+            self._tell()
+            needed = dict(self._needed)
+        if timeout_s and self._log is not None and (missing := self._copying.missing(needed)):
+            log.info("mirror.catching_up", url=self._url, files=len(missing), at_most_s=timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        self._stopped.set()
+        with self._changed:
+            self._tell()
+        if self._log is not None and (missing := self._copying.missing(needed)):
+            log.warning(
+                "mirror.behind",
+                url=self._url,
+                missing=", ".join(missing[:_NAMED]),
+                files=len(missing),
+                then="the next run on this directory copies them",
+            )
+
+    def _on_line(self, line: Any) -> None:
+        """A line has come to the manifest; called by whoever wrote it, who must not wait."""
+        with self._changed:
+            if isinstance(line, SealedShard) and line.kind == "samples" and self._log is not None:
+                self._needed[line.path] = self._log.contexts.rows
+            self._tell()
+
+    def _tell(self) -> None:
+        self._has_news = True
+        self._changed.notify_all()
+
+    # the thread
+
+    def _run(self) -> None:
+        tries, has_begun = 0, False
+        while self._wait(has_begun=has_begun):
+            try:
+                if not has_begun:
+                    self._copying.begin()
+                    has_begun = True
+                    self._answered(None)
+                else:
+                    self._copy()
+                tries = 0
+            except ConfigError as error:
+                if self._has_answered:  # else it is raised where the run begins
+                    log.warning("mirror.refused", why=str(error))
+                self._answered(error)
+                return
+            except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+                pause_s = self._draw.uniform(0, min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** min(tries, 30)))
+                tries += 1
+                log.warning("mirror.behind", url=self._url, why=reason(error), again_in_s=round(pause_s, 1))
+                self._answered(None)
+                self._pause(pause_s)
+
+    def _wait(self, *, has_begun: bool) -> bool:
+        """Whether there is something to do, once that is known."""
+        with self._changed:
+            self._changed.wait_for(lambda: not has_begun or self._has_news or self._is_ending)
+            if self._stopped.is_set() or not (self._has_news or not has_begun):
+                return False
+            if has_begun:
+                self._has_news = False
+            return True
+
+    def _copy(self) -> None:
+        with self._changed:
+            if self._log is None:
+                return
+            needed = dict(self._needed)
+        self._copying.copy(needed)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next try, less when the run ends meanwhile."""
+        with self._changed:
+            self._has_news = True
+            was_ending = self._is_ending
+            self._changed.wait_for(
+                lambda: self._stopped.is_set() or self._is_ending != was_ending, timeout=seconds
+            )
+
+    def _answered(self, refusal: ConfigError | None) -> None:
+        with self._changed:
+            self._has_answered = True
+            self._refusal = refusal
+            self._changed.notify_all()

@@ -1,0 +1,145 @@
+"""A headless Chromium, driven over its debugging protocol."""
+
+import asyncio
+import base64
+import re
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--remote-debugging-port=0",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+
+
+class Page:
+    """One tab: what it says on its console, what it asks for, what it shows."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._session: str | None = None
+        self._sent = 0
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self._loaded = False
+
+    async def attach(self) -> None:
+        """Open a tab and listen to it."""
+        target = await self.call("Target.createTarget", url="about:blank")
+        attached = await self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            await self.call(f"{domain}.enable")
+
+    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """One command and its result."""
+        self._sent += 1
+        message: dict[str, Any] = {"id": self._sent, "method": method, "params": params}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        await self._socket.send_json(message)
+        while True:
+            answer = await self._receive()
+            if answer.get("id") == self._sent:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    async def open(self, url: str, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Load a page at a width in CSS pixels."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self._loaded = False
+        await self.call("Page.navigate", url=url)
+        while not self._loaded:
+            await self._receive()
+
+    async def evaluate(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        answer = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    async def screenshot(self, width: int, height: int | None = None) -> bytes:
+        """A PNG of the whole page, or of its top."""
+        tall = height or await self.evaluate("document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
+        answer = await self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        return base64.b64decode(answer["data"])
+
+    async def _receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = await self._socket.receive_json()
+        params = message.get("params", {})
+        match message.get("method"):
+            case "Page.loadEventFired":
+                self._loaded = True
+            case "Network.requestWillBeSent":
+                self.requests.append(params["request"]["url"])
+            case "Runtime.exceptionThrown" | "Runtime.consoleAPICalled":
+                self.complaints.append(str(params))
+            case "Log.entryAdded":
+                self.complaints.append(str(params["entry"]))
+            case "Page.javascriptDialogOpening":
+                self.complaints.append(str(params))
+        return message
+
+
+def chromium() -> str | None:
+    """The browser's path; None where there is none."""
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+@asynccontextmanager
+async def opened(profile: Path) -> AsyncIterator[Page]:
+    """A browser with one tab, closed at the end. What it says of itself on stderr is noise."""
+    path = chromium()
+    assert path is not None, "there is no Chromium; deploy/chromium/install.sh installs it"
+    process = await asyncio.create_subprocess_exec(
+        path,
+        *_FLAGS,
+        f"--user-data-dir={profile}",
+        "about:blank",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        address = ""
+        while not address:
+            line = (await process.stderr.readline()).decode(errors="replace")
+            assert line, "Chromium ended before it listened"
+            found = re.search(r"ws://\S+", line)
+            address = found.group() if found else ""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(address, max_msg_size=0) as socket,
+            asyncio.TaskGroup() as reading,
+        ):
+            drain = reading.create_task(process.stderr.read(), name="stderr")
+            page = Page(socket)
+            await page.attach()
+            yield page
+            drain.cancel()
+    finally:
+        process.terminate()
+        await process.wait()

@@ -1,0 +1,67 @@
+"""Sums over time."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamsyn.report.charts import over_time, time_axis
+from streamsyn.report.timeline import MEASURES, Timeline
+
+times = st.lists(st.floats(1, 2e9), min_size=1, max_size=150)
+
+
+def filled(moments: list[float]) -> Timeline:
+    timeline = Timeline()
+    for at in moments:
+        timeline.add(at, "contexts")
+    return timeline
+
+
+@given(times)
+def test_nothing_is_lost_and_columns_are_few(moments: list[float]) -> None:
+    """Whatever the times, all is counted once, in order, in a number of columns that can be drawn."""
+    stretches = filled(moments).stretches()
+    columns = [column for stretch in stretches for column in stretch.columns]
+
+    assert len(moments) == sum(column.sums[0] for column in columns)
+    assert sorted(columns, key=lambda column: column.at) == columns
+    assert len(columns) <= 121 + len(stretches)
+
+
+@given(times)
+def test_order_does_not_matter(moments: list[float]) -> None:
+    """The same times backwards give the same."""
+    assert filled(moments).stretches() == filled(moments[::-1]).stretches()
+
+
+def test_a_stop_is_told_and_squeezes_nothing() -> None:
+    """Two minutes of work with a week between them: two stretches of a column a second, and the week."""
+    first, week = list(range(1000, 1060)), 7 * 86400
+    stretches = filled([float(at) for at in (*first, *(at + week for at in first))]).stretches()
+
+    assert [60, 60] == [len(stretch.columns) for stretch in stretches]
+    assert [0, week - 60] == [stretch.stopped_s for stretch in stretches]
+
+
+def test_a_slow_run_is_no_run_of_stops() -> None:
+    """Outcomes a minute apart are one stretch."""
+    assert 1 == len(filled([1000.0 + 60 * number for number in range(100)]).stretches())
+
+
+def test_cells_are_bounded() -> None:
+    """A year of outcomes, one each hour, is held in few cells."""
+    timeline = filled([float(hour * 3600 + 5) for hour in range(1, 8760)])
+
+    assert len(timeline._cells) <= 2048
+    assert 8759 == sum(column.sums[0] for part in timeline.stretches() for column in part.columns)
+
+
+def test_charts_of_time() -> None:
+    """Rates are drawn by the unit asked for, stops are named, and what never happened is not drawn."""
+    stretches = filled([1000.0, 1000.5, 1001.0, *(5000.0 + at for at in range(20))]).stretches()
+
+    assert "at most 120" in over_time(stretches, "contexts", 60, "Contexts a minute")
+    assert "stopped for 1 h 06 min" in over_time(stretches, "contexts", 60, "Contexts a minute")
+    assert "stopped 1 h 06 min" in time_axis(stretches)
+    assert not over_time(stretches, "rejects", 60, "Rejects")
+    assert not time_axis([])
+    assert "contexts" in MEASURES

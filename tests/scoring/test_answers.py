@@ -1,0 +1,83 @@
+"""Answerability: what the model answers with the context, and what it knows without."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamsyn.errors import ConfigError
+from streamsyn.scoring.answers import Answers, spoken
+from streamsyn.scoring.asking import Asking
+from streamsyn.scoring.metrics import f1
+from streamsyn.scoring.prompts import AnswerPrompt, Question
+from streamsyn.sglang.simulator.faults import Fault
+from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
+
+
+async def test_an_answer_is_found_in_the_context_that_holds_it() -> None:
+    """Its score is the metric of what the model said; without the context it does not know."""
+    async with fleet_at() as (fleet, _):
+        answers, asking = Answers(PROMPT, 64), Asking(fleet, fleet.models[0])
+        found = await answers.measure(asking, QUESTION, HELPS)
+        lost = await answers.measure(asking, QUESTION, UNRELATED)
+
+    assert "f1" == found["answer_metric"]
+    assert "Amund Tarn" in found["model_answer"]
+    assert f1(found["model_answer"], QUESTION.answer) == pytest.approx(found["answer_score"], abs=1e-4)
+    assert found["answer_score"] > 0.3 > lost["answer_score"]
+    assert found["closed_book_score"] < 0.3
+    assert found["closed_book_answer"] == lost["closed_book_answer"]
+
+
+async def test_closed_book_is_asked_once_and_greedily() -> None:
+    """Four drafts of a seed: four questions with a context, one without, all at temperature 0 and bounded."""
+    asked: list[dict[str, Any]] = []
+
+    def note(_: int, body: dict[str, Any]) -> Fault | None:
+        asked.append(body)
+        return None
+
+    async with fleet_at(note) as (fleet, _):
+        answers = Answers(PROMPT, 12)
+        async with asyncio.TaskGroup() as group:
+            for number in range(4):
+                asking = Asking(fleet, fleet.models[0])
+                group.create_task(answers.measure(asking, QUESTION, f"{number}. {HELPS}"))
+
+    assert 5 == len(asked)
+    assert {(0, 12)} == {(body["temperature"], body["max_tokens"]) for body in asked}
+    assert 1 == sum(HELPS not in body["messages"][0]["content"] for body in asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>Who? Ada? No.</think>\n\nAmund Tarn.", "Amund Tarn."),
+        (" Amund <think>.", "Amund <think>."),
+        ("<think>I wonder", ""),
+    ],
+)
+def test_thoughts_are_no_answer(text: str, answer: str) -> None:
+    """What a reasoning model thinks first is left out; when it does not come to an end there is no answer."""
+    assert answer == spoken(text)
+
+
+def test_a_template_of_the_users_replaces_the_question(tmp_path: Path) -> None:
+    """It has the instruction, the task, the kind of answer, and the context or nothing."""
+    path = tmp_path / "ask.j2"
+    path.write_text("{{ task }}|{{ kind }}|{{ context }}|{{ instruction }}")
+    prompt, summary = AnswerPrompt(path), Question("Sum up.", "word " * 40, "mine")
+
+    assert "narrativeqa|question||" + QUESTION.instruction == prompt.messages(QUESTION)[0]["content"]
+    assert "mine|summary|c|Sum up." == prompt.messages(summary, "c")[0]["content"]
+    assert prompt.digest != PROMPT.digest
+
+
+def test_a_template_with_a_wrong_variable_is_refused(tmp_path: Path) -> None:
+    """Before anything is asked, by name."""
+    path = tmp_path / "ask.j2"
+    path.write_text("{{ document }}")
+
+    with pytest.raises(ConfigError, match=r"ask\.j2.*document"):
+        AnswerPrompt(path)
