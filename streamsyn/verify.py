@@ -8,12 +8,10 @@ from typing import Any
 import structlog
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
-from streamsyn.assembly.materials import MaterialGone, Materials
+from streamsyn.assembly.materials import MaterialGone, Materials, with_templates
 from streamsyn.assembly.passages import Passage
 from streamsyn.config import Config
 from streamsyn.errors import ConfigError
-from streamsyn.records import digest
-from streamsyn.sections import AssemblySection
 from streamsyn.sink.log import encode_row
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
 from streamsyn.sink.runlog import RunLog
@@ -91,7 +89,7 @@ class Reassembly:
     def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
         self._config = config
         with TemporaryDirectory() as folder:
-            self._materials = Materials(_with_templates(config.assembly, shaping, Path(folder)))
+            self._materials = Materials(with_templates(config.assembly, shaping, Path(folder)))
         now = self._materials.fingerprint()
         self.changed = [_CALLED[key] for key, value in now.items() if shaping.get(key, value) != value]
         """What samples are made with and is not as it was when the run used it."""
@@ -113,26 +111,6 @@ class Reassembly:
             yield assembler.add(Passage.of_row(row))
         if assembler.consumed in flushes:
             yield assembler.flush()
-
-
-def _with_templates(section: AssemblySection, shaping: Mapping[str, Any], folder: Path) -> AssemblySection:
-    """The section with the texts of its templates as files in `folder`."""
-
-    def kept(key: str, path: Path | None) -> Path | None:
-        text = shaping.get(key)
-        if path is None or not isinstance(text, str):
-            return path
-        copy = folder / digest(key).hex()
-        copy.write_bytes(text.encode())  # not `write_text`, which may change line ends
-        return copy
-
-    tasks = {
-        name: task.model_copy(update={"template": kept(f"assembly.tasks.{name}.template", task.template)})
-        for name, task in section.tasks.items()
-    }
-    return section.model_copy(
-        update={"template": kept("assembly.template", section.template), "tasks": tasks}
-    )
 
 
 def _saved(root: Path) -> tuple[Config, dict[str, Any]]:

@@ -1,6 +1,8 @@
 """What assembly needs besides contexts, loaded once: prompts, tokenizer, corpus."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.corpus import Corpus, load_corpus
@@ -8,6 +10,7 @@ from streamsyn.assembly.measure import Measure
 from streamsyn.assembly.prompts import SamplePrompts
 from streamsyn.assembly.sources import weights_of
 from streamsyn.errors import ConfigError
+from streamsyn.records import digest
 from streamsyn.sections import AssemblySection
 
 if TYPE_CHECKING:
@@ -58,3 +61,23 @@ class Materials:
         if self._corpus is not None:
             shaping["assembly.corpus"] = self._corpus.digest
         return shaping
+
+
+def with_templates(section: AssemblySection, shaping: Mapping[str, Any], folder: Path) -> AssemblySection:
+    """The section with the texts of its templates as files in `folder`: as a run's fingerprint has them."""
+
+    def kept(key: str, path: Path | None) -> Path | None:
+        text = shaping.get(key)
+        if path is None or not isinstance(text, str):
+            return path
+        copy = folder / digest(key).hex()
+        copy.write_bytes(text.encode())  # not `write_text`, which may change line ends
+        return copy
+
+    tasks = {
+        name: task.model_copy(update={"template": kept(f"assembly.tasks.{name}.template", task.template)})
+        for name, task in section.tasks.items()
+    }
+    return section.model_copy(
+        update={"template": kept("assembly.template", section.template), "tasks": tasks}
+    )

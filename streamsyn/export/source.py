@@ -1,19 +1,18 @@
 """The log of a run directory as of one moment, assembled again, with the run's settings or others."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from streamsyn.assembly.assembler import Assembler
-from streamsyn.assembly.materials import Materials
+from streamsyn.assembly.materials import Materials, with_templates
 from streamsyn.assembly.passages import Passage
 from streamsyn.config import Config, load
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.request import ExportRequest, ExportSummary
 from streamsyn.export.rows import Row, measured, row_of
-from streamsyn.records import Sample, digest
+from streamsyn.records import Sample
 from streamsyn.sections import AssemblySection
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Part, Snapshot
@@ -49,7 +48,7 @@ class Source:
             raise ConfigError(f"{request.root} is no run directory: it has no run.json")
         self.run = run
         self.saved = saved
-        self.config = _overlaid(saved, _with_templates(saved.assembly, run["fingerprint"], folder), request)
+        self.config = _overlaid(saved, with_templates(saved.assembly, run["fingerprint"], folder), request)
         self.materials = Materials(self.config.assembly)
         self._snapshot = Snapshot(request.root)
         self.manifest = self._snapshot.manifest
@@ -148,23 +147,3 @@ def _overlaid(saved: Config, assembly: AssemblySection, request: ExportRequest) 
             raise ConfigError(f"--set {key}: an export can only set keys of assembly; the rest has happened")
         overrides.append((key, value))
     return load(None, overrides)
-
-
-def _with_templates(section: AssemblySection, shaping: Mapping[str, Any], folder: Path) -> AssemblySection:
-    """The section with the texts of its templates, as they were in the run, as files in `folder`."""
-
-    def kept(key: str, path: Path | None) -> Path | None:
-        text = shaping.get(key)
-        if path is None or not isinstance(text, str):
-            return path
-        copy = folder / digest(key).hex()
-        copy.write_bytes(text.encode())  # not `write_text`, which may change line ends
-        return copy
-
-    tasks = {
-        name: task.model_copy(update={"template": kept(f"assembly.tasks.{name}.template", task.template)})
-        for name, task in section.tasks.items()
-    }
-    return section.model_copy(
-        update={"template": kept("assembly.template", section.template), "tasks": tasks}
-    )

@@ -24,6 +24,7 @@ import structlog
 
 from streamsyn import minhash
 from streamsyn.minhash import PERMUTATIONS, band_keys, signature
+from streamsyn.sink.disk import is_of_the_disk
 
 log = structlog.get_logger()
 
@@ -44,14 +45,6 @@ CREATE TABLE IF NOT EXISTS originals (n INTEGER PRIMARY KEY, id TEXT NOT NULL UN
 CREATE TABLE IF NOT EXISTS bands (key INTEGER, n INTEGER, PRIMARY KEY (key, n)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
-_DISK = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_PERM,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +200,7 @@ class Duplicates:
             try:
                 return act(self._open())
             except (sqlite3.Error, OSError) as error:
-                if _is_of_the_disk(error) or self._was_damaged:
+                if is_of_the_disk(error) or self._was_damaged:
                     self._switch_off(error)
                 else:
                     self._make_anew(error)
@@ -298,11 +291,3 @@ def _fact(db: sqlite3.Connection, name: str) -> Any:
 
 def _put_fact(db: sqlite3.Connection, name: str, value: str | int) -> None:
     db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether the disk is at fault, or its rights, and not the file."""
-    if isinstance(error, OSError):
-        return True
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-    return code & 0xFF in _DISK and code != sqlite3.SQLITE_IOERR_SHORT_READ

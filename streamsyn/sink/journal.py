@@ -17,19 +17,11 @@ import orjson
 import structlog
 
 from streamsyn.records import Attempt, Completion, Request, digest
+from streamsyn.sink.disk import is_of_the_disk
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
-
-_DISK = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_PERM,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +121,7 @@ class Journal:
             try:
                 return act(self._open())
             except sqlite3.Error as error:
-                if _is_of_the_disk(error):
+                if is_of_the_disk(error):
                     self._is_off = True
                     log.warning("journal.off", path=str(self.path), why=str(error), then="no step is kept")
                 else:
@@ -190,9 +182,3 @@ def _steps(db: sqlite3.Connection, key: bytes) -> list[FinishedStep]:
 def _check(key: bytes, step: int, asked: bytes, body: bytes) -> bytes:
     """SQLite notices a damaged page only where its structure suffers; this notices it in the text."""
     return digest(key, str(step), asked, body)
-
-
-def _is_of_the_disk(error: sqlite3.Error) -> bool:
-    """Whether the disk is at fault, or its rights, and not the file."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-    return code & 0xFF in _DISK and code != sqlite3.SQLITE_IOERR_SHORT_READ
