@@ -17,6 +17,7 @@ from streamsyn.export.command import export
 from streamsyn.report.command import report
 from streamsyn.sglang.simulator.command import simulate
 from streamsyn.stdout import secure_stdio
+from streamsyn.trainer.command import train
 
 if TYPE_CHECKING:
     from streamsyn.config import Config
@@ -44,6 +45,7 @@ def cli() -> None:
 cli.add_command(simulate)
 cli.add_command(export)
 cli.add_command(report)
+cli.add_command(train)
 
 
 def run_options(command: Command) -> Command:
@@ -251,7 +253,7 @@ def _remembered(out: Path) -> list[tuple[str, Any]]:
 
 def main() -> None:
     """Run the command line; errors that are the user's to mend are one line each."""
-    if sys.argv[1:2] in (["run"], ["demo"]):
+    if sys.argv[1:2] in (["run"], ["demo"], ["train"]):
         _on_signals(_stop_early)  # until the run has handlers of its own
     secure_stdio()
     try:

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -20,6 +20,8 @@ from streamsyn.sections import (
     Section,
     SeedsSection,
     SinkSection,
+    TrainSection,
+    operational,
 )
 
 
@@ -34,6 +36,7 @@ class Config(Section):
     fleet: FleetSection = FleetSection()
     sink: SinkSection = SinkSection()
     assembly: AssemblySection = AssemblySection()
+    train: Annotated[TrainSection, operational] = TrainSection()
 
 
 def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config:

@@ -9,6 +9,7 @@ from streamsyn.sections.checks import ChecksSection, ScoringSection
 from streamsyn.sections.fleet import FleetSection, ServerSection
 from streamsyn.sections.recipe import RecipeSection, TaskRecipeSection
 from streamsyn.sections.stream import FieldsSection, RunSection, SeedsSection, SinkSection, SourceSection
+from streamsyn.sections.train import LoraSection, MixSection, TrainSection
 
 __all__ = [
     "AssemblySection",
@@ -17,6 +18,8 @@ __all__ = [
     "FieldsSection",
     "FleetSection",
     "LengthsSection",
+    "LoraSection",
+    "MixSection",
     "RecipeSection",
     "RunSection",
     "ScoringSection",
@@ -31,6 +34,7 @@ __all__ = [
     "TaskAssemblySection",
     "TaskRecipeSection",
     "Threshold",
+    "TrainSection",
     "Unit",
     "operational",
 ]

@@ -1,0 +1,135 @@
+"""OUT of a training: its lock, and train.json, which says what shapes the weights in it."""
+
+import fcntl
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import streamsyn
+from streamsyn.config import Config, load
+from streamsyn.errors import ConfigError, DirectoryInUse
+from streamsyn.sink.rundir import write_whole
+
+FORMAT = 1
+_RECORD = "train.json"
+_FREE = frozenset(
+    {
+        "max_steps",
+        "max_wait_s",
+        "stall_s",
+        "on_stall",
+        "attention",
+        "gradient_checkpointing",
+        "save_every_steps",
+        "keep_checkpoints",
+        "holdout_samples",
+        "eval_every_steps",
+    }
+)
+"""Keys of `train` that a later run may have otherwise: they do not shape the weights, or only in how far
+the training goes."""
+
+
+class OutDirectory:
+    """OUT, locked against other trainings for as long as it is open.
+
+    Raises:
+        DirectoryInUse: Another process has it open.
+        ConfigError: It cannot be made.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"cannot make {root}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        os.close(self._lock)
+
+    def claim(self, config: Config, model: str) -> None:
+        """Note what this training is, or refuse to go on with another one.
+
+        Raises:
+            ConfigError: Keys that shape the weights differ; the message names each with both values.
+        """
+        if (self.root / "run.json").exists():
+            raise ConfigError(f"{self.root} is a run directory; give the training an --out of its own")
+        now = orjson.loads(orjson.dumps(_shaping(config, model)))
+        saved = _read(self.root)
+        before = saved["shaping"] if saved else now
+        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if differing:
+            pairs = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing)
+            raise ConfigError(f"{self.root} holds a training of another kind ({pairs}); use another --out")
+        data = {
+            "format": FORMAT,
+            "created_at": saved["created_at"] if saved else time.time(),
+            "config": {
+                "run": {"seed": config.run.seed},
+                "train": config.train.model_dump(mode="json", exclude_none=True),
+            },
+            "shaping": now,
+            "versions": {
+                "streamsyn": streamsyn.__version__,
+                **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+            },
+        }
+        write_whole(self.root / _RECORD, orjson.dumps(data, option=orjson.OPT_INDENT_2))
+
+
+def remembered(root: Path) -> list[tuple[str, Any]]:
+    """The sections that a training was begun with, to go on without its configuration file.
+
+    Raises:
+        ConfigError: The record of it cannot be read.
+    """
+    saved = _read(root)
+    if saved is None:
+        return []
+    load(None, saved["config"].items())  # that this version knows each key
+    found: list[tuple[str, Any]] = list(saved["config"].items())
+    return found
+
+
+def _shaping(config: Config, model: str) -> dict[str, Any]:
+    section = config.train.model_dump(mode="json")
+    local = Path(model)
+    return {
+        "model": str(local.resolve()) if local.exists() else model,
+        "run.seed": config.run.seed,
+        **{f"train.{key}": value for key, value in section.items() if key not in _FREE},
+    }
+
+
+def _read(root: Path) -> dict[str, Any] | None:
+    path = root / _RECORD
+    try:
+        data: dict[str, Any] = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if (
+        not isinstance(data, dict)
+        or data.get("format") != FORMAT
+        or not isinstance(data.get("shaping"), dict)
+    ):
+        raise ConfigError(f"{path} is no record of a training that this streamsyn can go on with")
+    return data

@@ -1,0 +1,163 @@
+"""The samples of a run directory, while the run goes on: sealed shards, then what is whole of the open one.
+
+A run that was killed may cut off a torn end and what lies behind it. What was read before is written again
+with the same seq and the same bytes (samples are a function of the log), so a reader just goes on.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamsyn.errors import SinkError
+from streamsyn.sink.frames import SUFFIXES
+from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.shard import OPEN_SUFFIX
+from streamsyn.trainer.examples import Row
+from streamsyn.trainer.sources.tail import Cursor, Rows, read_rows
+from streamsyn.trainer.sources.watch import FolderWatch
+
+_KIND = "samples"
+
+
+class RunSamples:
+    """Source: the samples that a run writes. Their end is the manifest's last line, if it says `final`.
+
+    The directory need not be there yet.
+    """
+
+    name = "run"
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._watch = FolderWatch()
+        self._shards: list[SealedShard] = []
+        self._ends: list[int] = []
+        """The last seq of each of them."""
+        self._total: int | None = None
+        self._manifest_seen: tuple[int, ...] = ()
+        self._cursor = Cursor()
+        self._scanned: tuple[str, int, int] | None = None
+        """An open shard that was scanned from its start in vain: its name, size and time of change."""
+
+    def fetch(self, first: int, limit: int) -> list[Row]:
+        found: Rows = []
+        with self._translated():
+            self._look()
+            while len(found) < limit:
+                some = self._read(first + len(found), limit - len(found), self._cursor)
+                if not some:
+                    break
+                found += some
+        return [Row(row["seq"], row) for row in found]
+
+    def total(self) -> int | None:
+        with self._translated():
+            self._look()
+        return self._total
+
+    def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
+        cursor = Cursor()
+        with self._translated():
+            self._look()
+            for seq in seqs:
+                found = self._read(seq, 1, cursor)
+                if not found:
+                    return
+                yield Row(seq, found[0])
+
+    async def changed(self, timeout_s: float) -> None:
+        await self._watch.changed(timeout_s)
+
+    def close(self) -> None:
+        self._watch.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SinkError(f"cannot read {error.filename or self._root}: {error.strerror}") from error
+
+    def _look(self) -> None:
+        """Read the manifest, if it has changed."""
+        self._watch.add(self._root)
+        self._watch.add(self._root / _KIND)
+        path = self._root / "manifest.jsonl"
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if seen == self._manifest_seen:
+            return
+        manifest = Manifest(path)
+        self._shards = manifest.of_kind(_KIND)
+        self._ends = [shard.last_seq for shard in self._shards]
+        self._total = None
+        if manifest.final is not None:
+            self._total = self._sealed_rows
+            if self._total != manifest.final.get(_KIND, self._total):
+                raise SinkError(f"{path} does not list all shards of {_KIND}; `streamsyn verify` says more")
+        self._manifest_seen = seen
+
+    @property
+    def _sealed_rows(self) -> int:
+        return self._ends[-1] + 1 if self._ends else 0
+
+    def _read(self, seq: int, limit: int, cursor: Cursor) -> Rows:
+        """Rows from `seq` on out of the shard that has it; none if it is not there yet."""
+        if seq >= self._sealed_rows:
+            return self._read_open(seq, limit, cursor)
+        shard = self._shards[bisect_left(self._ends, seq)]
+        if seq < shard.first_seq:
+            self._refuse(shard.path, seq, shard.first_seq)
+        self._turn(cursor, shard.path, shard.first_seq, seq)
+        limit = min(limit, shard.last_seq + 1 - seq)
+        found, odd = read_rows(self._root / shard.path, cursor, seq, limit)
+        if len(found) < limit:
+            # The cursor may be from before a run that was resumed laid the shard's frames otherwise.
+            cursor.offset, cursor.seq = 0, shard.first_seq
+            found, odd = read_rows(self._root / shard.path, cursor, seq, limit)
+        if len(found) < limit:
+            self._refuse(shard.path, seq + len(found), odd)
+        return found
+
+    def _read_open(self, seq: int, limit: int, cursor: Cursor) -> Rows:
+        for suffix in SUFFIXES.values():
+            shard = f"{_KIND}/part-{len(self._shards):06d}{suffix}"
+            for name in (shard + OPEN_SUFFIX, shard):  # a seal may come in between
+                try:
+                    return self._read_growing(self._root / name, shard, seq, limit, cursor)
+                except FileNotFoundError:
+                    continue
+        return []
+
+    def _read_growing(self, path: Path, shard: str, seq: int, limit: int, cursor: Cursor) -> Rows:
+        status = path.stat()
+        self._turn(cursor, shard, self._sealed_rows, seq)
+        if status.st_size <= cursor.offset:
+            return []
+        found, odd = read_rows(path, cursor, seq, limit)
+        scanned = (shard, status.st_size, status.st_mtime_ns)
+        if found or (odd is None and ".zst" not in path.suffixes) or scanned == self._scanned:
+            return found  # or the next row is not whole yet
+        # A run that was resumed may have laid its frames otherwise, behind what it had cut off.
+        self._scanned = scanned
+        whole = Cursor(shard, 0, self._sealed_rows)
+        found, odd = read_rows(path, whole, seq, limit)
+        if found:
+            cursor.offset, cursor.seq = whole.offset, whole.seq
+        elif odd is not None:
+            self._refuse(shard, seq, odd)
+        return found
+
+    @staticmethod
+    def _turn(cursor: Cursor, shard: str, first_seq: int, seq: int) -> None:
+        """Have a cursor stand in a shard, at or before a row."""
+        if cursor.shard != shard or cursor.seq > seq:
+            cursor.shard, cursor.offset, cursor.seq = shard, 0, first_seq
+
+    def _refuse(self, shard: str, seq: int, odd: int | None) -> None:
+        what = "is damaged or missing" if odd is None else f"is missing: row {odd} stands in its place"
+        raise SinkError(f"{self._root / shard}: row {seq} {what}; `streamsyn verify` says more")

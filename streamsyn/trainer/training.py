@@ -1,0 +1,174 @@
+"""One training, put together: model, stream, loop. Every rank comes through here; rank 0 has the stream."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+from transformers import PreTrainedTokenizerBase
+
+from streamsyn.config import Config
+from streamsyn.errors import ConfigError
+from streamsyn.trainer.checkpoint import Checkpoint, Checkpoints
+from streamsyn.trainer.control import Ranks
+from streamsyn.trainer.director import Director, Totals
+from streamsyn.trainer.figures import Figures
+from streamsyn.trainer.heldout_rows import HeldOutSet
+from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.model import (
+    Placed,
+    model_dtype,
+    place,
+    read_model,
+    read_tokenizer,
+    start_accelerator,
+)
+from streamsyn.trainer.outdir import OutDirectory
+from streamsyn.trainer.planner import Planner
+from streamsyn.trainer.plans import PlanQueue
+from streamsyn.trainer.render import Renderer
+from streamsyn.trainer.schedule import Schedule
+from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
+from streamsyn.trainer.sources.opening import open_sources
+from streamsyn.trainer.store import Store, restore_optimizer
+
+EXIT_NOTHING = 1
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every rank knows once the model is in place."""
+
+    config: Config
+    source: str
+    out: Path
+    tokenizer: PreTrainedTokenizerBase
+    placed: Placed
+    ranks: Ranks
+    before: Checkpoint | None
+
+
+def train(config: Config, source: str, model: str, out: Path) -> int:
+    """Train until the stream ends; the exit code: 0 then, 75 when stopped before, 1 when there was nothing.
+
+    Raises:
+        StreamsynError: It cannot be done; the message says why.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    section = config.train
+    if section.rows_per_step % world:
+        raise ConfigError(
+            f"train.rows_per_step: {section.rows_per_step} rows cannot be shared out among {world} ranks"
+        )
+    dtype = model_dtype(model)
+    tokenizer = read_tokenizer(model)
+    with _own_directory(out, rank) as directory:
+        if directory is not None:
+            directory.claim(config, model)
+            Checkpoints(out, section.keep_checkpoints).prepare()
+        accelerator = start_accelerator(section, section.rows_per_step // world)
+        accelerator.wait_for_everyone()
+        before = Checkpoints(out, section.keep_checkpoints).newest()
+        saved = None if before is None else before.folder / "model"
+        if section.lora is None:
+            read = read_model(str(saved or model), section, accelerator, None)
+        else:
+            read = read_model(model, section, accelerator, saved)
+        placed = place(read, section, accelerator, dtype)
+        if before is not None:
+            restore_optimizer(placed, before)
+        setting = Setting(config, source, out, tokenizer, placed, Ranks(rank, world), before)
+        code = _run(setting)
+        accelerator.end_training()
+    return code
+
+
+@contextmanager
+def _own_directory(out: Path, rank: int) -> Iterator[OutDirectory | None]:
+    """OUT, locked by rank 0."""
+    if rank != 0:
+        yield None
+        return
+    directory = OutDirectory(out)
+    try:
+        yield directory
+    finally:
+        directory.close()
+
+
+def _run(setting: Setting) -> int:
+    info: dict[str, Any] = {} if setting.before is None else setting.before.info
+    section, ranks = setting.config.train, setting.ranks
+    store = Store(setting.out, section, setting.tokenizer, ranks.rank)
+    progress = Progress(step=info.get("step", 0), skipped=info.get("skipped", 0))
+    loop = Loop(setting.placed, ranks, section, setting.config.run.seed, store, progress)
+    if ranks.rank != 0:
+        with stop_on_signals(loop.stop):
+            loop.run(None)
+        return 0
+    with ExitStack() as stack:
+        planner, plans, held_out = _open_stream(setting, stack)
+        figures = Figures(setting.out / "metrics.jsonl", progress.step)
+        schedule = Schedule(section, info.get("schedule"))
+        totals = Totals(**info.get("totals", {}))
+        director = Director(section, ranks, plans, progress, store, schedule, figures, held_out.rows, totals)
+
+        def stop() -> None:
+            loop.stop()
+            plans.wake()
+
+        log.info("train.start", step=progress.step, ranks=ranks.world, out=str(setting.out))
+        with stop_on_signals(stop):
+            loop.run(director.orders(lambda: loop.stopping))
+        return _close(director, progress, totals, figures, plans, planner)
+
+
+def _open_stream(setting: Setting, stack: ExitStack) -> tuple[Planner, PlanQueue, HeldOutSet]:
+    """The stream, opened behind what was trained on before; closed with `stack`."""
+    section, world = setting.config.train, setting.ranks.world
+    renderer = Renderer(setting.tokenizer, section.seq_len, section.overlong)
+    sources = open_sources(setting.source, section, setting.out)
+    state = None if setting.before is None else setting.before.stream
+    planner = Planner(section, setting.config.run.seed, sources, renderer, state, ranks=world)
+    stack.callback(planner.close)
+    run = None if setting.source == "-" else Path(setting.source)
+    held_out = HeldOutSet(planner, renderer, run, section.seq_len, world)
+    return planner, stack.enter_context(PlanQueue(planner)), held_out
+
+
+def _close(
+    director: Director,
+    progress: Progress,
+    totals: Totals,
+    figures: Figures,
+    plans: PlanQueue,
+    planner: Planner,
+) -> int:
+    """Say what came of it; the exit code."""
+    verdict, waited = figures.verdict(plans.waited_s)
+    said = planner.figures()
+    dropped = sum(said["dropped"].values())
+    log.info(
+        "train.done" if director.stopped is None else "train.stopped",
+        **({} if director.stopped is None else {"why": director.stopped}),
+        steps=progress.step,
+        examples=totals.examples,
+        tokens=totals.tokens,
+        dropped=dropped,
+        skipped_steps=progress.skipped,
+        wait=f"{waited:.0%}",
+        verdict=verdict if director.trained else "nothing trained on",
+    )
+    if director.stopped is not None:
+        return EXIT_STOPPED
+    if progress.step == 0:
+        log.error(
+            "train.nothing", why="the stream ended without a sample to train on", dropped=said["dropped"]
+        )
+        return EXIT_NOTHING
+    return 0

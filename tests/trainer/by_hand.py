@@ -1,0 +1,134 @@
+"""Trains on plans made by hand: in this process, or as one of several ranks (`python -m`)."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from streamsyn.sections import TrainSection
+from streamsyn.trainer.checkpoint import Checkpoints
+from streamsyn.trainer.control import Ranks
+from streamsyn.trainer.director import Director, HeldOutRows, Totals
+from streamsyn.trainer.evals import WITH, deal_rows
+from streamsyn.trainer.examples import End, Example, Idle, StepPlan
+from streamsyn.trainer.figures import Figures
+from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.model import Placed, model_dtype, place, read_model, start_accelerator
+from streamsyn.trainer.plans import PlanQueue
+from streamsyn.trainer.schedule import Schedule
+from streamsyn.trainer.store import Store
+from tests.trainer import tiny
+
+LENGTHS = ((30, 8), (12, 3), (50, 20), (9, 1), (25, 6), (40, 2), (18, 9))
+
+
+class Script:
+    """A planner that plays what it is given."""
+
+    def __init__(self, moves: Sequence[StepPlan | Idle | End]) -> None:
+        self._moves = list(moves)
+
+    async def next(self, timeout_s: float) -> StepPlan | Idle | End:
+        assert timeout_s > 0
+        return self._moves.pop(0)
+
+    def figures(self) -> dict[str, Any]:
+        return {"dropped": {"overlong": 2}}
+
+
+def section(**given: Any) -> TrainSection:
+    """Settings for a few steps of a tiny model."""
+    return TrainSection.model_validate(
+        {"seq_len": 64, "learning_rate": 0.001, "warmup_steps": 2, "rows_per_step": 4, **given}
+    )
+
+
+def plans(steps: int, rows: int = 4) -> list[StepPlan | Idle | End]:
+    """Steps over the same samples, whatever the number of rows they are dealt to; the last one is small."""
+    made: list[StepPlan | Idle | End] = []
+    for step in range(steps):
+        samples = [tiny.example(*size, seed=100 * step + n) for n, size in enumerate(LENGTHS)]
+        samples = samples[:2] if step == steps - 1 else samples
+        dealt: list[list[Example]] = [[] for _ in range(rows)]
+        for n, one in enumerate(samples):
+            dealt[n % rows].append(one)
+        made.append(StepPlan(tuple(map(tuple, dealt)), {"position": step + 1}, steps - step - 1))
+    return [*made, End({"position": "end"})]
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """Accelerate keeps its state in the process; each training here has its own."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    yield
+
+
+def placed_model(folder: Path, settings: TrainSection, world: int = 1) -> Placed:
+    """The model in `folder`, on CPU."""
+    accelerator: Accelerator = start_accelerator(settings, settings.rows_per_step // world)
+    return place(
+        read_model(str(folder), settings, accelerator, None), settings, accelerator, model_dtype(str(folder))
+    )
+
+
+def train(
+    out: Path,
+    settings: TrainSection,
+    moves: Sequence[StepPlan | Idle | End],
+    *,
+    base: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+    held_out: Sequence[Example] = (),
+) -> tuple[Loop, Director | None, Placed]:
+    """Train a tiny model to the end of `moves`, in OUT."""
+    if base is None:
+        base = out / "base"
+        if rank == 0 and not base.exists():
+            tiny.write_model(base)
+    with fresh():
+        placed = placed_model(base, settings, world)
+    ranks = Ranks(rank, world)
+    if rank == 0:
+        Checkpoints(out, settings.keep_checkpoints).prepare()
+    store = Store(out, settings, tiny.tokenizer(), rank)
+    loop = Loop(placed, ranks, settings, 0, store, Progress())
+    if rank != 0:
+        loop.run(None)
+        return loop, None, placed
+
+    def rows() -> Any:
+        return {WITH: deal_rows(held_out, settings.seq_len, world)} if held_out else None
+
+    kept: HeldOutRows = rows
+    with PlanQueue(Script(moves)) as queue:
+        figures = Figures(out / "metrics.jsonl", 0)
+        director = Director(
+            settings, ranks, queue, loop.progress, store, Schedule(settings), figures, kept, Totals()
+        )
+        loop.run(director.orders(lambda: loop.stopping))
+    return loop, director, placed
+
+
+def weights(placed: Placed) -> dict[str, torch.Tensor]:
+    """All weights of a model, as they are now."""
+    return {name: one.detach().clone() for name, one in placed.plain.named_parameters()}
+
+
+if __name__ == "__main__":
+    import os
+
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    me, all_of_us = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    kept_out = [tiny.example(20, 5, 900 + n) for n in range(3)]
+    made = train(
+        folder, section(), plans(steps), base=folder / "base", rank=me, world=all_of_us, held_out=kept_out
+    )[2]
+    torch.save(weights(made), folder / f"weights-{me}.pt")
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,105 @@
+"""Samples in a row do not see each other, whatever computes the attention."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from streamsyn.errors import ConfigError
+from streamsyn.trainer.attention import SEGMENTS, implementation
+from streamsyn.trainer.batch import Batch, make_batch
+from tests.trainer.tiny import example, furthest, gradients, model
+
+CPU = torch.device("cpu")
+ROW = (example(9, 3, 1), example(1 + 1, 1, 2), example(40, 12, 3), example(17, 16, 4))
+
+
+def batch_of(row: Any) -> Batch:
+    return make_batch(row, [1.0] * len(row), CPU)
+
+
+def segments_model(**given: Any) -> Any:
+    return model(implementation("segments", CPU, half=False), **given)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_row_is_as_its_samples_apart(*, checkpointing: bool) -> None:
+    """Logits of a row's targets, and gradients, are those of its samples one by one, without any packing."""
+    packed, apart = segments_model(), model("eager")
+    if checkpointing:
+        packed.gradient_checkpointing_enable({"use_reentrant": False})
+    logits = packed(**batch_of(ROW).forward_arguments()).logits[0]
+    logits.square().sum().backward()
+    alone = []
+    for one in ROW:
+        ids = torch.from_numpy(one.tokens).long()[None]
+        alone.append(apart(input_ids=ids, use_cache=False).logits[0, one.loss_from - 1 : -1])
+    torch.cat(alone).square().sum().backward()
+
+    assert torch.allclose(torch.cat(alone), logits, atol=1e-6)
+    assert furthest(gradients(apart), gradients(packed)) < 1e-4 * max(
+        float(one.abs().max()) for one in gradients(apart).values()
+    )
+
+
+def test_segments_are_as_a_block_mask() -> None:
+    """Attention by a call for each sample is that of transformers with a mask of blocks."""
+    ours, masked = segments_model(), model("sdpa")
+    arguments = batch_of(ROW).forward_arguments()
+
+    logits = ours(**arguments).logits
+    expected = masked(
+        **{key: arguments[key] for key in ("input_ids", "position_ids", "use_cache", "logits_to_keep")}
+    ).logits
+
+    assert torch.allclose(expected, logits, atol=1e-6)
+    logits.logsumexp(-1).sum().backward()
+    expected.logsumexp(-1).sum().backward()
+    assert furthest(gradients(masked), gradients(ours)) < 1e-5
+
+
+def test_another_sample_changes_nothing() -> None:
+    """What comes before a sample in its row does not change its logits in a single bit."""
+    tuned = segments_model()
+    last = example(30, 8, 9)
+    one = tuned(**batch_of((example(20, 4, 1), last)).forward_arguments()).logits[0, -8:]
+    other = tuned(**batch_of((example(20, 4, 2), last)).forward_arguments()).logits[0, -8:]
+
+    assert torch.equal(one, other)
+
+
+def test_a_cache_would_leak_and_is_not_made() -> None:
+    """With a cache, transformers lets samples attend to each other; our arguments forbid one."""
+    masked = model("sdpa")
+    rows = [(example(20, 4, seed), example(30, 8, 9)) for seed in (1, 2)]
+    arguments = [
+        {
+            key: one.forward_arguments()[key]
+            for key in ("input_ids", "position_ids", "logits_to_keep", "use_cache")
+        }
+        for one in map(batch_of, rows)
+    ]
+
+    assert all(one["use_cache"] is False for one in arguments)
+    safe = [masked(**one).logits[0, -8:] for one in arguments]
+    leaking = [masked(**{**one, "use_cache": True}).logits[0, -8:] for one in arguments]
+    assert torch.allclose(safe[0], safe[1], atol=1e-6)
+    assert not torch.allclose(leaking[0], leaking[1], atol=1e-3), "transformers leaks no more"
+
+
+def test_attention_without_bounds_is_refused() -> None:
+    """A mask, or a call without bounds, is a mistake of ours and no attention to something else."""
+    tuned = segments_model()
+    arguments = batch_of(ROW).forward_arguments()
+    del arguments["segments"]
+
+    with pytest.raises(AssertionError, match="bounds"):
+        tuned(**arguments)
+
+
+def test_what_needs_a_gpu_says_so() -> None:
+    """An attention that cannot work here is refused by the name of its key; `auto` always works."""
+    for name in ("varlen", "flash_attention_2", "flash_attention_3"):
+        with pytest.raises(ConfigError, match=r"train\.attention"):
+            implementation(name, CPU, half=True)
+    assert SEGMENTS == implementation("auto", CPU, half=True)

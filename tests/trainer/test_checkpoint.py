@@ -1,0 +1,154 @@
+"""A checkpoint is there whole or not at all, whenever the process is killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamsyn.errors import SinkError
+from streamsyn.trainer.checkpoint import Checkpoints
+from tests.builders import disk_full_beyond
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from streamsyn.trainer.checkpoint import Checkpoints
+
+out, steps, calls = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def audit(event, _arguments, seen=[0]):
+    # whatever changes a file or a folder: the process is gone before it happens
+    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+        seen[0] += 1
+        if seen[0] == calls:
+            os.write(1, b"killed")
+            os._exit(9)
+
+checkpoints = Checkpoints(out, keep=2)
+
+def fill(step):
+    def write(folder):
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_bytes(bytes([step]) * 1000)
+        (folder / "moments").write_bytes(bytes([step]) * 2000)
+    return write
+
+sys.addaudithook(audit)
+checkpoints.prepare()
+for step in range(1, steps + 1):
+    checkpoints.write({"step": step}, {"position": step}, fill(step))
+"""
+
+
+def write(out: Path, step: int) -> Path:
+    """The checkpoint of a step; every byte of it says which."""
+
+    def fill(folder: Path) -> None:
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_bytes(bytes([step]) * 1000)
+        (folder / "moments").write_bytes(bytes([step]) * 2000)
+
+    return Checkpoints(out, keep=2).write({"step": step}, {"position": step}, fill)
+
+
+def assert_whole(out: Path, step: int) -> None:
+    """What a later run would go on from is the checkpoint of `step`, in all its parts."""
+    found = Checkpoints(out, keep=2).newest()
+
+    assert found is not None
+    assert (step, {"position": step}) == (found.step, found.stream)
+    assert bytes([step]) * 1000 == (found.folder / "model" / "weights").read_bytes()
+    assert bytes([step]) * 2000 == (found.folder / "moments").read_bytes()
+
+
+def prepared(out: Path) -> Path:
+    out.mkdir(exist_ok=True)
+    Checkpoints(out, keep=2).prepare()
+    return out
+
+
+def test_a_kill_at_any_file_leaves_a_whole_one(tmp_path: Path) -> None:
+    """Killed before each change of a file in turn, while a third checkpoint replaces the first: the newest
+    is the second or the third, whole; then nothing torn is left, and one more can be written."""
+    killed, newest = 0, set()
+    for calls in range(1, 200):
+        out = prepared(tmp_path / str(calls))
+        for step in (1, 2):
+            write(out, step)
+        command = [
+            sys.executable,
+            "-c",
+            WRITER.replace("range(1, steps + 1)", "(3,)"),
+            str(out),
+            "3",
+            str(calls),
+        ]
+        done = subprocess.run(command, capture_output=True, check=False, env={**os.environ})
+        found = Checkpoints(out, keep=2).newest()
+        assert found is not None
+        newest.add(found.step)
+        assert_whole(out, found.step)
+        prepared(out)
+        assert [] == list(out.glob("**/*.tmp"))
+        assert_whole(out, found.step)
+        write(out, 4)
+        assert_whole(out, 4)
+        if done.returncode == 0:
+            break
+        assert (9, b"killed") == (done.returncode, done.stdout), done.stderr
+        killed += 1
+
+    assert killed > 10
+    assert {2, 3} == newest
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    """Older ones go, once a newer one is whole."""
+    out = prepared(tmp_path)
+    for step in range(1, 5):
+        write(out, step)
+
+    assert ["step-0000003", "step-0000004"] == sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert "step-0000004\n" == (out / "LATEST").read_text()
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "no info", "no name", "name of nothing"])
+def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
+    """When the one in LATEST lacks a file or a byte, or LATEST is lost, the newest whole one is taken."""
+    out = prepared(tmp_path)
+    for step in (1, 2):
+        folder = write(out, step)
+    match damage:
+        case "gone":
+            (folder / "moments").unlink()
+        case "shorter":
+            os.truncate(folder / "model" / "weights", 999)
+        case "no info":
+            (folder / "info.json").write_text("{")
+        case "no name":
+            (out / "LATEST").unlink()
+        case "name of nothing":
+            (out / "LATEST").write_text("../../etc")
+
+    assert_whole(out, 2 if "name" in damage else 1)
+
+
+def test_a_full_disk_is_said_in_one_line_and_costs_nothing(tmp_path: Path) -> None:
+    """What was saved before stays; nothing half-written is left."""
+    out = prepared(tmp_path)
+    write(out, 1)
+    with (
+        disk_full_beyond(1500),
+        pytest.raises(SinkError, match=r"step-0000002.*too large.*before it is whole"),
+    ):
+        write(out, 2)
+
+    assert_whole(out, 1)
+    assert [] == list(out.glob("**/*.tmp"))
+
+
+def test_there_is_nothing_at_first(tmp_path: Path) -> None:
+    """No checkpoint, no mistake."""
+    assert Checkpoints(prepared(tmp_path), keep=2).newest() is None

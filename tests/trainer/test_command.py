@@ -1,0 +1,415 @@
+"""`streamsyn train` as a user has it: processes, signals, kills, full disks."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from streamsyn.config import Config, fingerprint, lasting
+from streamsyn.sink.rundir import RunDirectory
+from tests.builders import context, opened, sample, sink
+from tests.trainer import tiny
+
+pytestmark = pytest.mark.timeout(300)
+
+SETTINGS = {
+    "train.seq_len": 256,
+    "train.rows_per_step": 2,
+    "train.shuffle_size": 8,
+    "train.shuffle_min": 4,
+    "train.learning_rate": 0.003,
+    "train.warmup_steps": 2,
+    "train.save_every_steps": 2,
+    "train.max_wait_s": 0.2,
+    "train.holdout": 0.1,
+    "train.eval_every_steps": 5,
+}
+
+
+class Training:
+    """A command that runs in a fork."""
+
+    def __init__(self, server: subprocess.Popen[str], said: Path) -> None:
+        self._server = server
+        self._said = said
+        self._code: int | None = None
+        self.pid = int(self._read("started")[0])
+
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._said.read_text() if self._said.exists() else ""
+
+    def wait(self) -> int:
+        """Its exit code."""
+        while self._code is None:
+            pid, code = self._read("ended")
+            assert self.pid == int(pid)
+            self._code = int(code)
+        return self._code
+
+    def _read(self, expected: str) -> list[str]:
+        assert self._server.stdout is not None
+        said, *rest = self._server.stdout.readline().split()
+        assert expected == said
+        return rest
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, unless it has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def end(self) -> None:
+        """Whatever it does, it is over."""
+        if self._code is None:
+            self.kill()
+            self.wait()
+
+    def wait_for(self, pattern: str, timeout_s: float = 60) -> None:
+        """Until it says something. The one place that looks again and again: it is another process."""
+        until = time.monotonic() + timeout_s
+        while not re.search(pattern, self.stderr()):
+            assert time.monotonic() < until, self.stderr()
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    """A process that has everything imported."""
+    command = [sys.executable, "-m", "tests.trainer.fork_server"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+Start = Callable[..., Training]
+
+
+@pytest.fixture
+def start(server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
+    """Starts `streamsyn train` with small settings, one at a time."""
+    trainings: list[Training] = []
+
+    def started(
+        source: Any,
+        out: Path,
+        *more: str,
+        stdin: Path | None = None,
+        file_bytes: int | None = None,
+        **settings: Any,
+    ) -> Training:
+        assert server.stdin is not None
+        said = tmp_path / f"stderr-{len(trainings)}"
+        if trainings:
+            trainings[-1].wait()
+        chosen = {**SETTINGS, **{f"train.{key}": value for key, value in settings.items()}}
+        sets = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
+        argv = [
+            "train",
+            "--from",
+            str(source),
+            "--model",
+            str(tmp_path / "base"),
+            "--out",
+            str(out),
+            *sets,
+            *more,
+        ]
+        task = {
+            "argv": argv,
+            "stderr": str(said),
+            "stdin": str(stdin) if stdin else None,
+            "file_bytes": file_bytes,
+        }
+        server.stdin.write(json.dumps(task) + "\n")
+        server.stdin.flush()
+        trainings.append(Training(server, said))
+        return trainings[-1]
+
+    tiny.write_model(tmp_path / "base")
+    yield started
+    for training in trainings:
+        training.end()
+
+
+def written(number: int) -> Any:
+    """The sample of a seed, as a run would write it; some are too long."""
+    words = random.Random(number).choices(["tide", "lamp", "keeper", "stone", "gull"], k=5 + 13 * number % 31)
+    asked = f"{' '.join(words)}\n\nWho kept {number}?"
+    messages = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": f"Keeper {number * 7919}."},
+    ]
+    return sample(number, messages=messages)
+
+
+def write_run(root: Path, numbers: range, *, final: bool = True) -> Path:
+    """A run directory with samples, finished or not."""
+    config = Config()
+    directory = RunDirectory(root)
+    directory.save(lasting(config), fingerprint(config))
+    directory.close()
+    with opened(root, sink(shard_bytes=4000)) as log:
+        log.append([context(n) for n in numbers])
+        log.samples.append([written(n) for n in numbers])
+        if final:
+            log.seal_outcomes()
+            log.finish()
+    return root
+
+
+def result(out: Path) -> dict[str, torch.Tensor]:
+    """The tuned weights."""
+    return load_file(out / "model" / "model.safetensors")
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The steps in metrics.jsonl."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == "step"]
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether all weights are equal, bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_finished_run_is_trained_on(start: Start, tmp_path: Path) -> None:
+    """Exit 0 at the end of the stream; the loss has fallen; held-out samples were measured with and without
+    their contexts; another start finds nothing left to do and changes nothing."""
+    run, out = write_run(tmp_path / "run", range(60)), tmp_path / "out"
+    training = start(run, out)
+
+    assert 0 == training.wait(), training.stderr()
+    steps = lines(out)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in found if line["kind"] == "evaluation"]
+    assert measured[0]["step"] == 0
+    assert measured[-1]["nll_with_context"] < measured[0]["nll_with_context"]
+    assert {"nll_with_context", "nll_without_context", "context_gain", "held_out"} <= measured[-1].keys()
+    before = result(out)
+    again = start(run, out)
+    assert 0 == again.wait(), again.stderr()
+    assert same(before, result(out))
+    assert len(steps) == len(lines(out))
+
+
+def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> None:
+    """SIGKILL at random moments, resumed each time: over a complete log and with one thread, the final
+    weights are those of a training that nobody disturbed, bit for bit."""
+    run = write_run(tmp_path / "run", range(80))
+    whole = start(run, tmp_path / "whole")
+    began = time.monotonic()
+    assert 0 == whole.wait(), whole.stderr()
+    took = time.monotonic() - began
+    draw, kills, code = random.Random(0), 0, -signal.SIGKILL
+    for _ in range(12):
+        training = start(run, tmp_path / "out")
+        time.sleep(draw.uniform(0.1, 0.5) * took)
+        training.kill(signal.SIGKILL)
+        code = training.wait()
+        kills += code == -signal.SIGKILL
+        if code == 0:
+            break
+    if code != 0:
+        last = start(run, tmp_path / "out")
+        assert 0 == last.wait(), last.stderr()
+
+    assert kills >= 2
+    assert same(result(tmp_path / "whole"), result(tmp_path / "out"))
+    steps, expected = lines(tmp_path / "out"), lines(tmp_path / "whole")
+    for key in ("step", "loss", "rate", "tokens"):
+        assert [line[key] for line in expected] == [line[key] for line in steps]
+
+
+def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> None:
+    """SIGTERM ends a training after the step it is at, saved, with 75; resumed, the weights at the end are
+    those of a training that nobody stopped."""
+    run = write_run(tmp_path / "run", range(60))
+    whole = start(run, tmp_path / "whole")
+    assert 0 == whole.wait(), whole.stderr()
+    training = start(run, tmp_path / "out", save_every_steps=1000)
+    training.wait_for("train.step")
+    training.kill(signal.SIGTERM)
+
+    assert 75 == training.wait(), training.stderr()
+    assert re.search(r"train\.saved +step=", training.stderr())
+    assert not (tmp_path / "out" / "model").exists()
+    rest = start(run, tmp_path / "out")
+    assert 0 == rest.wait(), rest.stderr()
+    assert same(result(tmp_path / "whole"), result(tmp_path / "out"))
+
+
+def test_two_signals_end_it_at_once(start: Start, tmp_path: Path) -> None:
+    """The second one does not wait for anything."""
+    run = write_run(tmp_path / "run", range(6), final=False)
+    training = start(run, tmp_path / "out", max_wait_s=1000)
+    training.wait_for("train.start")
+    training.kill(signal.SIGINT)
+    training.kill(signal.SIGINT)
+
+    assert 75 == training.wait(), training.stderr()
+
+
+def test_an_empty_stream_is_said(start: Start, tmp_path: Path) -> None:
+    """Nothing to train on is no success: exit 1, and no model."""
+    training = start(write_run(tmp_path / "run", range(0)), tmp_path / "out")
+
+    assert 1 == training.wait(), training.stderr()
+    assert "without a sample" in training.stderr()
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_stalled_stream_stops_when_told_to(start: Start, tmp_path: Path) -> None:
+    """With `on_stall` = stop: what is there is trained on and saved, exit 75; when the run has gone on, so
+    does the training."""
+    run = write_run(tmp_path / "run", range(20), final=False)
+    training = start(run, tmp_path / "out", stall_s=0.5, on_stall="stop", max_wait_s=0.1)
+
+    assert 75 == training.wait(), training.stderr()
+    assert "train.stalled" in training.stderr()
+    write_run(run, range(20, 40))
+    rest = start(run, tmp_path / "out", stall_s=0.5, on_stall="stop", max_wait_s=0.1)
+    assert 0 == rest.wait(), rest.stderr()
+    trained = sum(line["examples"] for line in lines(tmp_path / "out"))
+    held_out = lines(tmp_path / "out")[-1]["stream"]["held_out"]
+    assert 40 == trained + held_out
+
+
+def test_a_stalled_stream_is_waited_for(start: Start, tmp_path: Path) -> None:
+    """With `wait`, which is the default: said once, and trained on when the run goes on."""
+    run = write_run(tmp_path / "run", range(20), final=False)
+    training = start(run, tmp_path / "out", stall_s=0.2)
+    training.wait_for("train.stalled")
+    write_run(run, range(20, 40))
+
+    assert 0 == training.wait(), training.stderr()
+    assert 1 == training.stderr().count("train.stalled")
+
+
+def test_a_full_disk_stops_it_and_room_lets_it_go_on(start: Start, tmp_path: Path) -> None:
+    """One line, exit 1, what was saved before is whole; with room, the training ends as if it had had it."""
+    run, out = write_run(tmp_path / "run", range(40)), tmp_path / "out"
+    whole = start(run, tmp_path / "whole")
+    assert 0 == whole.wait(), whole.stderr()
+    first = start(run, out, max_steps=3)
+    assert 0 == first.wait(), first.stderr()
+    full = start(run, out, file_bytes=50_000)
+
+    assert 1 == full.wait(), full.stderr()
+    last = full.stderr().splitlines()[-1]
+    assert re.match(r"streamsyn: cannot write .*step-0000004.*what was saved before it is whole", last)
+    assert "Traceback" not in full.stderr()
+    rest = start(run, out)
+    assert 0 == rest.wait(), rest.stderr()
+    assert lines(tmp_path / "whole")[-1]["loss"] == lines(out)[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"loss": "token"}, "train.loss: 'sequence' before, 'token' now"),
+        ({"seq_len": 128}, "train.seq_len: 256 before, 128 now"),
+        ({"learning_rate": 0.1}, "train.learning_rate"),
+    ],
+)
+def test_another_training_in_the_same_directory_is_refused(
+    start: Start, tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    """By the key that differs, with both values, exit 2; keys that shape nothing may differ."""
+    run, out = write_run(tmp_path / "run", range(6)), tmp_path / "out"
+    assert 0 == start(run, out).wait()
+    assert 0 == start(run, out, save_every_steps=7, keep_checkpoints=5, eval_every_steps=3).wait()
+    other = start(run, out, **changed)
+
+    assert 2 == other.wait()
+    assert named in other.stderr()
+
+
+@pytest.mark.parametrize(
+    ("named", "source", "out", "more"),
+    [
+        ("--from http://host:1", "http://host:1", "out", []),
+        ("odd", "odd", "out", []),
+        ("no such directory", "run", "out", ["--model", "./nowhere"]),
+        ("is no model", "run", "out", ["--model", "odd"]),
+        ("train.rows_per_step", "run", "out", ["--set", "train.rows_per_step=0"]),
+        ("is a run directory", "run", "other", []),
+        ("the same directory", "run", "run", []),
+        ("unknown key train.seqlen", "run", "out", ["--set", "train.seqlen=3"]),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(
+    start: Start, tmp_path: Path, named: str, source: str, out: str, more: list[str]
+) -> None:
+    """Exit 2 and one line that names what is wrong, without a traceback."""
+    write_run(tmp_path / "run", range(4))
+    write_run(tmp_path / "other", range(4))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "picture.png").write_bytes(b"x")
+    given = source if "://" in source else tmp_path / source
+    training = start(given, tmp_path / out, *(str(tmp_path / "odd") if one == "odd" else one for one in more))
+
+    assert 2 == training.wait(), training.stderr()
+    assert named in training.stderr().splitlines()[-1]
+    assert "Traceback" not in training.stderr()
+
+
+def test_a_directory_in_use_is_refused(start: Start, server: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Two trainings never share an OUT."""
+    from streamsyn.trainer.outdir import OutDirectory
+
+    directory = OutDirectory(tmp_path / "out")
+    training = start(write_run(tmp_path / "run", range(4)), tmp_path / "out")
+
+    assert 2 == training.wait()
+    assert "in use by another process" in training.stderr()
+    directory.close()
+
+
+def test_samples_on_stdin_are_trained_on_once(start: Start, tmp_path: Path) -> None:
+    """NDJSON on stdin, killed and resumed without it: the spool has what was read."""
+    samples = tmp_path / "samples.jsonl"
+    rows = [
+        {"id": f"s{n}", "seed_id": f"s{n}", "task": "qa", "messages": written(n).messages} for n in range(30)
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    training = start("-", out, stdin=samples)
+
+    assert 0 == training.wait(), training.stderr()
+    trained = sum(line["examples"] for line in lines(out))
+    assert 30 == trained + lines(out)[-1]["stream"]["held_out"]
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_it_says_what_is_missing(tmp_path: Path) -> None:
+    """Without torch, `--help` works, and a training says what to install: exit 2."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "streamsyn", "train"]
+    helped = subprocess.run(
+        [*command, "--help"], env=environment, capture_output=True, text=True, check=False
+    )
+    given = ["--from", str(tmp_path), "--model", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True, check=False)
+
+    assert (0, "") == (helped.returncode, helped.stderr)
+    assert 2 == done.returncode
+    assert "streamsyn: training needs torch: pip install 'streamsyn[train]'\n" == done.stderr

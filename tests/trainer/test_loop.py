@@ -1,0 +1,190 @@
+"""The loop over plans made by hand: what a step does, and that nothing but the samples decides it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from streamsyn.errors import SinkError
+from streamsyn.trainer.batch import make_batch
+from streamsyn.trainer.control import Step
+from streamsyn.trainer.examples import End, Idle, StepPlan
+from tests.builders import disk_full_beyond
+from tests.trainer import tiny
+from tests.trainer.by_hand import plans, section, train, weights
+
+STEPS = 4
+
+
+def lines(out: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """What metrics.jsonl says."""
+    found = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def test_a_training_is_as_one_written_down_plainly(tmp_path: Path) -> None:
+    """Weights after some steps are those of separate samples, one after the other, and torch's AdamW."""
+    loop, director, placed = train(tmp_path, section(), plans(STEPS))
+    plain = tiny.model("eager")
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.001, betas=(0.9, 0.95), weight_decay=0.0)
+    for step, plan in enumerate(plans(STEPS)[:-1]):
+        assert isinstance(plan, StepPlan)
+        samples = list(plan.examples())
+        for one in samples:
+            ids = torch.from_numpy(one.tokens).long()
+            logits = plain(input_ids=ids[None], use_cache=False).logits[0, one.loss_from - 1 : -1]
+            (torch.nn.functional.cross_entropy(logits, ids[one.loss_from :]) / len(samples)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        left = STEPS - step
+        optimizer.param_groups[0]["lr"] = 0.001 * min((step + 1) / 2, left / STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert director is not None
+    assert director.stopped is None
+    assert STEPS == loop.progress.step
+    expected = {name: one.detach() for name, one in plain.named_parameters()}
+    assert tiny.furthest(expected, weights(placed)) < 1e-5
+
+
+def test_rows_taken_one_after_the_other_are_as_one_row(tmp_path: Path) -> None:
+    """Four rows in four passes, two in two, or all in one: the same weights."""
+    results = []
+    for rows in (1, 2, 4):
+        out = tmp_path / str(rows)
+        out.mkdir()
+        settings = section(rows_per_step=rows, seq_len=256)
+        results.append(weights(train(out, settings, plans(STEPS, rows))[2]))
+
+    assert tiny.furthest(results[0], results[1]) < 1e-6
+    assert tiny.furthest(results[0], results[2]) < 1e-6
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run_ranks(command: list[str], world: int, timeout_s: float = 120) -> list[subprocess.Popen[str]]:
+    """Start a command as ranks of one training, and wait for all of them."""
+    shared = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    for one in ranks:
+        _, said = one.communicate(timeout=timeout_s)
+        assert one.returncode == 0, said
+    return ranks
+
+
+def test_two_ranks_are_as_one(tmp_path: Path) -> None:
+    """The same rows, dealt to two processes over gloo: the same weights on both, those of one process; the
+    loss and the evaluation are told alike. A rank without a sample in the last step takes part in it."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder in (alone, both):
+        folder.mkdir()
+        tiny.write_model(folder / "base")
+    kept = [tiny.example(20, 5, 900 + n) for n in range(3)]
+    expected = weights(train(alone, section(), plans(STEPS), held_out=kept)[2])
+    run_ranks([sys.executable, "-m", "tests.trainer.by_hand", str(both), str(STEPS)], 2)
+
+    for rank in (0, 1):
+        found = torch.load(both / f"weights-{rank}.pt")
+        assert tiny.furthest(expected, found) < 1e-6
+    told, told_alone = lines(both), lines(alone)
+    assert [line["loss"] for line in told_alone] == pytest.approx([line["loss"] for line in told], rel=1e-5)
+    measured, alone_measured = lines(both, "evaluation"), lines(alone, "evaluation")
+    assert [0, STEPS] == [line["step"] for line in measured]
+    for one, other in zip(measured, alone_measured, strict=True):
+        assert 3 == one["held_out"]
+        assert one["nll_with_context"] == pytest.approx(other["nll_with_context"], rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    """A step whose gradient is not finite changes nothing, is counted, and the next one goes on."""
+    settings = section()
+    loop, director, placed = train(tmp_path, settings, plans(1))
+    before = weights(placed)
+    row = tuple(plans(2)[0].rows[0])  # type: ignore[union-attr]
+    loop._train(Step((row,) * 4, ([float("inf")] * len(row),) * 4, 1.0, 0.001))
+
+    assert 1 == loop.progress.skipped
+    assert all(torch.equal(before[name], one) for name, one in weights(placed).items())
+    loop._train(Step((row,) * 4, ([1.0] * len(row),) * 4, 1.0, 0.001))
+    assert 1 == loop.progress.skipped
+    assert tiny.furthest(before, weights(placed)) > 0
+    assert director is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_is_a_plain_directory(tmp_path: Path, dtype: torch.dtype) -> None:
+    """OUT/model is read by from_pretrained, in the precision that the model had, with tokenizer, template
+    and generation configuration, and computes what the trained model computes."""
+    base = tiny.write_model(tmp_path / "base", dtype)
+    placed = train(tmp_path, section(), plans(2), base=base)[2]
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    expected = {name: one.to(dtype) for name, one in weights(placed).items()}
+
+    assert dtype == read.dtype
+    assert all(torch.equal(expected[name], one) for name, one in read.named_parameters())
+    batch = make_batch((tiny.example(30, 5),), [1.0], torch.device("cpu"))
+    ours, theirs = placed.plain(**batch.forward_arguments()), read(input_ids=batch.input_ids)
+    assert torch.allclose(
+        ours.logits[0], theirs.logits[0, -6:-1].float(), atol=1e-6 if dtype is torch.float32 else 0.02
+    )
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    saved = orjson.loads((tmp_path / "model" / "config.json").read_bytes())
+    assert str(dtype) == f"torch.{saved['dtype']}"
+    assert "streamsyn" not in str(saved)
+
+
+def test_a_stall_is_waited_out(tmp_path: Path) -> None:
+    """With `wait`, a stream that brings nothing for too long is trained on when it comes back."""
+    stalled = Idle(1800.0, stalled=True)
+    moves = plans(2)
+    loop, director, _ = train(tmp_path, section(), [moves[0], stalled, stalled, *moves[1:]])
+
+    assert director is not None
+    assert (2, None) == (loop.progress.step, director.stopped)
+
+
+def test_nothing_to_train_on_leaves_no_model(tmp_path: Path) -> None:
+    """A stream that ends before it began."""
+    loop, director, _ = train(tmp_path, section(), [End({})])
+
+    assert 0 == loop.progress.step
+    assert director is not None
+    assert director.stopped is None
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "LATEST").exists()
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_stops_in_one_line(tmp_path: Path) -> None:
+    """The checkpoint before it is whole."""
+    tiny.write_model(tmp_path / "base")
+    settings = section(save_every_steps=1)
+    train(tmp_path, settings, [plans(2)[0], End({"position": 1})], base=tmp_path / "base")
+    with disk_full_beyond(20_000), pytest.raises(SinkError, match=r"cannot write .*step-0000001.*is whole"):
+        train(tmp_path, settings, plans(2), base=tmp_path / "base")

@@ -1,0 +1,332 @@
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamsyn.errors import ConfigError
+from streamsyn.sglang.simulator.clock import run_virtually
+from streamsyn.trainer.examples import End, Idle, Key, StepPlan
+from streamsyn.trainer.sources.source import Mixed, Sources
+from tests.trainer.streams import Arriving, keys, planner, plans, row
+
+rows = st.lists(
+    st.one_of(st.none(), st.integers(1, 120)), max_size=50
+)  # None is a bad row, more than 100 tokens are over-long
+chunks = st.lists(st.tuples(st.floats(0, 200), st.integers(0, 20)), max_size=8)
+options = st.fixed_dictionaries(
+    {
+        "epochs": st.integers(1, 3),
+        "rows_per_step": st.integers(1, 3),
+        "shuffle_size": st.integers(1, 12),
+        "shuffle_min": st.integers(1, 12),
+        "holdout": st.sampled_from([0.0, 0.3]),
+    }
+)
+
+
+def made(lengths: list[int | None]) -> list[dict[str, Any] | None]:
+    """Rows of these lengths."""
+    return [None if length is None else row(number, length) for number, length in enumerate(lengths)]
+
+
+def layout(steps: list[StepPlan]) -> list[Any]:
+    """All that matters to a step."""
+    return [
+        ([[one.key for one in row] for row in step.rows], step.left_steps, step.flushed) for step in steps
+    ]
+
+
+def mixed(weight: float) -> list[Mixed]:
+    """Seven rows of general data, one of them bad."""
+    return [Mixed(Arriving([*made([3, 20, None, 5, 8, 2, 30])], name="mix"), weight)]
+
+
+@settings(max_examples=40)
+@given(lengths=rows, options=options, weight=st.sampled_from([0.0, 0.5, 1.7]))
+def test_a_killed_trainer_goes_on_as_if_nothing_had_been(
+    lengths: list[int | None], options: dict[str, Any], weight: float
+) -> None:
+    """Over a complete log, from the state of any plan come exactly the plans that would have come."""
+
+    def sources() -> Sources:
+        return Sources(Arriving(made(lengths)), mixed(weight) if weight else [])
+
+    whole = asyncio.run(plans(planner(sources(), **options)))
+    for number, step in enumerate(whole):
+        rest = asyncio.run(plans(planner(sources(), step.state, **options)))
+        assert layout(whole[number + 1 :]) == layout(rest)
+
+
+@settings(max_examples=100)
+@given(
+    lengths=rows,
+    options=options,
+    arrivals=st.lists(chunks, min_size=6, max_size=6),
+    kills=st.lists(st.integers(1, 3), max_size=5),
+    weight=st.sampled_from([0.0, 0.5, 1.7]),
+)
+def test_every_example_is_trained_on_exactly_once(
+    lengths: list[int | None],
+    options: dict[str, Any],
+    arrivals: list[list[tuple[float, int]]],
+    kills: list[int],
+    weight: float,
+) -> None:
+    """Killed after any plan, as often as you like, with rows arriving as they like: none lost, none twice."""
+    trained: list[StepPlan] = []
+    state: Any = None
+    kept: set[Key] = set()
+
+    async def some(number: int, left: int | None) -> bool:
+        nonlocal state
+        sources = Sources(Arriving(made(lengths), arrivals[number]), mixed(weight) if weight else [])
+        stream = planner(sources, state, **options)
+        while left != 0:
+            step = await stream.next(30)
+            if isinstance(step, StepPlan):
+                trained.append(step)
+                state = step.state
+                left = None if left is None else left - 1
+            kept.update(one.example.key for one in stream.held_out)
+            if isinstance(step, End):
+                return True
+        return False
+
+    ended = any(run_virtually(some(number, left)) for number, left in enumerate(kills))
+    if not ended:
+        run_virtually(some(len(kills), None))
+    good = [seq for seq, length in enumerate(lengths) if length is not None and length <= 100]
+    held_out = {key.seq for key in kept}
+    wanted = Counter(
+        Key("run", epoch, seq) for epoch in range(options["epochs"]) for seq in good if seq not in held_out
+    )
+    found = Counter(keys(trained))
+    general = [key for key in found if key.source == "mix"]
+
+    assert wanted == Counter({key: count for key, count in found.items() if key.source == "run"})
+    assert int(wanted.total() * weight + 0.5) == len(general)
+    assert set(found.values()) <= {1}
+    for step in trained:
+        assert options["rows_per_step"] == len(step.rows)
+        assert all(sum(one.length for one in packed) <= 100 for packed in step.rows)
+        assert step.flushed or all(step.rows)
+
+
+def test_how_rows_arrive_does_not_matter_to_a_trainer_behind() -> None:
+    """As long as the stream is ahead, chunks of any size make the same plans."""
+    lengths: list[int | None] = [7 * n % 60 + 1 for n in range(200)]
+    at_once = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))
+    in_chunks = run_virtually(
+        plans(planner(Sources(Arriving(made(lengths), [(0.0, 3)] * 80)), shuffle_min=8, shuffle_size=8))
+    )
+
+    assert [one[0] for one in layout(at_once)] == [one[0] for one in layout(in_chunks)]
+
+
+def test_training_begins_before_the_buffer_is_full() -> None:
+    """With `shuffle_min` there and nothing more, plans are made; with one less, none is."""
+
+    async def after(count: int) -> Any:
+        source = Arriving(made([90] * 20), [(0.0, count), (1000.0, 0)])
+        return await planner(Sources(source), max_wait_s=900, shuffle_min=4, shuffle_size=8).next(10)
+
+    assert isinstance(run_virtually(after(5)), Idle)  # two rows are open, one example more does not fill them
+    assert isinstance(run_virtually(after(6)), StepPlan)
+
+
+def test_a_paused_stream_is_trained_on_as_it_is() -> None:
+    """After `max_wait_s` without anything new, what is there is flushed, and then nothing comes."""
+
+    async def watch() -> list[Any]:
+        source = Arriving(made([10, 20, 30]), [(0.0, 3), (10_000.0, 0)])
+        stream = planner(Sources(source), max_wait_s=60, stall_s=300, shuffle_min=8)
+        loop, seen = asyncio.get_running_loop(), []
+        while not isinstance(step := await stream.next(50), End):
+            seen.append((round(loop.time()), step))
+        return seen
+
+    seen = run_virtually(watch())
+    before, (paused_at, step), *after = seen
+
+    assert (50, Idle(50.0, stalled=False)) == before
+    assert 60 == paused_at
+    assert step.flushed
+    assert [Key("run", 0, 0), Key("run", 0, 1), Key("run", 0, 2)] == sorted(keys([step]))
+    assert [at >= 300 for at, _ in after] == [idle.stalled for _, idle in after]
+    assert any(idle.stalled for _, idle in after)
+
+
+def test_waiting_is_counted() -> None:
+    """The figures say for how long the stream was waited for, and what became of its rows."""
+
+    async def watch() -> dict[str, Any]:
+        lengths = [10, None, 300, *[10] * 17]
+        stream = planner(Sources(Arriving(made(lengths), [(25.0, 10), (15.0, 0)])))
+        await plans(stream)
+        return stream.figures()
+
+    figures = run_virtually(watch())
+
+    assert 40.0 == pytest.approx(figures.pop("waited_s"))
+    assert {
+        "rows_read": 20,
+        "examples": 18,
+        "held_out": 0,
+        "dropped": {"bad_row": 1, "overlong": 1},
+        "held": 0,
+    } == figures
+
+
+def test_an_empty_stream_ends_at_once() -> None:
+    """No row, no plan: the end, with a state that a later trainer can go on from."""
+
+    async def end() -> Any:
+        return await planner(Sources(Arriving([]), mixed(1.0)), epochs=3).next(0)
+
+    step = asyncio.run(end())
+    again = asyncio.run(plans(planner(Sources(Arriving(made([10]))), step.state)))
+
+    assert [Key("run", 0, 0)] == keys(again)
+
+
+def test_the_steps_left_are_foretold() -> None:
+    """Nothing is known while the stream goes on; at its end, the number falls to 0 step by step."""
+    lengths: list[int | None] = [7 * n % 60 + 1 for n in range(300)]
+    known = asyncio.run(plans(planner(Sources(Arriving(made(lengths)), mixed(0.5)), epochs=2)))
+    unknown = run_virtually(plans(planner(Sources(Arriving(made(lengths), [(1.0, 150), (1.0, 0)])))))
+    left = [step.left_steps for step in known]
+
+    assert 0 == left[-1]
+    assert [
+        number
+        for number, at in enumerate(reversed(left))
+        if at is None or abs(at - number) > 0.25 * number + 2
+    ] == []
+    assert None is unknown[0].left_steps
+    assert 0 == unknown[-1].left_steps
+
+
+def test_later_passes_are_shuffled_otherwise() -> None:
+    """The second pass brings everything again, in another order."""
+    steps = asyncio.run(plans(planner(Sources(Arriving(made([10] * 100))), epochs=2)))
+    order = [[key.seq for key in keys(steps) if key.epoch == epoch] for epoch in range(2)]
+
+    assert sorted(order[0]) == sorted(order[1]) == list(range(100))
+    assert order[0] != order[1]
+
+
+def test_another_shape_of_rows_loses_nothing() -> None:
+    """Resumed with more and longer rows: every example is still trained on once."""
+    lengths: list[int | None] = [7 * n % 60 + 1 for n in range(100)]
+    first = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))[:5]
+    rest = asyncio.run(
+        plans(planner(Sources(Arriving(made(lengths))), first[-1].state, rows_per_step=4, seq_len=200))
+    )
+
+    assert [Key("run", 0, seq) for seq in range(100)] == sorted(keys([*first, *rest]))
+
+
+def test_held_examples_that_no_longer_fit_are_dropped_and_counted() -> None:
+    """Resumed with shorter rows: what was held and is too long now is counted as over-long."""
+    lengths: list[int | None] = [90, 10] * 20
+    first = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))[:2]
+    stream = planner(Sources(Arriving(made(lengths))), first[-1].state, seq_len=50)
+    rest = asyncio.run(plans(stream))
+    short = {key.seq for key in keys([*first, *rest]) if lengths[key.seq] == 10}
+    long = {key.seq for key in keys(first) if lengths[key.seq] == 90}
+
+    assert set(range(1, 40, 2)) == short
+    assert 20 - len(long) == stream.figures()["dropped"]["overlong"]
+
+
+def test_held_out_seeds_are_kept_for_evaluation() -> None:
+    """The share is about what was asked for, the same in a later run, and never trained on."""
+    source = Arriving(made([10] * 400))
+    stream = planner(Sources(source), holdout=0.25, holdout_samples=20)
+    steps = asyncio.run(plans(stream))
+    trained = {key.seq for key in keys(steps)}
+    later = planner(Sources(Arriving(made([10] * 400))), steps[-1].state, holdout=0.25, holdout_samples=20)
+    asyncio.run(plans(later))
+
+    assert 60 < 400 - len(trained) < 140
+    assert 20 == len(stream.held_out)
+    assert not {one.example.key.seq for one in stream.held_out} & trained
+    assert [one.row for one in stream.held_out] == [one.row for one in later.held_out]
+    assert source.closed
+
+
+def test_a_mix_keeps_its_weight_step_by_step() -> None:
+    """After k examples of the stream there were round(k * weight) of the mix, whatever was dropped."""
+    lengths: list[int | None] = [None if n % 3 == 0 else 10 for n in range(90)]
+    stream = planner(
+        Sources(Arriving(made(lengths)), mixed(0.5)), shuffle_size=1, shuffle_min=1, rows_per_step=1
+    )
+    steps = asyncio.run(plans(stream))
+    order = [key.source for key in keys(steps)]
+
+    assert Counter(run=60, mix=30) == Counter(order)
+    for end in range(1, len(order) + 1):
+        stream_so_far = order[:end].count("run")
+        assert order[:end].count("mix") in (int(stream_so_far * 0.5), int(stream_so_far * 0.5 + 0.5))
+
+
+def test_a_mix_that_is_added_later_begins_there() -> None:
+    """A new mix, or a new weight, counts from where it came in: nothing is made up for."""
+    lengths: list[int | None] = [10] * 100
+    first = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))[:3]
+    stream_first = first[-1].state["feed"]["stream"]["examples"]
+    rest = asyncio.run(plans(planner(Sources(Arriving(made(lengths)), mixed(1.0)), first[-1].state)))
+
+    assert 100 - stream_first == sum(key.source == "mix" for key in keys(rest))
+
+
+def test_a_mix_that_holds_nothing_is_refused() -> None:
+    """Neither an empty file nor one without a usable row is read in a circle for ever."""
+    for general in ([], made([None, 500])):
+        sources = Sources(Arriving(made([10] * 50)), [Mixed(Arriving(general, name="general.jsonl"), 1.0)])
+
+        with pytest.raises(ConfigError, match=r"train.mix: general.jsonl holds nothing"):
+            asyncio.run(plans(planner(sources)))
+
+
+def test_the_state_of_another_stream_is_refused() -> None:
+    """A checkpoint that stands in a run is no place in a pipe; nor are its examples without their source."""
+    state = asyncio.run(plans(planner(Sources(Arriving(made([10] * 60)), mixed(1.0)))))[0].state
+
+    with pytest.raises(ConfigError, match="stands in run, not in stdin"):
+        planner(Sources(Arriving([], name="stdin")), state)
+    with pytest.raises(ConfigError, match=r"examples of mix, which is no longer in train.mix"):
+        asyncio.run(plans(planner(Sources(Arriving(made([10] * 60))), state)))
+
+
+def test_rows_are_shared_out_among_ranks() -> None:
+    """The plans of two ranks are those of one, in an order in which row i is for rank i % 2."""
+    lengths: list[int | None] = [7 * n % 60 + 1 for n in range(100)]
+    one = asyncio.run(plans(planner(Sources(Arriving(made(lengths))), rows_per_step=4)))
+    two = asyncio.run(plans(planner(Sources(Arriving(made(lengths))), rows_per_step=4, ranks=2)))
+
+    assert [sorted(keys([step])) for step in one] == [sorted(keys([step])) for step in two]
+    assert [step.tokens for step in one] == [step.tokens for step in two]
+
+
+def test_a_cancelled_wait_loses_nothing() -> None:
+    """A caller that gives up while rows are read may ask again."""
+
+    async def impatient() -> list[StepPlan]:
+        stream = planner(Sources(Arriving(made([10] * 60), [(1.0, 20), (1.0, 20), (1.0, 0)])))
+        made_so_far: list[StepPlan] = []
+        while True:
+            try:
+                async with asyncio.timeout(0.3):
+                    step = await stream.next(30)
+            except TimeoutError:
+                continue
+            if isinstance(step, End):
+                return made_so_far
+            assert isinstance(step, StepPlan)
+            made_so_far.append(step)
+
+    assert list(range(60)) == sorted(key.seq for key in keys(run_virtually(impatient())))

@@ -1,0 +1,250 @@
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from streamsyn.errors import ConfigError
+from streamsyn.trainer.examples import Dropped, Example, Key
+from streamsyn.trainer.render import MIN_PROMPT_TOKENS, Renderer
+from streamsyn.trainer.sources.rundir import RunSamples
+from streamsyn.trainer.sources.source import Sources
+from tests.builders import opened, sample, sink
+from tests.trainer.streams import keys, planner, plans
+
+SPECIALS = ["<s>", "</s>", "<|start|>", "<|end|>"]
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ '\n' if not loop.first else '' }}"
+    "{{ 'Q' if m['role'] == 'user' else 'A' }}:{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nA:' }}{% endif %}"
+)
+TWO_ENDS = CHATML + "{% if not add_generation_prompt %}</s>{% endif %}"
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+FORGETFUL = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}<|end|>"
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+KEY = Key("run", 1, 5)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def tokenizer(template: str | None = CHATML, eos: str | None = "</s>") -> PreTrainedTokenizerFast:
+    """Bytes, with some that stand together often merged, across anything: `\\n\\n`, `: `."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=320, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator([":\n\n", "A:\n\n", "the: answer\n\n", "A: yes\n"] * 20, trainer)
+    made.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos)
+    fast.chat_template = template
+    return fast
+
+
+def chat(*contents: str, **more: Any) -> dict[str, Any]:
+    """A row of user and assistant in turn."""
+    roles = ("user", "assistant")
+    return {
+        "messages": [{"role": roles[at % 2], "content": content} for at, content in enumerate(contents)],
+        **more,
+    }
+
+
+def rendered(row: dict[str, Any], template: str = CHATML, **given: Any) -> Example:
+    """The example of a row that makes one."""
+    made = Renderer(tokenizer(template), given.get("seq_len", 4096), "truncate").render(row, KEY)
+    assert isinstance(made, Example), made
+    return made
+
+
+def dropped(row: dict[str, Any], template: str = CHATML, **given: Any) -> Dropped:
+    """Why a row makes no example."""
+    renderer = Renderer(tokenizer(template), given.get("seq_len", 4096), given.get("overlong", "drop"))
+    made = renderer.render(row, KEY)
+    assert isinstance(made, Dropped), made
+    return made
+
+
+def parts(example: Example) -> tuple[str, str]:
+    """The text of the prompt and that of the targets."""
+    made = tokenizer()
+    prompt, target = example.tokens[: example.loss_from], example.tokens[example.loss_from :]
+    return str(made.decode(prompt)), str(made.decode(target))
+
+
+@given(question=text, answer=text.filter(lambda it: bool(it.strip())))
+def test_targets_are_the_answer_and_what_ends_it(question: str, answer: str) -> None:
+    """The prompt is what the model will be asked with, token by token; nothing behind the end is learnt."""
+    made = rendered(chat(question, answer))
+    prompt, target = parts(made)
+    asked = f"<|start|>user\n{question}<|end|>\n<|start|>assistant\n"
+
+    assert asked == prompt
+    assert f"{answer}<|end|>" == target
+    assert tokenizer()(asked, add_special_tokens=False)["input_ids"] == made.tokens[: made.loss_from].tolist()
+
+
+def test_an_example_says_what_it_is_of() -> None:
+    """Id and task are the row's own, or stand for its place."""
+    named = rendered(chat("q", "a", id="seed-1", task="qa"))
+    nameless = rendered(chat("q", "a", id=7, task=None))
+
+    assert ("seed-1", "qa", KEY) == (named.id, named.task, named.key)
+    assert ("run:5", "run") == (nameless.id, nameless.task)
+    assert "int32" == named.tokens.dtype
+
+
+def test_a_template_that_ends_nothing_gets_an_end() -> None:
+    """Without an end of its own, an answer ends with the tokenizer's eos."""
+    assert ("Q:why\nA:", "because</s>") == parts(rendered(chat("why", "because"), PLAIN))
+
+
+def test_only_the_first_end_is_learnt() -> None:
+    """Where a template ends the turn and the text, a model that ends its turn has ended."""
+    assert ("because<|end|>") == parts(rendered(chat("why", "because"), TWO_ENDS))[1]
+
+
+def test_a_token_across_the_boundary_is_split() -> None:
+    """Where prompt and answer share a token, they are encoded apart: the model gets the prompt alone."""
+    made = rendered(chat("why", "\n\nbecause"), PLAIN)
+    prompt = tokenizer()("Q:why\nA:", add_special_tokens=False)["input_ids"]
+    whole = tokenizer()("Q:why\nA:\n\nbecause", add_special_tokens=False)["input_ids"]
+
+    assert prompt != whole[: len(prompt)]  # else this shows nothing
+    assert prompt == made.tokens[: made.loss_from].tolist()
+    assert "\n\nbecause</s>" == parts(made)[1]
+
+
+def test_the_last_answer_of_a_conversation_is_learnt() -> None:
+    """Turns before it are prompt; what comes behind it, an open question, is left out."""
+    made = rendered(chat("one", "two", "three", "four", "five"))
+
+    assert "four<|end|>" == parts(made)[1]
+    assert "two<|end|>" in parts(made)[0]
+    assert "five" not in parts(made)[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "why"),
+    [
+        ({}, "bad_row", "no list"),
+        ({"messages": "text"}, "bad_row", "no list"),
+        ({"messages": [{"role": "user", "content": None}]}, "bad_row", "no list"),
+        ({"messages": [{"content": "x"}]}, "bad_row", "no list"),
+        (chat("why"), "bad_row", "no assistant"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "bad_row", "no assistant"),
+        (chat("why", " \n"), "empty_answer", "empty"),
+    ],
+)
+def test_what_is_no_conversation_is_dropped(row: dict[str, Any], reason: str, why: str) -> None:
+    """The reason is told, and nothing is raised."""
+    made = dropped(row)
+
+    assert reason == made.reason
+    assert why in made.detail
+
+
+def test_what_the_template_refuses_is_dropped() -> None:
+    """A template may want roles to alternate: a row that does not do so is counted, the others go on."""
+    renderer = Renderer(tokenizer(ALTERNATING), 4096, "drop")
+    odd = {"messages": [*chat("a")["messages"], *chat("b", "c")["messages"]]}
+    first, second, third = renderer.render_batch([(chat("q", "a"), KEY), (odd, KEY), (chat("q", "b"), KEY)])
+
+    assert isinstance(first, Example)
+    assert isinstance(third, Example)
+    assert isinstance(second, Dropped)
+    assert "template" == second.reason
+    assert "roles must alternate" in second.detail
+    assert "b<|end|>" == parts(third)[1]
+
+
+@given(length=st.integers(0, 400), seq_len=st.integers(40, 300))
+def test_too_long_a_prompt_is_cut_in_the_middle(length: int, seq_len: int) -> None:
+    """With `truncate`, head and tail of the prompt stay, the answer whole, and the row is filled exactly."""
+    row = chat("".join(chr(97 + at % 26) for at in range(length)), "the answer")
+    whole = rendered(row)
+    made = rendered(row, seq_len=seq_len)
+    kept = made.loss_from
+    prompt, cut = whole.tokens[: whole.loss_from].tolist(), made.tokens[:kept].tolist()
+
+    assert min(whole.length, seq_len) == made.length
+    assert whole.tokens[whole.loss_from :].tolist() == made.tokens[kept:].tolist()
+    if whole.length > seq_len:
+        assert prompt[: kept // 2] == cut[: kept // 2]
+        assert prompt[-(kept - kept // 2) :] == cut[kept // 2 :]
+
+
+def test_over_long_samples_are_dropped_unless_they_may_be_cut() -> None:
+    """`drop` drops; `truncate` drops only what has too long an answer."""
+    long_prompt, long_answer = chat("x" * 200, "y"), chat("x", "y" * 200)
+
+    assert "overlong" == dropped(long_prompt, seq_len=100).reason
+    assert "overlong" == dropped(long_answer, seq_len=100, overlong="truncate").reason
+    assert 201 + MIN_PROMPT_TOKENS == rendered(long_answer, seq_len=201 + MIN_PROMPT_TOKENS).length
+    assert "overlong" == dropped(long_answer, seq_len=200 + MIN_PROMPT_TOKENS, overlong="truncate").reason
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "why"),
+    [
+        (None, "</s>", "has no chat template"),
+        (PLAIN, None, "nothing ends an answer"),
+        (THINKING, "</s>", "not what the model is asked with"),
+        (FORGETFUL, "</s>", "not what the model is asked with|leaves the answer out"),
+        ("{{ raise_exception('not for chat') }}", "</s>", "not for chat"),
+        ("{{ broken", "</s>", "refuses it"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_trained_with_is_refused(
+    template: str | None, eos: str | None, why: str
+) -> None:
+    """That is found before anything is read, and said in one line."""
+    with pytest.raises(ConfigError, match=why):
+        Renderer(tokenizer(template, eos), 4096, "drop")
+
+
+def test_two_threads_may_render_at_once() -> None:
+    """Evaluation renders beside the stream: a tokenizer alone would refuse that."""
+    renderer = Renderer(tokenizer(), 4096, "drop")
+    rows = [(chat("q" * number, "a"), KEY) for number in range(100)]
+    made: list[list[Example | Dropped]] = []
+    threads = [threading.Thread(target=lambda: made.append(renderer.render_batch(rows))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [100] * 4 == [sum(isinstance(one, Example) for one in batch) for batch in made]
+
+
+async def test_a_run_is_trained_on_as_it_goes(tmp_path: Path) -> None:
+    """Samples of a run, written while the planner follows, come as plans: each once, and nothing blocks."""
+    renderer = Renderer(tokenizer(), 100, "drop")
+    stream = planner(Sources(RunSamples(tmp_path)), rendering=renderer, max_wait_s=0.2, shuffle_min=8)
+
+    def write() -> None:
+        with opened(tmp_path, sink()) as log:
+            for number in range(120):
+                log.samples.append([sample(number)])
+            log.finish()
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(write), name="run")
+        steps = await plans(stream, 0.1)
+
+    assert list(range(120)) == sorted(key.seq for key in keys(steps))
+    assert {"overlong": 0} | stream.figures()["dropped"] == {"overlong": 0}

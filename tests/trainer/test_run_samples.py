@@ -1,0 +1,336 @@
+import asyncio
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.shard import OPEN_SUFFIX
+from streamsyn.trainer.examples import Dropped, Example, Idle, Key, StepPlan
+from streamsyn.trainer.sources.rundir import RunSamples
+from streamsyn.trainer.sources.source import Sources
+from tests.builders import COMPRESSIONS, new_run, opened, sample, sink
+from tests.trainer.streams import Lengths, keys, planner, plans
+
+
+def written(first: int, end: int) -> list[Any]:
+    """Samples as a run assembles them: the same each time."""
+    return [sample(number, task="qa" * (number % 7)) for number in range(first, end)]
+
+
+def read_all(source: RunSamples, first: int = 0, limit: int = 7) -> list[int]:
+    """The numbers of the rows that are there from `first` on; what they hold is checked."""
+    seqs: list[int] = []
+    while rows := source.fetch(first + len(seqs), limit):
+        assert len(rows) <= limit
+        seqs += [row.seq for row in rows]
+        for row in rows:
+            assert row.value is not None
+            assert f"seed-{row.seq}" == row.value["seed_id"]
+    return seqs
+
+
+def shards(root: Path) -> list[Path]:
+    """All shards of samples, in order."""
+    return sorted((root / "samples").glob("part-*"))
+
+
+@pytest.fixture(params=COMPRESSIONS)
+def compression(request: pytest.FixtureRequest) -> str:
+    """How the run writes."""
+    return str(request.param)
+
+
+class Alike(Lengths):
+    """Rendering: whatever the row, thirty tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+
+    def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
+        return super().render_batch([({**value, "length": 30}, key) for value, key in rows])
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 40)),
+        st.tuples(st.just("read"), st.integers(1, 50)),
+        st.tuples(st.sampled_from(["seal", "finish", "stop"]), st.just(0)),
+        st.tuples(st.just("kill"), st.integers(0, 3000)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60)
+@example(steps=[("append", 1), ("read", 1), ("kill", 1), ("append", 2)], compression="zstd")
+@given(steps=steps, compression=st.sampled_from(COMPRESSIONS))
+def test_each_row_is_read_once_whatever_the_run_does(
+    steps: list[tuple[str, int]], compression: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rows come in order, none left out, none twice, through seals, stops, and kills that cost rows."""
+    root = new_run(tmp_path_factory.mktemp("run"))
+    source = RunSamples(root)
+    log = RunLog(root, sink(compression=compression))
+    read = 0
+    for what, number in [*steps, ("finish", 0)]:
+        if what == "append":
+            log.samples.append(written(log.samples.rows, log.samples.rows + number))
+        elif what == "read":
+            rows = source.fetch(read, number)
+            assert list(range(read, read + len(rows))) == [row.seq for row in rows]
+            read += len(rows)
+            assert len(rows) == number or read >= log.samples.rows
+        elif what == "seal":
+            log.samples.seal()
+        elif what == "finish":
+            # A run that was killed writes again what it had written, before it ends.
+            log.samples.append(written(log.samples.rows, max(read, log.samples.rows)))
+            log.finish()
+        else:
+            log.close()
+            if what == "kill" and (unsealed := [path for path in shards(root) if path.suffix == OPEN_SUFFIX]):
+                os.truncate(unsealed[0], max(0, unsealed[0].stat().st_size - number))
+            log = RunLog(root, sink(compression=compression))
+    rest = read_all(source, read)
+    total = source.total()
+    log.close()
+    source.close()
+
+    assert list(range(read, log.samples.rows)) == rest
+    assert total == read + len(rest)
+
+
+def test_a_reader_beside_a_writer_loses_nothing(compression: str, tmp_path: Path) -> None:
+    """While another thread appends and seals as fast as it can, the rows read are dense, up to `final`."""
+    source = RunSamples(tmp_path)
+    seqs: list[int] = []
+
+    def write() -> None:
+        with opened(tmp_path, sink(compression=compression)) as log:
+            for first in range(0, 1500, 10):
+                log.samples.append(written(first, first + 10))
+            log.finish()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while source.total() is None or len(seqs) < (source.total() or 0):
+        seqs += read_all(source, len(seqs), 64)
+    writer.join()
+
+    assert list(range(1500)) == seqs
+    assert len(shards(tmp_path)) > 25
+
+
+def test_only_the_last_line_of_the_manifest_tells_the_end(tmp_path: Path) -> None:
+    """A run that goes on has no end any more, until it is finished again."""
+    source = RunSamples(tmp_path)
+    totals = [source.total()]
+    with opened(tmp_path, sink()) as log:
+        log.samples.append(written(0, 3))
+        totals.append(source.total())
+        log.finish()
+        totals.append(source.total())
+        log.samples.append(written(3, 40))
+        totals.append(source.total())
+        log.finish()
+        totals.append(source.total())
+
+    assert [None, None, 3, None, 40] == totals
+
+
+def test_a_torn_row_is_not_there_yet(compression: str, tmp_path: Path) -> None:
+    """Half a row is left alone; it is read when the rest of it has come."""
+    source = RunSamples(tmp_path)
+    with opened(tmp_path, sink(compression=compression, shard_bytes=10**6)) as log:
+        log.samples.append(written(0, 5))
+        log.samples.append(written(5, 9))
+    [path] = shards(tmp_path)
+    whole = path.read_bytes()
+    seen: list[int] = []
+    for end in range(0, len(whole) + 1, 37):
+        path.write_bytes(whole[:end])
+        seen += read_all(source, len(seen))
+    path.write_bytes(whole)
+    seen += read_all(source, len(seen))
+
+    assert list(range(9)) == seen
+
+
+def damage(path: Path, what: str) -> None:
+    """Spoil a sealed shard."""
+    if what == "missing":
+        path.unlink()
+    elif what == "short":
+        os.truncate(path, path.stat().st_size // 2)
+    elif what == "garbled":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 40] = b"#" * 40
+        path.write_bytes(data)
+    else:  # a row is left out
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:2] + lines[3:]))
+
+
+@pytest.mark.parametrize(
+    ("what", "compression"),
+    [(what, form) for what in ("missing", "short", "garbled") for form in COMPRESSIONS] + [("gap", "none")],
+)
+def test_a_damaged_sealed_shard_stops_the_reader(what: str, compression: str, tmp_path: Path) -> None:
+    """What a manifest lists must be there: the error names the shard and the row."""
+    with opened(tmp_path, sink(compression=compression)) as log:
+        for first in range(0, 60, 3):
+            log.samples.append(written(first, first + 3))
+    sealed = shards(tmp_path)[0]
+    damage(sealed, what)
+
+    with pytest.raises(SinkError, match=rf"{sealed.name}: (row \d+|No such file)"):
+        read_all(RunSamples(tmp_path))
+
+
+def test_a_gap_in_the_open_shard_stops_the_reader(tmp_path: Path) -> None:
+    """A row that is missing between two that are there will not come any more."""
+    with opened(tmp_path, sink(shard_bytes=10**6)) as log:
+        log.samples.append(written(0, 6))
+    [path] = shards(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))
+    source = RunSamples(tmp_path)
+
+    assert [0, 1, 2] == [row.seq for row in source.fetch(0, 3)]
+    with pytest.raises(SinkError, match="row 3 is missing: row 4 stands in its place"):
+        source.fetch(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("lost", "why"), [(0, "row 0 is missing"), (2, "row 22 is missing"), (-1, "does not list all")]
+)
+def test_a_manifest_that_lost_a_shard_is_refused(lost: int, why: str, tmp_path: Path) -> None:
+    """`final` counts the samples, and rows have no gaps: no row is passed over, and no end is waited for."""
+    with opened(tmp_path, sink()) as log:
+        log.samples.append(written(0, 40))
+        log.finish()
+    path = tmp_path / "manifest.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    del lines[lost if lost >= 0 else -2]  # the last line says `final`
+    path.write_bytes(b"".join(lines))
+
+    with pytest.raises(SinkError, match=why):
+        read_all(RunSamples(tmp_path))
+
+
+def test_rows_are_found_again_by_number(compression: str, tmp_path: Path) -> None:
+    """Any rows, out of sealed shards and the open one; those that are not there are left out."""
+    with opened(tmp_path, sink(compression=compression)) as log:
+        for first in range(0, 100, 4):
+            log.samples.append(written(first, first + 4))
+    source = RunSamples(tmp_path)
+
+    assert [0, 3, 50, 51, 99] == [row.seq for row in source.pick([0, 3, 50, 51, 99])]
+    assert [98] == [row.seq for row in source.pick([98, 100])]
+    assert ["seed-98"] == [row.value["seed_id"] for row in source.pick([98, 100]) if row.value]
+
+
+def test_a_directory_may_come_later(tmp_path: Path) -> None:
+    """A run that has not begun has no rows yet; when it has, they are found."""
+    source = RunSamples(tmp_path / "run")
+    before = source.fetch(0, 5)
+    with opened(tmp_path / "run", sink()) as log:
+        log.samples.append(written(0, 2))
+
+    assert [] == before
+    assert [0, 1] == read_all(source)
+
+
+@pytest.fixture
+def following(tmp_path: Path) -> Iterator[tuple[RunSamples, RunLog]]:
+    """A source, and the log that it follows."""
+    source = RunSamples(tmp_path)
+    with opened(tmp_path, sink()) as log:
+        yield source, log
+    source.close()
+
+
+async def test_a_write_wakes_who_waits(following: tuple[RunSamples, RunLog]) -> None:
+    """Where the kernel tells of changes, nobody waits for the next look."""
+    source, log = following
+    await asyncio.to_thread(log.samples.append, written(0, 1))
+    await asyncio.to_thread(source.fetch, 0, 5)
+    loop = asyncio.get_running_loop()
+    woken = []
+
+    async def wait() -> None:
+        for _ in range(20):
+            await source.changed(30.0)
+            woken.append(loop.time())
+
+    began = loop.time()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        waiting = group.create_task(wait(), name="waiting")
+        number = 1
+        while not waiting.done():
+            await asyncio.to_thread(log.samples.append, written(number, number + 1))
+            number += 1
+
+    assert woken[-1] - began < 5  # twenty looks without a hint take ten seconds
+
+
+async def test_who_waits_looks_again_anyway(tmp_path: Path) -> None:
+    """Without a hint, a wait ends soon; it never ends later than asked."""
+    source = RunSamples(tmp_path / "nowhere")
+    loop = asyncio.get_running_loop()
+    times = [loop.time()]
+    for timeout_s in (0.01, 3600.0):
+        await source.changed(timeout_s)
+        times.append(loop.time())
+    source.close()
+
+    assert times[1] - times[0] < 0.4
+    assert 0.4 < times[2] - times[1] < 5
+
+
+def test_rows_that_a_kill_took_back_are_waited_for(tmp_path: Path) -> None:
+    """What a checkpoint holds, and the run's machine lost, is written again: the trainer goes on then."""
+    with opened(tmp_path, sink(shard_bytes=10**6)) as log:
+        log.samples.append(written(0, 60))
+    first = planner(Sources(RunSamples(tmp_path)), rendering=Alike(), max_wait_s=1e6, shuffle_min=8)
+    step = asyncio.run(first.next(5))
+    assert isinstance(step, StepPlan)
+    first.close()
+    [path] = shards(tmp_path)
+    whole = path.read_bytes()
+    os.truncate(path, 100)
+
+    async def go_on() -> tuple[Any, list[StepPlan]]:
+        later = planner(Sources(RunSamples(tmp_path)), step.state, rendering=Alike())
+        idle = await later.next(0.05)
+        await asyncio.to_thread(path.write_bytes, whole)
+        await asyncio.to_thread(finish)
+        return idle, await plans(later)
+
+    def finish() -> None:
+        with opened(tmp_path, sink()) as log:
+            log.finish()
+
+    idle, rest = asyncio.run(go_on())
+
+    assert isinstance(idle, Idle)
+    assert list(range(60)) == sorted(key.seq for key in keys([step, *rest]))
+
+
+def test_a_checkpoint_of_a_longer_run_is_refused(tmp_path: Path) -> None:
+    """A finished run with fewer rows than were read is not the one that was trained on."""
+    for name, count in (("a", 60), ("b", 5)):
+        with opened(tmp_path / name, sink()) as log:
+            log.samples.append(written(0, count))
+            log.finish()
+    [step, *_] = asyncio.run(plans(planner(Sources(RunSamples(tmp_path / "a")), rendering=Alike())))
+
+    with pytest.raises(ConfigError, match="run has 5 rows, and the checkpoint stands behind row"):
+        asyncio.run(plans(planner(Sources(RunSamples(tmp_path / "b")), step.state, rendering=Alike())))
