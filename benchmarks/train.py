@@ -1,12 +1,21 @@
-"""Our loop beside TRL's SFTTrainer: the same packs and the same model; tokens per CPU second.
+"""Our loop beside TRL's SFTTrainer: the same packs and the same model.
 
-    python -m benchmarks.train [--trl PYTHON] [--rounds N]
+    python -m benchmarks.train [--trl PYTHON] [--rounds N] [--json FILE]
+    python -m benchmarks.train --gpu [--dry] [--trl PYTHON] [--rounds N] [--json FILE]
 
-Both train a random Llama on the same rows of samples, on one thread, each in a process of its own, in turns;
-the first steps are left out, and of all rounds the fastest counts. PYTHON is one that has trl besides torch,
-transformers, accelerate and datasets; without it, only our side runs. On a GPU both run there, in bf16, with
-a model of 0.5 billion weights and rows of --length tokens; then it is tokens a second of wall time, and the
-share of an H100's or H200's dense bf16 peak (attention counted whole, over each sample's own tokens).
+Both train a random Llama on the same rows of samples, each in a process of its own, in turns; the first steps
+are left out, and of all rounds the fastest counts. PYTHON is one that has trl besides torch, transformers,
+accelerate and datasets; without it, only our side runs. Such a one, which takes all but trl from here:
+
+    python -m venv V; V/bin/pip install --no-deps trl==1.16.0
+    echo "$PWD"/.venv/lib/python3*/site-packages > "$(echo V/lib/python3*/site-packages)"/here.pth
+
+The first form is for a CPU: 4 layers of 256, one thread, tokens per CPU second; ours with transformers' SDPA
+and its mask, as TRL has it, and with a call for each sample. The second is for a GPU: 0.5 and 1.5 billion
+weights, rows of 8k tokens and of 32k (these with gradient checkpointing), bf16 over float32 weights, the best
+attention that is installed on each side; tokens a second of wall time, the share of the device's dense bf16
+peak (as `streamsyn.trainer.flops` counts it, the same for both) and the highest memory. Without a GPU it says
+what it would do; with --dry it does so in small on the CPU: the same functions, tiny models and short rows.
 """
 
 import argparse
@@ -15,15 +24,62 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
-PEAK_FLOPS = 989e12
-RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model and one length of rows."""
+
+    name: str
+    sizes: tuple[int, int, int, int, int, int]
+    """Width, width of the MLP, layers, heads, key heads, vocabulary."""
+    length: int
+    tied: bool = False
+    gpu: bool = False
+    half: bool = False
+    checkpointing: bool = False
+    steps: int = 12
+    per_step: int = 2
+
+    def config(self) -> Any:
+        """The Llama."""
+        from transformers import LlamaConfig
+
+        names = [
+            *("hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+        ]
+        chosen: dict[str, Any] = dict(zip(names, self.sizes, strict=True))
+        return LlamaConfig(**chosen, max_position_embeddings=65_536, tie_word_embeddings=self.tied)
+
+
+SMALL = Case("4 x 256", (256, 1024, 4, 8, 4, 4096), 1024)
+MODELS = {"0.5B": (896, 4864, 24, 14, 2, 151_936), "1.5B": (1536, 8960, 28, 12, 2, 151_936)}
+TINY = (64, 128, 2, 4, 2, 1024)
+
+
+def gpu_cases(*, dry: bool) -> list[Case]:
+    """Both models at both lengths; in small when `dry`."""
+    return [
+        Case(
+            f"{name} {length // 1024}k",
+            TINY if dry else sizes,
+            length // 64 if dry else length,
+            tied=True,
+            gpu=not dry,
+            half=True,
+            checkpointing=length > 8192,
+            steps=WARM_UP + 2 if dry else 12,
+        )
+        for name, sizes in MODELS.items()
+        for length in (8192, 32_768)
+    ]
 
 
 def samples(rows: int, length: int) -> list[list[tuple[int, int]]]:
@@ -41,165 +97,6 @@ def samples(rows: int, length: int) -> list[list[tuple[int, int]]]:
     return made
 
 
-def tokens_of(row: list[tuple[int, int]], number: int, vocabulary: int) -> list[list[int]]:
-    """The tokens of a row's samples: from a small part of the vocabulary, which is what there is to learn."""
-    import random
-
-    draw = random.Random(number)
-    return [[draw.randrange(vocabulary // 64) for _ in range(size)] for size, _ in row]
-
-
-def model_config(gpu: bool) -> Any:
-    """A Llama: 4 layers of 256 on CPU, 0.5 billion weights on a GPU."""
-    from transformers import LlamaConfig
-
-    names = [
-        *("hidden_size", "intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "num_key_value_heads", "vocab_size"),
-    ]
-    sizes = (1024, 4096, 24, 16, 8, 65_536) if gpu else (256, 1024, 4, 8, 4, 4096)
-    chosen: dict[str, Any] = dict(zip(names, sizes, strict=True))
-    return LlamaConfig(**chosen, max_position_embeddings=65_536)
-
-
-def clock(gpu: bool) -> float:
-    """CPU seconds of this process; on a GPU wall seconds, once it has done its work."""
-    import torch
-
-    if not gpu:
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float], list[float]]:
-    """Losses and times of the steps of our loop."""
-    import numpy
-
-    from streamsyn.sections import TrainSection
-    from streamsyn.trainer.control import Order, Ranks, Step, Stop
-    from streamsyn.trainer.examples import Example, Key
-    from streamsyn.trainer.loop import Loop, Progress
-    from streamsyn.trainer.loss import denominator, target_weights
-    from streamsyn.trainer.model import model_dtype, place, read_model, start_accelerator
-
-    per_step, gpu = plan["per_step"], plan["gpu"]
-    section = TrainSection.model_validate(
-        {"rows_per_step": per_step, "learning_rate": RATE, "betas": [0.9, 0.999], "loss": "token"}
-    )
-    accelerator = start_accelerator(section, per_step)
-    model = read_model(str(folder), section, accelerator, None)
-    if attention == "sdpa":
-        model.set_attn_implementation("sdpa")
-    placed = place(model, section, accelerator, model_dtype(str(folder)))
-    store: Any = None  # nothing is saved
-    loop = Loop(placed, Ranks(0, 1), section, 0, store, Progress())
-    losses: list[float] = []
-    times: list[float] = []
-
-    def orders() -> Iterator[list[Order]]:
-        rows = []
-        for number, row in enumerate(plan["rows"]):
-            texts = tokens_of(row, number, plan["vocabulary"])
-            rows.append(
-                tuple(
-                    Example(Key("b", 0, number), "", "", numpy.array(text, dtype=numpy.int32), size - targets)
-                    for text, (size, targets) in zip(texts, row, strict=True)
-                )
-            )
-        for first in range(0, len(rows), per_step):
-            some = tuple(rows[first : first + per_step])
-            weights = tuple(target_weights(row, "token") for row in some)
-            began = clock(gpu)
-            yield [Step(some, weights, denominator(some, "token"), RATE)]
-            times.append(clock(gpu) - began)
-            losses.append(loop.progress.loss)
-        yield [Stop()]
-
-    loop.run(orders())
-    return losses, times
-
-
-def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """The same of TRL's SFTTrainer, fed with the same packs as its own packing makes them."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    rows = []
-    for number, row in enumerate(plan["rows"]):
-        texts = tokens_of(row, number, plan["vocabulary"])
-        labels = [
-            [-100] * (size - targets) + text[size - targets :]
-            for text, (size, targets) in zip(texts, row, strict=True)
-        ]
-        rows.append(
-            {
-                "input_ids": [*chain(*texts)],
-                "labels": [*chain(*labels)],
-                "seq_lengths": [size for size, _ in row],
-            }
-        )
-    times: list[float] = []
-    losses: list[float] = []
-
-    class Watch(TrainerCallback):
-        began = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            Watch.began = clock(plan["gpu"])
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(clock(plan["gpu"]) - Watch.began)
-
-        def on_log(self, *_: Any, **given: Any) -> None:
-            if "loss" in given["logs"]:
-                losses.append(given["logs"]["loss"])
-
-    config = SFTConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=plan["per_step"],
-        num_train_epochs=1,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        packing=True,
-        max_length=plan["length"],
-        dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        bf16=plan["gpu"],
-        use_cpu=not plan["gpu"],
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=plan["gpu"],
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[Watch()],
-    )
-    trainer.train()
-    return losses, times
-
-
-def worker(side: str, folder: Path) -> None:
-    """One round of one side; its figures go to stdout as JSON."""
-    import torch
-
-    plan = json.loads((folder / "plan.json").read_text())
-    if not plan["gpu"]:
-        torch.set_num_threads(1)
-    name, _, attention = side.partition("-")
-    losses, times = ours(folder, plan, attention) if name == "ours" else theirs(folder, plan)
-    sys.stdout.write(json.dumps({"losses": losses, "times": times}) + "\n")
-
-
 def round_of(side: str, python: str, folder: Path) -> dict[str, Any]:
     """Run a worker."""
     environment = {
@@ -207,7 +104,7 @@ def round_of(side: str, python: str, folder: Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [python, "-m", "benchmarks.train", "--worker", side, "--folder", str(folder)]
+    command = [python, "-m", "benchmarks.train_sides", side, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -215,75 +112,122 @@ def round_of(side: str, python: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def prepare(folder: Path, steps: int, per_step: int, length: int | None) -> dict[str, Any]:
+def prepare(folder: Path, case: Case) -> dict[str, Any]:
     """The model, a tokenizer and the packs, in `folder`."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    gpu = torch.cuda.is_available()
-    length = length or (8192 if gpu else 1024)
+    from streamsyn.trainer.flops import work_of
+
     torch.manual_seed(0)
-    config = model_config(gpu)
-    model: Any = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(case.config())
     model.save_pretrained(folder)
     plain = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>", pad_token="<e>").save_pretrained(folder)
+    rows = samples(case.steps * case.per_step, case.length)
+    measured: list[tuple[int, int]] = [*chain(*rows[WARM_UP * case.per_step :])]
+    work = work_of(model)
+    assert work is not None
     plan = {
-        "rows": samples(steps * per_step, length),
-        "per_step": per_step,
-        "length": length,
-        "vocabulary": config.vocab_size,
-        "gpu": gpu,
-        "weights": sum(one.numel() for one in model.parameters())
-        - model.get_input_embeddings().weight.numel(),
-        "attention": 12 * config.num_hidden_layers * config.hidden_size,
+        **asdict(case),
+        "rows": rows,
+        "vocabulary": case.sizes[-1],
+        "tokens": sum(size for size, _ in measured),
+        "flops": work.flops(measured),
+        "weights": sum(one.numel() for one in model.parameters()),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     return plan
+
+
+def compare(case: Case, trl: str | None, rounds: int) -> dict[str, Any]:
+    """All sides in turns; what each came to, by its name."""
+    ours_are = ["ours"] if case.half else ["ours-sdpa", "ours-segments"]
+    sides = {**dict.fromkeys(ours_are, sys.executable), **({"trl": trl} if trl else {})}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as name:
+        plan = prepare(Path(name), case)
+        for _ in range(rounds):
+            for side, python in sides.items():
+                found[side].append(round_of(side, python, Path(name)))
+    return {side: figures_of(case, plan, some) for side, some in found.items()}
+
+
+def figures_of(case: Case, plan: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the fastest round of a side."""
+    took = min(sum(one["times"][WARM_UP:]) for one in rounds)
+    losses = rounds[0]["losses"]
+    figures = {
+        "tokens_per_s": plan["tokens"] / took,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "peak_gib": min(one["peak_bytes"] for one in rounds) / 2**30,
+        "weights": plan["weights"],
+    }
+    peak = device_peak() if case.gpu else None
+    return figures if peak is None else {**figures, "mfu": plan["flops"] / took / peak}
+
+
+def device_peak() -> float | None:
+    """Dense bf16 FLOPs a second of the GPU; None when it is not known."""
+    import torch
+
+    from streamsyn.trainer.flops import peak_flops
+
+    return peak_flops(torch.cuda.get_device_name())
+
+
+def report(case: Case, sides: dict[str, dict[str, Any]]) -> None:
+    """A line for each side."""
+    for side, found in sides.items():
+        line = f"{case.name:9} {side:14} {found['tokens_per_s']:9,.0f} tokens/s"
+        line += f"   loss {found['first_loss']:.4f} to {found['last_loss']:.4f}"
+        line += f"   {found['peak_gib']:.2f} GiB"
+        if "mfu" in found:
+            line += f"   {found['mfu']:.1%} of the peak"
+        if "trl" in sides:
+            line += f"   {found['tokens_per_s'] / sides['trl']['tokens_per_s']:.2f} times TRL"
+        print(line)
 
 
 def main() -> None:
     """Run what can be run, and say what came of it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--trl", metavar="PYTHON", help="a Python that has trl")
+    options.add_argument("--gpu", action="store_true", help="large models on a GPU")
+    options.add_argument("--dry", action="store_true", help="with --gpu: in small, on the CPU")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--steps", type=int, default=12)
-    options.add_argument("--length", type=int, help="tokens of a row; by default 1024, on a GPU 8192")
-    options.add_argument("--worker")
-    options.add_argument("--folder", type=Path)
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     given = options.parse_args()
-    if given.worker:
-        worker(given.worker, given.folder)
-        return
-    sides = {"ours-sdpa": sys.executable, "ours-segments": sys.executable}
-    if given.trl:
-        sides["trl"] = given.trl
-    else:
+    cases = gpu_cases(dry=given.dry) if given.gpu else [SMALL]
+    if not given.trl:
         print("no --trl PYTHON: TRL's SFTTrainer would be fed the same packs, in turns with ours")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        plan = prepare(folder, given.steps, 2, given.length)
-        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        for _ in range(given.rounds):
-            for side, python in sides.items():
-                rounds[side].append(round_of(side, python, folder))
-    report(plan, rounds)
+    if any(case.gpu for case in cases) and not has_gpu():
+        print("there is no GPU here; with one, this would train, and --dry does so in small:")
+        for case in cases:
+            print(f"  {case.name}: {case.steps} steps of {case.per_step} rows, bf16{checkpointed(case)}")
+        return
+    found = {}
+    for case in cases:
+        found[case.name] = compare(case, given.trl, given.rounds)
+        report(case, found[case.name])
+    if given.dry:
+        print("it works; at this size the figures say nothing")
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def report(plan: dict[str, Any], rounds: dict[str, list[dict[str, Any]]]) -> None:
-    """A line for each side."""
-    sizes = [size for row in plan["rows"][WARM_UP * plan["per_step"] :] for size, _ in row]
-    work = 6 * plan["weights"] * sum(sizes) + plan["attention"] * sum(size**2 for size in sizes)
-    fastest = {side: min(sum(one["times"][WARM_UP:]) for one in found) for side, found in rounds.items()}
-    for side, took in fastest.items():
-        losses = rounds[side][0]["losses"]
-        line = f"{side:14} {sum(sizes) / took:9,.0f} tokens/s   loss {losses[0]:.4f} to {losses[-1]:.4f}"
-        if "trl" in fastest:
-            line += f"   {fastest['trl'] / took:.2f} times TRL"
-        if plan["gpu"]:
-            line += f"   {work / took / PEAK_FLOPS:.1%} of the peak"
-        print(line)
+def has_gpu() -> bool:
+    """Whether torch sees one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def checkpointed(case: Case) -> str:
+    """In words."""
+    return ", gradient checkpointing" if case.checkpointing else ""
 
 
 if __name__ == "__main__":

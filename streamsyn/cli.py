@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,6 +82,12 @@ def run_options(command: Command) -> Command:
         ),
         click.option("--no-progress", is_flag=True, help="Plain log lines, even on a terminal."),
         click.option("--log-json", is_flag=True, help="One JSON object a line on stderr, and nothing else."),
+        click.option(
+            "--train",
+            metavar="CONFIG",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Tune a model on the samples as they come: a TOML file with train.model.",
+        ),
         click.option("--launch", metavar="MODEL", help="Start an SGLang server for MODEL, for this run."),
         click.option(
             "--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang, for --launch."
@@ -100,16 +107,23 @@ def run_options(command: Command) -> Command:
 @cli.command()
 @run_options
 def run(**given: Any) -> None:
-    """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off."""
+    """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off.
+
+    With --train, a training follows the run; one signal stops first the run, then the training.
+    """
     from streamsyn.request import RunRequest
     from streamsyn.run import run as run_pipeline
     from streamsyn.stdout import SampleStream
+    from streamsyn.tandem.load import training_beside
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
     config = _resolve(given, given["out"])
     if given["launch"] and given["server"]:
         raise ConfigError("--launch starts a server; give it or --server, not both")
+    training = None
+    if given["train"]:
+        training = training_beside(given["train"], given["out"], as_json=given["log_json"])
     stream = SampleStream() if given["to_stdout"] else None
     request = RunRequest(
         config=config,
@@ -119,16 +133,27 @@ def run(**given: Any) -> None:
         launch_python=given["sglang_python"],
         launch_args=given["sglang_arg"],
         show_progress=not (given["no_progress"] or given["log_json"]),
+        companion=training,
     )
-    try:
-        summary = run_pipeline(request)
-    finally:
-        # The outcome stands: a signal that comes now has nothing left to stop.
-        _on_signals(signal.SIG_IGN)
-        if stream is not None:
-            stream.close()
-    _close(summary, as_json=given["log_json"])
+    with nullcontext() if training is None else training.beside():
+        try:
+            summary = run_pipeline(request)
+        finally:
+            if training is None:
+                # The outcome stands: a signal that comes now has nothing left to stop.
+                _on_signals(signal.SIG_IGN)
+            if stream is not None:
+                stream.close()
+        _close(summary, as_json=given["log_json"])
+        trained = 0 if training is None else training.finish(stopped=summary.stopped is not None)
+    _on_signals(signal.SIG_IGN)
+    if training is not None and trained == EXIT_USAGE:
+        _fail(f"the training cannot go on: {training.complaint}", EXIT_USAGE)
     if summary.stopped:
+        sys.exit(EXIT_STOPPED)
+    if training is not None and trained == EXIT_OTHER:
+        _fail(f"the run has ended, but not its training: {training.complaint}", EXIT_OTHER)
+    if trained:
         sys.exit(EXIT_STOPPED)
     if summary.reject_fraction > config.run.max_reject_fraction:
         _fail(
@@ -255,6 +280,8 @@ def main() -> None:
     """Run the command line; errors that are the user's to mend are one line each."""
     if sys.argv[1:2] in (["run"], ["demo"], ["train"]):
         _on_signals(_stop_early)  # until the run has handlers of its own
+        if "--tethered" in sys.argv:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it means the run, which will tell us
     secure_stdio()
     try:
         cli.main(standalone_mode=False)

@@ -1,6 +1,7 @@
-"""Reads seeds and puts what has no outcome yet on the work queue, groups of seeds together."""
+"""Reads seeds and puts what has no outcome yet on the work queue, groups together and hard tasks first."""
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
@@ -10,11 +11,15 @@ from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
 from streamsyn.regroup import Regroup
 from streamsyn.seeds.reader import SeedReader
+from streamsyn.seeds.tasks import ByTask, TaskLosses
 from streamsyn.sink.finished import Claim, Claims
 from streamsyn.telemetry import Counters
 
 _Batch: TypeAlias = list[tuple[str, Work]]
 _Reading: TypeAlias = asyncio.Future[_Batch | None]
+
+_LOOK_S = 1.0
+"""A trainer's losses are looked for at most so often."""
 
 
 class Producer:
@@ -42,7 +47,14 @@ class Producer:
         self._limit = config.seeds.limit
         self._counters = counters
         self._group_of = group_of
-        self._held: Regroup[Work] = Regroup(config.seeds.group_window)
+        self._has_groups = config.seeds.group_window > 0
+        self._held: Regroup[Work] | ByTask[Work] = Regroup(config.seeds.group_window)
+        self._losses: TaskLosses | None = None
+        self._looked = -math.inf
+        if config.seeds.task_losses is not None:
+            self._losses = TaskLosses(config.seeds.task_losses)
+            window, exponent = config.seeds.task_window, config.seeds.task_exponent
+            self._held = ByTask(_task, self._losses, window, exponent, config.run.seed)
         self._taken = 0
 
     async def run(self, work: BoundedQueue[Work]) -> None:
@@ -67,6 +79,7 @@ class Producer:
                     self._held.add(batch or ())
                     at_end = batch is None
                 if self._held:
+                    await self._look()
                     await work.put(self._held.take())
             self._counters.reading_done = True
         finally:
@@ -74,6 +87,13 @@ class Producer:
                 reading.cancel()
             self._reader.stop()  # ends a read that waits for stdin
             thread.shutdown(wait=False)
+
+    async def _look(self) -> None:
+        """See, now and then, whether a trainer has found out which tasks are hard."""
+        now = asyncio.get_running_loop().time()
+        if self._losses is not None and now - self._looked >= _LOOK_S:
+            self._looked = now
+            await asyncio.to_thread(self._losses.look)
 
     def _batches(self) -> Iterator[_Batch]:
         for entries in self._reader.batches(self._is_known):
@@ -87,7 +107,7 @@ class Producer:
                 return
 
     def _group(self, item: Work) -> str:
-        return "" if isinstance(item, BadSeed) else self._group_of(item.seed)
+        return "" if isinstance(item, BadSeed) or not self._has_groups else self._group_of(item.seed)
 
     @property
     def _is_enough(self) -> bool:
@@ -120,6 +140,10 @@ class Producer:
     def _is_known(self, entry: Entry) -> bool:
         key = entry.key if isinstance(entry, BadSeed) else draft_key(entry.id, 0)
         return self._claims.is_known(key)
+
+
+def _task(item: Work) -> str:
+    return "" if isinstance(item, BadSeed) else item.seed.task
 
 
 def _is_good(reading: _Reading) -> bool:

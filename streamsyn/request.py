@@ -6,12 +6,24 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from streamsyn.config import Config
 from streamsyn.sglang.roster import Connect
 from streamsyn.stdout import SampleStream
 from streamsyn.telemetry import Counters
+
+
+class Companion(Protocol):
+    """Something that goes on beside a run: a training."""
+
+    def start(self, drain: Callable[[str], None]) -> None:
+        """The run is up. `drain` stops it early, with a reason; it may be called in any thread."""
+        ...
+
+    def end(self) -> None:
+        """A second signal has come: everything ends at once."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +42,7 @@ class RunRequest:
         launch_python: The interpreter that has sglang.
         launch_args: More flags for the server.
         show_progress: Draw progress on stderr when it is a terminal.
+        companion: What is to go on beside the run, if anything.
     """
 
     config: Config
@@ -43,6 +56,7 @@ class RunRequest:
     launch_python: Path | None = None
     launch_args: Sequence[str] = ()
     show_progress: bool = True
+    companion: Companion | None = None
 
 
 @dataclass(slots=True)

@@ -105,7 +105,8 @@ def _spare_the_collector() -> None:
 
 async def _run(parts: Parts) -> None:
     config = parts.request.config
-    stopper = Stopper()
+    companion = parts.request.companion
+    stopper = Stopper(None if companion is None else companion.end)
     with stopper.signals():
         async with (
             servers_of(parts.request) as servers,
@@ -123,6 +124,8 @@ async def _run(parts: Parts) -> None:
                     assembly=assembly,
                 )
                 stopper.pipeline = Pipeline(stages, config.run.queue_size, config.run.drain_timeout_s)
+                if companion is not None:
+                    companion.start(stopper.drain)
                 progress = Progress(parts.counters, parts.reader, fleet)
                 async with reporting(progress, show=parts.request.show_progress):
                     await stopper.pipeline.run()

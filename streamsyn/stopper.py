@@ -2,21 +2,32 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from streamsyn.errors import StoppedEarly
 from streamsyn.pipeline import Pipeline
 
 
 class Stopper:
-    """What SIGTERM, SIGINT and a fleet that is gone do: before the pipeline is up, and while it runs."""
+    """What SIGTERM, SIGINT and a fleet that is gone do: before the pipeline is up, and while it runs.
 
-    def __init__(self) -> None:
+    Args:
+        on_second_signal: Called, too, when the second one comes.
+    """
+
+    def __init__(self, on_second_signal: Callable[[], None] | None = None) -> None:
+        self._on_second_signal = on_second_signal
+        self._loop = asyncio.get_running_loop()
         self.pipeline: Pipeline | None = None
         self._main = asyncio.current_task()
         self._signals = 0
         self._early: str | None = None
+
+    def drain(self, why: str) -> None:
+        """Stop when what is in flight is finished; at once, when nothing is yet. For any thread."""
+        with suppress(RuntimeError):  # the run has come to its end meanwhile
+            self._loop.call_soon_threadsafe(self._drain, why)
 
     def cancel(self, why: str) -> None:
         """Stop at once."""
@@ -46,7 +57,15 @@ class Stopper:
 
     def _on_signal(self, name: str) -> None:
         self._signals += 1
-        if self._signals == 1 and self.pipeline is not None:
-            self.pipeline.drain(f"stopped by {name}")
+        if self._signals == 1:
+            self._drain(f"stopped by {name}")
+            return
+        self.cancel(f"stopped by {name}")
+        if self._signals == 2 and self._on_second_signal is not None:
+            self._on_second_signal()
+
+    def _drain(self, why: str) -> None:
+        if self.pipeline is not None:
+            self.pipeline.drain(why)
         else:
-            self.cancel(f"stopped by {name}")
+            self.cancel(why)

@@ -192,6 +192,27 @@ def test_groups_of_seeds_follow_each_other(produce: Produce) -> None:
     assert ["x1", "a", "y1", "seeds-0.jsonl:4", "x2", "y2", "b", "x3"] == unmoved.names
 
 
+def test_hard_tasks_come_first(produce: Produce, tmp_path: Path) -> None:
+    """By the file of losses, groups in one piece, each once; without the file, in the order of reading."""
+    content = b"".join(
+        orjson.dumps({"id": f"{group}{n}", "instruction": "i", "answer": "a", "task": task}) + b"\n"
+        for n in range(40)
+        for group, task in (("a", "easy"), ("x", "hard" if n % 2 else "easy"), ("h", "hard"))
+    )
+    path = tmp_path / "task_losses.json"
+    before = produce(content, seeds__task_losses=str(path))
+    path.write_bytes(orjson.dumps({"tasks": {"easy": {"loss": 0.01}, "hard": {"loss": 5.0}}}))
+    done = produce(content, group_of=grouped, seeds__task_losses=str(path), seeds__limit=90)
+
+    assert [f"{group}{n}" for n in range(40) for group in "axh"] == before.names
+    assert sorted(before.names[:90]) == sorted(done.names)
+    places = [place for place, name in enumerate(done.names) if name[0] == "x"]
+    assert list(range(places[0], places[0] + 30)) == places
+    hard, easy = ([place for place, name in enumerate(done.names) if name[0] == letter] for letter in "ha")
+    assert sum(hard) / len(hard) + 15 < sum(easy) / len(easy)
+    assert (90, 90, 0, 0, True) == figures(done)
+
+
 async def test_groups_are_found_across_batches(tmp_path: Path) -> None:
     """While the queue is full the producer reads on, a batch for each item that is taken."""
     names: list[str] = []

@@ -9,7 +9,15 @@ from streamsyn.sections.checks import ChecksSection, ScoringSection
 from streamsyn.sections.fleet import FleetSection, ServerSection
 from streamsyn.sections.recipe import RecipeSection, TaskRecipeSection
 from streamsyn.sections.stream import FieldsSection, RunSection, SeedsSection, SinkSection, SourceSection
-from streamsyn.sections.train import LoraSection, MixSection, TrainSection
+from streamsyn.sections.train import (
+    LongBenchSection,
+    LoraSection,
+    MixSection,
+    NeedleKind,
+    NeedlesSection,
+    PublishSection,
+    TrainSection,
+)
 
 __all__ = [
     "AssemblySection",
@@ -18,8 +26,12 @@ __all__ = [
     "FieldsSection",
     "FleetSection",
     "LengthsSection",
+    "LongBenchSection",
     "LoraSection",
     "MixSection",
+    "NeedleKind",
+    "NeedlesSection",
+    "PublishSection",
     "RecipeSection",
     "RunSection",
     "ScoringSection",

@@ -1,5 +1,6 @@
 """The sections of what lies at both ends: the run, its seeds, its log."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -68,6 +69,15 @@ class SeedsSection(Section):
     group_window: Annotated[int, Field(ge=0), operational] = 1024
     """Of so many seeds read ahead, those that share a long text (the template's block `group`) are worked
     on together; 0 keeps the order. No seed is passed over by more than this many."""
+    task_losses: Annotated[Path | None, operational] = None
+    """A trainer's OUT/task_losses.json, which need not be there yet: tasks that it finds hard come first. It
+    is read again when it changes."""
+    task_window: Annotated[Count, operational] = 4096
+    """With losses: so many seeds are read ahead, out of which the next is drawn, by task and then the oldest;
+    none lets more than four times as many others pass. `seeds.limit` counts what is read."""
+    task_exponent: Annotated[float, Field(ge=0), operational] = 1.0
+    """A task is drawn in proportion to its loss to this power; the least of them a tenth as often as the
+    heaviest."""
 
 
 class SinkSection(Section):

@@ -27,9 +27,70 @@ class LoraSection(Section):
     """Names of the modules that get one; by default all linear ones but the head."""
 
 
+NeedleKind = Literal["single", "multi_key", "multi_value", "multi_query"]
+
+
+class NeedlesSection(Section):
+    """Synthetic retrieval: values to be found in long texts, as in RULER (arXiv 2404.06654)."""
+
+    lengths: Annotated[tuple[Annotated[Count, Field(ge=256)], ...], Field(min_length=1)] = (
+        2048,
+        8192,
+        32_768,
+    )
+    """Tokens of the prompts."""
+    kinds: Annotated[tuple[NeedleKind, ...], Field(min_length=1)] = (
+        "single",
+        "multi_key",
+        "multi_value",
+        "multi_query",
+    )
+    """One key, one among others like it, one with several values, several keys at once."""
+    samples: Count = 8
+    """Prompts of each kind and length, at depths that are spread evenly."""
+
+
+class LongBenchSection(Section):
+    """Questions with long contexts in LongBench's format, answered greedily; F1 or ROUGE-L."""
+
+    path: str
+    """A file, directory or glob of JSON lines: input, context, answers, dataset."""
+    samples: Count | None = None
+    """So many of each dataset at most: the first ones."""
+    prompt_tokens: Count | None = None
+    """Longer prompts are cut in their middle; by default to `train.seq_len` with the answer."""
+
+
+class PublishSection(Section):
+    """Weights for the servers that write the contexts."""
+
+    every_steps: Count = 100
+    """Steps between publications; the last weights are always published."""
+    keep: Count = 2
+    """So many of the newest stay in OUT/weights."""
+    servers: tuple[str, ...] = ()
+    """URLs of SGLang servers that are made to load them; they have to see OUT under the same path. Without
+    any, the weights are only written."""
+    pause: Literal["retract", "in_place", "abort"] = "retract"
+    """What becomes of requests in flight while a server loads: computed again from their tokens, held as
+    they are, or given up (and asked again by whoever asked)."""
+    timeout_s: Seconds = 600.0
+    """A server that has not loaded them after this is passed over, until the next time."""
+
+
 class TrainSection(Section):
     """Online instruction tuning: `streamsyn train`."""
 
+    model: str | None = None
+    """Model to tune: a Hugging Face directory (`--model`)."""
+    out: str | None = None
+    """Where the training keeps its files (`--out`); with `run --train`, by default `training` in the run
+    directory."""
+    launcher: tuple[str, ...] = ()
+    """What `run --train` starts the trainer by, for several ranks: ["accelerate", "launch", "--config_file",
+    "deploy/accelerate/fsdp2.yaml"]. By default one process."""
+    chat_template: str | None = None
+    """A file with a chat template (Jinja), for a model that has none, or in place of its own."""
     seq_len: Annotated[Count, Field(ge=16)] = 32_768
     """Tokens of a row at most: samples are packed into rows, whole."""
     rows_per_step: Count = 8
@@ -87,4 +148,21 @@ class TrainSection(Section):
     holdout_samples: Count = 64
     """So many of them are evaluated at most."""
     eval_every_steps: Count = 50
-    """Steps between evaluations."""
+    """Steps between evaluations; there is one before the first step and one at the end."""
+    control: str | None = None
+    """Short chat data (file, directory or glob) whose loss is measured too, never trained on: what a model
+    forgets while it learns to read long contexts."""
+    control_samples: Count = 64
+    """So many of them at most: the first ones."""
+    needles: NeedlesSection | None = None
+    """Test retrieval from synthetic long texts."""
+    longbench: LongBenchSection | None = None
+    """Test on questions in LongBench's format."""
+    tests_every_steps: Count | None = None
+    """Steps between the tests above, which generate and so take their time; by default, with each
+    evaluation."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where figures go besides OUT/metrics.jsonl, by accelerate."""
+    publish: PublishSection | None = None
+    """Hand the weights to the servers that write the contexts. Off by default: the paper's generator is a
+    fixed teacher."""

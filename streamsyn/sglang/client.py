@@ -127,4 +127,10 @@ class ServerClient:
             )
         if reply.status != 200:
             raise wire.error_of(reply.status, "no list of models", self.url)
-        return wire.served_models(reply.body)
+        models = wire.served_models(reply.body)
+        return [await self._started_as(model) if model.startswith("/") else model for model in models]
+
+    async def _started_as(self, model: str) -> str:
+        """What a model was called before its server read other weights, from the directory `model`."""
+        reply = await self.transport.exchange("GET", wire.SERVER_INFO, timeout_s=_CONTROL_TIMEOUT_S)
+        return (wire.started_as(reply.body) if reply.status == 200 else None) or model

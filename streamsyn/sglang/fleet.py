@@ -224,15 +224,22 @@ class Fleet:
             raise
         if place.leads:
             pool.warmed(place)
-        if completion.weight_version is None:
-            completion = replace(completion, weight_version=server.weight_version)
-        server.weight_version = completion.weight_version
         server.planned_cached_tokens += planned * completion.prompt_tokens
         if request.group and scored is None:  # it may go on
             keys = prefixes.chain(prefixes.answered(text, completion.text), keys)
         server.prefixes.add(keys)
         self._answered(server, completion, self._since(started), wrote=scored is None)
+        if completion.weight_version is None and server.weight_version is not None:
+            completion = replace(completion, weight_version=await self._weights_now(server))
         return completion
+
+    async def _weights_now(self, server: Server) -> str | None:
+        """Which weights `server` has: a streamed answer does not say, and they may be new."""
+        try:
+            server.weight_version = await server.client.weight_version() or server.weight_version
+        except ServerError as error:
+            log.debug("fleet.weights_unknown", server=server.url, error=str(error))
+        return server.weight_version
 
     def _answered(self, server: Server, completion: Completion, seconds: float, *, wrote: bool) -> None:
         self._outage.answered()

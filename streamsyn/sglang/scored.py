@@ -110,7 +110,7 @@ def _completion(meta: Any, answer: list[int], model: str, url: str) -> Completio
         completion_tokens=0,
         model=model,
         server=url,
-        weight_version=wire.checked(meta.get("weight_version") or "", str) or None,
+        weight_version=wire.weights_of(meta),
         logprobs=tuple(_logprob(row[0]) for row in rows),
     )
 

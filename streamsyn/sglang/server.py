@@ -47,7 +47,7 @@ class Server:
     """It is no longer one of the fleet's."""
     load: Load | None = None
     weight_version: str | None = None
-    """Of its weights, as it said last; a streamed answer does not say."""
+    """Of its weights, when it was asked last; an answer that is not streamed says it itself."""
     told_cap: int = 0
     """The cap that the log told of last."""
     completions: int = 0

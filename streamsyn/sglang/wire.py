@@ -23,6 +23,7 @@ T = TypeVar("T")
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
 MODEL_INFO = "/model_info"
+SERVER_INFO = "/server_info"
 HEALTH = "/health"
 ABORT = "/abort_request"
 LOADS = "/v1/loads?include=core,queues"
@@ -120,7 +121,7 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
             completion_tokens=count(usage["completion_tokens"]),
             model=checked(answer["model"], str),
             server=server,
-            weight_version=checked((metadata or {}).get("weight_version") or "", str) or None,
+            weight_version=weights_of(metadata or {}),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise BrokenResponse(f"{server} answered without {error}: {_shown(body)}") from error
@@ -169,6 +170,25 @@ def served_models(body: bytes) -> list[str]:
         raise BrokenResponse(f"{MODELS} is not answered as expected: {_shown(body)}") from error
 
 
+def weights_of(meta: dict[str, Any]) -> str | None:
+    """The version of the weights that wrote an answer, as `metadata` or `meta_info` has it; of several, which
+    wrote one after the other, all are named: `step-0000100+step-0000200`.
+    """
+    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version") or ""}]
+    return "+".join(dict.fromkeys(checked(span["version"], str) for span in spans)) or None
+
+
+def started_as(body: bytes) -> str | None:
+    """The name that a server was started with, in an answer of /server_info, if it is there. Once it has read
+    other weights, it calls its model by their directory everywhere else (SGLang 0.5.23).
+    """
+    try:
+        name = orjson.loads(body)["served_model_name"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def weight_version(body: bytes) -> str | None:
     """The version of the weights in an answer of /model_info, if it is there."""
     try:
@@ -187,7 +207,8 @@ def _error_message(answer: Any) -> str | None:
         return str(error.get("message", error))
     if isinstance(error, str):
         return error
-    return str(answer.get("message")) if answer.get("object") == "error" else None
+    said = answer.get("object") == "error" or answer.get("success") is False
+    return str(answer.get("message")) if said else None
 
 
 def _error_code(answer: dict[str, Any]) -> int:

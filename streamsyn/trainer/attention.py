@@ -78,22 +78,50 @@ def segments(
     Returns:
         `[1, T, heads, width]`, and None.
     """
-    del module
-    bounds = _bounds(query, key, attention_mask, more)
-    grouped = query.shape[1] != key.shape[1]
+    _check(module, attention_mask, more)
+    bounds: tuple[int, ...] = more["segments"]
+    assert query.shape[2] == key.shape[2] == bounds[-1], "a cache was made: use_cache must be False"
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    window = more.get("sliding_window")
+    # Split, and not sliced: the gradient is then put together once, not added up from a full row a sample.
     parts = [
-        scaled_dot_product_attention(
-            query[:, :, begin:end],
-            key[:, :, begin:end],
-            value[:, :, begin:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        for begin, end in pairwise(bounds)
+        _one(*part, scaling, dropout, window).transpose(1, 2)
+        for part in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, dim=1), None
+
+
+def _one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention within one sample; with a window, a token sees so many, itself among them."""
+    length, grouped = query.shape[2], query.shape[1] != key.shape[1]
+    if window is None or length <= window:
+        return scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    parts = []
+    for begin in range(0, length, window):  # no mask is larger than the window twice over
+        end, first = min(begin + window, length), max(0, begin - window + 1)
+        back = torch.arange(begin, end, device=query.device)[:, None]
+        back = back - torch.arange(first, end, device=query.device)
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, begin:end],
+                key[:, :, first:end],
+                value[:, :, first:end],
+                attn_mask=(back >= 0) & (back < window),
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, dim=2)
 
 
 def varlen(
@@ -110,9 +138,11 @@ def varlen(
     """One call for the row, by torch's own kernel for sequences of different lengths; as `segments`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    del module
-    _bounds(query, key, attention_mask, more)
-    assert dropout == 0.0, "torch's varlen attention has no dropout; set train.attention to segments"
+    _check(module, attention_mask, more)
+    assert query.shape[2] == key.shape[2], "a cache was made: use_cache must be False"
+    if dropout != 0.0:
+        raise ConfigError("train.attention: varlen has no dropout, and the model asks for it; use segments")
+    window = more.get("sliding_window")
     out: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -122,26 +152,26 @@ def varlen(
         more["max_length_q"],
         more["max_length_k"],
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(-1 if window is None else window - 1, 0),  # nothing that comes later
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[None], None
 
 
-def _bounds(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]
-) -> tuple[int, ...]:
-    """The bounds of the samples, once it is sure that nothing else is asked for than what is done here."""
+def _check(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
+    """Nothing else is asked for than what is done here.
+
+    Raises:
+        ConfigError: It is, by the model.
+    """
     assert mask is None, "samples are kept apart by their bounds; a mask would be ignored"
-    assert "segments" in more, "this model does not hand the bounds of the samples on to its attention"
-    bounds: tuple[int, ...] = more["segments"]
-    assert query.shape[0] == 1
-    assert query.shape[2] == key.shape[2] == bounds[-1], "a cache was made: use_cache must be False"
-    window = more.get("sliding_window")
-    assert window is None or more["max_length_q"] <= window, (
-        f"the model's attention slides over {window} tokens and a sample is longer; "
-        "set train.attention to flash_attention_2"
-    )
+    if "segments" not in more:
+        raise ConfigError("the model does not hand the bounds of the samples on to its attention")
+    if not getattr(module, "is_causal", True):
+        raise ConfigError("the model's attention looks ahead: it is not causal")
     for name in ("softcap", "s_aux", "position_bias"):
-        assert more.get(name) is None, f"the model's attention has {name}, which is not done here"
-    return bounds
+        if more.get(name) is not None:
+            raise ConfigError(
+                f"the model's attention has {name}, which train.attention = segments or varlen leaves out; "
+                "flash_attention_2 or flash_attention_3 may know it"
+            )

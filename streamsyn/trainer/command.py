@@ -1,15 +1,13 @@
 """`streamsyn train`: the command line. Nothing heavy is imported before it is clear that it is there."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
-from streamsyn.errors import ConfigError
-
-_NEEDED = ("torch", "transformers", "accelerate")
+from streamsyn.errors import ConfigError, StreamsynError
 
 
 @click.command()
@@ -17,52 +15,95 @@ _NEEDED = ("torch", "transformers", "accelerate")
 @click.option(
     "--from",
     "source",
-    required=True,
     metavar="DIR|-",
     help="Run directory to follow, live or finished; a file of chat rows; - for NDJSON on stdin.",
 )
-@click.option("--model", required=True, metavar="PATH", help="Model to tune: a Hugging Face directory.")
+@click.option("--model", metavar="PATH", help="Model to tune: a Hugging Face directory.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
+    type=click.Path(path_type=Path),
     help="Where checkpoints and the tuned model go; an existing one is resumed.",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key. Repeatable.")
+@click.option("--plot", is_flag=True, help="Draw OUT/training.png at the end; without --from, do only that.")
 @click.option("--log-json", is_flag=True, help="One JSON object a line on stderr, and nothing else.")
+@click.option("--tethered", is_flag=True, hidden=True)  # by `run --train`: see streamsyn.trainer.tether
 def train(
-    config: Path | None, source: str, model: str, out: Path, settings: tuple[str, ...], log_json: bool
+    config: Path | None,
+    source: str | None,
+    model: str | None,
+    out: Path | None,
+    settings: tuple[str, ...],
+    plot: bool,
+    log_json: bool,
+    tethered: bool,
 ) -> None:
     """Tune a model on samples as they are written. Resumes where an earlier training left off.
 
     Starts as soon as there are samples for a step, waits when there are none, and ends when the stream
     ends: OUT/model is then a directory that from_pretrained and SGLang load. A signal finishes the step,
     saves and exits with 75. Run it under `accelerate launch -m streamsyn train ...` on several GPUs.
+    Without --model and --out, the keys train.model and train.out say them.
     """
     from streamsyn.telemetry import configure_logs
+    from streamsyn.trainer.request import check, resolve
+    from streamsyn.trainer.tether import Tether
 
     configure_logs(as_json=log_json)
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"training needs {', '.join(missing)}: pip install 'streamsyn[train]'")
-    resolved = _resolve(config, out, settings)
-    _check_source(source, out)
-    from streamsyn.trainer.training import train as run_training
+    if source is None:
+        if not plot:
+            raise ConfigError("there is nothing to train on: pass --from DIR, a file of chat rows, or -")
+        from streamsyn.trainer.plot import draw
 
-    sys.exit(run_training(resolved, source, model, out))
+        click.echo(draw(_out_of(config, out, settings)))
+        return
+    tether = Tether.of_this_rank(wanted=tethered)
+    try:
+        request = resolve(config, source, model, out, settings)
+        check(request)
+        if plot and find_spec("matplotlib") is None:  # to be said now, not in a week
+            raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
+        from streamsyn.trainer.training import train as run_training
+
+        code = run_training(request.config, request.source, request.model, request.out)
+        if plot and os.environ.get("RANK", "0") == "0":
+            _draw(request.out)
+    except ConfigError:
+        if tether is not None:
+            tether.say(2)
+        raise
+    if tether is not None:
+        tether.say(code)
+    _exit(code)
 
 
-def _resolve(config: Path | None, out: Path, settings: tuple[str, ...]) -> Any:
-    """The configuration: the file, or what the directory was begun with; --set over it."""
+def _exit(code: int) -> None:
+    """Leave at once: all that is to stay was synced, and to take torch apart takes seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _out_of(config: Path | None, out: Path | None, settings: tuple[str, ...]) -> Path:
+    """The directory of the training whose curve is to be drawn."""
     from streamsyn.config import load, parse_override
-    from streamsyn.trainer.outdir import remembered
 
-    overrides = remembered(out) if config is None else []
-    return load(config, [*overrides, *map(parse_override, settings)])
+    if out is None:
+        named = load(config, map(parse_override, settings)).train.out
+        if named is None:
+            raise ConfigError("there is no training to draw: pass --out DIR, or set train.out")
+        out = Path(named)
+    return out
 
 
-def _check_source(source: str, out: Path) -> None:
-    if "://" in source:
-        raise ConfigError(f"--from {source}: following a daemon over HTTP is not there yet; give DIR or -")
-    if source != "-" and Path(source).resolve() == out.resolve():
-        raise ConfigError("--from and --out are the same directory")
+def _draw(out: Path) -> None:
+    """Draw what was trained, if anything was; the training stands, whatever becomes of its picture."""
+    import structlog
+
+    from streamsyn.trainer.plot import draw
+
+    log = structlog.get_logger()
+    try:
+        log.info("train.plot", path=str(draw(out)))
+    except StreamsynError as error:
+        log.warning("train.plot", why=str(error))

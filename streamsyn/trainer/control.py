@@ -6,12 +6,15 @@ so that no rank ever waits in a collective for data.
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from streamsyn.trainer.examples import Example
+from streamsyn.trainer.exams.question import Prompt
+
+T = TypeVar("T")
 
 WAIT_S = 5.0
 """Rank 0 gives an order at least so often while it waits for the stream."""
@@ -43,9 +46,15 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Measure the loss of these rows, for each question asked: see `evals`."""
+    """Measure the loss of these rows, and answer these prompts; as many of both on every rank.
+
+    Attributes:
+        rows: Those of this rank, for each kind of loss: see `evals`.
+        prompts: What this rank is to answer. None is there for the number alone.
+    """
 
     rows: dict[str, tuple[tuple[Example, ...], ...]]
+    prompts: tuple[Prompt | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +65,16 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    """Write the weights for the servers that write the contexts."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Leave the loop."""
 
 
-Order: TypeAlias = Step | Wait | Evaluate | Save | Stop
+Order: TypeAlias = Step | Wait | Evaluate | Save | Publish | Stop
 
 
 class Ranks:
@@ -88,6 +102,14 @@ class Ranks:
         summed = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(summed, group=self._group)
         return summed.tolist()
+
+    def gather(self, mine: list[T]) -> list[list[T]]:
+        """What each rank has, rank by rank, on rank 0; the others get nothing."""
+        if self._group is None:
+            return [mine]
+        found: list[list[T]] = [[] for _ in range(self.world)] if self.rank == 0 else []
+        dist.gather_object(mine, found if self.rank == 0 else None, dst=0, group=self._group)
+        return found
 
     def any(self, wish: bool) -> bool:
         """Whether some rank wishes it."""

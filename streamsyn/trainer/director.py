@@ -1,5 +1,6 @@
 """What rank 0 decides: when to train, to evaluate, to save, to stop. One order for each rank at a time."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import structlog
 
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.control import WAIT_S, Evaluate, Order, Ranks, Save, Step, Stop, Wait
-from streamsyn.trainer.evals import Rows
+from streamsyn.trainer.control import WAIT_S, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
 from streamsyn.trainer.figures import Figures
 from streamsyn.trainer.loop import Progress
@@ -18,9 +19,6 @@ from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.store import Store
 
 log = structlog.get_logger()
-
-HeldOutRows = Callable[[], dict[str, list[Rows]] | None]
-"""The rows to evaluate now, for each kind and rank; None when there are none."""
 
 
 @dataclass(slots=True)
@@ -48,7 +46,7 @@ class Director:
         store: Store,
         schedule: Schedule,
         figures: Figures,
-        held_out: HeldOutRows,
+        evaluations: Evaluations,
         totals: Totals,
     ) -> None:
         self._section = section
@@ -58,10 +56,11 @@ class Director:
         self._store = store
         self._schedule = schedule
         self._figures = figures
-        self._held_out = held_out
+        self._evaluations = evaluations
         self._totals = totals
-        self._saved = self._evaluated = progress.step
+        self._saved = progress.step
         self._began = progress.step
+        self._published = -1
         self._said_stalled = False
         self.stopped: str | None = None
 
@@ -70,6 +69,13 @@ class Director:
         """Steps of this run."""
         return self._progress.step - self._began
 
+    @property
+    def why(self) -> str:
+        """Why there are no more orders."""
+        if self.stopped is None and self._progress.step == self._section.max_steps:
+            return "train.max_steps"
+        return self.stopped or "the stream ended"
+
     def orders(self, wants_to_stop: Callable[[], bool]) -> Iterator[list[Order]]:
         """The orders, one after the other; each is carried out before the next is asked for."""
         while True:
@@ -77,6 +83,10 @@ class Director:
                 self.stopped = "a signal"
                 log.info("train.stopping", step=self._progress.step, why=self.stopped)
                 break
+            if self._progress.step == self._section.max_steps:
+                self._note(self._store.stream or {})
+                yield from self._finish()
+                return
             found = self._plans.get(WAIT_S)
             if isinstance(found, End):
                 self._note(found.state)
@@ -87,28 +97,26 @@ class Director:
                     break
                 yield self._all(Wait())
                 continue
-            yield from self._take(found)
-            if self._progress.step == self._section.max_steps:
-                yield from self._finish()
-                return
+            yield from self._evaluate()  # before the first step, or where an earlier run was stopped
+            if not wants_to_stop():
+                yield from self._take(found)
         if self._progress.step > self._saved:
             yield from self._save(result=False)
         yield self._all(Stop())
 
     def _take(self, plan: StepPlan) -> Iterator[list[Order]]:
-        step, section = self._progress.step, self._section
+        step, skipped, section = self._progress.step, self._progress.skipped, self._section
         self._said_stalled = False
-        if step == 0:
-            yield from self._evaluate()
+        self._figures.lap()
         rate = self._schedule.rate(step, None if plan.left_steps is None else plan.left_steps + 1)
         yield self._steps(plan, rate)
         self._totals.examples += plan.count
         self._totals.tokens += plan.tokens
         self._totals.target_tokens += plan.target_tokens
+        self._say(plan, rate, skipped=self._progress.skipped > skipped)
         self._note(plan.state)
-        self._say(plan, rate)
-        if self._progress.step % section.eval_every_steps == 0:
-            yield from self._evaluate()
+        yield from self._publish()
+        yield from self._evaluate()
         if self._progress.step % section.save_every_steps == 0:
             yield from self._save(result=False)
 
@@ -123,31 +131,45 @@ class Director:
 
     def _finish(self) -> Iterator[list[Order]]:
         if self._progress.step:
-            if self._evaluated != self._progress.step or not self._progress.evaluation:
-                yield from self._evaluate()
+            yield from self._publish(last=True)
+            yield from self._evaluate(last=True)
             yield from self._save(result=True)
         yield self._all(Stop())
 
-    def _evaluate(self) -> Iterator[list[Order]]:
-        rows = self._held_out()
-        if rows is None:
+    def _evaluate(self, *, last: bool = False) -> Iterator[list[Order]]:
+        progress = self._progress
+        orders = self._evaluations.due(progress.step, last=last)
+        if orders is None:
             return
-        yield [
-            Evaluate({kind: dealt[rank] for kind, dealt in rows.items()}) for rank in range(self._ranks.world)
-        ]
-        self._evaluated = self._progress.step
-        self._figures.evaluation(self._progress.step, dict(self._progress.evaluation))
+        yield list(orders)
+        found = self._evaluations.figures(progress.step, orders[0], progress.evaluation, progress.answers)
+        self._figures.evaluation(progress.step, found)
+        if "partial" in found:
+            log.warning("train.evaluation_stopped", step=progress.step, answers=len(progress.answers))
+            if last:
+                self.stopped = "a signal, during the last evaluation"
 
     def _save(self, *, result: bool) -> Iterator[list[Order]]:
+        self._figures.sync(self._progress.step)
         yield self._all(Save(result=result))
         self._saved = self._progress.step
         log.info("train.saved", step=self._saved)
+
+    def _publish(self, *, last: bool = False) -> Iterator[list[Order]]:
+        """Not when stopped: who goes on with this training will publish again."""
+        section, step = self._section.publish, self._progress.step
+        if section is None or step == self._published or (step % section.every_steps and not last):
+            return
+        yield self._all(Publish())
+        self._figures.lap()
+        self._published = step
 
     def _note(self, stream: dict[str, Any]) -> None:
         self._store.stream = stream
         self._store.noted = {
             "schedule": self._schedule.state(),
             "skipped": self._progress.skipped,
+            "task_losses": self._figures.tasks.state(),
             "totals": {
                 "examples": self._totals.examples,
                 "tokens": self._totals.tokens,
@@ -168,8 +190,8 @@ class Director:
         self.stopped = f"the stream has brought nothing for {idle.waited_s:.0f} s"
         return True
 
-    def _say(self, plan: StepPlan, rate: float) -> None:
-        progress = self._progress
+    def _say(self, plan: StepPlan, rate: float, *, skipped: bool) -> None:
+        progress, stream = self._progress, dict(self._plans.figures)
         line = {
             "step": progress.step,
             "loss": progress.loss,
@@ -180,9 +202,12 @@ class Director:
             "tokens": plan.tokens,
             "target_tokens": plan.target_tokens,
             "queue": self._plans.depth,
-            "stream": dict(self._plans.figures),
+            "read_ahead": stream.get("held", 0),
+            "dropped": sum(stream.get("dropped", {}).values()),
+            "stream": stream,
         }
-        self._figures.step(line, self._plans.waited_s)
+        losses = [math.nan] * plan.count if skipped else progress.losses
+        self._figures.step(line, plan, losses, self._plans.waited_s)
 
     def _all(self, order: Order) -> list[Order]:
         return [order] * self._ranks.world

@@ -1,7 +1,7 @@
-"""The loss on samples that are kept out of training, with their contexts and without.
+"""The loss on samples that are kept out of training, with their contexts and without; and on short chat data.
 
 Without its contexts, a sample is its instruction alone. The difference is what the model gains by reading;
-a model that answers from memory gains nothing.
+a model that answers from memory gains nothing. The short chat data shows what it forgets meanwhile.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from streamsyn.trainer.batch import make_batch
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loss import token_losses
 
-WITH, WITHOUT = "with_context", "without_context"
+WITH, WITHOUT, CONTROL = "with_context", "without_context", "control"
 Rows = tuple[tuple[Example, ...], ...]
 
 
@@ -48,9 +48,10 @@ def measure(model: torch.nn.Module, rows: Rows, device: torch.device) -> list[fl
 
 def summary(totals: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Mean loss of a target in nats, a sample weighing the same as any other, of each kind; and the gain."""
-    means = {f"nll_{kind}": summed / count for kind, (summed, count) in totals.items() if count}
-    if len(means) == len((WITH, WITHOUT)):
-        means["context_gain"] = means[f"nll_{WITHOUT}"] - means[f"nll_{WITH}"]
-    if totals:
-        means["held_out"] = totals[WITH][1]
-    return means
+    means = {kind: summed / count for kind, (summed, count) in totals.items() if count}
+    found = {f"nll_{kind}": mean for kind, mean in means.items()}
+    if WITH in means and WITHOUT in means:
+        found["context_gain"] = means[WITHOUT] - means[WITH]
+    if WITH in totals:
+        found["held_out"] = totals[WITH][1]
+    return found

@@ -5,6 +5,7 @@
 A Row is what a source holds; an Example is it as tokens; a StepPlan is what one optimizer step takes.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -50,6 +51,7 @@ class Example:
     Attributes:
         tokens: int32 [n]: prompt, answer, stop token.
         loss_from: Targets are tokens[loss_from:]: the answer and its stop token.
+        seen_at: When this process made it of its row, on the monotonic clock.
     """
 
     key: Key
@@ -57,6 +59,7 @@ class Example:
     task: str
     tokens: Tokens
     loss_from: int
+    seen_at: float = field(default_factory=time.monotonic, repr=False)
 
     @property
     def length(self) -> int:

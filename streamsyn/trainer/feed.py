@@ -12,7 +12,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.sections.train import TrainSection
 from streamsyn.trainer.examples import Dropped, Example, Key, Row
 from streamsyn.trainer.holdout import HeldOut, is_held_out
-from streamsyn.trainer.reading import Item, Reading
+from streamsyn.trainer.reading import Item, Reading, mark_of
 from streamsyn.trainer.sources.source import Mixed, Source, Sources
 
 log = structlog.get_logger()
@@ -88,6 +88,7 @@ class Feed:
         """Rows that made no example, by reason."""
         self.held_out: list[HeldOut] = []
         """What is kept for evaluation, in the order of the stream."""
+        self._said_behind = False
 
     def state(self) -> dict[str, Any]:
         """Where this one stands; can be written as JSON."""
@@ -190,6 +191,15 @@ class Feed:
                     self.held_out.append(kept)
         return None
 
+    def _say_behind(self) -> None:
+        if not self._said_behind:
+            self._said_behind = True
+            log.warning(
+                "stream.behind",
+                row=self._stream.next,
+                why="the training stands behind this row, and the stream has not come to it (again) yet",
+            )
+
     def _drop(self, item: Item, dropped: Dropped) -> None:
         self.dropped[dropped.reason] += 1
         if self.dropped[dropped.reason] <= _SHOWN:
@@ -204,7 +214,11 @@ class Feed:
         good = [(row.value, key) for row, key in zip(rows, keys, strict=True) if row.value is not None]
         made = dict(zip((key for _, key in good), self._renderer.render_batch(good), strict=True))
         return [
-            Item(key, self._kept_apart(row, made[key]) if key in made else Dropped("bad_row", row.problem))
+            Item(
+                key,
+                self._kept_apart(row, made[key]) if key in made else Dropped("bad_row", row.problem),
+                mark_of(row),
+            )
             for row, key in zip(rows, keys, strict=True)
         ]
 
@@ -215,6 +229,9 @@ class Feed:
 
     def _again(self, keys: Sequence[Key]) -> list[Item] | None:
         self._stream.look()
+        if not all(one.is_there() for one in (self._stream, *(mixed.reading for mixed in self._mix))):
+            self._say_behind()
+            return None
         found: list[Item] = []
         for name, epoch in sorted({(key.source, key.epoch) for key in keys}):
             source = self._sources.get(name)

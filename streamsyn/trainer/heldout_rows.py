@@ -46,11 +46,11 @@ class HeldOutSet:
         self._world = world
         self._bare: dict[Key, Example | None] = {}
 
-    def rows(self) -> dict[str, list[Rows]] | None:
-        """Rows for each rank, by whether they hold contexts; None when nothing is held out so far."""
+    def rows(self) -> dict[str, list[Rows]]:
+        """Rows for each rank, by whether they hold contexts; nothing when nothing is held out so far."""
         held = list(self._planner.held_out)
         if not held:
-            return None
+            return {}
         self._add_bare([one for one in held if one.example.key not in self._bare])
         bare = [example for one in held if (example := self._bare[one.example.key]) is not None]
         dealt = {WITH: self._deal(one.example for one in held)}

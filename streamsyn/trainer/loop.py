@@ -1,6 +1,7 @@
 """The loop that every rank runs: take an order, carry it out. Rank 0 decides what is next (`director`)."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch.distributed.tensor import DTensor
 from streamsyn.errors import StreamsynError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.batch import make_batch
-from streamsyn.trainer.control import Evaluate, Order, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.control import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evals import measure, summary
-from streamsyn.trainer.loss import weighted_sum
+from streamsyn.trainer.example_losses import example_means
+from streamsyn.trainer.exams.greedy import Answer, answer_all
+from streamsyn.trainer.loss import token_losses
 from streamsyn.trainer.model import Placed
+from streamsyn.trainer.publish import Publisher
 from streamsyn.trainer.store import Store
 
 
@@ -28,10 +32,15 @@ class Progress:
     """Steps without an update, because their gradient was not finite."""
     loss: float = 0.0
     """Of the last step."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss per target, in nats, of each example of the last step in the order of its plan. Rank 0 alone
+    knows it."""
     grad_norm: float = 0.0
     """Of the last step, before clipping."""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """The last one."""
+    """The losses of the last one."""
+    answers: list[Answer] = field(default_factory=list)
+    """Of the last one, in the order of its questions; fewer when it was stopped. Rank 0 alone knows them."""
 
 
 class Loop:
@@ -44,6 +53,7 @@ class Loop:
         seed: Seeds what is random in a step, with the number of the step.
         store: Where checkpoints go.
         progress: Where an earlier run stood.
+        publisher: Where weights go for the servers, if they are to.
     """
 
     def __init__(
@@ -54,6 +64,7 @@ class Loop:
         seed: int,
         store: Store,
         progress: Progress,
+        publisher: Publisher | None = None,
     ) -> None:
         self._placed = placed
         self._ranks = ranks
@@ -61,6 +72,7 @@ class Loop:
         self._seed = seed
         self._store = store
         self.progress = progress
+        self._publisher = publisher
         self._stop_wanted = False
         self.stopping = False
         """Whether any rank wants to stop; known to all of them alike."""
@@ -87,10 +99,12 @@ class Loop:
                     self._train(step)
                 case Wait():
                     continue
-                case Evaluate(rows):
-                    self._evaluate(rows)
+                case Evaluate() as evaluation:
+                    self._evaluate(evaluation)
                 case Save(result):
                     self._save(result=result)
+                case Publish():
+                    self._publish()
                 case Stop():
                     return
 
@@ -99,20 +113,39 @@ class Loop:
         torch.manual_seed(_mixed(self._seed, self.progress.step, self._ranks.rank))
         for group in placed.optimizer.param_groups:
             group["lr"] = order.rate
-        # The mean over ranks that gradients are reduced by, and over passes that accelerate divides by, are
-        # taken back: what a target weighs is the same wherever it is.
-        scale = self._ranks.world * len(order.rows) / order.denominator
-        parts = []
-        for row, weights in zip(order.rows, order.weights, strict=True):
-            with accelerator.accumulate(placed.model):
+        # Gradients are averaged over ranks, and by DeepSpeed over passes; both are taken back: what a target
+        # weighs is the same wherever it is.
+        scale = self._ranks.world * accelerator.gradient_accumulation_steps / order.denominator
+        parts, means = [], []
+        for number, (row, weights) in enumerate(zip(order.rows, order.weights, strict=True), 1):
+            with self._pass(last=number == len(order.rows)):
                 batch = make_batch(row, weights, accelerator.device)
-                part = weighted_sum(placed.model(**batch.forward_arguments()).logits, batch)
+                losses = token_losses(placed.model(**batch.forward_arguments()).logits, batch.labels)
+                part = (losses * batch.weights).sum()
                 accelerator.backward(part * scale)
             parts.append(part.detach().double())
+            means.append(example_means(losses.detach(), batch.owner, len(row)))
         self._update()
         summed = float(torch.stack(parts).sum())
         self.progress.loss = self._ranks.totals([summed])[0] / order.denominator
+        # Row i of the plan went to rank i modulo their number.
+        dealt = zip(*self._ranks.gather([one.tolist() for one in means]), strict=True)
+        self.progress.losses = [loss for rows in dealt for row in rows for loss in row]
         self.progress.step += 1
+
+    def _pass(self, *, last: bool) -> AbstractContextManager[Any]:
+        """One forward and backward of several; under DDP, ranks bring gradients together in the last alone.
+
+        FSDP2 does so in each: between them, every rank would hold the gradients of the whole model.
+        """
+        accelerator, model = self._placed.accelerator, self._placed.model
+        kind = accelerator.distributed_type
+        context: AbstractContextManager[Any] = nullcontext()
+        if kind == DistributedType.DEEPSPEED:
+            context = accelerator.accumulate(model)
+        elif kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU) and not last:
+            context = accelerator.no_sync(model)
+        return context
 
     def _update(self) -> None:
         placed, section = self._placed, self._section
@@ -128,12 +161,16 @@ class Loop:
                 self.progress.skipped += 1
         placed.optimizer.zero_grad(set_to_none=True)
 
-    def _evaluate(self, rows: dict[str, Any]) -> None:
+    def _evaluate(self, order: Evaluate) -> None:
         totals = {
             kind: self._ranks.totals(measure(self._placed.model, some, self._placed.accelerator.device))
-            for kind, some in rows.items()
+            for kind, some in order.rows.items()
         }
         self.progress.evaluation = summary(totals)
+        answers = answer_all(self._placed, order.prompts, self._ranks, lambda: self._stop_wanted)
+        # Question i went to rank i modulo their number.
+        dealt = zip(*self._ranks.gather(answers), strict=True)
+        self.progress.answers = [answer for some in dealt for answer in some]
 
     def _save(self, *, result: bool) -> None:
         try:
@@ -143,6 +180,10 @@ class Loop:
                 self._ranks.any(False)
                 self._ranks.deal([Stop()] * self._ranks.world)
             raise
+
+    def _publish(self) -> None:
+        assert self._publisher is not None
+        self._publisher.publish(self._placed, self.progress.step)
 
 
 def _mixed(seed: int, step: int, rank: int) -> int:

@@ -59,6 +59,10 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """`[N]`: minus the log-probability of each label, in float32 whatever the logits are in.
 
     With many targets, probabilities are computed chunk by chunk, and again in the backward pass.
+    The logits themselves and their gradient are whole: in bf16 with a vocabulary of 131,072, 0.5 MiB a target
+    (measured: 1.0 GiB for 2,048 more). Rows of long samples have some hundred to a few thousand targets, rows
+    of chat data perhaps ten thousand. A head in chunks would need its weights outside of the model's forward
+    pass, where FSDP and ZeRO do not have them; rows of fewer targets would be half empty. So neither is done.
     """
     flat = logits.flatten(0, -2)
     if len(labels) <= _CHUNK:

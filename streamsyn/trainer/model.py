@@ -1,5 +1,6 @@
 """The model that is tuned: read, fitted with adapters, placed on its devices, and written."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections import LoraSection, TrainSection
+from streamsyn.trainer.apart import check_apart
 from streamsyn.trainer.attention import implementation
+from streamsyn.trainer.tracking import check_trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,33 @@ class Placed:
     dtype: torch.dtype
 
 
-def start_accelerator(section: TrainSection, micro_steps: int) -> Accelerator:
+def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | None = None) -> Accelerator:
     """Whatever `accelerate launch` was told, or one process.
 
+    Args:
+        section: `train`.
+        micro_steps: Passes of this rank in a step.
+        tracking: Where trackers keep files; without it there are none.
+
     Raises:
-        ConfigError: What it was told cannot work here.
+        ConfigError: What it was told cannot work here, or the package of a tracker is missing.
     """
+    if section.lora is not None and (_wants("FSDP") or _wants("DEEPSPEED")):
+        raise ConfigError("train.lora has not been tried with FSDP or DeepSpeed: use DDP")
+    if _wants("DEEPSPEED") and find_spec("deepspeed") is None:
+        raise ConfigError("`accelerate launch` was told to use DeepSpeed: pip install deepspeed")
+    for kind in ("CP", "SP", "TP"):
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"`accelerate launch` was told to split rows or weights by {kind.lower()}, which loses the "
+                "bounds between packed samples: use FSDP2 or DeepSpeed (deploy/accelerate/README.md)"
+            )
     half = _is_half(section)
+    if tracking is not None:
+        check_trackers(section)
     accelerator = Accelerator(
+        log_with=(list(section.trackers) or None) if tracking is not None else None,
+        project_dir=tracking,
         mixed_precision="bf16" if half else "no",
         step_scheduler_with_optimizer=False,
         # Only DeepSpeed needs to know: elsewhere the loss is divided once, by what the whole step weighs.
@@ -60,8 +83,6 @@ def start_accelerator(section: TrainSection, micro_steps: int) -> Accelerator:
 
 
 def _wants(kind: str) -> bool:
-    import os
-
     return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
 
 
@@ -71,19 +92,20 @@ def _is_half(section: TrainSection) -> bool:
     return section.precision == "bf16"
 
 
-def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`.
+def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model at `path`; with a chat template, if one is given, in place of its own.
 
     Raises:
         ConfigError: There is none.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    _check_place(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {path}: no tokenizer can be read there: {_first_line(error)}") from error
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -102,9 +124,14 @@ def read_model(path: str, section: TrainSection, accelerator: Accelerator, adapt
     half = accelerator.mixed_precision == "bf16"
     attention = implementation(section.attention, accelerator.device, half=half)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"--model {path}: cannot be read: {_first_line(error)}") from error
+    model, found = read
+    if missing := sorted(found["missing_keys"]):  # which would be random
+        raise ConfigError(f"--model {path}: {len(missing)} of its weights are missing: {missing[0]}, ...")
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if section.lora is not None:
@@ -120,7 +147,6 @@ def model_dtype(path: str) -> torch.dtype:
     Raises:
         ConfigError: It is no model.
     """
-    _check_place(path)
     try:
         dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None)
     except (OSError, ValueError) as error:
@@ -129,7 +155,11 @@ def model_dtype(path: str) -> torch.dtype:
 
 
 def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: torch.dtype) -> Placed:
-    """Put the model on its devices, with its optimizer."""
+    """Put the model on its devices, with its optimizer.
+
+    Raises:
+        ConfigError: The model cannot be trained on packed samples.
+    """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -137,15 +167,17 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
         {"params": [one for one in trained if one.ndim <= 1], "weight_decay": 0.0},  # norms and biases
     ]
     optimizer: Any = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=section.learning_rate, betas=section.betas
+        [group for group in groups if group["params"]],
+        lr=section.learning_rate,
+        betas=section.betas,
+        fused=accelerator.distributed_type != DistributedType.DEEPSPEED,  # which has an AdamW of its own
     )
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    check_apart(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
     return Placed(accelerator, prepared, accelerator.unwrap_model(prepared), optimizer, dtype)
 
 
 def _with_adapters(model: Any, lora: LoraSection, saved: Path | None) -> Any:
-    if find_spec("peft") is None:
-        raise ConfigError("train.lora needs peft: pip install peft")
     import peft
 
     if saved is not None:
@@ -191,7 +223,7 @@ def _whole(value: torch.Tensor) -> torch.Tensor:
 
 def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if value.ndim == 0:
-        return value.clone()  # the number of steps, which AdamW keeps on CPU
+        return value.to(parameter.device)  # the number of steps, which fused AdamW keeps beside the weights
     if isinstance(parameter, DTensor):
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device)
@@ -208,28 +240,17 @@ def write_model(
 def write_result(
     placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """As `write_model`, with adapters merged, in the precision that the model had at first."""
-    model = placed.plain
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-        weights = model.state_dict()
+    """As `write_model`, in the precision that the model had at first."""
     lowered = {
         name: value.to(placed.dtype) if value.is_floating_point() else value
         for name, value in weights.items()
     }
-    model.save_pretrained(folder, state_dict=lowered)
+    placed.plain.save_pretrained(folder, state_dict=lowered)
     # It has noted the precision that the model was trained in.
     config = AutoConfig.from_pretrained(folder)
     config.dtype = placed.dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _check_place(path: str) -> None:
-    """A mistyped path must not be looked for on the hub."""
-    given = Path(path)
-    if not given.exists() and (given.is_absolute() or path.startswith(".") or path.count("/") != 1):
-        raise ConfigError(f"--model {path}: there is no such directory")
 
 
 def _first_line(error: Exception) -> str:

@@ -13,12 +13,18 @@ import orjson
 import streamsyn
 from streamsyn.config import Config, load
 from streamsyn.errors import ConfigError, DirectoryInUse
+from streamsyn.records import digest
 from streamsyn.sink.rundir import write_whole
+from streamsyn.trainer.chat_template import read_template
 
 FORMAT = 1
 _RECORD = "train.json"
 _FREE = frozenset(
     {
+        "model",  # under its own name, resolved
+        "chat_template",  # by what it says
+        "out",
+        "launcher",
         "max_steps",
         "max_wait_s",
         "stall_s",
@@ -29,10 +35,17 @@ _FREE = frozenset(
         "keep_checkpoints",
         "holdout_samples",
         "eval_every_steps",
+        "control",
+        "control_samples",
+        "needles",
+        "longbench",
+        "tests_every_steps",
+        "trackers",
+        "publish",
     }
 )
 """Keys of `train` that a later run may have otherwise: they do not shape the weights, or only in how far
-the training goes."""
+the training goes. (Where weights are published, the samples change; but those shape no weights here.)"""
 
 
 class OutDirectory:
@@ -67,31 +80,42 @@ class OutDirectory:
         """Note what this training is, or refuse to go on with another one.
 
         Raises:
-            ConfigError: Keys that shape the weights differ; the message names each with both values.
+            ConfigError: As `check_shaping` says.
         """
-        if (self.root / "run.json").exists():
-            raise ConfigError(f"{self.root} is a run directory; give the training an --out of its own")
-        now = orjson.loads(orjson.dumps(_shaping(config, model)))
+        check_shaping(self.root, config, model)
         saved = _read(self.root)
-        before = saved["shaping"] if saved else now
-        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if differing:
-            pairs = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing)
-            raise ConfigError(f"{self.root} holds a training of another kind ({pairs}); use another --out")
         data = {
             "format": FORMAT,
             "created_at": saved["created_at"] if saved else time.time(),
             "config": {
                 "run": {"seed": config.run.seed},
-                "train": config.train.model_dump(mode="json", exclude_none=True),
+                "train": _lasting(config, model),
             },
-            "shaping": now,
+            "shaping": _shaping(config, model),
             "versions": {
                 "streamsyn": streamsyn.__version__,
                 **{name: version(name) for name in ("torch", "transformers", "accelerate")},
             },
         }
         write_whole(self.root / _RECORD, orjson.dumps(data, option=orjson.OPT_INDENT_2))
+
+
+def check_shaping(root: Path, config: Config, model: str) -> None:
+    """Refuse to go on with a training whose weights were shaped otherwise, or in a run's directory.
+
+    Raises:
+        ConfigError: Keys that shape the weights differ; the message names each with both values.
+    """
+    if (root / "run.json").exists():
+        raise ConfigError(f"{root} is a run directory; give the training an --out of its own")
+    saved = _read(root)
+    if saved is None:
+        return
+    before, now = saved["shaping"], orjson.loads(orjson.dumps(_shaping(config, model)))
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        pairs = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing)
+        raise ConfigError(f"{root} holds a training of another kind ({pairs}); use another --out")
 
 
 def remembered(root: Path) -> list[tuple[str, Any]]:
@@ -109,13 +133,33 @@ def remembered(root: Path) -> list[tuple[str, Any]]:
 
 
 def _shaping(config: Config, model: str) -> dict[str, Any]:
-    section = config.train.model_dump(mode="json")
-    local = Path(model)
+    section = config.train
+    template = read_template(section.chat_template)
     return {
-        "model": str(local.resolve()) if local.exists() else model,
+        "model": _absolute(model),
         "run.seed": config.run.seed,
-        **{f"train.{key}": value for key, value in section.items() if key not in _FREE},
+        **{
+            f"train.{key}": value
+            for key, value in section.model_dump(mode="json").items()
+            if key not in _FREE
+        },
+        "train.chat_template": None if template is None else digest(template).hex(),
     }
+
+
+def _lasting(config: Config, model: str) -> dict[str, Any]:
+    """The section as a later training, from wherever it is started, can go on with it."""
+    section = config.train.model_dump(mode="json", exclude_none=True) | {"model": _absolute(model)}
+    if "chat_template" in section:
+        section["chat_template"] = str(Path(section["chat_template"]).absolute())
+    for key in ("out", "max_steps"):  # of one run only
+        section.pop(key, None)
+    return section
+
+
+def _absolute(model: str) -> str:
+    """A directory by its whole path; a name on the hub as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _read(root: Path) -> dict[str, Any] | None:

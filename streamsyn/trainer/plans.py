@@ -44,6 +44,9 @@ class PlanQueue:
         self.figures: dict[str, Any] = {}
         self.waited_s = 0.0
         """Time that the training has waited in `get`."""
+        self._settled = (0.0, 0.0, 0.0)
+        """When the last plan was taken: `waited_s`, what of it was for the stream, and what the planner had
+        waited for its stream by then."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -57,6 +60,13 @@ class PlanQueue:
             except RuntimeError:
                 return  # it has come to its end by itself
         self._thread.join(timeout=30)
+
+    @property
+    def stream_waited_s(self) -> float:
+        """What of `waited_s` was for the stream; in the rest the planner was reading and tokenising."""
+        waited, for_stream, planner_waited = self._settled
+        pending = float(self.figures.get("waited_s", 0.0)) - planner_waited
+        return for_stream + max(0.0, min(self.waited_s - waited, pending))
 
     @property
     def depth(self) -> int:
@@ -78,6 +88,7 @@ class PlanQueue:
             self.waited_s += time.monotonic() - began
         if isinstance(found, BaseException):
             raise found
+        self._settled = (self.waited_s, self.stream_waited_s, float(self.figures.get("waited_s", 0.0)))
         if isinstance(found, StepPlan) and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._room.release)
         return found

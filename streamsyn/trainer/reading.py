@@ -3,8 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 from streamsyn.errors import ConfigError
+from streamsyn.records import digest
 from streamsyn.trainer.examples import Dropped, Example, Key, Row
 from streamsyn.trainer.holdout import HeldOut
 from streamsyn.trainer.sources.source import Source
@@ -19,6 +23,13 @@ class Item:
 
     key: Key
     made: Example | Dropped | HeldOut
+    mark: str
+    """Stands for what is in the row."""
+
+
+def mark_of(row: Row) -> str:
+    """Stands for what is in a row."""
+    return digest(orjson.dumps(row.value, default=str, option=orjson.OPT_SORT_KEYS)).hex()
 
 
 class Reading:
@@ -36,27 +47,35 @@ class Reading:
         source: Source,
         epochs: int | None,
         load: Callable[[Source, int, Sequence[Row]], list[Item]],
-        state: dict[str, int] | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.source = source
         self._epochs = epochs
         self._load = load
         state = state or {}
-        self.epoch = state.get("epoch", 0)
+        self.epoch: int = state.get("epoch", 0)
         """The pass that the next row belongs to."""
-        self.next = state.get("next", 0)
+        self.next: int = state.get("next", 0)
         """The number of that row."""
-        self.examples = state.get("examples", 0)
+        self.examples: int = state.get("examples", 0)
         """Examples taken so far."""
-        self._before = state.get("before", 0)
+        self._before: int = state.get("before", 0)
         """Those of earlier passes."""
+        self._last: tuple[int, str] | None = tuple(state["last"]) if state.get("last") else None
+        """The number and the mark of the row that was taken last."""
         self.total: int | None = None
         """Rows of the source, if that was known when it was last looked at."""
         self.ready: deque[Item] = deque()
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Where this one stands."""
-        return {"epoch": self.epoch, "next": self.next, "examples": self.examples, "before": self._before}
+        return {
+            "epoch": self.epoch,
+            "next": self.next,
+            "examples": self.examples,
+            "before": self._before,
+            "last": self._last and list(self._last),
+        }
 
     @property
     def ended(self) -> bool:
@@ -78,6 +97,24 @@ class Reading:
                 f"{self.next}: it is of another stream"
             )
 
+    def is_there(self) -> bool:
+        """Whether the row that was taken last is in the source, which may be on its way there. Blocks.
+
+        Raises:
+            ConfigError: Another one stands in its place, or none ever will.
+        """
+        if self._last is None:
+            return True
+        seq, mark = self._last
+        row = next(iter(self.source.pick([seq])), None)
+        gone = row is None and self.source.total() is not None
+        if gone or (row is not None and mark_of(row) != mark):
+            raise ConfigError(
+                f"{self.source.name}: row {seq} (counted from 0) is another one than was trained on: this is "
+                f"not the stream that this training stood in"
+            )
+        return row is not None
+
     def read(self) -> list[Item]:
         """What comes next, as far as it is there. Blocks; nothing but the pass changes."""
         self.look()
@@ -91,6 +128,7 @@ class Reading:
         """The next of those that are ready."""
         item = self.ready.popleft()
         self.next = item.key.seq + 1
+        self._last = (item.key.seq, item.mark)
         self.examples += isinstance(item.made, Example)
         return item
 

@@ -106,7 +106,7 @@ class Renderer:
     def _check(self) -> None:
         if not self._tokenizer.chat_template:
             raise ConfigError(
-                "the model's tokenizer has no chat template: samples cannot be put into its form"
+                "the model's tokenizer has no chat template to put samples into: set train.chat_template"
             )
         try:
             prompt, whole = self._as_texts(_PROBE)

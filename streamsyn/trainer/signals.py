@@ -11,7 +11,7 @@ EXIT_STOPPED = 75
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first signal calls `stop`; the second exits without saving."""
+    """Within, the first signal calls `stop`, the second exits at once. One that is ignored stays so."""
     came = 0
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -21,7 +21,8 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
             os._exit(EXIT_STOPPED)
         stop()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, on_signal)
     try:

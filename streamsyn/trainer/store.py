@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 import streamsyn
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.checkpoint import Checkpoint, Checkpoints, write_folder
+from streamsyn.trainer.merging import merged
 from streamsyn.trainer.model import Placed, load_optimizer, optimizer_tensors, write_model, write_result
 
 RESULT = "model"
@@ -61,9 +62,8 @@ class Store:
         info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
         self._checkpoints.write(info, self.stream, fill)
         if result:
-            write_folder(
-                self._out / RESULT, lambda folder: write_result(placed, weights, self._tokenizer, folder)
-            )
+            whole = merged(placed, weights)
+            write_folder(self._out / RESULT, lambda folder: write_result(*whole, self._tokenizer, folder))
 
     def _save_shards(self, placed: Placed, folder: Path) -> None:
         """DeepSpeed writes its own state, each rank its share."""

@@ -12,10 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from streamsyn.config import Config
 from streamsyn.errors import ConfigError
+from streamsyn.trainer.chat_template import read_template
 from streamsyn.trainer.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.control import Ranks
+from streamsyn.trainer.control_rows import control_examples
 from streamsyn.trainer.director import Director, Totals
+from streamsyn.trainer.evaluations import Evaluations, done_before
+from streamsyn.trainer.examples import Example
+from streamsyn.trainer.exams.grading import Exam
+from streamsyn.trainer.exams.opening import open_exam
 from streamsyn.trainer.figures import Figures
+from streamsyn.trainer.fit import check_fit
+from streamsyn.trainer.flops import speed_of
 from streamsyn.trainer.heldout_rows import HeldOutSet
 from streamsyn.trainer.loop import Loop, Progress
 from streamsyn.trainer.model import (
@@ -29,11 +37,13 @@ from streamsyn.trainer.model import (
 from streamsyn.trainer.outdir import OutDirectory
 from streamsyn.trainer.planner import Planner
 from streamsyn.trainer.plans import PlanQueue
+from streamsyn.trainer.publish import Publisher
 from streamsyn.trainer.render import Renderer
 from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
 from streamsyn.trainer.sources.opening import open_sources
 from streamsyn.trainer.store import Store, restore_optimizer
+from streamsyn.trainer.tracking import FOLDER, start_tracking
 
 EXIT_NOTHING = 1
 
@@ -51,6 +61,7 @@ class Setting:
     placed: Placed
     ranks: Ranks
     before: Checkpoint | None
+    publisher: Publisher | None
 
 
 def train(config: Config, source: str, model: str, out: Path) -> int:
@@ -66,12 +77,16 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
             f"train.rows_per_step: {section.rows_per_step} rows cannot be shared out among {world} ranks"
         )
     dtype = model_dtype(model)
-    tokenizer = read_tokenizer(model)
+    tokenizer = read_tokenizer(model, read_template(section.chat_template))
+    check_fit(model, tokenizer, section.seq_len)
+    publisher = None
+    if section.publish is not None:
+        publisher = Publisher(out, section.publish, config.fleet, tokenizer, rank)
     with _own_directory(out, rank) as directory:
         if directory is not None:
             directory.claim(config, model)
             Checkpoints(out, section.keep_checkpoints).prepare()
-        accelerator = start_accelerator(section, section.rows_per_step // world)
+        accelerator = start_accelerator(section, section.rows_per_step // world, out / FOLDER)
         accelerator.wait_for_everyone()
         before = Checkpoints(out, section.keep_checkpoints).newest()
         saved = None if before is None else before.folder / "model"
@@ -82,7 +97,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
         placed = place(read, section, accelerator, dtype)
         if before is not None:
             restore_optimizer(placed, before)
-        setting = Setting(config, source, out, tokenizer, placed, Ranks(rank, world), before)
+        setting = Setting(config, source, out, tokenizer, placed, Ranks(rank, world), before, publisher)
         code = _run(setting)
         accelerator.end_training()
     return code
@@ -105,27 +120,51 @@ def _run(setting: Setting) -> int:
     info: dict[str, Any] = {} if setting.before is None else setting.before.info
     section, ranks = setting.config.train, setting.ranks
     store = Store(setting.out, section, setting.tokenizer, ranks.rank)
+    publisher = setting.publisher
     progress = Progress(step=info.get("step", 0), skipped=info.get("skipped", 0))
-    loop = Loop(setting.placed, ranks, section, setting.config.run.seed, store, progress)
+    loop = Loop(setting.placed, ranks, section, setting.config.run.seed, store, progress, publisher)
+    if setting.before is not None:
+        store.stream = setting.before.stream
     if ranks.rank != 0:
         with stop_on_signals(loop.stop):
             loop.run(None)
         return 0
     with ExitStack() as stack:
+        control, exam = _open_tests(setting)
         planner, plans, held_out = _open_stream(setting, stack)
-        figures = Figures(setting.out / "metrics.jsonl", progress.step)
+        done = done_before(setting.out / "metrics.jsonl", progress.step, exam)
+        evaluations = Evaluations(section, held_out.rows, control, exam, ranks.world, done)
+        track = start_tracking(setting.placed.accelerator, section, setting.out, progress.step)
+        speed = speed_of(setting.placed.plain, setting.placed.accelerator.device, ranks.world)
+        figures = Figures(setting.out, progress.step, info.get("task_losses"), speed, track)
         schedule = Schedule(section, info.get("schedule"))
         totals = Totals(**info.get("totals", {}))
-        director = Director(section, ranks, plans, progress, store, schedule, figures, held_out.rows, totals)
+        director = Director(section, ranks, plans, progress, store, schedule, figures, evaluations, totals)
 
         def stop() -> None:
             loop.stop()
             plans.wake()
+            if publisher is not None:
+                publisher.servers.hurry()
 
+        if publisher is not None:
+            stack.enter_context(publisher.servers)
         log.info("train.start", step=progress.step, ranks=ranks.world, out=str(setting.out))
         with stop_on_signals(stop):
             loop.run(director.orders(lambda: loop.stopping))
+            if publisher is not None and director.stopped is None:
+                publisher.servers.finish()
         return _close(director, progress, totals, figures, plans, planner)
+
+
+def _open_tests(setting: Setting) -> tuple[list[Example], Exam | None]:
+    """What is evaluated besides samples that are held out of the stream."""
+    section = setting.config.train
+    control: list[Example] = []
+    if section.control is not None:
+        renderer = Renderer(setting.tokenizer, section.seq_len, section.overlong)
+        control = control_examples(section.control, section.control_samples, renderer)
+    return control, open_exam(setting.config, setting.tokenizer, setting.placed.plain, setting.out)
 
 
 def _open_stream(setting: Setting, stack: ExitStack) -> tuple[Planner, PlanQueue, HeldOutSet]:
@@ -150,23 +189,41 @@ def _close(
     planner: Planner,
 ) -> int:
     """Say what came of it; the exit code."""
-    verdict, waited = figures.verdict(plans.waited_s)
     said = planner.figures()
-    dropped = sum(said["dropped"].values())
+    ended = figures.end(
+        {
+            "step": progress.step,
+            "why": director.why,
+            "steps_of_run": director.trained,
+            "skipped": progress.skipped,
+            "examples": totals.examples,
+            "tokens": totals.tokens,
+            "target_tokens": totals.target_tokens,
+            "dropped": sum(said["dropped"].values()),
+            "stream": said,
+        },
+        plans.waited_s,
+        plans.stream_waited_s,
+    )
     log.info(
         "train.done" if director.stopped is None else "train.stopped",
-        **({} if director.stopped is None else {"why": director.stopped}),
+        why=director.why,
         steps=progress.step,
         examples=totals.examples,
         tokens=totals.tokens,
-        dropped=dropped,
+        dropped=ended["dropped"],
         skipped_steps=progress.skipped,
-        wait=f"{waited:.0%}",
-        verdict=verdict if director.trained else "nothing trained on",
+        wait=f"{ended['wait_share']:.0%}",
+        verdict=ended["verdict"] or "nothing trained on",
     )
     if director.stopped is not None:
         return EXIT_STOPPED
     if progress.step == 0:
+        if said["rows_read"] and said["rows_read"] == said["dropped"].get("bad_row"):
+            raise ConfigError(
+                f"--from: none of its {said['rows_read']} rows is a conversation (`messages` of role and "
+                f"content, as `run` and `export` write them)"
+            )
         log.error(
             "train.nothing", why="the stream ended without a sample to train on", dropped=said["dropped"]
         )

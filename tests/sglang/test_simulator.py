@@ -109,7 +109,10 @@ async def test_chat_answer_has_the_shape_of_the_real_one() -> None:
             "reasoning_tokens": 0,
             "completion_tokens_details": None,
         },
-        "metadata": {"weight_version": "default"},
+        "metadata": {
+            "weight_version": "default",
+            "weight_versions": [{"version": "default", "start": 0, "end": -(-len(text) // 4)}],
+        },
     }
 
 
@@ -164,6 +167,7 @@ async def test_generate_answer_has_the_shape_of_the_real_one() -> None:
         "reasoning_tokens": 0,
         "completion_tokens": 128,
         "cached_tokens": 0,
+        "weight_versions": [{"version": "default", "start": 0, "end": 128}],
     }
     assert ids["meta_info"]["prompt_tokens"] == 70
     assert len(ids["meta_info"]["id"]) == 32

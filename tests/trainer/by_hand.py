@@ -1,7 +1,7 @@
 """Trains on plans made by hand: in this process, or as one of several ranks (`python -m`)."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.checkpoint import Checkpoints
 from streamsyn.trainer.control import Ranks
-from streamsyn.trainer.director import Director, HeldOutRows, Totals
+from streamsyn.trainer.director import Director, Totals
 from streamsyn.trainer.evals import WITH, deal_rows
+from streamsyn.trainer.evaluations import Evaluations, done_before
 from streamsyn.trainer.examples import End, Example, Idle, StepPlan
+from streamsyn.trainer.exams.chat import Chat
+from streamsyn.trainer.exams.grading import Exam
+from streamsyn.trainer.exams.question import Prompt, Question
 from streamsyn.trainer.figures import Figures
 from streamsyn.trainer.loop import Loop, Progress
 from streamsyn.trainer.model import Placed, model_dtype, place, read_model, start_accelerator
@@ -86,8 +90,11 @@ def train(
     rank: int = 0,
     world: int = 1,
     held_out: Sequence[Example] = (),
+    control: Sequence[Example] = (),
+    exam: Exam | None = None,
+    before: Callable[[Loop, Placed], None] | None = None,
 ) -> tuple[Loop, Director | None, Placed]:
-    """Train a tiny model to the end of `moves`, in OUT."""
+    """Train a tiny model to the end of `moves`, in OUT; `before` is called with what is about to run."""
     if base is None:
         base = out / "base"
         if rank == 0 and not base.exists():
@@ -104,16 +111,31 @@ def train(
         return loop, None, placed
 
     def rows() -> Any:
-        return {WITH: deal_rows(held_out, settings.seq_len, world)} if held_out else None
+        return {WITH: deal_rows(held_out, settings.seq_len, world)} if held_out else {}
 
-    kept: HeldOutRows = rows
+    done = done_before(out / "metrics.jsonl", 0, exam)
+    evaluations = Evaluations(settings, rows, control, exam, world, done)
+    if before is not None:
+        before(loop, placed)
     with PlanQueue(Script(moves)) as queue:
-        figures = Figures(out / "metrics.jsonl", 0)
+        figures = Figures(out, 0)
         director = Director(
-            settings, ranks, queue, loop.progress, store, Schedule(settings), figures, kept, Totals()
+            settings, ranks, queue, loop.progress, store, Schedule(settings), figures, evaluations, Totals()
         )
         loop.run(director.orders(lambda: loop.stopping))
     return loop, director, placed
+
+
+def exam(out: Path) -> Exam:
+    """Five short questions in three parts; no answer of a random model is right but by chance."""
+    asked = []
+    for number, (part, length) in enumerate(
+        [("needle_one", 30), ("needle_one", 70), ("needle_two", 50), ("longbench_a", 9), ("longbench_a", 20)]
+    ):
+        prompt = Prompt(tiny.example(length, 1, 700 + number).tokens, 8, frozenset({256}))
+        of, grading = ("needles", "recall") if part.startswith("needle") else ("longbench", "f1")
+        asked.append(Question(of, part, str(number), prompt, ("a", "b"), grading))  # type: ignore[arg-type]
+    return Exam(asked, Chat(tiny.tokenizer()), out)
 
 
 def weights(placed: Placed) -> dict[str, torch.Tensor]:
@@ -128,7 +150,14 @@ if __name__ == "__main__":
     me, all_of_us = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     kept_out = [tiny.example(20, 5, 900 + n) for n in range(3)]
     made = train(
-        folder, section(), plans(steps), base=folder / "base", rank=me, world=all_of_us, held_out=kept_out
+        folder,
+        section(),
+        plans(steps),
+        base=folder / "base",
+        rank=me,
+        world=all_of_us,
+        held_out=kept_out,
+        exam=exam(folder),
     )[2]
     torch.save(weights(made), folder / f"weights-{me}.pt")
     torch.distributed.destroy_process_group()

@@ -88,12 +88,12 @@ def test_a_cache_would_leak_and_is_not_made() -> None:
 
 
 def test_attention_without_bounds_is_refused() -> None:
-    """A mask, or a call without bounds, is a mistake of ours and no attention to something else."""
+    """A model that loses the bounds on the way is refused: it would attend to something else."""
     tuned = segments_model()
     arguments = batch_of(ROW).forward_arguments()
     del arguments["segments"]
 
-    with pytest.raises(AssertionError, match="bounds"):
+    with pytest.raises(ConfigError, match="bounds"):
         tuned(**arguments)
 
 

@@ -107,8 +107,9 @@ def start(server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
 
     def started(
         source: Any,
-        out: Path,
+        out: Path | None,
         *more: str,
+        base: str | None = "base",
         stdin: Path | None = None,
         file_bytes: int | None = None,
         **settings: Any,
@@ -119,17 +120,9 @@ def start(server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
             trainings[-1].wait()
         chosen = {**SETTINGS, **{f"train.{key}": value for key, value in settings.items()}}
         sets = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
-        argv = [
-            "train",
-            "--from",
-            str(source),
-            "--model",
-            str(tmp_path / "base"),
-            "--out",
-            str(out),
-            *sets,
-            *more,
-        ]
+        given = {"--from": source, "--model": base and tmp_path / base, "--out": out}
+        flags = [part for key, value in given.items() if value is not None for part in (key, str(value))]
+        argv = ["train", *flags, *sets, *more]
         task = {
             "argv": argv,
             "stderr": str(said),
@@ -184,6 +177,12 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [line for line in found if line["kind"] == "step"]
 
 
+def lineage(out: Path) -> list[tuple[int, list[Any]]]:
+    """What trained.jsonl says was trained on at which step, and with which losses."""
+    found = [json.loads(line) for line in (out / "trained.jsonl").read_text().splitlines()]
+    return [(line["step"], line["examples"]) for line in found]
+
+
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Whether all weights are equal, bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -203,6 +202,10 @@ def test_a_finished_run_is_trained_on(start: Start, tmp_path: Path) -> None:
     assert measured[0]["step"] == 0
     assert measured[-1]["nll_with_context"] < measured[0]["nll_with_context"]
     assert {"nll_with_context", "nll_without_context", "context_gain", "held_out"} <= measured[-1].keys()
+    ended = found[-1]
+    assert ("end", steps[-1]["step"], "the stream ended") == (ended["kind"], ended["step"], ended["why"])
+    assert sum(len(examples) for _, examples in lineage(out)) == ended["examples"]
+    assert ended["verdict"] in {"training-bound", "reading-bound"}, "a finished run is not waited for"
     before = result(out)
     again = start(run, out)
     assert 0 == again.wait(), again.stderr()
@@ -236,6 +239,9 @@ def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> Non
     steps, expected = lines(tmp_path / "out"), lines(tmp_path / "whole")
     for key in ("step", "loss", "rate", "tokens"):
         assert [line[key] for line in expected] == [line[key] for line in steps]
+    assert lineage(tmp_path / "whole") == lineage(tmp_path / "out")
+    whole_losses, losses = ((tmp_path / name / "task_losses.json").read_text() for name in ("whole", "out"))
+    assert whole_losses == losses
 
 
 def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> None:
@@ -250,6 +256,7 @@ def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> No
 
     assert 75 == training.wait(), training.stderr()
     assert re.search(r"train\.saved +step=", training.stderr())
+    assert "a signal" == json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["why"]
     assert not (tmp_path / "out" / "model").exists()
     rest = start(run, tmp_path / "out")
     assert 0 == rest.wait(), rest.stderr()

@@ -18,7 +18,7 @@ from streamsyn.trainer.control import Step
 from streamsyn.trainer.examples import End, Idle, StepPlan
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
-from tests.trainer.by_hand import plans, section, train, weights
+from tests.trainer.by_hand import exam, plans, section, train, weights
 
 STEPS = 4
 
@@ -99,13 +99,13 @@ def run_ranks(command: list[str], world: int, timeout_s: float = 120) -> list[su
 
 def test_two_ranks_are_as_one(tmp_path: Path) -> None:
     """The same rows, dealt to two processes over gloo: the same weights on both, those of one process; the
-    loss and the evaluation are told alike. A rank without a sample in the last step takes part in it."""
+    loss, the evaluation, the answers are told alike. A rank without a sample, or a question, takes part."""
     alone, both = tmp_path / "alone", tmp_path / "both"
     for folder in (alone, both):
         folder.mkdir()
         tiny.write_model(folder / "base")
     kept = [tiny.example(20, 5, 900 + n) for n in range(3)]
-    expected = weights(train(alone, section(), plans(STEPS), held_out=kept)[2])
+    expected = weights(train(alone, section(), plans(STEPS), held_out=kept, exam=exam(alone))[2])
     run_ranks([sys.executable, "-m", "tests.trainer.by_hand", str(both), str(STEPS)], 2)
 
     for rank in (0, 1):
@@ -118,6 +118,12 @@ def test_two_ranks_are_as_one(tmp_path: Path) -> None:
     for one, other in zip(measured, alone_measured, strict=True):
         assert 3 == one["held_out"]
         assert one["nll_with_context"] == pytest.approx(other["nll_with_context"], rel=1e-5)
+        assert {"needle_one", "needle_two", "needles", "longbench_a", "longbench"} < one.keys()
+        assert all(one[name] == other[name] for name in one if name.startswith(("needle", "longbench")))
+    for name in ("step-0000000.jsonl", f"step-{STEPS:07}.jsonl"):
+        answers = (both / "answers" / name).read_bytes()
+        assert 5 == len(answers.splitlines())
+        assert (alone / "answers" / name).read_bytes() == answers
 
 
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from streamsyn.sglang.simulator.asks import Ask
@@ -8,7 +8,6 @@ from streamsyn.sglang.simulator.reading import found, told
 from streamsyn.sglang.simulator.text import Prose
 
 EOS_ID: Final = 2
-WEIGHT_VERSION: Final = "default"
 PAIR_FORM: Final = "Question: ...\nAnswer: ..."
 """A question that holds this is answered in this form."""
 REFUSAL: Final = "I'm sorry, but I can't help with writing this document."
@@ -33,11 +32,18 @@ class Answer:
     seconds: float
     retractions: int = 0
     """How often it was thrown out of the running batch."""
+    weights: list[dict[str, Any]] = field(default_factory=list)
+    """Which weights wrote it: `version`, and `start` and `end` in its tokens."""
 
     @property
     def aborted(self) -> bool:
         """Whether it ended before its end."""
         return bool(self.finish["type"] == "abort")
+
+    @property
+    def weight_version(self) -> str:
+        """Of the weights that wrote its end."""
+        return str(self.weights[-1]["version"])
 
 
 def cut_short(tokens: int) -> Finish:

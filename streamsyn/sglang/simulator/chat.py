@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from streamsyn.sglang.simulator import wire
-from streamsyn.sglang.simulator.answers import WEIGHT_VERSION, Answer
+from streamsyn.sglang.simulator.answers import Answer
 from streamsyn.sglang.simulator.asks import DEFAULT_MODEL, Ask, Malformed, Refused, whole_number
 
 
@@ -54,7 +54,7 @@ class Chat:
                 }
             ],
             "usage": _usage(answer),
-            "metadata": {"weight_version": WEIGHT_VERSION},
+            "metadata": {"weight_version": answer.weight_version, "weight_versions": answer.weights},
         }
 
     def piece(self, ask: Ask, so_far: str, piece: str) -> bytes:

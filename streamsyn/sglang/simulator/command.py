@@ -93,6 +93,9 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
     help="With 1, aborts need the exact rid.",
 )
 @click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Fixes texts, jitter and faults.")
+@click.option(
+    "--load-s", default=_DEFAULTS["load_s"], show_default=True, help="Time that other weights take to load."
+)
 @click.option("--api-key", help="Bearer token to ask for.  [default: none]")
 @click.option("--die-after", type=int, help="Die abruptly after this many requests.")
 @click.option(

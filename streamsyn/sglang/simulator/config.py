@@ -60,6 +60,8 @@ class SimulatorConfig:
     """`--tokenizer-worker-num`: with 1, `/abort_request` ignores a rid that no live request has exactly."""
     seed: int = 0
     """Fixes texts, jitter and faults for a given order of arrival."""
+    load_s: float = 0.0
+    """Time that other weights take to load (`/update_weights_from_disk`)."""
     api_key: str | None = field(default=None, repr=False)
     """Bearer token asked for everywhere but on health, readiness and metrics. None: no authentication."""
     faults: Mapping[str, float] = field(default_factory=dict)
@@ -78,7 +80,15 @@ class SimulatorConfig:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, not {number}")
-        for name in ("latency_ms", "jitter_ms", "ms_per_token", "cache_tokens", "queue_limit", "die_after"):
+        for name in (
+            "latency_ms",
+            "jitter_ms",
+            "ms_per_token",
+            "cache_tokens",
+            "queue_limit",
+            "die_after",
+            "load_s",
+        ):
             number = getattr(self, name)
             if number is not None and not number >= 0:
                 raise ConfigError(f"{name} must not be negative, not {number}")

@@ -18,15 +18,11 @@ FLUSHED = (
 
 
 class Control:
-    """The routes that tell or steer: load, health, model, cache, aborts, and the simulator's own."""
+    """The routes that tell or steer: load, model, cache, aborts, and the simulator's own."""
 
     def __init__(self, simulation: Simulation, spelling: Spelling) -> None:
         self._simulation = simulation
         self._spelling = spelling
-
-    def health(self, _asked: Asked) -> wire.Reply:
-        """GET /health, /health_generate and /ready; at once, where the real /health takes a second."""
-        return wire.Reply()
 
     def loads(self, asked: Asked) -> wire.Reply:
         """GET /v1/loads."""
@@ -50,14 +46,14 @@ class Control:
 
     def model_info(self, _asked: Asked) -> wire.Reply:
         """GET /model_info and /get_model_info."""
-        model = self._simulation.config.model
+        weights = self._simulation.weights
         body = {
-            "model_path": model,
-            "served_model_name": model,
-            "tokenizer_path": model,
+            "model_path": weights.path,
+            "served_model_name": weights.path,
+            "tokenizer_path": self._simulation.config.model,
             "is_generation": True,
             "preferred_sampling_params": None,
-            "weight_version": "default",
+            "weight_version": weights.told,
             "load_format": "auto",
             "reasoning_parser": None,
             "tool_call_parser": None,
@@ -70,14 +66,14 @@ class Control:
         return wire.reply(body)
 
     def models(self, _asked: Asked) -> wire.Reply:
-        """GET /v1/models."""
-        config = self._simulation.config
+        """GET /v1/models: the name it was started with is gone once it has read other weights."""
+        config, name = self._simulation.config, self._simulation.weights.path
         card = {
-            "id": config.model,
+            "id": name,
             "object": "model",
             "created": int(time.time()),
             "owned_by": "sglang",
-            "root": config.model,
+            "root": name,
             "parent": None,
             "max_model_len": config.context_tokens,
         }

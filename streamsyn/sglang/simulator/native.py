@@ -3,11 +3,12 @@
 from typing import Any, Final
 
 from streamsyn.sglang.simulator import wire
-from streamsyn.sglang.simulator.answers import ABORTED_WAITING, WEIGHT_VERSION, Answer
+from streamsyn.sglang.simulator.answers import ABORTED_WAITING, Answer
 from streamsyn.sglang.simulator.asks import Ask, Malformed, Refused, whole_number
 from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, count_tokens
 from streamsyn.sglang.simulator.reading import NEW, Spelling, surprise
 from streamsyn.sglang.simulator.tokens import token_ids
+from streamsyn.sglang.simulator.weights import Weights
 
 DEFAULT_MAX_TOKENS: Final = 128
 SAMPLING_FIELDS: Final = (
@@ -28,10 +29,12 @@ class Native:
 
     Args:
         spelling: Which texts token ids stand for.
+        weights: Those that write.
     """
 
-    def __init__(self, spelling: Spelling) -> None:
+    def __init__(self, spelling: Spelling, weights: Weights) -> None:
         self._spelling = spelling
+        self._weights = weights
 
     def ask(self, body: dict[str, Any], rid: str) -> Ask:
         """What `body` asks for; `rid` stands in where it names none."""
@@ -69,12 +72,12 @@ class Native:
         if answer.finish is ABORTED_WAITING:  # shorter, as `TokenizerManager._handle_abort_req` makes it
             waited: dict[str, Any] = {"id": ask.rid, "finish_reason": answer.finish}
             waited |= {
-                "weight_version": WEIGHT_VERSION,
+                "weight_version": answer.weight_version,
                 "e2e_latency": answer.seconds,
                 "completion_tokens": 0,
             }
             return {"text": "", "output_ids": [], "meta_info": waited}
-        meta = _meta(ask, answer.finish, answer.prompt_tokens)
+        meta = _meta(ask, answer.finish, answer.prompt_tokens, answer.weight_version)
         meta |= {
             "reasoning_tokens": 0,
             "completion_tokens": answer.completion_tokens,
@@ -85,6 +88,7 @@ class Native:
             meta["input_token_logprobs"] = _input_logprobs(ask, ask.logprob_start)
             meta["output_token_logprobs"] = [[-0.5, token, None] for token in ids]
             meta["output_token_logprobs_length"] = len(ids)
+        meta["weight_versions"] = answer.weights
         meta["e2e_latency"] = answer.seconds
         return {"text": answer.text, "output_ids": ids, "meta_info": meta}
 
@@ -93,7 +97,7 @@ class Native:
         if not piece:
             return b""
         text = so_far + piece
-        meta = _meta(ask, None, count_tokens(ask.prompt))
+        meta = _meta(ask, None, count_tokens(ask.prompt), self._weights.version)
         meta |= {"reasoning_tokens": 0, "completion_tokens": count_tokens(text), "cached_tokens": 0}
         return wire.event({"text": text, "output_ids": token_ids(text), "meta_info": meta})
 
@@ -128,12 +132,12 @@ def _logprob_start(body: dict[str, Any], prompt: str | list[int]) -> int:
     return start
 
 
-def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int) -> dict[str, Any]:
+def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int, version: str) -> dict[str, Any]:
     return {
         "id": ask.rid,
         "finish_reason": finish,
         "prompt_tokens": prompt_tokens,
-        "weight_version": WEIGHT_VERSION,
+        "weight_version": version,
         "num_retractions": 0,
     }
 

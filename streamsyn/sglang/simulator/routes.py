@@ -1,5 +1,5 @@
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
 from streamsyn.sglang.simulator import wire
@@ -10,11 +10,12 @@ from streamsyn.sglang.simulator.line import Asked, Line
 from streamsyn.sglang.simulator.native import Native
 from streamsyn.sglang.simulator.reading import Spelling
 from streamsyn.sglang.simulator.simulation import Simulation
+from streamsyn.sglang.simulator.weights import Steering
 
 OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics")
 """Paths that begin so need no key (srt/utils/auth.py)."""
 
-Telling: TypeAlias = Callable[[Asked], wire.Reply]
+Telling: TypeAlias = Callable[[Asked], wire.Reply | Awaitable[wire.Reply]]
 Route: TypeAlias = Generation | Telling
 
 
@@ -27,11 +28,12 @@ class Routes:
         self._key = key.encode() if key is not None else None
         chat = Generation(simulation, Chat(), json_only=True)
         spelling = Spelling()
-        generate = Generation(simulation, Native(spelling), json_only=False)
+        generate = Generation(simulation, Native(spelling, simulation.weights), json_only=False)
         self._routes: dict[str, dict[str, Route]] = {
             "/v1/chat/completions": {"POST": chat},
             "/generate": {"POST": generate, "PUT": generate},
             **_telling(Control(simulation, spelling)),
+            **_steering(Steering(simulation.weights, simulation.engine, simulation.config.load_s)),
         }
 
     async def serve(self, asked: Asked, line: Line) -> None:
@@ -44,7 +46,8 @@ class Routes:
         elif isinstance(route, Generation):
             await route.serve(asked, line)
         elif route:
-            await line.send(route(asked))
+            told = route(asked)
+            await line.send(told if isinstance(told, wire.Reply) else await told)
         elif methods:
             await line.send(wire.reply({"detail": "Method Not Allowed"}, 405))
         else:
@@ -59,25 +62,34 @@ class Routes:
 
 def _telling(control: Control) -> dict[str, dict[str, Route]]:
     """The routes that are answered at once."""
-
-    def get(route: Telling) -> dict[str, Route]:
-        return {"GET": route, "HEAD": route}
-
     return {
-        "/v1/loads": get(control.loads),
-        "/v1/models": get(control.models),
-        "/health": get(control.health),
-        "/health_generate": get(control.health),
-        "/ready": get(control.health),
-        "/server_info": get(control.server_info),
-        "/get_server_info": get(control.server_info),
-        "/model_info": get(control.model_info),
-        "/get_model_info": get(control.model_info),
+        "/v1/loads": _get(control.loads),
+        "/v1/models": _get(control.models),
+        "/server_info": _get(control.server_info),
+        "/get_server_info": _get(control.server_info),
+        "/model_info": _get(control.model_info),
+        "/get_model_info": _get(control.model_info),
         "/tokenize": {"POST": control.tokenize},
         "/v1/tokenize": {"POST": control.tokenize},
         "/abort_request": {"POST": control.abort},
-        "/flush_cache": get(control.flush) | {"POST": control.flush},
-        "/metrics": get(control.metrics),
-        "/simulator/stats": get(control.stats),
+        "/flush_cache": _get(control.flush) | {"POST": control.flush},
+        "/metrics": _get(control.metrics),
+        "/simulator/stats": _get(control.stats),
         "/simulator/reset": {"POST": control.reset},
     }
+
+
+def _steering(steering: Steering) -> dict[str, dict[str, Route]]:
+    """The routes that a pause and other weights are about."""
+    return {
+        "/health": _get(steering.health),
+        "/health_generate": _get(steering.health),
+        "/ready": _get(steering.ready),
+        "/pause_generation": {"POST": steering.pause},
+        "/continue_generation": {"POST": steering.go_on},
+        "/update_weights_from_disk": {"POST": steering.update},
+    }
+
+
+def _get(route: Telling) -> dict[str, Route]:
+    return {"GET": route, "HEAD": route}

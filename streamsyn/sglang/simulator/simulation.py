@@ -18,11 +18,12 @@ from streamsyn.sglang.simulator.batched import BatchedEngine
 from streamsyn.sglang.simulator.batching import Batching
 from streamsyn.sglang.simulator.cache import CHARACTERS_A_TOKEN, count_tokens
 from streamsyn.sglang.simulator.config import PLAIN_CACHE_TOKENS, PLAIN_SLOTS, SimulatorConfig
-from streamsyn.sglang.simulator.engine import Engine, Work
+from streamsyn.sglang.simulator.engine import Engine, ServerLost, Work
 from streamsyn.sglang.simulator.faults import Fault, FaultPlan, Script
 from streamsyn.sglang.simulator.plain import PlainEngine
 from streamsyn.sglang.simulator.statistics import Statistics
 from streamsyn.sglang.simulator.text import Prose
+from streamsyn.sglang.simulator.weights import Weights
 
 PIECE_TOKENS: Final = 8
 """Tokens in one event of a streamed answer."""
@@ -50,6 +51,7 @@ class Simulation:
         self._on_death = on_death
         self._connections: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self.engine = self._engine()
+        self.weights = Weights(config)
         self.faults = FaultPlan(config.faults, config.seed, script)
         self.stats = Statistics()
         self.started_at = time.time()
@@ -101,6 +103,7 @@ class Simulation:
         """As if the process had died: connections are reset, what runs is lost, and so is the cache."""
         self._down = True
         self.engine.lose_all()
+        self.weights.restart()
         for transport in list(self._connections):
             transport.abort()
 
@@ -176,7 +179,11 @@ class Simulation:
             ServerLost: the server went down meanwhile.
         """
         clock = asyncio.get_running_loop().time
-        began = clock()
+        began, weights = clock(), self.weights
+        if weights.mode is not None:
+            await weights.enter()
+            if self.gone:
+                raise ServerLost
         work = Work(
             ask.rid,
             ask.prompt,
@@ -187,21 +194,27 @@ class Simulation:
         )
         self.engine.enter(work)
         try:
-            work.output, finish = compose(ask, fault, self._prose, self.config.words)
-            work.target = count_tokens(work.output)
-            await self.engine.begin(work)
-            if not work.running:
-                return Answer("", ABORTED_WAITING, 0, 0, 0, clock() - began)
-            text, finish = await self._write(work, finish, feed)
-            return Answer(
-                text,
-                finish,
-                prompt_tokens=work.tokens,
-                cached_tokens=work.cached_tokens,
-                completion_tokens=count_tokens(text),
-                seconds=clock() - began,
-                retractions=work.retractions,
-            )
+            with weights.watched(work) as spans:
+                work.output, finish = compose(ask, fault, self._prose, self.config.words)
+                work.target = count_tokens(work.output)
+                await self.engine.begin(work)
+                if not work.running:
+                    waited = clock() - began
+                    return Answer("", ABORTED_WAITING, 0, 0, 0, waited, weights=weights.spans([], 0))
+                text, finish = await self._write(work, finish, feed)
+                if weights.mode is not None:
+                    await weights.flow()
+                tokens = count_tokens(text)
+                return Answer(
+                    text,
+                    finish,
+                    prompt_tokens=work.tokens,
+                    cached_tokens=work.cached_tokens,
+                    completion_tokens=tokens,
+                    seconds=clock() - began,
+                    retractions=work.retractions,
+                    weights=weights.spans(spans, tokens),
+                )
         finally:
             self.engine.leave(work)
             self.stats.retracted += work.retractions
@@ -220,11 +233,15 @@ class Simulation:
         return text, ABORTED if work.aborted else finish
 
     async def _write_pieces(self, work: Work, whole: int, feed: Feed) -> int:
+        if self.weights.mode is not None:
+            await self.weights.flow()
         await feed("")
         text, written = work.output, 0
         while written < whole:
             goal = min(written + PIECE_TOKENS, whole)
             now = await self.engine.write(work, goal)
+            if self.weights.mode is not None:
+                await self.weights.flow()
             if now < goal and work.aborted:
                 return written
             await feed(text[written * CHARACTERS_A_TOKEN : now * CHARACTERS_A_TOKEN])

@@ -69,6 +69,11 @@ class FileRows:
                 return
         self._total = self._total or 0  # fewer rows than there were
 
+    def placed(self) -> Iterator[tuple[str, Row]]:
+        """All rows, each with where it stands: `file:line`."""
+        for seq, raw in enumerate(self._all()):
+            yield raw[0], _row(seq, raw)
+
     async def changed(self, timeout_s: float) -> None:
         """All is there from the beginning."""
 

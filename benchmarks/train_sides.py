@@ -1,0 +1,189 @@
+"""The two sides of `benchmarks.train`: a round of one of them, in a process of its own.
+
+    python -m benchmarks.train_sides SIDE FOLDER
+
+FOLDER holds the model and plan.json; SIDE is ours, ours-sdpa, ours-segments or trl.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+RATE = 1e-3
+
+
+def tokens_of(row: list[tuple[int, int]], number: int, vocabulary: int) -> list[list[int]]:
+    """The tokens of a row's samples: from a small part of the vocabulary, which is what there is to learn."""
+    import random
+
+    draw = random.Random(number)
+    return [[draw.randrange(vocabulary // 64) for _ in range(size)] for size, _ in row]
+
+
+def clock(gpu: bool) -> float:
+    """CPU seconds of this process; on a GPU wall seconds, once it has done its work."""
+    import torch
+
+    if not gpu:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(gpu: bool) -> int:
+    """The most memory that was in use: of the GPU, or of this process."""
+    import torch
+
+    if gpu:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float], list[float]]:
+    """Losses and times of the steps of our loop."""
+    import numpy
+
+    from streamsyn.sections import TrainSection
+    from streamsyn.trainer.control import Order, Ranks, Step, Stop
+    from streamsyn.trainer.examples import Example, Key
+    from streamsyn.trainer.loop import Loop, Progress
+    from streamsyn.trainer.loss import denominator, target_weights
+    from streamsyn.trainer.model import model_dtype, place, read_model, start_accelerator
+
+    per_step, gpu = plan["per_step"], plan["gpu"]
+    section = TrainSection.model_validate(
+        {
+            "rows_per_step": per_step,
+            "learning_rate": RATE,
+            "betas": [0.9, 0.999],
+            "loss": "token",
+            "precision": "bf16" if plan["half"] else "fp32",
+            "gradient_checkpointing": plan["checkpointing"],
+        }
+    )
+    accelerator = start_accelerator(section, per_step)
+    model = read_model(str(folder), section, accelerator, None)
+    if attention == "sdpa":
+        model.set_attn_implementation("sdpa")
+    placed = place(model, section, accelerator, model_dtype(str(folder)))
+    store: Any = None  # nothing is saved
+    loop = Loop(placed, Ranks(0, 1), section, 0, store, Progress())
+    losses: list[float] = []
+    times: list[float] = []
+
+    def orders() -> Iterator[list[Order]]:
+        rows = []
+        for number, row in enumerate(plan["rows"]):
+            texts = tokens_of(row, number, plan["vocabulary"])
+            rows.append(
+                tuple(
+                    Example(Key("b", 0, number), "", "", numpy.array(text, dtype=numpy.int32), size - targets)
+                    for text, (size, targets) in zip(texts, row, strict=True)
+                )
+            )
+        for first in range(0, len(rows), per_step):
+            some = tuple(rows[first : first + per_step])
+            weights = tuple(target_weights(row, "token") for row in some)
+            began = clock(gpu)
+            yield [Step(some, weights, denominator(some, "token"), RATE)]
+            times.append(clock(gpu) - began)
+            losses.append(loop.progress.loss)
+        yield [Stop()]
+
+    loop.run(orders())
+    return losses, times
+
+
+def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """The same of TRL's SFTTrainer, fed with the same packs as its own packing makes them."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows = []
+    for number, row in enumerate(plan["rows"]):
+        texts = tokens_of(row, number, plan["vocabulary"])
+        labels = [
+            [-100] * (size - targets) + text[size - targets :]
+            for text, (size, targets) in zip(texts, row, strict=True)
+        ]
+        rows.append(
+            {
+                "input_ids": [*chain(*texts)],
+                "labels": [*chain(*labels)],
+                "seq_lengths": [size for size, _ in row],
+            }
+        )
+    times: list[float] = []
+    losses: list[float] = []
+
+    class Watch(TrainerCallback):
+        began = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            Watch.began = clock(plan["gpu"])
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(clock(plan["gpu"]) - Watch.began)
+
+        def on_log(self, *_: Any, **given: Any) -> None:
+            if "loss" in given["logs"]:
+                losses.append(given["logs"]["loss"])
+
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=plan["per_step"],
+        num_train_epochs=1,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        packing=True,
+        max_length=plan["length"],
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=plan["checkpointing"],
+        bf16=plan["half"],
+        use_cpu=not plan["gpu"],
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=plan["gpu"],
+    )
+    flash = plan["gpu"] and find_spec("flash_attn") is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="flash_attention_2" if flash else "sdpa"
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    return losses, times
+
+
+def worker(side: str, folder: Path) -> None:
+    """One round of one side; its figures go to stdout as JSON."""
+    import torch
+
+    plan = json.loads((folder / "plan.json").read_text())
+    if not plan["gpu"]:
+        torch.set_num_threads(1)
+    name, _, attention = side.partition("-")
+    losses, times = ours(folder, plan, attention) if name == "ours" else theirs(folder, plan)
+    figures = {"losses": losses, "times": times, "peak_bytes": peak_bytes(plan["gpu"])}
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,109 @@
+"""What a training is asked to do, and whether that can be done: all that can be said without torch."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from streamsyn.config import Config, load, parse_override
+from streamsyn.errors import ConfigError
+from streamsyn.sections import TrainSection
+from streamsyn.trainer.chat_template import read_template
+from streamsyn.trainer.outdir import check_shaping, remembered
+
+_NEEDED = ("torch", "transformers", "accelerate")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRequest:
+    """A training.
+
+    Attributes:
+        config: The resolved configuration.
+        source: What is followed: a run directory, files of chat rows, or `-`.
+        model: A Hugging Face directory, or a name on the hub.
+        out: Where the training keeps its files.
+    """
+
+    config: Config
+    source: str
+    model: str
+    out: Path
+
+
+def resolve(
+    path: Path | None,
+    source: str,
+    model: str | None,
+    out: Path | None,
+    settings: Iterable[str] = (),
+    *,
+    default_out: Path | None = None,
+) -> TrainRequest:
+    """The training of a command line: the file, or what OUT was begun with; flags and --set over it.
+
+    Raises:
+        ConfigError: A key is wrong, or model or OUT stands nowhere.
+    """
+    overrides = list(map(parse_override, settings))
+    config = load(path, overrides)
+    out = out or (Path(config.train.out) if config.train.out else default_out)
+    if out is None:
+        raise ConfigError("there is no directory for the training: pass --out DIR, or set train.out")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give the directory that the training is to have")
+    if path is None:
+        config = load(None, [*remembered(out), *overrides])
+    model = model or config.train.model
+    if model is None:
+        raise ConfigError("there is no model to tune: pass --model PATH, or set train.model")
+    return TrainRequest(config, source, model, out)
+
+
+def check(request: TrainRequest) -> None:
+    """See whether the training can begin.
+
+    Raises:
+        ConfigError: It cannot; the message names the package, the flag or the key.
+    """
+    section = request.config.train
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if section.lora is not None and find_spec("peft") is None:
+        missing.append("peft (for train.lora)")
+    if missing:
+        raise ConfigError(f"training needs {', '.join(missing)}: pip install 'streamsyn[train]'")
+    source, out = request.source, request.out
+    if "://" in source:
+        raise ConfigError(f"--from {source}: following a daemon over HTTP is not there yet; give DIR or -")
+    if source != "-" and Path(source).resolve() == out.resolve():
+        raise ConfigError("--from and --out are the same directory")
+    _check_model(request.model)
+    read_template(section.chat_template)
+    check_shaping(out, request.config, request.model)
+
+
+def check_launcher(section: TrainSection) -> None:
+    """See whether what starts the trainer is there.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if section.launcher and shutil.which(section.launcher[0]) is None:
+        raise ConfigError(f"train.launcher: there is no program {section.launcher[0]!r}")
+
+
+def _check_model(path: str) -> None:
+    """A mistyped path must not be looked for on the hub; a directory must have a model in it."""
+    given = Path(path)
+    if not given.exists():
+        if given.is_absolute() or path.startswith(".") or path.count("/") != 1:
+            raise ConfigError(f"--model {path}: there is no such directory")
+        return
+    if not given.is_dir():
+        raise ConfigError(f"--model {path} is a file; give the directory that it lies in")
+    if not (given / "config.json").exists():
+        raise ConfigError(f"--model {path} is no model: there is no config.json in it")
+    if not any(next(given.glob(pattern), None) for pattern in _WEIGHTS):
+        raise ConfigError(f"--model {path}: there are no weights in it")

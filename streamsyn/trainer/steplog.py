@@ -1,0 +1,68 @@
+"""A file of JSON lines that each name their step, in order; those after a checkpoint are cut off again."""
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from streamsyn.errors import SinkError
+
+
+class StepLog:
+    """Appends lines to `path`. Lines of steps after `step`, and a torn one, are cut off first.
+
+    Raises:
+        SinkError: It cannot be written; so for each of its methods.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        try:
+            if path.exists():
+                _cut(path, step)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write one line; no power cut is waited out."""
+        try:
+            with self._path.open("ab") as file:
+                file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def sync(self) -> None:
+        """Return when all lines are on disk."""
+        try:
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> SinkError:
+        return SinkError(f"cannot write {self._path}: {error.strerror}")
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave the lines up to `step`. The file is looked at from its end."""
+    with path.open("r+b") as file:
+        end = os.fstat(file.fileno()).st_size
+        if end:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+                end = lines.rfind(b"\n") + 1
+                while end:
+                    begin = lines.rfind(b"\n", 0, end - 1) + 1
+                    if _is_kept(lines[begin:end], step):
+                        break
+                    end = begin
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        return bool(orjson.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,89 @@
+"""Trained weights go to a real SGLang while it writes; deploy/sglang-cpu installs it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamsyn.records import Request
+from streamsyn.sections import FleetSection, PublishSection
+from streamsyn.sglang.fleet import open_fleet
+from streamsyn.sglang.launch import launched
+from streamsyn.sglang.launch_command import find_packaged_model
+from streamsyn.trainer.batch import make_batch
+from streamsyn.trainer.examples import Example
+from streamsyn.trainer.loss import token_losses
+from streamsyn.trainer.model import Placed, read_tokenizer
+from streamsyn.trainer.publish import Publisher
+from tests.trainer import tiny
+from tests.trainer.by_hand import fresh, placed_model, section
+
+pytestmark = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
+
+IN_FLIGHT = 4
+LONG = "Write a long text about rivers, their fish and their bridges. " * 8
+
+
+def request(tokens: int, text: str = LONG, group: str = "") -> Request:
+    """A greedy answer of so many tokens."""
+    sampling = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    return Request(messages=[{"role": "user", "content": text}], sampling=sampling, group=group)
+
+
+def trained(model: Path) -> Placed:
+    """The model after a real step, and a large one."""
+    with fresh():
+        placed = placed_model(model, section(learning_rate=0.001))
+    example: Example = tiny.example(40, 20)
+    batch = make_batch((example,), [1 / 20], torch.device("cpu"))
+    losses = token_losses(placed.model(**batch.forward_arguments()).logits, batch.labels)
+    placed.accelerator.backward((losses * batch.weights).sum())
+    placed.optimizer.step()
+    return placed
+
+
+async def test_trained_weights_reach_a_server_that_writes(tmp_path: Path) -> None:
+    """Requests in flight are answered, begun by the old weights and ended by the new; what comes later is
+    written by the new ones alone, on an empty prefix cache; the server is still known by its name.
+    """
+    model = await asyncio.to_thread(find_packaged_model)
+    placed = await asyncio.to_thread(trained, model)
+    tokenizer = await asyncio.to_thread(read_tokenizer, str(model))
+    async with launched(model, log_path=tmp_path / "sglang.log") as server:
+        publishing = PublishSection(servers=(server.url,))
+        fleet_section = FleetSection(servers=(server.url,), concurrency=IN_FLIGHT, load_interval_s=0.1)
+
+        def publish() -> None:
+            publisher = Publisher(tmp_path, publishing, FleetSection(), tokenizer, 0)
+            with publisher.servers as servers:
+                publisher.publish(placed, 1)
+                servers.finish()
+
+        async with open_fleet(fleet_section, lambda: None) as fleet, asyncio.TaskGroup() as group:
+            await fleet.ask_models()
+            before = await fleet.complete(request(8), [])
+            again = await fleet.complete(request(8), [])
+            asking = [
+                group.create_task(fleet.complete(request(120, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
+            ]
+            (there,) = fleet.servers
+            while not (there.load and there.load.running == IN_FLIGHT):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(publish)
+            after = await fleet.complete(request(8), [])
+            streamed = await fleet.complete(request(8, group="g"), [])
+        async with open_fleet(fleet_section, lambda: None) as fleet:
+            await fleet.ask_models()
+            models = fleet.models
+
+    version = "step-0000001"
+    assert ["default"] * 2 == [before.weight_version, again.weight_version]
+    assert again.cached_tokens > 100
+    assert before.text == again.text
+    assert {f"default+{version}"} == {task.result().weight_version for task in asking}
+    assert {120} == {task.result().completion_tokens for task in asking}
+    assert [version] * 2 == [after.weight_version, streamed.weight_version]
+    assert after.cached_tokens < before.prompt_tokens // 2
+    assert after.text != before.text
+    assert ["SmolLM2-135M-Instruct"] == models

@@ -1,0 +1,259 @@
+"""SIGKILL at random moments of a training and of the run it follows: each sample is trained on once."""
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamsyn.trainer.holdout import is_held_out
+from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
+from tests.trainer import tiny
+
+KILLS = int(os.environ.get("STREAMSYN_KILLS", "30"))
+SEED = int(os.environ.get("STREAMSYN_KILLS_SEED", "0"))
+LATE_KILLS = 4
+"""Kills after the run has ended, in the second epoch."""
+PATIENCE_S = 4.0
+"""A moment that does not come within this time comes now."""
+SETTINGS = {
+    "train.seq_len": 512,
+    "train.rows_per_step": 2,
+    "train.epochs": 2,
+    "train.shuffle_size": 12,
+    "train.shuffle_min": 6,
+    "train.max_wait_s": 0.2,
+    "train.holdout": 0.1,
+    "train.eval_every_steps": 1000,
+    "train.save_every_steps": 3,
+    "train.learning_rate": 0.001,
+}
+RUN = {
+    "checks.min_words": 5,
+    "assembly.contexts_per_sample": 2,
+    "fleet.max_in_flight": 4,
+    "sink.sync_interval_s": 0.05,
+    "sink.shard_bytes": 20_000,
+}
+
+
+def sets(keys: dict[str, Any]) -> list[str]:
+    return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+
+
+class Writer:
+    """A run that gets its seeds by a pipe, so that it goes on for as long as it is to."""
+
+    def __init__(self, out: Path, server: Server) -> None:
+        self._command = ["run", "--seeds", "-", "--server", server.url, "--out", out, "--no-progress"]
+        self._lines: list[bytes] = []
+        self._begin()
+
+    def give(self, number: int) -> None:
+        """So many more seeds."""
+        first = len(self._lines)
+        new = [
+            json.dumps({"instruction": f"Who kept lighthouse {n}?", "answer": f"Keeper {n * 7919}."}) + "\n"
+            for n in range(first, first + number)
+        ]
+        self._lines += map(str.encode, new)
+        self._write(self._lines[first:])
+
+    def kill(self) -> None:
+        """And begin again, with the same seeds."""
+        self._process.kill()
+        self._process.communicate()
+        self._begin()
+        self._write(self._lines)
+
+    def is_running(self) -> bool:
+        """Whether it still writes, or waits for seeds."""
+        return self._process.poll() is None
+
+    def end(self) -> int:
+        """No more seeds come; the number of all of them."""
+        _, said = self._process.communicate(timeout=60)
+        assert self._process.returncode == 0, said.decode()
+        return len(self._lines)
+
+    def stop(self) -> None:
+        """Whatever it does, it is over."""
+        if self.is_running():
+            self._process.kill()
+            self._process.communicate()
+
+    def _begin(self) -> None:
+        self._process = start(*self._command, *sets(RUN), stdin=subprocess.PIPE)
+        wait_for_line(self._process, "run.started")
+
+    def _write(self, lines: list[bytes]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"".join(lines))
+        self._process.stdin.flush()
+
+
+class Trainings:
+    """`streamsyn train`, again and again, in forks of a process that has torch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = folder / "out"
+        self.said = folder / "stderr"
+        given = ["train", "--from", str(folder / "run"), "--model", str(folder / "base")]
+        self._argv = [*given, "--out", str(self.out), *sets(SETTINGS)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.trainer.fork_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=environment,
+        )
+
+    def start(self) -> int:
+        """One more; its process."""
+        assert self._server.stdin is not None
+        task = {"argv": self._argv, "stderr": str(self.said), "stdin": None, "file_bytes": None}
+        self._server.stdin.write(json.dumps(task) + "\n")
+        return int(self._read("started")[0])
+
+    def wait(self) -> int:
+        """The exit code of the one that was started last."""
+        return int(self._read("ended")[1])
+
+    def ends_within(self, timeout_s: float) -> bool:
+        """Wait for its end, no longer than that."""
+        assert self._server.stdout is not None
+        return bool(select.select([self._server.stdout], [], [], timeout_s)[0])
+
+    def stop(self) -> None:
+        """Let go of the process with torch."""
+        self._server.communicate(timeout=60)
+
+    def _read(self, expected: str) -> list[str]:
+        assert self._server.stdout is not None
+        said, *rest = self._server.stdout.readline().split()
+        assert expected == said
+        return rest
+
+    def trained(self) -> list[dict[str, Any]]:
+        """The lines of trained.jsonl, a torn one left out."""
+        return [json.loads(line) for line in self.record().splitlines(keepends=True) if line.endswith(b"\n")]
+
+    def record(self) -> bytes:
+        """All of trained.jsonl."""
+        path = self.out / "trained.jsonl"
+        return path.read_bytes() if path.exists() else b""
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What the newest checkpoint says of itself."""
+        latest = self.out / "LATEST"
+        if not latest.exists():
+            return {"step": 0, "totals": {"examples": 0}}
+        info: dict[str, Any] = json.loads(
+            (self.out / "checkpoints" / latest.read_text().strip() / "info.json").read_bytes()
+        )
+        return info
+
+
+def moment(draw: random.Random, trainings: Trainings) -> Callable[[], bool]:
+    """A random event to kill at: so many steps later, in the midst of a checkpoint, or behind one."""
+    lines = trainings.record().count(b"\n")
+    saved = (trainings.out / "LATEST").stat().st_mtime_ns if (trainings.out / "LATEST").exists() else 0
+    match draw.choice(["steps", "torn", "saved"]):
+        case "steps":
+            more = draw.randint(1, 7)
+            return lambda: trainings.record().count(b"\n") >= lines + more
+        case "torn":
+            return lambda: any((trainings.out / "checkpoints").glob("*.tmp"))
+        case _:
+            latest = trainings.out / "LATEST"
+            return lambda: latest.exists() and latest.stat().st_mtime_ns > saved
+
+
+def kill_once(draw: random.Random, trainings: Trainings, meanwhile: Callable[[], None]) -> int:
+    """Start a training and kill it some time later; its exit code."""
+    process = trainings.start()
+    meanwhile()
+    if draw.random() < 1 / 3:
+        trainings.ends_within(draw.uniform(0, 1.5))
+    else:
+        comes, until = moment(draw, trainings), time.monotonic() + PATIENCE_S
+        while not comes() and time.monotonic() < until and not trainings.ends_within(0.002):
+            pass
+        trainings.ends_within(draw.uniform(0, 0.05))
+    os.kill(process, signal.SIGKILL)  # it is not gone before its end was read
+    return trainings.wait()
+
+
+def audit(trainings: Trainings, before: bytes) -> bytes:
+    """What is behind the newest checkpoint was never changed, and is what that checkpoint says it is.
+
+    Returns the record up to it.
+    """
+    assert trainings.record().startswith(before)
+    lines, saved = trainings.trained(), trainings.checkpoint()
+    behind = [line for line in lines if line["step"] <= saved["step"]]
+    assert list(range(1, saved["step"] + 1)) == [line["step"] for line in behind]
+    assert saved["totals"]["examples"] == sum(len(line["examples"]) for line in behind)
+    seen = Counter((epoch, name) for line in behind for _, epoch, _, name, _ in line["examples"])
+    assert all(times == 1 for times in seen.values())
+    return b"".join(trainings.record().splitlines(keepends=True)[: len(behind)])
+
+
+@pytest.fixture
+def trainings(tmp_path: Path) -> Iterator[Trainings]:
+    tiny.write_model(tmp_path / "base")
+    made = Trainings(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.mark.timeout(300)
+def test_kill_at_thirty_random_moments_of_a_growing_run(
+    serve: Callable[..., Server], trainings: Trainings, tmp_path: Path
+) -> None:
+    """After 30 kills of the training while the run goes on, some of the run too, and a few in the second
+    epoch: every sample that is not held out was trained on once an epoch, as far as the weights know."""
+    draw = random.Random(SEED)
+    server = serve("--words", "12", "--ms-per-token", "1", "--latency-ms", "40", "--jitter-ms", "30")
+    writer = Writer(tmp_path / "run", server)
+    before, lost = b"", 0
+    try:
+        for _ in range(KILLS):
+            writer.give(draw.randint(5, 30))
+            dies = draw.random() < 1 / 6
+            code = kill_once(draw, trainings, writer.kill if dies else lambda: None)
+            assert -signal.SIGKILL == code, trainings.said.read_text()
+            assert writer.is_running()
+            before = audit(trainings, before)
+            lost += trainings.record() != before
+        seeds = writer.end()
+    finally:
+        writer.stop()
+    in_between = len(before.splitlines())
+    for _ in range(LATE_KILLS):
+        kill_once(draw, trainings, lambda: None)
+        before = audit(trainings, before)
+    trainings.start()
+
+    assert 0 == trainings.wait(), trainings.said.read_text()[-3000:]
+    assert trainings.record() == audit(trainings, before)
+    assert 0 < in_between < trainings.checkpoint()["step"]
+    assert lost > 0, "no kill came between two checkpoints"
+    samples = rows(tmp_path / "run", "samples")
+    wanted = {row["id"] for row in samples if not is_held_out(row, SETTINGS["train.holdout"])}
+    trained = [(epoch, name) for line in trainings.trained() for _, epoch, _, name, _ in line["examples"]]
+    assert seeds == len(samples) > len(wanted)
+    assert Counter(trained) == Counter((epoch, name) for epoch in (0, 1) for name in wanted)
+    assert 2 * len(wanted) == trainings.checkpoint()["totals"]["examples"]
+    assert_clean(tmp_path / "run")

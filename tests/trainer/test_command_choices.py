@@ -1,0 +1,173 @@
+"""What `streamsyn train` can be told: where model and OUT stand, templates, adapters, the curve."""
+# ruff: noqa: F811 - fixtures are named as they are imported
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.trainer import tiny
+from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
+    SETTINGS,
+    Start,
+    lines,
+    result,
+    same,
+    server,
+    start,
+    write_run,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+COMMAND = [sys.executable, "-m", "streamsyn", "train"]
+LORA = "{rank = 4, alpha = 16}"
+
+
+def asked(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command that ends before torch is needed."""
+    given = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(given, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+def test_model_and_out_may_stand_in_the_configuration(start: Start, tmp_path: Path) -> None:
+    """Keys in place of flags; later, OUT alone says what was tuned."""
+    keys = {"model": tmp_path / "base", "out": tmp_path / "out"}
+    text = "".join(f"{key} = '{value}'\n" for key, value in keys.items())
+    (tmp_path / "train.toml").write_text(f"[train]\n{text}")
+    run = write_run(tmp_path / "run", range(20))
+    training = start(run, None, str(tmp_path / "train.toml"), base=None, max_steps=2)
+
+    assert 0 == training.wait(), training.stderr()
+    again = start(run, tmp_path / "out", base=None)
+    assert 0 == again.wait(), again.stderr()
+    assert lines(tmp_path / "out")[-1]["step"] > 2
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ([], "--from"),
+        (["--from", "run", "--out", "out"], "pass --model PATH, or set train.model"),
+        (["--from", "run", "--model", "base"], "pass --out DIR, or set train.out"),
+        (["--plot"], "pass --out DIR, or set train.out"),
+        (["--plot", "--out", "nowhere"], "nowhere"),
+        (["nowhere.toml", "--from", "run"], "nowhere.toml"),
+        (["--from", "run", "--out", "o", "--model", "base", "--set", "lora"], "key=value"),
+        (["--from", "run", "--out", "o", "--model", "base", "--tethered"], "run --train"),
+    ],
+)
+def test_what_is_missing_is_said_with_both_ways_to_give_it(
+    tmp_path: Path, given: list[str], named: str
+) -> None:
+    """One line, exit 2, before anything heavy is imported."""
+    tiny.write_model(tmp_path / "base")
+    done = asked(*given, cwd=tmp_path, stdin=subprocess.DEVNULL)
+
+    assert 2 == done.returncode, done.stderr
+    assert 1 == len(done.stderr.splitlines()), done.stderr
+    assert named in done.stderr
+
+
+def test_a_template_of_the_users_goes_with_the_model(start: Start, tmp_path: Path) -> None:
+    """It is in checkpoint and result; it counts by what it says: the same text elsewhere is the same
+    training, another text is another one."""
+    for path in (tmp_path / "base").glob("chat_template*"):
+        path.unlink()
+    text = tiny.TEMPLATE.replace("<|end|>", "!<|end|>")
+    first, second = tmp_path / "first.jinja", tmp_path / "second.jinja"
+    first.write_text(text)
+    second.write_text(text)
+    run, out = write_run(tmp_path / "run", range(12)), tmp_path / "out"
+    assert 0 == start(run, out, chat_template=first, max_steps=2).wait()
+    rest = start(run, out, chat_template=second)
+    assert 0 == rest.wait(), rest.stderr()
+
+    for folder in (out / "model", next((out / "checkpoints").iterdir()) / "model"):
+        assert text == AutoTokenizer.from_pretrained(folder).chat_template
+    second.write_text(tiny.TEMPLATE)
+    other = start(run, out, chat_template=second)
+    assert 2 == other.wait()
+    assert "train.chat_template" in other.stderr().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("text", "named"), [(None, "cannot read"), ("{% for m in %}", "template.jinja:1")])
+def test_a_template_that_is_none_is_refused(tmp_path: Path, text: str | None, named: str) -> None:
+    """With the key, the file and the line; exit 2."""
+    tiny.write_model(tmp_path / "base")
+    if text is not None:
+        (tmp_path / "template.jinja").write_text(text)
+    given = [
+        "--from",
+        "run",
+        "--out",
+        "out",
+        "--model",
+        "base",
+        "--set",
+        "train.chat_template=template.jinja",
+    ]
+    done = asked(*given, cwd=tmp_path)
+
+    assert 2 == done.returncode
+    assert "train.chat_template: " in done.stderr
+    assert named in done.stderr
+
+
+def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -> None:
+    """A checkpoint holds adapters alone. Stopped and resumed, the result is that of a training that nobody
+    stopped; merged, it is a model of its own, in whose place the base does not stand."""
+    run, out = write_run(tmp_path / "run", range(60)), tmp_path / "out"
+    whole = start(run, tmp_path / "whole", lora=LORA)
+    assert 0 == whole.wait(), whole.stderr()
+    training = start(run, out, lora=LORA, save_every_steps=1000)
+    training.wait_for("train.step")
+    training.kill(15)
+    assert 75 == training.wait(), training.stderr()
+    saved = load_file(next((out / "checkpoints").iterdir()) / "model" / "adapter_model.safetensors")
+    rest = start(run, out, lora=LORA)
+    assert 0 == rest.wait(), rest.stderr()
+
+    assert all("lora_" in name for name in saved)
+    assert same(result(tmp_path / "whole"), result(out))
+    assert not (out / "model" / "adapter_config.json").exists()
+    tuned = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    assert tuned.keys() == base.keys()
+    assert not torch.equal(
+        tuned["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_adapters_under_what_was_not_tried_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 and DeepSpeed would need other ways to bring adapters together."""
+    from streamsyn.errors import ConfigError
+    from streamsyn.sections import LoraSection, TrainSection
+    from streamsyn.trainer.model import start_accelerator
+
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ConfigError, match=r"train\.lora"):
+        start_accelerator(TrainSection(lora=LoraSection()), 1)
+
+
+def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -> None:
+    """With --plot; of a directory alone its path goes to stdout, and torch is not needed."""
+    run, out = write_run(tmp_path / "run", range(20)), tmp_path / "out"
+    training = start(run, out, "--plot")
+    assert 0 == training.wait(), training.stderr()
+    picture = out / "training.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in training.stderr()
+    picture.unlink()
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    done = asked("--plot", "--out", out, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+    assert (0, f"{picture}\n") == (done.returncode, done.stdout), done.stderr
+    assert picture.exists()

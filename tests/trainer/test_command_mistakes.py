@@ -1,0 +1,150 @@
+"""What a user can get wrong with `streamsyn train`, once the command line is right."""
+# ruff: noqa: F811 - fixtures are named as they are imported
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.trainer import tiny
+from tests.trainer.test_command import Start, server, start, write_run, written  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def torn_weights(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def too_few_weights(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def broken_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+def unknown_kind(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "lamma"}')
+
+
+def no_tokenizer(model: Path) -> None:
+    for path in model.glob("token*"):
+        path.unlink()
+
+
+def no_template(model: Path) -> None:
+    for path in model.glob("chat_template*"):
+        path.unlink()
+
+
+def another_vocabulary(model: Path) -> None:
+    tiny.model(vocab_size=200, eos_token_id=0, pad_token_id=0).save_pretrained(model)
+
+
+def few_positions(model: Path) -> None:
+    """A model with learned positions."""
+    made = GPT2LMHeadModel(
+        GPT2Config(vocab_size=tiny.VOCABULARY, n_positions=128, n_embd=32, n_layer=1, n_head=2)
+    )
+    made.save_pretrained(model)
+
+
+def a_file(model: Path) -> None:
+    shutil.rmtree(model)
+    model.write_text("no model")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (no_weights, "there are no weights"),
+        (torn_weights, "cannot be read"),
+        (too_few_weights, "1 of its weights are missing: model.layers.1.mlp.up_proj.weight"),
+        (no_config, "no config.json"),
+        (broken_config, "is no model"),
+        (unknown_kind, "is no model"),
+        (no_tokenizer, "no tokenizer"),
+        (no_template, "train.chat_template"),
+        (another_vocabulary, "token 259, and the model embeddings for 200"),
+        (few_positions, "train.seq_len: 256 tokens"),
+        (a_file, "is a file"),
+    ],
+)
+def test_a_model_that_cannot_be_tuned_is_refused(
+    start: Start, tmp_path: Path, spoil: Callable[[Path], None], named: str
+) -> None:
+    """Before anything is trained: one line that names it, exit 2."""
+    spoil(tmp_path / "base")
+    training = start(write_run(tmp_path / "run", range(4)), tmp_path / "out")
+
+    assert 2 == training.wait(), training.stderr()
+    assert named in training.stderr().splitlines()[-1]
+    assert "Traceback" not in training.stderr()
+    assert [] == list((tmp_path / "out").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("text", ["a poem\nof two lines\n", '{"instruction": "q", "answer": "a"}\n'])
+def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, text: str) -> None:
+    """Seeds, or a text, given in place of chat rows: exit 2."""
+    (tmp_path / "rows.jsonl").write_text(text)
+    training = start(tmp_path / "rows.jsonl", tmp_path / "out")
+
+    assert 2 == training.wait(), training.stderr()
+    assert "is a conversation" in training.stderr().splitlines()[-1]
+
+
+def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:
+    """Said with its place, counted; the others are trained on."""
+    good = [json.dumps({"messages": written(n).messages}) for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*good[:4], '{"messages": [', *good[4:]]) + "\n")
+    training = start(tmp_path / "rows.jsonl", tmp_path / "out", holdout=0)
+
+    assert 0 == training.wait(), training.stderr()
+    assert "rows.jsonl:5 is no JSON" in training.stderr()
+    assert "dropped=1 examples=9" in training.stderr()
+
+
+@pytest.mark.parametrize(("name", "named"), [("taken", "is a file"), ("/proc/nowhere", "cannot make")])
+def test_an_out_that_cannot_be_is_refused(start: Start, tmp_path: Path, name: str, named: str) -> None:
+    """One line, exit 2."""
+    (tmp_path / "taken").write_text("")
+    training = start(write_run(tmp_path / "run", range(4)), tmp_path / name)
+
+    assert 2 == training.wait(), training.stderr()
+    assert named in training.stderr().splitlines()[-1]
+
+
+def test_more_than_the_positions_of_a_rotary_model_is_said(start: Start, tmp_path: Path) -> None:
+    """It is trained all the same: rotary positions go on, and who stretches them knows how."""
+    training = start(write_run(tmp_path / "run", range(4)), tmp_path / "out", seq_len=5000, holdout=0)
+
+    assert 0 == training.wait(), training.stderr()
+    assert "train.beyond_positions" in training.stderr()
+
+
+def test_another_run_in_the_place_of_the_one_trained_on_is_refused(start: Start, tmp_path: Path) -> None:
+    """The checkpoint knows the rows that it stands behind: exit 2, and the training can still go on with the
+    run that is its own."""
+    run, other, out = write_run(tmp_path / "run", range(40)), tmp_path / "other", tmp_path / "out"
+    assert 0 == start(run, out, max_steps=2).wait()
+    training = start(write_run(other, range(1, 41)), out)
+
+    assert 2 == training.wait(), training.stderr()
+    assert "is not the stream that this training stood in" in training.stderr().splitlines()[-1]
+    assert 0 == start(run, out).wait()

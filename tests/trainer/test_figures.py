@@ -1,0 +1,225 @@
+"""What is written down of a training: ages, utilisation, trackers, and the line at its end."""
+
+import asyncio
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+
+from streamsyn.errors import ConfigError
+from streamsyn.trainer.examples import Example, Key, StepPlan
+from streamsyn.trainer.figures import Figures, verdict
+from streamsyn.trainer.flops import Speed, Work, peak_flops, speed_of, work_of
+from streamsyn.trainer.model import start_accelerator
+from streamsyn.trainer.plans import PlanQueue
+from streamsyn.trainer.tracking import check_trackers, start_tracking
+from tests.trainer import tiny
+from tests.trainer.by_hand import fresh, plans, section, train
+
+TIMES = ("tokens_per_s", "target_tokens_per_s", "step_s", "wall_s")
+READER = "tensorboard.backend.event_processing.event_accumulator"
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says."""
+    return [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+
+
+def seen(ago_s: float, number: int) -> Example:
+    """An example that was first seen so long ago."""
+    made = tiny.example(10, 2, number)
+    return Example(made.key, made.id, made.task, made.tokens, made.loss_from, time.monotonic() - ago_s)
+
+
+def note(figures: Figures, step: int, plan: StepPlan, waited_s: float = 0.0, **more: Any) -> None:
+    """A step with a loss of 1 for each example."""
+    line = {"step": step, "loss": 1.0, "rate": 0.1, "tokens": plan.tokens, "dropped": 0, **more}
+    line["target_tokens"] = plan.target_tokens
+    figures.step(line, plan, [1.0] * plan.count, waited_s)
+
+
+def test_ages_are_those_of_the_examples(tmp_path: Path) -> None:
+    """Median and greatest of the seconds since each example of the step was first seen."""
+    figures = Figures(tmp_path, 0)
+    note(figures, 1, StepPlan(((seen(1, 0), seen(60, 1)), (seen(5, 2),)), {}))
+    (line,) = lines(tmp_path)
+
+    assert line["age_median_s"] == pytest.approx(5, abs=0.5)
+    assert line["age_max_s"] == pytest.approx(60, abs=0.5)
+
+
+def test_what_went_on_between_steps_is_not_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes what it waited for its plan and what it trained: evaluations before it, and what comes
+    after it, are left out of tokens a second."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    figures, plan = Figures(tmp_path, 0), StepPlan(((tiny.example(100, 50),),), {})
+    now += 3 + 30  # waits for the plan, and evaluates before the first step
+    figures.evaluation(0, {"nll_with_context": 2.0})
+    figures.lap()
+    now += 1
+    note(figures, 1, plan, waited_s=3.0)
+    now += 6  # saves
+    figures.lap()
+    now += 2
+    note(figures, 2, plan, waited_s=3.0)
+    _, first, second = lines(tmp_path)
+
+    assert (25.0, 12.5, 4.0, 34.0) == tuple(first[name] for name in TIMES)
+    assert (50.0, 25.0, 2.0, 42.0) == tuple(second[name] for name in TIMES)
+    assert (3.0, round(3 / 34, 4)) == (first["wait_s"], first["wait_share"])
+    assert (0.0, round(3 / 42, 4)) == (second["wait_s"], second["wait_share"])
+
+
+def test_utilisation_is_of_the_time_it_did_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs by the stated formula, over the peak of all devices; not said where either is not known."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    plan = StepPlan(((tiny.example(100, 50), tiny.example(10, 1)),), {})
+    flops = 6.0 * 110 + 2.0 * 51 + 3.0 * (100**2 + 10**2)
+    figures = Figures(tmp_path, 0, speed=Speed(Work(6.0, 2.0, 3.0), 2 * flops))
+    now += 2
+    figures.lap()
+    now += 1
+    note(figures, 1, plan, waited_s=2.0)
+
+    assert 0.5 == lines(tmp_path)[0]["mfu"]
+    monkeypatch.undo()
+    train(tmp_path, section(), plans(2))
+    assert all("mfu" not in line for line in lines(tmp_path))
+    assert speed_of(tiny.model(), torch.device("cpu"), 1) is None
+
+
+def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
+    """The head at targets alone, tied or not; frozen weights cost a third less; no figure for experts."""
+    tied, loose = tiny.model(), tiny.model(tie_word_embeddings=False)
+    head = tiny.VOCABULARY * 32
+    body = sum(one.numel() for one in tied.parameters()) - head
+    expected = Work(6.0 * body, 6.0 * head, 12 * 2 * 32)
+
+    assert expected == work_of(tied) == work_of(loose)
+    for one in tied.model.layers.parameters():
+        one.requires_grad_(False)
+    frozen = work_of(tied)
+    assert frozen is not None
+    assert frozen.token == pytest.approx(4.0 * body, rel=0.01)
+    loose.config.num_local_experts = 8
+    assert work_of(loose) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 3060", None),
+    ],
+)
+def test_peaks_go_by_whole_words_of_the_name(name: str, peak: float | None) -> None:
+    """L40S is no L4; an unknown device has no peak."""
+    assert peak == peak_flops(name)
+
+
+@pytest.mark.parametrize(
+    ("waits", "said"),
+    [
+        ((0.6, 0.55), "generation-bound"),
+        ((0.6, 0.05), "reading-bound"),
+        ((0.09, 0.09), "training-bound"),
+        ((0.0, 0.0), "training-bound"),
+    ],
+)
+def test_the_verdict_says_what_was_waited_for(waits: tuple[float, float], said: str) -> None:
+    """From a tenth of the time on; tokenising is not the generators' fault."""
+    assert said == verdict(*waits)
+
+
+class Slow:
+    """A planner that has nothing before it is told, and then says for how long it waited for its stream."""
+
+    def __init__(self, waited_s: float) -> None:
+        self._waited_s = waited_s
+        self.may_go = threading.Event()
+
+    async def next(self, timeout_s: float) -> StepPlan:
+        """A plan; it takes until somebody has given up waiting for it."""
+        await asyncio.to_thread(self.may_go.wait, timeout_s)
+        return StepPlan(((tiny.example(10, 2),),), {})
+
+    def figures(self) -> dict[str, Any]:
+        """What a planner says."""
+        return {"waited_s": self._waited_s}
+
+
+@pytest.mark.parametrize(("planner_waited_s", "share"), [(100.0, 1.0), (0.0, 0.0)])
+def test_waiting_for_the_stream_is_told_from_tokenising(planner_waited_s: float, share: float) -> None:
+    """Of the time that the training waited, what the planner waited for its stream too."""
+    planner = Slow(planner_waited_s)
+    with PlanQueue(planner) as plans_of:
+        assert plans_of.get(0.05) is None
+        assert 0.0 == plans_of.stream_waited_s
+        planner.may_go.set()
+        assert plans_of.get(10.0) is not None
+        waited = plans_of.waited_s
+
+        assert waited >= 0.05
+        assert plans_of.stream_waited_s == pytest.approx(share * waited)
+        assert plans_of.get(10.0) is not None
+        assert plans_of.stream_waited_s == pytest.approx(share * waited), "a wait is counted once"
+
+
+def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
+    """Read back from tensorboard's files: the numbers of metrics.jsonl, at their steps; a second run hides
+    what the first one said of steps that come again."""
+    settings = section(trackers=["tensorboard"])
+    for first in (0, 1):
+        with fresh():
+            accelerator = start_accelerator(settings, 1, tmp_path / "tracking")
+        figures = Figures(tmp_path, first, track=start_tracking(accelerator, settings, tmp_path, first))
+        for step in range(first + 1, 4):
+            note(figures, step, StepPlan(((tiny.example(10, 2),),), {}), loss=first + step / 10)
+        figures.evaluation(3, {"nll_with_context": 2.5, "held_out": 3})
+        accelerator.end_training()
+    read = pytest.importorskip(READER).EventAccumulator(str(tmp_path / "tracking" / "streamsyn"))
+    read.Reload()
+
+    losses = [(event.step, event.value) for event in read.Scalars("train/loss")]
+    assert [(1, 0.1), (2, 1.2), (3, 1.3)] == [(step, round(value, 4)) for step, value in losses]
+    assert 2.5 == read.Scalars("eval/nll_with_context")[-1].value
+    assert {"train/tokens_per_s", "train/age_max_s", "eval/held_out"} <= set(read.Tags()["scalars"])
+    assert "train/at" not in read.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package, or a tracker that cannot be opened, is a line with the key in it."""
+    monkeypatch.setattr("streamsyn.trainer.tracking.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"train\.trackers: wandb needs the package wandb"):
+        check_trackers(section(trackers=["wandb"]))
+    (tmp_path / "tracking").write_text("a file")
+    with pytest.raises(ConfigError, match=r"train\.trackers: tensorboard cannot be opened"):
+        start_tracking(None, section(trackers=["tensorboard"]), tmp_path, 0)
+
+
+def test_losses_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """JSON has no NaN."""
+    plan = StepPlan(((tiny.example(10, 2),),), {})
+    figures = Figures(tmp_path, 0)
+    line = {"step": 1, "loss": math.nan, "rate": 0.1, "tokens": 10, "target_tokens": 2, "dropped": 0}
+    figures.step(line, plan, [math.nan], 0.0)
+
+    assert lines(tmp_path)[0]["loss"] is None
+    assert {} == figures.tasks.state()
+    (trained,) = (tmp_path / "trained.jsonl").read_bytes().splitlines()
+    assert [[*Key("test", 0, 0), "sample-0", None]] == orjson.loads(trained)["examples"]

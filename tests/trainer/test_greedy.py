@@ -1,0 +1,155 @@
+"""Answers of the model while it is trained: those of transformers' own loop, and no trace of them left."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from streamsyn.sections import TrainSection
+from streamsyn.trainer.attention import SEGMENTS
+from streamsyn.trainer.control import Ranks
+from streamsyn.trainer.exams.greedy import _answer, answer_all, answering
+from streamsyn.trainer.exams.question import Prompt
+from streamsyn.trainer.model import Placed
+from tests.trainer import tiny
+from tests.trainer.by_hand import fresh, placed_model, section
+
+TOKENS = 24
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "adapters": {"lora": {"rank": 4}},
+    "adapters, checkpointing": {"lora": {"rank": 4}, "gradient_checkpointing": True},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def placed_in(folder: Path, settings: TrainSection) -> Placed:
+    """The tiny model, as the training has it; adapters do something."""
+    tiny.write_model(folder)
+    with fresh():
+        placed = placed_model(folder, settings)
+    torch.manual_seed(1)
+    for name, one in placed.plain.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(one, std=0.5)
+    return placed
+
+
+def prompts(stop: frozenset[int] = frozenset()) -> list[Prompt]:
+    """A few of different lengths."""
+    return [Prompt(tiny.example(length, 1, length).tokens, TOKENS, stop) for length in (1, 7, 40, 130)]
+
+
+def plainly(placed: Placed, folder: Path, prompt: Prompt) -> list[int]:
+    """What `generate` says with the same weights and an attention of transformers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    if hasattr(placed.plain, "merge_and_unload"):
+        merged = copy.deepcopy(placed.plain).merge_and_unload()
+        model.load_state_dict(merged.state_dict())
+    model.eval()
+    ids = torch.from_numpy(prompt.tokens).long()[None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=placed.accelerator.mixed_precision == "bf16"):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            eos_token_id=None,
+        )
+    found: list[int] = out[0, ids.shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+def test_answers_are_those_of_generate(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Token by token, whatever the training does to the model; cut at the first token that ends an answer."""
+    placed = placed_in(tmp_path, section(**settings))
+    expected = [plainly(placed, tmp_path, prompt) for prompt in prompts()]
+    found = answer_all(placed, prompts(), Ranks(0, 1), bool)
+
+    assert expected == [list(one) for one in found]
+    stop = expected[0][5]
+    ended = answer_all(placed, prompts(frozenset({stop})), Ranks(0, 1), bool)
+    cut = [one[: one.index(stop)] if stop in one else one for one in expected]
+    assert cut == [list(one) for one in ended]
+    assert len(cut[0]) < TOKENS
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+def test_the_model_is_as_before(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Attention, mode, weights, gradients and the state of chance are what they were."""
+    placed = placed_in(tmp_path, section(**settings))
+    before = {name: one.detach().clone() for name, one in placed.plain.named_parameters()}
+    chance = torch.get_rng_state()
+    answer_all(placed, prompts(), Ranks(0, 1), bool)
+
+    assert placed.plain.config._attn_implementation == SEGMENTS
+    assert all(module.training for module in placed.model.modules())
+    assert torch.equal(chance, torch.get_rng_state())
+    assert all(one.grad is None for one in placed.plain.parameters())
+    assert all(torch.equal(before[name], one) for name, one in placed.plain.named_parameters())
+
+
+def test_the_model_is_as_before_after_an_error(tmp_path: Path) -> None:
+    """An error passes through; attention and mode are those of the training again."""
+    placed = placed_in(tmp_path, section())
+
+    def fail() -> None:
+        with answering(placed):
+            assert placed.plain.config._attn_implementation == "sdpa"
+            assert not placed.plain.training
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        fail()
+
+    assert placed.plain.config._attn_implementation == SEGMENTS
+    assert placed.plain.training
+
+
+def test_a_stop_is_heard_between_questions(tmp_path: Path) -> None:
+    """What was answered is kept, and no other question is begun."""
+    placed = placed_in(tmp_path, section())
+    wishes = iter([False, False, True])
+    found = answer_all(placed, prompts(), Ranks(0, 1), lambda: next(wishes))
+
+    assert 2 == len(found)
+
+
+def test_ranks_that_need_each_other_go_on_together(tmp_path: Path) -> None:
+    """With sharded weights a rank passes through the model as often as the one with the longest answer, with
+    or without a question; its own answer is the same."""
+    placed = placed_in(tmp_path, section())
+    passes: list[bool] = []
+    placed.plain.register_forward_pre_hook(
+        lambda _module, _given, more: passes.append(more["use_cache"]), with_kwargs=True
+    )
+    placed.plain.eval()
+    prompt = prompts()[2]
+    placed.plain.config._attn_implementation = "sdpa"
+
+    def until(number: int) -> Any:
+        return lambda _wants: len(passes) < number
+
+    with torch.no_grad():
+        alone = _answer(placed.plain, prompt, torch.device("cpu"), bool)
+        assert [True] * TOKENS == passes
+        passes.clear()
+        assert alone == _answer(placed.plain, prompt, torch.device("cpu"), until(TOKENS + 3))
+        assert [True] * TOKENS + [False] * 3 == passes
+        passes.clear()
+        assert () == _answer(placed.plain, None, torch.device("cpu"), until(5))
+        assert [False] * 5 == passes
+
+
+def test_a_rank_without_a_question_answers_nothing(tmp_path: Path) -> None:
+    """It is there for the others alone."""
+    placed = placed_in(tmp_path, section())
+
+    assert [(), TOKENS] == [
+        one if not one else len(one) for one in answer_all(placed, [None, prompts()[0]], Ranks(0, 1), bool)
+    ]

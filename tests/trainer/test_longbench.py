@@ -1,0 +1,191 @@
+"""LongBench's rows as questions: prompts, cuts, grades, and rows that are none."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from streamsyn.errors import ConfigError
+from streamsyn.sections import LongBenchSection
+from streamsyn.trainer.exams.chat import Chat
+from streamsyn.trainer.exams.longbench import longbench_questions
+from streamsyn.trainer.exams.question import Question
+from tests.trainer import tiny
+
+
+@cache
+def chat() -> Chat:
+    """The tiny model's: a token for each byte."""
+    return Chat(tiny.tokenizer())
+
+
+def row(**given: Any) -> dict[str, Any]:
+    """One as LongBench has it."""
+    return {
+        "input": "Who built the bridge?",
+        "context": "The bridge was built by Ada Brown.",
+        "answers": ["Ada Brown", "Brown"],
+        "length": 7,
+        "dataset": "qasper",
+        "language": "en",
+        "all_classes": None,
+        "_id": "a1",
+        **given,
+    }
+
+
+def read(tmp_path: Path, *rows: Any, longest: int = 8192, **given: Any) -> list[Question]:
+    """The questions of a file."""
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows))
+    return longbench_questions(LongBenchSection(path=str(path), **given), chat(), longest)
+
+
+def text_of(question: Question) -> str:
+    """The prompt as a person reads it."""
+    return chat().decode(question.prompt.tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tokens", "grading", "part"),
+    [
+        ("narrativeqa", 128, "f1", "longbench_narrativeqa"),
+        ("qasper", 128, "f1", "longbench_qasper"),
+        ("qasper_e", 128, "f1", "longbench_qasper"),
+        ("hotpotqa", 32, "f1", "longbench_hotpotqa"),
+        ("2wikimqa", 32, "f1", "longbench_2wikimqa"),
+        ("musique", 32, "f1", "longbench_musique"),
+        ("gov_report", 512, "rouge_l", "longbench_gov_report"),
+        ("qmsum", 512, "rouge_l", "longbench_qmsum"),
+        ("multi_news", 512, "rouge_l", "longbench_multi_news"),
+        ("my_own", 128, "f1", "longbench_my_own"),
+    ],
+)
+def test_a_data_set_says_how_it_is_asked(
+    tmp_path: Path, dataset: str, tokens: int, grading: str, part: str
+) -> None:
+    """The longest answer and the metric are those of LongBench; another name is asked as a question."""
+    (question,) = read(tmp_path, row(dataset=dataset))
+
+    assert (tokens, grading, part) == (question.prompt.max_new_tokens, question.grading, question.part)
+    text = text_of(question)
+    assert "Who built the bridge?" in text
+    assert "built by Ada Brown." in text
+    assert text.startswith("<|user|>")
+    assert text.endswith("<|end|><|assistant|>")
+
+
+def test_without_an_input_a_summary_is_asked_for(tmp_path: Path) -> None:
+    """A report has no question; nor may a data set of one's own."""
+    for dataset in ("gov_report", "my_own"):
+        (question,) = read(tmp_path, row(dataset=dataset, input=""))
+        assert "summary" in text_of(question)
+        assert "rouge_l" == question.grading
+
+
+def test_passages_are_counted_once(tmp_path: Path) -> None:
+    """LongBench has numbered them, and so does our template."""
+    context = "Passage 1:\nAbove.\n\nPassage 2:\nBelow."
+    (question,) = read(tmp_path, row(dataset="hotpotqa", context=context))
+
+    text = text_of(question)
+    assert [1, 1] == [text.count(f"Passage {n}:") for n in (1, 2)]
+    assert text.index("Above.") < text.index("Passage 2:") < text.index("Below.")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    words=st.integers(300, 2000),
+    limit=st.integers(500, 1500),
+    dataset=st.sampled_from(["qasper", "hotpotqa"]),
+)
+def test_long_contexts_are_cut_in_their_middle(
+    tmp_path_factory: pytest.TempPathFactory, words: int, limit: int, dataset: str
+) -> None:
+    """The prompt is as long as allowed at most, and hardly shorter; both ends and the question stay."""
+    context = " ".join(f"w{n}" for n in range(words)) + " \u00e4\u00f6\u00fc end"
+    folder = tmp_path_factory.mktemp("longbench")
+    whole = len(read(folder, row(context=context, dataset=dataset), longest=100_000)[0].prompt.tokens)
+    (question,) = read(folder, row(context=context, dataset=dataset), prompt_tokens=limit)
+
+    tokens = len(question.prompt.tokens)
+    assert min(whole, limit - 16) <= tokens <= limit
+    text = text_of(question)
+    assert "w0 w1 " in text
+    assert " end" in text
+    assert 1 == text.count("Question: Who built the bridge?")
+
+
+def test_prompts_leave_room_for_answers(tmp_path: Path) -> None:
+    """Prompt and answer together are as long as a row at most, whatever `prompt_tokens` says."""
+    (question,) = read(tmp_path, row(context="word " * 2000), longest=1024, prompt_tokens=5000)
+
+    assert 1024 - 128 - 16 <= len(question.prompt.tokens) <= 1024 - 128
+
+
+def test_the_best_of_the_answers_counts(tmp_path: Path) -> None:
+    """F1 for questions, ROUGE-L for summaries, over all right answers; thoughts aside."""
+    report, asked = read(tmp_path, row(), row(dataset="gov_report", answers=["a b c d", "x y"]))
+
+    assert 1.0 == asked.score("brown")
+    assert 1.0 == asked.score("<think>Who?</think> The Ada Brown!")
+    assert 0.0 == asked.score("nobody")
+    assert 0.8 == pytest.approx(report.score("x y z"))
+
+
+def test_questions_are_limited_for_each_data_set(tmp_path: Path) -> None:
+    """The first ones of each, data set by data set."""
+    rows = [row(dataset=name, _id=f"{name}{n}") for n in range(4) for name in ("qasper", "musique")]
+    found = read(tmp_path, *rows, samples=2)
+
+    assert ["musique0", "musique1", "qasper0", "qasper1"] == [one.id for one in found]
+
+
+BAD = {
+    "no JSON": "{broken",
+    "no object": "[1]",
+    "no context": {"input": "?", "answers": ["a"], "dataset": "qasper"},
+    "empty context": row(context="  "),
+    "answers no list": row(answers="a"),
+    "no answers": row(answers=[]),
+    "blank answers": row(answers=[" "]),
+    "answers of numbers": row(answers=[1]),
+    "no input": row(input=None),
+    "no data set": row(dataset=None),
+    "odd data set": row(dataset="a/b"),
+    "question too long": row(input="why " * 3000),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_a_bad_row_is_left_out_and_said(tmp_path: Path, bad: Any) -> None:
+    """With file and line; the others are asked."""
+    with capture_logs() as logs:
+        found = read(tmp_path, row(), bad, row())
+
+    assert 2 == len(found)
+    (said,) = (line for line in logs if line["event"] == "longbench.bad_row")
+    assert said["at"].endswith("test.jsonl:2")
+    assert said["why"]
+    assert 1 == next(line["count"] for line in logs if line["event"] == "longbench.bad_rows")
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
+    """By the key, the path, and what is wrong; so is one that is not there."""
+    with pytest.raises(ConfigError, match=r"train\.longbench\.path: .*test\.jsonl.* it has no answer \(2\)"):
+        read(tmp_path, row(answers=[]), row(answers=[]))
+    with pytest.raises(ConfigError, match=r"train\.longbench\.path"):
+        longbench_questions(LongBenchSection(path=str(tmp_path / "none.jsonl")), chat(), 8192)
+
+
+def test_a_data_set_that_is_not_known_is_said(tmp_path: Path) -> None:
+    """Once, with its name: its figures are ours, not LongBench's."""
+    with capture_logs() as logs:
+        read(tmp_path, row(dataset="trec"), row(dataset="trec"), row())
+
+    assert [["trec"]] == [line["names"] for line in logs if line["event"] == "longbench.unknown_datasets"]

@@ -1,0 +1,159 @@
+"""Numbers hidden in long texts: what is asked, how long it is, and how an answer is graded."""
+
+import random
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamsyn.errors import ConfigError
+from streamsyn.sections import NeedleKind, NeedlesSection
+from streamsyn.trainer.exams.chat import Chat
+from streamsyn.trainer.exams.filler import sentences
+from streamsyn.trainer.exams.needles import ANSWER_TOKENS, needle_questions
+from streamsyn.trainer.exams.question import Question, recall
+from tests.trainer import tiny
+
+KINDS: tuple[NeedleKind, ...] = ("single", "multi_key", "multi_value", "multi_query")
+
+
+@cache
+def chat() -> Chat:
+    """The tiny model's: a token for each byte."""
+    return Chat(tiny.tokenizer())
+
+
+def asked(
+    seed: int = 0, positions: int | None = None, seq_len: int = 32_768, **given: object
+) -> list[Question]:
+    """The questions of a section."""
+    return needle_questions(NeedlesSection.model_validate(given), seed, chat(), seq_len, positions)
+
+
+def text_of(question: Question) -> str:
+    """The prompt as a person reads it."""
+    return chat().decode(question.prompt.tokens.tolist())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    length=st.integers(700, 3000),
+    samples=st.integers(1, 5),
+    seed=st.integers(0, 2**40),
+)
+def test_prompts_are_as_long_as_asked_and_hold_what_is_wanted(
+    kind: NeedleKind, length: int, samples: int, seed: int
+) -> None:
+    """Never longer, hardly shorter; each wanted number stands in the prompt once; depths are even."""
+    questions = asked(seed, lengths=(length,), kinds=(kind,), samples=samples)
+
+    assert samples == len(questions)
+    for number, question in enumerate(questions):
+        assert 0.97 * length <= len(question.prompt.tokens) <= length
+        assert (f"needle_{kind}_{length}", str(number)) == (question.part, question.id)
+        text = text_of(question)
+        assert (1 if kind in {"single", "multi_key"} else 4) == len(set(question.wanted))
+        assert all(1 == text.count(one) for one in question.wanted)
+        shown = set(re.findall(r"\d{7}", text))
+        assert (1 if kind == "single" else 4) == len(shown)
+        hay = re.search(r"\n\n(.*)\n\nThat was the text\.", text, re.DOTALL)
+        assert hay is not None
+        depth = number / (samples - 1) if samples > 1 else 0.5
+        needle = re.search(rf"The locker number of \S+ is {question.wanted[0]}\.", hay[1])
+        assert needle is not None
+        without = re.sub(r"The locker number of \S+ is \d+\. ?", "", hay[1])
+        before = re.sub(r"The locker number of \S+ is \d+\. ?", "", hay[1][: needle.start()])
+        assert abs(depth - len(before) / len(without)) < 150 / len(without)  # half of the longest sentence
+
+
+def test_only_the_key_that_is_asked_for_has_the_wanted_number() -> None:
+    """With distractors, each number belongs to one key, and the question names that of the wanted one."""
+    for question in asked(lengths=(1500,), kinds=("multi_key",), samples=4):
+        text = text_of(question)
+        pairs = dict(re.findall(r"The locker number of (\S+) is (\d+)\.", text))
+        (key,) = re.findall(r"What is the locker number of (\S+)\?", text)
+
+        assert 4 == len(pairs)
+        assert question.wanted == (pairs[key],)
+
+
+def test_several_values_belong_to_one_key_and_several_keys_are_asked_for() -> None:
+    """`multi_value`: one key, all its numbers. `multi_query`: as many keys as numbers, all of them named."""
+    (values, queries) = asked(lengths=(1500,), kinds=("multi_value", "multi_query"), samples=1)
+    pairs = re.findall(r"The locker number of (\S+) is (\d+)\.", text_of(values))
+    assert 1 == len({key for key, _ in pairs})
+    assert {number for _, number in pairs} == set(values.wanted)
+
+    text = text_of(queries)
+    pairs = re.findall(r"The locker number of (\S+) is (\d+)\.", text)
+    request = text.split("That was the text.")[1]
+    assert {number for _, number in pairs} == set(queries.wanted)
+    assert all(key in request for key, _ in pairs)
+
+
+def test_questions_depend_on_the_seed_alone() -> None:
+    """The same seed, the same prompts; another one, others."""
+    given: dict[str, Any] = {"lengths": (800, 1600), "samples": 2}
+    first, again, other = (asked(seed, **given) for seed in (3, 3, 4))
+
+    assert [one.prompt.tokens.tolist() for one in first] == [one.prompt.tokens.tolist() for one in again]
+    assert not {one.wanted for one in first} & {one.wanted for one in other}
+    parts = list(dict.fromkeys(one.part for one in first))
+    assert [f"needle_{kind}_{length}" for kind in KINDS for length in (800, 1600)] == parts
+
+
+def test_the_answer_has_positions_left() -> None:
+    """As long as all positions of the model: the prompt leaves room for the answer."""
+    (question,) = asked(positions=2048, lengths=(2048,), kinds=("single",), samples=1)
+
+    assert len(question.prompt.tokens) <= 2048 - ANSWER_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("more", "lengths", "said"),
+    [
+        ({"seq_len": 1000}, (900, 1001), r"train\.needles\.lengths: 1001 is more than train\.seq_len, 1000"),
+        ({"positions": 2048}, (4096,), r"train\.needles\.lengths: 4096 is more than the 2048 positions"),
+        ({}, (300,), r"train\.needles\.lengths: 300 tokens have no room for the needles of multi_key"),
+    ],
+)
+def test_a_length_that_cannot_be_is_refused(
+    more: dict[str, int], lengths: tuple[int, ...], said: str
+) -> None:
+    """By the key, with the length and what it is too much or too little for."""
+    with pytest.raises(ConfigError, match=said):
+        asked(**more, lengths=lengths)
+
+
+def test_filler_has_no_numbers_and_many_sentences() -> None:
+    """Nothing in it can be taken for what is hidden, and it does not repeat itself."""
+    made = sentences(random.Random(0))
+    some = [next(made) for _ in range(2000)]
+
+    assert not re.search(r"\d|locker", " ".join(some))
+    assert len(set(some)) > 1900
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "score"),
+    [
+        ("It is 1234567.", ("1234567",), 1.0),
+        ("1234567 and 7654321", ("1234567", "7654321", "1111111", "2222222"), 0.5),
+        ("", ("1234567",), 0.0),
+        ("<think>1234567?</think>I do not know.", ("1234567",), 0.0),
+    ],
+)
+def test_the_share_of_wanted_numbers_counts(said: str, wanted: tuple[str, ...], score: float) -> None:
+    """As many of the wanted values as stand in the answer, whatever else does; thoughts are none of it."""
+    question = Question("needles", "p", "0", chat().prompt("?", 4), wanted, "recall")
+
+    assert score == question.score(said)
+
+
+def test_recall_is_blind_to_case() -> None:
+    """Letters may be small or capital."""
+    assert 1.0 == recall("THE BLUE one", ("the blue",))
