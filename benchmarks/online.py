@@ -11,7 +11,8 @@ done once more with the other core idle: the same seeds written again, and the s
   shorter of the two costs nothing; 0.5 when both take as long alone and the one waits for the other;
 - first step: seconds from the first context in the log to the end of the first optimizer step; beside it the
   same had training waited for the end of the run, as it would with files;
-- the loss on held-out samples (their seeds are never trained on), with contexts and without, as it falls;
+- the loss on held-out samples (their seeds are never trained on): as the training measured it while they
+  became more, and before and after tuning on all of them;
 - the tuned model, loaded by a real SGLang, answers a held-out question.
 
 What such a small model writes often does not hold the answer. That tuning works is shown here; what the
@@ -22,6 +23,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,11 +44,12 @@ from streamsyn.sglang.launch_command import find_packaged_model
 from streamsyn.sglang.wire import CHAT
 
 WRITING = {
+    "seeds.interleave": "true",
     "recipe.target_words": "90",
     "recipe.max_tokens": "180",
     "recipe.on_truncated": "keep",
     "checks.min_words": "30",
-    "fleet.max_in_flight": "12",
+    "fleet.max_in_flight": "6",
     "assembly.contexts_per_sample": "2",
 }
 TRAINING = {
@@ -87,8 +90,9 @@ class Programs:
 
     def run(self, url: str, out: Path) -> subprocess.Popen[bytes]:
         """`streamsyn run`, on the first core."""
-        given = ["--seeds", str(self.seeds), "--server", url, "--out", str(out), "--no-progress"]
-        return self._start(0, out, "run", *given, *sets(self.writing))
+        seeds = [part for path in sorted(self.seeds.glob("*.jsonl")) for part in ("--seeds", str(path))]
+        given = ["--server", url, "--out", str(out), "--no-progress"]
+        return self._start(0, out, "run", *seeds, *given, *sets(self.writing))
 
     def train(self, run: Path, out: Path) -> subprocess.Popen[bytes]:
         """`streamsyn train`, on the second."""
@@ -177,13 +181,43 @@ def tell_first_step(run: Path, tuned: Path) -> None:
 
 
 def tell_losses(tuned: Path) -> None:
-    """The evaluations and the losses, in the order of steps."""
+    """The evaluations, in the order of steps."""
     for line in lines(tuned / "metrics.jsonl"):
         if line["kind"] == "evaluation":
             shown = {key: value for key, value in line.items() if isinstance(value, float) and key != "at"}
             print(
                 f"step {line['step']:3}: " + ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
             )
+
+
+def held_out(run: Path, training: Mapping[str, str]) -> list[Row]:
+    """The samples that were never trained on."""
+    from streamsyn.trainer.holdout import is_held_out
+
+    return [row for row in rows(run, "samples") if is_held_out(row, float(training["train.holdout"]))]
+
+
+def tell_held_out(run: Path, models: Mapping[str, Path], training: Mapping[str, str]) -> None:
+    """The loss of each model on all samples that were held out, each sample weighing the same."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from streamsyn.trainer.examples import Example, Key
+    from streamsyn.trainer.render import Renderer
+
+    torch.set_num_threads(1)
+    for name, path in models.items():
+        renderer = Renderer(AutoTokenizer.from_pretrained(path), int(training["train.seq_len"]), "drop")
+        made = renderer.render_batch([(row, Key("run", 0, row["seq"])) for row in held_out(run, training)])
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        losses = []
+        for example in (one for one in made if isinstance(one, Example)):
+            tokens = torch.from_numpy(example.tokens).long()[None]
+            labels = tokens.clone()
+            labels[:, : example.loss_from] = -100
+            with torch.no_grad():
+                losses.append(float(model(input_ids=tokens, labels=labels).loss))
+        print(f"{name}: {statistics.mean(losses):.3f} nats a target on {len(losses)} held-out samples")
 
 
 async def answer(model: Path, log: Path, question: Sequence[Row]) -> str:
@@ -213,12 +247,13 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
     print("{} contexts, {} rejects, {} samples".format(*counts))
     tell_first_step(run, tuned)
     tell_losses(tuned)
+    tell_held_out(run, {"before": model, "after": tuned / "model"}, programs.training)
     again = folder / "tuned-alone"
     tuning = await alone(programs.train(run, again), again)
     overlap = max(generating, tuning) / wall
     print(f"T_gen {generating:.0f} s, T_train {tuning:.0f} s, both at once {wall:.0f} s")
     print(f"overlap {overlap:.2f} (aim: {TARGET}); one after the other would be {generating + tuning:.0f} s")
-    sample = next(row for row in rows(run, "samples"))
+    sample = held_out(run, programs.training)[0]
     said = await answer(tuned / "model", folder / "tuned-sglang.log", sample["messages"][:-1])
     print(
         f"served by SGLang, the tuned model answers {said!r} (wanted: {sample['messages'][-1]['content']!r})"

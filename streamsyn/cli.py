@@ -145,7 +145,8 @@ def run(**given: Any) -> None:
             if stream is not None:
                 stream.close()
         _close(summary, as_json=given["log_json"])
-        trained = 0 if training is None else training.finish(stopped=summary.stopped is not None)
+        stopped = summary.stopped is not None or summary.interrupted
+        trained = 0 if training is None else training.finish(stopped=stopped)
     _on_signals(signal.SIG_IGN)
     if training is not None and trained == EXIT_USAGE:
         _fail(f"the training cannot go on: {training.complaint}", EXIT_USAGE)

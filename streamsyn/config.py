@@ -195,6 +195,7 @@ def lasting(config: Config) -> dict[str, Any]:
     templates = [recipe, assembly, saved["scoring"], *recipe["tasks"].values(), *assembly["tasks"].values()]
     paths = [(settings, "template") for settings in templates]
     paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
+    paths.append((saved["seeds"], "task_losses"))
     for settings, key in paths:
         if settings[key] is not None:
             settings[key] = str(Path(settings[key]).absolute())

@@ -66,6 +66,8 @@ class RunSummary:
     out: Path
     counters: Counters
     stopped: str | None = None
+    interrupted: bool = False
+    """A signal came, and found nothing left that it could have stopped."""
     contexts: int = 0
     rejects: int = 0
     samples: int = 0

@@ -132,6 +132,7 @@ async def _run(parts: Parts) -> None:
             finally:
                 await asyncio.to_thread(claims.close)
         await asyncio.to_thread(_finish, parts, assembly)
+    parts.summary.interrupted = stopper.signalled
 
 
 def _finish(parts: Parts, assembly: AssemblyStage | NoAssembly) -> None:

@@ -24,6 +24,11 @@ class Stopper:
         self._signals = 0
         self._early: str | None = None
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has come."""
+        return self._signals > 0
+
     def drain(self, why: str) -> None:
         """Stop when what is in flight is finished; at once, when nothing is yet. For any thread."""
         with suppress(RuntimeError):  # the run has come to its end meanwhile

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from streamsyn.config import Config, fingerprint, known_keys, load, parse_override
+from streamsyn.config import Config, fingerprint, known_keys, lasting, load, parse_override
 from streamsyn.errors import ConfigError
 from streamsyn.sections import Section
 
@@ -389,3 +389,11 @@ def test_values_of_several_kinds(key: str, value: Any, said: str) -> None:
     assert said in str(raised.value)
     assert "constrained" not in str(raised.value)
     assert ";" not in str(raised.value).replace("; the nearest", "")
+
+
+def test_paths_are_kept_so_that_they_hold_from_anywhere() -> None:
+    """A run that goes on from another folder looks where the first one did."""
+    saved = lasting(load(None, [("seeds.task_losses", "tuned/task_losses.json")]))
+
+    assert str(Path("tuned/task_losses.json").absolute()) == saved["seeds"]["task_losses"]
+    assert lasting(Config())["seeds"]["task_losses"] is None

@@ -29,6 +29,8 @@ FORMAT = 1
 LATEST = "LATEST"
 _NAME = re.compile(r"step-\d{7,}")
 _TORN = ".tmp"
+_OLD = f".old{_TORN}"
+"""Ends the name of what another folder is taking the place of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Checkpoints:
         self._keep = keep
 
     def prepare(self) -> None:
-        """Make the folder; remove what a kill left half-written.
+        """Make the folder; remove what a kill left half-written, put back what it left without a successor.
 
         Raises:
             SinkError: It cannot be done.
@@ -62,6 +64,10 @@ class Checkpoints:
         try:
             self._root.mkdir(exist_ok=True)
             for folder in (self._root, self._out):
+                for old in folder.glob(f"*{_OLD}"):
+                    target = old.with_name(old.name.removesuffix(_OLD))
+                    if not target.exists():
+                        old.rename(target)
                 for torn in folder.glob(f"*{_TORN}"):
                     shutil.rmtree(torn)
         except OSError as error:
@@ -71,7 +77,7 @@ class Checkpoints:
         """What LATEST names; if that is gone or damaged, the newest that is whole."""
         try:
             named = [(self._out / LATEST).read_text("utf-8").strip()]
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             named = []
         for name in [*named, *sorted(self._names(), reverse=True)]:
             found = _read(self._root / name) if _NAME.fullmatch(name) else None
@@ -99,7 +105,9 @@ class Checkpoints:
 
         write_folder(target, all_of_it)
         write_whole(self._out / LATEST, f"{target.name}\n".encode())
-        for name in sorted(self._names())[: -self._keep]:
+        # Later ones are of a course that was given up: this training went on from before them.
+        kept = sorted(name for name in self._names() if name <= target.name)[-self._keep :]
+        for name in {*self._names()} - {*kept}:
             _remove(self._root / name)
         return target
 
@@ -128,10 +136,13 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         fill(aside)
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
+        old = target.with_name(target.name + _OLD)
         if target.exists():
-            _remove(target)
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
         aside.rename(target)
         sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         why = getattr(error, "strerror", None) or str(error)
@@ -144,7 +155,7 @@ def _aside(target: Path) -> Path:
 
 def _remove(folder: Path) -> None:
     """Remove a folder; a kill in between leaves nothing that looks whole."""
-    torn = folder.with_name(f"{folder.name}.old{_TORN}")
+    torn = _aside(folder)
     folder.rename(torn)
     shutil.rmtree(torn)
 

@@ -46,6 +46,7 @@ def train(
     Without --model and --out, the keys train.model and train.out say them.
     """
     from streamsyn.telemetry import configure_logs
+    from streamsyn.trainer.outdir import wait_until_free
     from streamsyn.trainer.request import check, resolve
     from streamsyn.trainer.tether import Tether
 
@@ -63,6 +64,8 @@ def train(
         check(request)
         if plot and find_spec("matplotlib") is None:  # to be said now, not in a week
             raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
+        if tether is not None:
+            wait_until_free(request.out)
         from streamsyn.trainer.training import train as run_training
 
         code = run_training(request.config, request.source, request.model, request.out)
@@ -79,7 +82,8 @@ def train(
 
 def _exit(code: int) -> None:
     """Leave at once: all that is to stay was synced, and to take torch apart takes seconds."""
-    sys.stdout.flush()
+    if sys.stdout is not None:  # Python found it closed
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

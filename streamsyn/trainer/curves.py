@@ -44,7 +44,8 @@ class Curves:
         waits: The share of a step's time that it waited for its plan; nothing in evaluations and checkpoints.
         skipped: Steps without an update.
         resumed: Seconds at which a run went on where another one had stopped.
-        losses: Of evaluations, by name.
+        losses: Of evaluations, by name: the last mean, and before it what it would have been on the same
+            samples, as far as changes were measured (samples may have joined).
         scores: Of tests, by name.
         last: The last step's line, or nothing.
         end: The last line that says why a run ended, if no step came after it.
@@ -58,6 +59,8 @@ class Curves:
     skipped: list[int] = field(default_factory=list)
     resumed: list[float] = field(default_factory=list)
     losses: dict[str, Line] = field(default_factory=dict)
+    _anchors: dict[str, float] = field(default_factory=dict)
+    """For each of them the last mean without its change."""
     scores: dict[str, Line] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] | None = None
@@ -81,13 +84,19 @@ class Curves:
         needles: dict[int, list[float]] = {}
         for key, value in line.items():
             if key in _LOSSES:
-                self.losses.setdefault(_LOSSES[key], Line()).add(line["step"], value)
+                self._add_loss(_LOSSES[key], line["step"], value, line[f"{key}_change"])
             elif found := _NEEDLE.fullmatch(key):
                 needles.setdefault(int(found[1]), []).append(value)
             elif key == "longbench":
                 self.scores.setdefault("LongBench", Line()).add(line["step"], value)
         for length, values in needles.items():
             self.scores.setdefault(f"needles, {length:,} tokens", Line()).add(line["step"], fmean(values))
+
+    def _add_loss(self, name: str, step: int, mean: float, change: float) -> None:
+        curve, before = self.losses.setdefault(name, Line()), self._anchors.get(name, 0.0)
+        anchor = self._anchors[name] = mean - change
+        curve.values = [value - before + anchor for value in curve.values]
+        curve.add(step, mean)
 
 
 def read_curves(out: Path) -> Curves:

@@ -72,7 +72,7 @@ class Director:
     @property
     def why(self) -> str:
         """Why there are no more orders."""
-        if self.stopped is None and self._progress.step == self._section.max_steps:
+        if self.stopped is None and self._is_at_limit:
             return "train.max_steps"
         return self.stopped or "the stream ended"
 
@@ -83,7 +83,7 @@ class Director:
                 self.stopped = "a signal"
                 log.info("train.stopping", step=self._progress.step, why=self.stopped)
                 break
-            if self._progress.step == self._section.max_steps:
+            if self._is_at_limit:
                 self._note(self._store.stream or {})
                 yield from self._finish()
                 return
@@ -103,6 +103,11 @@ class Director:
         if self._progress.step > self._saved:
             yield from self._save(result=False)
         yield self._all(Stop())
+
+    @property
+    def _is_at_limit(self) -> bool:
+        limit = self._section.max_steps
+        return limit is not None and self._progress.step >= limit  # an earlier run may have had a higher one
 
     def _take(self, plan: StepPlan) -> Iterator[list[Order]]:
         step, skipped, section = self._progress.step, self._progress.skipped, self._section
@@ -142,7 +147,7 @@ class Director:
         if orders is None:
             return
         yield list(orders)
-        found = self._evaluations.figures(progress.step, orders[0], progress.evaluation, progress.answers)
+        found = self._evaluations.figures(progress.step, orders, progress.measured, progress.answers)
         self._figures.evaluation(progress.step, found)
         if "partial" in found:
             log.warning("train.evaluation_stopped", step=progress.step, answers=len(progress.answers))
@@ -151,6 +156,7 @@ class Director:
 
     def _save(self, *, result: bool) -> Iterator[list[Order]]:
         self._figures.sync(self._progress.step)
+        self._store.noted["evaluations"] = self._evaluations.state()
         yield self._all(Save(result=result))
         self._saved = self._progress.step
         log.info("train.saved", step=self._saved)
@@ -161,7 +167,6 @@ class Director:
         if section is None or step == self._published or (step % section.every_steps and not last):
             return
         yield self._all(Publish())
-        self._figures.lap()
         self._published = step
 
     def _note(self, stream: dict[str, Any]) -> None:

@@ -4,12 +4,15 @@ Without its contexts, a sample is its instruction alone. The difference is what 
 a model that answers from memory gains nothing. The short chat data shows what it forgets meanwhile.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+from typing import Any
 
 import torch
 
 from streamsyn.trainer.batch import make_batch
-from streamsyn.trainer.examples import Example
+from streamsyn.trainer.example_losses import example_means
+from streamsyn.trainer.examples import Example, Key
 from streamsyn.trainer.loss import token_losses
 
 WITH, WITHOUT, CONTROL = "with_context", "without_context", "control"
@@ -32,26 +35,65 @@ def deal_rows(examples: Iterable[Example], seq_len: int, world: int) -> list[Row
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, rows: Rows, device: torch.device) -> list[float]:
-    """Summed over the samples of `rows`: the mean loss of a target, and 1."""
-    means, samples = 0.0, 0.0
+    """The mean loss of a target, in nats, of each sample of `rows`, one row after the other."""
+    means: list[float] = []
     model.eval()
     try:
         for row in rows:
-            batch = make_batch(row, [1 / example.target_tokens for example in row], device)
+            batch = make_batch(row, [1.0] * len(row), device)
             losses = token_losses(model(**batch.forward_arguments()).logits, batch.labels)
-            means += float((losses * batch.weights).sum())
-            samples += len(row)
+            means += example_means(losses, batch.owner, len(row)).tolist()
     finally:
         model.train()
-    return [means, samples]
+    return means
 
 
-def summary(totals: Mapping[str, Sequence[float]]) -> dict[str, float]:
+Losses = Mapping[Key, float]
+"""The mean loss of a target of each sample."""
+
+
+def summary(losses: Mapping[str, Losses]) -> dict[str, float]:
     """Mean loss of a target in nats, a sample weighing the same as any other, of each kind; and the gain."""
-    means = {kind: summed / count for kind, (summed, count) in totals.items() if count}
+    means = {kind: fmean(of_kind.values()) for kind, of_kind in losses.items() if of_kind}
     found = {f"nll_{kind}": mean for kind, mean in means.items()}
-    if WITH in means and WITHOUT in means:
-        found["context_gain"] = means[WITHOUT] - means[WITH]
-    if WITH in totals:
-        found["held_out"] = totals[WITH][1]
+    with_context, without = losses.get(WITH, {}), losses.get(WITHOUT, {})
+    if both := with_context.keys() & without.keys():
+        found["context_gain"] = fmean(without[key] - with_context[key] for key in both)
+    if WITH in losses:
+        found["held_out"] = len(losses[WITH])
     return found
+
+
+class Changes:
+    """How losses have changed since the first evaluation, while samples join those that are measured.
+
+    What joins may be harder, so that the mean of all would jump. An evaluation is compared with the one
+    before over the samples of both, and these changes are added up: a chained index. As long as none join it
+    is the difference of the means.
+
+    Args:
+        state: What `state` gave before.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {}
+        self._before: dict[str, dict[Key, float]] = {
+            kind: {Key(*key): loss for key, loss in losses}
+            for kind, losses in state.get("before", {}).items()
+        }
+        self._changes: dict[str, float] = dict(state.get("changes", {}))
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from; can be written as JSON."""
+        before = {kind: [[list(key), loss] for key, loss in of.items()] for kind, of in self._before.items()}
+        return {"before": before, "changes": dict(self._changes)}
+
+    def take(self, losses: Mapping[str, Losses]) -> dict[str, float]:
+        """The change of each kind up to this evaluation: negative is better."""
+        for kind, now in losses.items():
+            before = self._before.get(kind, {})
+            both = now.keys() & before.keys()
+            change = fmean(now[key] - before[key] for key in both) if both else 0.0
+            self._changes[kind] = self._changes.get(kind, 0.0) + change
+            self._before[kind] = dict(now)
+        return {f"nll_{kind}_change": self._changes[kind] for kind in losses}

@@ -1,7 +1,8 @@
 """What is evaluated when: losses, and the questions of an exam. Decided on rank 0."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import orjson
 
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.control import Evaluate
-from streamsyn.trainer.evals import CONTROL, Rows, deal_rows
-from streamsyn.trainer.examples import Example
+from streamsyn.trainer.evals import CONTROL, Changes, Rows, deal_rows, summary
+from streamsyn.trainer.examples import Example, Key
 from streamsyn.trainer.exams.grading import Exam
 
 HeldOutRows = Callable[[], dict[str, list[Rows]]]
@@ -38,6 +39,7 @@ class Evaluations:
         exam: Questions to be answered.
         world: How many ranks there are.
         done: What an earlier run did at the step where this one begins.
+        state: What `state` gave there.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Evaluations:
         exam: Exam | None = None,
         world: int = 1,
         done: Done | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self._section = section
         self._held_out = held_out
@@ -55,6 +58,11 @@ class Evaluations:
         self._exam = exam
         self._world = world
         self._done = done or Done()
+        self._changes = Changes(state)
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from."""
+        return self._changes.state()
 
     def due(self, step: int, *, last: bool = False) -> list[Evaluate] | None:
         """An order for each rank, of what is due at a step and not done; None when nothing is.
@@ -84,23 +92,32 @@ class Evaluations:
         ]
 
     def figures(
-        self, step: int, order: Evaluate, losses: dict[str, float], answers: Sequence[Sequence[int]]
+        self,
+        step: int,
+        orders: Sequence[Evaluate],
+        measured: Mapping[str, Sequence[Sequence[float]]],
+        answers: Sequence[Sequence[int]],
     ) -> dict[str, Any]:
         """What an evaluation has found; `partial` in it when it was stopped before its end.
 
         Args:
             step: Steps trained so far.
-            order: What any rank was told to do.
-            losses: What was measured.
+            orders: What each rank was told to do.
+            measured: The losses of each kind of samples, rank by rank, in the order of the rank's rows.
             answers: What was answered to the first questions, or to all.
 
         Raises:
             SinkError: The answers cannot be written.
         """
-        found: dict[str, Any] = dict(losses)
-        if order.rows:
+        found: dict[str, Any] = {}
+        if orders[0].rows:
             self._done.measured = step
-        if order.prompts and self._exam is not None:
+            losses = {
+                kind: dict(zip(_keys(orders, kind), chain.from_iterable(by_rank), strict=True))
+                for kind, by_rank in measured.items()
+            }
+            found = {**summary(losses), **self._changes.take(losses)}
+        if orders[0].prompts and self._exam is not None:
             found |= self._exam.grade(step, answers)
             if len(answers) < len(self._exam.questions):
                 found["partial"] = True
@@ -113,18 +130,31 @@ class Evaluations:
         return rows if self._control is None else {**rows, CONTROL: self._control}
 
 
+def _keys(orders: Sequence[Evaluate], kind: str) -> Iterator[Key]:
+    for order in orders:
+        for row in order.rows[kind]:
+            yield from (example.key for example in row)
+
+
 def done_before(metrics: Path, step: int, exam: Exam | None) -> Done:
     """What OUT/metrics.jsonl says was done at the step where a run goes on."""
     done = Done()
-    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
-        try:
-            found = orjson.loads(line)
-        except orjson.JSONDecodeError:  # torn by a kill
-            continue
-        if not isinstance(found, dict) or (found.get("kind"), found.get("step")) != ("evaluation", step):
+    for found in _lines(metrics):
+        if (found.get("kind"), found.get("step")) != ("evaluation", step):
             continue
         if any(name.startswith("nll_") for name in found):
             done.measured = step
         if exam is not None and exam.names <= found.keys():
             done.examined = step
     return done
+
+
+def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
+    if not metrics.exists():
+        return
+    with metrics.open("rb") as file:
+        for line in file:
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError:  # torn by a kill
+                continue

@@ -105,11 +105,6 @@ class Feed:
         """Whether everything was handed out."""
         return self._stream.ended and self._due() is self._stream
 
-    @property
-    def known_end(self) -> bool:
-        """Whether it is known where the stream ends."""
-        return self._stream.total is not None
-
     def examples_left(self) -> float | None:
         """About how many examples are still to come, where the end is known."""
         rows = self._stream.rows_left()

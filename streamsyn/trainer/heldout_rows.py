@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamsyn.errors import SinkError
 from streamsyn.sink import frames
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.runlog import shard_paths
@@ -54,7 +55,7 @@ class HeldOutSet:
         self._add_bare([one for one in held if one.example.key not in self._bare])
         bare = [example for one in held if (example := self._bare[one.example.key]) is not None]
         dealt = {WITH: self._deal(one.example for one in held)}
-        if len(bare) == len(held):
+        if bare:
             dealt[WITHOUT] = self._deal(bare)
         return dealt
 
@@ -67,7 +68,7 @@ class HeldOutSet:
             self._bare[one.example.key] = None
             if instruction is None:
                 continue
-            answer = one.row["messages"][-1]
+            answer = next(said for said in reversed(one.row["messages"]) if said["role"] == "assistant")
             bare = {**one.row, "messages": [{"role": "user", "content": instruction}, answer]}
             made = self._renderer.render_batch([(bare, one.example.key)])[0]
             self._bare[one.example.key] = made if isinstance(made, Example) else None
@@ -79,7 +80,21 @@ class HeldOutSet:
 
 
 def find_instructions(run: Path, seqs: set[int]) -> dict[int | None, str]:
-    """The instructions of contexts in a run directory, by their numbers. Reads the shards that hold them."""
+    """The instructions of contexts in a run directory, by their numbers. Reads the shards that hold them.
+
+    Raises:
+        SinkError: They cannot be read.
+    """
+    try:
+        try:
+            return _find(run, seqs)
+        except FileNotFoundError:  # the run has sealed the open shard meanwhile
+            return _find(run, seqs)
+    except OSError as error:
+        raise SinkError(f"cannot read {error.filename or run}: {error.strerror}") from error
+
+
+def _find(run: Path, seqs: set[int]) -> dict[int | None, str]:
     manifest = Manifest(run / "manifest.jsonl")
     ends = {run / shard.path: (shard.first_seq, shard.last_seq) for shard in manifest.of_kind("contexts")}
     found: dict[int | None, str] = {}

@@ -13,7 +13,7 @@ from streamsyn.errors import StreamsynError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.batch import make_batch
 from streamsyn.trainer.control import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
-from streamsyn.trainer.evals import measure, summary
+from streamsyn.trainer.evals import measure
 from streamsyn.trainer.example_losses import example_means
 from streamsyn.trainer.exams.greedy import Answer, answer_all
 from streamsyn.trainer.loss import token_losses
@@ -37,8 +37,8 @@ class Progress:
     knows it."""
     grad_norm: float = 0.0
     """Of the last step, before clipping."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The losses of the last one."""
+    measured: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Of the last evaluation: the losses of each kind of samples, rank by rank. Rank 0 alone knows them."""
     answers: list[Answer] = field(default_factory=list)
     """Of the last one, in the order of its questions; fewer when it was stopped. Rank 0 alone knows them."""
 
@@ -80,6 +80,11 @@ class Loop:
     def stop(self) -> None:
         """Make all ranks stop after the step they are at; may be called by a signal's handler."""
         self._stop_wanted = True
+
+    def call_off(self) -> None:
+        """Have the other ranks stop, who wait for an order; for rank 0, outside of one."""
+        self._ranks.any(False)
+        self._ranks.deal([Stop()] * self._ranks.world)
 
     def run(self, orders: Iterator[list[Order]] | None) -> None:
         """Carry out orders until one says stop; `orders` are those that rank 0 gives.
@@ -162,11 +167,10 @@ class Loop:
         placed.optimizer.zero_grad(set_to_none=True)
 
     def _evaluate(self, order: Evaluate) -> None:
-        totals = {
-            kind: self._ranks.totals(measure(self._placed.model, some, self._placed.accelerator.device))
+        self.progress.measured = {
+            kind: self._ranks.gather(measure(self._placed.model, some, self._placed.accelerator.device))
             for kind, some in order.rows.items()
         }
-        self.progress.evaluation = summary(totals)
         answers = answer_all(self._placed, order.prompts, self._ranks, lambda: self._stop_wanted)
         # Question i went to rank i modulo their number.
         dealt = zip(*self._ranks.gather(answers), strict=True)
@@ -177,8 +181,7 @@ class Loop:
             self._store.save(self._placed, self.progress.step, result=result)
         except StreamsynError:
             if self._ranks.rank == 0:
-                self._ranks.any(False)
-                self._ranks.deal([Stop()] * self._ranks.world)
+                self.call_off()
             raise
 
     def _publish(self) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from streamsyn.trainer.batch import Batch
 from streamsyn.trainer.examples import Example
 
 LossKind = Literal["sequence", "token", "longwriter"]
@@ -48,11 +47,6 @@ def denominator(rows: Sequence[Row], kind: LossKind) -> float:
             return float(sum(example.target_tokens for row in rows for example in row))
         case "longwriter":
             return float(sum(bool(row) for row in rows))
-
-
-def weighted_sum(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The sum over the targets of weight times loss in nats; `logits` is `[1, N, vocabulary]`."""
-    return (token_losses(logits, batch.labels) * batch.weights).sum()
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,7 @@ def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | 
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = section.max_grad_norm
     return accelerator
 
 
@@ -189,13 +190,18 @@ def _with_adapters(model: Any, lora: LoraSection, saved: Path | None) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def optimizer_tensors(placed: Placed) -> dict[str, torch.Tensor]:
-    """The state of the optimizer, whole, on CPU, by names that hold at any number of ranks."""
-    return {
-        f"{kind}.{name}": _whole(value)
-        for name, parameter in _trained(placed)
-        for kind, value in placed.optimizer.state[parameter].items()
-    }
+def optimizer_tensors(placed: Placed, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The state of the optimizer, whole, on CPU, by names that hold at any number of ranks.
+
+    All ranks call it; one that does not `keep` what is brought together gets nothing.
+    """
+    found = {}
+    for name, parameter in _trained(placed):
+        for kind, value in placed.optimizer.state[parameter].items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                found[f"{kind}.{name}"] = whole.detach().cpu().contiguous()
+    return found
 
 
 def load_optimizer(placed: Placed, tensors: dict[str, torch.Tensor]) -> None:
@@ -216,11 +222,6 @@ def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
             yield name, parameter
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().cpu().contiguous()
-
-
 def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if value.ndim == 0:
         return value.to(parameter.device)  # the number of steps, which fused AdamW keeps beside the weights
@@ -234,23 +235,33 @@ def write_model(
 ) -> None:
     """Write a directory that `from_pretrained` reads: weights as given, configuration, tokenizer."""
     placed.plain.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    _write_tokenizer(tokenizer, folder)
 
 
 def write_result(
     placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """As `write_model`, in the precision that the model had at first."""
+    tied = placed.plain.all_tied_weights_keys  # copies would no longer be known for the same
     lowered = {
         name: value.to(placed.dtype) if value.is_floating_point() else value
         for name, value in weights.items()
+        if name not in tied
     }
     placed.plain.save_pretrained(folder, state_dict=lowered)
     # It has noted the precision that the model was trained in.
     config = AutoConfig.from_pretrained(folder)
     config.dtype = placed.dtype
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _write_tokenizer(tokenizer, folder)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers raises no other kind, whatever has happened; mostly the disk is full.
+        raise OSError(f"the tokenizer cannot be written: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

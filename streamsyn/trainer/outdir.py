@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
 
 import streamsyn
 from streamsyn.config import Config, load
@@ -16,6 +17,8 @@ from streamsyn.errors import ConfigError, DirectoryInUse
 from streamsyn.records import digest
 from streamsyn.sink.rundir import write_whole
 from streamsyn.trainer.chat_template import read_template
+
+log = structlog.get_logger()
 
 FORMAT = 1
 _RECORD = "train.json"
@@ -100,6 +103,22 @@ class OutDirectory:
         write_whole(self.root / _RECORD, orjson.dumps(data, option=orjson.OPT_INDENT_2))
 
 
+def wait_until_free(root: Path) -> None:
+    """Return when no training has OUT open: one whose run was killed may still be saving there."""
+    try:
+        lock = os.open(root / ".lock", os.O_RDWR)
+    except OSError:
+        return  # nobody was here before, or opening OUT will say what is wrong
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
+        log.warning("train.waits", out=str(root), why=f"it is in use by another process ({holder})")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(lock)
+
+
 def check_shaping(root: Path, config: Config, model: str) -> None:
     """Refuse to go on with a training whose weights were shaped otherwise, or in a run's directory.
 
@@ -150,8 +169,9 @@ def _shaping(config: Config, model: str) -> dict[str, Any]:
 def _lasting(config: Config, model: str) -> dict[str, Any]:
     """The section as a later training, from wherever it is started, can go on with it."""
     section = config.train.model_dump(mode="json", exclude_none=True) | {"model": _absolute(model)}
-    if "chat_template" in section:
-        section["chat_template"] = str(Path(section["chat_template"]).absolute())
+    for table, key in ((section, "chat_template"), (section, "control"), (section.get("longbench"), "path")):
+        if table and key in table:
+            table[key] = str(Path(table[key]).absolute())
     for key in ("out", "max_steps"):  # of one run only
         section.pop(key, None)
     return section

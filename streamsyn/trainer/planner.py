@@ -70,11 +70,6 @@ class Planner:
         """Waited in all."""
 
     @property
-    def known_end(self) -> bool:
-        """Whether it is known where the stream ends."""
-        return self._feed.known_end
-
-    @property
     def left_steps(self) -> int | None:
         """About how many plans are still to come, where the end is known."""
         left = self._feed.examples_left()

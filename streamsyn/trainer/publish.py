@@ -71,15 +71,16 @@ class Publisher:
             whole = merged(placed, weights)
             write_folder(target, lambda folder: write_result(*whole, self._tokenizer, folder))
             write_whole(self._root / LATEST, f"{target.name}\n".encode())
-            self._prune()
+            self._prune(target)
         except (SinkError, OSError) as error:
             log.warning("train.not_published", step=step, error=str(error))
             return
         log.info("train.weights", step=step, path=str(target))
         self.servers.offer(target)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         found = sorted(self._root.glob("step-*"))
-        whole = [folder for folder in found if not folder.suffix]  # the others are what a kill left
+        # The others are what a kill left, and of steps that come again: the training began before them.
+        whole = [folder for folder in found if not folder.suffix and folder <= newest]
         for folder in {*found} - {*whole[-self._keep :]} - self.servers.in_use:
             shutil.rmtree(folder)

@@ -98,7 +98,8 @@ def _check_model(path: str) -> None:
     """A mistyped path must not be looked for on the hub; a directory must have a model in it."""
     given = Path(path)
     if not given.exists():
-        if given.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        is_path = given.is_absolute() or path.startswith(".") or path.count("/") != 1
+        if is_path or given.parent.is_dir():
             raise ConfigError(f"--model {path}: there is no such directory")
         return
     if not given.is_dir():

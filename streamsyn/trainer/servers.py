@@ -59,7 +59,7 @@ class ServerWeights:
     def hurry(self) -> None:
         """End soon: drop what has not begun, and bound what has."""
         self._wanted = None
-        if self._bound is not None:
+        if self._bound is not None and not self._bound.expired():
             soon = asyncio.get_running_loop().time() + HURRY_S
             self._bound.reschedule(min(soon, self._bound.when() or soon))
         self._hurries = True

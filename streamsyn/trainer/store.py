@@ -46,18 +46,18 @@ class Store:
         """
         sharded = placed.accelerator.distributed_type == DistributedType.DEEPSPEED
         weights = placed.accelerator.get_state_dict(placed.model)
-        tensors = {} if sharded else optimizer_tensors(placed)
+        tensors = {} if sharded else optimizer_tensors(placed, keep=self._rank == 0)
         if self._rank != 0:
             if sharded:
                 self._save_shards(placed, self._checkpoints.aside(step))
             return
 
         def fill(folder: Path) -> None:
-            write_model(placed, weights, self._tokenizer, folder / "model")
             if sharded:
-                self._save_shards(placed, folder)
+                self._save_shards(placed, folder)  # first: all ranks are in it, and a full disk comes after
             else:
                 save_file(tensors, folder / _OPTIMIZER)
+            write_model(placed, weights, self._tokenizer, folder / "model")
 
         info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
         self._checkpoints.write(info, self.stream, fill)

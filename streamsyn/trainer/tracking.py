@@ -5,9 +5,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.figures import Track
+
+log = structlog.get_logger()
 
 FOLDER = "tracking"
 """OUT/tracking: where trackers that keep files keep them."""
@@ -55,8 +59,17 @@ def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int
         why = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigError(f"train.trackers: {', '.join(section.trackers)} cannot be opened: {why}") from error
 
+    working = True
+
     def track(kind: str, line: Mapping[str, Any], at: int) -> None:
-        accelerator.log(numbers(kind, line), step=at)
+        nonlocal working
+        if not working:
+            return
+        try:
+            accelerator.log(numbers(kind, line), step=at)
+        except Exception as error:  # noqa: BLE001 - no tracker is worth a training
+            working = False
+            log.warning("train.tracking_ends", trackers=section.trackers, error=repr(error))
 
     return track
 

@@ -11,7 +11,7 @@ import structlog
 from transformers import PreTrainedTokenizerBase
 
 from streamsyn.config import Config
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, StreamsynError
 from streamsyn.trainer.chat_template import read_template
 from streamsyn.trainer.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.control import Ranks
@@ -130,13 +130,19 @@ def _run(setting: Setting) -> int:
             loop.run(None)
         return 0
     with ExitStack() as stack:
-        control, exam = _open_tests(setting)
-        planner, plans, held_out = _open_stream(setting, stack)
-        done = done_before(setting.out / "metrics.jsonl", progress.step, exam)
-        evaluations = Evaluations(section, held_out.rows, control, exam, ranks.world, done)
-        track = start_tracking(setting.placed.accelerator, section, setting.out, progress.step)
-        speed = speed_of(setting.placed.plain, setting.placed.accelerator.device, ranks.world)
-        figures = Figures(setting.out, progress.step, info.get("task_losses"), speed, track)
+        try:
+            control, exam = _open_tests(setting)
+            planner, plans, held_out = _open_stream(setting, stack)
+            done = done_before(setting.out / "metrics.jsonl", progress.step, exam)
+            evaluations = Evaluations(
+                section, held_out.rows, control, exam, ranks.world, done, info.get("evaluations")
+            )
+            track = start_tracking(setting.placed.accelerator, section, setting.out, progress.step)
+            speed = speed_of(setting.placed.plain, setting.placed.accelerator.device, ranks.world)
+            figures = Figures(setting.out, progress.step, info.get("task_losses"), speed, track)
+        except StreamsynError:
+            loop.call_off()
+            raise
         schedule = Schedule(section, info.get("schedule"))
         totals = Totals(**info.get("totals", {}))
         director = Director(section, ranks, plans, progress, store, schedule, figures, evaluations, totals)

@@ -1,5 +1,6 @@
 """`streamsyn run --train`: a training that goes on beside the run, kept up and stopped in order."""
 
+import fcntl
 import json
 import os
 import re
@@ -118,6 +119,22 @@ def test_one_interrupt_stops_the_run_and_then_the_training(
     assert_clean(out)
 
 
+def test_an_interrupt_that_leaves_a_run_nothing_to_do_stops_the_training(
+    tmp_path: Path, serve: Serve, seeds: Seeds
+) -> None:
+    """What was left was in flight, so the run comes to its end; nobody waits for the training to. 75."""
+    server = serve("--latency-ms", "3000")
+    process = start(
+        *command(server, seeds(1), tmp_path / "out", config(tmp_path, OBEDIENT)), start_new_session=True
+    )
+    wait_for_line(process, r"trainer\| here")
+    interrupted(process)
+    said = said_after(process)
+
+    assert 75 == process.returncode, said
+    assert "trainer| saved behind the run" in said
+
+
 def test_a_second_interrupt_ends_both_at_once(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
     """Neither what is in flight nor a trainer that does not listen is waited for."""
     server = serve("--latency-ms", "60000")
@@ -159,6 +176,21 @@ def test_a_trainer_outlives_its_run_only_to_save(tmp_path: Path, serve: Serve, s
 
     assert [ended] == select.select([ended], [], [], 20)[0]
     os.close(ended)
+
+
+def test_a_trainer_waits_for_the_one_before_it(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
+    """One whose run was killed may still be saving: the next run is not stopped by that."""
+    training = tmp_path / "out" / "training"
+    training.mkdir(parents=True)
+    given = command(serve("--words", "30"), seeds(9), tmp_path / "out", config(tmp_path))
+    with (training / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(*given, env=ONE_THREAD)
+        wait_for_line(process, r"trainer\|.*train.waits")
+    said = said_after(process, 60)
+
+    assert 0 == process.returncode, said
+    assert 9 == trained(training)
 
 
 def test_a_training_goes_on_beside_a_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:

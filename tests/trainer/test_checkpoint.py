@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +115,52 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
     assert ["step-0000003", "step-0000004"] == sorted(path.name for path in (out / "checkpoints").iterdir())
     assert "step-0000004\n" == (out / "LATEST").read_text()
+
+
+def test_one_that_is_not_the_last_by_its_step_stays(tmp_path: Path) -> None:
+    """Later ones are of a course that was given up: they go, not the one that was just written."""
+    out = prepared(tmp_path)
+    for step in (3, 4, 1):
+        write(out, step)
+
+    assert_whole(out, 1)
+    assert ["step-0000001"] == [path.name for path in (out / "checkpoints").iterdir()]
+
+
+class Killed(BaseException):
+    """Nothing that comes after it is done."""
+
+
+def kill_at(change: int, patch: pytest.MonkeyPatch) -> None:
+    """Before the change of that number to a folder."""
+    left = iter(range(change - 1, -1, -1))
+
+    def counted(call: Any, *given: Any, **more: Any) -> Any:
+        if next(left, -1) == 0:
+            raise Killed
+        return call(*given, **more)
+
+    for name in ("rename", "unlink", "rmdir"):
+        patch.setattr(os, name, partial(counted, getattr(os, name)))
+
+
+def test_a_kill_while_the_only_one_is_written_again_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of a stream, at a step that was saved before: a later run finds one of the two, whole."""
+    killed = 0
+    for change in range(1, 20):
+        out = prepared(tmp_path / str(change))
+        write(out, 3)
+        with monkeypatch.context() as patch, suppress(Killed):
+            kill_at(change, patch)
+            killed = change
+            write(out, 3)
+            break
+        assert_whole(prepared(out), 3)
+        assert [] == list(out.glob("**/*.tmp"))
+
+    assert killed > 5
 
 
 @pytest.mark.parametrize("damage", ["gone", "shorter", "no info", "no name", "name of nothing"])

@@ -78,8 +78,15 @@ class Training:
 
     def wait_for(self, pattern: str, timeout_s: float = 60) -> None:
         """Until it says something. The one place that looks again and again: it is another process."""
+        self._wait_until(lambda: re.search(pattern, self.stderr()) is not None, timeout_s)
+
+    def wait_for_steps(self, out: Path, number: int, timeout_s: float = 60) -> None:
+        """Until so many steps stand in its metrics."""
+        self._wait_until(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) >= number, timeout_s)
+
+    def _wait_until(self, holds: Callable[[], bool], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
-        while not re.search(pattern, self.stderr()):
+        while not holds():
             assert time.monotonic() < until, self.stderr()
             time.sleep(0.01)
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from streamsyn.config import load
+from streamsyn.trainer.outdir import OutDirectory, remembered
 from tests.trainer import tiny
 from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
     SETTINGS,
@@ -56,6 +58,7 @@ def test_model_and_out_may_stand_in_the_configuration(start: Start, tmp_path: Pa
         ([], "--from"),
         (["--from", "run", "--out", "out"], "pass --model PATH, or set train.model"),
         (["--from", "run", "--model", "base"], "pass --out DIR, or set train.out"),
+        (["--from", "run", "--out", "o", "--model", "base/my-bsae"], "there is no such directory"),
         (["--plot"], "pass --out DIR, or set train.out"),
         (["--plot", "--out", "nowhere"], "nowhere"),
         (["nowhere.toml", "--from", "run"], "nowhere.toml"),
@@ -171,3 +174,25 @@ def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -
 
     assert (0, f"{picture}\n") == (done.returncode, done.stdout), done.stderr
     assert picture.exists()
+
+
+def test_a_training_remembers_where_its_files_lie(tmp_path: Path) -> None:
+    """It may go on from another folder, and measures the same there."""
+    given = [("train.control", "chat.jsonl"), ("train.longbench", {"path": "questions/*.jsonl"})]
+    directory = OutDirectory(tmp_path / "out")
+    directory.claim(load(None, given), "somebody/some-model")
+    directory.close()
+    kept = dict(remembered(tmp_path / "out"))["train"]
+
+    assert str(Path("chat.jsonl").absolute()) == kept["control"]
+    assert str(Path("questions/*.jsonl").absolute()) == kept["longbench"]["path"]
+
+
+def test_a_closed_stdout_is_no_failure() -> None:
+    """What is trained stands, wherever stdout leads."""
+    ending = "import sys; from streamsyn.trainer import command; assert sys.stdout is None; command._exit(0)"
+    done = subprocess.run(  # noqa: S602 - only a shell can close it
+        f'{sys.executable} -c "{ending}" >&-', shell=True, capture_output=True, check=False, timeout=60
+    )
+
+    assert (0, b"") == (done.returncode, done.stderr)

@@ -8,6 +8,7 @@ import zstandard
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections.train import TrainSection
+from streamsyn.sink.rundir import RunDirectory
 from streamsyn.trainer.examples import Row
 from streamsyn.trainer.sources.files import FileRows
 from streamsyn.trainer.sources.opening import open_sources
@@ -115,10 +116,11 @@ def test_what_cannot_be_read_names_its_key(tmp_path: Path) -> None:
 
 
 def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
-    """A run directory, one that is not there yet, and files; no URL."""
+    """A run directory, one that is not there yet, or has not heard from its servers, and files; no URL."""
     run = new_run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(b"{}")
     (tmp_path / "empty").mkdir()
+    RunDirectory(tmp_path / "begun").close()
     files = write(tmp_path, "jsonl")
 
     def opened(stream: str) -> Any:
@@ -126,6 +128,7 @@ def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
 
     assert isinstance(opened(str(run)), RunSamples)
     assert isinstance(opened(str(tmp_path / "empty")), RunSamples)
+    assert isinstance(opened(str(tmp_path / "begun")), RunSamples)
     assert isinstance(opened(str(tmp_path / "later")), RunSamples)
     assert isinstance(opened(str(files)), FileRows)
     assert isinstance(opened(f"{tmp_path}/*.jsonl"), FileRows)

@@ -16,6 +16,8 @@ from streamsyn.errors import SinkError
 from streamsyn.trainer.batch import make_batch
 from streamsyn.trainer.control import Step
 from streamsyn.trainer.examples import End, Idle, StepPlan
+from streamsyn.trainer.loop import Loop
+from streamsyn.trainer.model import Placed
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import exam, plans, section, train, weights
@@ -73,8 +75,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def run_ranks(command: list[str], world: int, timeout_s: float = 120) -> list[subprocess.Popen[str]]:
-    """Start a command as ranks of one training, and wait for all of them."""
+def ranks_of(command: list[str], world: int, timeout_s: float = 120) -> list[tuple[int, str]]:
+    """Start a command as ranks of one training; how each of them ended, and what it said."""
     shared = {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -91,10 +93,14 @@ def run_ranks(command: list[str], world: int, timeout_s: float = 120) -> list[su
         )
         for rank in range(world)
     ]
-    for one in ranks:
-        _, said = one.communicate(timeout=timeout_s)
-        assert one.returncode == 0, said
-    return ranks
+    said = [one.communicate(timeout=timeout_s)[1] for one in ranks]
+    return [(one.returncode, what) for one, what in zip(ranks, said, strict=True)]
+
+
+def run_ranks(command: list[str], world: int) -> None:
+    """Run a command to its end as ranks of one training."""
+    for code, said in ranks_of(command, world):
+        assert code == 0, said
 
 
 def test_two_ranks_are_as_one(tmp_path: Path) -> None:
@@ -124,6 +130,21 @@ def test_two_ranks_are_as_one(tmp_path: Path) -> None:
         answers = (both / "answers" / name).read_bytes()
         assert 5 == len(answers.splitlines())
         assert (alone / "answers" / name).read_bytes() == answers
+
+
+def test_what_rank_0_refuses_is_one_line(tmp_path: Path) -> None:
+    """What is wrong with the data rank 0 alone sees: it says so, and the others end without a word."""
+    tiny.write_model(tmp_path / "base")
+    for name in ("chat", "bad"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    given = {"from": tmp_path / "chat.jsonl", "model": tmp_path / "base", "out": tmp_path / "out"}
+    flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    keys = ("--set", "train.rows_per_step=2", "--set", f"train.control={tmp_path / 'bad.jsonl'}")
+    (first, said), (second, other) = ranks_of([sys.executable, "-m", "streamsyn", "train", *flags, *keys], 2)
+
+    assert (2, 0) == (first, second), other
+    assert said.splitlines()[-1].startswith("streamsyn: train.control: ")
+    assert "Traceback" not in said + other
 
 
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
@@ -174,6 +195,18 @@ def test_a_stall_is_waited_out(tmp_path: Path) -> None:
 
     assert director is not None
     assert (2, None) == (loop.progress.step, director.stopped)
+
+
+def test_a_limit_that_is_behind_ends_it_at_once(tmp_path: Path) -> None:
+    """A training that goes on with fewer `max_steps` than it has made makes no more."""
+
+    def stand_at_three(loop: Loop, _placed: Placed) -> None:
+        loop.progress.step = 3
+
+    loop, director, _ = train(tmp_path, section(max_steps=2), plans(2), before=stand_at_three)
+
+    assert director is not None
+    assert (3, None, "train.max_steps") == (loop.progress.step, director.stopped, director.why)
 
 
 def test_nothing_to_train_on_leaves_no_model(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from streamsyn.trainer.attention import implementation
 from streamsyn.trainer.batch import make_batch
 from streamsyn.trainer.examples import Example
-from streamsyn.trainer.loss import LossKind, denominator, target_weights, token_losses, weighted_sum
+from streamsyn.trainer.loss import LossKind, denominator, target_weights, token_losses
 from tests.trainer.tiny import example, furthest, gradients, model
 
 CPU = torch.device("cpu")
@@ -60,7 +60,8 @@ def ours(tuned: torch.nn.Module, rows: Rows, kind: LossKind) -> float:
     whole, total = denominator(rows, kind), 0.0
     for row in rows:
         batch = make_batch(row, target_weights(row, kind), CPU)
-        part = weighted_sum(tuned(**batch.forward_arguments()).logits, batch) / whole
+        losses = token_losses(tuned(**batch.forward_arguments()).logits, batch.labels)
+        part = (losses * batch.weights).sum() / whole
         part.backward()
         total += float(part.detach())
     return total
@@ -116,6 +117,7 @@ def test_a_row_without_samples_weighs_nothing() -> None:
     """It is gone through, and leaves no gradient but zeros."""
     tuned = model(implementation("segments", CPU, half=False))
     batch = make_batch((), [], CPU)
-    weighted_sum(tuned(**batch.forward_arguments()).logits, batch).backward()
+    losses = token_losses(tuned(**batch.forward_arguments()).logits, batch.labels)
+    (losses * batch.weights).sum().backward()
 
     assert all(float(one.abs().max()) == 0 for one in gradients(tuned).values())

@@ -37,7 +37,14 @@ def step(number: int, **given: Any) -> dict[str, Any]:
     }
 
 
-EVALUATION = {"kind": "evaluation", "step": 2, "nll_with_context": 3.0, "context_gain": 0.5, "held_out": 9}
+EVALUATION = {
+    "kind": "evaluation",
+    "step": 2,
+    "nll_with_context": 3.0,
+    "nll_with_context_change": -0.5,
+    "context_gain": 0.5,
+    "held_out": 9,
+}
 SCORES = {"kind": "evaluation", "step": 2, "needle_single_2048": 1.0, "needle_multi_key_2048": 0.5}
 LONGBENCH = {"kind": "evaluation", "step": 3, "longbench": 0.25, "longbench_qasper": 0.25}
 END = {
@@ -159,3 +166,15 @@ def test_drawing_needs_no_torch(tmp_path: Path) -> None:
         f"draw(Path({json.dumps(str(tmp_path))})); sys.exit('torch' in sys.modules)"
     )
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode
+
+
+def test_losses_are_drawn_as_if_on_the_same_samples(tmp_path: Path) -> None:
+    """The last one as it was measured, those before it by the changes up to it."""
+    told = [(1, 2.0, 0.0), (2, 3.5, -0.5), (3, 3.0, -1.0)]
+    rows = [
+        {**EVALUATION, "step": at, "nll_with_context": mean, "nll_with_context_change": change}
+        for at, mean, change in told
+    ]
+    drawn = read_curves(write(tmp_path, *rows)).losses["held out, with context"]
+
+    assert ([1, 2, 3], [4.0, 3.5, 3.0]) == (drawn.at, drawn.values)

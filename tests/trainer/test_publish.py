@@ -189,6 +189,18 @@ def test_weights_are_written_whole_and_the_newest_stay(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(root / "step-0000003").dtype == torch.bfloat16
 
 
+def test_weights_of_steps_that_come_again_go(tmp_path: Path) -> None:
+    """A training that was killed and goes on from before them writes its own: those stay, however few."""
+    root = tmp_path / "weights"
+    with a_model(tmp_path) as placed:
+        for step in (280, 290, 210):
+            publisher = Publisher(tmp_path, PublishSection(), FleetSection(), tiny.tokenizer(), 0)
+            publisher.publish(placed, step)
+
+    assert ["LATEST", "step-0000210"] == sorted(path.name for path in root.iterdir())
+    assert "step-0000210\n" == (root / "LATEST").read_text()
+
+
 async def test_weights_that_are_being_loaded_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those that wait for it, however many newer ones there are."""
     monkeypatch.setattr(servers_module, "HURRY_S", 0.1)

@@ -43,12 +43,19 @@ def _open_stream(stream: str, out: Path) -> Source:
     if "://" in stream:
         raise ConfigError(f"--from {stream}: a stream is followed in a directory or on stdin")
     path = Path(stream)
-    if is_run_directory(path) or (path.is_dir() and not any(path.iterdir())):
+    if is_run_directory(path) or _may_become_one(path):
         return RunSamples(path)
     if path.exists() or glob.has_magic(stream) or is_seed_file(path):
         return FileRows(stream, "files", "--from", count=True)
     log.warning("stream.not_there_yet", directory=stream)
     return RunSamples(path)
+
+
+def _may_become_one(path: Path) -> bool:
+    """Whether a directory is empty, or that of a run which has not heard from its servers yet."""
+    if not path.is_dir():
+        return False
+    return not any(path.iterdir()) or ((path / ".lock").is_file() and (path / "contexts").is_dir())
 
 
 def _open_stdin(spool: Path) -> Source:

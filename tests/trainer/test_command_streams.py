@@ -1,0 +1,110 @@
+"""What somebody sees whose stream is slow, quick, cut off, or has samples that do not fit."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+from tests.trainer.test_command import Start, Training, lines, server, start, write_run, written
+
+__all__ = ["server", "start"]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def row(number: int, **more: Any) -> bytes:
+    """A sample as it comes over a pipe."""
+    named = {"id": f"s{number}", "seed_id": f"s{number}", "task": "qa"}
+    return json.dumps({**named, "messages": written(number % 16).messages, **more}).encode() + b"\n"
+
+
+def write_slowly(pipe: BinaryIO, out: Path, training: Training) -> int:
+    """Samples that fill no step, each when the one before was trained on for want of others; how many."""
+    for number in range(8):
+        pipe.write(row(number))
+        pipe.flush()
+        training.wait_for_steps(out, number + 1)
+    return 8
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return path
+
+
+def test_a_slow_generator_is_waited_for_and_named(start: Start, tmp_path: Path, fifo: Path) -> None:
+    """What comes is trained on when nothing more does; the last line says that it was generation-bound."""
+    out = tmp_path / "out"
+    given = {"shuffle_min": 1, "holdout": 0.0, "max_wait_s": 0.3, "save_every_steps": 1000}
+    training = start("-", out, stdin=fifo, **given)
+    with fifo.open("wb") as pipe:
+        samples = write_slowly(pipe, out, training)
+
+    assert 0 == training.wait(), training.stderr()
+    assert samples == sum(line["examples"] for line in lines(out))
+    done = training.stderr().splitlines()[-1]
+    assert "train.done" in done
+    assert "verdict=generation-bound" in done
+
+
+def test_a_slow_trainer_holds_the_writer_up(start: Start, tmp_path: Path, fifo: Path) -> None:
+    """A pipe is read as samples are used: its writer comes to its end long after training has begun."""
+    out, many = tmp_path / "out", 700
+    training = start("-", out, stdin=fifo, holdout=0.0, rows_per_step=1)
+    rows = [row(number, note="-" * 20_000) for number in range(many)]  # 14 MB; 4 are read at once
+    done: list[int] = []
+
+    def write() -> None:
+        with fifo.open("wb") as pipe:
+            for one in rows:
+                pipe.write(one)
+        done.append(sum(line["examples"] for line in lines(out)))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+
+    assert 0 == training.wait(), training.stderr()
+    writer.join()
+    assert many == sum(line["examples"] for line in lines(out))
+    assert many / 3 < done[0] < many
+    assert "generation-bound" not in training.stderr().splitlines()[-1]
+
+
+def test_a_stream_that_is_cut_off_is_trained_on_up_to_there(start: Start, tmp_path: Path, fifo: Path) -> None:
+    """A writer that dies in the middle of a line: that line is named, all others are trained on, exit 0."""
+    out = tmp_path / "out"
+    training = start("-", out, stdin=fifo, holdout=0.0)
+    with fifo.open("wb") as pipe:
+        pipe.write(b"".join(row(number) for number in range(20)) + row(20)[:40])
+
+    assert 0 == training.wait(), training.stderr()
+    assert 20 == sum(line["examples"] for line in lines(out))
+    assert "line 21 of stdin is no JSON" in training.stderr()
+    assert {"bad_row": 1} == lines(out)[-1]["stream"]["dropped"]
+
+
+def test_samples_that_are_too_long_are_counted_and_said(start: Start, tmp_path: Path) -> None:
+    """Dropped with their length, or cut in the middle of the prompt: never a word of an answer is lost."""
+    run = write_run(tmp_path / "run", range(20))
+    dropping = start(run, tmp_path / "dropped", seq_len=128, holdout=0.0)
+    assert 0 == dropping.wait(), dropping.stderr()
+    cutting = start(run, tmp_path / "cut", seq_len=128, holdout=0.0, overlong="truncate")
+    assert 0 == cutting.wait(), cutting.stderr()
+
+    assert "reason=overlong" in dropping.stderr()
+    dropped = lines(tmp_path / "dropped")[-1]["stream"]["dropped"]["overlong"]
+    assert f"dropped={dropped} " in dropping.stderr().splitlines()[-1]
+    assert 0 < dropped < 20
+    assert 20 - dropped == sum(line["examples"] for line in lines(tmp_path / "dropped"))
+    assert 20 == sum(line["examples"] for line in lines(tmp_path / "cut"))
+    answers = {
+        name: loss
+        for line in (tmp_path / "cut" / "trained.jsonl").read_text().splitlines()
+        for _, _, _, name, loss in json.loads(line)["examples"]
+    }
+    assert 20 == len(answers)
