@@ -51,6 +51,8 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     shaping = {**fingerprint(request.config), **recipe.fingerprint(), **materials.fingerprint()}
     if request.stream is not None and not request.config.assembly.write:
         raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
+    if request.companion is not None and not request.config.assembly.write:
+        raise ConfigError("--train trains on samples, and assembly.write = false makes none")
     if request.launch is None:
         specs(request.config.fleet)
     reader = SeedReader(

@@ -37,6 +37,7 @@ class TaskLosses:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen: tuple[int, int, int] | None = None
+        self._is_unreadable = False
         self.losses: Mapping[str, float] = {}
         """What it said last."""
 
@@ -55,8 +56,11 @@ class TaskLosses:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            log.warning("seeds.task_losses_unreadable", path=str(self._path), why=why)
+            if not (self._is_unreadable and isinstance(error, OSError)):  # a file is damaged once a version
+                log.warning("seeds.task_losses_unreadable", path=str(self._path), why=why)
+            self._is_unreadable = isinstance(error, OSError)
         else:
+            self._is_unreadable = False
             shown = {task: round(loss, 3) for task, loss in self.losses.items()}
             log.info("seeds.task_losses", path=str(self._path), losses=shown)
 
@@ -73,9 +77,11 @@ def shares(tasks: Iterable[str], losses: Mapping[str, float], exponent: float) -
     the heaviest weighs 1, and none less than FLOOR.
     """
     mean = sum(losses.values()) / len(losses)
-    raw = {task: losses.get(task, mean) ** exponent for task in tasks}
+    raw = {task: losses.get(task, mean) for task in tasks}
     heaviest = max(raw.values())
-    return {task: max(FLOOR, weight / heaviest) if heaviest else 1.0 for task, weight in raw.items()}
+    return {
+        task: max(FLOOR, (loss / heaviest) ** exponent) if heaviest else 1.0 for task, loss in raw.items()
+    }
 
 
 class ByTask(Generic[T]):

@@ -159,7 +159,7 @@ class Companion:
         text = line.decode(errors="replace").rstrip("\n")
         said = _as_object(text) if self._as_json else {}
         self._last_line = text or self._last_line
-        if text.startswith(_PREFIX) or "error" in said:
+        if text.startswith(_PREFIX) or said.get("event") == "run.failed":
             self._error = str(said.get("error", text.removeprefix(_PREFIX)))
         shown = orjson.dumps({**said, "of": "trainer"}).decode() if self._as_json else f"trainer| {text}"
         sys.stderr.write(shown + "\n")

@@ -191,7 +191,7 @@ def test_a_training_remembers_where_its_files_lie(tmp_path: Path) -> None:
 def test_a_closed_stdout_is_no_failure() -> None:
     """What is trained stands, wherever stdout leads."""
     ending = "import sys; from streamsyn.trainer import command; assert sys.stdout is None; command._exit(0)"
-    done = subprocess.run(  # noqa: S602 - only a shell can close it
+    done = subprocess.run(  # only a shell can close it
         f'{sys.executable} -c "{ending}" >&-', shell=True, capture_output=True, check=False, timeout=60
     )
 
