@@ -192,7 +192,7 @@ def tell_losses(tuned: Path) -> None:
 
 def held_out(run: Path, training: Mapping[str, str]) -> list[Row]:
     """The samples that were never trained on."""
-    from streamsyn.trainer.holdout import is_held_out
+    from streamsyn.trainer.stream.holdout import is_held_out
 
     return [row for row in rows(run, "samples") if is_held_out(row, float(training["train.holdout"]))]
 
@@ -202,8 +202,8 @@ def tell_held_out(run: Path, models: Mapping[str, Path], training: Mapping[str, 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from streamsyn.trainer.examples import Example, Key
-    from streamsyn.trainer.render import Renderer
+    from streamsyn.trainer.stream.examples import Example, Key
+    from streamsyn.trainer.stream.render import Renderer
 
     torch.set_num_threads(1)
     for name, path in models.items():
@@ -259,7 +259,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
         f"served by SGLang, the tuned model answers {said!r} (wanted: {sample['messages'][-1]['content']!r})"
     )
     if args.plot is not None:
-        from streamsyn.trainer.plot import draw
+        from streamsyn.trainer.figures.plot import draw
 
         shutil.copyfile(draw(tuned), args.plot)
 

@@ -50,11 +50,11 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     import numpy
 
     from streamsyn.sections import TrainSection
-    from streamsyn.trainer.control import Order, Ranks, Step, Stop
-    from streamsyn.trainer.examples import Example, Key
     from streamsyn.trainer.loop import Loop, Progress
-    from streamsyn.trainer.loss import denominator, target_weights
-    from streamsyn.trainer.model import model_dtype, place, read_model, start_accelerator
+    from streamsyn.trainer.model.loss import denominator, target_weights
+    from streamsyn.trainer.model.model import model_dtype, place, read_model, start_accelerator
+    from streamsyn.trainer.orders import Order, Ranks, Step, Stop
+    from streamsyn.trainer.stream.examples import Example, Key
 
     per_step, gpu = plan["per_step"], plan["gpu"]
     section = TrainSection.model_validate(

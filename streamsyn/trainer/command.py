@@ -54,7 +54,7 @@ def train(
     if source is None:
         if not plot:
             raise ConfigError("there is nothing to train on: pass --from DIR, a file of chat rows, or -")
-        from streamsyn.trainer.plot import draw
+        from streamsyn.trainer.figures.plot import draw
 
         click.echo(draw(_out_of(config, out, settings)))
         return
@@ -104,7 +104,7 @@ def _draw(out: Path) -> None:
     """Draw what was trained, if anything was; the training stands, whatever becomes of its picture."""
     import structlog
 
-    from streamsyn.trainer.plot import draw
+    from streamsyn.trainer.figures.plot import draw
 
     log = structlog.get_logger()
     try:

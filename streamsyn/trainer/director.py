@@ -8,15 +8,15 @@ from typing import Any
 import structlog
 
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.control import WAIT_S, Order, Publish, Ranks, Save, Step, Stop, Wait
-from streamsyn.trainer.evaluations import Evaluations
-from streamsyn.trainer.examples import End, StepPlan
-from streamsyn.trainer.figures import Figures
+from streamsyn.trainer.evaluation.evaluations import Evaluations
+from streamsyn.trainer.figures.record import Figures
 from streamsyn.trainer.loop import Progress
-from streamsyn.trainer.loss import denominator, target_weights
-from streamsyn.trainer.plans import PlanQueue
+from streamsyn.trainer.model.loss import denominator, target_weights
+from streamsyn.trainer.orders import WAIT_S, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.saving.store import Store
 from streamsyn.trainer.schedule import Schedule
-from streamsyn.trainer.store import Store
+from streamsyn.trainer.stream.examples import End, StepPlan
+from streamsyn.trainer.stream.plans import PlanQueue
 
 log = structlog.get_logger()
 

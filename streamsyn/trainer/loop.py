@@ -11,15 +11,15 @@ from torch.distributed.tensor import DTensor
 
 from streamsyn.errors import StreamsynError
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.batch import make_batch
-from streamsyn.trainer.control import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
-from streamsyn.trainer.evals import measure
-from streamsyn.trainer.example_losses import example_means
-from streamsyn.trainer.exams.greedy import Answer, answer_all
-from streamsyn.trainer.loss import token_losses
-from streamsyn.trainer.model import Placed
-from streamsyn.trainer.publish import Publisher
-from streamsyn.trainer.store import Store
+from streamsyn.trainer.evaluation.greedy import Answer, answer_all
+from streamsyn.trainer.evaluation.losses import measure
+from streamsyn.trainer.figures.example_losses import example_means
+from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.loss import token_losses
+from streamsyn.trainer.model.model import Placed
+from streamsyn.trainer.orders import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.saving.publish import Publisher
+from streamsyn.trainer.saving.store import Store
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from streamsyn.config import Config, load
 from streamsyn.errors import ConfigError, DirectoryInUse
 from streamsyn.records import digest
 from streamsyn.sink.rundir import write_whole
-from streamsyn.trainer.chat_template import read_template
+from streamsyn.trainer.stream.chat_template import read_template
 
 log = structlog.get_logger()
 

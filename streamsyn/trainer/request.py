@@ -9,8 +9,8 @@ from pathlib import Path
 from streamsyn.config import Config, load, parse_override
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.chat_template import read_template
 from streamsyn.trainer.outdir import check_shaping, remembered
+from streamsyn.trainer.stream.chat_template import read_template
 
 _NEEDED = ("torch", "transformers", "accelerate")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")

@@ -12,21 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from streamsyn.config import Config
 from streamsyn.errors import ConfigError, StreamsynError
-from streamsyn.trainer.chat_template import read_template
-from streamsyn.trainer.checkpoint import Checkpoint, Checkpoints
-from streamsyn.trainer.control import Ranks
-from streamsyn.trainer.control_rows import control_examples
 from streamsyn.trainer.director import Director, Totals
-from streamsyn.trainer.evaluations import Evaluations, done_before
-from streamsyn.trainer.examples import Example
-from streamsyn.trainer.exams.grading import Exam
-from streamsyn.trainer.exams.opening import open_exam
-from streamsyn.trainer.figures import Figures
-from streamsyn.trainer.fit import check_fit
-from streamsyn.trainer.flops import speed_of
-from streamsyn.trainer.heldout_rows import HeldOutSet
+from streamsyn.trainer.evaluation.control_rows import control_examples
+from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
+from streamsyn.trainer.evaluation.grading import Exam
+from streamsyn.trainer.evaluation.heldout_rows import HeldOutSet
+from streamsyn.trainer.evaluation.opening import open_exam
+from streamsyn.trainer.figures.flops import speed_of
+from streamsyn.trainer.figures.record import Figures
+from streamsyn.trainer.figures.tracking import FOLDER, start_tracking
 from streamsyn.trainer.loop import Loop, Progress
-from streamsyn.trainer.model import (
+from streamsyn.trainer.model.fit import check_fit
+from streamsyn.trainer.model.model import (
     Placed,
     model_dtype,
     place,
@@ -34,16 +31,19 @@ from streamsyn.trainer.model import (
     read_tokenizer,
     start_accelerator,
 )
+from streamsyn.trainer.orders import Ranks
 from streamsyn.trainer.outdir import OutDirectory
-from streamsyn.trainer.planner import Planner
-from streamsyn.trainer.plans import PlanQueue
-from streamsyn.trainer.publish import Publisher
-from streamsyn.trainer.render import Renderer
+from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
+from streamsyn.trainer.saving.publish import Publisher
+from streamsyn.trainer.saving.store import Store, restore_optimizer
 from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
 from streamsyn.trainer.sources.opening import open_sources
-from streamsyn.trainer.store import Store, restore_optimizer
-from streamsyn.trainer.tracking import FOLDER, start_tracking
+from streamsyn.trainer.stream.chat_template import read_template
+from streamsyn.trainer.stream.examples import Example
+from streamsyn.trainer.stream.planner import Planner
+from streamsyn.trainer.stream.plans import PlanQueue
+from streamsyn.trainer.stream.render import Renderer
 
 EXIT_NOTHING = 1
 

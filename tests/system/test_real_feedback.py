@@ -11,11 +11,11 @@ from streamsyn.sections import FleetSection, PublishSection
 from streamsyn.sglang.fleet import open_fleet
 from streamsyn.sglang.launch import launched
 from streamsyn.sglang.launch_command import find_packaged_model
-from streamsyn.trainer.batch import make_batch
-from streamsyn.trainer.examples import Example
-from streamsyn.trainer.loss import token_losses
-from streamsyn.trainer.model import Placed, read_tokenizer
-from streamsyn.trainer.publish import Publisher
+from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.loss import token_losses
+from streamsyn.trainer.model.model import Placed, read_tokenizer
+from streamsyn.trainer.saving.publish import Publisher
+from streamsyn.trainer.stream.examples import Example
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from streamsyn.trainer.holdout import is_held_out
+from streamsyn.trainer.stream.holdout import is_held_out
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 from tests.trainer import tiny
 

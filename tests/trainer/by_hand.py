@@ -11,21 +11,21 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.checkpoint import Checkpoints
-from streamsyn.trainer.control import Ranks
 from streamsyn.trainer.director import Director, Totals
-from streamsyn.trainer.evals import WITH, deal_rows
-from streamsyn.trainer.evaluations import Evaluations, done_before
-from streamsyn.trainer.examples import End, Example, Idle, StepPlan
-from streamsyn.trainer.exams.chat import Chat
-from streamsyn.trainer.exams.grading import Exam
-from streamsyn.trainer.exams.question import Prompt, Question
-from streamsyn.trainer.figures import Figures
+from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
+from streamsyn.trainer.evaluation.grading import Exam
+from streamsyn.trainer.evaluation.losses import WITH, deal_rows
+from streamsyn.trainer.evaluation.question import Prompt, Question
+from streamsyn.trainer.figures.record import Figures
 from streamsyn.trainer.loop import Loop, Progress
-from streamsyn.trainer.model import Placed, model_dtype, place, read_model, start_accelerator
-from streamsyn.trainer.plans import PlanQueue
+from streamsyn.trainer.model.model import Placed, model_dtype, place, read_model, start_accelerator
+from streamsyn.trainer.orders import Ranks
+from streamsyn.trainer.saving.checkpoint import Checkpoints
+from streamsyn.trainer.saving.store import Store
 from streamsyn.trainer.schedule import Schedule
-from streamsyn.trainer.store import Store
+from streamsyn.trainer.stream.examples import End, Example, Idle, StepPlan
+from streamsyn.trainer.stream.plans import PlanQueue
 from tests.trainer import tiny
 
 LENGTHS = ((30, 8), (12, 3), (50, 20), (9, 1), (25, 6), (40, 2), (18, 9))

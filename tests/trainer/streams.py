@@ -8,10 +8,10 @@ import numpy
 import orjson
 
 from streamsyn.sections.train import TrainSection
-from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
-from streamsyn.trainer.feed import Rendering
-from streamsyn.trainer.planner import Planner
 from streamsyn.trainer.sources.source import Sources
+from streamsyn.trainer.stream.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
+from streamsyn.trainer.stream.feed import Rendering
+from streamsyn.trainer.stream.planner import Planner
 
 
 def row(number: int, length: int = 10, **more: Any) -> dict[str, Any]:

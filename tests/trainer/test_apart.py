@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.apart import check_apart
-from streamsyn.trainer.attention import implementation
-from streamsyn.trainer.batch import make_batch
+from streamsyn.trainer.model.apart import check_apart
+from streamsyn.trainer.model.attention import implementation
+from streamsyn.trainer.model.batch import make_batch
 from tests.trainer.tiny import VOCABULARY, example, furthest, gradients
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.attention import SEGMENTS, implementation
-from streamsyn.trainer.batch import Batch, make_batch
+from streamsyn.trainer.model.attention import SEGMENTS, implementation
+from streamsyn.trainer.model.batch import Batch, make_batch
 from tests.trainer.tiny import example, furthest, gradients, model
 
 CPU = torch.device("cpu")

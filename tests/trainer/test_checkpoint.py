@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import SinkError
-from streamsyn.trainer.checkpoint import Checkpoints
+from streamsyn.trainer.saving.checkpoint import Checkpoints
 from tests.builders import disk_full_beyond
 
 WRITER = """
 import os, sys
 from pathlib import Path
-from streamsyn.trainer.checkpoint import Checkpoints
+from streamsyn.trainer.saving.checkpoint import Checkpoints
 
 out, steps, calls = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 

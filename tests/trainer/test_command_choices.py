@@ -153,7 +153,7 @@ def test_adapters_under_what_was_not_tried_are_refused(kind: str, monkeypatch: p
     """FSDP2 and DeepSpeed would need other ways to bring adapters together."""
     from streamsyn.errors import ConfigError
     from streamsyn.sections import LoraSection, TrainSection
-    from streamsyn.trainer.model import start_accelerator
+    from streamsyn.trainer.model.model import start_accelerator
 
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(ConfigError, match=r"train\.lora"):

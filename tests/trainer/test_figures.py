@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Example, Key, StepPlan
-from streamsyn.trainer.figures import Figures, verdict
-from streamsyn.trainer.flops import Speed, Work, peak_flops, speed_of, work_of
-from streamsyn.trainer.model import start_accelerator
-from streamsyn.trainer.plans import PlanQueue
-from streamsyn.trainer.tracking import check_trackers, start_tracking
+from streamsyn.trainer.figures.flops import Speed, Work, peak_flops, speed_of, work_of
+from streamsyn.trainer.figures.record import Figures, verdict
+from streamsyn.trainer.figures.tracking import check_trackers, start_tracking
+from streamsyn.trainer.model.model import start_accelerator
+from streamsyn.trainer.stream.examples import Example, Key, StepPlan
+from streamsyn.trainer.stream.plans import PlanQueue
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, plans, section, train
 
@@ -204,7 +204,7 @@ def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
 
 def test_a_tracker_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package, or a tracker that cannot be opened, is a line with the key in it."""
-    monkeypatch.setattr("streamsyn.trainer.tracking.find_spec", lambda _: None)
+    monkeypatch.setattr("streamsyn.trainer.figures.tracking.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"train\.trackers: wandb needs the package wandb"):
         check_trackers(section(trackers=["wandb"]))
     (tmp_path / "tracking").write_text("a file")

@@ -9,10 +9,10 @@ import zstandard
 from streamsyn.errors import ConfigError
 from streamsyn.sections.train import TrainSection
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.trainer.examples import Row
 from streamsyn.trainer.sources.files import FileRows
 from streamsyn.trainer.sources.opening import open_sources
 from streamsyn.trainer.sources.rundir import RunSamples
+from streamsyn.trainer.stream.examples import Row
 from tests.builders import new_run
 from tests.trainer.streams import row
 

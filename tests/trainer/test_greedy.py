@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.attention import SEGMENTS
-from streamsyn.trainer.control import Ranks
-from streamsyn.trainer.exams.greedy import _answer, answer_all, answering
-from streamsyn.trainer.exams.question import Prompt
-from streamsyn.trainer.model import Placed
+from streamsyn.trainer.evaluation.greedy import _answer, answer_all, answering
+from streamsyn.trainer.evaluation.question import Prompt
+from streamsyn.trainer.model.attention import SEGMENTS
+from streamsyn.trainer.model.model import Placed
+from streamsyn.trainer.orders import Ranks
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import SinkError
-from streamsyn.trainer.examples import StepPlan
-from streamsyn.trainer.steplog import StepLog
-from streamsyn.trainer.task_losses import HALF_LIFE, TaskLosses
+from streamsyn.trainer.figures.steplog import StepLog
+from streamsyn.trainer.figures.task_losses import HALF_LIFE, TaskLosses
+from streamsyn.trainer.stream.examples import StepPlan
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train

@@ -12,9 +12,9 @@ from structlog.testing import capture_logs
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections import LongBenchSection
-from streamsyn.trainer.exams.chat import Chat
-from streamsyn.trainer.exams.longbench import longbench_questions
-from streamsyn.trainer.exams.question import Question
+from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.longbench import longbench_questions
+from streamsyn.trainer.evaluation.question import Question
 from tests.trainer import tiny
 
 

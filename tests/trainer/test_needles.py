@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections import NeedleKind, NeedlesSection
-from streamsyn.trainer.exams.chat import Chat
-from streamsyn.trainer.exams.filler import sentences
-from streamsyn.trainer.exams.needles import ANSWER_TOKENS, needle_questions
-from streamsyn.trainer.exams.question import Question, recall
+from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.filler import sentences
+from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions
+from streamsyn.trainer.evaluation.question import Question, recall
 from tests.trainer import tiny
 
 KINDS: tuple[NeedleKind, ...] = ("single", "multi_key", "multi_value", "multi_query")

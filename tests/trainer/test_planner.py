@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.sglang.simulator.clock import run_virtually
-from streamsyn.trainer.examples import End, Idle, Key, StepPlan
 from streamsyn.trainer.sources.source import Mixed, Sources
+from streamsyn.trainer.stream.examples import End, Idle, Key, StepPlan
 from tests.trainer.streams import Arriving, keys, planner, plans, row
 
 rows = st.lists(

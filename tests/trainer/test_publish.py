@@ -17,11 +17,11 @@ from streamsyn.errors import ConfigError
 from streamsyn.sections import FleetSection, PublishSection
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.trainer import servers as servers_module
-from streamsyn.trainer.merging import merged
-from streamsyn.trainer.model import Placed
-from streamsyn.trainer.publish import Publisher
-from streamsyn.trainer.servers import Servers
+from streamsyn.trainer.model.merging import merged
+from streamsyn.trainer.model.model import Placed
+from streamsyn.trainer.saving import servers as servers_module
+from streamsyn.trainer.saving.publish import Publisher
+from streamsyn.trainer.saving.servers import Servers
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 

@@ -12,10 +12,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Dropped, Example, Key
-from streamsyn.trainer.render import MIN_PROMPT_TOKENS, Renderer
 from streamsyn.trainer.sources.rundir import RunSamples
 from streamsyn.trainer.sources.source import Sources
+from streamsyn.trainer.stream.examples import Dropped, Example, Key
+from streamsyn.trainer.stream.render import MIN_PROMPT_TOKENS, Renderer
 from tests.builders import opened, sample, sink
 from tests.trainer.streams import keys, planner, plans
 

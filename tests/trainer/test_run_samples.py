@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.shard import OPEN_SUFFIX
-from streamsyn.trainer.examples import Dropped, Example, Idle, Key, StepPlan
 from streamsyn.trainer.sources.rundir import RunSamples
 from streamsyn.trainer.sources.source import Sources
+from streamsyn.trainer.stream.examples import Dropped, Example, Idle, Key, StepPlan
 from tests.builders import COMPRESSIONS, new_run, opened, sample, sink
 from tests.trainer.streams import Lengths, keys, planner, plans
 

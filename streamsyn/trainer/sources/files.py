@@ -12,7 +12,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.seeds.files import BATCH_ROWS, plain_chunks
 from streamsyn.seeds.lines import Line, split_lines
 from streamsyn.seeds.reader import find
-from streamsyn.trainer.examples import Row
+from streamsyn.trainer.stream.examples import Row
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is dropped without being held in memory."""

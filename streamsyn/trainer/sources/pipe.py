@@ -15,7 +15,7 @@ from streamsyn.records import digest
 from streamsyn.seeds.lines import Line, LineSplitter
 from streamsyn.sink.finished import Claim, Claims
 from streamsyn.sink.shard import sync_folder
-from streamsyn.trainer.examples import Row
+from streamsyn.trainer.stream.examples import Row
 
 log = structlog.get_logger()
 

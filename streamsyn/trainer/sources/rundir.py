@@ -13,9 +13,9 @@ from streamsyn.errors import SinkError
 from streamsyn.sink.frames import SUFFIXES
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.shard import OPEN_SUFFIX
-from streamsyn.trainer.examples import Row
 from streamsyn.trainer.sources.tail import Cursor, Rows, read_rows
 from streamsyn.trainer.sources.watch import FolderWatch
+from streamsyn.trainer.stream.examples import Row
 
 _KIND = "samples"
 

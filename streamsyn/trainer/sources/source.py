@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from streamsyn.trainer.examples import Row
+from streamsyn.trainer.stream.examples import Row
 
 
 class Source(Protocol):

@@ -1,0 +1,166 @@
+"""Retrieval from synthetic long texts, after RULER (Hsieh et al., arXiv 2404.06654): numbers in a haystack.
+
+What is hidden, and asked for:
+
+    single       one key with one number
+    multi_key    other keys have numbers too, and only one is asked for
+    multi_value  the key has several numbers, all of them asked for
+    multi_query  several keys are asked for, each with its number
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from streamsyn.errors import ConfigError
+from streamsyn.records import digest
+from streamsyn.sections import NeedleKind, NeedlesSection
+from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.filler import sentences, words
+from streamsyn.trainer.evaluation.question import Question
+
+ANSWER_TOKENS: Final = 128
+"""The longest answer, as in RULER."""
+_MANY: Final = 4
+"""Keys, or values of a key, where there are several."""
+_NEAR: Final = 0.01
+"""A prompt that is shorter by less than this is long enough."""
+_TRIES: Final = 12
+_PROBE_WORDS: Final = 400
+"""So many words of filler tell how many tokens a word has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What a haystack hides.
+
+    Attributes:
+        needles: Sentences, each with its depth from 0 to 1: the share of the haystack before it.
+        request: What is asked.
+        wanted: The numbers that answer it.
+    """
+
+    needles: tuple[tuple[float, str], ...]
+    request: str
+    wanted: tuple[str, ...]
+
+
+def needle_questions(
+    section: NeedlesSection, run_seed: int, chat: Chat, seq_len: int, positions: int | None
+) -> list[Question]:
+    """All questions, part by part; the same for the same seed and tokenizer.
+
+    Args:
+        section: `train.needles`.
+        run_seed: Seeds keys, numbers and haystacks.
+        chat: Makes prompts.
+        seq_len: `train.seq_len`: longer prompts are not trained on.
+        positions: Tokens that the model knows positions for; None when it does not say.
+
+    Raises:
+        ConfigError: A length is more than can be, or has no room for what is hidden.
+    """
+    for length in section.lengths:
+        if length > seq_len:
+            raise ConfigError(f"train.needles.lengths: {length} is more than train.seq_len, {seq_len}")
+        if positions is not None and length > positions:
+            raise ConfigError(
+                f"train.needles.lengths: {length} is more than the {positions} positions of the model"
+            )
+    return [
+        _question(kind, length, number, section.samples, run_seed, chat, positions)
+        for kind in dict.fromkeys(section.kinds)
+        for length in sorted(set(section.lengths))
+        for number in range(section.samples)
+    ]
+
+
+def hide(kind: NeedleKind, depth: float, chance: random.Random) -> Hidden:
+    """What to hide, the first needle at `depth`, and others at even distances from it."""
+    names = chance.sample(
+        [f"{colour}-{thing}" for colour in words("colours") for thing in words("things")], _MANY
+    )
+    values = [str(value) for value in chance.sample(range(1_000_000, 10_000_000), _MANY)]
+    count = 1 if kind == "single" else _MANY
+    keys = [names[0]] * count if kind == "multi_value" else names[:count]
+    depths = [depth, *((depth + n / count) % 1 for n in range(1, count))]
+    needles = tuple(
+        (at, f"The locker number of {key} is {value}.")
+        for at, key, value in zip(depths, keys, values, strict=False)
+    )
+    match kind:
+        case "single" | "multi_key":
+            asked, wanted = f"What is the locker number of {names[0]}?", values[:1]
+        case "multi_value":
+            asked, wanted = f"{names[0]} has {_MANY} locker numbers. What are all of them?", values
+        case "multi_query":
+            listed = f"{', '.join(names[:-1])} and {names[-1]}"
+            asked, wanted = f"What are the locker numbers of {listed}?", values
+    return Hidden(needles, asked, tuple(wanted))
+
+
+def message(filler: Sequence[str], hidden: Hidden) -> str:
+    """The user's message: words of filler with the needles among them, at the ends of sentences."""
+    if filler and not filler[-1].endswith("."):
+        filler = [*filler[:-1], f"{filler[-1]}..."]  # it breaks off here
+    ends = [0, *(n for n, word in enumerate(filler, 1) if word.endswith("."))]
+    placed = sorted((round(at * (len(ends) - 1)), text) for at, text in hidden.needles)
+    parts, begin = [], 0
+    for end, text in placed:
+        parts += [*filler[begin : ends[end]], text]
+        begin = max(begin, ends[end])
+    parts += filler[begin:]
+    return (
+        "Some locker numbers are hidden in the text below. Remember them: you will be asked about them.\n\n"
+        f"{' '.join(parts)}\n\n"
+        f"That was the text. {hidden.request} Answer with nothing but what the text says."
+    )
+
+
+def _question(
+    kind: NeedleKind, length: int, number: int, samples: int, run_seed: int, chat: Chat, positions: int | None
+) -> Question:
+    chance = random.Random(digest("needles", str(run_seed), kind, str(length), str(number)))
+    hidden = hide(kind, number / (samples - 1) if samples > 1 else 0.5, chance)
+    # The last positions are for the answer.
+    room = length if positions is None else min(length, positions - ANSWER_TOKENS)
+    text = _filled(hidden, _filler(chance), room, chat)
+    if text is None:
+        raise ConfigError(f"train.needles.lengths: {length} tokens have no room for the needles of {kind}")
+    part = f"needle_{kind}_{length}"
+    return Question("needles", part, str(number), chat.prompt(text, ANSWER_TOKENS), hidden.wanted, "recall")
+
+
+def _filler(chance: random.Random) -> Iterator[str]:
+    for sentence in sentences(chance):
+        yield from sentence.split()
+
+
+def _filled(hidden: Hidden, supply: Iterator[str], room: int, chat: Chat) -> str | None:
+    """The message whose prompt has `room` tokens or hardly less, found by trying; None without room."""
+    filler = list(islice(supply, _PROBE_WORDS))
+    tokens_a_word = len(chat.encode(" ".join(filler))) / len(filler)
+    best = message((), hidden)
+    low, low_tokens = 0, chat.length(best)
+    if low_tokens > room:
+        return None
+    high, high_tokens = 0, 0
+    """The fewest words that were found to be too many; 0 when none were."""
+    for _ in range(_TRIES):
+        if room - low_tokens <= _NEAR * room or high == low + 1:
+            break
+        if high:
+            tokens_a_word = (high_tokens - low_tokens) / (high - low)
+        missing = room * (1 - _NEAR / 2) - low_tokens
+        tried = low + max(1, int(missing / tokens_a_word))
+        tried = min(tried, high - 1) if high else tried
+        filler += islice(supply, max(0, tried - len(filler)))
+        text = message(filler[:tried], hidden)
+        tokens = chat.length(text)
+        if tokens <= room:
+            low, low_tokens, best = tried, tokens, text
+        else:
+            high, high_tokens = tried, tokens
+    return best

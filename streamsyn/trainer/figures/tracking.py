@@ -1,0 +1,83 @@
+"""Figures for tensorboard, trackio and wandb, by accelerate, besides what OUT keeps."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from streamsyn.errors import ConfigError
+from streamsyn.sections import TrainSection
+from streamsyn.trainer.figures.record import Track
+
+log = structlog.get_logger()
+
+FOLDER = "tracking"
+"""OUT/tracking: where trackers that keep files keep them."""
+_PROJECT = "streamsyn"
+_PREFIX = {"step": "train", "evaluation": "eval", "end": "end"}
+_NO_FIGURES = frozenset({"step", "at"})
+
+
+def check_trackers(section: TrainSection) -> None:
+    """See whether all packages are there: accelerate leaves a missing one out without a word.
+
+    Raises:
+        ConfigError: One is missing.
+    """
+    for name in section.trackers:
+        if find_spec(name) is None:
+            raise ConfigError(f"train.trackers: {name} needs the package {name}: pip install {name}")
+
+
+def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int) -> Track | None:
+    """Open all trackers; None without any. For rank 0. `end_training` of the accelerator closes them.
+
+    Args:
+        accelerator: One that was made with `log_with=section.trackers`.
+        section: `train`.
+        out: OUT.
+        step: Where the training stands; tensorboard hides what an earlier run said of later steps.
+
+    Raises:
+        ConfigError: One cannot be opened.
+    """
+    if not section.trackers:
+        return None
+    folder = out / FOLDER
+    settings = {
+        key: value
+        for key, value in section.model_dump().items()
+        if isinstance(value, bool | int | float | str)
+    }
+    options = {"tensorboard": {"purge_step": step + 1 if step else None}}
+    try:
+        folder.mkdir(exist_ok=True)
+        accelerator.init_trackers(_PROJECT, settings, options)
+    except Exception as error:  # whatever its package raises, it is not for us to mend
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError(f"train.trackers: {', '.join(section.trackers)} cannot be opened: {why}") from error
+
+    working = True
+
+    def track(kind: str, line: Mapping[str, Any], at: int) -> None:
+        nonlocal working
+        if not working:
+            return
+        try:
+            accelerator.log(numbers(kind, line), step=at)
+        except Exception as error:  # noqa: BLE001 - no tracker is worth a training
+            working = False
+            log.warning("train.tracking_ends", trackers=section.trackers, error=repr(error))
+
+    return track
+
+
+def numbers(kind: str, line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a line of metrics.jsonl, by names such as `train/loss`; what is nested is left out."""
+    return {
+        f"{_PREFIX[kind]}/{name}": value
+        for name, value in line.items()
+        if name not in _NO_FIGURES and isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,80 @@
+"""What of a training goes to disk, and comes back: checkpoints, and the tuned model in OUT/model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+import streamsyn
+from streamsyn.sections import TrainSection
+from streamsyn.trainer.model.merging import merged
+from streamsyn.trainer.model.model import Placed, load_optimizer, optimizer_tensors, write_model, write_result
+from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, write_folder
+
+RESULT = "model"
+"""OUT/model: what the training is for."""
+_OPTIMIZER = "optimizer.safetensors"
+_DEEPSPEED = "deepspeed"
+
+
+class Store:
+    """Writes and reads OUT, on rank 0; the others only take part in bringing the weights together.
+
+    Attributes:
+        stream: Where the stream stands, set before a save.
+        noted: What else to keep: schedule and totals.
+    """
+
+    def __init__(
+        self, out: Path, section: TrainSection, tokenizer: PreTrainedTokenizerBase, rank: int
+    ) -> None:
+        self._out = out
+        self._tokenizer = tokenizer
+        self._rank = rank
+        self._checkpoints = Checkpoints(out, section.keep_checkpoints)
+        self.stream: dict[str, Any] | None = None
+        self.noted: dict[str, Any] = {}
+
+    def save(self, placed: Placed, step: int, *, result: bool) -> None:
+        """Write a checkpoint; with `result`, OUT/model too. All ranks call it.
+
+        Raises:
+            SinkError: It cannot be written.
+        """
+        sharded = placed.accelerator.distributed_type == DistributedType.DEEPSPEED
+        weights = placed.accelerator.get_state_dict(placed.model)
+        tensors = {} if sharded else optimizer_tensors(placed, keep=self._rank == 0)
+        if self._rank != 0:
+            if sharded:
+                self._save_shards(placed, self._checkpoints.aside(step))
+            return
+
+        def fill(folder: Path) -> None:
+            if sharded:
+                self._save_shards(placed, folder)  # first: all ranks are in it, and a full disk comes after
+            else:
+                save_file(tensors, folder / _OPTIMIZER)
+            write_model(placed, weights, self._tokenizer, folder / "model")
+
+        info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
+        self._checkpoints.write(info, self.stream, fill)
+        if result:
+            whole = merged(placed, weights)
+            write_folder(self._out / RESULT, lambda folder: write_result(*whole, self._tokenizer, folder))
+
+    def _save_shards(self, placed: Placed, folder: Path) -> None:
+        """DeepSpeed writes its own state, each rank its share."""
+        placed.accelerator.wait_for_everyone()
+        placed.model.save_checkpoint(str(folder / _DEEPSPEED))
+        placed.accelerator.wait_for_everyone()
+
+
+def restore_optimizer(placed: Placed, checkpoint: Checkpoint) -> None:
+    """Give the optimizer the state in a checkpoint, at any number of ranks (DeepSpeed: at the same)."""
+    if placed.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        placed.model.load_checkpoint(str(checkpoint.folder / _DEEPSPEED), load_module_only=False)
+    else:
+        load_optimizer(placed, load_file(checkpoint.folder / _OPTIMIZER))

@@ -1,0 +1,242 @@
+"""The stream and what is mixed into it, as one sequence of examples in which the clock has no say."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.sections.train import TrainSection
+from streamsyn.trainer.sources.source import Mixed, Source, Sources
+from streamsyn.trainer.stream.examples import Dropped, Example, Key, Row
+from streamsyn.trainer.stream.holdout import HeldOut, is_held_out
+from streamsyn.trainer.stream.reading import Item, Reading, mark_of
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_SHOWN = 5
+"""Dropped rows that are logged one by one, of each kind."""
+
+
+class Rendering(Protocol):
+    """Makes examples of rows."""
+
+    def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
+        """For each row an example, or why there is none. Blocks."""
+        ...
+
+
+class _MixedReading:
+    """A source that is mixed in, and how many examples of it are due."""
+
+    def __init__(self, reading: Reading, weight: float, since: tuple[int, int]) -> None:
+        self.reading = reading
+        self.weight = weight
+        self._since = since
+        """Examples of the stream, and of this one, at which it got its weight."""
+
+    def is_due(self, stream_examples: int) -> bool:
+        """Whether the next example comes from here. Depends on counts alone."""
+        stream_then, own_then = self._since
+        return self.reading.examples < own_then + int((stream_examples - stream_then) * self.weight + 0.5)
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {**self.reading.state(), "weight": self.weight, "since": list(self._since)}
+
+
+class Feed:
+    """Hands out examples one by one: after k of the stream, round(k * weight) of each source mixed in.
+
+    Rows are read and rendered in a thread of its own. Rows that make no example are counted. Those of
+    seeds that are held out are kept apart, as many as are wanted.
+
+    Args:
+        section: The section `train`.
+        sources: What is read.
+        renderer: Makes examples.
+        state: Where an earlier feed stood.
+
+    Raises:
+        ConfigError: The state is that of another stream.
+    """
+
+    def __init__(
+        self, section: TrainSection, sources: Sources, renderer: Rendering, state: dict[str, Any] | None
+    ) -> None:
+        self._section = section
+        self._renderer = renderer
+        self._thread = ThreadPoolExecutor(1, "stream")
+        state = state or {"source": sources.stream.name, "mix": {}, "counts": {}, "dropped": {}}
+        if state["source"] != sources.stream.name:
+            raise ConfigError(f"the checkpoint stands in {state['source']}, not in {sources.stream.name}")
+        self._stream = Reading(sources.stream, section.epochs, self._load, state.get("stream"))
+        self._mix = [self._mixed(one, state["mix"].get(one.source.name)) for one in sources.mix]
+        self._sources: dict[str, Source] = {
+            source.name: source for source in (sources.stream, *(one.source for one in sources.mix))
+        }
+        if len(self._sources) <= len(self._mix):
+            raise ConfigError("train.mix: a path is given twice; give it a higher weight")
+        self.counts: Counter[str] = Counter(state["counts"])
+        """Rows `read`, those `held_out`, and `examples` and their `tokens`: all that was taken."""
+        self.dropped: Counter[str] = Counter(state["dropped"])
+        """Rows that made no example, by reason."""
+        self.held_out: list[HeldOut] = []
+        """What is kept for evaluation, in the order of the stream."""
+        self._said_behind = False
+
+    def state(self) -> dict[str, Any]:
+        """Where this one stands; can be written as JSON."""
+        return {
+            "source": self._stream.source.name,
+            "stream": self._stream.state(),
+            "mix": {one.reading.source.name: one.state() for one in self._mix},
+            "counts": dict(self.counts),
+            "dropped": dict(self.dropped),
+        }
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything was handed out."""
+        return self._stream.ended and self._due() is self._stream
+
+    def examples_left(self) -> float | None:
+        """About how many examples are still to come, where the end is known."""
+        rows = self._stream.rows_left()
+        if rows is None:
+            return None
+        a_row = self._stream.examples / max(1, self._stream.rows_taken())
+        return rows * a_row * (1 + sum(one.weight for one in self._mix))
+
+    async def next(self) -> Example | None:
+        """The next example; None when it is not there yet, or all are handed out.
+
+        Raises:
+            StreamsynError: A source cannot be read.
+        """
+        while True:
+            reading = self._due()
+            if not reading.ready and not reading.ended:
+                reading.ready.extend(await self._in_thread(reading.read))
+            if not reading.ready:
+                return None
+            if example := self._take(reading.take()):
+                return example
+
+    async def changed(self, timeout_s: float) -> None:
+        """Return when the stream may have brought something, and after `timeout_s` at the latest."""
+        await self._stream.source.changed(timeout_s)
+
+    async def again(self, keys: Iterable[Key]) -> dict[Key, Example | Dropped | HeldOut] | None:
+        """What becomes of rows that were taken before; None when one is not there now but may come again.
+
+        Those that no longer make an example (`train.seq_len` is less) are counted as dropped.
+
+        Raises:
+            ConfigError: One is of a source that is no longer given.
+            SinkError: One is gone for good.
+        """
+        wanted = sorted(set(keys))
+        items = await self._in_thread(lambda: self._again(wanted))
+        if items is None:
+            return None
+        for item in items:
+            if isinstance(item.made, Dropped):
+                self._drop(item, item.made)
+        return {item.key: item.made for item in items}
+
+    def close(self) -> None:
+        """Let go of the thread and the sources."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        for source in self._sources.values():
+            source.close()
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        # One thread: what a cancelled call was doing is over before the next one begins.
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _mixed(self, mixed: Mixed, state: dict[str, Any] | None) -> _MixedReading:
+        reading = Reading(mixed.source, None, self._load, state)
+        if state is None or state["weight"] != mixed.weight:
+            return _MixedReading(reading, mixed.weight, (self._stream.examples, reading.examples))
+        return _MixedReading(reading, mixed.weight, tuple(state["since"]))
+
+    def _due(self) -> Reading:
+        """Whose turn it is."""
+        due = (one.reading for one in self._mix if one.is_due(self._stream.examples))
+        return next(due, self._stream)
+
+    def _take(self, item: Item) -> Example | None:
+        self.counts["read"] += 1
+        match item.made:
+            case Example() as example:
+                self.counts["examples"] += 1
+                self.counts["tokens"] += example.length
+                return example
+            case Dropped() as dropped:
+                self._drop(item, dropped)
+            case HeldOut() as kept:
+                self.counts["held_out"] += item.key.epoch == 0
+                if item.key.epoch == 0 and len(self.held_out) < self._section.holdout_samples:
+                    self.held_out.append(kept)
+        return None
+
+    def _say_behind(self) -> None:
+        if not self._said_behind:
+            self._said_behind = True
+            log.warning(
+                "stream.behind",
+                row=self._stream.next,
+                why="the training stands behind this row, and the stream has not come to it (again) yet",
+            )
+
+    def _drop(self, item: Item, dropped: Dropped) -> None:
+        self.dropped[dropped.reason] += 1
+        if self.dropped[dropped.reason] <= _SHOWN:
+            key = item.key
+            log.warning(
+                "stream.dropped", source=key.source, row=key.seq, reason=dropped.reason, why=dropped.detail
+            )
+
+    def _load(self, source: Source, epoch: int, rows: Sequence[Row]) -> list[Item]:
+        """What becomes of rows. Blocks."""
+        keys = [Key(source.name, epoch, row.seq) for row in rows]
+        good = [(row.value, key) for row, key in zip(rows, keys, strict=True) if row.value is not None]
+        made = dict(zip((key for _, key in good), self._renderer.render_batch(good), strict=True))
+        return [
+            Item(
+                key,
+                self._kept_apart(row, made[key]) if key in made else Dropped("bad_row", row.problem),
+                mark_of(row),
+            )
+            for row, key in zip(rows, keys, strict=True)
+        ]
+
+    def _kept_apart(self, row: Row, made: Example | Dropped) -> Example | Dropped | HeldOut:
+        if isinstance(made, Dropped) or row.value is None or made.key.source != self._stream.source.name:
+            return made
+        return HeldOut(made, row.value) if is_held_out(row.value, self._section.holdout) else made
+
+    def _again(self, keys: Sequence[Key]) -> list[Item] | None:
+        self._stream.look()
+        if not all(one.is_there() for one in (self._stream, *(mixed.reading for mixed in self._mix))):
+            self._say_behind()
+            return None
+        found: list[Item] = []
+        for name, epoch in sorted({(key.source, key.epoch) for key in keys}):
+            source = self._sources.get(name)
+            if source is None:
+                raise ConfigError(f"the checkpoint holds examples of {name}, which is no longer in train.mix")
+            wanted = [key.seq for key in keys if (key.source, key.epoch) == (name, epoch)]
+            rows = list(source.pick(wanted))
+            if len(rows) < len(wanted):
+                if source.total() is None:
+                    return None
+                raise SinkError(f"{name} no longer holds all rows that the checkpoint has read")
+            found += self._load(source, epoch, rows)
+        return found
