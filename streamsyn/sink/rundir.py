@@ -1,6 +1,5 @@
 """OUT/: the run directory, its lock, and run.json, which says how it came about."""
 
-import fcntl
 import os
 import platform
 import time
@@ -13,7 +12,8 @@ import orjson
 
 import streamsyn
 from streamsyn.config import Config, load
-from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.sink.lock import DirectoryLock
 from streamsyn.sink.log import KINDS
 from streamsyn.sink.shard import sync_folder
 
@@ -38,21 +38,13 @@ class RunDirectory:
         try:
             for folder in (*KINDS, "index"):
                 (root / folder).mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = DirectoryLock(root)
         except OSError as error:
             raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
 
     def close(self) -> None:
         """Let go of the lock."""
-        os.close(self._lock)
+        self._lock.close()
 
     def check(self, fingerprint: dict[str, Any], defaults: Mapping[str, Any] = _NO_DEFAULTS) -> None:
         """Refuse to go on with a run whose outputs were shaped otherwise.

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def train(
     saves and exits with 75. Run it under `accelerate launch -m streamsyn train ...` on several GPUs.
     Without --model and --out, the keys train.model and train.out say them.
     """
+    from streamsyn.sink.lock import wait_until_free
     from streamsyn.telemetry import configure_logs
-    from streamsyn.trainer.outdir import wait_until_free
     from streamsyn.trainer.request import check, resolve
     from streamsyn.trainer.tether import Tether
 
@@ -65,7 +66,7 @@ def train(
         if plot and find_spec("matplotlib") is None:  # to be said now, not in a week
             raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
         if tether is not None:
-            wait_until_free(request.out)
+            wait_until_free(request.out, partial(_say_waiting, request.out))
         from streamsyn.trainer.training import train as run_training
 
         code = run_training(request.config, request.source, request.model, request.out)
@@ -86,6 +87,15 @@ def _exit(code: int) -> None:
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _say_waiting(out: Path, holder: str) -> None:
+    """A trainer whose run was killed may still be saving there."""
+    import structlog
+
+    structlog.get_logger().warning(
+        "train.waits", out=str(out), why=f"it is in use by another process ({holder})"
+    )
 
 
 def _out_of(config: Path | None, out: Path | None, settings: tuple[str, ...]) -> Path:

@@ -1,24 +1,19 @@
 """OUT of a training: its lock, and train.json, which says what shapes the weights in it."""
 
-import fcntl
-import os
-import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import orjson
-import structlog
 
 import streamsyn
 from streamsyn.config import Config, load
-from streamsyn.errors import ConfigError, DirectoryInUse
+from streamsyn.errors import ConfigError
 from streamsyn.records import digest
+from streamsyn.sink.lock import DirectoryLock
 from streamsyn.sink.rundir import write_whole
 from streamsyn.trainer.stream.chat_template import read_template
-
-log = structlog.get_logger()
 
 FORMAT = 1
 _RECORD = "train.json"
@@ -63,21 +58,13 @@ class OutDirectory:
         self.root = root
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = DirectoryLock(root)
         except OSError as error:
             raise ConfigError(f"cannot make {root}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
 
     def close(self) -> None:
         """Let go of the lock."""
-        os.close(self._lock)
+        self._lock.close()
 
     def claim(self, config: Config, model: str) -> None:
         """Note what this training is, or refuse to go on with another one.
@@ -101,22 +88,6 @@ class OutDirectory:
             },
         }
         write_whole(self.root / _RECORD, orjson.dumps(data, option=orjson.OPT_INDENT_2))
-
-
-def wait_until_free(root: Path) -> None:
-    """Return when no training has OUT open: one whose run was killed may still be saving there."""
-    try:
-        lock = os.open(root / ".lock", os.O_RDWR)
-    except OSError:
-        return  # nobody was here before, or opening OUT will say what is wrong
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
-        log.warning("train.waits", out=str(root), why=f"it is in use by another process ({holder})")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    finally:
-        os.close(lock)
 
 
 def check_shaping(root: Path, config: Config, model: str) -> None:
