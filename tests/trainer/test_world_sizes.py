@@ -1,0 +1,41 @@
+"""A training that goes on with another number of ranks than it was begun with."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trainer import tiny
+from tests.trainer.test_command import SETTINGS, lineage, result, write_run
+from tests.trainer.test_loop import run_ranks
+
+pytestmark = pytest.mark.timeout(180)  # four trainings, each a process or two that import torch
+
+
+def test_two_ranks_go_on_where_one_was_and_one_where_two_were(tmp_path: Path) -> None:
+    """Two steps by one rank, two by two, the rest by one: each step has the samples that it has in a training
+    by one rank alone, and the weights are those, but for the order in which sums are rounded."""
+    tiny.write_model(tmp_path / "base")
+    run, out, alone = write_run(tmp_path / "run", range(40)), tmp_path / "out", tmp_path / "alone"
+
+    def go_on(world: int, where: Path, **more: object) -> None:
+        keys = {
+            **SETTINGS,
+            "train.max_wait_s": 60,
+            **{f"train.{name}": value for name, value in more.items()},
+        }
+        sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
+        given = ["--from", str(run), "--model", str(tmp_path / "base"), "--out", str(where)]
+        run_ranks([sys.executable, "-m", "streamsyn", "train", *given, *sets], world)
+
+    go_on(1, alone)
+    go_on(1, out, max_steps=2)
+    go_on(2, out, max_steps=4)
+    go_on(1, out)
+
+    found, expected = lineage(out), lineage(alone)
+    assert len(expected) > 5
+    assert [step for step, _ in expected] == [step for step, _ in found]
+    for (_, examples), (_, others) in zip(found, expected, strict=True):
+        assert sorted(one[:4] for one in examples) == sorted(one[:4] for one in others)
+    assert tiny.furthest(result(alone), result(out)) < 1e-5
