@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two files of tests at a time; a real server without a GPU needs both cores for itself.
+TWO := -n 2 --dist loadfile
 
 .PHONY: help demo test test-quick lint bench bench-real clean
 
@@ -13,10 +15,11 @@ demo: .venv/stamp sglang  ## the main job on a real SGLang with a packaged model
 	$(BIN)/streamsyn demo
 
 test: .venv/stamp sglang chromium  ## all tests, those against the real SGLang and in a browser among them
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWO) -m "not real_sglang"
+	$(BIN)/pytest -m real_sglang
 
 test-quick: .venv/stamp  ## all tests that need neither SGLang nor a browser
-	$(BIN)/pytest -m "not real_sglang and not chromium"
+	$(BIN)/pytest $(TWO) -m "not real_sglang and not chromium"
 
 lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/ruff format --check .
