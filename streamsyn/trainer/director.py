@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import structlog
 
@@ -84,12 +83,11 @@ class Director:
                 log.info("train.stopping", step=self._progress.step, why=self.stopped)
                 break
             if self._is_at_limit:
-                self._note(self._store.stream or {})
                 yield from self._finish()
                 return
             found = self._plans.get(WAIT_S)
             if isinstance(found, End):
-                self._note(found.state)
+                self._store.stream = found.state
                 yield from self._finish()
                 return
             if found is None:
@@ -119,7 +117,7 @@ class Director:
         self._totals.tokens += plan.tokens
         self._totals.target_tokens += plan.target_tokens
         self._say(plan, rate, skipped=self._progress.skipped > skipped)
-        self._note(plan.state)
+        self._store.stream = plan.state
         yield from self._publish()
         yield from self._evaluate()
         if self._progress.step % section.save_every_steps == 0:
@@ -156,7 +154,13 @@ class Director:
 
     def _save(self, *, result: bool) -> Iterator[list[Order]]:
         self._figures.sync(self._progress.step)
-        self._store.noted["evaluations"] = self._evaluations.state()
+        self._store.noted = {
+            "schedule": self._schedule.state(),
+            "skipped": self._progress.skipped,
+            "task_losses": self._figures.tasks.state(),
+            "evaluations": self._evaluations.state(),
+            "totals": asdict(self._totals),
+        }
         yield self._all(Save(result=result))
         self._saved = self._progress.step
         log.info("train.saved", step=self._saved)
@@ -168,19 +172,6 @@ class Director:
             return
         yield self._all(Publish())
         self._published = step
-
-    def _note(self, stream: dict[str, Any]) -> None:
-        self._store.stream = stream
-        self._store.noted = {
-            "schedule": self._schedule.state(),
-            "skipped": self._progress.skipped,
-            "task_losses": self._figures.tasks.state(),
-            "totals": {
-                "examples": self._totals.examples,
-                "tokens": self._totals.tokens,
-                "target_tokens": self._totals.target_tokens,
-            },
-        }
 
     def _is_stalled(self) -> bool:
         """Whether to stop because nothing has come for too long."""

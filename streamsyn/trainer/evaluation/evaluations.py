@@ -6,11 +6,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.evaluation.grading import Exam
 from streamsyn.trainer.evaluation.losses import CONTROL, Changes, Rows, deal_rows, summary
+from streamsyn.trainer.figures.steplog import read_lines
 from streamsyn.trainer.orders import Evaluate
 from streamsyn.trainer.stream.examples import Example, Key
 
@@ -139,7 +138,7 @@ def _keys(orders: Sequence[Evaluate], kind: str) -> Iterator[Key]:
 def done_before(metrics: Path, step: int, exam: Exam | None) -> Done:
     """What OUT/metrics.jsonl says was done at the step where a run goes on."""
     done = Done()
-    for found in _lines(metrics):
+    for found in read_lines(metrics):
         if (found.get("kind"), found.get("step")) != ("evaluation", step):
             continue
         if any(name.startswith("nll_") for name in found):
@@ -147,14 +146,3 @@ def done_before(metrics: Path, step: int, exam: Exam | None) -> Done:
         if exam is not None and exam.names <= found.keys():
             done.examined = step
     return done
-
-
-def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
-    if not metrics.exists():
-        return
-    with metrics.open("rb") as file:
-        for line in file:
-            try:
-                yield orjson.loads(line)
-            except orjson.JSONDecodeError:  # torn by a kill
-                continue

@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import orjson
-
 from streamsyn.errors import ConfigError
+from streamsyn.trainer.figures.steplog import read_lines
 
 _NEEDLE = re.compile(r"needle_.+_(\d+)")
 _LOSSES = {
@@ -106,7 +105,7 @@ def read_curves(out: Path) -> Curves:
         ConfigError: There is none.
     """
     curves, before_s, wall_s = Curves(), 0.0, 0.0
-    for line in _lines(out / "metrics.jsonl"):
+    for line in _lines(out):
         match line.get("kind"):
             case "step":
                 if line["wall_s"] < wall_s:
@@ -123,6 +122,14 @@ def read_curves(out: Path) -> Curves:
     return curves
 
 
+def _lines(out: Path) -> Iterator[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    try:
+        yield from read_lines(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
     """For each value the mean of itself and `reach` on either side; NaN is passed over."""
     sums = list(accumulate((0.0 if math.isnan(one) else one for one in values), initial=0.0))
@@ -133,18 +140,3 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
         count = counts[end] - counts[begin]
         found.append((sums[end] - sums[begin]) / count if count else math.nan)
     return found
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines, but for a torn one."""
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    yield orjson.loads(line)
-                except orjson.JSONDecodeError:
-                    continue
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ class StepLog:
 
     def _failed(self, error: OSError) -> SinkError:
         return SinkError(f"cannot write {self._path}: {error.strerror}")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of this kind, but for a torn one; none if there is no file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
 
 
 def _cut(path: Path, step: int) -> None:

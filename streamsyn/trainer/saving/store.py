@@ -25,7 +25,7 @@ class Store:
 
     Attributes:
         stream: Where the stream stands, set before a save.
-        noted: What else to keep: schedule and totals.
+        noted: What else to keep, set before a save.
     """
 
     def __init__(
