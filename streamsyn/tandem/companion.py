@@ -6,10 +6,11 @@ both at once. A run that comes to its end waits for the trainer to come to it, t
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -45,7 +46,7 @@ class Companion:
         self._thread = ThreadPoolExecutor(1, "trainer")
         self._code: Future[int] | None = None
         self._process: TrainerProcess | None = None
-        self._stopping = False
+        self._stopping = self._ending = False
         self._woken: SimpleQueue[None] = SimpleQueue()  # an Event may not be set in a signal's handler
         self._last_line = self._error = ""
 
@@ -61,6 +62,7 @@ class Companion:
 
     def end(self) -> None:
         """End the trainer at once. Safe in a signal's handler."""
+        self._ending = True
         self.stop()
         if self._process is not None:
             self._process.end()
@@ -84,7 +86,7 @@ class Companion:
             self.stop()
         elif not self._code.done():
             log.info("run.waits_for_training", out=str(self._out))
-        return self._code.result()
+        return _awaited(self._code)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -114,7 +116,9 @@ class Companion:
             self._error = ""
             process = self._process = TrainerProcess(self._command, self._hear)
             log.info("trainer.started", pid=process.pid, out=str(self._out))
-            if self._stopping:
+            if self._ending:  # the signal came while it was being started
+                process.end()
+            elif self._stopping:
                 process.stop()
             ended = process.wait()
             match self._restarts.after(ended, self._checkpoint(), stopping=self._stopping):
@@ -163,6 +167,31 @@ class Companion:
             self._error = str(said.get("error", text.removeprefix(_PREFIX)))
         shown = orjson.dumps({**said, "of": "trainer"}).decode() if self._as_json else f"trainer| {text}"
         sys.stderr.write(shown + "\n")
+
+
+def _awaited(code: Future[int]) -> int:
+    """Its result; while it is waited for in the main thread, no signal is overlooked.
+
+    Of two signals that come together, the system may give the second to another thread. A lock that the main
+    thread waits for does not wake then, and the handler would not run; a socket that is written to does wake.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        try:
+            code.add_done_callback(lambda _code: _wake(theirs))
+            _wake(theirs)  # for a signal that came to another thread just before
+            while not code.done():
+                ours.recv(64)
+        finally:
+            signal.set_wakeup_fd(before)
+    return code.result()
+
+
+def _wake(line: socket.socket) -> None:
+    with suppress(OSError):  # nobody waits any more, or is woken already
+        line.send(b"\0")
 
 
 def _as_object(text: str) -> dict[str, Any]:

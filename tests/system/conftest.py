@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 COMMAND = [sys.executable, "-m", "streamsyn"]
+STARTED: list[subprocess.Popen[bytes]] = []
 
 
 def streamsyn(*arguments: object, timeout_s: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -23,8 +24,10 @@ def streamsyn(*arguments: object, timeout_s: float = 100, **options: Any) -> sub
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a command."""
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], **{"stderr": subprocess.PIPE, **options})
+    """Start a command. What a test that failed has left running is ended behind it."""
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], **{"stderr": subprocess.PIPE, **options})
+    STARTED.append(process)
+    return process
 
 
 def wait_for_line(process: subprocess.Popen[bytes], pattern: str) -> str:
@@ -57,6 +60,20 @@ class Server:
         self.process.wait(20)
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """One test that fails is not to fail others, by its load or by warnings of what it left open."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            kill = os.killpg if os.getpgid(process.pid) == process.pid else os.kill
+            kill(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+                pipe.close()
+    STARTED.clear()
 
 
 @pytest.fixture
