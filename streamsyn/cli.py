@@ -80,6 +80,11 @@ def run_options(command: Command) -> Command:
             is_flag=True,
             help="Print samples as NDJSON; nothing else gets to stdout.",
         ),
+        click.option(
+            "--replay",
+            is_flag=True,
+            help="With --stdout: begin with the samples that earlier runs have printed.",
+        ),
         click.option("--no-progress", is_flag=True, help="Plain log lines, even on a terminal."),
         click.option("--log-json", is_flag=True, help="One JSON object a line on stderr, and nothing else."),
         click.option(
@@ -121,6 +126,8 @@ def run(**given: Any) -> None:
     config = _resolve(given, given["out"])
     if given["launch"] and given["server"]:
         raise ConfigError("--launch starts a server; give it or --server, not both")
+    if given["replay"] and not given["to_stdout"]:
+        raise ConfigError("--replay prints samples once more; give --stdout, too")
     training = None
     if given["train"]:
         training = training_beside(given["train"], given["out"], as_json=given["log_json"])
@@ -129,6 +136,7 @@ def run(**given: Any) -> None:
         config=config,
         out=given["out"],
         stream=stream,
+        replay=given["replay"],
         launch=given["launch"],
         launch_python=given["sglang_python"],
         launch_args=given["sglang_arg"],

@@ -238,6 +238,8 @@ class Sample:
     id: str
     seed_id: str
     task: str
+    instruction: str
+    """What is asked, as it stands among the contexts' text in `messages`."""
     messages: list[dict[str, str]]
     context_seqs: list[int | None]
     """The `seq` of each passage in the prompt, in order; null for one that is no context but of a corpus."""

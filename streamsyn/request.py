@@ -38,6 +38,7 @@ class RunRequest:
         runner: Runs the event loop; another one for a simulation in virtual time.
         draw: For jitter; a seeded one for a simulation that is to be repeated.
         stream: Where samples go besides the log, if anywhere.
+        replay: Begin the stream with the samples of earlier runs.
         launch: A model to start a server for; None uses `config.fleet.servers`.
         launch_python: The interpreter that has sglang.
         launch_args: More flags for the server.
@@ -52,6 +53,7 @@ class RunRequest:
     runner: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
     draw: Random | None = None
     stream: SampleStream | None = None
+    replay: bool = False
     launch: str | None = None
     launch_python: Path | None = None
     launch_args: Sequence[str] = ()

@@ -19,6 +19,7 @@ from streamsyn.request import RunRequest, RunSummary
 from streamsyn.sections import ChecksSection, ServerSection
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sglang.fleet import Fleet, open_fleet
+from streamsyn.sink import frames
 from streamsyn.sink.log import encode_row
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
@@ -205,13 +206,15 @@ def assembly_of(parts: Parts) -> AssemblyStage | NoAssembly:
     config = parts.request.config
     if not config.assembly.write:
         return NoAssembly()
+    outlet = _Outlet(parts.log, parts.request.stream, parts.counters)
     return AssemblyStage(
         parts.materials.assembler(config.run.seed),
         parts.log,
-        _Outlet(parts.log, parts.request.stream, parts.counters),
+        outlet,
         logged=parts.log.contexts.rows,
         delivered=parts.log.samples.rows,
         flushes=parts.log.manifest.flushes,
+        replay=outlet.replay if parts.request.replay else None,
     )
 
 
@@ -219,9 +222,15 @@ class _Outlet:
     """Gives samples to whoever reads our stdout, then records them: none is skipped, whatever happens."""
 
     def __init__(self, run_log: RunLog, stream: SampleStream | None, counters: Counters) -> None:
+        self._log = run_log
         self._samples = run_log.samples
         self._stream = stream
         self._counters = counters
+
+    def replay(self) -> None:
+        """Give the reader what earlier runs have delivered: one that was killed may not have got it all."""
+        if self._stream is not None:
+            self._stream.write(map(frames.line, self._log.read_samples()))
 
     def deliver(self, samples: Sequence[Sample]) -> None:
         if self._stream is not None:

@@ -67,6 +67,7 @@ def sample(number: int, **given: Any) -> Sample:
         "id": f"seed-{number}",
         "seed_id": f"seed-{number}",
         "task": "qa",
+        "instruction": "?",
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
         "context_seqs": [number],
         "relevant_index": 0,

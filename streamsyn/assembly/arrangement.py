@@ -33,6 +33,7 @@ class Arrangement:
             id=relevant.id,
             seed_id=relevant.seed_id,
             task=relevant.task,
+            instruction=relevant.instruction,
             messages=[
                 {"role": "user", "content": user},
                 {"role": "assistant", "content": relevant.answer},

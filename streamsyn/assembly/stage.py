@@ -6,7 +6,7 @@ bytes. A small file, written now and then, keeps a resume from reading the whole
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -88,6 +88,8 @@ class AssemblyStage:
         logged: Contexts that the log holds at the start.
         delivered: Samples that were delivered by earlier runs.
         flushes: Numbers of contexts at which earlier streams ended.
+        replay: Called first, in a thread, where earlier samples are to be given to the reader once more;
+            raises what `outlet.deliver` does.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class AssemblyStage:
         logged: int,
         delivered: int,
         flushes: Sequence[int],
+        replay: Callable[[], None] | None = None,
     ) -> None:
         self._assembler = assembler
         self._store = store
@@ -106,6 +109,7 @@ class AssemblyStage:
         self._logged = logged
         self._delivered = delivered
         self._flushes = flushes
+        self._replay = replay
         self._unsaved_bytes = 0
         self._stopped = threading.Event()
         self._left_out = False
@@ -144,6 +148,8 @@ class AssemblyStage:
         self._unsaved_bytes = 0
 
     def _catch_up(self) -> None:
+        if self._replay is not None:
+            self._replay()
         self._restore()
         behind = self._logged - self._assembler.consumed
         if behind > 0:

@@ -13,6 +13,7 @@ SCHEMA = pyarrow.schema(
         ("id", pyarrow.string()),
         ("seed_id", pyarrow.string()),
         ("task", pyarrow.string()),
+        ("instruction", pyarrow.string()),
         (
             "messages",
             pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])),

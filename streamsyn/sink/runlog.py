@@ -84,7 +84,11 @@ class RunLog:
 
     def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
         """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
-        return read_contexts(self.root, self.manifest, first_seq, end_seq)
+        return _read_rows(self.root, self.manifest, "contexts", first_seq, end_seq)
+
+    def read_samples(self) -> Iterator[dict[str, Any]]:
+        """Rows of the samples that are there by now."""
+        return _read_rows(self.root, self.manifest, "samples", 0, self.samples.rows)
 
     def load_state(self) -> dict[str, Any] | None:
         """Where assembly stood when it was last saved; None when that is lost."""
@@ -141,8 +145,10 @@ class RunLog:
             log.warning("log.close_failed", why=str(failure))
 
 
-def read_contexts(root: Path, manifest: Manifest, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
-    """Rows of contexts from `first_seq` up to, not with, `end_seq`, sealed and open ones.
+def _read_rows(
+    root: Path, manifest: Manifest, kind: str, first_seq: int, end_seq: int
+) -> Iterator[dict[str, Any]]:
+    """Rows from `first_seq` up to, not with, `end_seq`, sealed and open ones.
 
     Raises:
         SinkError: A shard is missing or damaged.
@@ -150,7 +156,7 @@ def read_contexts(root: Path, manifest: Manifest, first_seq: int, end_seq: int) 
     seq, tries = first_seq, 0
     while seq < end_seq and tries < 3:
         before = seq
-        for path in shard_paths(root, manifest, "contexts", seq):
+        for path in shard_paths(root, manifest, kind, seq):
             with suppress(FileNotFoundError):  # another thread has just sealed it: look again
                 for row in frames.rows(path):
                     if row.get("seq") == seq < end_seq:
@@ -158,7 +164,7 @@ def read_contexts(root: Path, manifest: Manifest, first_seq: int, end_seq: int) 
                         seq += 1
         tries = 0 if seq > before else tries + 1
     if seq < end_seq:
-        raise SinkError(f"row {seq} of {root / 'contexts'} cannot be read; `streamsyn verify` says why")
+        raise SinkError(f"row {seq} of {root / kind} cannot be read; `streamsyn verify` says why")
 
 
 def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:

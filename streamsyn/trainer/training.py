@@ -181,8 +181,7 @@ def _open_stream(setting: Setting, stack: ExitStack) -> tuple[Planner, PlanQueue
     state = None if setting.before is None else setting.before.stream
     planner = Planner(section, setting.config.run.seed, sources, renderer, state, ranks=world)
     stack.callback(planner.close)
-    run = None if setting.source == "-" else Path(setting.source)
-    held_out = HeldOutSet(planner, renderer, run, section.seq_len, world)
+    held_out = HeldOutSet(planner, renderer, section.seq_len, world)
     return planner, stack.enter_context(PlanQueue(planner)), held_out
 
 

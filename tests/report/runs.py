@@ -89,6 +89,7 @@ def sample_of(context: Context, seq: int, others: Sequence[str] = ()) -> Sample:
         id=context.id,
         seed_id=context.seed_id,
         task=context.task,
+        instruction=context.instruction,
         messages=[
             {"role": "user", "content": "Read.\n\n" + "\n\n".join(texts) + f"\n\nNow: {context.instruction}"},
             {"role": "assistant", "content": context.answer},

@@ -114,6 +114,27 @@ def test_stdout_holds_samples_and_nothing_else(serve: Serve, seeds: Seeds, tmp_p
     assert "run.started" in done.stderr
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_replay_begins_with_what_was_printed_before(
+    serve: Serve, seeds: Seeds, tmp_path: Path, compression: str
+) -> None:
+    """For a reader that has lost some: the same bytes as at first, from sealed shards and the open one, and
+    then what is new. Without --replay only what is new."""
+    server, out = serve(), tmp_path / "out"
+    options = ["--set", f"sink.compression={compression}", "--set", "sink.shard_bytes=2000", *SLOW]
+    command = ["run", "--server", server.url, "--out", out, "--stdout", *options, "--seeds"]
+    first = streamsyn(*command, seeds(40))
+    more = seeds(20, "more.jsonl")
+    second = streamsyn(*command, more, "--replay")
+    third = streamsyn(*command, more)
+
+    assert (0, 0, 0) == (first.returncode, second.returncode, third.returncode), second.stderr
+    assert (40, 60, 0) == tuple(len(done.stdout.splitlines()) for done in (first, second, third))
+    assert second.stdout.startswith(first.stdout)
+    assert list(range(60)) == [json.loads(line)["seq"] for line in second.stdout.splitlines()]
+    assert_clean(out)
+
+
 def test_what_came_through_a_pipe_survives_a_kill(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """Seeds from stdin are spooled: after a kill a run without --seeds finishes what had been read, and
     piping the same seeds again changes nothing."""
@@ -229,6 +250,7 @@ MISTAKES = [
         ["run", "--out", "OUT", "--stdout", "--seeds", "SEEDS", "--set", "assembly.write=false"],
         "assembly.write",
     ),
+    (["run", "--out", "OUT", "--replay", "--seeds", "SEEDS"], "--stdout, too"),
     (["run", "--out", "OUT", "absent.toml"], "absent.toml"),
     (["run", "--out", "OUT", "--seeds", "SEEDS", "--limit", "0"], "--limit"),
     (["run", "--seeds", "SEEDS"], "--out"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import COMMAND, Server, environment, start
+from streamsyn.trainer.stream.holdout import is_held_out
+from tests.system.conftest import COMMAND, Server, environment, rows, start
 from tests.trainer import tiny
 
 pytestmark = pytest.mark.timeout(180)
@@ -28,9 +29,13 @@ def sets(keys: Mapping[str, object]) -> list[str]:
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 
-def steps(out: Path) -> list[dict[str, float]]:
+def figures(out: Path, kind: str) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "step"]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def steps(out: Path) -> list[dict[str, float]]:
+    return figures(out, "step")
 
 
 def test_training_follows_a_run(
@@ -67,12 +72,22 @@ def test_training_follows_a_run(
 def test_training_reads_a_pipe(
     tmp_path: Path, serve: Callable[..., Server], seeds: Callable[..., Path]
 ) -> None:
-    """`run --stdout | train --from -`: every sample once, both exit with 0."""
+    """`run --stdout | train --from -`: every sample once, but for those held out, whose loss is measured with
+    contexts and without; both exit with 0."""
     base, out = tiny.write_model(tmp_path / "base"), tmp_path / "out"
     server = serve("--words", "30", "--ms-per-token", "1", "--latency-ms", "5")
     command = ["run", "--seeds", seeds(30), "--server", server.url, "--out", tmp_path / "run", "--stdout"]
     running = start(*command, *sets(RUN), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    given = ["train", "--from", "-", "--model", str(base), "--out", str(out), *sets(SETTINGS)]
+    given = [
+        "train",
+        "--from",
+        "-",
+        "--model",
+        str(base),
+        "--out",
+        str(out),
+        *sets({**SETTINGS, "train.holdout": 0.2}),
+    ]
     trained = subprocess.run(
         [*COMMAND, *given], stdin=running.stdout, capture_output=True, text=True, check=False, env=ONE_THREAD
     )
@@ -81,4 +96,7 @@ def test_training_reads_a_pipe(
 
     assert 0 == running.wait(60)
     assert 0 == trained.returncode, trained.stderr
-    assert 30 == sum(step["examples"] for step in steps(out))
+    held = sum(is_held_out(row, 0.2) for row in rows(tmp_path / "run", "samples"))
+    assert 30 - held == sum(step["examples"] for step in steps(out)) < 30
+    measured = figures(out, "evaluation")[-1]
+    assert {"nll_with_context", "nll_without_context", "context_gain"} <= measured.keys()

@@ -21,6 +21,7 @@ from tests.trainer import tiny
 
 KILLS = int(os.environ.get("STREAMSYN_KILLS", "30"))
 SEED = int(os.environ.get("STREAMSYN_KILLS_SEED", "0"))
+PIPE_KILLS = 4
 LATE_KILLS = 4
 """Kills after the run has ended, in the second epoch."""
 PATIENCE_S = 4.0
@@ -107,8 +108,7 @@ class Trainings:
     def __init__(self, folder: Path) -> None:
         self.out = folder / "out"
         self.said = folder / "stderr"
-        given = ["train", "--from", str(folder / "run"), "--model", str(folder / "base")]
-        self._argv = [*given, "--out", str(self.out), *sets(SETTINGS)]
+        self._folder = folder
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.trainer.fork_server"],
@@ -119,10 +119,18 @@ class Trainings:
             env=environment,
         )
 
-    def start(self) -> int:
-        """One more; its process."""
+    def start(self, pipe: Path | None = None) -> int:
+        """One more, on the run's directory or on a named pipe; its process."""
         assert self._server.stdin is not None
-        task = {"argv": self._argv, "stderr": str(self.said), "stdin": None, "file_bytes": None}
+        source = str(self._folder / "run") if pipe is None else "-"
+        given = ["train", "--from", source, "--model", str(self._folder / "base"), "--out", str(self.out)]
+        stdin = None if pipe is None else str(pipe)
+        task = {
+            "argv": [*given, *sets(SETTINGS)],
+            "stderr": str(self.said),
+            "stdin": stdin,
+            "file_bytes": None,
+        }
         self._server.stdin.write(json.dumps(task) + "\n")
         return int(self._read("started")[0])
 
@@ -184,6 +192,11 @@ def kill_once(draw: random.Random, trainings: Trainings, meanwhile: Callable[[],
     """Start a training and kill it some time later; its exit code."""
     process = trainings.start()
     meanwhile()
+    return kill(draw, trainings, process)
+
+
+def kill(draw: random.Random, trainings: Trainings, process: int) -> int:
+    """Kill it, at some moment from now; its exit code."""
     if draw.random() < 1 / 3:
         trainings.ends_within(draw.uniform(0, 1.5))
     else:
@@ -250,10 +263,41 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
     assert trainings.record() == audit(trainings, before)
     assert 0 < in_between < trainings.checkpoint()["step"]
     assert lost > 0, "no kill came between two checkpoints"
-    samples = rows(tmp_path / "run", "samples")
+    assert_each_trained_on_once(trainings, tmp_path / "run", seeds)
+
+
+def assert_each_trained_on_once(trainings: Trainings, run: Path, seeds: int) -> None:
+    """An epoch, but for what is held out; and there is a sample for each seed."""
+    samples = rows(run, "samples")
     wanted = {row["id"] for row in samples if not is_held_out(row, SETTINGS["train.holdout"])}
     trained = [(epoch, name) for line in trainings.trained() for _, epoch, _, name, _ in line["examples"]]
     assert seeds == len(samples) > len(wanted)
     assert Counter(trained) == Counter((epoch, name) for epoch in (0, 1) for name in wanted)
     assert 2 * len(wanted) == trainings.checkpoint()["totals"]["examples"]
-    assert_clean(tmp_path / "run")
+    assert_clean(run)
+
+
+def test_a_pipe_that_is_played_again_loses_nothing(
+    serve: Callable[..., Server],
+    seeds: Callable[..., Path],
+    trainings: Trainings,
+    tmp_path: Path,
+) -> None:
+    """`run --stdout --replay | train --from -`: what lay in the pipe when the trainer was killed comes again,
+    what it had read is passed over."""
+    draw = random.Random(SEED)
+    server = serve("--words", "12", "--ms-per-token", "1", "--latency-ms", "40", "--jitter-ms", "30")
+    out, pipe = tmp_path / "run", tmp_path / "pipe"
+    command = ["run", "--seeds", seeds(90), "--server", server.url, "--out", out, "--stdout", "--replay"]
+    os.mkfifo(pipe)
+    before = b""
+    for dies in [True] * PIPE_KILLS + [False]:
+        process = trainings.start(pipe)
+        with pipe.open("wb") as its:
+            running = start(*command, "--no-progress", *sets(RUN), stdout=its, stderr=subprocess.DEVNULL)
+        code = kill(draw, trainings, process) if dies else trainings.wait()
+        assert code == (-signal.SIGKILL if dies else 0), trainings.said.read_text()
+        assert running.wait(30) in {0, 75}
+        before = audit(trainings, before)
+
+    assert_each_trained_on_once(trainings, out, 90)
