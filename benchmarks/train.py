@@ -10,13 +10,13 @@ accelerate and datasets; without it, only our side runs. Such a one, which takes
     python -m venv V; V/bin/pip install --no-deps trl==1.16.0
     echo "$PWD"/.venv/lib/python3*/site-packages > "$(echo V/lib/python3*/site-packages)"/here.pth
 
-The first form is for a CPU: 4 layers of 256, one thread, tokens per CPU second; ours with transformers' SDPA
-and its mask, as TRL has it, and with a call for each sample. The second is for a GPU: 0.5 and 1.5 billion
-weights, rows of 8k tokens and of 32k (these with gradient checkpointing), bf16 over float32 weights, the best
-attention that is installed on each side; tokens a second of wall time, the share of the device's dense bf16
-peak (as `streamsyn.trainer.figures.flops` counts it, the same for both) and the highest memory. Without a GPU
-it says what it would do; with --dry it does so in small on the CPU: the same functions, tiny models and short
-rows.
+The first form is for a CPU: 4 layers of 256, rows of 1k tokens and of 4k, one thread, tokens per CPU second;
+ours with transformers' SDPA and its mask, as TRL has it, and with a call for each sample. The second is for a
+GPU: 0.5 and 1.5 billion weights, rows of 8k tokens and of 32k (these with gradient checkpointing), bf16 over
+float32 weights, the best attention that is installed on each side; tokens a second of wall time, the share of
+the device's dense bf16 peak (as `streamsyn.trainer.figures.flops` counts it, the same for both) and the highest
+memory. Without a GPU it says what it would do; with --dry it does so in small on the CPU: the same functions,
+tiny models and short rows.
 """
 
 import argparse
@@ -60,7 +60,8 @@ class Case:
         return LlamaConfig(**chosen, max_position_embeddings=65_536, tie_word_embeddings=self.tied)
 
 
-SMALL = Case("4 x 256", (256, 1024, 4, 8, 4, 4096), 1024)
+SMALL = (256, 1024, 4, 8, 4, 4096)
+CPU_CASES = [Case("4x256 1k", SMALL, 1024), Case("4x256 4k", SMALL, 4096, steps=WARM_UP + 3)]
 MODELS = {"0.5B": (896, 4864, 24, 14, 2, 151_936), "1.5B": (1536, 8960, 28, 12, 2, 151_936)}
 TINY = (64, 128, 2, 4, 2, 1024)
 
@@ -201,7 +202,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     given = options.parse_args()
-    cases = gpu_cases(dry=given.dry) if given.gpu else [SMALL]
+    cases = gpu_cases(dry=given.dry) if given.gpu else CPU_CASES
     if not given.trl:
         print("no --trl PYTHON: TRL's SFTTrainer would be fed the same packs, in turns with ours")
     if any(case.gpu for case in cases) and not has_gpu():

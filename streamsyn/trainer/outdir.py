@@ -138,11 +138,8 @@ def _shaping(config: Config, model: str) -> dict[str, Any]:
 
 
 def _lasting(config: Config, model: str) -> dict[str, Any]:
-    """The section as a later training, from wherever it is started, can go on with it."""
+    """The section as a later training can go on with it."""
     section = config.train.model_dump(mode="json", exclude_none=True) | {"model": _absolute(model)}
-    for table, key in ((section, "chat_template"), (section, "control"), (section.get("longbench"), "path")):
-        if table and key in table:
-            table[key] = str(Path(table[key]).absolute())
     for key in ("out", "max_steps"):  # of one run only
         section.pop(key, None)
     return section

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from streamsyn.config import Config, load, parse_override
 from streamsyn.errors import ConfigError
@@ -59,6 +60,7 @@ def resolve(
     model = model or config.train.model
     if model is None:
         raise ConfigError("there is no model to tune: pass --model PATH, or set train.model")
+    config = config.model_copy(update={"train": _with_whole_paths(config.train)})
     return TrainRequest(config, source, model, out)
 
 
@@ -92,6 +94,23 @@ def check_launcher(section: TrainSection) -> None:
     """
     if section.launcher and shutil.which(section.launcher[0]) is None:
         raise ConfigError(f"train.launcher: there is no program {section.launcher[0]!r}")
+
+
+def _with_whole_paths(section: TrainSection) -> TrainSection:
+    """So that a training that is taken up from another folder is still the same."""
+    whole: dict[str, Any] = {
+        "mix": tuple(one.model_copy(update={"path": _whole(one.path)}) for one in section.mix)
+    }
+    for key in ("chat_template", "control"):
+        if (path := getattr(section, key)) is not None:
+            whole[key] = _whole(path)
+    if section.longbench is not None:
+        whole["longbench"] = section.longbench.model_copy(update={"path": _whole(section.longbench.path)})
+    return section.model_copy(update=whole)
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def _check_model(path: str) -> None:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamsyn.config import load
-from streamsyn.trainer.outdir import OutDirectory, remembered
+from streamsyn.trainer.outdir import OutDirectory, check_shaping
+from streamsyn.trainer.request import resolve
 from tests.trainer import tiny
 from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
     SETTINGS,
@@ -176,16 +176,26 @@ def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -
     assert picture.exists()
 
 
-def test_a_training_remembers_where_its_files_lie(tmp_path: Path) -> None:
-    """It may go on from another folder, and measures the same there."""
-    given = [("train.control", "chat.jsonl"), ("train.longbench", {"path": "questions/*.jsonl"})]
-    directory = OutDirectory(tmp_path / "out")
-    directory.claim(load(None, given), "somebody/some-model")
+def test_a_training_remembers_where_its_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on from another folder, with the same configuration or without any."""
+    config, out = tmp_path / "train.toml", tmp_path / "out"
+    config.write_text(
+        "[train]\nmodel = 'somebody/some-model'\ncontrol = 'chat.jsonl'\nmix = [{path = 'mixed'}]\n"
+        "longbench = {path = 'questions/*.jsonl'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    first = resolve(config, "run", None, out)
+    directory = OutDirectory(out)
+    directory.claim(first.config, first.model)
     directory.close()
-    kept = dict(remembered(tmp_path / "out"))["train"]
+    monkeypatch.chdir("/")
+    later = resolve(None, "run", None, out).config.train
 
-    assert str(Path("chat.jsonl").absolute()) == kept["control"]
-    assert str(Path("questions/*.jsonl").absolute()) == kept["longbench"]["path"]
+    assert str(tmp_path / "chat.jsonl") == later.control
+    assert (str(tmp_path / "mixed"),) == tuple(one.path for one in later.mix)
+    assert later.longbench is not None
+    assert str(tmp_path / "questions/*.jsonl") == later.longbench.path
+    check_shaping(out, resolve(None, "run", None, out).config, first.model)
 
 
 def test_a_closed_stdout_is_no_failure() -> None:

@@ -273,16 +273,6 @@ def test_a_mix_keeps_its_weight_step_by_step() -> None:
         assert order[:end].count("mix") in (int(stream_so_far * 0.5), int(stream_so_far * 0.5 + 0.5))
 
 
-def test_a_mix_that_is_added_later_begins_there() -> None:
-    """A new mix, or a new weight, counts from where it came in: nothing is made up for."""
-    lengths: list[int | None] = [10] * 100
-    first = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))[:3]
-    stream_first = first[-1].state["feed"]["stream"]["examples"]
-    rest = asyncio.run(plans(planner(Sources(Arriving(made(lengths)), mixed(1.0)), first[-1].state)))
-
-    assert 100 - stream_first == sum(key.source == "mix" for key in keys(rest))
-
-
 def test_a_mix_that_holds_nothing_is_refused() -> None:
     """Neither an empty file nor one without a usable row is read in a circle for ever."""
     for general in ([], made([None, 500])):

@@ -4,13 +4,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.sections.train import TrainSection
-from streamsyn.trainer.sources.source import Mixed, Source, Sources
+from streamsyn.trainer.sources.source import Source, Sources
 from streamsyn.trainer.stream.examples import Dropped, Example, Key, Row
 from streamsyn.trainer.stream.holdout import HeldOut, is_held_out
 from streamsyn.trainer.stream.reading import Item, Reading, mark_of
@@ -31,23 +32,16 @@ class Rendering(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class _MixedReading:
     """A source that is mixed in, and how many examples of it are due."""
 
-    def __init__(self, reading: Reading, weight: float, since: tuple[int, int]) -> None:
-        self.reading = reading
-        self.weight = weight
-        self._since = since
-        """Examples of the stream, and of this one, at which it got its weight."""
+    reading: Reading
+    weight: float
 
     def is_due(self, stream_examples: int) -> bool:
         """Whether the next example comes from here. Depends on counts alone."""
-        stream_then, own_then = self._since
-        return self.reading.examples < own_then + int((stream_examples - stream_then) * self.weight + 0.5)
-
-    def state(self) -> dict[str, Any]:
-        """Where it stands."""
-        return {**self.reading.state(), "weight": self.weight, "since": list(self._since)}
+        return self.reading.examples < int(stream_examples * self.weight + 0.5)
 
 
 class Feed:
@@ -76,7 +70,12 @@ class Feed:
         if state["source"] != sources.stream.name:
             raise ConfigError(f"the checkpoint stands in {state['source']}, not in {sources.stream.name}")
         self._stream = Reading(sources.stream, section.epochs, self._load, state.get("stream"))
-        self._mix = [self._mixed(one, state["mix"].get(one.source.name)) for one in sources.mix]
+        self._mix = [
+            _MixedReading(
+                Reading(one.source, None, self._load, state["mix"].get(one.source.name)), one.weight
+            )
+            for one in sources.mix
+        ]
         self._sources: dict[str, Source] = {
             source.name: source for source in (sources.stream, *(one.source for one in sources.mix))
         }
@@ -95,7 +94,7 @@ class Feed:
         return {
             "source": self._stream.source.name,
             "stream": self._stream.state(),
-            "mix": {one.reading.source.name: one.state() for one in self._mix},
+            "mix": {one.reading.source.name: one.reading.state() for one in self._mix},
             "counts": dict(self.counts),
             "dropped": dict(self.dropped),
         }
@@ -159,12 +158,6 @@ class Feed:
     async def _in_thread(self, call: Callable[[], T]) -> T:
         # One thread: what a cancelled call was doing is over before the next one begins.
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-
-    def _mixed(self, mixed: Mixed, state: dict[str, Any] | None) -> _MixedReading:
-        reading = Reading(mixed.source, None, self._load, state)
-        if state is None or state["weight"] != mixed.weight:
-            return _MixedReading(reading, mixed.weight, (self._stream.examples, reading.examples))
-        return _MixedReading(reading, mixed.weight, tuple(state["since"]))
 
     def _due(self) -> Reading:
         """Whose turn it is."""
