@@ -14,7 +14,7 @@ The first form is for a CPU: 4 layers of 256, rows of 1k tokens and of 4k, one t
 ours with transformers' SDPA and its mask, as TRL has it, and with a call for each sample. The second is for a
 GPU: 0.5 and 1.5 billion weights, rows of 8k tokens and of 32k (these with gradient checkpointing), bf16 over
 float32 weights, the best attention that is installed on each side; tokens a second of wall time, the share of
-the device's dense bf16 peak (as `streamsyn.trainer.figures.flops` counts it, the same for both) and the highest
+the device's dense bf16 peak (as `streamsyn.trainer.figures.flops` counts it, the same for both), the highest
 memory. Without a GPU it says what it would do; with --dry it does so in small on the CPU: the same functions,
 tiny models and short rows.
 """
