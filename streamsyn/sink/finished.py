@@ -117,20 +117,24 @@ class Claims:
     Args:
         finished: The file of FinishedKeys; None when there is no run directory (`preview`).
         scratch: Where to keep what has been read in this run; removed before and after.
+
+    Raises:
+        SinkError: The disk is full, or the file of FinishedKeys is damaged.
     """
 
     def __init__(self, finished: Path | None, scratch: Path) -> None:
         self._scratch = scratch
         self._path = finished or scratch
         scratch.unlink(missing_ok=True)
-        self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
-        self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._db.execute("CREATE TABLE claimed (key BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._has_finished = finished is not None
-        if finished is not None:
-            self._db.execute("ATTACH ? AS old", (str(finished),))
-            self._has_finished = bool(self._db.execute("SELECT 1 FROM old.finished LIMIT 1").fetchall())
+        with _translated(self._path):
+            self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
+            self._db.execute("PRAGMA journal_mode = OFF")
+            self._db.execute("PRAGMA synchronous = OFF")
+            self._db.execute("CREATE TABLE claimed (key BLOB PRIMARY KEY) WITHOUT ROWID")
+            self._has_finished = finished is not None
+            if finished is not None:
+                self._db.execute("ATTACH ? AS old", (str(finished),))
+                self._has_finished = bool(self._db.execute("SELECT 1 FROM old.finished LIMIT 1").fetchall())
 
     def claim(self, key: bytes) -> Claim:
         """Take `key` for this run, unless it is finished or was taken before."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import structlog
 
+from streamsyn.errors import StreamsynError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.figures.record import Figures
@@ -85,7 +86,11 @@ class Director:
             if self._is_at_limit:
                 yield from self._finish()
                 return
-            found = self._plans.get(WAIT_S)
+            try:
+                found = self._plans.get(WAIT_S)
+            except StreamsynError:
+                yield from self._save_what_is_new()
+                raise
             if isinstance(found, End):
                 self._store.stream = found.state
                 yield from self._finish()
@@ -98,8 +103,7 @@ class Director:
             yield from self._evaluate()  # before the first step, or where an earlier run was stopped
             if not wants_to_stop():
                 yield from self._take(found)
-        if self._progress.step > self._saved:
-            yield from self._save(result=False)
+        yield from self._save_what_is_new()
         yield self._all(Stop())
 
     @property
@@ -151,6 +155,10 @@ class Director:
             log.warning("train.evaluation_stopped", step=progress.step, answers=len(progress.answers))
             if last:
                 self.stopped = "a signal, during the last evaluation"
+
+    def _save_what_is_new(self) -> Iterator[list[Order]]:
+        if self._progress.step > self._saved:
+            yield from self._save(result=False)
 
     def _save(self, *, result: bool) -> Iterator[list[Order]]:
         self._figures.sync(self._progress.step)

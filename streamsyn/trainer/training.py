@@ -14,7 +14,7 @@ from streamsyn.config import Config
 from streamsyn.errors import ConfigError, StreamsynError
 from streamsyn.trainer.director import Director, Totals
 from streamsyn.trainer.evaluation.control_rows import control_examples
-from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
+from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before
 from streamsyn.trainer.evaluation.grading import Exam
 from streamsyn.trainer.evaluation.heldout_rows import HeldOutSet
 from streamsyn.trainer.evaluation.opening import open_exam
@@ -133,13 +133,15 @@ def _run(setting: Setting) -> int:
         try:
             control, exam = _open_tests(setting)
             planner, plans, held_out = _open_stream(setting, stack)
-            done = done_before(setting.out / "metrics.jsonl", progress.step, exam)
+            done, kept = Done(), -1  # without a checkpoint all begins anew, what was measured too
+            if setting.before is not None:
+                done, kept = done_before(setting.out / "metrics.jsonl", progress.step, exam), progress.step
             evaluations = Evaluations(
                 section, held_out.rows, control, exam, ranks.world, done, info.get("evaluations")
             )
             track = start_tracking(setting.placed.accelerator, section, setting.out, progress.step)
             speed = speed_of(setting.placed.plain, setting.placed.accelerator.device, ranks.world)
-            figures = Figures(setting.out, progress.step, info.get("task_losses"), speed, track)
+            figures = Figures(setting.out, kept, info.get("task_losses"), speed, track)
         except StreamsynError:
             loop.call_off()
             raise

@@ -251,6 +251,34 @@ def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> Non
     assert whole_losses == losses
 
 
+def test_a_kill_before_the_first_checkpoint_begins_anew(start: Start, tmp_path: Path) -> None:
+    """With the evaluation before the first step, too: later ones are compared with that."""
+    run = write_run(tmp_path / "run", range(40))
+    given = {"save_every_steps": 1000, "eval_every_steps": 4}
+    undisturbed, killed = tmp_path / "whole", tmp_path / "killed"
+    assert 0 == start(run, undisturbed, **given).wait()
+    training = start(run, killed, **given)
+    training.wait_for_steps(killed, 1)
+    training.kill()
+    training.wait()
+    assert not (killed / "LATEST").exists()
+    assert 0 == start(run, killed, **given).wait()
+
+    assert evaluations(undisturbed) == evaluations(killed)
+    assert 0.0 > evaluations(killed)[-1]["nll_with_context_change"]
+    assert lineage(undisturbed) == lineage(killed)
+
+
+def evaluations(out: Path) -> list[dict[str, Any]]:
+    """Those in metrics.jsonl, without their times."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("nll_")}
+        for line in found
+        if line["kind"] == "evaluation"
+    ]
+
+
 def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> None:
     """SIGTERM ends a training after the step it is at, saved, with 75; resumed, the weights at the end are
     those of a training that nobody stopped."""

@@ -52,6 +52,26 @@ def test_a_slow_generator_is_waited_for_and_named(start: Start, tmp_path: Path, 
     assert "verdict=generation-bound" in done
 
 
+def test_a_source_that_fails_costs_no_step(start: Start, tmp_path: Path, fifo: Path) -> None:
+    """What is mixed in is deleted meanwhile: one line, exit 2; the steps made so far are in a checkpoint."""
+    out, mix = tmp_path / "out", tmp_path / "mix.jsonl"
+    mix.write_bytes(row(1000))
+    given: dict[str, Any] = {"shuffle_min": 1, "holdout": 0.0, "max_wait_s": 0.3, "save_every_steps": 1000}
+    given["mix"] = f"[{{path = '{mix}', weight = 0.25}}]"
+    training = start("-", out, stdin=fifo, **given)
+    with fifo.open("wb") as pipe:
+        pipe.write(row(0))
+        pipe.flush()
+        training.wait_for_steps(out, 1)
+        mix.unlink()
+        pipe.writelines(row(number) for number in range(1, 20))
+
+    assert 2 == training.wait(), training.stderr()
+    assert f"train.mix: {mix}" in training.stderr().splitlines()[-1]
+    assert "Traceback" not in training.stderr()
+    assert f"step-{len(lines(out)):07}" == (out / "LATEST").read_text().strip()
+
+
 def test_a_slow_trainer_holds_the_writer_up(start: Start, tmp_path: Path, fifo: Path) -> None:
     """A pipe is read as samples are used: its writer comes to its end long after training has begun."""
     out, many = tmp_path / "out", 700

@@ -221,6 +221,21 @@ def test_control_rows_that_make_no_sample_are_counted_and_said(tmp_path: Path) -
     assert [3] == [line["count"] for line in logs if line["event"] == "control.dropped_rows"]
 
 
+def test_another_control_file_is_another_set_of_samples(tmp_path: Path) -> None:
+    """A training that goes on with another file does not compare its losses with those of the old one."""
+    known = []
+    for name, answers in (("a", "12"), ("b", "34"), ("a again", "12")):
+        (tmp_path / name).with_suffix(".jsonl").write_text("".join(map(chat_row, answers)))
+        path = str((tmp_path / name).with_suffix(".jsonl"))
+        found = control_examples(path, 3, Renderer(tiny.tokenizer(), 64, "drop"))
+        known.append({one.key for one in found})
+    first, other, again = known
+
+    assert 2 == len(first)
+    assert not first & other
+    assert first == again
+
+
 def started(tmp_path: Path, **given: Any) -> int:
     """`streamsyn train` in this process, over a few chat rows."""
     if not (tmp_path / "base").exists():

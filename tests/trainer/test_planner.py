@@ -1,16 +1,21 @@
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.sglang.simulator.clock import run_virtually
+from streamsyn.trainer.sources.files import FileRows
 from streamsyn.trainer.sources.source import Mixed, Sources
-from streamsyn.trainer.stream.examples import End, Idle, Key, StepPlan
-from tests.trainer.streams import Arriving, keys, planner, plans, row
+from streamsyn.trainer.stream.examples import Dropped, End, Example, Idle, Key, StepPlan
+from streamsyn.trainer.stream.reading import BATCH_ROWS
+from tests.trainer.streams import Arriving, Lengths, keys, planner, plans, row
 
 rows = st.lists(
     st.one_of(st.none(), st.integers(1, 120)), max_size=50
@@ -256,6 +261,9 @@ def test_held_out_seeds_are_kept_for_evaluation() -> None:
     assert not {one.example.key.seq for one in stream.held_out} & trained
     assert [one.row for one in stream.held_out] == [one.row for one in later.held_out]
     assert source.closed
+    fewer = planner(Sources(Arriving(made([10] * 400))), steps[-1].state, holdout=0.25, holdout_samples=7)
+    asyncio.run(plans(fewer))
+    assert [one.row for one in stream.held_out[:7]] == [one.row for one in fewer.held_out]
 
 
 def test_a_mix_keeps_its_weight_step_by_step() -> None:
@@ -271,6 +279,43 @@ def test_a_mix_keeps_its_weight_step_by_step() -> None:
     for end in range(1, len(order) + 1):
         stream_so_far = order[:end].count("run")
         assert order[:end].count("mix") in (int(stream_so_far * 0.5), int(stream_so_far * 0.5 + 0.5))
+
+
+@pytest.mark.parametrize("size", [2 * BATCH_ROWS - 1, 2 * BATCH_ROWS])
+def test_where_a_mix_ends_makes_no_difference(tmp_path: Path, size: int) -> None:
+    """Of a file it is not known how many rows it has before its end was met, which may be where a read ends:
+    what goes on from a state trains on the same as what began before it."""
+    for name, number in (("stream", 300), ("mix", size)):
+        lines = [orjson.dumps(row(n), option=orjson.OPT_APPEND_NEWLINE) for n in range(number)]
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(lines))
+
+    def sources() -> Sources:
+        stream, general = (str(tmp_path / f"{name}.jsonl") for name in ("stream", "mix"))
+        mix = Mixed(FileRows(general, "mix", "train.mix", count=False), 0.5)
+        return Sources(FileRows(stream, "files", "--from", count=True), [mix])
+
+    whole = asyncio.run(plans(planner(sources(), shuffle_size=150)))
+    for number in (0, 1, 4):
+        rest = asyncio.run(plans(planner(sources(), whole[number].state, shuffle_size=150)))
+        assert keys(whole[number + 1 :]) == keys(rest)
+
+
+def test_what_was_held_is_read_again_a_few_rows_at_a_time() -> None:
+    """A large buffer of long samples is not held as text, all of it at once."""
+    sizes: list[int] = []
+
+    class Counting(Lengths):
+        def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
+            sizes.append(len(rows))
+            return super().render_batch(rows)
+
+    given = {"shuffle_size": 120, "shuffle_min": 120}
+    first = asyncio.run(plans(planner(Sources(Arriving(made([10] * 300))), **given)))
+    stream = planner(Sources(Arriving(made([10] * 300))), first[0].state, Counting(100), **given)
+
+    assert keys(first[1:]) == keys(asyncio.run(plans(stream)))
+    assert [BATCH_ROWS] * 3 == sizes[:3]
+    assert max(sizes) == BATCH_ROWS
 
 
 def test_a_mix_that_holds_nothing_is_refused() -> None:

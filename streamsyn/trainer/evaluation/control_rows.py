@@ -8,8 +8,9 @@ import structlog
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.sources.files import FileRows
-from streamsyn.trainer.stream.examples import Dropped, Example, Key
+from streamsyn.trainer.stream.examples import Dropped, Example, Key, Row
 from streamsyn.trainer.stream.feed import Rendering
+from streamsyn.trainer.stream.reading import mark_of
 
 log = structlog.get_logger()
 
@@ -46,7 +47,12 @@ def control_examples(path: str, samples: int, renderer: Rendering) -> list[Examp
 def _made(path: str, renderer: Rendering) -> Iterator[tuple[str, Example | Dropped]]:
     rows = FileRows(path, "control", "train.control", count=False).placed()
     while some := list(islice(rows, _AT_ONCE)):
-        good = [(row.value, Key("control", 0, row.seq)) for _, row in some if row.value is not None]
+        good = [(row.value, _key(row)) for _, row in some if row.value is not None]
         made = iter(renderer.render_batch(good))
         for where, row in some:
             yield where, Dropped("bad_row", row.problem) if row.value is None else next(made)
+
+
+def _key(row: Row) -> Key:
+    """By what it holds: another file is not compared with this one when a training goes on."""
+    return Key(f"control:{mark_of(row)}", 0, row.seq)

@@ -39,7 +39,7 @@ class Figures:
 
     Args:
         out: OUT.
-        step: Where the training stands.
+        step: Where the training stands; below 0 nothing is kept.
         tasks: What `tasks.state` gave at that step.
         speed: What a step costs, and what the devices can do; None where that is not known.
         track: Where figures go besides.

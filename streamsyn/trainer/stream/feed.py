@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -14,7 +15,7 @@ from streamsyn.sections.train import TrainSection
 from streamsyn.trainer.sources.source import Source, Sources
 from streamsyn.trainer.stream.examples import Dropped, Example, Key, Row
 from streamsyn.trainer.stream.holdout import HeldOut, is_held_out
-from streamsyn.trainer.stream.reading import Item, Reading, mark_of
+from streamsyn.trainer.stream.reading import BATCH_ROWS, Item, Reading, mark_of
 
 log = structlog.get_logger()
 
@@ -134,7 +135,7 @@ class Feed:
     async def again(self, keys: Iterable[Key]) -> dict[Key, Example | Dropped | HeldOut] | None:
         """What becomes of rows that were taken before; None when one is not there now but may come again.
 
-        Those that no longer make an example (`train.seq_len` is less) are counted as dropped.
+        Those that no longer make an example (the model's tokenizer is another one) are counted as dropped.
 
         Raises:
             ConfigError: One is of a source that is no longer given.
@@ -226,10 +227,11 @@ class Feed:
             if source is None:
                 raise ConfigError(f"the checkpoint holds examples of {name}, which is no longer in train.mix")
             wanted = [key.seq for key in keys if (key.source, key.epoch) == (name, epoch)]
-            rows = list(source.pick(wanted))
-            if len(rows) < len(wanted):
+            rows, there = source.pick(wanted), len(found)
+            while some := list(islice(rows, BATCH_ROWS)):
+                found += self._load(source, epoch, some)
+            if len(found) < there + len(wanted):
                 if source.total() is None:
                     return None
                 raise SinkError(f"{name} no longer holds all rows that the checkpoint has read")
-            found += self._load(source, epoch, rows)
         return found

@@ -198,6 +198,6 @@ class Planner:
         if not self._packer.restore(layout):
             self._drawn.extend(chain.from_iterable(layout))
         self._drawn.extend(examples[key] for key in drawn if key in examples)
-        made_of = (found[key] for key in kept)
+        made_of = (found[key] for key in kept[: self._section.holdout_samples])
         self._feed.held_out = [made for made in made_of if isinstance(made, HeldOut)]
         return True

@@ -80,7 +80,7 @@ class Reading:
     @property
     def ended(self) -> bool:
         """Whether all passes are over."""
-        if self._epochs is None or self.ready or self.total is None or self.next < self.total:
+        if self._epochs is None or self.ready or not self._is_at_end:
             return False
         return not self.total or self.epoch + 1 >= self._epochs
 
@@ -116,13 +116,19 @@ class Reading:
         return row is not None
 
     def read(self) -> list[Item]:
-        """What comes next, as far as it is there. Blocks; nothing but the pass changes."""
-        self.look()
-        if self.total is not None and self.next >= self.total and not self.ended:
-            self._begin_pass()
-        rows = self.source.fetch(self.next, BATCH_ROWS)
-        self.look()
-        return self._load(self.source, self.epoch, rows)
+        """What comes next, as far as it is there. Blocks; nothing but the pass changes.
+
+        The end may be known only when it is met: the next pass then begins at once, so that it makes no
+        difference where in a source a process has begun.
+        """
+        while True:
+            self.look()
+            if self._is_at_end and not self.ended:
+                self._begin_pass()
+            rows = self.source.fetch(self.next, BATCH_ROWS)
+            self.look()
+            if rows or not self._is_at_end or self.ended:
+                return self._load(self.source, self.epoch, rows)
 
     def take(self) -> Item:
         """The next of those that are ready."""
@@ -141,6 +147,10 @@ class Reading:
     def rows_taken(self) -> int:
         """Rows taken in all passes so far, those that made no example among them."""
         return self.epoch * (self.total or 0) + self.next
+
+    @property
+    def _is_at_end(self) -> bool:
+        return self.total is not None and self.next >= self.total
 
     def _begin_pass(self) -> None:
         if self._epochs is None and self.examples == self._before:
