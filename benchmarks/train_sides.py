@@ -52,7 +52,8 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     from streamsyn.sections import TrainSection
     from streamsyn.trainer.loop import Loop, Progress
     from streamsyn.trainer.model.loss import denominator, target_weights
-    from streamsyn.trainer.model.model import model_dtype, place, read_model, start_accelerator
+    from streamsyn.trainer.model.model import place, start_accelerator
+    from streamsyn.trainer.model.reading import model_dtype, read_model
     from streamsyn.trainer.orders import Order, Ranks, Step, Stop
     from streamsyn.trainer.stream.examples import Example, Key
 
@@ -68,7 +69,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
         }
     )
     accelerator = start_accelerator(section, per_step)
-    model = read_model(str(folder), section, accelerator, None)
+    model = read_model(str(folder), section, accelerator, None, seed=0)
     if attention == "sdpa":
         model.set_attn_implementation("sdpa")
     placed = place(model, section, accelerator, model_dtype(str(folder)))

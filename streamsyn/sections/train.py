@@ -11,7 +11,8 @@ class MixSection(Section):
     """General chat data that is mixed in: one source."""
 
     path: str
-    """A file, directory or glob of chat rows (`messages`): JSON lines, Parquet or a saved data set."""
+    """A file, directory or glob of chat rows (`messages`): JSON lines, Parquet or a saved data set. Of an
+    export, or a data set with splits, `train` alone."""
     weight: Share = 1.0
     """Examples from here for each one from the stream."""
 

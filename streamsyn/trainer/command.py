@@ -17,7 +17,8 @@ from streamsyn.errors import ConfigError, StreamsynError
     "--from",
     "source",
     metavar="DIR|-",
-    help="Run directory to follow, live or finished; a file of chat rows; - for NDJSON on stdin.",
+    help="Run directory to follow, live or finished; files of chat rows, or an export, of which `train` is "
+    "read; - for NDJSON on stdin.",
 )
 @click.option("--model", metavar="PATH", help="Model to tune: a Hugging Face directory.")
 @click.option(

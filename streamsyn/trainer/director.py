@@ -61,7 +61,7 @@ class Director:
         self._saved = progress.step
         self._began = progress.step
         self._published = -1
-        self._said_stalled = False
+        self._said_stalled = self._said_zero = False
         self.stopped: str | None = None
 
     @property
@@ -116,6 +116,9 @@ class Director:
         self._said_stalled = False
         self._figures.lap()
         rate = self._schedule.rate(step, None if plan.left_steps is None else plan.left_steps + 1)
+        if not rate and not self._said_zero:
+            self._said_zero = True
+            log.warning("train.rate_is_zero", step=step, why="train.total_steps have been made")
         yield self._steps(plan, rate)
         self._totals.examples += plan.count
         self._totals.tokens += plan.tokens

@@ -114,3 +114,7 @@ class Ranks:
     def any(self, wish: bool) -> bool:
         """Whether some rank wishes it."""
         return self.totals([float(wish)])[0] > 0
+
+    def agree(self, value: int) -> bool:
+        """Whether all ranks have the same value."""
+        return not self.any(self.totals([value])[0] != self.world * value)

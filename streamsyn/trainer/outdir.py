@@ -93,13 +93,15 @@ class OutDirectory:
 def check_shaping(root: Path, config: Config, model: str) -> None:
     """Refuse to go on with a training whose weights were shaped otherwise, or in a run's directory.
 
+    Where no checkpoint is, nothing was shaped yet: a start that failed can be mended.
+
     Raises:
         ConfigError: Keys that shape the weights differ; the message names each with both values.
     """
     if (root / "run.json").exists():
         raise ConfigError(f"{root} is a run directory; give the training an --out of its own")
     saved = _read(root)
-    if saved is None:
+    if saved is None or not _has_checkpoint(root):
         return
     before, now = saved["shaping"], orjson.loads(orjson.dumps(_shaping(config, model)))
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -143,6 +145,12 @@ def _lasting(config: Config, model: str) -> dict[str, Any]:
     for key in ("out", "max_steps"):  # of one run only
         section.pop(key, None)
     return section
+
+
+def _has_checkpoint(root: Path) -> bool:
+    """Looks at names alone: to read one takes what only a training needs."""
+    names = [path.name for path in (root / "checkpoints").glob("step-*")]
+    return (root / "LATEST").exists() or any(not name.endswith(".tmp") for name in names)
 
 
 def _absolute(model: str) -> str:

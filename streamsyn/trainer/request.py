@@ -11,6 +11,7 @@ from streamsyn.config import Config, load, parse_override
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.outdir import check_shaping, remembered
+from streamsyn.trainer.sources.places import folder_of_a_run, is_read_with, is_run, path_errors, real_path
 from streamsyn.trainer.stream.chat_template import read_template
 
 _NEEDED = ("torch", "transformers", "accelerate")
@@ -53,8 +54,9 @@ def resolve(
     out = out or (Path(config.train.out) if config.train.out else default_out)
     if out is None:
         raise ConfigError("there is no directory for the training: pass --out DIR, or set train.out")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give the directory that the training is to have")
+    with path_errors("--out", out):
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out {out} is a file; give the directory that the training is to have")
     if path is None:
         config = load(None, [*remembered(out), *overrides])
     model = model or config.train.model
@@ -79,11 +81,14 @@ def check(request: TrainRequest) -> None:
     source, out = request.source, request.out
     if "://" in source:
         raise ConfigError(f"--from {source}: following a daemon over HTTP is not there yet; give DIR or -")
-    if source != "-" and Path(source).resolve() == out.resolve():
-        raise ConfigError("--from and --out are the same directory")
-    _check_model(request.model)
+    with path_errors("--from", source):
+        _check_source(source, out)
+    with path_errors("--model", request.model):
+        _check_model(request.model)
     read_template(section.chat_template)
-    check_shaping(out, request.config, request.model)
+    with path_errors("--out", out):
+        _check_out(out, source, section)
+        check_shaping(out, request.config, request.model)
 
 
 def check_launcher(section: TrainSection) -> None:
@@ -110,7 +115,36 @@ def _with_whole_paths(section: TrainSection) -> TrainSection:
 
 
 def _whole(path: str) -> str:
-    return str(Path(path).absolute())
+    return str(Path(path).absolute()) if path else path  # an empty one is refused where it is read
+
+
+def _check_source(source: str, out: Path) -> None:
+    """OUT may lie in a run's directory, but nowhere where its files would be read as rows."""
+    if source == "-":
+        return
+    if not source:
+        raise ConfigError("--from: a path is empty; give a run directory, files of chat rows, or -")
+    if real_path(source) == real_path(out):
+        raise ConfigError("--from and --out are the same directory")
+    if not is_run(source, out):
+        _check_apart(out, f"--from {source}", source)
+
+
+def _check_out(out: Path, source: str, section: TrainSection) -> None:
+    """What is mixed in or evaluated on is read again by the next start: OUT's files must not be among it."""
+    if (folder := folder_of_a_run(out, source)) is not None:
+        raise ConfigError(f"--out {out} lies in {folder}, which is for a run's own files; use another --out")
+    paths = [("train.control", section.control), *(("train.mix", one.path) for one in section.mix)]
+    if section.longbench is not None:
+        paths.append(("train.longbench.path", section.longbench.path))
+    for key, path in paths:
+        if path:
+            _check_apart(out, f"{key}: {path}", path)
+
+
+def _check_apart(out: Path, named: str, pattern: str) -> None:
+    if is_read_with(out, pattern):
+        raise ConfigError(f"--out {out} lies among the files of {named}, and would be read with them")
 
 
 def _check_model(path: str) -> None:

@@ -1,25 +1,34 @@
-"""SIGTERM and SIGINT: the first finishes the step, saves and ends; the second ends at once."""
+"""SIGTERM and SIGINT: the first finishes the step, saves and ends; a later one ends at once."""
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 EXIT_STOPPED = 75
+_SAME_S = 1.0
+"""What comes so soon is the first one again: launchers and service managers pass on what all have got."""
 
 
 @contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first signal calls `stop`, the second exits at once. One that is ignored stays so."""
-    came = 0
+def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """Within, the first signal calls `stop`, a later one exits at once. One that is ignored stays so.
+
+    Args:
+        stop: Called in a signal's handler.
+        now: A clock, in seconds.
+    """
+    first: float | None = None
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came += 1
-        if came > 1:
+        nonlocal first
+        if first is None:
+            first = now()
+            stop()
+        elif now() - first > _SAME_S:
             os._exit(EXIT_STOPPED)
-        stop()
 
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from streamsyn.config import Config
-from streamsyn.errors import ConfigError, StreamsynError
+from streamsyn.errors import ConfigError, SinkError, StreamsynError
+from streamsyn.sections import TrainSection
 from streamsyn.trainer.director import Director, Totals
 from streamsyn.trainer.evaluation.control_rows import control_examples
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before
@@ -23,14 +25,8 @@ from streamsyn.trainer.figures.record import Figures
 from streamsyn.trainer.figures.tracking import FOLDER, start_tracking
 from streamsyn.trainer.loop import Loop, Progress
 from streamsyn.trainer.model.fit import check_fit
-from streamsyn.trainer.model.model import (
-    Placed,
-    model_dtype,
-    place,
-    read_model,
-    read_tokenizer,
-    start_accelerator,
-)
+from streamsyn.trainer.model.model import Placed, place, start_accelerator
+from streamsyn.trainer.model.reading import model_dtype, read_model, read_tokenizer
 from streamsyn.trainer.orders import Ranks
 from streamsyn.trainer.outdir import OutDirectory
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
@@ -87,20 +83,45 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
             directory.claim(config, model)
             Checkpoints(out, section.keep_checkpoints).prepare()
         accelerator = start_accelerator(section, section.rows_per_step // world, out / FOLDER)
-        accelerator.wait_for_everyone()
-        before = Checkpoints(out, section.keep_checkpoints).newest()
-        saved = None if before is None else before.folder / "model"
-        if section.lora is None:
-            read = read_model(str(saved or model), section, accelerator, None)
-        else:
-            read = read_model(model, section, accelerator, saved)
-        placed = place(read, section, accelerator, dtype)
-        if before is not None:
-            restore_optimizer(placed, before)
-        setting = Setting(config, source, out, tokenizer, placed, Ranks(rank, world), before, publisher)
-        code = _run(setting)
-        accelerator.end_training()
+        try:
+            accelerator.wait_for_everyone()
+            ranks = Ranks(rank, world)
+            before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
+            saved = None if before is None else before.folder / "model"
+            seed = config.run.seed
+            if section.lora is None:
+                read = read_model(str(saved or model), section, accelerator, None, seed=seed)
+            else:
+                read = read_model(model, section, accelerator, saved, seed=seed)
+            placed = place(read, section, accelerator, dtype)
+            if before is not None:
+                restore_optimizer(placed, before)
+            code = _run(Setting(config, source, out, tokenizer, placed, ranks, before, publisher))
+            accelerator.end_training()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()  # its threads must not be there when Python ends
     return code
+
+
+def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | None:
+    """The newest one, the same for all ranks.
+
+    Raises:
+        SinkError: There are some, and none is whole.
+        ConfigError: Ranks see different ones.
+    """
+    found, failure = None, None
+    try:
+        found = checkpoints.newest()
+    except SinkError as error:
+        failure = error
+    agreed = ranks.agree(-2 if failure is not None else -1 if found is None else found.step)
+    if failure is not None:
+        raise failure
+    if not agreed:
+        raise ConfigError("--out is not one folder for all ranks: they find different checkpoints in it")
+    return found
 
 
 @contextmanager
@@ -162,7 +183,7 @@ def _run(setting: Setting) -> int:
             loop.run(director.orders(lambda: loop.stopping))
             if publisher is not None and director.stopped is None:
                 publisher.servers.finish()
-        return _close(director, progress, totals, figures, plans, planner)
+        return _close(director, progress, totals, figures, plans, planner, section)
 
 
 def _open_tests(setting: Setting) -> tuple[list[Example], Exam | None]:
@@ -194,6 +215,7 @@ def _close(
     figures: Figures,
     plans: PlanQueue,
     planner: Planner,
+    section: TrainSection,
 ) -> int:
     """Say what came of it; the exit code."""
     said = planner.figures()
@@ -226,13 +248,24 @@ def _close(
     if director.stopped is not None:
         return EXIT_STOPPED
     if progress.step == 0:
-        if said["rows_read"] and said["rows_read"] == said["dropped"].get("bad_row"):
-            raise ConfigError(
-                f"--from: none of its {said['rows_read']} rows is a conversation (`messages` of role and "
-                f"content, as `run` and `export` write them)"
-            )
+        if said["rows_read"] and said["rows_read"] == sum(said["dropped"].values()):
+            raise ConfigError(_why_all_dropped(said["dropped"], section))
         log.error(
             "train.nothing", why="the stream ended without a sample to train on", dropped=said["dropped"]
         )
         return EXIT_NOTHING
     return 0
+
+
+def _why_all_dropped(dropped: dict[str, int], section: TrainSection) -> str:
+    """The commonest reason for which no row can be trained on, and the key that it hangs on."""
+    reason, count = max(dropped.items(), key=lambda one: one[1])
+    rows = sum(dropped.values())
+    many = f"all {rows}" if count == rows else f"{count} of all {rows}"
+    return {
+        "overlong": f"train.seq_len = {section.seq_len}: {many} samples are longer",
+        "template": f"train.chat_template: the template refuses {many} samples",
+        "empty_answer": f"--from: the answers of {many} samples are empty",
+        "bad_row": f"--from: {many} rows are no conversations (`messages` of role and content, as `run` and "
+        f"`export` write them)",
+    }[reason]

@@ -122,6 +122,7 @@ def test_the_digest_is_of_what_lengths_depend_on(own: Path, folder: Path) -> Non
         ({"chat_template": "{% if %}"}, "is no valid template: line 1"),
         ({"chat_template": "{{ raise_exception('no system') }}"}, "cannot be rendered: no system"),
         ({"chat_template": "{{ messages.x.y }}"}, "cannot be rendered: "),
+        ({"chat_template": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"}, "cannot be rendered: "),
         ({"chat_template": [{"name": "default"}]}, "chat_template is no list of templates"),
         ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder cannot be understood"),
     ],

@@ -13,7 +13,8 @@ from streamsyn.sglang.launch import launched
 from streamsyn.sglang.launch_command import find_packaged_model
 from streamsyn.trainer.model.batch import make_batch
 from streamsyn.trainer.model.loss import token_losses
-from streamsyn.trainer.model.model import Placed, read_tokenizer
+from streamsyn.trainer.model.model import Placed
+from streamsyn.trainer.model.reading import read_tokenizer
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.stream.examples import Example
 from tests.trainer import tiny

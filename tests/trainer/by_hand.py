@@ -19,7 +19,8 @@ from streamsyn.trainer.evaluation.losses import WITH, deal_rows
 from streamsyn.trainer.evaluation.question import Prompt, Question
 from streamsyn.trainer.figures.record import Figures
 from streamsyn.trainer.loop import Loop, Progress
-from streamsyn.trainer.model.model import Placed, model_dtype, place, read_model, start_accelerator
+from streamsyn.trainer.model.model import Placed, place, start_accelerator
+from streamsyn.trainer.model.reading import model_dtype, read_model
 from streamsyn.trainer.orders import Ranks
 from streamsyn.trainer.saving.checkpoint import Checkpoints
 from streamsyn.trainer.saving.store import Store
@@ -76,9 +77,8 @@ def fresh() -> Iterator[None]:
 def placed_model(folder: Path, settings: TrainSection, world: int = 1) -> Placed:
     """The model in `folder`, on CPU."""
     accelerator: Accelerator = start_accelerator(settings, settings.rows_per_step // world)
-    return place(
-        read_model(str(folder), settings, accelerator, None), settings, accelerator, model_dtype(str(folder))
-    )
+    read = read_model(str(folder), settings, accelerator, None, seed=0)
+    return place(read, settings, accelerator, model_dtype(str(folder)))
 
 
 def train(

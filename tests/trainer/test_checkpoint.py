@@ -1,6 +1,8 @@
 """A checkpoint is there whole or not at all, whenever the process is killed."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
 from streamsyn.trainer.saving.checkpoint import Checkpoints
@@ -182,6 +185,44 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
             (out / "LATEST").write_text("../../etc")
 
     assert_whole(out, 2 if "name" in damage else 1)
+
+
+def test_none_that_is_whole_is_no_beginning(tmp_path: Path) -> None:
+    """What is left of the only one is not thrown away by a training that begins anew: it is refused."""
+    out = prepared(tmp_path)
+    (write(out, 1) / "moments").unlink()
+
+    with pytest.raises(SinkError, match=r"step-0000001 is damaged or gone"):
+        Checkpoints(out, 3).newest()
+
+
+def test_what_cannot_be_removed_is_said_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new checkpoint is there all the same."""
+    out = prepared(tmp_path)
+    write(out, 1)
+
+    def fails(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with capture_logs() as logs:
+        for step in (2, 3, 4):
+            write(out, step)
+
+    assert_whole(out, 4)
+    assert ["step-0000001", "step-0000002"] == [
+        line["name"] for line in logs if line["event"] == "checkpoint.not_removed"
+    ]
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    """A user's own files and folders in OUT, whatever they are called."""
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / "notes.tmp").write_text("")
+    prepared(tmp_path)
+
+    assert {"checkpoints", "mine.tmp", "notes.tmp"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_full_disk_is_said_in_one_line_and_costs_nothing(tmp_path: Path) -> None:

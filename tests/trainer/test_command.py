@@ -298,15 +298,16 @@ def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> No
     assert same(result(tmp_path / "whole"), result(tmp_path / "out"))
 
 
-def test_two_signals_end_it_at_once(start: Start, tmp_path: Path) -> None:
-    """The second one does not wait for anything."""
-    run = write_run(tmp_path / "run", range(6), final=False)
-    training = start(run, tmp_path / "out", max_wait_s=1000)
-    training.wait_for("train.start")
-    training.kill(signal.SIGINT)
+def test_two_signals_together_are_one(start: Start, tmp_path: Path) -> None:
+    """A service manager's, and the same passed on by a launcher: nothing is lost."""
+    run = write_run(tmp_path / "run", range(60), final=False)
+    training = start(run, tmp_path / "out", save_every_steps=1000)
+    training.wait_for_steps(tmp_path / "out", 2)
+    training.kill(signal.SIGTERM)
     training.kill(signal.SIGINT)
 
     assert 75 == training.wait(), training.stderr()
+    assert f"step-{len(lines(tmp_path / 'out')):07}" == (tmp_path / "out" / "LATEST").read_text().strip()
 
 
 def test_an_empty_stream_is_said(start: Start, tmp_path: Path) -> None:

@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from streamsyn.errors import ConfigError
+from streamsyn.sections import TrainSection
 from streamsyn.trainer.outdir import OutDirectory, check_shaping
-from streamsyn.trainer.request import resolve
+from streamsyn.trainer.request import check, resolve
+from streamsyn.trainer.sources.files import FileRows
+from streamsyn.trainer.sources.opening import open_sources
 from tests.trainer import tiny
 from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
     SETTINGS,
@@ -151,8 +155,7 @@ def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_adapters_under_what_was_not_tried_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 and DeepSpeed would need other ways to bring adapters together."""
-    from streamsyn.errors import ConfigError
-    from streamsyn.sections import LoraSection, TrainSection
+    from streamsyn.sections import LoraSection
     from streamsyn.trainer.model.model import start_accelerator
 
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
@@ -196,6 +199,103 @@ def test_a_training_remembers_where_its_files_lie(tmp_path: Path, monkeypatch: p
     assert later.longbench is not None
     assert str(tmp_path / "questions/*.jsonl") == later.longbench.path
     check_shaping(out, resolve(None, "run", None, out).config, first.model)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a model as far as can be seen from outside, chat rows, and a run; one stands in it."""
+    (tmp_path / "base").mkdir()
+    for name in ("base/config.json", "base/model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("{}\n")
+    write_run(tmp_path / "run", range(2))
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checked(source: str, out: str, *settings: str, model: str = "base") -> None:
+    """What can be said of a training before torch is needed."""
+    check(resolve(None, source, model, Path(out), settings))
+
+
+MIX, QUESTIONS = "train.mix=[{path='%s'}]", "train.longbench={path='%s'}"
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "setting", "named"),
+    [
+        ("data", "data/out", "", "--from data"),
+        ("data", "data/deep/out", "", "--from data"),
+        ("data", "link/out", "", "--from data"),
+        ("data/*", "data/out", "", "--from data/"),
+        ("data/*/*.jsonl", "data/out", "", "--from data/"),
+        ("data/**/*.jsonl", "data/out", "", "--from data/"),
+        ("*/*.jsonl", "data", "", "--from */"),
+        ("run", "data/out", "train.control=data", "train.control"),
+        ("run", "data/out", MIX % "data", "train.mix"),
+        ("-", "data/out", QUESTIONS % "data/**", "train.longbench.path"),
+        ("run", "run/samples", "", "for a run's own files"),
+        ("run", "run/spool/out", "", "for a run's own files"),
+        ("later", "later/contexts", "", "for a run's own files"),
+        ("data", "run/index", "", "for a run's own files"),
+    ],
+)
+def test_an_out_whose_files_would_be_read_is_refused(
+    folder: Path, source: str, out: str, setting: str, named: str
+) -> None:
+    """The next start would take them for rows, or find a run with something else in it."""
+    with pytest.raises(ConfigError, match=r"^--out .* lies ") as refused:
+        checked(source, out, *filter(None, [setting]))
+
+    assert named in str(refused.value)
+    assert not (folder / out / "train.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("run", "run/training"),
+        ("later", "later/training"),
+        ("data/*.jsonl", "data/out"),
+        ("data/*/rows.jsonl", "data"),
+        ("data/rows.jsonl", "data"),
+        ("data", "data-tuned"),
+        ("-", "data/out"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_an_out_beside_what_is_read_is_not(source: str, out: str) -> None:
+    """In a run's directory under a name of its own, or where a glob does not come."""
+    checked(source, out, "train.control=run/*.jsonl")
+    (Path(out)).mkdir(parents=True, exist_ok=True)
+    checked(source, out)
+
+
+@pytest.mark.parametrize("flag", ["--from", "--out", "--model"])
+@pytest.mark.usefixtures("folder")
+def test_a_path_that_the_system_refuses_is_named(flag: str) -> None:
+    """Before anything is looked for in it."""
+    given = {"--from": "run", "--out": "out", "--model": "base"} | {flag: "./" + "a" * 300}
+
+    with pytest.raises(ConfigError, match=rf"^{flag} (\./)?a+: File name too long$"):
+        checked(given["--from"], given["--out"], model=given["--model"])
+    if flag == "--from":
+        with pytest.raises(ConfigError, match=r"File name too long$"):
+            open_sources(given[flag], TrainSection(), Path("out"))
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_empty_path_is_not_the_folder_one_stands_in() -> None:
+    """It stays what it is, and is refused as such."""
+    section = resolve(None, "run", "base", Path("out"), ["train.control=", MIX % ""]).config.train
+
+    assert ("", "") == (section.control, section.mix[0].path)
+    with pytest.raises(ConfigError, match=r"^train.mix: a path is empty"):
+        FileRows(section.mix[0].path, "mix", "train.mix", count=False)
+    with pytest.raises(ConfigError, match=r"^--from: a path is empty"):
+        checked("", "out")
 
 
 def test_a_closed_stdout_is_no_failure() -> None:

@@ -99,14 +99,52 @@ def test_a_model_that_cannot_be_tuned_is_refused(
     assert [] == list((tmp_path / "out").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("text", ["a poem\nof two lines\n", '{"instruction": "q", "answer": "a"}\n'])
-def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, text: str) -> None:
-    """Seeds, or a text, given in place of chat rows: exit 2."""
+SILENT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a poem\nof two lines\n", "--from: all 2 rows are no conversations"),
+        ('{"instruction": "q", "answer": "a"}\n', "--from: all 1 rows are no conversations"),
+        (f"{json.dumps(SILENT)}\n" * 2 + "{}\n", "--from: the answers of 2 of all 3 samples are empty"),
+        ("\n", "rows.jsonl is empty"),
+    ],
+)
+def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, text: str, named: str) -> None:
+    """Seeds, a text, or nothing, given in place of chat rows: exit 2, and the commonest reason."""
     (tmp_path / "rows.jsonl").write_text(text)
     training = start(tmp_path / "rows.jsonl", tmp_path / "out")
 
     assert 2 == training.wait(), training.stderr()
-    assert "is a conversation" in training.stderr().splitlines()[-1]
+    assert named in training.stderr().splitlines()[-1]
+
+
+def test_a_start_that_failed_can_be_mended(start: Start, tmp_path: Path) -> None:
+    """It names the key; as nothing was trained, the next start may have another value. Once something was,
+    it may not."""
+    run, out = write_run(tmp_path / "run", range(20)), tmp_path / "out"
+    failed = start(run, out, seq_len=32)
+    assert 2 == failed.wait(), failed.stderr()
+    assert failed.stderr().splitlines()[-1].endswith("train.seq_len = 32: all 20 samples are longer")
+    assert (out / "train.json").exists()
+    mended = start(run, out)
+    assert 0 == mended.wait(), mended.stderr()
+    other = start(run, out, seq_len=32)
+
+    assert 2 == other.wait()
+    assert "train.seq_len: 256 before, 32 now" in other.stderr().splitlines()[-1]
+
+
+def test_a_run_of_another_format_is_refused(start: Start, tmp_path: Path) -> None:
+    """Not followed without a word: exit 2."""
+    run = write_run(tmp_path / "run", range(4))
+    saved = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**saved, "format": 99}))
+    training = start(run, tmp_path / "out")
+
+    assert 2 == training.wait(), training.stderr()
+    assert "is of format 99" in training.stderr().splitlines()[-1]
 
 
 def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:

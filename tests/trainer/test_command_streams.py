@@ -108,6 +108,16 @@ def test_a_stream_that_is_cut_off_is_trained_on_up_to_there(start: Start, tmp_pa
     assert {"bad_row": 1} == lines(out)[-1]["stream"]["dropped"]
 
 
+def test_more_samples_than_were_declared_are_said(start: Start, tmp_path: Path) -> None:
+    """Behind `train.total_steps` the learning rate is 0: steps change nothing, which is said once."""
+    run, out = write_run(tmp_path / "run", range(60)), tmp_path / "out"
+    training = start(run, out, total_steps=2, warmup_steps=1)
+
+    assert 0 == training.wait(), training.stderr()
+    assert 1 == training.stderr().count("train.rate_is_zero")
+    assert [True, True] + [False] * (len(lines(out)) - 2) == [bool(line["rate"]) for line in lines(out)]
+
+
 def test_samples_that_are_too_long_are_counted_and_said(start: Start, tmp_path: Path) -> None:
     """Dropped with their length, or cut in the middle of the prompt: never a word of an answer is lost."""
     run = write_run(tmp_path / "run", range(20))

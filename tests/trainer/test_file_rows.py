@@ -5,8 +5,11 @@ from typing import Any
 import orjson
 import pytest
 import zstandard
+from structlog.testing import capture_logs
 
 from streamsyn.errors import ConfigError
+from streamsyn.export.export import export
+from streamsyn.export.request import ExportRequest
 from streamsyn.sections.train import TrainSection
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.trainer.sources.files import FileRows
@@ -14,6 +17,7 @@ from streamsyn.trainer.sources.opening import open_sources
 from streamsyn.trainer.sources.rundir import RunSamples
 from streamsyn.trainer.stream.examples import Row
 from tests.builders import new_run
+from tests.export.support import make_run, scored
 from tests.trainer.streams import row
 
 ROWS = [{**row(number), "messages": [{"role": "user", "content": f"é {number}"}]} for number in range(600)]
@@ -102,6 +106,117 @@ def test_fewer_rows_than_before_are_noticed(tmp_path: Path) -> None:
     assert None is not source.total()
 
 
+def test_a_parquet_file_is_counted_by_what_it_says_of_itself(tmp_path: Path) -> None:
+    """Its rows are not decoded for that: here they cannot be."""
+    path = write(tmp_path, "parquet")
+    data = bytearray(path.read_bytes())
+    data[4:2000] = bytes(1996)
+    path.write_bytes(data)
+    source = FileRows(str(path), "files", "--from", count=True)
+
+    assert 600 == source.total()
+    with pytest.raises(ConfigError, match="cannot be read to its end"):
+        source.fetch(0, 600)
+
+
+SHARES, TASKS = "train=0.7,test=0.3", "task"
+
+
+def exported(folder: Path, form: str, *splits: str) -> Path:
+    """An export of a run with three tasks."""
+    run = make_run(folder / "run", [scored(number) for number in range(40)])[0]
+    to = folder / "exports" / "one"
+    export(ExportRequest(root=run, to=str(to), format=form, splits=splits, shard_rows=7))
+    return to
+
+
+def ids(path: object) -> set[str]:
+    """Of all rows that are read, and counted."""
+    source = FileRows(str(path), "files", "--from", count=True)
+    found = source.fetch(0, 1000)
+    assert source.total() == len(found)
+    return {one.value["id"] for one in found if one.value is not None}
+
+
+def files_of(folder: Path, split: str) -> set[str]:
+    """What an export in JSON lines has in a split."""
+    paths = folder.rglob(f"{split}-*.jsonl")
+    return {orjson.loads(line)["id"] for path in paths for line in path.read_bytes().splitlines()}
+
+
+@pytest.mark.parametrize("splits", [(SHARES,), (TASKS, SHARES)])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+def test_of_an_export_only_train_is_read(form: str, splits: tuple[str, ...], tmp_path: Path) -> None:
+    """Whatever its format, and however one comes to it; what is left out is said."""
+    to = exported(tmp_path, form, *splits)
+    lines = exported(tmp_path / "lines", "jsonl", *splits)
+    train, test = files_of(lines, "train"), files_of(lines, "test")
+    with capture_logs() as said:
+        found = ids(to)
+
+    assert train == found
+    assert 40 == len(train) + len(test)
+    assert test
+    [line] = said
+    assert ("rows.splits", "--from") == (line["event"], line["of"])
+    assert all("train" in split for split in line["read"])
+    assert all("test" in split for split in line["left_out"])
+    assert line["left_out"]
+    assert train == ids(tmp_path / "exports")
+    assert train == ids(f"{to}/*")
+    if form != "datasets":
+        assert train == ids(to / "data")
+        assert train == ids(f"{to}/**/*-0*")
+        assert test == ids(f"{to}/**/test-*")
+
+
+def test_from_within_an_export_it_is_still_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path does not lead over the folder with its listing."""
+    to = exported(tmp_path, "jsonl", SHARES)
+    monkeypatch.chdir(to / "data")
+
+    assert files_of(to, "train") == ids(".")
+
+
+@pytest.mark.parametrize(
+    ("form", "splits"), [("datasets", TASKS), ("jsonl", "a=0.5,b=0.5"), ("jsonl", TASKS)]
+)
+def test_without_a_split_of_that_name_all_are_read(form: str, splits: str, tmp_path: Path) -> None:
+    """Tasks, or names of the user's own; the listing itself is no row."""
+    to = exported(tmp_path, form, splits)
+    source = FileRows(str(to), "files", "--from", count=True)
+
+    assert 40 == len(ids(to))
+    assert None not in values(source.fetch(0, 1000))
+
+
+def test_a_saved_data_set_with_splits_needs_no_export(tmp_path: Path) -> None:
+    """Of any that `datasets` has saved `train` is read; another can be given by its folder."""
+    import datasets
+
+    splits = {"test": ROWS[:10], "train": ROWS[10:30]}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+    saved.save_to_disk(str(tmp_path / "saved"))
+
+    assert {one["id"] for one in ROWS[10:30]} == ids(tmp_path / "saved")
+    assert {one["id"] for one in ROWS[10:30]} == ids(f"{tmp_path}/saved/t*")
+    assert {one["id"] for one in ROWS[:10]} == ids(tmp_path / "saved" / "test")
+    (tmp_path / "saved" / "dataset_dict.json").write_text("[]")
+    with pytest.raises(ConfigError, match="does not say which splits"):
+        ids(tmp_path / "saved")
+
+
+def test_a_file_of_that_name_that_lists_nothing_is_a_file_of_rows(tmp_path: Path) -> None:
+    """What makes an export is what its listing says; a folder with nothing else has no rows."""
+    (tmp_path / "export.json").write_bytes(lines(ROWS[:3]))
+    (tmp_path / "test-1.jsonl").write_bytes(lines(ROWS[3:5]))
+    assert 5 == len(ids(tmp_path))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "export.json").write_text('{\n  "made_by": "streamsyn export"\n}')
+    with pytest.raises(ConfigError, match="--from: there are no rows in"):
+        ids(tmp_path / "none")
+
+
 def test_what_cannot_be_read_names_its_key(tmp_path: Path) -> None:
     """A path to nothing, and a file that breaks off, are the user's to mend."""
     broken = tmp_path / "broken.jsonl.gz"
@@ -120,6 +235,7 @@ def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(b"{}")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "waiting" / "out").mkdir(parents=True)
     RunDirectory(tmp_path / "begun").close()
     files = write(tmp_path, "jsonl")
 
@@ -129,11 +245,16 @@ def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
     assert isinstance(opened(str(run)), RunSamples)
     assert isinstance(opened(str(tmp_path / "empty")), RunSamples)
     assert isinstance(opened(str(tmp_path / "begun")), RunSamples)
+    beside = open_sources(str(tmp_path / "waiting"), TrainSection(), tmp_path / "waiting" / "out")
+    assert isinstance(beside.stream, RunSamples), "a training may be there before its run"
     assert isinstance(opened(str(tmp_path / "later")), RunSamples)
     assert isinstance(opened(str(files)), FileRows)
     assert isinstance(opened(f"{tmp_path}/*.jsonl"), FileRows)
     with pytest.raises(ConfigError, match=r"nowhere.jsonl does not exist"):
         opened(str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "nothing.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"^--from .*nothing.jsonl is empty$"):
+        opened(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(ConfigError, match="a stream is followed in a directory or on stdin"):
         opened("http://host/stream")
 

@@ -309,7 +309,7 @@ def test_what_was_held_is_read_again_a_few_rows_at_a_time() -> None:
             sizes.append(len(rows))
             return super().render_batch(rows)
 
-    given = {"shuffle_size": 120, "shuffle_min": 120}
+    given: dict[str, Any] = {"shuffle_size": 120, "shuffle_min": 120}
     first = asyncio.run(plans(planner(Sources(Arriving(made([10] * 300))), **given)))
     stream = planner(Sources(Arriving(made([10] * 300))), first[0].state, Counting(100), **given)
 

@@ -31,11 +31,19 @@ PLAIN = (
 )
 TWO_ENDS = CHATML + "{% if not add_generation_prompt %}</s>{% endif %}"
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+OPENING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}<s>\n\n{{ m['content'] | trim }}<|end|>{% endfor %}"
+    "{{ '<|start|>assistant<s>\n\n' }}"
+)
+LINE_BEFORE = CHATML.replace("<|end|>", "\n<|end|>")
+FIXED = PLAIN.replace("m['content']", "'hello'")
+SHORT_ENDED = CHATML.replace("{% endfor %}", "{% if loop.index > 3 %}</s>{% endif %}{% endfor %}")
 FORGETFUL = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}<|end|>"
 ALTERNATING = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
 )
+ENDLESS = "{% macro more() %}{{ more() }}{% endmacro %}"
 KEY = Key("run", 1, 5)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -118,6 +126,44 @@ def test_only_the_first_end_is_learnt() -> None:
     assert ("because<|end|>") == parts(rendered(chat("why", "because"), TWO_ENDS))[1]
 
 
+@pytest.mark.parametrize(
+    ("template", "answer", "target"),
+    [
+        (OPENING, "because", "because<|end|>"),
+        (OPENING, " because\n", "because<|end|>"),
+        (OPENING, "<|end|> and <|start|>", "<|end|> and <|start|><|end|>"),
+        (CHATML, "it is <|end|>", "it is <|end|><|end|>"),
+        (CHATML, "it is <|end|>\n", "it is <|end|>\n<|end|>"),
+        (PLAIN, "it is </s>", "it is </s></s>"),
+        (LINE_BEFORE, "because", "because\n<|end|>"),
+        (TWO_ENDS, "</s>", "</s><|end|>"),
+    ],
+)
+def test_an_answer_ends_where_the_template_ends_it(template: str, answer: str, target: str) -> None:
+    """Neither the opening of the next turn is learnt, nor does an answer end by what stands in it."""
+    made = rendered(chat("why", answer), template)
+    several = rendered(chat("why", "because", "why", answer), template)
+
+    assert target == parts(made)[1] == parts(several)[1]
+    assert made.tokens[-1] == Renderer(tokenizer(template), 64, "drop").stop
+
+
+def test_text_before_a_stop_token_may_be_one_token_with_the_answer() -> None:
+    """It is learnt, and the answer ends at the stop token all the same."""
+    made = rendered(chat("why", "the: answer\n"), LINE_BEFORE)
+
+    assert "the: answer\n\n<|end|>" == parts(made)[1]
+    assert 2 == made.target_tokens
+
+
+def test_an_answer_that_ends_otherwise_is_dropped() -> None:
+    """Where its stop token stands would be a guess."""
+    made = dropped(chat("one", "two", "three", "four"), SHORT_ENDED)
+
+    assert ("template", "the template does not end it as it ends others") == (made.reason, made.detail)
+    assert "two<|end|>" == parts(rendered(chat("one", "two"), SHORT_ENDED))[1]
+
+
 def test_a_token_across_the_boundary_is_split() -> None:
     """Where prompt and answer share a token, they are encoded apart: the model gets the prompt alone."""
     made = rendered(chat("why", "\n\nbecause"), PLAIN)
@@ -158,9 +204,18 @@ def test_what_is_no_conversation_is_dropped(row: dict[str, Any], reason: str, wh
     assert why in made.detail
 
 
-def test_what_the_template_refuses_is_dropped() -> None:
-    """A template may want roles to alternate: a row that does not do so is counted, the others go on."""
-    renderer = Renderer(tokenizer(ALTERNATING), 4096, "drop")
+@pytest.mark.parametrize(
+    ("refusing", "why"),
+    [
+        (ALTERNATING, "roles must alternate"),
+        (CHATML + "{{ '' if 1 // (3 - messages | length) }}", "by zero"),
+        (CHATML + "{% if messages | length == 3 %}{{ range(1000000) }}{% endif %}", "Range too big"),
+        (CHATML + ENDLESS + "{% if messages | length == 3 %}{{ more() }}{% endif %}", "recursion"),
+    ],
+)
+def test_what_the_template_refuses_is_dropped(refusing: str, why: str) -> None:
+    """A template may want roles to alternate, or fail in any way: such a row is counted, others go on."""
+    renderer = Renderer(tokenizer(refusing), 4096, "drop")
     odd = {"messages": [*chat("a")["messages"], *chat("b", "c")["messages"]]}
     first, second, third = renderer.render_batch([(chat("q", "a"), KEY), (odd, KEY), (chat("q", "b"), KEY)])
 
@@ -168,7 +223,7 @@ def test_what_the_template_refuses_is_dropped() -> None:
     assert isinstance(third, Example)
     assert isinstance(second, Dropped)
     assert "template" == second.reason
-    assert "roles must alternate" in second.detail
+    assert why in second.detail
     assert "b<|end|>" == parts(third)[1]
 
 
@@ -207,6 +262,9 @@ def test_over_long_samples_are_dropped_unless_they_may_be_cut() -> None:
         (FORGETFUL, "</s>", "not what the model is asked with|leaves the answer out"),
         ("{{ raise_exception('not for chat') }}", "</s>", "not for chat"),
         ("{{ broken", "</s>", "refuses it"),
+        ("{{ 1 // 0 }}", "</s>", "refuses it: .* by zero"),
+        (ENDLESS + "{{ more() }}", "</s>", "refuses it: .*recursion"),
+        (FIXED, "</s>", "leaves the answer out"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_trained_with_is_refused(

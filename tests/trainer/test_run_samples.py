@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.sink import frames
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.shard import OPEN_SUFFIX
 from streamsyn.trainer.sources.rundir import RunSamples
@@ -236,6 +238,50 @@ def test_rows_are_found_again_by_number(compression: str, tmp_path: Path) -> Non
     assert [0, 3, 50, 51, 99] == [row.seq for row in source.pick([0, 3, 50, 51, 99])]
     assert [98] == [row.seq for row in source.pick([98, 100])]
     assert ["seed-98"] == [row.value["seed_id"] for row in source.pick([98, 100]) if row.value]
+
+
+def test_rows_of_a_frame_are_not_decompressed_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they lie scattered in it: sealed or open, a frame is read once or twice."""
+    with opened(tmp_path, sink(compression="zstd", shard_bytes=8000)) as log:
+        for first in range(0, 400, 50):
+            log.samples.append(written(first, first + 50))
+    number = sum(1 for path in shards(tmp_path) for _ in frames.scan(path))
+    assert number < 50
+    assert shards(tmp_path)[-1].suffix == OPEN_SUFFIX
+    made: list[int] = []
+    real = zstandard.ZstdDecompressor
+
+    def counted() -> Any:
+        made.append(1)
+        return real()
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", counted)
+    wanted = sorted({*range(0, 400, 3), *range(50, 75), 399})
+    found = list(RunSamples(tmp_path).pick(wanted))
+
+    assert wanted == [row.seq for row in found]
+    assert [f"seed-{seq}" for seq in wanted] == [row.value["seed_id"] for row in found if row.value]
+    assert len(made) < 2 * number
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [('{"format": 99}', "is of format 99; this streamsyn reads"), ("{", "run.json cannot be read")],
+)
+def test_a_run_of_another_format_is_not_followed(text: str, why: str, tmp_path: Path) -> None:
+    """As `verify` and `export` refuse it; also one that comes later."""
+    source = RunSamples(tmp_path)
+    assert [] == source.fetch(0, 5)
+    with opened(tmp_path, sink()) as log:
+        log.samples.append(written(0, 2))
+    (tmp_path / "run.json").write_text(text)
+
+    with pytest.raises(ConfigError, match=why):
+        source.fetch(0, 5)
+    with pytest.raises(ConfigError, match=why):
+        RunSamples(tmp_path).total()
 
 
 def test_a_directory_may_come_later(tmp_path: Path) -> None:

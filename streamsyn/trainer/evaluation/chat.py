@@ -1,15 +1,12 @@
 """A user's message as tokens, as the tuned model is given it; and its answer as text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 
+from streamsyn.errors import ConfigError
 from streamsyn.trainer.evaluation.question import Prompt
-from streamsyn.trainer.stream.examples import Example, Key
-from streamsyn.trainer.stream.render import ChatTokenizer, Renderer
-
-_PROBE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+from streamsyn.trainer.stream.render import ChatTokenizer, Renderer, Unrenderable, chat_text
 
 
 class Chat:
@@ -28,21 +25,26 @@ class Chat:
 
     def __init__(self, tokenizer: ChatTokenizer, more_stops: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        whole = len(self._tokens(_PROBE)) + 64
-        probe = Renderer(tokenizer, whole, "drop").render({"messages": _PROBE}, Key("probe", 0, 0))
-        assert isinstance(probe, Example), "the renderer has checked the template"
+        taught = Renderer(tokenizer, 0, "drop").stop
         eos = tokenizer.eos_token_id
-        ends = (int(probe.tokens[-1]), *more_stops, *(() if eos is None else (eos,)))
+        ends = (taught, *more_stops, *(() if eos is None else (eos,)))
         self.stop = frozenset(ends)
 
     def prompt(self, message: str, max_new_tokens: int) -> Prompt:
-        """The prompt that asks the model for an answer to a message."""
-        tokens = self._tokens([{"role": "user", "content": message}])
-        return Prompt(numpy.array(tokens, dtype=numpy.int32), max_new_tokens, self.stop)
+        """The prompt that asks the model for an answer to a message.
+
+        Raises:
+            ConfigError: The chat template refuses the message.
+        """
+        return Prompt(numpy.array(self._tokens(message), dtype=numpy.int32), max_new_tokens, self.stop)
 
     def length(self, message: str) -> int:
-        """Tokens of the prompt of a message."""
-        return len(self._tokens([{"role": "user", "content": message}]))
+        """Tokens of the prompt of a message.
+
+        Raises:
+            ConfigError: The chat template refuses the message.
+        """
+        return len(self._tokens(message))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text by itself."""
@@ -59,6 +61,10 @@ class Chat:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text.strip()
 
-    def _tokens(self, messages: list[dict[str, Any]]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _tokens(self, message: str) -> list[int]:
+        try:
+            text = chat_text(self._tokenizer, [{"role": "user", "content": message}], asks=True)
+        except Unrenderable as error:
+            why = f"train.needles or train.longbench: a question cannot be asked: {error}"
+            raise ConfigError(why) from error
         return self.encode(text)

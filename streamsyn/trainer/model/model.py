@@ -1,8 +1,9 @@
-"""The model that is tuned: read, fitted with adapters, placed on its devices, and written."""
+"""The model that is tuned: placed on its devices, with its optimizer, and written."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from streamsyn.errors import ConfigError
-from streamsyn.sections import LoraSection, TrainSection
+from streamsyn.sections import TrainSection
 from streamsyn.trainer.figures.tracking import check_trackers
 from streamsyn.trainer.model.apart import check_apart
-from streamsyn.trainer.model.attention import implementation
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,68 +91,6 @@ def _is_half(section: TrainSection) -> bool:
     return section.precision == "bf16"
 
 
-def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`; with a chat template, if one is given, in place of its own.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {path}: no tokenizer can be read there: {_first_line(error)}") from error
-    if template is not None:
-        tokenizer.chat_template = template
-    return tokenizer
-
-
-def read_model(path: str, section: TrainSection, accelerator: Accelerator, adapter: Path | None) -> Any:
-    """The model at `path`, in float32, with what `section` adds to it.
-
-    Args:
-        path: A directory as `save_pretrained` writes it, or a name on the hub.
-        section: Which attention, whether adapters.
-        accelerator: Says on which device it will run.
-        adapter: A directory of adapters to go on with.
-
-    Raises:
-        ConfigError: There is none, or it cannot be used.
-    """
-    half = accelerator.mixed_precision == "bf16"
-    attention = implementation(section.attention, accelerator.device, half=half)
-    try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"--model {path}: cannot be read: {_first_line(error)}") from error
-    model, found = read
-    if missing := sorted(found["missing_keys"]):  # which would be random
-        raise ConfigError(f"--model {path}: {len(missing)} of its weights are missing: {missing[0]}, ...")
-    if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if section.lora is not None:
-        model = _with_adapters(model, section.lora, adapter)
-        if section.gradient_checkpointing:
-            model.enable_input_require_grads()
-    return model
-
-
-def model_dtype(path: str) -> torch.dtype:
-    """In what the weights at `path` are kept.
-
-    Raises:
-        ConfigError: It is no model.
-    """
-    try:
-        dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {path} is no model: {_first_line(error)}") from error
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
 def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: torch.dtype) -> Placed:
     """Put the model on its devices, with its optimizer.
 
@@ -174,20 +110,29 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
         fused=accelerator.distributed_type != DistributedType.DEEPSPEED,  # which has an AdamW of its own
     )
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    plain: Any = accelerator.unwrap_model(prepared)
+    _leave_logits(plain, accelerator)
     check_apart(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
-    return Placed(accelerator, prepared, accelerator.unwrap_model(prepared), optimizer, dtype)
+    return Placed(accelerator, prepared, plain, optimizer, dtype)
 
 
-def _with_adapters(model: Any, lora: LoraSection, saved: Path | None) -> Any:
-    import peft
+def _leave_logits(plain: Any, accelerator: Accelerator) -> None:
+    """Take off what makes all that comes out of the model float32, and keep autocast.
 
-    if saved is not None:
-        return peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
-    targets = list(lora.targets) or "all-linear"
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    return peft.get_peft_model(model, config)
+    Logits would be there whole a second time, twice as large; losses go to float32 part by part. Under DDP
+    the wrapper around the model calls its forward pass, whatever that is. FSDP2 and DeepSpeed are not
+    changed so by accelerate. (`unwrap_model` can take it off too, with transformers' own decorators.)
+    """
+    original = plain.__dict__.pop("_original_forward", None)
+    if original is None:
+        return
+
+    @wraps(original)
+    def forward(*given: Any, **named: Any) -> Any:
+        with accelerator.autocast():
+            return original(*given, **named)
+
+    plain.forward = forward
 
 
 def optimizer_tensors(placed: Placed, *, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -262,7 +207,3 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     except Exception as error:
         # tokenizers raises no other kind, whatever has happened; mostly the disk is full.
         raise OSError(f"the tokenizer cannot be written: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

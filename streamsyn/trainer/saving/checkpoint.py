@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
 from safetensors import SafetensorError
 
 from streamsyn.errors import SinkError
 from streamsyn.sink.rundir import write_whole
 from streamsyn.sink.shard import sync_folder
+
+log = structlog.get_logger()
 
 FORMAT = 1
 LATEST = "LATEST"
@@ -63,26 +66,38 @@ class Checkpoints:
         """
         try:
             self._root.mkdir(exist_ok=True)
-            for folder in (self._root, self._out):
-                for old in folder.glob(f"*{_OLD}"):
+            for name in ("checkpoints/step-*", "model"):  # nothing else here is ours to remove
+                for old in self._out.glob(name + _OLD):
                     target = old.with_name(old.name.removesuffix(_OLD))
                     if not target.exists():
                         old.rename(target)
-                for torn in folder.glob(f"*{_TORN}"):
+                for torn in self._out.glob(name + _TORN):
                     shutil.rmtree(torn)
         except OSError as error:
             raise SinkError(f"cannot write below {self._out}: {error.strerror}") from error
 
     def newest(self) -> Checkpoint | None:
-        """What LATEST names; if that is gone or damaged, the newest that is whole."""
+        """What LATEST names; if that is gone or damaged, the newest that is whole.
+
+        Raises:
+            SinkError: There are some, and none is whole: to begin anew would throw away what is left of them.
+        """
         try:
             named = [(self._out / LATEST).read_text("utf-8").strip()]
         except (OSError, UnicodeDecodeError):
             named = []
-        for name in [*named, *sorted(self._names(), reverse=True)]:
+        names = list(dict.fromkeys([*named, *sorted(self._names(), reverse=True)]))
+        for name in names:
             found = _read(self._root / name) if _NAME.fullmatch(name) else None
             if found is not None:
+                if name != names[0]:
+                    log.warning("checkpoint.damaged", name=names[0], goes_on_from=name)
                 return found
+        if names:
+            raise SinkError(
+                f"{self._root / names[0]} is damaged or gone, and no other checkpoint is whole; "
+                f"restore it from a copy, or give the training another --out"
+            )
         return None
 
     def write(self, info: dict[str, Any], stream: Any, fill: Callable[[Path], None]) -> Path:
@@ -108,7 +123,10 @@ class Checkpoints:
         # Later ones are of a course that was given up: this training went on from before them.
         kept = sorted(name for name in self._names() if name <= target.name)[-self._keep :]
         for name in {*self._names()} - {*kept}:
-            _remove(self._root / name)
+            try:
+                remove(self._root / name)
+            except OSError as error:  # it has been replaced all the same; the next start tries again
+                log.warning("checkpoint.not_removed", name=name, why=error.strerror)
         return target
 
     def aside(self, step: int) -> Path:
@@ -153,7 +171,7 @@ def _aside(target: Path) -> Path:
     return target.with_name(target.name + _TORN)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder; a kill in between leaves nothing that looks whole."""
     torn = _aside(folder)
     folder.rename(torn)

@@ -7,7 +7,6 @@ A server loads them under the folder's name, which each of its answers tells fro
 as `weight_version`.
 """
 
-import shutil
 from pathlib import Path
 
 import structlog
@@ -18,7 +17,7 @@ from streamsyn.sections import FleetSection, PublishSection
 from streamsyn.sink.rundir import write_whole
 from streamsyn.trainer.model.merging import merged
 from streamsyn.trainer.model.model import Placed, write_result
-from streamsyn.trainer.saving.checkpoint import LATEST, write_folder
+from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder
 from streamsyn.trainer.saving.servers import Servers
 
 FOLDER = "weights"
@@ -71,16 +70,20 @@ class Publisher:
             whole = merged(placed, weights)
             write_folder(target, lambda folder: write_result(*whole, self._tokenizer, folder))
             write_whole(self._root / LATEST, f"{target.name}\n".encode())
-            self._prune(target)
         except (SinkError, OSError) as error:
             log.warning("train.not_published", step=step, error=str(error))
             return
         log.info("train.weights", step=step, path=str(target))
+        self._prune(target)
         self.servers.offer(target)
 
     def _prune(self, newest: Path) -> None:
         found = sorted(self._root.glob("step-*"))
         # The others are what a kill left, and of steps that come again: the training began before them.
         whole = [folder for folder in found if not folder.suffix and folder <= newest]
-        for folder in {*found} - {*whole[-self._keep :]} - self.servers.in_use:
-            shutil.rmtree(folder)
+        gone = {*found} - {*whole[-self._keep :]} - self.servers.in_use
+        for folder in sorted(gone, key=lambda folder: not folder.suffix):  # what a kill left is in the way
+            try:
+                remove(folder)
+            except OSError as error:
+                log.warning("train.weights_not_removed", path=str(folder), why=error.strerror)

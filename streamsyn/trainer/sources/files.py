@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +13,8 @@ from streamsyn.errors import ConfigError
 from streamsyn.seeds.files import BATCH_ROWS, plain_chunks
 from streamsyn.seeds.lines import Line, split_lines
 from streamsyn.seeds.reader import find
+from streamsyn.trainer.sources.places import path_errors
+from streamsyn.trainer.sources.splits import without_other_splits
 from streamsyn.trainer.stream.examples import Row
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -23,6 +26,8 @@ _Raw: TypeAlias = tuple[str, Line | dict[str, Any] | None]
 
 class FileRows:
     """Source: the rows of a file, a saved data set, or all below a directory or of a glob, in order of names.
+
+    Of an export, and of a saved data set with splits, only `train` is read, if there is one.
 
     Args:
         path: Where they are.
@@ -38,9 +43,13 @@ class FileRows:
         self.name = name
         self._key = key
         try:
-            self._paths = find(path)
+            found = find(path)
         except ConfigError as error:
             raise ConfigError(str(error).replace("seeds:", f"{key}:", 1)) from error
+        with path_errors(f"{key}:", path):
+            self._paths = without_other_splits(found, key)
+        if not self._paths:
+            raise ConfigError(f"{key}: there are no rows in {path}")
         self._count = count
         self._total: int | None = None
         self._next = 0
@@ -57,7 +66,7 @@ class FileRows:
 
     def total(self) -> int | None:
         if self._total is None and self._count:
-            self._total = sum(1 for _ in self._all())
+            self._total = sum(map(self._count_rows, self._paths))
         return self._total
 
     def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
@@ -82,16 +91,37 @@ class FileRows:
 
     def _all(self) -> Iterator[_Raw]:
         for path in self._paths:
-            try:
+            with self._translated(path):
                 yield from _rows_of(path)
-            except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
-                raise ConfigError(f"{self._key}: {path} cannot be read to its end: {error}") from error
+
+    def _count_rows(self, path: Path) -> int:
+        with self._translated(path):
+            return _count_rows(path)
+
+    @contextmanager
+    def _translated(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
+            raise ConfigError(f"{self._key}: {path} cannot be read to its end: {error}") from error
 
 
 def _rows_of(path: Path) -> Iterator[_Raw]:
     if path.is_dir():
         return _of_saved(path)
     return _of_parquet(path) if path.suffix == ".parquet" else _of_lines(path)
+
+
+def _count_rows(path: Path) -> int:
+    """How many `_rows_of` would be, without decoding them."""
+    if path.is_dir():
+        return len(_saved(path))
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return int(file.metadata.num_rows)
+    return sum(1 for _ in _of_lines(path))
 
 
 def _of_lines(path: Path) -> Iterator[_Raw]:
@@ -113,14 +143,17 @@ def _of_parquet(path: Path) -> Iterator[_Raw]:
 
 
 def _of_saved(path: Path) -> Iterator[_Raw]:
+    saved = _saved(path)
+    tables = saved.with_format("arrow")
+    for start in range(0, len(saved), BATCH_ROWS):
+        yield from _of_table(tables[start : start + BATCH_ROWS], str(path), start + 1)
+
+
+def _saved(path: Path) -> Any:
+    """A saved data set without splits, or one split."""
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
-    splits = {"": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
-    for name, split in splits.items():
-        tables = split.with_format("arrow")
-        for start in range(0, len(split), BATCH_ROWS):
-            yield from _of_table(tables[start : start + BATCH_ROWS], f"{path}[{name}]", start + 1)
+    return datasets.load_from_disk(str(path))
 
 
 def _of_table(table: Any, where: str, first: int) -> Iterator[_Raw]:

@@ -1,6 +1,5 @@
 """From `--from` and `train.mix` to sources."""
 
-import glob
 import os
 import sys
 from pathlib import Path
@@ -9,9 +8,9 @@ import structlog
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections.train import TrainSection
-from streamsyn.seeds.files import is_run_directory, is_seed_file
 from streamsyn.trainer.sources.files import FileRows
 from streamsyn.trainer.sources.pipe import PipedSamples
+from streamsyn.trainer.sources.places import is_run, path_errors
 from streamsyn.trainer.sources.rundir import RunSamples
 from streamsyn.trainer.sources.source import Mixed, Source, Sources
 
@@ -42,20 +41,20 @@ def _open_stream(stream: str, out: Path) -> Source:
         return _open_stdin(out / "spool")
     if "://" in stream:
         raise ConfigError(f"--from {stream}: a stream is followed in a directory or on stdin")
-    path = Path(stream)
-    if is_run_directory(path) or _may_become_one(path):
+    with path_errors("--from", stream):
+        if not is_run(stream, out):
+            return _open_files(stream)
+        path = Path(stream)
+        if not path.exists():
+            log.warning("stream.not_there_yet", directory=stream)
         return RunSamples(path)
-    if path.exists() or glob.has_magic(stream) or is_seed_file(path):
-        return FileRows(stream, "files", "--from", count=True)
-    log.warning("stream.not_there_yet", directory=stream)
-    return RunSamples(path)
 
 
-def _may_become_one(path: Path) -> bool:
-    """Whether a directory is empty, or that of a run which has not heard from its servers yet."""
-    if not path.is_dir():
-        return False
-    return not any(path.iterdir()) or ((path / ".lock").is_file() and (path / "contexts").is_dir())
+def _open_files(stream: str) -> Source:
+    rows = FileRows(stream, "files", "--from", count=True)
+    if not rows.fetch(0, 1):
+        raise ConfigError(f"--from {stream} is empty")
+    return rows
 
 
 def _open_stdin(spool: Path) -> Source:

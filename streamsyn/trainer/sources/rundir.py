@@ -12,12 +12,15 @@ from pathlib import Path
 from streamsyn.errors import SinkError
 from streamsyn.sink.frames import SUFFIXES
 from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.rundir import read_run_json
 from streamsyn.sink.shard import OPEN_SUFFIX
 from streamsyn.trainer.sources.tail import Cursor, Rows, read_rows
 from streamsyn.trainer.sources.watch import FolderWatch
 from streamsyn.trainer.stream.examples import Row
 
 _KIND = "samples"
+_SPAN = 64
+"""So many rows are read at once though not all are wanted: each read decompresses a whole frame of them."""
 
 
 class RunSamples:
@@ -31,6 +34,8 @@ class RunSamples:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._watch = FolderWatch()
+        self._is_known = False
+        """Whether run.json was there, and is one that can be followed."""
         self._shards: list[SealedShard] = []
         self._ends: list[int] = []
         """The last seq of each of them."""
@@ -57,14 +62,19 @@ class RunSamples:
         return self._total
 
     def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
-        cursor = Cursor()
+        cursor, at = Cursor(), 0
         with self._translated():
             self._look()
-            for seq in seqs:
-                found = self._read(seq, 1, cursor)
+            while at < len(seqs):
+                first = seqs[at]
+                last = seqs[bisect_left(seqs, first + _SPAN) - 1]
+                found = self._read(first, last + 1 - first, cursor)
                 if not found:
                     return
-                yield Row(seq, found[0])
+                end = bisect_left(seqs, first + len(found))
+                for seq in seqs[at:end]:
+                    yield Row(seq, found[seq - first])
+                at = end
 
     async def changed(self, timeout_s: float) -> None:
         await self._watch.changed(timeout_s)
@@ -80,9 +90,15 @@ class RunSamples:
             raise SinkError(f"cannot read {error.filename or self._root}: {error.strerror}") from error
 
     def _look(self) -> None:
-        """Read the manifest, if it has changed."""
+        """Read the manifest, if it has changed.
+
+        Raises:
+            ConfigError: The run is of another format.
+        """
         self._watch.add(self._root)
         self._watch.add(self._root / _KIND)
+        if not self._is_known:
+            self._is_known = read_run_json(self._root) is not None
         path = self._root / "manifest.jsonl"
         try:
             status = path.stat()

@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Protocol, Self
 
 from streamsyn.trainer.orders import WAIT_S
@@ -54,11 +55,9 @@ class PlanQueue:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._loop is not None and self._task is not None and not self._loop.is_closed():
-            try:
+        if self._loop is not None and self._task is not None:
+            with suppress(RuntimeError):  # it has come to its end by itself
                 self._loop.call_soon_threadsafe(self._task.cancel)
-            except RuntimeError:
-                return  # it has come to its end by itself
         self._thread.join(timeout=30)
 
     @property
@@ -89,8 +88,9 @@ class PlanQueue:
         if isinstance(found, BaseException):
             raise found
         self._settled = (self.waited_s, self.stream_waited_s, float(self.figures.get("waited_s", 0.0)))
-        if isinstance(found, StepPlan) and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._room.release)
+        if isinstance(found, StepPlan) and self._loop is not None:
+            with suppress(RuntimeError):  # the loop has come to its end
+                self._loop.call_soon_threadsafe(self._room.release)
         return found
 
     def wake(self) -> None:

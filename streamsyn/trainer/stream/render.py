@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy
-from jinja2 import TemplateError
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.stream.examples import Dropped, Example, Key
@@ -58,8 +57,21 @@ class ChatTokenizer(Protocol):
         ...
 
 
-class _NoExample(Exception):
-    """Raised when nothing can be trained on; its text says why."""
+class Unrenderable(Exception):
+    """Raised when messages cannot be put into the model's form; its text says why."""
+
+
+def chat_text(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]], *, asks: bool) -> str:
+    """Messages in the model's form; with `asks` also what the template puts in front of an answer.
+
+    Raises:
+        Unrenderable: The template fails on them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    except Exception as error:  # a template is not our code, and may fail in any way
+        raise Unrenderable(f"the chat template refuses it: {error}") from error
+    return text
 
 
 class Renderer:
@@ -72,18 +84,18 @@ class Renderer:
             prompt's tokens and never touches the answer.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or nothing ends an answer.
+        ConfigError: The tokenizer has no chat template, or one that cannot be trained on.
+
+    Attributes:
+        stop: The token that ends an answer.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, seq_len: int, overlong: Literal["drop", "truncate"]) -> None:
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._overlong = overlong
-        self._special = frozenset(tokenizer.all_special_ids) | {
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
         self._one_by_one = threading.Lock()  # a tokenizer is not for two threads at a time
-        self._check()
+        self._learn_ending()
 
     def render(self, row: dict[str, Any], key: Key) -> Example | Dropped:
         """An example of a row, or why there is none."""
@@ -103,16 +115,36 @@ class Renderer:
                     made.append(self._example(row, key, pair, next(tokens), next(tokens)))
             return made
 
-    def _check(self) -> None:
+    def _learn_ending(self) -> None:
+        """Find out how the template ends an answer, and whether a small conversation can be trained on."""
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 "the model's tokenizer has no chat template to put samples into: set train.chat_template"
             )
         try:
             prompt, whole = self._as_texts(_PROBE)
+            _, found, behind = whole.rpartition(_PROBE[-1]["content"])
+            if not found:
+                raise Unrenderable("the template leaves the answer out")
+            self._tail = self._from_special(behind)
+            stop = self._tail[0] if self._tail else self._tokenizer.eos_token_id
+            if stop is None:
+                raise Unrenderable("nothing ends an answer: neither the template nor an eos token")
+            self.stop = stop
             self._split(prompt, whole, *self._encode([prompt, whole]))
-        except _NoExample as error:
+        except Unrenderable as error:
             raise ConfigError(f"the model's chat template cannot be trained on: {error}") from error
+
+    def _from_special(self, behind: str) -> list[int]:
+        """The tokens of what stands behind an answer, from the first special one on.
+
+        Those before it are not always the same: they may be one token with the end of the answer.
+        """
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {*self._tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+        tokens = self._encode([behind])[0]
+        at = next((at for at, token in enumerate(tokens) if token in special), len(tokens))
+        return tokens[at:]
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, str] | Dropped:
         """The prompt, and the prompt with its answer; or why there are none."""
@@ -121,16 +153,12 @@ class Renderer:
             return messages
         try:
             return self._as_texts(messages)
-        except _NoExample as error:
+        except Unrenderable as error:
             return Dropped("template", str(error))
 
     def _as_texts(self, messages: list[dict[str, str]]) -> tuple[str, str]:
-        apply = self._tokenizer.apply_chat_template
-        try:
-            prompt = apply(messages[:-1], tokenize=False, add_generation_prompt=True)
-            return prompt, apply(messages, tokenize=False, add_generation_prompt=False)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise _NoExample(f"the chat template refuses it: {error}") from error
+        prompt = chat_text(self._tokenizer, messages[:-1], asks=True)
+        return prompt, chat_text(self._tokenizer, messages, asks=False)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # The template has written what a tokenizer would add.
@@ -143,7 +171,7 @@ class Renderer:
     ) -> Example | Dropped:
         try:
             tokens = self._split(*texts, prompt, whole)
-        except _NoExample as error:
+        except Unrenderable as error:
             return Dropped("template", str(error))
         loss_from, answer = len(prompt), len(tokens) - len(prompt)
         if len(tokens) > self._seq_len:
@@ -166,28 +194,18 @@ class Renderer:
         if whole[: len(prompt)] != prompt:
             # A token may reach from the prompt into the answer; the model will never be given that one.
             if not text.startswith(prompt_text):
-                raise _NoExample("what comes before the answer is not what the model is asked with")
+                raise Unrenderable("what comes before the answer is not what the model is asked with")
             apart = prompt + self._encode([text[len(prompt_text) :]])[0]
             if self._tokenizer.decode(apart) != self._tokenizer.decode(whole):
-                raise _NoExample("prompt and answer are other tokens apart than together")
+                raise Unrenderable("prompt and answer are other tokens apart than together")
             whole = apart
-        end = self._end(whole, len(prompt))
-        if end is None and self._tokenizer.eos_token_id is None:
-            raise _NoExample("nothing ends an answer: neither the template nor an eos token")
-        ended = whole[:end] if end is not None else [*whole, self._tokenizer.eos_token_id or 0]
+        end = len(whole) - len(self._tail)
+        if whole[end:] != self._tail:
+            raise Unrenderable("the template does not end it as it ends others")
+        ended = [*whole[:end], self.stop]
         if len(ended) < len(prompt) + 2:
-            raise _NoExample("the template leaves the answer out")
+            raise Unrenderable("the template leaves the answer out")
         return ended
-
-    def _end(self, tokens: list[int], loss_from: int) -> int | None:
-        """Where the first special token behind the answer ends: what follows is never asked of the model."""
-        end = None
-        for at in range(len(tokens) - 1, loss_from - 1, -1):
-            if tokens[at] in self._special:
-                end = at + 1
-            elif self._tokenizer.decode([tokens[at]]).strip():
-                break
-        return end
 
 
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]] | Dropped:

@@ -1,0 +1,62 @@
+"""Runs `streamsyn train` as ranks of one training, in forks of a process that has imported torch and peft.
+
+A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "kill": null or see below}`,
+starts one; in `argv`, `{rank}` stands for a rank's number. When all its ranks have ended, their exit codes
+come back as a list, negative for a signal. Rank i says its lines to `said` + i.
+
+`kill` is `{"rank": i, "at": [[event, part], ...]}`. Each is an audit event of rank 0 whose first argument
+has `part` in it; when all have come, one after the other, rank i is killed before the last of them is done.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import peft  # noqa: F401 - so that no fork has to
+
+from tests.trainer import tiny
+from tests.trainer.fork_server import run
+
+PATIENCE_S = 60
+"""A rank that runs for longer hangs: it is ended."""
+
+
+def watch(victim: int, awaited: list[list[str]]) -> None:
+    """Kill a process when all that is awaited has come about in this one."""
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if awaited and event == awaited[0][0] and awaited[0][1] in str(arguments[0]):
+            del awaited[0]
+            if not awaited:
+                os.kill(victim, signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def train(task: dict[str, Any]) -> list[int]:
+    """The exit codes of all ranks."""
+    world, kill = task["world"], task["kill"]
+    pids: dict[int, int] = {}
+    for rank in reversed(range(world)):  # rank 0 knows the others
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(PATIENCE_S)
+            if world > 1:  # one process has no launcher
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(task["port"])}
+            if rank == 0 and kill is not None:
+                watch(pids.get(kill["rank"], os.getpid()), kill["at"])
+            argv = [one.replace("{rank}", str(rank)) for one in task["argv"]]
+            told = {"argv": argv, "stderr": f"{task['said']}{rank}", "stdin": None}
+            run({**told, "file_bytes": None})
+        pids[rank] = pid
+    return [os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1]) for rank in range(world)]
+
+
+if __name__ == "__main__":
+    tiny.model()  # imports what is imported only then
+    for line in sys.stdin:
+        print(json.dumps(train(json.loads(line))), flush=True)
+    os._exit(0)  # to take torch apart takes seconds

@@ -1,0 +1,44 @@
+"""The questions of exams in the model's chat form: what ends an answer, and templates that fail."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+
+from streamsyn.errors import ConfigError
+from streamsyn.sections import LongBenchSection, NeedlesSection
+from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.longbench import longbench_questions
+from streamsyn.trainer.evaluation.needles import needle_questions
+from tests.trainer import tiny
+
+OPENING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|system|>{% endfor %}<|assistant|>"
+LONG_REFUSED = tiny.TEMPLATE + "{{ '' if 1 // (0 if messages[0]['content'] | length > 100 else 1) }}"
+
+
+def chat(template: str) -> Chat:
+    """That of a model with such a template."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    return Chat(tokenizer, more_stops=(7,))
+
+
+def test_what_ends_an_answer() -> None:
+    """What the model is taught to end it with, eos, and what else is given; not what comes behind it."""
+    eos, system = (tiny.tokenizer().convert_tokens_to_ids(one) for one in ("<|end|>", "<|system|>"))
+
+    assert {eos, 7} == chat(tiny.TEMPLATE).stop
+    assert {eos, 7, system} == chat(OPENING).stop == chat(OPENING).prompt("why", 3).stop
+
+
+def test_a_template_that_refuses_a_question_is_said(tmp_path: Path) -> None:
+    """Whatever it fails with, in one line that names where the question comes from."""
+    row = {"input": "Who?", "context": "Ada. " * 100, "answers": ["Ada"], "dataset": "qasper"}
+    (tmp_path / "rows.jsonl").write_bytes(orjson.dumps(row))
+    failing = chat(LONG_REFUSED)
+    why = r"^train\.needles or train\.longbench: .* the chat template refuses it: .* by zero$"
+
+    with pytest.raises(ConfigError, match=why):
+        needle_questions(NeedlesSection(lengths=(1024,)), 0, failing, 1024, None)
+    with pytest.raises(ConfigError, match=why):
+        longbench_questions(LongBenchSection(path=str(tmp_path / "rows.jsonl")), failing, 1024)

@@ -1,0 +1,180 @@
+"""The model as it is read, fitted with adapters and placed: what it must be, and what is refused.
+
+Elsewhere: other models that cannot be tuned (`test_command_mistakes`), packed samples (`test_apart`).
+"""
+# ruff: noqa: F811 - fixtures are named as they are imported
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
+
+from streamsyn.errors import ConfigError
+from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.model import start_accelerator
+from streamsyn.trainer.model.reading import model_dtype, read_model, read_tokenizer
+from tests.trainer import tiny
+from tests.trainer.by_hand import fresh, placed_model, section
+from tests.trainer.test_command import Start, server, start, write_run  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.timeout(300)
+
+SAMPLING = {"eos_token_id": 256, "temperature": 0.6, "top_p": 0.9}
+"""As many models have it: transformers reads that, and will not save it without `do_sample`."""
+LORA = {"rank": 4}
+
+
+def read(folder: Path, seed: int = 0, **given: Any) -> Any:
+    """All that is read of a model before it is placed."""
+    settings = section(**given)
+    with fresh():
+        accelerator = start_accelerator(settings, 4)
+    model_dtype(str(folder))
+    read_tokenizer(str(folder))
+    return read_model(str(folder), settings, accelerator, None, seed=seed)
+
+
+def changed(path: Path, **values: Any) -> None:
+    """Other values in a file of JSON."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("lora", [None, "{rank = 4}"])
+def test_values_for_sampling_alone_are_saved_with_the_switch(
+    start: Start, tmp_path: Path, lora: str | None
+) -> None:
+    """A model with a temperature and no `do_sample` is trained, kept and published with it; that is said."""
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(SAMPLING))
+    given = {"max_steps": 2, "publish": "{every_steps = 1}"} | ({} if lora is None else {"lora": lora})
+    out = tmp_path / "out"
+    training = start(write_run(tmp_path / "run", range(20)), out, **given)
+
+    assert 0 == training.wait(), training.stderr()
+    assert "train.generation_config" in training.stderr()
+    assert "train.not_published" not in training.stderr()
+    for folder in ("model", "weights/step-0000001", "weights/step-0000002"):
+        saved = GenerationConfig.from_pretrained(out / folder)
+        assert (True, 0.6, 0.9) == (saved.do_sample, saved.temperature, saved.top_p)
+
+
+@pytest.mark.parametrize(("key", "value"), [("temperature", 0.0), ("length_penalty", 0.5)])
+def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path: Path, key: str, value: float) -> None:
+    """At the start, with its name, and not at the first checkpoint."""
+    changed(tiny.write_model(tmp_path) / "generation_config.json", **{key: value})
+    with pytest.raises(ConfigError, match=f"generation_config.json cannot be saved again.*{key}"):
+        read(tmp_path)
+
+
+def no_tokens(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def odd_heads(folder: Path) -> None:
+    changed(folder / "config.json", num_attention_heads=3)
+
+
+def wrong_kind(folder: Path) -> None:
+    changed(folder / "config.json", hidden_size="many")
+
+
+def unknown_rope(folder: Path) -> None:
+    changed(folder / "config.json", rope_parameters={"rope_type": "nonsense"})
+
+
+def quantised(folder: Path) -> None:
+    changed(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (no_tokens, "no tokenizer can be read there: KeyError: 'added_tokens'"),
+        (odd_heads, "not a multiple of the number of attention heads"),
+        (wrong_kind, "hidden_size"),
+        (unknown_rope, "cannot be read: KeyError: 'nonsense'"),
+        (quantised, "cannot be read: .*optimum"),
+    ],
+)
+def test_a_file_of_any_content_is_one_line(tmp_path: Path, spoil: Callable[[Path], None], named: str) -> None:
+    """Whatever transformers makes of it."""
+    spoil(tiny.write_model(tmp_path))
+    with pytest.raises(ConfigError, match=named) as refused:
+        read(tmp_path)
+    assert str(refused.value).startswith(f"--model {tmp_path}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("nope", "no module 'nope'"),
+        ("proj", "no module 'proj'"),
+        ("input_layernorm", "input_layernorm is a LlamaRMSNorm"),
+        ("embed_tokens", "model.embed_tokens is a Embedding"),
+        ("lm_head", "lm_head shares its weight with model.embed_tokens"),
+    ],
+)
+def test_adapters_that_would_not_be_merged_are_refused(tmp_path: Path, target: str, named: str) -> None:
+    """Also beside others that would be: they would be trained, and left out of OUT/model."""
+    tiny.write_model(tmp_path)
+    with pytest.raises(ConfigError, match=rf"train\.lora\.targets: .*{named}"):
+        read(tmp_path, lora={**LORA, "targets": ["q_proj", target]})
+
+
+def test_a_head_of_its_own_has_an_adapter(tmp_path: Path) -> None:
+    """Where the embedding is another; a name may be written in more or fewer of its parts."""
+    tiny.write_model(tmp_path)
+    tiny.model(tie_word_embeddings=False).save_pretrained(tmp_path)
+    made = read(tmp_path, lora={**LORA, "targets": ["lm_head", "layers.1.mlp.up_proj"]})
+
+    found = {name.partition(".lora_")[0] for name, one in made.named_parameters() if one.requires_grad}
+    assert {"base_model.model.lm_head", "base_model.model.model.layers.1.mlp.up_proj"} == found
+
+
+def test_a_model_that_peft_refuses_is_named(tmp_path: Path) -> None:
+    """With the setting that would have to be another."""
+    tiny.write_model(tmp_path)
+    MambaForCausalLM(
+        MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.lora\.targets"):
+        read(tmp_path, lora=LORA)
+
+
+def test_adapters_begin_from_the_seed(start: Start, tmp_path: Path) -> None:
+    """With `run.seed` the same, another process begins with the same ones; with another one it does not."""
+    given = {"lora": "{rank = 4}", "max_steps": 1, "learning_rate": 1e-12}
+    training = start(write_run(tmp_path / "run", range(8)), tmp_path / "out", "--set", "run.seed=7", **given)
+    assert 0 == training.wait(), training.stderr()
+    left = load_file(tmp_path / "out/checkpoints/step-0000001/model/adapter_model.safetensors")
+    same, other = (
+        peft.get_peft_model_state_dict(read(tmp_path / "base", seed, lora=LORA)) for seed in (7, 8)
+    )
+
+    assert tiny.furthest(left, same) < 1e-9
+    assert tiny.furthest(left, other) > 0.1
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_logits_stay_in_half(tmp_path: Path, lora: Any) -> None:
+    """In bf16 they are not there a second time in float32, and say what accelerate's float32 ones do."""
+    settings = section(precision="bf16", lora=lora)
+    with fresh():
+        placed = placed_model(tiny.write_model(tmp_path), settings)
+    batch = make_batch([tiny.example(20, 9)], [1.0], placed.accelerator.device)
+    logits = placed.model(**batch.forward_arguments()).logits
+
+    assert torch.bfloat16 == logits.dtype
+    torch.manual_seed(0)
+    with fresh():
+        accelerator = start_accelerator(settings, 4)
+        wrapped = accelerator.prepare(read_model(str(tmp_path), settings, accelerator, None, seed=0))
+    expected = wrapped(**batch.forward_arguments()).logits
+    assert torch.float32 == expected.dtype
+    assert torch.equal(expected, logits.float())

@@ -1,0 +1,250 @@
+"""Two ranks in place of one: adapters, weights for the servers, and a kill while those are written.
+
+Elsewhere: full fine-tuning at 1 and 2 ranks (`test_loop`, `test_world_sizes`), publications of one process
+(`test_publish`).
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from streamsyn.sglang.simulator.app import RunningSimulator, running
+from streamsyn.sglang.simulator.config import SimulatorConfig
+from tests.trainer import tiny
+from tests.trainer.test_command import lineage, lines, result, write_run
+from tests.trainer.test_loop import free_port
+
+pytestmark = pytest.mark.timeout(180)
+
+STEPS = 6
+SETTINGS = {
+    "train.seq_len": 256,
+    "train.rows_per_step": 2,
+    "train.shuffle_size": 8,
+    "train.shuffle_min": 4,
+    "train.learning_rate": 0.001,
+    "train.warmup_steps": 2,
+    "train.max_steps": STEPS,
+    "train.max_wait_s": 60,
+    "train.save_every_steps": 100,
+}
+LORA = "{rank = 4, alpha = 16}"
+EVERY, KEPT = 2, [2, 4, 6]
+"""Publications, all of which stay."""
+DEAD = "http://127.0.0.1:9"
+
+
+class Ranks:
+    """Trainings by one rank or several, one after the other, over the same samples."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        tiny.write_model(folder / "base")
+        write_run(folder / "run", range(40))
+        self.base = load_file(folder / "base" / "model.safetensors")
+        """The weights that all of them begin with."""
+        self._alone: dict[str | None, Path] = {}
+
+    def run(self, world: int, out: Path, kill: dict[str, Any] | None = None, **more: Any) -> list[int]:
+        """How each rank ended; what it said is in OUT.said0, OUT.said1."""
+        keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
+        sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
+        given = ["--from", self._folder / "run", "--model", self._folder / "base", "--out", out]
+        argv = ["train", *map(str, given), *sets]
+        task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said", "kill": kill}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        codes: list[int] = json.loads(self._process.stdout.readline())
+        return codes
+
+    def done(self, world: int, out: Path, **more: Any) -> Path:
+        """OUT of a training that came to its end."""
+        codes = self.run(world, out, **more)
+        assert [0] * world == codes, said(out)
+        return out
+
+    def alone(self, lora: str | None) -> Path:
+        """OUT of a training by one rank, which published; it is made once."""
+        if lora not in self._alone:
+            name = "alone" if lora is None else "alone-lora"
+            self._alone[lora] = self.done(1, self._folder / name, lora=lora, publish=publishing())
+        return self._alone[lora]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A process that has everything imported, and what there is to train on."""
+    shared = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "tests.trainer.forked_ranks"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | shared
+        ) as process,
+    ):
+        yield Ranks(process, Path(folder))
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def said(out: Path) -> str:
+    """By all ranks, in all runs of a training."""
+    return "".join(path.read_text() for path in sorted(out.parent.glob(f"{out.name}.said*")))
+
+
+def publishing(*servers: str, keep: int = len(KEPT)) -> str:
+    """`train.publish`."""
+    return f"{{every_steps = {EVERY}, keep = {keep}, servers = {json.dumps(servers)}, timeout_s = 20}}"
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def published(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights that servers get."""
+    return load_file(out / "weights" / name_of(step) / "model.safetensors")
+
+
+def adapters(out: Path) -> dict[str, torch.Tensor]:
+    """Those of the newest checkpoint."""
+    newest = (out / "LATEST").read_text().strip()
+    return load_file(out / "checkpoints" / newest / "model" / "adapter_model.safetensors")
+
+
+def assert_whole(folder: Path) -> None:
+    """A directory of Hugging Face, from which all weights are read."""
+    read: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(read[1].values()), read[1]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def assert_trained_alike(out: Path, alone: Path) -> None:
+    """The same samples and losses at each step, and the same weights at the end."""
+    found, expected = lineage(out), lineage(alone)
+    assert list(range(1, STEPS + 1)) == [step for step, _ in found]
+    for (step, examples), (number, others) in zip(found, expected, strict=True):
+        assert step == number
+        ours, theirs = ({tuple(one[:4]): one[4] for one in some} for some in (examples, others))
+        assert theirs == pytest.approx(ours, rel=1e-6)
+    losses, others = ([line["loss"] for line in lines(one)] for one in (out, alone))
+    assert others == pytest.approx(losses, rel=1e-6)
+    assert tiny.furthest(result(alone), result(out)) < 1e-6
+
+
+def test_adapters_go_on_at_another_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """A checkpoint of two ranks is gone on with by one, and that of one by two, as if nothing had been."""
+    out = tmp_path / "out"
+    for world, steps in ((2, 2), (1, 4), (2, STEPS)):
+        ranks.done(world, out, lora=LORA, max_steps=steps)
+
+    assert_trained_alike(out, ranks.alone(LORA))
+    assert tiny.furthest(adapters(ranks.alone(LORA)), adapters(out)) < 1e-6
+
+
+Seen = list[tuple[str | None, str]]
+
+
+async def watched(server: RunningSimulator, training: Callable[[], Any]) -> Seen:
+    """How a server was paused, and its weights, one after the other while something goes on in a thread."""
+    weights = server.simulation.weights
+    seen: Seen = []
+    task = asyncio.get_running_loop().run_in_executor(None, training)
+    while True:
+        now = (weights.mode, weights.version)
+        if not seen or seen[-1] != now:
+            seen.append(now)
+        if task.done():
+            await task
+            return seen
+        await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+async def test_two_ranks_train_and_publish_as_one(ranks: Ranks, tmp_path: Path, lora: str | None) -> None:
+    """The same losses and weights (1e-6), of the model or of its adapters. What is published are whole
+    directories, adapters merged, with the tensors that one rank publishes. A server is paused, loads them
+    and goes on; a dead one holds up nothing."""
+    out = tmp_path / "out"
+    async with running(SimulatorConfig(load_s=0.05)) as server:
+        publish = publishing(DEAD, server.url)
+        seen = await watched(server, lambda: ranks.done(2, out, lora=lora, publish=publish))
+    alone = ranks.alone(lora)
+
+    assert_trained_alike(out, alone)
+    if lora is not None:
+        assert tiny.furthest(adapters(alone), adapters(out)) < 1e-6
+    assert ["LATEST", *map(name_of, KEPT)] == sorted(path.name for path in (out / "weights").iterdir())
+    assert f"{name_of(STEPS)}\n" == (out / "weights" / "LATEST").read_text()
+    for step in KEPT:
+        assert_whole(out / "weights" / name_of(step))
+        assert tiny.furthest(published(alone, step), published(out, step)) < 1e-6
+    assert tiny.furthest(result(out), published(out, STEPS)) == 0
+    assert tiny.furthest(ranks.base, published(out, STEPS)) > 1e-4
+    told = [one for one in seen if one != ("retract", name_of(STEPS))]  # which lasts no time
+    assert (None, "default") == told[0]
+    assert ["retract", None] == [mode for mode, _ in told[-2:]]
+    assert name_of(STEPS) == told[-1][1]
+    assert str(out / "weights" / name_of(STEPS)) == server.simulation.weights.path
+    assert f"server={DEAD}" in said(out)
+
+
+WRITING = [["open", f"/weights/{name_of(4)}.tmp/tokenizer_config.json"]]  # the weights are there
+NAMING = [["os.rename", "/weights/LATEST.new"]] * 2
+KILLS = {
+    "rank 0 while it writes": (0, WRITING, [2], 2),
+    "rank 1 while rank 0 writes": (1, WRITING, [4], 4),
+    "rank 0 before LATEST": (0, NAMING, [2, 4], 2),
+    "rank 0 while an old one goes": (0, NAMING + [["os.remove", ""]] * 3, [4], 4),
+}
+"""Who is killed, when, what looks whole then, and what LATEST says."""
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, moment: str) -> None:
+    """At the second publication: what looks whole is whole, LATEST is written after it, and no other rank
+    goes on. The restart ends with the weights of a training that nobody killed, and nothing besides."""
+    out, root = tmp_path / "out", tmp_path / "out/weights"
+    rank, at, whole, newest = KILLS[moment]
+    keys = {"publish": publishing(keep=1), "save_every_steps": 3}
+    codes = ranks.run(2, out, {"rank": rank, "at": at}, **keys)
+
+    assert -signal.SIGKILL == codes[rank], said(out)
+    assert codes[1 - rank] > 0, said(out)
+    found = sorted(path for path in root.glob("step-*") if not path.suffix)
+    for folder in found:
+        assert_whole(folder)
+    assert [*map(name_of, whole)] == [path.name for path in found]
+    assert f"{name_of(newest)}\n" == (root / "LATEST").read_text()
+
+    ranks.done(2, out, **keys)
+    assert ["LATEST", name_of(STEPS)] == sorted(path.name for path in root.iterdir())
+    assert f"{name_of(STEPS)}\n" == (root / "LATEST").read_text()
+    assert_whole(root / name_of(STEPS))
+    assert tiny.furthest(published(ranks.alone(None), STEPS), published(out, STEPS)) < 1e-6
+
+
+def test_ranks_that_do_not_share_a_folder_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """Each would go on from its own checkpoint, and their weights would drift apart without a word."""
+    ranks.done(2, tmp_path / "out{rank}", max_steps=2)
+    codes = ranks.run(2, tmp_path / "out{rank}", max_steps=4)
+
+    assert [2, 2] == codes
+    told = (tmp_path / "out{rank}.said0").read_text().splitlines()[-1]
+    assert "is not one folder for all ranks" in told
+    assert not any("Traceback" in path.read_text() for path in tmp_path.glob("*.said?"))
