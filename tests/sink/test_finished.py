@@ -193,5 +193,5 @@ def test_an_index_is_not_made_from_a_damaged_shard(tmp_path: Path, damage: str) 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     """What SQLite has to say of it comes as one line that names the file."""
-    with pytest.raises(SinkError, match="read.sqlite: unable to open"):
+    with pytest.raises(SinkError, match=r"read\.sqlite: unable to open"):
         Claims(None, tmp_path / "nowhere" / "read.sqlite")

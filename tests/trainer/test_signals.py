@@ -26,7 +26,7 @@ print("saved")
     ],
 )
 def test_what_a_launcher_passes_on_is_the_same_signal(times: list[str], code: int, said: str) -> None:
-    """Processes of one service get a SIGTERM each, and their launcher's too: that is no wish to lose steps."""
+    """Processes of a service get a SIGTERM each, and their launcher's too: nobody wants to lose steps."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *times], capture_output=True, text=True, check=False, timeout=30
     )

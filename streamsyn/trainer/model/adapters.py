@@ -50,7 +50,7 @@ def _check_targets(model: Any, targets: Sequence[str]) -> None:
             module = modules[name]
             if not isinstance(module, torch.nn.Linear | Conv1D):
                 kind = type(module).__name__
-                raise ConfigError(f"{_KEY}: {name} is a {kind}; only linear modules can have adapters here")
+                raise ConfigError(f"{_KEY}: {name} is no linear module, as all must be, but {kind}")
             if others := [n for n, one in modules.items() if n != name and _weight(one) is module.weight]:
                 raise ConfigError(
                     f"{_KEY}: {name} shares its weight with {others[0]}, and can have no adapter of its own"
