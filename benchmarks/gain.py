@@ -60,7 +60,10 @@ class Pair:
 def chosen(folder: Path, into: Path, per_task: int, seed: int) -> Path:
     """So many seeds of each file, drawn."""
     into.mkdir()
-    for path in sorted(folder.glob("*.jsonl")):
+    paths = sorted(folder.glob("*.jsonl"))
+    if not paths:
+        raise SystemExit(f"there are no files of seeds (*.jsonl) in {folder}")
+    for path in paths:
         lines = path.read_bytes().splitlines()
         drawn = random.Random(f"{seed} {path.name}").sample(lines, min(per_task, len(lines)))
         (into / path.name).write_bytes(b"\n".join(drawn) + b"\n")

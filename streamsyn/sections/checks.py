@@ -46,7 +46,7 @@ class ChecksSection(Section):
     """A context with less gain is rejected (`low_context_gain`)."""
     answerable: bool = False
     """Have servers answer the instruction with and without the context, and compare with the gold answer: F1
-    of words for questions, ROUGE-L for summaries, as LongBench does."""
+    of words for questions, as LongBench does, ROUGE-L for summaries."""
     flag_answer_below: Unit | None = 0.1
     """A context whose answer scores less gets the flag `not_answerable`."""
     reject_answer_below: Unit | None = None
