@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from threading import RLock
 
 import structlog
 
@@ -114,6 +115,8 @@ class FinishedKeys:
 class Claims:
     """Tells of keys whether they are finished, or read before in this run; for the thread that reads seeds.
 
+    Another thread may close it: that waits for what is being done. Who was reading is told by a SinkError.
+
     Args:
         finished: The file of FinishedKeys; None when there is no run directory (`preview`).
         scratch: Where to keep what has been read in this run; removed before and after.
@@ -125,6 +128,7 @@ class Claims:
     def __init__(self, finished: Path | None, scratch: Path) -> None:
         self._scratch = scratch
         self._path = finished or scratch
+        self._lock = RLock()  # SQLite does not survive that a connection is closed while it is used
         scratch.unlink(missing_ok=True)
         with _translated(self._path):
             self._db = sqlite3.connect(scratch, isolation_level=None, check_same_thread=False, timeout=60)
@@ -138,7 +142,9 @@ class Claims:
 
     def claim(self, key: bytes) -> Claim:
         """Take `key` for this run, unless it is finished or was taken before."""
-        if not self._db.execute("INSERT OR IGNORE INTO main.claimed VALUES (?)", (key,)).rowcount:
+        with self._in_use():
+            new = self._db.execute("INSERT OR IGNORE INTO main.claimed VALUES (?)", (key,)).rowcount
+        if not new:
             return Claim.REPEATED
         return Claim.FINISHED if self.finished([key]) else Claim.NEW
 
@@ -147,7 +153,7 @@ class Claims:
         found: set[bytes] = set()
         if not self._has_finished:
             return found
-        with _translated(self._path):
+        with self._in_use():
             for start in range(0, len(keys), _KEYS_A_QUERY):
                 some = keys[start : start + _KEYS_A_QUERY]
                 query = f"SELECT key FROM old.finished WHERE key IN ({','.join('?' * len(some))})"  # noqa: S608
@@ -156,7 +162,7 @@ class Claims:
 
     def is_known(self, key: bytes) -> bool:
         """Whether `key` is finished or was taken in this run."""
-        with _translated(self._path):
+        with self._in_use():
             claimed = self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall()
         return bool(claimed) or bool(self.finished([key]))
 
@@ -167,15 +173,21 @@ class Claims:
         Raises:
             SinkError: The disk is full, or the file of FinishedKeys is damaged.
         """
-        with _translated(self._path):
+        with self._in_use():
             self._db.execute("BEGIN")
             yield
             self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Forget what was read in this run."""
-        self._db.close()
-        self._scratch.unlink(missing_ok=True)
+        with self._lock:
+            self._db.close()
+            self._scratch.unlink(missing_ok=True)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._lock, _translated(self._path):
+            yield
 
 
 def _keys_of(root: Path, shard: SealedShard) -> Iterator[bytes]:
@@ -195,7 +207,9 @@ def _keys_of(root: Path, shard: SealedShard) -> Iterator[bytes]:
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file is at fault, and not the disk it lies on."""
+    """Whether the file is at fault, and not the disk it lies on, or whoever goes on behind a `close`."""
+    if isinstance(error, sqlite3.ProgrammingError):
+        return False
     disk = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY)
     return error.sqlite_errorcode & 0xFF not in disk
 

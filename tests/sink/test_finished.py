@@ -1,6 +1,9 @@
 """The index of finished drafts: derived from the log, made anew when it is lost, spoilt or behind."""
 
+import itertools
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,3 +198,25 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     """What SQLite has to say of it comes as one line that names the file."""
     with pytest.raises(SinkError, match=r"read\.sqlite: unable to open"):
         Claims(None, tmp_path / "nowhere" / "read.sqlite")
+
+
+def test_closed_while_it_is_used(tmp_path: Path) -> None:
+    """A run that is stopped closes it behind a reader that still goes on: what is being done is waited for,
+    and the reader gets an error. (SQLite would end the process.)"""
+    claims = Claims(None, tmp_path / "read.sqlite")
+    began = threading.Event()
+
+    def read() -> int:
+        for number in itertools.count():
+            with claims.batch():
+                for part in range(200):
+                    claims.claim(b"%08d%08d" % (number, part))
+            began.set()
+        raise AssertionError
+
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        began.wait()
+        claims.close()
+        with pytest.raises(SinkError, match="closed"):
+            reading.result(10)
