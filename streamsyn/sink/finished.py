@@ -16,6 +16,7 @@ import structlog
 
 from streamsyn.errors import SinkError
 from streamsyn.sink import frames
+from streamsyn.sink.disk import is_of_the_disk
 from streamsyn.sink.log import row_key
 from streamsyn.sink.manifest import Manifest, SealedShard
 
@@ -86,7 +87,7 @@ class FinishedKeys:
 
     def _make_anew(self, error: sqlite3.DatabaseError) -> None:
         """Start with an empty file, when what is wrong is the file."""
-        if not _is_damage(error):
+        if is_of_the_disk(error):
             raise error
         log.warning("index.rebuilt", path=str(self.path), why=str(error))
         self._db.close()
@@ -206,14 +207,6 @@ def _keys_of(root: Path, shard: SealedShard) -> Iterator[bytes]:
         )
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file is at fault, and not the disk it lies on, or whoever goes on behind a `close`."""
-    if isinstance(error, sqlite3.ProgrammingError):
-        return False
-    disk = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY)
-    return error.sqlite_errorcode & 0xFF not in disk
-
-
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     """Turn an error of SQLite into a SinkError that says what to do."""
@@ -221,8 +214,8 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         advice = (
-            "`streamsyn verify --repair` makes it anew"
-            if _is_damage(error)
-            else "what is on disk stays valid: make room and run again to go on"
+            "what is on disk stays valid: make room and run again to go on"
+            if is_of_the_disk(error)
+            else "`streamsyn verify --repair` makes it anew"
         )
         raise SinkError(f"cannot use {path}: {error}; {advice}") from error
