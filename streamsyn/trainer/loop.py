@@ -156,7 +156,8 @@ class Loop:
         placed, section = self._placed, self._section
         found = placed.accelerator.clip_grad_norm_(placed.model.parameters(), section.max_grad_norm)
         if placed.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.progress.grad_norm = float(found or 0)  # it has stepped by itself
+            self.progress.grad_norm = float(found or 0)
+            self.progress.skipped += not placed.model.was_step_applied()  # by itself, before this
         else:
             norm = found.full_tensor() if isinstance(found, DTensor) else found
             self.progress.grad_norm = float(norm)

@@ -1,8 +1,9 @@
 """Runs `streamsyn train` as ranks of one training, in forks of a process that has imported torch and peft.
 
-A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "kill": null or see below}`,
-starts one; in `argv`, `{rank}` stands for a rank's number. When all its ranks have ended, their exit codes
-come back as a list, negative for a signal. Rank i says its lines to `said` + i.
+A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "sharded": null or a kind of
+`sharding`, "kill": null or see below}`, starts one; in `argv`, `{rank}` stands for a rank's number. When all
+its ranks have ended, their exit codes come back as a list, negative for a signal. Rank i says its lines to
+`said` + i.
 
 `kill` is `{"rank": i, "at": [[event, part], ...]}`. Each is an audit event of rank 0 whose first argument
 has `part` in it; when all have come, one after the other, rank i is killed before the last of them is done.
@@ -18,6 +19,7 @@ import peft  # noqa: F401 - so that no fork has to
 
 from tests.trainer import tiny
 from tests.trainer.fork_server import run
+from tests.trainer.sharding import shard
 
 PATIENCE_S = 60
 """A rank that runs for longer hangs: it is ended."""
@@ -46,6 +48,8 @@ def train(task: dict[str, Any]) -> list[int]:
             if world > 1:  # one process has no launcher
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(task["port"])}
+            if task["sharded"]:
+                shard(task["sharded"])
             if rank == 0 and kill is not None:
                 watch(pids.get(kill["rank"], os.getpid()), kill["at"])
             argv = [one.replace("{rank}", str(rank)) for one in task["argv"]]

@@ -178,10 +178,10 @@ def result(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
-def lines(out: Path) -> list[dict[str, Any]]:
-    """The steps in metrics.jsonl."""
+def lines(out: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """The steps in metrics.jsonl, or what else there is."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == "step"]
+    return [line for line in found if line["kind"] == kind]
 
 
 def lineage(out: Path) -> list[tuple[int, list[Any]]]:

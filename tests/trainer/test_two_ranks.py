@@ -1,4 +1,4 @@
-"""Two ranks in place of one: adapters, weights for the servers, and a kill while those are written.
+"""Two ranks in place of one: adapters, shared weights, weights for servers, a kill while those are written.
 
 Elsewhere: full fine-tuning at 1 and 2 ranks (`test_loop`, `test_world_sizes`), publications of one process
 (`test_publish`).
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
 from tests.trainer import tiny
+from tests.trainer.sharding import Kind
 from tests.trainer.test_command import lineage, lines, result, write_run
 from tests.trainer.test_loop import free_port
 
@@ -58,13 +60,21 @@ class Ranks:
         """The weights that all of them begin with."""
         self._alone: dict[str | None, Path] = {}
 
-    def run(self, world: int, out: Path, kill: dict[str, Any] | None = None, **more: Any) -> list[int]:
+    def run(
+        self,
+        world: int,
+        out: Path,
+        kill: dict[str, Any] | None = None,
+        sharded: Kind | None = None,
+        **more: Any,
+    ) -> list[int]:
         """How each rank ended; what it said is in OUT.said0, OUT.said1."""
         keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
         sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
         given = ["--from", self._folder / "run", "--model", self._folder / "base", "--out", out]
         argv = ["train", *map(str, given), *sets]
-        task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said", "kill": kill}
+        task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said"}
+        task |= {"sharded": sharded, "kill": kill}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(task) + "\n")
@@ -221,7 +231,7 @@ def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, mom
     goes on. The restart ends with the weights of a training that nobody killed, and nothing besides."""
     out, root = tmp_path / "out", tmp_path / "out/weights"
     rank, at, whole, newest = KILLS[moment]
-    keys = {"publish": publishing(keep=1), "save_every_steps": 3}
+    keys: dict[str, Any] = {"publish": publishing(keep=1), "save_every_steps": 3}
     codes = ranks.run(2, out, {"rank": rank, "at": at}, **keys)
 
     assert -signal.SIGKILL == codes[rank], said(out)
@@ -237,6 +247,74 @@ def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, mom
     assert f"{name_of(STEPS)}\n" == (root / "LATEST").read_text()
     assert_whole(root / name_of(STEPS))
     assert tiny.furthest(published(ranks.alone(None), STEPS), published(out, STEPS)) < 1e-6
+
+
+SHARDED = [
+    "fsdp2",
+    pytest.param("zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed")),
+]
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_weights_are_shared_out_and_nothing_else_changes(ranks: Ranks, tmp_path: Path, kind: Kind) -> None:
+    """With evaluations and answers, for which weights are brought together where no gradient follows."""
+    tests = {"lengths": "[512]", "samples": "3", "kinds": '["single"]'}
+    more = {
+        "seq_len": 1024,
+        "max_steps": 2,
+        "holdout": 0.2,
+        "eval_every_steps": 1,
+        "needles": "{" + ", ".join(f"{name} = {value}" for name, value in tests.items()) + "}",
+        "tests_every_steps": 2,
+    }
+    alone = ranks.done(1, tmp_path / "alone", **more)
+    out = ranks.done(2, tmp_path / "out", sharded=kind, publish=publishing(keep=1), **more)
+
+    assert tiny.furthest(result(alone), result(out)) < 1e-5
+    assert tiny.furthest(result(out), published(out, 2)) == 0
+    for name in ("step-0000000.jsonl", "step-0000002.jsonl"):
+        assert (alone / "answers" / name).read_bytes() == (out / "answers" / name).read_bytes()
+    expected, found = (lines(one, "evaluation") for one in (alone, out))
+    assert 3 == len(found)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert name in ("at", "kind") or other[name] == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shared_weights_go_on_as_if_nothing_had_been(
+    ranks: Ranks, tmp_path: Path, kind: Kind, precision: str
+) -> None:
+    """From its own checkpoint bit for bit, the float32 weights behind those in bf16 too."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    ranks.done(2, whole, sharded=kind, precision=precision)
+    for steps in (3, STEPS):
+        ranks.done(2, out, sharded=kind, precision=precision, max_steps=steps)
+
+    assert tiny.furthest(result(whole), result(out)) == 0
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_any_kind_goes_on_from_a_checkpoint_of_another(ranks: Ranks, tmp_path: Path, kind: Kind) -> None:
+    """Shared out, one process, shared out again, two copies: weights and moments are the same in all."""
+    out = tmp_path / "out"
+    for world, sharded, steps in ((2, kind, 2), (1, None, 3), (2, kind, 5), (2, None, STEPS)):
+        ranks.done(world, out, sharded=sharded, max_steps=steps)
+
+    assert tiny.furthest(result(ranks.alone(None)), result(out)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_steps_that_are_not_finite_are_left_out_by_all_kinds(
+    ranks: Ranks, tmp_path: Path, kind: Kind
+) -> None:
+    """And counted: here all behind the first, whose rate is absurd."""
+    out = ranks.done(2, tmp_path / "out", sharded=kind, learning_rate=1e30)
+
+    assert [0, *range(1, STEPS)] == [line["skipped"] for line in lines(out)]
+    assert all(torch.isfinite(weight).all() for weight in result(out).values())
 
 
 def test_ranks_that_do_not_share_a_folder_are_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The model that is tuned: placed on its devices, with its optimizer, and written."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.figures.tracking import check_trackers
+from streamsyn.trainer.model import zero
 from streamsyn.trainer.model.apart import check_apart
 
 
@@ -71,14 +72,31 @@ def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | 
         # Only DeepSpeed needs to know: elsewhere the loss is divided once, by what the whole step weighs.
         gradient_accumulation_steps=micro_steps if _wants("DEEPSPEED") else 1,
     )
-    if _wants("FSDP") and not (accelerator.is_fsdp2 and accelerator.device.type != "cpu"):
+    if _wants("FSDP") and not accelerator.is_fsdp2:
         raise ConfigError(
             "FSDP needs fsdp_version 2 and GPUs (on CPU accelerate would make it DDP without a word)"
         )
+    if accelerator.is_fsdp2 and half:
+        # Gradients are brought together, and summed over the rows of a step, in float32 as under DDP;
+        # accelerate would do so in bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = section.max_grad_norm
+        _tell_deepspeed(accelerator.state.deepspeed_plugin, section)
     return accelerator
+
+
+def _tell_deepspeed(plugin: Any, section: TrainSection) -> None:
+    if plugin.zero_stage != 3:
+        raise ConfigError("of DeepSpeed, zero_stage 3 alone is used; for less, there are DDP and FSDP2")
+    if plugin.zero3_init_flag:
+        raise ConfigError(
+            "zero3_init_flag has to be false: weights would be read in bf16, and not in float32"
+        )
+    unset_hf_deepspeed_config()  # for accelerate sets it in any case
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    plugin.deepspeed_config["gradient_clipping"] = section.max_grad_norm
 
 
 def _wants(kind: str) -> bool:
@@ -109,8 +127,14 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
         betas=section.betas,
         fused=accelerator.distributed_type != DistributedType.DEEPSPEED,  # which has an AdamW of its own
     )
+    shares: zero.Shares = {}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        shares = {name: zero.share_of(one.detach(), rank, world) for name, one in model.named_parameters()}
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
+    if shares:
+        zero.give_weights(plain, shares)
     _leave_logits(plain, accelerator)
     check_apart(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
     return Placed(accelerator, prepared, plain, optimizer, dtype)
@@ -133,46 +157,6 @@ def _leave_logits(plain: Any, accelerator: Accelerator) -> None:
             return original(*given, **named)
 
     plain.forward = forward
-
-
-def optimizer_tensors(placed: Placed, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The state of the optimizer, whole, on CPU, by names that hold at any number of ranks.
-
-    All ranks call it; one that does not `keep` what is brought together gets nothing.
-    """
-    found = {}
-    for name, parameter in _trained(placed):
-        for kind, value in placed.optimizer.state[parameter].items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if keep:
-                found[f"{kind}.{name}"] = whole.detach().cpu().contiguous()
-    return found
-
-
-def load_optimizer(placed: Placed, tensors: dict[str, torch.Tensor]) -> None:
-    """Take up what `optimizer_tensors` gave."""
-    kinds: dict[str, list[str]] = {}
-    for key in tensors:
-        kind, _, name = key.partition(".")
-        kinds.setdefault(name, []).append(kind)
-    for name, parameter in _trained(placed):
-        placed.optimizer.state[parameter] = {
-            kind: _placed_as(parameter, tensors[f"{kind}.{name}"]) for kind in kinds.get(name, ())
-        }
-
-
-def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for name, parameter in placed.plain.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter
-
-
-def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    if value.ndim == 0:
-        return value.to(parameter.device)  # the number of steps, which fused AdamW keeps beside the weights
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)
 
 
 def write_model(

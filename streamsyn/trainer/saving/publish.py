@@ -17,6 +17,7 @@ from streamsyn.sections import FleetSection, PublishSection
 from streamsyn.sink.rundir import write_whole
 from streamsyn.trainer.model.merging import merged
 from streamsyn.trainer.model.model import Placed, write_result
+from streamsyn.trainer.model.sharing import whole_weights
 from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder
 from streamsyn.trainer.saving.servers import Servers
 
@@ -62,7 +63,7 @@ class Publisher:
 
         Weights that cannot be written are said, and passed over: the training needs none of them.
         """
-        weights = placed.accelerator.get_state_dict(placed.model)
+        weights = whole_weights(placed)
         if self._rank != 0:
             return
         target = self._root / f"step-{step:07d}"

@@ -4,20 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 import streamsyn
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.model.merging import merged
-from streamsyn.trainer.model.model import Placed, load_optimizer, optimizer_tensors, write_model, write_result
+from streamsyn.trainer.model.model import Placed, write_model, write_result
+from streamsyn.trainer.model.sharing import load_optimizer, optimizer_tensors, whole_weights
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, write_folder
 
 RESULT = "model"
 """OUT/model: what the training is for."""
 _OPTIMIZER = "optimizer.safetensors"
-_DEEPSPEED = "deepspeed"
 
 
 class Store:
@@ -44,19 +43,12 @@ class Store:
         Raises:
             SinkError: It cannot be written.
         """
-        sharded = placed.accelerator.distributed_type == DistributedType.DEEPSPEED
-        weights = placed.accelerator.get_state_dict(placed.model)
-        tensors = {} if sharded else optimizer_tensors(placed, keep=self._rank == 0)
+        weights, tensors = whole_weights(placed), optimizer_tensors(placed)
         if self._rank != 0:
-            if sharded:
-                self._save_shards(placed, self._checkpoints.aside(step))
             return
 
         def fill(folder: Path) -> None:
-            if sharded:
-                self._save_shards(placed, folder)  # first: all ranks are in it, and a full disk comes after
-            else:
-                save_file(tensors, folder / _OPTIMIZER)
+            save_file(tensors, folder / _OPTIMIZER)
             write_model(placed, weights, self._tokenizer, folder / "model")
 
         info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
@@ -65,16 +57,7 @@ class Store:
             whole = merged(placed, weights)
             write_folder(self._out / RESULT, lambda folder: write_result(*whole, self._tokenizer, folder))
 
-    def _save_shards(self, placed: Placed, folder: Path) -> None:
-        """DeepSpeed writes its own state, each rank its share."""
-        placed.accelerator.wait_for_everyone()
-        placed.model.save_checkpoint(str(folder / _DEEPSPEED))
-        placed.accelerator.wait_for_everyone()
-
 
 def restore_optimizer(placed: Placed, checkpoint: Checkpoint) -> None:
-    """Give the optimizer the state in a checkpoint, at any number of ranks (DeepSpeed: at the same)."""
-    if placed.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        placed.model.load_checkpoint(str(checkpoint.folder / _DEEPSPEED), load_module_only=False)
-    else:
-        load_optimizer(placed, load_file(checkpoint.folder / _OPTIMIZER))
+    """Give the optimizer the state in a checkpoint, at any number of ranks."""
+    load_optimizer(placed, load_file(checkpoint.folder / _OPTIMIZER))

@@ -1,0 +1,109 @@
+"""What ranks share among them: brought together under names that hold at any number of ranks, and given back.
+
+It is the same for one process, DDP, FSDP2 and DeepSpeed: each goes on from a checkpoint of any other.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from streamsyn.trainer.model import zero
+from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.model import Placed
+
+_STEP = "step"
+
+
+def whole_weights(placed: Placed) -> dict[str, torch.Tensor]:
+    """The state of the model, whole, on rank 0. All ranks call it."""
+    if _is_zero(placed):
+        return zero.whole_weights(placed.plain, keep=placed.accelerator.is_main_process)
+    weights: dict[str, torch.Tensor] = placed.accelerator.get_state_dict(placed.model)
+    return weights
+
+
+def optimizer_tensors(placed: Placed) -> dict[str, torch.Tensor]:
+    """The state of the optimizer, whole, on CPU, by kind and name of the weight, on rank 0.
+
+    All ranks call it. There is nothing before the first step.
+    """
+    found = {}
+    for kind, name, whole in _zero_state(placed) if _is_zero(placed) else _state(placed):
+        if placed.accelerator.is_main_process:
+            found[f"{kind}.{name}"] = whole.detach().cpu().contiguous()
+    return found
+
+
+def load_optimizer(placed: Placed, tensors: dict[str, torch.Tensor]) -> None:
+    """Take up what `optimizer_tensors` gave. All ranks call it."""
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        kinds.setdefault(kind, {})[name] = value
+    if _is_zero(placed) and kinds:
+        _load_zero(placed, kinds)
+        return
+    for name, parameter in _trained(placed):
+        placed.optimizer.state[parameter] = {
+            kind: _placed_as(parameter, of[name]) for kind, of in kinds.items() if name in of
+        }
+
+
+def _is_zero(placed: Placed) -> bool:
+    return bool(placed.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
+def _state(placed: Placed) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for name, parameter in _trained(placed):
+        for kind, value in placed.optimizer.state[parameter].items():
+            yield kind, name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What the optimizer works on, by name.
+
+    Behind a forward pass that no backward pass follows, FSDP2 leaves weights whole. The optimizer knows
+    their shares alone: what is noted beside the whole ones it never sees.
+    """
+    for part in placed.plain.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    for name, parameter in placed.plain.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if value.ndim == 0:
+        return value.to(parameter.device)  # the number of steps, which fused AdamW keeps beside the weights
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
+
+
+def _zero_state(placed: Placed) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for of in (*placed.optimizer.state.values(),)[:1]:  # of all that this rank has, the steps are the same
+        for name, _ in placed.plain.named_parameters():
+            yield _STEP, name, torch.tensor(float(of[_STEP]))
+        yield from zero.whole_moments(placed.plain)
+
+
+def _load_zero(placed: Placed, kinds: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Give moments to DeepSpeed, which has none before a step: one is made that changes nothing."""
+    accelerator = placed.accelerator
+    for group in placed.optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(placed.model):
+            batch = make_batch((), (), accelerator.device)
+            accelerator.backward(placed.model(**batch.forward_arguments()).logits.sum() * 0)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for kind in zero.MOMENTS:
+        shares = {name: zero.share_of(whole, rank, world) for name, whole in kinds[kind].items()}
+        zero.give_moments(placed.plain, kind, shares)
+    step = int(max(kinds[_STEP].values()))
+    for of in placed.optimizer.state.values():  # torch's AdamW has a tensor there, DeepSpeed's a number
+        of[_STEP] = torch.tensor(float(step)) if isinstance(of[_STEP], torch.Tensor) else step

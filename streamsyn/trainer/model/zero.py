@@ -1,0 +1,60 @@
+"""The shares that DeepSpeed's ZeRO-3 deals out of each weight: its float32 values and its moments.
+
+What DeepSpeed would write by itself is a file of each rank, to be read by as many ranks; so it is asked for
+each weight and moment one after the other, and given them back, share by share.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Shares = dict[str, torch.Tensor]
+"""This rank's part of each of some tensors, flat, by name of the weight."""
+
+
+def whole_weights(plain: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The state of the model on CPU, in float32 whatever passes are computed in; nothing without `keep`."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in plain.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        if keep:
+            found[name] = whole.detach().cpu().clone()
+    if keep:
+        weights = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+        found |= {name: value.cpu() for name, value in plain.state_dict().items() if name not in weights}
+    return found
+
+
+def whole_moments(plain: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Kind, name of the weight, and all of it; once there are moments, which is behind the first step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    for name, parameter in plain.named_parameters():
+        for kind in MOMENTS:
+            yield kind, name, safe_get_full_optimizer_state(parameter, kind)
+
+
+def share_of(whole: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """Its flat part number `rank` of `world` equal ones, the last filled up with zeros."""
+    size = -(-whole.numel() // world)
+    part = whole.flatten()[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))
+
+
+def give_weights(plain: torch.nn.Module, shares: Shares) -> None:
+    """Have DeepSpeed go on from these, in float32; it begins with what bf16 leaves of them."""
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    for name, parameter in plain.named_parameters():
+        safe_set_local_fp32_param(parameter, shares[name])
+
+
+def give_moments(plain: torch.nn.Module, kind: str, shares: Shares) -> None:
+    """Have DeepSpeed go on from these; there have to be some already."""
+    from deepspeed.utils import safe_set_local_optimizer_state
+
+    for name, parameter in plain.named_parameters():
+        safe_set_local_optimizer_state(parameter, shares[name], kind)
