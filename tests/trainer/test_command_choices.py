@@ -152,17 +152,6 @@ def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -
     )
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_adapters_under_what_was_not_tried_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 and DeepSpeed would need other ways to bring adapters together."""
-    from streamsyn.sections import LoraSection
-    from streamsyn.trainer.model.model import start_accelerator
-
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ConfigError, match=r"train\.lora"):
-        start_accelerator(TrainSection(lora=LoraSection()), 1)
-
-
 def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -> None:
     """With --plot; of a directory alone its path goes to stdout, and torch is not needed."""
     run, out = write_run(tmp_path / "run", range(20)), tmp_path / "out"

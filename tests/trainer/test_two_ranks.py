@@ -297,13 +297,18 @@ def test_shared_weights_go_on_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("kind", SHARDED)
-def test_any_kind_goes_on_from_a_checkpoint_of_another(ranks: Ranks, tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_any_kind_goes_on_from_a_checkpoint_of_another(
+    ranks: Ranks, tmp_path: Path, kind: Kind, lora: str | None
+) -> None:
     """Shared out, one process, shared out again, two copies: weights and moments are the same in all."""
     out = tmp_path / "out"
     for world, sharded, steps in ((2, kind, 2), (1, None, 3), (2, kind, 5), (2, None, STEPS)):
-        ranks.done(world, out, sharded=sharded, max_steps=steps)
+        ranks.done(world, out, sharded=sharded, max_steps=steps, lora=lora)
 
-    assert tiny.furthest(result(ranks.alone(None)), result(out)) < 1e-5
+    assert tiny.furthest(result(ranks.alone(lora)), result(out)) < 1e-5
+    if lora is not None:
+        assert tiny.furthest(adapters(ranks.alone(lora)), adapters(out)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", SHARDED)

@@ -51,8 +51,6 @@ def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | 
     Raises:
         ConfigError: What it was told cannot work here, or the package of a tracker is missing.
     """
-    if section.lora is not None and (_wants("FSDP") or _wants("DEEPSPEED")):
-        raise ConfigError("train.lora has not been tried with FSDP or DeepSpeed: use DDP")
     if _wants("DEEPSPEED") and find_spec("deepspeed") is None:
         raise ConfigError("`accelerate launch` was told to use DeepSpeed: pip install deepspeed")
     for kind in ("CP", "SP", "TP"):

@@ -4,9 +4,12 @@ It is the same for one process, DDP, FSDP2 and DeepSpeed: each goes on from a ch
 """
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -37,19 +40,24 @@ def optimizer_tensors(placed: Placed) -> dict[str, torch.Tensor]:
     return found
 
 
-def load_optimizer(placed: Placed, tensors: dict[str, torch.Tensor]) -> None:
-    """Take up what `optimizer_tensors` gave. All ranks call it."""
-    kinds: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, name = key.partition(".")
-        kinds.setdefault(kind, {})[name] = value
-    if _is_zero(placed) and kinds:
-        _load_zero(placed, kinds)
-        return
-    for name, parameter in _trained(placed):
-        placed.optimizer.state[parameter] = {
-            kind: _placed_as(parameter, of[name]) for kind, of in kinds.items() if name in of
-        }
+def load_optimizer(placed: Placed, path: Path) -> None:
+    """Take up what `optimizer_tensors` gave, from a file of safetensors. All ranks call it.
+
+    Tensors are read one after the other: no rank has all of them in its memory.
+    """
+    with safe_open(path, "pt") as tensors:
+        kinds: dict[str, list[str]] = {}
+        for key in tensors.keys():  # noqa: SIM118 - it is no dict
+            kind, _, name = key.partition(".")
+            kinds.setdefault(name, []).append(kind)
+        if _is_zero(placed) and kinds:
+            _load_zero(placed, tensors)
+            return
+        for name, parameter in _trained(placed):
+            placed.optimizer.state[parameter] = {
+                kind: _placed_as(parameter, tensors.get_tensor(f"{kind}.{name}"))
+                for kind in kinds.get(name, ())
+            }
 
 
 def _is_zero(placed: Placed) -> bool:
@@ -86,12 +94,12 @@ def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _zero_state(placed: Placed) -> Iterator[tuple[str, str, torch.Tensor]]:
     for of in (*placed.optimizer.state.values(),)[:1]:  # of all that this rank has, the steps are the same
-        for name, _ in placed.plain.named_parameters():
+        for name, _ in zero.trained(placed.plain):
             yield _STEP, name, torch.tensor(float(of[_STEP]))
         yield from zero.whole_moments(placed.plain)
 
 
-def _load_zero(placed: Placed, kinds: dict[str, dict[str, torch.Tensor]]) -> None:
+def _load_zero(placed: Placed, tensors: Any) -> None:
     """Give moments to DeepSpeed, which has none before a step: one is made that changes nothing."""
     accelerator = placed.accelerator
     for group in placed.optimizer.param_groups:
@@ -100,10 +108,11 @@ def _load_zero(placed: Placed, kinds: dict[str, dict[str, torch.Tensor]]) -> Non
         with accelerator.accumulate(placed.model):
             batch = make_batch((), (), accelerator.device)
             accelerator.backward(placed.model(**batch.forward_arguments()).logits.sum() * 0)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for kind in zero.MOMENTS:
-        shares = {name: zero.share_of(whole, rank, world) for name, whole in kinds[kind].items()}
-        zero.give_moments(placed.plain, kind, shares)
-    step = int(max(kinds[_STEP].values()))
+    rank, world, step = accelerator.process_index, accelerator.num_processes, 0
+    for name, parameter in zero.trained(placed.plain):
+        step = int(tensors.get_tensor(f"{_STEP}.{name}"))
+        for kind in zero.MOMENTS:
+            whole = tensors.get_tensor(f"{kind}.{name}")
+            zero.give_moment(parameter, kind, zero.share_of(whole, rank, world))
     for of in placed.optimizer.state.values():  # torch's AdamW has a tensor there, DeepSpeed's a number
         of[_STEP] = torch.tensor(float(step)) if isinstance(of[_STEP], torch.Tensor) else step

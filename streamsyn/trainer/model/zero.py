@@ -14,12 +14,20 @@ Shares = dict[str, torch.Tensor]
 
 
 def whole_weights(plain: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The state of the model on CPU, in float32 whatever passes are computed in; nothing without `keep`."""
+    """The state of the model on CPU; nothing without `keep`.
+
+    What is trained is in float32, whatever passes are computed in; what is not is as it is computed with.
+    """
+    from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = {}
     for name, parameter in plain.named_parameters():
-        whole = safe_get_full_fp32_param(parameter)
+        if parameter.requires_grad:
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            with zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
         if keep:
             found[name] = whole.detach().cpu().clone()
     if keep:
@@ -32,9 +40,14 @@ def whole_moments(plain: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tens
     """Kind, name of the weight, and all of it; once there are moments, which is behind the first step."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    for name, parameter in plain.named_parameters():
+    for name, parameter in trained(plain):
         for kind in MOMENTS:
             yield kind, name, safe_get_full_optimizer_state(parameter, kind)
+
+
+def trained(plain: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The weights that have moments."""
+    return ((name, one) for name, one in plain.named_parameters() if one.requires_grad)
 
 
 def share_of(whole: torch.Tensor, rank: int, world: int) -> torch.Tensor:
@@ -48,13 +61,12 @@ def give_weights(plain: torch.nn.Module, shares: Shares) -> None:
     """Have DeepSpeed go on from these, in float32; it begins with what bf16 leaves of them."""
     from deepspeed.utils import safe_set_local_fp32_param
 
-    for name, parameter in plain.named_parameters():
+    for name, parameter in trained(plain):
         safe_set_local_fp32_param(parameter, shares[name])
 
 
-def give_moments(plain: torch.nn.Module, kind: str, shares: Shares) -> None:
-    """Have DeepSpeed go on from these; there have to be some already."""
+def give_moment(parameter: torch.nn.Parameter, kind: str, share: torch.Tensor) -> None:
+    """Have DeepSpeed go on from this; there has to be one already."""
     from deepspeed.utils import safe_set_local_optimizer_state
 
-    for name, parameter in plain.named_parameters():
-        safe_set_local_optimizer_state(parameter, shares[name], kind)
+    safe_set_local_optimizer_state(parameter, share, kind)

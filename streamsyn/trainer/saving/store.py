@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 import streamsyn
@@ -60,4 +60,4 @@ class Store:
 
 def restore_optimizer(placed: Placed, checkpoint: Checkpoint) -> None:
     """Give the optimizer the state in a checkpoint, at any number of ranks."""
-    load_optimizer(placed, load_file(checkpoint.folder / _OPTIMIZER))
+    load_optimizer(placed, checkpoint.folder / _OPTIMIZER)
