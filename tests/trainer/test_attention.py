@@ -1,12 +1,16 @@
 """Samples in a row do not see each other, whatever computes the attention."""
 
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.model.attention import SEGMENTS, implementation
+from streamsyn.trainer.model import attention
+from streamsyn.trainer.model.attention import SEGMENTS, implementation, segments
 from streamsyn.trainer.model.batch import Batch, make_batch
 from tests.trainer.tiny import example, furthest, gradients, model
 
@@ -95,6 +99,50 @@ def test_attention_without_bounds_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="bounds"):
         tuned(**arguments)
+
+
+def varlen_as_documented(*given: Any, **named: Any) -> torch.Tensor:
+    """What torch says of `varlen_attn`, which only GPUs have, written out; called as the real one can be."""
+    call = signature(varlen_attn).bind(*given, **named)
+    call.apply_defaults()
+    asked = call.arguments
+    query, key, value = (asked[name].double() for name in ("query", "key", "value"))
+    assert {torch.bfloat16} == {asked[name].dtype for name in ("query", "key", "value")}
+    assert {torch.int32} == {asked[name].dtype for name in ("cu_seq_q", "cu_seq_k")}
+    bounds = asked["cu_seq_q"].tolist()
+    assert bounds == asked["cu_seq_k"].tolist()
+    assert asked["max_q"] == asked["max_k"] == max(end - begin for begin, end in pairwise(bounds))
+    shared = query.shape[1] // key.shape[1]
+    assert shared == 1 or asked["enable_gqa"]
+    key, value = (one.repeat_interleave(shared, 1) for one in (key, value))
+    left, right = asked["window_size"]
+    assert right == 0
+    out = torch.empty_like(query)
+    for begin, end in pairwise(bounds):
+        back = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (back >= 0) & ((back <= left) | torch.tensor(left < 0))
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end], key[begin:end]) * (
+            asked["scale"] or query.shape[-1] ** -0.5
+        )
+        shares = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", shares, value[begin:end])
+    return out.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_varlen_is_asked_for_what_segments_compute(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """With what autocast makes reach it: rotary embeddings leave queries and keys in float32, not values."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_as_documented)
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 68, 16, generator=draw) for heads in (4, 2, 2))
+    more = batch_of(ROW).forward_arguments() | {"sliding_window": window}
+
+    expected, _ = segments(torch.nn.Identity(), query, key, value, None, **more)
+    found, _ = attention.varlen(torch.nn.Identity(), query, key, value.bfloat16(), None, **more)
+
+    assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
 def test_what_needs_a_gpu_says_so() -> None:

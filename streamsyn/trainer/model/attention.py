@@ -6,6 +6,7 @@ functions refuse to run without them.
 """
 
 from importlib.util import find_spec
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +41,8 @@ def implementation(wanted: str, device: torch.device, *, half: bool) -> str:
         raise ConfigError(f"train.attention: {wanted} needs a GPU and bf16; use segments")
     if wanted in _PACKAGES and find_spec(_PACKAGES[wanted]) is None:
         raise ConfigError(f"train.attention: {wanted} needs the package {_PACKAGES[wanted]}")
+    if wanted == "varlen" and not _torch_has_varlen():
+        raise ConfigError("train.attention: varlen needs a newer torch; use segments")
     return _NAMES[wanted]
 
 
@@ -49,7 +52,16 @@ def _best(device: torch.device, *, half: bool) -> str:
     for name in ("flash_attention_3", "flash_attention_2"):
         if find_spec(_PACKAGES[name]) is not None:
             return name
-    return "varlen" if find_spec("torch.nn.attention.varlen") is not None else "segments"
+    return "varlen" if _torch_has_varlen() else "segments"
+
+
+def _torch_has_varlen() -> bool:
+    """It came with torch 2.10, and windows and shared key heads later."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
 
 
 def segments(
@@ -143,10 +155,12 @@ def varlen(
     if dropout != 0.0:
         raise ConfigError("train.attention: varlen has no dropout, and the model asks for it; use segments")
     window = more.get("sliding_window")
+    # Rotary embeddings leave queries and keys in float32, and autocast does not know this kernel.
+    queries, keys, values = (one[0].transpose(0, 1).to(torch.bfloat16) for one in (query, key, value))
     out: Any = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        queries,
+        keys,
+        values,
         more["cu_seq_lens_q"],
         more["cu_seq_lens_k"],
         more["max_length_q"],
