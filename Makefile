@@ -7,10 +7,10 @@ BIN := .venv/bin
 # real server without a GPU needs both cores for itself.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-quick lint bench bench-real clean
+.PHONY: help demo test test-quick test-zero3 lint bench bench-real clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: .venv/stamp sglang  ## the main job on a real SGLang with a packaged model
 	$(BIN)/streamsyn demo
@@ -21,6 +21,10 @@ test: .venv/stamp sglang chromium  ## all tests, those against the real SGLang a
 
 test-quick: .venv/stamp  ## all tests that need neither SGLang nor a browser
 	$(BIN)/pytest $(TWO) -m "not real_sglang and not chromium"
+
+test-zero3: .venv/stamp  ## training by ZeRO-3, on the CPU; installs DeepSpeed, which compiles by g++
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt deepspeed
+	$(BIN)/pytest tests/trainer/test_two_ranks.py -k zero3
 
 lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/ruff format --check .
