@@ -51,8 +51,9 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
 
     from streamsyn.sections import TrainSection
     from streamsyn.trainer.loop import Loop, Progress
+    from streamsyn.trainer.model.accelerator import start_accelerator
     from streamsyn.trainer.model.loss import denominator, target_weights
-    from streamsyn.trainer.model.model import place, start_accelerator
+    from streamsyn.trainer.model.model import place
     from streamsyn.trainer.model.reading import model_dtype, read_model
     from streamsyn.trainer.orders import Order, Ranks, Step, Stop
     from streamsyn.trainer.stream.examples import Example, Key

@@ -24,8 +24,9 @@ from streamsyn.trainer.figures.flops import speed_of
 from streamsyn.trainer.figures.record import Figures
 from streamsyn.trainer.figures.tracking import FOLDER, start_tracking
 from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.fit import check_fit
-from streamsyn.trainer.model.model import Placed, place, start_accelerator
+from streamsyn.trainer.model.model import Placed, place
 from streamsyn.trainer.model.reading import model_dtype, read_model, read_tokenizer
 from streamsyn.trainer.orders import Ranks
 from streamsyn.trainer.outdir import OutDirectory
@@ -251,7 +252,10 @@ def _close(
         if said["rows_read"] and said["rows_read"] == sum(said["dropped"].values()):
             raise ConfigError(_why_all_dropped(said["dropped"], section))
         log.error(
-            "train.nothing", why="the stream ended without a sample to train on", dropped=said["dropped"]
+            "train.nothing",
+            why="the stream ended without a sample to train on",
+            held_out=said["held_out"],
+            dropped=said["dropped"],
         )
         return EXIT_NOTHING
     return 0

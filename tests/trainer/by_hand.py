@@ -19,7 +19,8 @@ from streamsyn.trainer.evaluation.losses import WITH, deal_rows
 from streamsyn.trainer.evaluation.question import Prompt, Question
 from streamsyn.trainer.figures.record import Figures
 from streamsyn.trainer.loop import Loop, Progress
-from streamsyn.trainer.model.model import Placed, place, start_accelerator
+from streamsyn.trainer.model.accelerator import start_accelerator
+from streamsyn.trainer.model.model import Placed, place
 from streamsyn.trainer.model.reading import model_dtype, read_model
 from streamsyn.trainer.orders import Ranks
 from streamsyn.trainer.saving.checkpoint import Checkpoints

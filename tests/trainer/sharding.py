@@ -24,6 +24,7 @@ _FSDP2 = {
 _ZERO3 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # as `accelerate config` writes it, whatever we tell
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",  # its own Adam for the host has to be compiled
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",

@@ -126,6 +126,15 @@ def test_what_a_model_ignores_is_found_out(lost: str, says: str, *, half: bool) 
     check_apart(Careless("nothing"), CPU, half=half)
 
 
+def test_a_model_with_broken_weights_is_told_from_one_that_mixes_samples() -> None:
+    """A weight that is NaN is said to be one."""
+    model = made("gpt2", implementation("segments", CPU, half=False))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        check_apart(model, CPU, half=False)
+
+
 def test_a_model_is_left_as_it_was() -> None:
     """The check leaves no gradient, no evaluation mode, and draws nothing that is random."""
     model = made("gpt2", implementation("segments", CPU, half=False))

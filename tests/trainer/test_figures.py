@@ -11,12 +11,13 @@ from typing import Any
 import orjson
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.figures.flops import Speed, Work, peak_flops, speed_of, work_of
 from streamsyn.trainer.figures.record import Figures, verdict
 from streamsyn.trainer.figures.tracking import check_trackers, start_tracking
-from streamsyn.trainer.model.model import start_accelerator
+from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.stream.examples import Example, Key, StepPlan
 from streamsyn.trainer.stream.plans import PlanQueue
 from tests.trainer import tiny
@@ -115,6 +116,28 @@ def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
     assert work_of(loose) is None
 
 
+def test_the_work_of_layers_that_differ_is_their_sum() -> None:
+    """Heads of 8, 8 and 16: such a configuration has no one width, and raises when asked for it."""
+    given: dict[str, Any] = {"global_head_dim": 16}  # of layers whose attention is full
+    config = Gemma4TextConfig(
+        vocab_size=tiny.VOCABULARY,
+        vocab_size_per_layer_input=tiny.VOCABULARY,
+        hidden_size=32,
+        hidden_size_per_layer_input=0,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        **given,
+    )
+    work = work_of(AutoModelForCausalLM.from_config(config))
+
+    assert work is not None
+    assert 12 * 4 * (8 + 8 + 16) == work.squared
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
@@ -125,11 +148,29 @@ def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H800", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("AMD Instinct MI300X", 1307.4e12),
         ("NVIDIA GeForce RTX 3060", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA A10-4Q", None),
     ],
 )
 def test_peaks_go_by_whole_words_of_the_name(name: str, peak: float | None) -> None:
-    """L40S is no L4; an unknown device has no peak."""
+    """L40S is no L4; an unknown device has no peak, nor has a slice of one."""
     assert peak == peak_flops(name)
 
 
@@ -201,6 +242,39 @@ def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
     assert 2.5 == read.Scalars("eval/nll_with_context")[-1].value
     assert {"train/tokens_per_s", "train/age_max_s", "eval/held_out"} <= set(read.Tags()["scalars"])
     assert "train/at" not in read.Tags()["scalars"]
+
+
+class Opened:
+    """An accelerator that notes with what its trackers are opened."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, dict[str, Any]] = {}
+
+    def init_trackers(self, _project: str, _config: Any, options: dict[str, dict[str, Any]]) -> None:
+        """As accelerate's own."""
+        self.options = options
+
+
+def test_all_starts_of_a_training_are_one_run_of_a_tracker(tmp_path: Path) -> None:
+    """By an id that another OUT, or one that was begun anew in its place, does not have; kept in OUT."""
+
+    def options(out: Path, step: int, created_at: float) -> dict[str, dict[str, Any]]:
+        out.mkdir(exist_ok=True)
+        (out / "train.json").write_bytes(orjson.dumps({"created_at": created_at}))
+        accelerator = Opened()
+        start_tracking(accelerator, section(trackers=["wandb", "trackio"]), out, step)
+        return accelerator.options
+
+    first, later = options(tmp_path / "a", 0, 1.0), options(tmp_path / "a", 7, 1.0)
+    anew, other = options(tmp_path / "a", 0, 2.0), options(tmp_path / "b", 0, 1.0)
+
+    assert first["wandb"] == later["wandb"]
+    assert first["trackio"] == later["trackio"]
+    assert 3 == len({one["wandb"]["id"] for one in (first, anew, other)})
+    assert 3 == len({one["trackio"]["name"] for one in (first, anew, other)})
+    assert str(tmp_path / "a" / "tracking") == first["wandb"]["dir"]
+    assert {"allow"} == {first[name]["resume"] for name in ("wandb", "trackio")}
+    assert [{"purge_step": None}, {"purge_step": 8}] == [one["tensorboard"] for one in (first, later)]
 
 
 def test_a_tracker_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

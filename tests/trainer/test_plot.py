@@ -147,6 +147,13 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
         draw(tmp_path)
 
 
+def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
+    """JSON of another kind, by whatever has come into the file."""
+    found = read_curves(write(tmp_path, step(1), torn=b'[]\n3\nnull\n"step"\n' + orjson.dumps(step(2))))
+
+    assert [1, 2] == found.loss.at
+
+
 def test_what_is_in_the_way_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture that cannot be written, and matplotlib missing."""
     write(tmp_path, step(1))

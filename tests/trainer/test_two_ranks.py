@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from streamsyn.sglang.simulator.app import RunningSimulator, running
 from streamsyn.sglang.simulator.config import SimulatorConfig
 from tests.trainer import tiny
 from tests.trainer.sharding import Kind
+from tests.trainer.test_apart import SLIDING
 from tests.trainer.test_command import lineage, lines, result, write_run
 from tests.trainer.test_loop import free_port
 
@@ -66,12 +67,13 @@ class Ranks:
         out: Path,
         kill: dict[str, Any] | None = None,
         sharded: Kind | None = None,
+        model: Path | None = None,
         **more: Any,
     ) -> list[int]:
         """How each rank ended; what it said is in OUT.said0, OUT.said1."""
         keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
         sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
-        given = ["--from", self._folder / "run", "--model", self._folder / "base", "--out", out]
+        given = ["--from", self._folder / "run", "--model", model or self._folder / "base", "--out", out]
         argv = ["train", *map(str, given), *sets]
         task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said"}
         task |= {"sharded": sharded, "kill": kill}
@@ -289,9 +291,10 @@ def test_shared_weights_go_on_as_if_nothing_had_been(
 ) -> None:
     """From its own checkpoint bit for bit, the float32 weights behind those in bf16 too."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    ranks.done(2, whole, sharded=kind, precision=precision)
+    keys: dict[str, Any] = {"precision": precision, "holdout": 0.2, "eval_every_steps": 1}
+    ranks.done(2, whole, sharded=kind, **keys)
     for steps in (3, STEPS):
-        ranks.done(2, out, sharded=kind, precision=precision, max_steps=steps)
+        ranks.done(2, out, sharded=kind, max_steps=steps, **keys)
 
     assert tiny.furthest(result(whole), result(out)) == 0
 
@@ -302,13 +305,15 @@ def test_any_kind_goes_on_from_a_checkpoint_of_another(
     ranks: Ranks, tmp_path: Path, kind: Kind, lora: str | None
 ) -> None:
     """Shared out, one process, shared out again, two copies: weights and moments are the same in all."""
-    out = tmp_path / "out"
-    for world, sharded, steps in ((2, kind, 2), (1, None, 3), (2, kind, 5), (2, None, STEPS)):
-        ranks.done(world, out, sharded=sharded, max_steps=steps, lora=lora)
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    keys: dict[str, Any] = {"lora": lora, "rows_per_step": 4, "weight_decay": 0.5}
+    ranks.done(1, alone, max_steps=4, **keys)
+    for world, sharded, steps in ((2, kind, 1), (1, None, 2), (2, kind, 3), (2, None, 4)):
+        ranks.done(world, out, sharded=sharded, max_steps=steps, **keys)
 
-    assert tiny.furthest(result(ranks.alone(lora)), result(out)) < 1e-5
+    assert tiny.furthest(result(alone), result(out)) < 1e-5
     if lora is not None:
-        assert tiny.furthest(adapters(ranks.alone(lora)), adapters(out)) < 1e-5
+        assert tiny.furthest(adapters(alone), adapters(out)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", SHARDED)
@@ -320,6 +325,33 @@ def test_steps_that_are_not_finite_are_left_out_by_all_kinds(
 
     assert [0, *range(1, STEPS)] == [line["skipped"] for line in lines(out)]
     assert all(torch.isfinite(weight).all() for weight in result(out).values())
+
+
+@pytest.mark.parametrize("kind", [None, *SHARDED])
+def test_what_is_for_pictures_alone_stays_as_it_is(ranks: Ranks, tmp_path: Path, kind: Kind | None) -> None:
+    """It gets no gradient, which DDP would wait for; FSDP2 is not told of layers that are not there."""
+    base, out, alone = tmp_path / "base", tmp_path / "out", tmp_path / "alone"
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=SLIDING,
+        vision_config=tower | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=250,
+        boi_token_index=251,
+        eoi_token_index=252,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    ranks.done(1, alone, model=base, max_steps=2)
+    ranks.done(2, out, model=base, max_steps=2, sharded=kind)
+
+    assert tiny.furthest(result(alone), result(out)) < 1e-5
+    before, found = load_file(base / "model.safetensors"), result(out)
+    seen = [torch.equal(before[name], found[name]) for name in found if "vision" in name]
+    assert seen
+    assert all(seen)
+    assert tiny.furthest(before, found) > 1e-4
 
 
 def test_ranks_that_do_not_share_a_folder_are_refused(ranks: Ranks, tmp_path: Path) -> None:

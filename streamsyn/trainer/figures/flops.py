@@ -22,16 +22,38 @@ from streamsyn.trainer.stream.examples import StepPlan
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
+# The makers' data sheets; where one gives a figure for sparse weights alone (all since Hopper), half of it.
 PEAKS = {
-    "B200": 2250e12,
+    "GB300": 2500e12,  # GB300 NVL72: 360 PFLOPS sparse for 72
+    "B300": 2250e12,  # HGX B300: 36 PFLOPS sparse for 8
+    "GB200": 2500e12,  # GB200 NVL72: 360 PFLOPS sparse for 72
+    "B200": 2250e12,  # HGX B200: 36 PFLOPS sparse for 8
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
     "A100": 312e12,
+    "A800": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "A10G": 70e12,  # the data sheet that AWS has of it
+    # GeForce: the appendix of each architecture's white paper, "BF16 with FP32 accumulate".
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307.4e12,
 }
-"""Dense bf16 FLOPs a second, by words in the name of the device: the maker's data sheets."""
+"""Dense bf16 FLOPs a second, by words in the name of the device."""
+_OTHERS = re.compile(r"MIG|\d+[ABCQ]|Laptop|Max|Ti|D")
+"""Words that make a device another one: a slice of it (`A10-4Q` is a virtual one), or one that is only named
+after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +96,27 @@ def speed_of(model: Any, device: torch.device, ranks: int) -> Speed | None:
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOPs a second of a device by its name; None when it is not known."""
     words = set(re.split(r"[\s-]+", device))
+    if any(map(_OTHERS.fullmatch, words)):
+        return None
     return next((peak for name, peak in PEAKS.items() if words >= set(name.split())), None)
 
 
 def work_of(model: Any) -> Work | None:
     """What a model of transformers costs; None for a mixture of experts, which uses a part of its weights."""
     config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _EXPERTS):
+    layers = [config] * config.num_hidden_layers
+    if getattr(config, "is_heterogeneous", False):  # asked for what its layers have otherwise, it raises
+        layers = [config.per_layer_config[number] for number in range(config.num_hidden_layers)]
+    if any(getattr(one, name, None) for one in layers for name in _EXPERTS):
         return None
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     body = sum(_cost(one) for one in model.parameters() if one is not embedding and one is not head)
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Work(body, _cost(head), 12 * config.num_hidden_layers * width)
+    width = sum(
+        one.num_attention_heads
+        * (getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads)
+        for one in layers
+    )
+    return Work(body, _cost(head), 12 * width)
 
 
 def _cost(weight: Any) -> float:

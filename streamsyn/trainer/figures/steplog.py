@@ -47,7 +47,7 @@ class StepLog:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of this kind, but for a torn one; none if there is no file.
+    """The lines of a file of this kind, but for a torn or a foreign one; none if there is no file.
 
     Raises:
         OSError: It cannot be read.
@@ -57,9 +57,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for line in file:
             try:
-                yield orjson.loads(line)
+                read = orjson.loads(line)
             except orjson.JSONDecodeError:
                 continue
+            if isinstance(read, dict):
+                yield read
 
 
 def _cut(path: Path, step: int) -> None:

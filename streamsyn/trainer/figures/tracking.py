@@ -5,9 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import orjson
 import structlog
 
 from streamsyn.errors import ConfigError
+from streamsyn.records import digest
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.figures.record import Track
 
@@ -51,9 +53,14 @@ def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int
         for key, value in section.model_dump().items()
         if isinstance(value, bool | int | float | str)
     }
-    options = {"tensorboard": {"purge_step": step + 1 if step else None}}
     try:
         folder.mkdir(exist_ok=True)
+        run, name = _one_run(out)
+        options = {
+            "tensorboard": {"purge_step": step + 1 if step else None},
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"id": run, "name": name, "resume": "allow", "dir": str(folder)},
+        }
         accelerator.init_trackers(_PROJECT, settings, options)
     except Exception as error:  # whatever its package raises, it is not for us to mend
         why = (str(error).strip() or repr(error)).splitlines()[0]
@@ -72,6 +79,17 @@ def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int
             log.warning("train.tracking_ends", trackers=section.trackers, error=repr(error))
 
     return track
+
+
+def _one_run(out: Path) -> tuple[str, str]:
+    """An id and a name, the same for all starts of the training in OUT, and for no other one.
+
+    Not for one that was begun anew in its place: wandb drops what is said of steps that it has had.
+    """
+    whole, record = out.resolve(), out / "train.json"
+    began = orjson.loads(record.read_bytes())["created_at"] if record.exists() else None
+    run = digest("training", str(whole), str(began)).hex()
+    return run, f"{whole.parent.name}-{whole.name}-{run[:6]}"
 
 
 def numbers(kind: str, line: Mapping[str, Any]) -> dict[str, float]:

@@ -24,7 +24,8 @@ def check_apart(model: Any, device: torch.device, *, half: bool) -> None:
     """Two forward passes: a sample behind another one has the logits that it has alone. All ranks call it.
 
     Raises:
-        ConfigError: It has others, or the model cannot be called with packed samples.
+        ConfigError: It has others, or some that are not finite, or the model cannot be called with packed
+            samples.
     """
     first, second = _sample(0, 37), _sample(1, 26)
     model.eval()
@@ -42,6 +43,8 @@ def check_apart(model: Any, device: torch.device, *, half: bool) -> None:
     targets = second.target_tokens
     if len(alone) != targets or len(behind) != targets + first.target_tokens:
         raise ConfigError("the model does not give the logits of chosen positions (logits_to_keep)")
+    if not (alone.isfinite().all() and behind.isfinite().all()):
+        raise ConfigError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
     differ = float((behind[-targets:] - alone).norm() / alone.norm())
     if not differ <= (_HALF if half else _SINGLE):
         raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from streamsyn.errors import ConfigError
 
@@ -24,7 +25,12 @@ _NAMES = {
     "flash_attention_2": "flash_attention_2",
     "flash_attention_3": "flash_attention_3",
 }
-_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+_WIDEST_HEAD = 256
+_FLASH = {
+    "flash_attention_3": ("flash_attn_interface", is_flash_attn_3_available),
+    "flash_attention_2": ("flash_attn", is_flash_attn_2_available),
+}
+"""Newest first: the package, and whether transformers takes it for what it is (4 is another `flash_attn`)."""
 
 
 def implementation(wanted: str, device: torch.device, *, half: bool) -> str:
@@ -39,8 +45,8 @@ def implementation(wanted: str, device: torch.device, *, half: bool) -> str:
         wanted = _best(device, half=half)
     if wanted != "segments" and (device.type != "cuda" or not half):
         raise ConfigError(f"train.attention: {wanted} needs a GPU and bf16; use segments")
-    if wanted in _PACKAGES and find_spec(_PACKAGES[wanted]) is None:
-        raise ConfigError(f"train.attention: {wanted} needs the package {_PACKAGES[wanted]}")
+    if wanted in _FLASH and not _FLASH[wanted][1]():
+        raise ConfigError(f"train.attention: {wanted} needs the package {_FLASH[wanted][0]}")
     if wanted == "varlen" and not _torch_has_varlen():
         raise ConfigError("train.attention: varlen needs a newer torch; use segments")
     return _NAMES[wanted]
@@ -49,8 +55,8 @@ def implementation(wanted: str, device: torch.device, *, half: bool) -> str:
 def _best(device: torch.device, *, half: bool) -> str:
     if device.type != "cuda" or not half:
         return "segments"
-    for name in ("flash_attention_3", "flash_attention_2"):
-        if find_spec(_PACKAGES[name]) is not None:
+    for name, (_, is_available) in _FLASH.items():
+        if is_available():
             return name
     return "varlen" if _torch_has_varlen() else "segments"
 
@@ -152,6 +158,9 @@ def varlen(
 
     _check(module, attention_mask, more)
     assert query.shape[2] == key.shape[2], "a cache was made: use_cache must be False"
+    width = query.shape[-1]
+    if width > _WIDEST_HEAD or width % 8 or value.shape[-1] != width:  # the kernel has no such heads
+        return segments(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more)
     if dropout != 0.0:
         raise ConfigError("train.attention: varlen has no dropout, and the model asks for it; use segments")
     window = more.get("sliding_window")

@@ -1,22 +1,17 @@
 """The model that is tuned: placed on its devices, with its optimizer, and written."""
 
-import os
 from dataclasses import dataclass
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.figures.tracking import check_trackers
 from streamsyn.trainer.model import zero
 from streamsyn.trainer.model.apart import check_apart
 
@@ -40,80 +35,16 @@ class Placed:
     dtype: torch.dtype
 
 
-def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | None = None) -> Accelerator:
-    """Whatever `accelerate launch` was told, or one process.
-
-    Args:
-        section: `train`.
-        micro_steps: Passes of this rank in a step.
-        tracking: Where trackers keep files; without it there are none.
-
-    Raises:
-        ConfigError: What it was told cannot work here, or the package of a tracker is missing.
-    """
-    if _wants("DEEPSPEED") and find_spec("deepspeed") is None:
-        raise ConfigError("`accelerate launch` was told to use DeepSpeed: pip install deepspeed")
-    for kind in ("CP", "SP", "TP"):
-        if int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) > 1:
-            raise ConfigError(
-                f"`accelerate launch` was told to split rows or weights by {kind.lower()}, which loses the "
-                "bounds between packed samples: use FSDP2 or DeepSpeed (deploy/accelerate/README.md)"
-            )
-    half = _is_half(section)
-    if tracking is not None:
-        check_trackers(section)
-    accelerator = Accelerator(
-        log_with=(list(section.trackers) or None) if tracking is not None else None,
-        project_dir=tracking,
-        mixed_precision="bf16" if half else "no",
-        step_scheduler_with_optimizer=False,
-        # Only DeepSpeed needs to know: elsewhere the loss is divided once, by what the whole step weighs.
-        gradient_accumulation_steps=micro_steps if _wants("DEEPSPEED") else 1,
-    )
-    if _wants("FSDP") and not accelerator.is_fsdp2:
-        raise ConfigError(
-            "FSDP needs fsdp_version 2 and GPUs (on CPU accelerate would make it DDP without a word)"
-        )
-    if accelerator.is_fsdp2 and half:
-        # Gradients are brought together, and summed over the rows of a step, in float32 as under DDP;
-        # accelerate would do so in bf16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _tell_deepspeed(accelerator.state.deepspeed_plugin, section)
-    return accelerator
-
-
-def _tell_deepspeed(plugin: Any, section: TrainSection) -> None:
-    if plugin.zero_stage != 3:
-        raise ConfigError("of DeepSpeed, zero_stage 3 alone is used; for less, there are DDP and FSDP2")
-    if plugin.zero3_init_flag:
-        raise ConfigError(
-            "zero3_init_flag has to be false: weights would be read in bf16, and not in float32"
-        )
-    unset_hf_deepspeed_config()  # for accelerate sets it in any case
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    plugin.deepspeed_config["gradient_clipping"] = section.max_grad_norm
-
-
-def _wants(kind: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
-
-
-def _is_half(section: TrainSection) -> bool:
-    if section.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return section.precision == "bf16"
-
-
 def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: torch.dtype) -> Placed:
     """Put the model on its devices, with its optimizer.
 
     Raises:
-        ConfigError: The model cannot be trained on packed samples.
+        ConfigError: The model cannot be trained on packed samples, or not so.
     """
     model.train()
+    _freeze_towers(model)
+    if accelerator.is_fsdp2:
+        _name_layers(model, accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [one for one in trained if one.ndim > 1], "weight_decay": section.weight_decay},
@@ -123,12 +54,17 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
         [group for group in groups if group["params"]],
         lr=section.learning_rate,
         betas=section.betas,
-        fused=accelerator.distributed_type != DistributedType.DEEPSPEED,  # which has an AdamW of its own
+        # DeepSpeed steps on flat shares; on those that lie with the host, by an AdamW of its own.
+        fused=accelerator.distributed_type != DistributedType.DEEPSPEED,
     )
     shares: zero.Shares = {}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if section.lora is not None and accelerator.mixed_precision == "bf16" and dtype != torch.bfloat16:
+            raise ConfigError(
+                f"train.lora: DeepSpeed would leave the model, which is in {dtype}, in bf16: use FSDP2 or DDP"
+            )
         rank, world = accelerator.process_index, accelerator.num_processes
-        shares = {name: zero.share_of(one.detach(), rank, world) for name, one in model.named_parameters()}
+        shares = {name: zero.share_of(one.detach(), rank, world) for name, one in zero.trained(model)}
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
     if shares:
@@ -136,6 +72,26 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     _leave_logits(plain, accelerator)
     check_apart(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
     return Placed(accelerator, prepared, plain, optimizer, dtype)
+
+
+def _freeze_towers(model: Any) -> None:
+    """Ask for no gradient of what is for pictures and sounds alone: there is none, and DDP waits for it."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if plain.config.get_text_config() is plain.config:
+        return
+    used = {one for part in (plain.get_decoder(), plain.get_output_embeddings()) for one in part.parameters()}
+    for parameter in model.parameters():
+        if parameter not in used:
+            parameter.requires_grad_(False)
+
+
+def _name_layers(model: Any, accelerator: Accelerator) -> None:
+    """Leave out layers that a model names and does not have, which accelerate refuses."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        there = {type(one).__name__ for one in model.modules()}
+        named = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in named if name in there]
 
 
 def _leave_logits(plain: Any, accelerator: Accelerator) -> None:

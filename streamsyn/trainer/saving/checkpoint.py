@@ -129,10 +129,6 @@ class Checkpoints:
                 log.warning("checkpoint.not_removed", name=name, why=error.strerror)
         return target
 
-    def aside(self, step: int) -> Path:
-        """Where the checkpoint of a step lies while it is written."""
-        return _aside(self._target(step))
-
     def _target(self, step: int) -> Path:
         return self._root / f"step-{step:07d}"
 
