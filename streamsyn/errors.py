@@ -14,7 +14,8 @@
     │   ├── BrokenResponse     an answer that makes no sense: try again, then reject
     │   └── RequestRefused     any other 4xx: reject, never retried
     ├── LaunchError            a server that we were to start did not come up
-    └── SinkError              the log cannot be written (disk full, I/O error): stops the run
+    ├── SinkError              the log cannot be written (disk full, I/O error): stops the run
+    └── Diverged               a training has come to nothing, and would again
 
 Foreign errors become one of these at the border where they arise, once.
 """
@@ -86,6 +87,10 @@ class LaunchError(StreamsynError):
 
 class SinkError(StreamsynError):
     """Raised when the log cannot be written; what is on disk stays valid and resumable."""
+
+
+class Diverged(StreamsynError):
+    """Raised when step after step of a training changes nothing; what was saved before stays."""
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from streamsyn.sections.base import Count, Seconds, Section, Share, Unit
+from streamsyn.sections.base import MAX_COUNT, Count, Seconds, Section, Share, Unit
+
+Beta = Annotated[Unit, Field(lt=1)]
 
 
 class MixSection(Section):
@@ -75,7 +77,7 @@ class PublishSection(Section):
     pause: Literal["retract", "in_place", "abort"] = "retract"
     """What becomes of requests in flight while a server loads: computed again from their tokens, held as
     they are, or given up (and asked again by whoever asked)."""
-    timeout_s: Seconds = 600.0
+    timeout_s: Annotated[Seconds, Field(allow_inf_nan=False)] = 600.0
     """A server that has not loaded them after this is passed over, until the next time."""
 
 
@@ -108,9 +110,9 @@ class TrainSection(Section):
     """Samples that the next one is drawn from."""
     shuffle_min: Count = 64
     """No sample is drawn before so many are there, unless the stream has ended or paused."""
-    max_wait_s: Seconds = 60.0
+    max_wait_s: Annotated[Seconds, Field(allow_inf_nan=False)] = 60.0
     """When the stream has brought nothing for so long, what is there is trained on, however little."""
-    stall_s: Seconds = 1800.0
+    stall_s: Annotated[Seconds, Field(allow_inf_nan=False)] = 1800.0
     """When the stream has brought nothing for so long, and has not ended, it is stalled."""
     on_stall: Literal["wait", "stop"] = "wait"
     """Then: say so and wait on, or save and exit with 75."""
@@ -118,18 +120,18 @@ class TrainSection(Section):
     """What weighs the same: each sample (LongAlign, eq. 4), each token, or as in LongWriter's code."""
     learning_rate: Share = 2e-5
     """Highest learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Of AdamW."""
-    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Of AdamW."""
     max_grad_norm: Share = 1.0
     """Gradients are clipped to this norm."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 10
     """Steps over which the learning rate rises."""
     total_steps: Count | None = None
     """With a number, the rate falls along a cosine over so many steps. Without, it is held until the stream
     has ended, and then falls over `train.decay_steps`."""
-    decay_steps: Annotated[int, Field(ge=0)] = 20
+    decay_steps: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 20
     """Steps at the end of an open stream over which the learning rate falls to nothing, as far as there are
     so many left when the end is known."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from streamsyn.errors import ConfigError, StreamsynError
+from streamsyn.errors import ConfigError, Diverged, StreamsynError
 
 
 @click.command()
@@ -76,6 +76,10 @@ def train(
     except ConfigError:
         if tether is not None:
             tether.say(2)
+        raise
+    except Diverged:  # it would again
+        if tether is not None:
+            tether.say(1)
         raise
     if tether is not None:
         tether.say(code)

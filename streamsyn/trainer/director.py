@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import structlog
 
-from streamsyn.errors import StreamsynError
+from streamsyn.errors import Diverged, StreamsynError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.figures.record import Figures
@@ -19,6 +19,9 @@ from streamsyn.trainer.stream.examples import End, StepPlan
 from streamsyn.trainer.stream.plans import PlanQueue
 
 log = structlog.get_logger()
+
+MAX_SKIPPED = 20
+"""So many steps in a row without an update end a training: its weights are no good any more."""
 
 
 @dataclass(slots=True)
@@ -60,6 +63,9 @@ class Director:
         self._totals = totals
         self._saved = progress.step
         self._began = progress.step
+        self._skipped = 0
+        """Steps in a row, up to the last one, that changed nothing."""
+        self._is_save_due = False
         self._published = -1
         self._said_stalled = self._said_zero = False
         self.stopped: str | None = None
@@ -77,7 +83,11 @@ class Director:
         return self.stopped or "the stream ended"
 
     def orders(self, wants_to_stop: Callable[[], bool]) -> Iterator[list[Order]]:
-        """The orders, one after the other; each is carried out before the next is asked for."""
+        """The orders, one after the other; each is carried out before the next is asked for.
+
+        Raises:
+            StreamsynError: The stream cannot be read, or the training has diverged.
+        """
         while True:
             if wants_to_stop():
                 self.stopped = "a signal"
@@ -123,12 +133,31 @@ class Director:
         self._totals.examples += plan.count
         self._totals.tokens += plan.tokens
         self._totals.target_tokens += plan.target_tokens
-        self._say(plan, rate, skipped=self._progress.skipped > skipped)
+        self._skipped = self._skipped + 1 if self._progress.skipped > skipped else 0
+        self._say(plan, rate, skipped=self._skipped > 0)
+        self._check_skipped()
         self._store.stream = plan.state
         yield from self._publish()
         yield from self._evaluate()
-        if self._progress.step % section.save_every_steps == 0:
+        self._is_save_due |= self._progress.step % section.save_every_steps == 0
+        if self._is_save_due and not self._skipped:  # else it would push out a checkpoint from before
             yield from self._save(result=False)
+
+    def _check_skipped(self) -> None:
+        """Say that steps change nothing, ever more rarely; in the end stop, and leave alone what is saved."""
+        count, step = self._skipped, self._progress.step
+        if count and not count & (count - 1):
+            log.warning("train.step_skipped", step=step, in_a_row=count, why="its gradient is not finite")
+        if count < MAX_SKIPPED:
+            return
+        kept = "there is no checkpoint yet; try"
+        if self._saved:
+            kept = f"checkpoints/step-{self._saved:07d} is from before them; try, with another --out,"
+        raise Diverged(
+            f"the training has diverged: the gradient was not finite at {count} steps in a row, up to step "
+            f"{step}, and nothing was saved since; {kept} a lower train.learning_rate or more "
+            f"train.warmup_steps"
+        )
 
     def _steps(self, plan: StepPlan, rate: float) -> list[Order]:
         """Row i is for rank i modulo their number."""
@@ -173,7 +202,7 @@ class Director:
             "totals": asdict(self._totals),
         }
         yield self._all(Save(result=result))
-        self._saved = self._progress.step
+        self._saved, self._is_save_due = self._progress.step, False
         log.info("train.saved", step=self._saved)
 
     def _publish(self, *, last: bool = False) -> Iterator[list[Order]]:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -118,6 +119,34 @@ def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, t
 
     assert 2 == training.wait(), training.stderr()
     assert named in training.stderr().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"betas": "[0.9,1.0]"}, "train.betas.1: Input should be less than 1"),
+        ({"betas": "[-0.1,0.9]"}, "train.betas.0: Input should be greater than or equal to 0"),
+        ({"seq_len": 10**23}, "train.seq_len: Input should be less than or equal to"),
+        ({"warmup_steps": 10**23}, "train.warmup_steps: Input should be less than or equal to"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(
+    start: Start, tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    """Before torch or JSON choke on it: one line with the key, exit 2."""
+    training = start(write_run(tmp_path / "run", range(4)), tmp_path / "out", **settings)
+
+    assert 2 == training.wait(), training.stderr()
+    assert named in training.stderr().splitlines()[-1]
+    assert "Traceback" not in training.stderr()
+
+
+def test_nothing_but_held_out_samples_is_said(start: Start, tmp_path: Path) -> None:
+    """Exit 1, and where the samples are."""
+    training = start(write_run(tmp_path / "run", range(3)), tmp_path / "out", holdout=0.999)
+
+    assert 1 == training.wait(), training.stderr()
+    assert "dropped={} held_out=3" in training.stderr()
 
 
 def test_a_start_that_failed_can_be_mended(start: Start, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
+from streamsyn.records import digest
 from streamsyn.trainer.sources.pipe import PipedSamples
 from streamsyn.trainer.stream.examples import Row
 from tests.builders import disk_full_beyond
@@ -105,7 +108,7 @@ def test_a_later_run_reads_the_spool_to_its_end(pipe: Pipe, tmp_path: Path) -> N
 
 
 def test_piping_the_same_again_changes_nothing(tmp_path: Path) -> None:
-    """Rows are known by their ids, bad lines by their places: only what is new is added."""
+    """Rows are known by what is in them, bad lines by their places: only what is new is added."""
     for numbers in ((0, 1, 0), (0, 1), (0, 1, 2)):
         pipe = Pipe()
         pipe.write(lines(numbers[0]) + b"no json\n" + lines(*numbers[1:]) + b'{"no": "id"}\n')
@@ -120,6 +123,56 @@ def test_piping_the_same_again_changes_nothing(tmp_path: Path) -> None:
     later.close()
 
     assert [row(0), None, row(1), {"no": "id"}, row(2)] == values
+
+
+def said(named: str, text: str, **more: Any) -> dict[str, Any]:
+    """A conversation with an id."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+    return {"id": named, "messages": messages, **more}
+
+
+def piped(folder: Path, rows: list[dict[str, Any]], *more: dict[str, Any]) -> list[Any]:
+    """All that is known after rows, and more of them, have come through a pipe."""
+    pipe = Pipe()
+    for one in (*rows, *more):
+        pipe.write(orjson.dumps(one, option=orjson.OPT_APPEND_NEWLINE))
+    pipe.end()
+    source = PipedSamples(folder, pipe.read_end)
+    while source.total() is None:
+        source.fetch(spooled(folder), 1)
+    found = [one.value for one in source.fetch(0, 100)]
+    source.close()
+    pipe.close()
+    return found
+
+
+def test_equal_ids_do_not_make_equal_samples(tmp_path: Path) -> None:
+    """Other messages are another sample, whatever its id; the same again is passed over, and counted."""
+    first, second = [[said(str(n), f"{text} {n}") for n in range(20)] for text in ("first", "second")]
+    found = piped(tmp_path, first, *second)
+    again = {key: first[0][key] for key in reversed(first[0])}  # as another program would write it
+    with capture_logs() as logged:
+        later = piped(tmp_path, second, *first, again, first[0] | {"at": 7})
+
+    assert [*first, *second] == found == later
+    assert [42] == [one["rows"] for one in logged if one["event"] == "stdin.repeats_passed_over"]
+
+
+def test_a_spool_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    """Its keys stand for ids alone: what it holds is not taken twice, what it passed over is taken now."""
+    known = [said("0", "first"), said("1", "first")]
+    keys = [digest("id", one["id"]).hex() for one in known]
+    old = b"".join(
+        orjson.dumps({"key": key, "row": one}, option=orjson.OPT_APPEND_NEWLINE)
+        for key, one in zip(keys, known, strict=True)
+    )
+    (tmp_path / "samples.jsonl").write_bytes(old)
+    other = said("0", "second")
+
+    assert known == piped(tmp_path, known)
+    assert [*known, other] == piped(tmp_path, known, other)
+    assert [*known, other] == piped(tmp_path, [other], *known)
+    assert (tmp_path / "samples.jsonl").read_bytes().startswith(old)
 
 
 def test_bad_lines_are_rows_that_say_so(pipe: Pipe, tmp_path: Path) -> None:

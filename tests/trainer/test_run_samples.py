@@ -1,18 +1,21 @@
 import asyncio
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.sink import frames
+from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.runlog import RunLog
 from streamsyn.sink.shard import OPEN_SUFFIX
 from streamsyn.trainer.sources.rundir import RunSamples
@@ -293,6 +296,74 @@ def test_a_directory_may_come_later(tmp_path: Path) -> None:
 
     assert [] == before
     assert [0, 1] == read_all(source)
+
+
+def begin(root: Path, numbers: range) -> None:
+    """Start a run, or resume it, and have it write samples."""
+    directory = RunDirectory(root)
+    directory.save({}, {})
+    directory.close()
+    with opened(root, sink()) as log:
+        log.samples.append(written(numbers.start, numbers.stop))
+
+
+def test_another_run_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    """A run that is resumed is the same; a new one in its directory is an error, until its own is back."""
+    root, old = tmp_path / "run", tmp_path / "old"
+    begin(root, range(5))
+    source = RunSamples(root)
+    seen = read_all(source)
+    begin(root, range(5, 9))
+    seen += read_all(source, len(seen))
+    root.rename(old)
+    begin(root, range(12))
+
+    assert list(range(9)) == seen
+    for look in (source.total, lambda: source.fetch(9, 3), lambda: list(source.pick([0]))):
+        with pytest.raises(SinkError, match=f"{root} is another run than before"):
+            look()
+    shutil.rmtree(root)
+    old.rename(root)
+    begin(root, range(9, 10))
+    assert [9] == read_all(source, 9)
+
+
+def test_a_run_that_changes_while_it_is_read_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were read after the directory had become another run's are not handed out."""
+    root = tmp_path / "run"
+    begin(root, range(5))
+    source = RunSamples(root)
+    read_all(source)
+    read = source._read
+
+    def late(*given: Any) -> Any:
+        root.rename(tmp_path / "old")
+        begin(root, range(12))
+        monkeypatch.undo()
+        return read(*given)
+
+    monkeypatch.setattr(source, "_read", late)
+    with pytest.raises(SinkError, match="is another run than before"):
+        source.fetch(5, 3)
+
+
+def test_a_run_that_is_deleted_is_said_once(tmp_path: Path) -> None:
+    """Once each time that it goes away; not of one that has not come yet."""
+    root = tmp_path / "run"
+    with structlog.testing.capture_logs() as said:
+        source = RunSamples(root)
+        source.total()
+        begin(root, range(5))
+        read_all(source)
+        for _ in range(2):
+            root.rename(tmp_path / "away")
+            assert [] == [*source.fetch(5, 3), *source.fetch(5, 3)]
+            (tmp_path / "away").rename(root)
+            source.total()
+
+    assert [("stream.gone", "warning")] * 2 == [(line["event"], line["log_level"]) for line in said]
 
 
 @pytest.fixture

@@ -30,8 +30,9 @@ class PipedSamples:
     """Source: NDJSON on a file descriptor, by way of a file that holds what was read from it so far.
 
     The pipe is read only when everything in the file has been fetched: a slow trainer slows the writer. A
-    line that is no JSON object is a row that says so. A sample whose id has been read before, by an earlier
-    run too, is passed over: piping the same again changes nothing.
+    line that is no JSON object is a row that says so. A sample that has been read before, by an earlier run
+    too, is passed over: piping the same again changes nothing. It is the same when its id and its messages
+    are: ids in different files may be equal.
 
     Args:
         folder: Where to keep the file: OUT/spool.
@@ -46,6 +47,7 @@ class PipedSamples:
         self._splitter = LineSplitter(MAX_LINE_BYTES)
         self._claims: Claims | None = None
         self._ended = fd is None
+        self._repeated = 0
         self._rows = 0
         self._bytes = 0
         """Of whole rows in the file."""
@@ -108,7 +110,7 @@ class PipedSamples:
                     if file.readline():  # what lies behind was acted on, and cannot be piped again
                         raise SinkError(f"{self._path}:{number} is damaged; mend or delete that line")
                     break
-                claims.claim(bytes.fromhex(entry["key"]))
+                claims.claim(_key_of(entry))
                 self._rows += 1
                 self._bytes += len(line)
             file.truncate(self._bytes)
@@ -126,6 +128,8 @@ class PipedSamples:
             if not chunk:
                 new += self._new(self._splitter.finish())
                 self._ended = True
+                if self._repeated:
+                    log.info("stdin.repeats_passed_over", rows=self._repeated)
                 break
         if not new:
             return
@@ -157,6 +161,7 @@ class PipedSamples:
             return []
         with self._claims.batch():
             new = [one for one in entries if self._claims.claim(bytes.fromhex(one["key"])) is Claim.NEW]
+        self._repeated += len(entries) - len(new)
         return [orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in new]
 
     def _read(self, first: int, limit: int) -> list[Row]:
@@ -191,11 +196,29 @@ def _entry(line: Line) -> dict[str, Any] | None:
         else:
             if isinstance(row, dict):
                 named = row.get("id")
-                key = digest("id", named) if isinstance(named, str) else digest("row", line.text)
+                key = _sample_key(named, row) if isinstance(named, str) else digest("row", line.text)
                 return {"key": key.hex(), "row": row}
             problem = f"no JSON object but {type(row).__name__}"
     key = digest("bad", str(line.number), line.text or b"")
     return {"key": key.hex(), "bad": f"line {line.number} of stdin is {problem}"}
+
+
+def _sample_key(named: str, row: dict[str, Any]) -> bytes:
+    """Of a sample with an id. What else is in a row may change on its way here, and is not trained on."""
+    content = row.get("messages", row)
+    return digest("sample", named, orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+
+def _key_of(entry: dict[str, Any]) -> bytes:
+    """By what a row in the file is known.
+
+    In files of earlier versions the key stands for an id alone: it is made anew, else what they hold would be
+    trained on again when it is piped again.
+    """
+    key, row = bytes.fromhex(entry["key"]), entry.get("row")
+    if isinstance(row, dict) and isinstance(named := row.get("id"), str) and key == digest("id", named):
+        return _sample_key(named, row)
+    return key
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:

@@ -8,6 +8,9 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import structlog
 
 from streamsyn.errors import SinkError
 from streamsyn.sink.frames import SUFFIXES
@@ -18,6 +21,8 @@ from streamsyn.trainer.sources.tail import Cursor, Rows, read_rows
 from streamsyn.trainer.sources.watch import FolderWatch
 from streamsyn.trainer.stream.examples import Row
 
+log = structlog.get_logger()
+
 _KIND = "samples"
 _SPAN = 64
 """So many rows are read at once though not all are wanted: each read decompresses a whole frame of them."""
@@ -26,7 +31,8 @@ _SPAN = 64
 class RunSamples:
     """Source: the samples that a run writes. Their end is the manifest's last line, if it says `final`.
 
-    The directory need not be there yet.
+    The directory need not be there yet. One that goes away may come back; another run's in its place is an
+    error.
     """
 
     name = "run"
@@ -34,8 +40,11 @@ class RunSamples:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._watch = FolderWatch()
-        self._is_known = False
-        """Whether run.json was there, and is one that can be followed."""
+        self._run_seen: tuple[int, ...] = ()
+        """Which run.json was read last; nothing before there was one that can be followed."""
+        self._run: Any = None
+        """What it says that no resume of a run changes, and no two runs share."""
+        self._is_gone = False
         self._shards: list[SealedShard] = []
         self._ends: list[int] = []
         """The last seq of each of them."""
@@ -54,6 +63,7 @@ class RunSamples:
                 if not some:
                     break
                 found += some
+            self._check_same()  # or what was read may be of another run already
         return [Row(row["seq"], row) for row in found]
 
     def total(self) -> int | None:
@@ -71,6 +81,7 @@ class RunSamples:
                 found = self._read(first, last + 1 - first, cursor)
                 if not found:
                     return
+                self._check_same()
                 end = bisect_left(seqs, first + len(found))
                 for seq in seqs[at:end]:
                     yield Row(seq, found[seq - first])
@@ -94,11 +105,11 @@ class RunSamples:
 
         Raises:
             ConfigError: The run is of another format.
+            SinkError: It is another run than before.
         """
         self._watch.add(self._root)
         self._watch.add(self._root / _KIND)
-        if not self._is_known:
-            self._is_known = read_run_json(self._root) is not None
+        self._check_same()
         path = self._root / "manifest.jsonl"
         try:
             status = path.stat()
@@ -116,6 +127,29 @@ class RunSamples:
             if self._total != manifest.final.get(_KIND, self._total):
                 raise SinkError(f"{path} does not list all shards of {_KIND}; `streamsyn verify` says more")
         self._manifest_seen = seen
+
+    def _check_same(self) -> None:
+        """Read run.json, if it is another file than before: each resume of a run writes it anew.
+
+        Raises:
+            ConfigError: The run is of another format.
+            SinkError: It is another run than before.
+        """
+        try:
+            status = (self._root / "run.json").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if self._run_seen and not self._is_gone:
+                log.warning("stream.gone", directory=str(self._root), why="its run.json was there before")
+            self._is_gone = bool(self._run_seen)
+            return
+        self._is_gone = False
+        seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if seen == self._run_seen or (saved := read_run_json(self._root)) is None:
+            return
+        run = saved.get("created_at")
+        if self._run_seen and run != self._run:
+            raise SinkError(f"{self._root} is another run than before")
+        self._run_seen, self._run = seen, run
 
     @property
     def _sealed_rows(self) -> int:

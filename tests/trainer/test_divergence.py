@@ -1,0 +1,111 @@
+"""A training whose gradients are not finite: told as it goes, and stopped before it spoils what is saved."""
+# ruff: noqa: F811 - fixtures are named as they are imported
+
+from collections.abc import Callable, Collection
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from structlog.testing import capture_logs
+
+from streamsyn.errors import Diverged
+from streamsyn.trainer.director import MAX_SKIPPED
+from streamsyn.trainer.loop import Loop
+from streamsyn.trainer.model.model import Placed
+from tests.trainer.by_hand import plans, section, train
+from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
+    Start,
+    lines,
+    server,
+    start,
+    write_run,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def spoilt(steps: Collection[int]) -> Callable[[Loop, Placed], None]:
+    """Makes the gradient of these steps, counted from 1, not a number."""
+
+    def before(loop: Loop, placed: Placed) -> None:
+        weight = next(placed.plain.parameters())
+        weight.register_hook(lambda found: found * nan if loop.progress.step + 1 in steps else found)
+
+    return before
+
+
+def saved(out: Path) -> list[str]:
+    """The checkpoints that are there."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def test_a_training_that_diverges_is_stopped(tmp_path: Path) -> None:
+    """It is told at 1, 2, 4, ... steps in a row; after so many it ends, and checkpoints from before stay."""
+    settings = section(save_every_steps=2)
+    moves = plans(MAX_SKIPPED + 10)
+    with capture_logs() as said, pytest.raises(Diverged) as raised:
+        train(tmp_path, settings, moves, before=spoilt(range(6, 100)))
+
+    told = [one for one in said if one["event"] == "train.step_skipped"]
+    assert [(6, 1), (7, 2), (9, 4), (13, 8), (21, 16)] == [(one["step"], one["in_a_row"]) for one in told]
+    assert {"warning"} == {one["log_level"] for one in told}
+    assert ["step-0000002", "step-0000004"] == saved(tmp_path)
+    assert not (tmp_path / "model").exists()
+    message = str(raised.value)
+    assert f"at {MAX_SKIPPED} steps in a row, up to step {5 + MAX_SKIPPED}, " in message
+    assert "checkpoints/step-0000004 is from before them" in message
+    assert MAX_SKIPPED + 5 == lines(tmp_path)[-1]["step"]
+
+
+def test_steps_that_are_skipped_now_and_then_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is applied begins the count anew; a checkpoint that was due is written behind it."""
+    monkeypatch.setattr("streamsyn.trainer.director.MAX_SKIPPED", 3)
+    settings = section(save_every_steps=3, keep_checkpoints=9)
+    loop, director, _ = train(tmp_path, settings, plans(8), before=spoilt({2, 3, 5, 6, 8}))
+
+    assert 5 == loop.progress.skipped
+    assert director is not None
+    assert director.stopped is None
+    assert ["step-0000004", "step-0000007", "step-0000008"] == saved(tmp_path)
+    assert (tmp_path / "model").exists()
+
+
+def test_a_training_that_diverges_ends_with_1(start: Start, tmp_path: Path) -> None:
+    """One line that says so and what to try; the same command begins anew, and is told the same."""
+    run, out = write_run(tmp_path / "run", range(40)), tmp_path / "out"
+    given = {"learning_rate": 1e30, "warmup_steps": 0, "epochs": 6, "save_every_steps": 2}
+    for _ in range(2):
+        training = start(run, out, **given)
+
+        assert 1 == training.wait(), training.stderr()
+        assert [*range(1, MAX_SKIPPED + 2)] == [line["step"] for line in lines(out)]
+        last = training.stderr().splitlines()[-1]
+        assert last.startswith("streamsyn: the training has diverged: ")
+        assert "there is no checkpoint yet; try a lower train.learning_rate" in last
+        assert "Traceback" not in training.stderr()
+    assert [] == saved(out)
+    assert not (out / "model").exists()
+
+
+def test_a_later_run_counts_anew(tmp_path: Path) -> None:
+    """Steps that were skipped before a checkpoint stand in its figures, and count to no row of them."""
+
+    def resumed(loop: Loop, placed: Placed) -> None:
+        loop.progress.step = loop.progress.skipped = MAX_SKIPPED - 1
+        spoilt(range(100))(loop, placed)
+
+    with capture_logs() as said:
+        loop, _, _ = train(tmp_path, section(), plans(3), before=resumed)
+
+    assert MAX_SKIPPED + 2 == loop.progress.skipped
+    assert [1, 2] == [one["in_a_row"] for one in said if one["event"] == "train.step_skipped"]
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "learning_rate", "max_grad_norm", "stall_s", "max_wait_s"])
+def test_numbers_are_finite(key: str) -> None:
+    """What is not spoils the weights at once, or cannot be written into the record of a training."""
+    with pytest.raises(ValidationError, match="finite"):
+        section(**{key: inf})
