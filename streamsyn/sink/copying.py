@@ -93,6 +93,11 @@ class Copying:
             pass
         self._list(replica)
 
+    @property
+    def copied(self) -> int:
+        """Shards that are there."""
+        return len(self._copied)
+
     def missing(self, needed: Mapping[str, int]) -> list[str]:
         """What is due and not there; of a manifest that was read a while ago, what it says by now."""
         copied, lines = dict(self._copied), _lines(self._here(_MANIFEST))

@@ -149,7 +149,7 @@ class Mirror:
     # the thread
 
     def _run(self) -> None:
-        tries, has_begun = 0, False
+        tries, copied, has_begun = 0, 0, False
         while self._wait(has_begun=has_begun):
             try:
                 if not has_begun:
@@ -165,6 +165,8 @@ class Mirror:
                 self._answered(error)
                 return
             except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+                if self._copying.copied > copied:  # some of it has come through
+                    tries, copied = 0, self._copying.copied
                 pause_s = self._draw.uniform(0, min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** min(tries, 30)))
                 tries += 1
                 log.warning("mirror.behind", url=self._url, why=reason(error), again_in_s=round(pause_s, 1))

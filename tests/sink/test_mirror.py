@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -255,6 +256,26 @@ def test_a_copy_is_tried_until_it_works(tmp_path: Path, shaky: type[Shaky]) -> N
     assert_same(tmp_path / "run", download("shaky://far", tmp_path / "copy"))
     assert failed == len(warnings(events)) > 3
     assert all("Input/output" in event["why"] or "no luck" in event["why"] for event in warnings(events))
+
+
+def test_tries_that_bring_something_are_not_delayed_ever_longer(tmp_path: Path, shaky: type[Shaky]) -> None:
+    """A mirror that copies a file or two between failures catches up: pauses grow over those in a row."""
+    finished, opened = threading.Event(), count()
+
+    def before(mode: str, path: str) -> None:
+        finished.wait(30)
+        if next(opened) % 4 == 3:
+            raise OSError(errno.EIO, f"no luck with {path}")
+
+    with capture_logs() as events, running(tmp_path / "run", "shaky://far", timeout_s=10) as run:
+        shaky.before = staticmethod(before)
+        run.write(120)
+        run.finish()
+        finished.set()
+
+    shaky.before = staticmethod(lambda mode, path: None)
+    assert_same(tmp_path / "run", download("shaky://far", tmp_path / "copy"))
+    assert len(warnings(events)) > 20
 
 
 def test_a_wrong_byte_is_found_and_copied_again(tmp_path: Path, shaky: type[Shaky]) -> None:

@@ -59,9 +59,11 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     )
     shares: zero.Shares = {}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if section.lora is not None and accelerator.mixed_precision == "bf16" and dtype != torch.bfloat16:
+        lowered = accelerator.mixed_precision == "bf16" and dtype != torch.bfloat16
+        if lowered and not all(one.requires_grad for one in model.parameters()):
             raise ConfigError(
-                f"train.lora: DeepSpeed would leave the model, which is in {dtype}, in bf16: use FSDP2 or DDP"
+                f"DeepSpeed would leave what is not trained of the model, which is in {dtype}, in bf16 (with "
+                "train.lora, or a tower for pictures): use FSDP2 or DDP, or train.precision = fp32"
             )
         rank, world = accelerator.process_index, accelerator.num_processes
         shares = {name: zero.share_of(one.detach(), rank, world) for name, one in zero.trained(model)}
