@@ -25,11 +25,11 @@ PROMPT = AnswerPrompt()
 SEEDS = Path(__file__).parent / "seeds.jsonl"
 OPTIONS = {
     "recipe.target_words": 60,
-    "recipe.max_tokens": 160,
+    "recipe.max_tokens": 32,
     "recipe.on_truncated": "continue",
-    "recipe.max_continuations": 1,
+    "recipe.max_continuations": 3,
     "recipe.tries": 1,
-    "checks.min_words": 20,
+    "checks.min_words": 5,
     "fleet.max_in_flight": 16,
     "assembly.contexts_per_sample": 3,
     "seeds.limit": 14,
@@ -64,7 +64,7 @@ def test_main_job_on_a_launched_server(tmp_path: Path) -> None:
     assert len(contexts) >= 7, [reject["detail"] for reject in rejects]
     assert sum(row["cached_tokens"] for row in contexts) > 0
     assert {"stop", "length"} >= {row["finish_reason"] for row in contexts}
-    assert any(len(row["steps"]) == 2 for row in contexts), "no answer was continued"
+    assert any(len(row["steps"]) > 1 for row in contexts), "no answer was continued"
     assert len(contexts) == len(rows(out, "samples"))
     assert {"SmolLM2-135M-Instruct"} == {row["model"] for row in contexts}
     assert [] == session_of(done.stderr)
@@ -101,14 +101,19 @@ def test_sections_on_a_launched_server(tmp_path: Path) -> None:
     contexts, rejects = rows(out, "contexts"), rows(out, "rejects")
     assert 3 == len(contexts) + len(rejects)
     assert contexts, [reject["detail"] for reject in rejects]
+    past = cached = 0
     for row in contexts:
         tokens = row["checks"]["tokens"]
         assert tokens <= 240
         assert tokens > 180 or "below_target" in row["checks"]["flags"]  # so small a model may stop early
-        assert len(row["steps"]) >= 1 + row["checks"]["sections"] >= 5
+        assert len(row["steps"]) > row["checks"]["sections"]
         for before, step in pairwise(row["steps"]):
-            past = before["prompt_tokens"] + before["completion_tokens"]
-            assert step["cached_tokens"] >= 0.9 * past - 8, "the past was computed again"
+            # Tokens that were sampled, but are not those of their own text, end the cached prefix there.
+            assert step["cached_tokens"] >= before["prompt_tokens"] - 8, "the past was computed again"
+            past += before["prompt_tokens"] + before["completion_tokens"]
+            cached += step["cached_tokens"]
+    assert cached >= 0.9 * past
+    assert max(row["checks"]["sections"] for row in contexts) >= 4
     assert not (out / "journal.sqlite").exists()
 
 
