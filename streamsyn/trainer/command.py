@@ -73,13 +73,9 @@ def train(
         code = run_training(request.config, request.source, request.model, request.out)
         if plot and os.environ.get("RANK", "0") == "0":
             _draw(request.out)
-    except ConfigError:
+    except (ConfigError, Diverged) as error:  # to start again would end the same
         if tether is not None:
-            tether.say(2)
-        raise
-    except Diverged:  # it would again
-        if tether is not None:
-            tether.say(1)
+            tether.say(2 if isinstance(error, ConfigError) else 1)
         raise
     if tether is not None:
         tether.say(code)

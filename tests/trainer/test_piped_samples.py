@@ -9,7 +9,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
-from streamsyn.records import digest
 from streamsyn.trainer.sources.pipe import PipedSamples
 from streamsyn.trainer.stream.examples import Row
 from tests.builders import disk_full_beyond
@@ -156,23 +155,6 @@ def test_equal_ids_do_not_make_equal_samples(tmp_path: Path) -> None:
 
     assert [*first, *second] == found == later
     assert [42] == [one["rows"] for one in logged if one["event"] == "stdin.repeats_passed_over"]
-
-
-def test_a_spool_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
-    """Its keys stand for ids alone: what it holds is not taken twice, what it passed over is taken now."""
-    known = [said("0", "first"), said("1", "first")]
-    keys = [digest("id", one["id"]).hex() for one in known]
-    old = b"".join(
-        orjson.dumps({"key": key, "row": one}, option=orjson.OPT_APPEND_NEWLINE)
-        for key, one in zip(keys, known, strict=True)
-    )
-    (tmp_path / "samples.jsonl").write_bytes(old)
-    other = said("0", "second")
-
-    assert known == piped(tmp_path, known)
-    assert [*known, other] == piped(tmp_path, known, other)
-    assert [*known, other] == piped(tmp_path, [other], *known)
-    assert (tmp_path / "samples.jsonl").read_bytes().startswith(old)
 
 
 def test_bad_lines_are_rows_that_say_so(pipe: Pipe, tmp_path: Path) -> None:

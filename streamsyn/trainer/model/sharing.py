@@ -79,9 +79,7 @@ def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for part in placed.plain.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    for name, parameter in placed.plain.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter
+    return zero.trained(placed.plain)
 
 
 def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -93,10 +91,12 @@ def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _zero_state(placed: Placed) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for of in (*placed.optimizer.state.values(),)[:1]:  # of all that this rank has, the steps are the same
-        for name, _ in zero.trained(placed.plain):
-            yield _STEP, name, torch.tensor(float(of[_STEP]))
-        yield from zero.whole_moments(placed.plain)
+    if not placed.optimizer.state:
+        return
+    step = next(iter(placed.optimizer.state.values()))[_STEP]  # all shares of this rank have the same
+    for name, _ in zero.trained(placed.plain):
+        yield _STEP, name, torch.tensor(float(step))
+    yield from zero.whole_moments(placed.plain)
 
 
 def _load_zero(placed: Placed, tensors: Any) -> None:

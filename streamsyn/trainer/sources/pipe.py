@@ -110,7 +110,7 @@ class PipedSamples:
                     if file.readline():  # what lies behind was acted on, and cannot be piped again
                         raise SinkError(f"{self._path}:{number} is damaged; mend or delete that line")
                     break
-                claims.claim(_key_of(entry))
+                claims.claim(bytes.fromhex(entry["key"]))
                 self._rows += 1
                 self._bytes += len(line)
             file.truncate(self._bytes)
@@ -207,18 +207,6 @@ def _sample_key(named: str, row: dict[str, Any]) -> bytes:
     """Of a sample with an id. What else is in a row may change on its way here, and is not trained on."""
     content = row.get("messages", row)
     return digest("sample", named, orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
-
-
-def _key_of(entry: dict[str, Any]) -> bytes:
-    """By what a row in the file is known.
-
-    In files of earlier versions the key stands for an id alone: it is made anew, else what they hold would be
-    trained on again when it is piped again.
-    """
-    key, row = bytes.fromhex(entry["key"]), entry.get("row")
-    if isinstance(row, dict) and isinstance(named := row.get("id"), str) and key == digest("id", named):
-        return _sample_key(named, row)
-    return key
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
