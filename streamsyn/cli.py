@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import streamsyn
-from streamsyn.errors import ConfigError, Diverged, LaunchError, SinkError, StreamsynError
+from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.export.command import export
 from streamsyn.report.command import report
 from streamsyn.sglang.simulator.command import simulate
@@ -303,7 +303,7 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
-    except (SinkError, LaunchError, Diverged) as error:
+    except (SinkError, LaunchError, TrainingFailed) as error:
         _fail(str(error), EXIT_OTHER)
     except StreamsynError as error:
         _fail(str(error), EXIT_STOPPED)

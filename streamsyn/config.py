@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -21,6 +21,7 @@ from streamsyn.sections import (
     SeedsSection,
     SinkSection,
     TrainSection,
+    is_operational,
     operational,
 )
 
@@ -156,10 +157,28 @@ def fingerprint(config: Config) -> dict[str, Any]:
     return dict(_shaping(config, ""))
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The keys of two fingerprints that differ, each with both values; nothing when they are the same.
+
+    A key that was not there yet `before` had its value of `defaults`.
+    """
+    before = {key: value for key, value in defaults.items() if key in now} | dict(before)
+    return "; ".join(
+        f"{key}: {_short(before.get(key))} before, {_short(now.get(key))} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if _is_operational(field):
+        if is_operational(field):
             continue
         if isinstance(value, Section):
             yield from _shaping(value, f"{prefix}{name}.")
@@ -200,8 +219,3 @@ def lasting(config: Config) -> dict[str, Any]:
         if settings[key] is not None:
             settings[key] = str(Path(settings[key]).absolute())
     return saved
-
-
-def _is_operational(field: Any) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("operational"))

@@ -15,7 +15,7 @@
     │   └── RequestRefused     any other 4xx: reject, never retried
     ├── LaunchError            a server that we were to start did not come up
     ├── SinkError              the log cannot be written (disk full, I/O error): stops the run
-    └── Diverged               a training has come to nothing, and would again
+    └── TrainingFailed         a training has come to nothing, and would again
 
 Foreign errors become one of these at the border where they arise, once.
 """
@@ -89,8 +89,8 @@ class SinkError(StreamsynError):
     """Raised when the log cannot be written; what is on disk stays valid and resumable."""
 
 
-class Diverged(StreamsynError):
-    """Raised when step after step of a training changes nothing; what was saved before stays."""
+class TrainingFailed(StreamsynError):
+    """Raised when a training has diverged, or had nothing to train on; what was saved before stays."""
 
 
 def root_cause(error: BaseException) -> BaseException:

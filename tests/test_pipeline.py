@@ -271,7 +271,7 @@ async def test_a_drain_that_takes_too_long(tmp_path: Path) -> None:
 async def test_a_drain_with_nothing_left_is_the_end(tmp_path: Path) -> None:
     """A signal that comes when all has been asked does not make the run unfinished."""
     (tmp_path / "seeds.jsonl").write_bytes(lines(4))
-    async with bench(tmp_path, latency_ms=30) as (made, pipeline, server), asyncio.TaskGroup() as group:
+    async with bench(tmp_path, latency_ms=300) as (made, pipeline, server), asyncio.TaskGroup() as group:
         running_it = group.create_task(pipeline.run())
         # the first of them has brought the prompt's beginning into the cache
         await until(lambda: made.counters.reading_done and server.simulation.stats.in_flight == 3)

@@ -68,7 +68,7 @@ class Buggy:
 async def fleet_at(script: Script, **section: float) -> AsyncIterator[tuple[Fleet, RunningSimulator]]:
     """A fleet of one simulator."""
     async with asyncio.timeout(20), running(SimulatorConfig(), script=script) as server:
-        quick = {"backoff_base_s": 0.001, "probe_interval_s": 0.01, "request_timeout_s": 0.1, **section}
+        quick = {"backoff_base_s": 0.001, "probe_interval_s": 0.01, "request_timeout_s": 5.0, **section}
         settings = FleetSection.model_validate({"servers": [server.url], **quick})
         async with open_fleet(settings, lambda: None) as fleet:
             await fleet.ask_models()
@@ -156,7 +156,8 @@ REASONS = {
 @pytest.mark.parametrize("fault", REASONS)
 async def test_a_failure_becomes_a_reject(fault: Fault) -> None:
     """With its reason, the pair, and each try; nothing is raised, and the worker takes the next draft."""
-    async with fleet_at(lambda number, _: fault, max_attempts=2) as (fleet, _):
+    timeout_s = 0.3 if fault is Fault.STALL else 5.0  # only what stalls is to time out
+    async with fleet_at(lambda _, __: fault, max_attempts=2, request_timeout_s=timeout_s) as (fleet, _):
         outcomes = await worked(fleet, drafts("a", "b"))
     rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
     assert [("a", "a", 0, draft_key("a", 0)), ("b", "b", 0, draft_key("b", 0))] == [

@@ -24,7 +24,7 @@ import structlog
 
 from streamsyn import minhash
 from streamsyn.minhash import PERMUTATIONS, band_keys, signature
-from streamsyn.sink.disk import is_of_the_disk
+from streamsyn.sink.disk import SQLITE_ERRORS, is_of_the_disk
 
 log = structlog.get_logger()
 
@@ -199,7 +199,7 @@ class Duplicates:
                 return otherwise
             try:
                 return act(self._open())
-            except (sqlite3.Error, OSError) as error:
+            except (*SQLITE_ERRORS, OSError) as error:
                 if is_of_the_disk(error) or self._was_damaged:
                     self._switch_off(error)
                 else:
@@ -253,7 +253,7 @@ class Duplicates:
             self._close()
             self._remove()
             self._load(self._open())
-        except (sqlite3.Error, OSError) as failure:
+        except (*SQLITE_ERRORS, OSError) as failure:
             self._switch_off(failure)
 
     def _close(self) -> None:

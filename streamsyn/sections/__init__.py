@@ -4,7 +4,16 @@ Keys marked `operational` do not shape what is written; all others make up the f
 """
 
 from streamsyn.sections.assembly import AssemblySection, LengthsSection, Source, TaskAssemblySection
-from streamsyn.sections.base import Count, Seconds, Section, Share, Threshold, Unit, operational
+from streamsyn.sections.base import (
+    Count,
+    Positive,
+    Seconds,
+    Section,
+    Threshold,
+    Unit,
+    is_operational,
+    operational,
+)
 from streamsyn.sections.checks import ChecksSection, ScoringSection
 from streamsyn.sections.fleet import FleetSection, ServerSection
 from streamsyn.sections.recipe import RecipeSection, TaskRecipeSection
@@ -31,6 +40,7 @@ __all__ = [
     "MixSection",
     "NeedleKind",
     "NeedlesSection",
+    "Positive",
     "PublishSection",
     "RecipeSection",
     "RunSection",
@@ -39,7 +49,6 @@ __all__ = [
     "Section",
     "SeedsSection",
     "ServerSection",
-    "Share",
     "SinkSection",
     "Source",
     "SourceSection",
@@ -48,5 +57,6 @@ __all__ = [
     "Threshold",
     "TrainSection",
     "Unit",
+    "is_operational",
     "operational",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from streamsyn.sections.base import Count, Section, Share, Threshold, Unit, operational
+from streamsyn.sections.base import Count, Positive, Section, Threshold, Unit, operational
 
 Source = Literal["same_task", "any_task", "corpus"]
 
@@ -28,7 +28,7 @@ class LengthsSection(Section):
     """Lowest and highest; each doubling is as likely."""
     choices: tuple[Count, ...] | None = None
     """One of these."""
-    weights: tuple[Share, ...] | None = None
+    weights: tuple[Positive, ...] | None = None
     """How likely each of `choices` is, beside the others."""
     schedule: tuple[tuple[Annotated[int, Field(ge=0)], Count], ...] | None = None
     """Pairs of a number of contexts and the length from there on: the stream's samples grow."""
@@ -68,7 +68,7 @@ class AssemblySection(Section):
     """The tokenizer of the model to be tuned, by which tokens are counted: a folder, or a name on the Hugging
     Face hub. Samples are counted whole, under its chat template. Without one the counts are those of the
     servers that wrote the contexts."""
-    distractors: Source | Literal["none"] | dict[Source, Share] = "same_task"
+    distractors: Source | Literal["none"] | dict[Source, Positive] = "same_task"
     """Where distractors come from: contexts of the `same_task` or of `any_task`, passages of a `corpus`,
     or `none`; or a mix, such as {same_task = 3, corpus = 1}, drawn for each distractor."""
     corpus: Annotated[tuple[str, ...], operational] = ()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from streamsyn.sections.base import Count, Seconds, Section, Share, operational
+from streamsyn.sections.base import Count, Positive, Seconds, Section, operational
 
 
 class ServerSection(Section):
@@ -13,7 +13,7 @@ class ServerSection(Section):
 
     url: str
     """Base URL."""
-    weight: Share = 1.0
+    weight: Positive = 1.0
     """Its share of the work, beside the others'."""
     key_env: str | None = None
     """Environment variable that holds its key; by default STREAMSYN_API_KEY."""
@@ -35,7 +35,7 @@ class FleetSection(Section):
     """Pause between looks at the file and the name."""
     model: Annotated[str | None, operational] = None
     """Model to ask for; by default what the servers say they serve."""
-    models: dict[str, Share] = {}
+    models: dict[str, Positive] = {}
     """Several models, each with its share of the drafts, such as 3 of one and 1 of another."""
     concurrency: Annotated[Literal["auto"] | Count, operational] = "auto"
     """Requests in flight at one server: `auto` finds what keeps its batch full, or a number."""

@@ -172,7 +172,7 @@ def served_models(body: bytes) -> list[str]:
 
 def weights_of(meta: dict[str, Any]) -> str | None:
     """The version of the weights that wrote an answer, as `metadata` or `meta_info` has it; of several, which
-    wrote one after the other, all are named: `step-0000100+step-0000200`.
+    wrote one after the other, all are named: `step_100+step_200`.
     """
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version") or ""}]
     return "+".join(dict.fromkeys(checked(span["version"], str) for span in spans)) or None

@@ -2,6 +2,8 @@
 
 import sqlite3
 
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What a call of SQLite may raise: it quotes a damaged schema as it stands, and Python cannot decode that."""
 _DISK = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,

@@ -16,7 +16,7 @@ import structlog
 
 from streamsyn.errors import SinkError
 from streamsyn.sink import frames
-from streamsyn.sink.disk import is_of_the_disk
+from streamsyn.sink.disk import SQLITE_ERRORS, is_of_the_disk
 from streamsyn.sink.log import row_key
 from streamsyn.sink.manifest import Manifest, SealedShard
 
@@ -44,7 +44,7 @@ class FinishedKeys:
         with _translated(path):
             try:
                 self._open()
-            except sqlite3.DatabaseError as error:
+            except SQLITE_ERRORS as error:
                 self._make_anew(error)
 
     def add_shard(self, shard: SealedShard, keys: bytes) -> None:
@@ -68,7 +68,7 @@ class FinishedKeys:
         with _translated(self.path):
             try:
                 self._catch_up(shards, root, tail)
-            except sqlite3.DatabaseError as error:
+            except SQLITE_ERRORS as error:
                 self._make_anew(error)
                 self._catch_up(shards, root, tail)
 
@@ -85,7 +85,7 @@ class FinishedKeys:
             self._write(_keys_of(root, shards[path]), shards[path])
         self._write(tail, None)
 
-    def _make_anew(self, error: sqlite3.DatabaseError) -> None:
+    def _make_anew(self, error: Exception) -> None:
         """Start with an empty file, when what is wrong is the file."""
         if is_of_the_disk(error):
             raise error
@@ -212,7 +212,7 @@ def _translated(path: Path) -> Iterator[None]:
     """Turn an error of SQLite into a SinkError that says what to do."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
+    except SQLITE_ERRORS as error:
         advice = (
             "what is on disk stays valid: make room and run again to go on"
             if is_of_the_disk(error)

@@ -28,9 +28,14 @@ def encode(lines: bytes, compression: str) -> bytes:
     return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines)
 
 
-def scan(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Rows of a shard, open or sealed, with the offset behind them; ends before the first torn part."""
-    parts = _zstd_frames(path) if ".zst" in path.suffixes else _lines(path)
+def scan(path: Path, start: int = 0) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Rows of a shard, open or sealed, with the offset behind them; ends before the first torn part.
+
+    Args:
+        path: The shard.
+        start: The offset at which a row, or a frame, begins.
+    """
+    parts = _zstd_frames(path, start) if ".zst" in path.suffixes else _lines(path, start)
     for end, data in parts:
         rows = _decode(data)
         if rows is None:
@@ -52,9 +57,9 @@ def _decode(data: bytes) -> list[dict[str, Any]] | None:
     return decoded if all(isinstance(row, dict) for row in decoded) else None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    end = 0
+def _lines(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
+        file.seek(end)
         for line in file:
             if not line.endswith(b"\n"):
                 return
@@ -62,11 +67,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield end, line
 
 
-def _zstd_frames(path: Path) -> Iterator[tuple[int, bytes]]:
+def _zstd_frames(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
     import zstandard
 
-    end = 0
     with path.open("rb") as file:
+        file.seek(end)
         pending = file.read(CHUNK_BYTES)
         while pending:
             frame = zstandard.ZstdDecompressor().decompressobj()

@@ -17,7 +17,7 @@ import orjson
 import structlog
 
 from streamsyn.records import Attempt, Completion, Request, digest
-from streamsyn.sink.disk import is_of_the_disk
+from streamsyn.sink.disk import SQLITE_ERRORS, is_of_the_disk
 
 log = structlog.get_logger()
 
@@ -120,7 +120,7 @@ class Journal:
                 return otherwise
             try:
                 return act(self._open())
-            except sqlite3.Error as error:
+            except SQLITE_ERRORS as error:
                 if is_of_the_disk(error):
                     self._is_off = True
                     log.warning("journal.off", path=str(self.path), why=str(error), then="no step is kept")

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 import streamsyn
-from streamsyn.config import Config, load
+from streamsyn.config import Config, differences, load
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.sink.lock import DirectoryLock
 from streamsyn.sink.log import KINDS
@@ -58,16 +58,12 @@ class RunDirectory:
         if (saved := self.saved()) is None:
             return
         now = orjson.loads(orjson.dumps(fingerprint))
-        before = {key: value for key, value in defaults.items() if key in now} | saved["fingerprint"]
+        before = saved["fingerprint"]
         if "model" not in now:  # the servers have not been asked yet
             before, now = ({k: v for k, v in keys.items() if k not in _LATE} for keys in (before, now))
-        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if differing:
-            pairs = "; ".join(
-                f"{key}: {_short(before.get(key))} before, {_short(now.get(key))} now" for key in differing
-            )
+        if different := differences(before, now, defaults):
             raise ConfigError(
-                f"{self.root} holds a run of another configuration ({pairs}); use another --out"
+                f"{self.root} holds a run of another configuration ({different}); use another --out"
             )
 
     def saved(self) -> dict[str, Any] | None:
@@ -155,8 +151,3 @@ def write_whole(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise SinkError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -113,14 +113,7 @@ class Companion:
 
     def _keep_up(self, drain: Callable[[str], None]) -> int:
         while True:
-            self._error = ""
-            process = self._process = TrainerProcess(self._command, self._hear)
-            log.info("trainer.started", pid=process.pid, out=str(self._out))
-            if self._ending:  # the signal came while it was being started
-                process.end()
-            elif self._stopping:
-                process.stop()
-            ended = process.wait()
+            ended = self._run_once()
             match self._restarts.after(ended, self._checkpoint(), stopping=self._stopping):
                 case Over(code):
                     self._say_over(code, ended, drain)
@@ -129,6 +122,20 @@ class Companion:
                     log.warning("trainer.restarts", because=ended.in_words, in_s=after_s, number=number)
             if self._is_woken_within(after_s):
                 return EXIT_STOPPED
+
+    def _run_once(self) -> Ended:
+        self._error = ""
+        try:
+            process = self._process = TrainerProcess(self._command, self._hear)
+        except OSError as error:  # the system has no process to give just now
+            self._error = f"it cannot be started: {error}"
+            return Ended(EXIT_FAILED)
+        log.info("trainer.started", pid=process.pid, out=str(self._out))
+        if self._ending:  # the signal came while it was being started
+            process.end()
+        elif self._stopping:
+            process.stop()
+        return process.wait()
 
     def _say_over(self, code: int, ended: Ended, drain: Callable[[str], None]) -> None:
         if self._stopping or code == 0:

@@ -1,4 +1,6 @@
-"""From `run --train CONFIG` to what keeps the training up. All that can be wrong with it is found here."""
+"""From `run --train CONFIG` to what keeps the training up. What can be wrong with it is found here, as far
+as that takes neither torch nor the model.
+"""
 
 import sys
 from pathlib import Path

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from streamsyn.tandem.restarts import Ended
 
@@ -31,13 +31,17 @@ class TrainerProcess:
     Args:
         command: What is started.
         hear: Called in a thread with each line that it says, on stdout or stderr.
+
+    Raises:
+        OSError: The system has no process to give.
     """
 
     def __init__(self, command: Sequence[str], hear: Callable[[bytes], None]) -> None:
         self._hear = hear
         self._ended_by_us = False
         self._tether, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as on_failure:
+            on_failure.callback(self._tether.close)
             self._process = subprocess.Popen(  # noqa: S603 - what the user has configured
                 [sys.executable, "-I", "-S", "-c", _DEAF_TO_SIGINT, *command],
                 stdin=theirs.fileno(),
@@ -45,6 +49,7 @@ class TrainerProcess:
                 stderr=subprocess.STDOUT,
                 env={**_ENVIRONMENT, **os.environ},
             )
+            on_failure.pop_all()
         self._hearing = threading.Thread(target=self._listen, name="trainer's output", daemon=True)
         self._hearing.start()
 

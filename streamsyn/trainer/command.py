@@ -1,6 +1,7 @@
 """`streamsyn train`: the command line. Nothing heavy is imported before it is clear that it is there."""
 
 import os
+import signal
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from streamsyn.errors import ConfigError, Diverged, StreamsynError
+from streamsyn.errors import ConfigError, StreamsynError, TrainingFailed
 
 
 @click.command()
@@ -23,7 +24,7 @@ from streamsyn.errors import ConfigError, Diverged, StreamsynError
 @click.option("--model", metavar="PATH", help="Model to tune: a Hugging Face directory.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="Where checkpoints and the tuned model go; an existing one is resumed.",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key. Repeatable.")
@@ -34,7 +35,7 @@ def train(
     config: Path | None,
     source: str | None,
     model: str | None,
-    out: Path | None,
+    out: str | None,
     settings: tuple[str, ...],
     plot: bool,
     log_json: bool,
@@ -53,16 +54,19 @@ def train(
     from streamsyn.trainer.tether import Tether
 
     configure_logs(as_json=log_json)
+    if out is not None and not out:  # as a path it would be the folder one stands in
+        raise ConfigError("--out: the path is empty; give the directory that the training is to have")
+    folder = None if out is None else Path(out)
     if source is None:
         if not plot:
             raise ConfigError("there is nothing to train on: pass --from DIR, a file of chat rows, or -")
         from streamsyn.trainer.figures.plot import draw
 
-        click.echo(draw(_out_of(config, out, settings)))
+        click.echo(draw(_out_of(config, folder, settings)))
         return
     tether = Tether.of_this_rank(wanted=tethered)
     try:
-        request = resolve(config, source, model, out, settings)
+        request = resolve(config, source, model, folder, settings)
         check(request)
         if plot and find_spec("matplotlib") is None:  # to be said now, not in a week
             raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
@@ -71,9 +75,11 @@ def train(
         from streamsyn.trainer.training import train as run_training
 
         code = run_training(request.config, request.source, request.model, request.out)
+        for number in (signal.SIGTERM, signal.SIGINT):  # the outcome stands: there is nothing left to stop
+            signal.signal(number, signal.SIG_IGN)
         if plot and os.environ.get("RANK", "0") == "0":
             _draw(request.out)
-    except (ConfigError, Diverged) as error:  # to start again would end the same
+    except (ConfigError, TrainingFailed) as error:  # to start again would end the same
         if tether is not None:
             tether.say(2 if isinstance(error, ConfigError) else 1)
         raise

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import structlog
 
-from streamsyn.errors import Diverged, StreamsynError
+from streamsyn.errors import StreamsynError, TrainingFailed
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.figures.record import Figures
@@ -103,6 +103,7 @@ class Director:
                 raise
             if isinstance(found, End):
                 self._store.stream = found.state
+                self._schedule.forget_the_end()
                 yield from self._finish()
                 return
             if found is None:
@@ -153,7 +154,7 @@ class Director:
         kept = "there is no checkpoint yet; try"
         if self._saved:
             kept = f"checkpoints/step-{self._saved:07d} is from before them; try, with another --out,"
-        raise Diverged(
+        raise TrainingFailed(
             f"the training has diverged: the gradient was not finite at {count} steps in a row, up to step "
             f"{step}, and nothing was saved since; {kept} a lower train.learning_rate or more "
             f"train.warmup_steps"
@@ -189,7 +190,7 @@ class Director:
                 self.stopped = "a signal, during the last evaluation"
 
     def _save_what_is_new(self) -> Iterator[list[Order]]:
-        if self._progress.step > self._saved:
+        if self._progress.step > self._saved and not self._skipped:  # as in `_take`
             yield from self._save(result=False)
 
     def _save(self, *, result: bool) -> Iterator[list[Order]]:
@@ -227,7 +228,7 @@ class Director:
         return True
 
     def _say(self, plan: StepPlan, rate: float, *, skipped: bool) -> None:
-        progress, stream = self._progress, dict(self._plans.figures)
+        progress, stream = self._progress, self._plans.figures
         line = {
             "step": progress.step,
             "loss": progress.loss,
@@ -238,8 +239,8 @@ class Director:
             "tokens": plan.tokens,
             "target_tokens": plan.target_tokens,
             "queue": self._plans.depth,
-            "read_ahead": stream.get("held", 0),
-            "dropped": sum(stream.get("dropped", {}).values()),
+            "read_ahead": stream["held"],
+            "dropped": sum(stream["dropped"].values()),
             "stream": stream,
         }
         losses = [math.nan] * plan.count if skipped else progress.losses

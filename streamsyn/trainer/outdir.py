@@ -1,5 +1,6 @@
 """OUT of a training: its lock, and train.json, which says what shapes the weights in it."""
 
+import os
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -8,42 +9,20 @@ from typing import Any
 import orjson
 
 import streamsyn
-from streamsyn.config import Config, load
+from streamsyn.config import Config, differences, lasting, load
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
+from streamsyn.sections import TrainSection, is_operational
 from streamsyn.sink.lock import DirectoryLock
 from streamsyn.sink.rundir import write_whole
 from streamsyn.trainer.stream.chat_template import read_template
 
 FORMAT = 1
 _RECORD = "train.json"
-_FREE = frozenset(
-    {
-        "model",  # under its own name, resolved
-        "chat_template",  # by what it says
-        "out",
-        "launcher",
-        "max_steps",
-        "max_wait_s",
-        "stall_s",
-        "on_stall",
-        "attention",
-        "gradient_checkpointing",
-        "save_every_steps",
-        "keep_checkpoints",
-        "holdout_samples",
-        "eval_every_steps",
-        "control",
-        "control_samples",
-        "needles",
-        "longbench",
-        "tests_every_steps",
-        "trackers",
-        "publish",
-    }
-)
-"""Keys of `train` that a later run may have otherwise: they do not shape the weights, or only in how far
-the training goes. (Where weights are published, the samples change; but those shape no weights here.)"""
+_WRITTEN = ("LATEST", "checkpoints", "model", "weights", "metrics.jsonl", "trained.jsonl", "task_losses.json")
+"""What a training writes in OUT."""
+_OF_FLEET = ("servers", "tls_ca", "tls_cert")
+"""How weights reach the servers."""
 
 
 class OutDirectory:
@@ -73,13 +52,16 @@ class OutDirectory:
             ConfigError: As `check_shaping` says.
         """
         check_shaping(self.root, config, model)
-        saved = _read(self.root)
+        saved, fleet = _read(self.root), lasting(config)["fleet"]
         data = {
             "format": FORMAT,
             "created_at": saved["created_at"] if saved else time.time(),
             "config": {
                 "run": {"seed": config.run.seed},
                 "train": _lasting(config, model),
+                "fleet": {
+                    key: value for key, value in fleet.items() if key in _OF_FLEET and value is not None
+                },
             },
             "shaping": _shaping(config, model),
             "versions": {
@@ -88,6 +70,22 @@ class OutDirectory:
             },
         }
         write_whole(self.root / _RECORD, orjson.dumps(data, option=orjson.OPT_INDENT_2))
+
+
+def check_ours(root: Path) -> None:
+    """Refuse a directory with what a training would replace, but without the record of one.
+
+    Raises:
+        ConfigError: It is such a one; the message names what is there.
+    """
+    if (root / _RECORD).exists():
+        return
+    there = [name for name in _WRITTEN if os.path.lexists(root / name)]
+    if there:
+        raise ConfigError(
+            f"--out {root} holds {', '.join(there)}, but no {_RECORD} of a training: what is there would be "
+            "replaced; use another --out"
+        )
 
 
 def check_shaping(root: Path, config: Config, model: str) -> None:
@@ -103,11 +101,8 @@ def check_shaping(root: Path, config: Config, model: str) -> None:
     saved = _read(root)
     if saved is None or not _has_checkpoint(root):
         return
-    before, now = saved["shaping"], orjson.loads(orjson.dumps(_shaping(config, model)))
-    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if differing:
-        pairs = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing)
-        raise ConfigError(f"{root} holds a training of another kind ({pairs}); use another --out")
+    if different := differences(saved["shaping"], _shaping(config, model), _shaping(Config(), model)):
+        raise ConfigError(f"{root} holds a training of another kind ({different}); use another --out")
 
 
 def remembered(root: Path) -> list[tuple[str, Any]]:
@@ -127,14 +122,12 @@ def remembered(root: Path) -> list[tuple[str, Any]]:
 def _shaping(config: Config, model: str) -> dict[str, Any]:
     section = config.train
     template = read_template(section.chat_template)
+    fields = TrainSection.model_fields.items()
+    keys = {key for key, field in fields if not is_operational(field)}
     return {
         "model": _absolute(model),
         "run.seed": config.run.seed,
-        **{
-            f"train.{key}": value
-            for key, value in section.model_dump(mode="json").items()
-            if key not in _FREE
-        },
+        **{f"train.{key}": value for key, value in section.model_dump(mode="json", include=keys).items()},
         "train.chat_template": None if template is None else digest(template).hex(),
     }
 

@@ -10,7 +10,9 @@ from typing import Any
 from streamsyn.config import Config, load, parse_override
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.outdir import check_shaping, remembered
+from streamsyn.sglang.spec import base_url
+from streamsyn.trainer.outdir import check_ours, check_shaping, remembered
+from streamsyn.trainer.sources.files import find_rows
 from streamsyn.trainer.sources.places import folder_of_a_run, is_read_with, is_run, path_errors, real_path
 from streamsyn.trainer.stream.chat_template import read_template
 
@@ -78,15 +80,20 @@ def check(request: TrainRequest) -> None:
         missing.append("peft (for train.lora)")
     if missing:
         raise ConfigError(f"training needs {', '.join(missing)}: pip install 'streamsyn[train]'")
+    for name in section.trackers:  # accelerate leaves a missing one out without a word
+        if find_spec(name) is None:
+            raise ConfigError(f"train.trackers: {name} needs the package {name}: pip install {name}")
     source, out = request.source, request.out
     if "://" in source:
-        raise ConfigError(f"--from {source}: following a daemon over HTTP is not there yet; give DIR or -")
+        raise ConfigError(f"--from {source}: nothing is read from URLs yet; give a directory, files or -")
     with path_errors("--from", source):
         _check_source(source, out)
     with path_errors("--model", request.model):
         _check_model(request.model)
     read_template(section.chat_template)
+    _check_keys(section)
     with path_errors("--out", out):
+        check_ours(out)
         _check_out(out, source, section)
         check_shaping(out, request.config, request.model)
 
@@ -138,8 +145,20 @@ def _check_out(out: Path, source: str, section: TrainSection) -> None:
     if section.longbench is not None:
         paths.append(("train.longbench.path", section.longbench.path))
     for key, path in paths:
-        if path:
+        if path is not None:
+            find_rows(path, key)
             _check_apart(out, f"{key}: {path}", path)
+
+
+def _check_keys(section: TrainSection) -> None:
+    """What a key cannot tell by itself."""
+    for length in section.needles.lengths if section.needles is not None else ():
+        if length > section.seq_len:
+            raise ConfigError(
+                f"train.needles.lengths: {length} is more than train.seq_len, {section.seq_len}"
+            )
+    for url in section.publish.servers if section.publish is not None else ():
+        base_url(url, "train.publish.servers")
 
 
 def _check_apart(out: Path, named: str, pattern: str) -> None:

@@ -10,8 +10,8 @@ class Schedule:
     """The learning rate of each step.
 
     With `train.total_steps`: up over `train.warmup_steps`, then down to nothing along a cosine. Without: up,
-    then held; once at most `train.decay_steps` are known to be left, down in equal parts. It never rises
-    again, also if the stream turns out longer than was thought.
+    then held; once at most `train.decay_steps` are known to be left, down in equal parts. It does not rise
+    again if the stream turns out longer than was thought; but one that had ended and goes on is open again.
     """
 
     def __init__(self, section: TrainSection, state: dict[str, Any] | None = None) -> None:
@@ -22,6 +22,10 @@ class Schedule:
     def state(self) -> dict[str, Any]:
         """What a later run goes on from."""
         return {"span": self._span, "share": self._share}
+
+    def forget_the_end(self) -> None:
+        """The stream has ended. More may come: from a pipe whose writer died, of a run with new seeds."""
+        self._span, self._share = None, 1.0
 
     def rate(self, step: int, left: int | None) -> float:
         """The learning rate of step number `step`, the first being 0.

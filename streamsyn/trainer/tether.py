@@ -15,10 +15,11 @@ import threading
 from typing import Self
 
 from streamsyn.errors import ConfigError
+from streamsyn.trainer.signals import END_OF_RUN
 
 
 class Tether:
-    """The trainer's end. The end of the line comes as a SIGTERM to this process; SIGINT is ignored: whoever
+    """The trainer's end. The end of the line comes as END_OF_RUN to this process; SIGINT is ignored: whoever
     presses Ctrl-C means the run, which will tell us.
 
     Raises:
@@ -55,4 +56,4 @@ class Tether:
     def _watch(self) -> None:
         while self._line.recv(16):
             continue
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), END_OF_RUN)

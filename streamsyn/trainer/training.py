@@ -1,8 +1,8 @@
 """One training, put together: model, stream, loop. Every rank comes through here; rank 0 has the stream."""
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from streamsyn.config import Config
-from streamsyn.errors import ConfigError, SinkError, StreamsynError
+from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.director import Director, Totals
 from streamsyn.trainer.evaluation.control_rows import control_examples
@@ -26,6 +26,7 @@ from streamsyn.trainer.figures.tracking import FOLDER, start_tracking
 from streamsyn.trainer.loop import Loop, Progress
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.fit import check_fit
+from streamsyn.trainer.model.memory import memory_told
 from streamsyn.trainer.model.model import Placed, place
 from streamsyn.trainer.model.reading import model_dtype, read_model, read_tokenizer
 from streamsyn.trainer.orders import Ranks
@@ -41,8 +42,6 @@ from streamsyn.trainer.stream.examples import Example
 from streamsyn.trainer.stream.planner import Planner
 from streamsyn.trainer.stream.plans import PlanQueue
 from streamsyn.trainer.stream.render import Renderer
-
-EXIT_NOTHING = 1
 
 log = structlog.get_logger()
 
@@ -62,12 +61,12 @@ class Setting:
 
 
 def train(config: Config, source: str, model: str, out: Path) -> int:
-    """Train until the stream ends; the exit code: 0 then, 75 when stopped before, 1 when there was nothing.
+    """Train until the stream ends; the exit code: 0 then, 75 when stopped before.
 
     Raises:
         StreamsynError: It cannot be done; the message says why.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, world = place_among_ranks(os.environ)
     section = config.train
     if section.rows_per_step % world:
         raise ConfigError(
@@ -90,19 +89,34 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
             before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
             saved = None if before is None else before.folder / "model"
             seed = config.run.seed
-            if section.lora is None:
-                read = read_model(str(saved or model), section, accelerator, None, seed=seed)
-            else:
-                read = read_model(model, section, accelerator, saved, seed=seed)
-            placed = place(read, section, accelerator, dtype)
-            if before is not None:
-                restore_optimizer(placed, before)
+            with memory_told(section):
+                if section.lora is None:
+                    read = read_model(str(saved or model), section, accelerator, None, seed=seed)
+                else:
+                    read = read_model(model, section, accelerator, saved, seed=seed)
+                placed = place(read, section, accelerator, dtype)
+                if before is not None:
+                    restore_optimizer(placed, before)
             code = _run(Setting(config, source, out, tokenizer, placed, ranks, before, publisher))
             accelerator.end_training()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()  # its threads must not be there when Python ends
     return code
+
+
+def place_among_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Which rank we are, and of how many, as a launcher says."""
+    told = {name: environ.get(name, without) for name, without in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(number.isdecimal() for number in told.values()):
+        raise ConfigError(f"RANK and WORLD_SIZE are {told['RANK']!r} and {told['WORLD_SIZE']!r}: no numbers")
+    rank, world = map(int, told.values())
+    if world > 1 and not environ.get("MASTER_ADDR"):
+        raise ConfigError(
+            f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: start the ranks by `accelerate launch`, or "
+            "unset it"
+        )
+    return rank, world
 
 
 def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | None:
@@ -148,13 +162,13 @@ def _run(setting: Setting) -> int:
     if setting.before is not None:
         store.stream = setting.before.stream
     if ranks.rank != 0:
-        with stop_on_signals(loop.stop):
+        with stop_on_signals(loop.stop), memory_told(section):
             loop.run(None)
         return 0
     with ExitStack() as stack:
         try:
             control, exam = _open_tests(setting)
-            planner, plans, held_out = _open_stream(setting, stack)
+            plans, held_out = _open_stream(setting, stack)
             done, kept = Done(), -1  # without a checkpoint all begins anew, what was measured too
             if setting.before is not None:
                 done, kept = done_before(setting.out / "metrics.jsonl", progress.step, exam), progress.step
@@ -180,11 +194,17 @@ def _run(setting: Setting) -> int:
         if publisher is not None:
             stack.enter_context(publisher.servers)
         log.info("train.start", step=progress.step, ranks=ranks.world, out=str(setting.out))
-        with stop_on_signals(stop):
-            loop.run(director.orders(lambda: loop.stopping))
-            if publisher is not None and director.stopped is None:
-                publisher.servers.finish()
-        return _close(director, progress, totals, figures, plans, planner, section)
+        try:
+            with stop_on_signals(stop), memory_told(section):
+                loop.run(director.orders(lambda: loop.stopping))
+                if publisher is not None and director.stopped is None:
+                    publisher.servers.finish()
+        except StreamsynError as error:
+            director.stopped = str(error)
+            with suppress(SinkError):  # the first error is the one to tell
+                _close(director, progress, totals, figures, plans, section)
+            raise
+        return _close(director, progress, totals, figures, plans, section)
 
 
 def _open_tests(setting: Setting) -> tuple[list[Example], Exam | None]:
@@ -197,7 +217,7 @@ def _open_tests(setting: Setting) -> tuple[list[Example], Exam | None]:
     return control, open_exam(setting.config, setting.tokenizer, setting.placed.plain, setting.out)
 
 
-def _open_stream(setting: Setting, stack: ExitStack) -> tuple[Planner, PlanQueue, HeldOutSet]:
+def _open_stream(setting: Setting, stack: ExitStack) -> tuple[PlanQueue, HeldOutSet]:
     """The stream, opened behind what was trained on before; closed with `stack`."""
     section, world = setting.config.train, setting.ranks.world
     renderer = Renderer(setting.tokenizer, section.seq_len, section.overlong)
@@ -206,7 +226,7 @@ def _open_stream(setting: Setting, stack: ExitStack) -> tuple[Planner, PlanQueue
     planner = Planner(section, setting.config.run.seed, sources, renderer, state, ranks=world)
     stack.callback(planner.close)
     held_out = HeldOutSet(planner, renderer, section.seq_len, world)
-    return planner, stack.enter_context(PlanQueue(planner)), held_out
+    return stack.enter_context(PlanQueue(planner)), held_out
 
 
 def _close(
@@ -215,11 +235,10 @@ def _close(
     totals: Totals,
     figures: Figures,
     plans: PlanQueue,
-    planner: Planner,
     section: TrainSection,
 ) -> int:
     """Say what came of it; the exit code."""
-    said = planner.figures()
+    said = plans.figures
     ended = figures.end(
         {
             "step": progress.step,
@@ -251,13 +270,10 @@ def _close(
     if progress.step == 0:
         if said["rows_read"] and said["rows_read"] == sum(said["dropped"].values()):
             raise ConfigError(_why_all_dropped(said["dropped"], section))
-        log.error(
-            "train.nothing",
-            why="the stream ended without a sample to train on",
-            held_out=said["held_out"],
-            dropped=said["dropped"],
-        )
-        return EXIT_NOTHING
+        left = [f"{count} {reason}" for reason, count in said["dropped"].items()]
+        left += [f"{said['held_out']} held out"] * bool(said["held_out"])
+        why = f": of {said['rows_read']} rows, {', '.join(left)}" if left else ""
+        raise TrainingFailed(f"the stream ended without a sample to train on{why}")
     return 0
 
 

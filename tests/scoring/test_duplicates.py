@@ -273,6 +273,24 @@ def test_a_damaged_file_is_made_anew_with_one_warning(tmp_path: Path, offset: in
     duplicates.close()
 
 
+def test_a_file_whose_schema_is_no_text_is_made_anew(tmp_path: Path) -> None:
+    """SQLite quotes it in its error."""
+    path = tmp_path / "d.sqlite"
+    whole = Duplicates(path, 0.8)
+    whole.catch_up([row(0)])
+    whole.close()
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE", b"CREATE \xff\xff\xff\xff\xff"))
+
+    with capture_logs() as logs:
+        duplicates = Duplicates(path, 0.8)
+        assert 0 == duplicates.next_seq
+        assert duplicates.catch_up([row(0)])
+
+    assert ["duplicates.rebuilt"] == [entry["event"] for entry in logs]
+    assert Match("draft-0", 1.0) == duplicates.check_and_add("new", text(0))
+    duplicates.close()
+
+
 def test_a_file_for_another_threshold_is_made_anew(tmp_path: Path) -> None:
     """Its bands are of another kind, so all is read again."""
     path = tmp_path / "d.sqlite"

@@ -157,10 +157,11 @@ def test_every_fault_is_spoken_of() -> None:
 @pytest.mark.parametrize("fault", WHAT_BECOMES)
 async def test_a_fault_becomes_its_error(fault: Fault) -> None:
     """On a fresh connection, and on one that was used before: the same error, and it names the server."""
-    async with simulated(lambda _, __: fault, request_timeout_s=0.15) as (client, server):
+    timeout_s = 0.3 if fault is Fault.STALL else 5.0  # only what stalls is to time out
+    async with simulated(lambda _, __: fault, request_timeout_s=timeout_s) as (client, server):
         with pytest.raises(ServerError, match=server.url) as fresh:
             await client.chat(REQUEST, "m", "r-1")
-    async with simulated(lambda number, _: fault if number > 1 else None, request_timeout_s=0.15) as (
+    async with simulated(lambda number, _: fault if number > 1 else None, request_timeout_s=timeout_s) as (
         client,
         _,
     ):

@@ -137,7 +137,7 @@ async def test_a_request_survives(fault: Fault) -> None:
     async with simulators() as simulated:
         servers = [await simulated.start([fault, fault]) for _ in range(2)]
         urls = [server.url for server in servers]
-        async with fleet_of(*urls, request_timeout_s=0.1) as fleet:
+        async with fleet_of(*urls, request_timeout_s=0.3 if fault is Fault.STALL else 5.0) as fleet:
             completion = await ask(fleet, attempts)
     *failed, last = attempts
     assert (None, completion.server, completion.completion_tokens) == (
@@ -203,7 +203,7 @@ async def test_queues_that_stay_full_are_not_waited_for_for_ever() -> None:
     async with simulators() as simulated:
         server = await simulated.start(faults={Fault.QUEUE_FULL: 1.0})
         async with (
-            fleet_of(server.url, on_gone=gone.set, give_up_s=0.2, request_timeout_s=0.2) as fleet,
+            fleet_of(server.url, on_gone=gone.set, give_up_s=1.0, request_timeout_s=0.2) as fleet,
             asyncio.TaskGroup() as group,
         ):
             asked = group.create_task(ask(fleet))
@@ -269,9 +269,10 @@ async def test_a_refused_request_is_tried_once() -> None:
 async def test_tries_come_to_an_end(fault: Fault, kind: type[ServerError]) -> None:
     """After `fleet.max_attempts` the last failure comes out, and each try is told."""
     attempts: list[Attempt] = []
+    timeout_s = 0.05 if fault is Fault.STALL else 5.0
     async with simulators() as simulated:
         server = await simulated.start(lambda _, __: fault)
-        async with fleet_of(server.url, max_attempts=3, request_timeout_s=0.05, eject_after=2) as fleet:
+        async with fleet_of(server.url, max_attempts=3, request_timeout_s=timeout_s, eject_after=2) as fleet:
             with pytest.raises(ServerError) as raised:
                 await ask(fleet, attempts)
     assert kind is type(raised.value)
@@ -294,7 +295,7 @@ async def test_a_timeout_aborts_at_the_server() -> None:
     async with simulators() as simulated:
         server = await simulated.start(rids.script)
         rids.listen_to(server)
-        async with fleet_of(server.url, request_timeout_s=0.05) as fleet:
+        async with fleet_of(server.url, request_timeout_s=0.5) as fleet:
             await ask(fleet)
         assert 0 == server.simulation.stats.in_flight
     assert rids.asked[:2] == rids.aborted
@@ -347,7 +348,7 @@ async def test_a_fleet_that_is_gone_says_so() -> None:
     async with simulators() as simulated:
         servers = [await simulated.start() for _ in range(2)]
         async with (
-            fleet_of(*(server.url for server in servers), on_gone=gone.set, give_up_s=0.1) as fleet,
+            fleet_of(*(server.url for server in servers), on_gone=gone.set, give_up_s=1.0) as fleet,
             asyncio.TaskGroup() as group,
         ):
             for server in servers:
@@ -517,7 +518,7 @@ async def test_a_fleet_that_answers_probes_and_nothing_else_is_gone() -> None:
     async with simulators() as simulated:
         server = await simulated.start(faults={Fault.HTTP_500: 1.0})
         async with (
-            fleet_of(server.url, on_gone=gone.set, give_up_s=0.3, max_attempts=1000) as fleet,
+            fleet_of(server.url, on_gone=gone.set, give_up_s=1.0, max_attempts=1000) as fleet,
             asyncio.TaskGroup() as group,
         ):
             asked = group.create_task(ask(fleet))

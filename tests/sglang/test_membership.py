@@ -191,7 +191,7 @@ async def test_a_model_that_nobody_serves_ends_the_run() -> None:
         server = await simulated.start(model="big")
         gone = asyncio.Event()
         shares = {"big": 1.0, "typo": 1.0}
-        async with fleet_of(server.url, models=shares, give_up_s=0.2, on_gone=gone.set) as fleet:
+        async with fleet_of(server.url, models=shares, give_up_s=1.0, on_gone=gone.set) as fleet:
             while not gone.is_set():
                 await fleet.complete(Request([{"role": "user", "content": "Geese?"}], {}), [], "big")
 
@@ -203,7 +203,7 @@ async def test_servers_that_are_all_to_be_drained_are_none(tmp_path: Path) -> No
         file = tmp_path / "servers.txt"
         server = await simulated.start()
         await write(file, f"{server.url} drain\n")
-        async with opened(servers_file=file, give_up_s=0.2) as fleet:
+        async with opened(servers_file=file, give_up_s=1.0) as fleet:
             with pytest.raises(FleetGone, match="is to be drained"):
                 await fleet.ask_models()
 

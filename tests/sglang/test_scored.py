@@ -216,7 +216,7 @@ async def test_a_scoring_that_is_late_is_aborted_by_its_rid() -> None:
         rids.append(body["rid"])
         return Fault.STALL if len(rids) == 1 else None
 
-    async with simulator(stall_once) as server, fleet_of(server.url, request_timeout_s=0.2) as fleet:
+    async with simulator(stall_once) as server, fleet_of(server.url, request_timeout_s=0.5) as fleet:
         attempts: list[Attempt] = []
         await fleet.complete(REQUEST, attempts)
         assert 1 == server.simulation.stats.by_route["/abort_request"]

@@ -218,7 +218,7 @@ async def until(client: ServerClient, wanted: str) -> None:
 @BOTH
 async def test_an_outage_refuses_and_loses_the_cache(served: Any) -> None:
     """Connections are refused while it lasts; then the server is there at its old address, its cache cold."""
-    async with served(Timeline([Event(0.1, down_s=0.1)])) as (client, simulation):
+    async with served(Timeline([Event(1.0, down_s=0.5)])) as (client, simulation):
         before = [(await client.chat(REQUEST, "m", rid)).cached_tokens > 0 for rid in "ab"]
         await until(client, "ServerUnreachable")
         while simulation.gone:  # noqa: ASYNC110 - what is waited for sets no event
@@ -231,7 +231,7 @@ async def test_an_outage_refuses_and_loses_the_cache(served: Any) -> None:
 @BOTH
 async def test_an_outage_resets_what_is_under_way(served: Any) -> None:
     """A request that is being written when the server goes is lost, at once."""
-    async with served(Timeline([Event(0.05, down_s=9)]), latency_ms=60_000) as (client, simulation):
+    async with served(Timeline([Event(1.0, down_s=9)]), latency_ms=60_000) as (client, simulation):
         with pytest.raises(ServerUnavailable):
             await client.chat(REQUEST, "m", "a")
         assert simulation.engine.running == 0
@@ -243,7 +243,7 @@ async def test_an_outage_resets_what_is_under_way(served: Any) -> None:
 @BOTH
 async def test_rates_change_at_run_time(served: Any) -> None:
     """From then on, and not before."""
-    timeline = Timeline([Event(0, faults={"http_500": 1.0}), Event(0.1, faults={})])
+    timeline = Timeline([Event(0, faults={"http_500": 1.0}), Event(1.0, faults={})])
     async with served(timeline) as (client, _):
         await until(client, "ServerUnavailable")
         await until(client, "stop")

@@ -22,7 +22,7 @@ from streamsyn.sglang.simulator.simulation import Simulation
 from streamsyn.sglang.weights import PauseMode
 
 URL = "http://there"
-FIRST = "step-0000001"
+FIRST = "step_1"
 ASKED = Request(messages=[{"role": "user", "content": "About geese."}], sampling={"max_tokens": 50})
 
 

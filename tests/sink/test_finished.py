@@ -138,6 +138,14 @@ def test_the_index_is_made_anew_when_it_is_garbage(tmp_path: Path, at: int) -> N
     assert ALL_FINISHED == known(tmp_path)
 
 
+def test_the_index_is_made_anew_when_its_schema_is_no_text(tmp_path: Path) -> None:
+    """SQLite quotes it in its error."""
+    index = finished_run(tmp_path)
+    index.write_bytes(index.read_bytes().replace(b"CREATE TABLE", b"CREATE \xff\xff\xff\xff\xff"))
+
+    assert ALL_FINISHED == known(tmp_path)
+
+
 def test_a_text_file_in_place_of_the_index_is_replaced(tmp_path: Path) -> None:
     """What is no index at all is made anew."""
     index = finished_run(tmp_path)

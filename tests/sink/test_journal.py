@@ -133,6 +133,18 @@ def test_what_is_no_journal_is_removed_and_made_anew(tmp_path: Path, content: by
         assert [step(0)] == journal.steps(KEYS[0])
 
 
+def test_a_schema_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    """SQLite quotes it in its error."""
+    path = tmp_path / "journal.sqlite"
+    with journal_at(path) as journal:
+        add(journal, KEYS[0], 0, step(0))
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE", b"CREATE \xff\xff\xff\xff\xff"))
+    with journal_at(path) as journal:
+        assert [] == journal.keys()
+        assert add(journal, KEYS[0], 0, step(0))
+        assert [step(0)] == journal.steps(KEYS[0])
+
+
 def test_a_table_of_another_shape_is_damage(tmp_path: Path) -> None:
     """As another version might leave it."""
     path = tmp_path / "journal.sqlite"

@@ -292,7 +292,7 @@ def test_a_wrong_byte_is_found_and_copied_again(tmp_path: Path, shaky: type[Shak
 def test_half_a_shard_is_a_torn_end(tmp_path: Path, shaky: type[Shaky]) -> None:
     """All is lost while a shard is being copied: what is in the mirror is sound, and resumes."""
     shaky.cut = {"part-000002.jsonl"}
-    with running(tmp_path / "run", "shaky://far", timeout_s=0.2) as run:
+    with running(tmp_path / "run", "shaky://far", timeout_s=2) as run:
         run.write(40)
     shutil.rmtree(tmp_path / "run")
     copy = download("shaky://far", tmp_path / "run")

@@ -82,7 +82,7 @@ def test_the_loop_closes(tmp_path: Path, serve: Callable[..., Server]) -> None:
     told = json.loads((out / "task_losses.json").read_text())["tasks"]
     assert told["hard"]["loss"] > told["easy"]["loss"]
     tasks = [row["task"] for row in contexts]
-    assert tasks[:20].count("hard") == 10, "in the order of reading, as long as nothing is known"
+    assert 3 <= tasks[:8].count("hard") <= 5, "in the order of reading, as long as nothing is known"
     assert tasks[-40:].count("easy") > 28, tasks
     newest = (out / "weights/LATEST").read_text().strip()
     assert (out / "weights" / newest / "model.safetensors").exists()

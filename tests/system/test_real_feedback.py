@@ -66,7 +66,7 @@ async def test_trained_weights_reach_a_server_that_writes(tmp_path: Path) -> Non
             before = await fleet.complete(request(8), [])
             again = await fleet.complete(request(8), [])
             asking = [
-                group.create_task(fleet.complete(request(120, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
+                group.create_task(fleet.complete(request(240, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
             ]
             (there,) = fleet.servers
             while not (there.load and there.load.running == IN_FLIGHT):  # noqa: ASYNC110 - another process
@@ -78,12 +78,12 @@ async def test_trained_weights_reach_a_server_that_writes(tmp_path: Path) -> Non
             await fleet.ask_models()
             models = fleet.models
 
-    version = "step-0000001"
+    version = "step_1"
     assert ["default"] * 2 == [before.weight_version, again.weight_version]
     assert again.cached_tokens > 100
     assert before.text == again.text
     assert {f"default+{version}"} == {task.result().weight_version for task in asking}
-    assert {120} == {task.result().completion_tokens for task in asking}
+    assert {240} == {task.result().completion_tokens for task in asking}
     assert [version] * 2 == [after.weight_version, streamed.weight_version]
     assert after.cached_tokens < before.prompt_tokens // 2
     assert after.text != before.text

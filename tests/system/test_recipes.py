@@ -65,7 +65,7 @@ def example() -> tuple[str, str]:
 @pytest.mark.timeout(120)
 def test_pairs_are_written_for_documents(serve: Serve, tmp_path: Path) -> None:
     """Through a kill and a drain: each draft has one context, with the pair the LLM wrote, and a sample."""
-    server, out = serve("--latency-ms", "20", "--seed", "7"), tmp_path / "out"
+    server, out = serve("--latency-ms", "60", "--seed", "7"), tmp_path / "out"
     path = documents(tmp_path / "books.jsonl", 20)
     settings = ["--set", "recipe.use=instruction", "--set", "recipe.window_words=80"]
     settings += ["--set", "recipe.contexts_per_seed=2", "--set", "assembly.contexts_per_sample=2"]
@@ -101,7 +101,7 @@ def test_pairs_are_written_for_documents(serve: Serve, tmp_path: Path) -> None:
 
 def test_documents_through_a_pipe(serve: Serve, tmp_path: Path) -> None:
     """What was read before a kill is finished without the pipe; a bad line and a bad answer are rejects."""
-    server, out = serve("--latency-ms", "30"), tmp_path / "out"
+    server, out = serve("--latency-ms", "100"), tmp_path / "out"
     path = documents(tmp_path / "books.jsonl", 30)
     with path.open("a") as file:
         file.write('{"instruction": "Who?", "answer": "Ada."}\n{"context": "Too short.", "id": "short"}\n')
@@ -154,7 +154,7 @@ def test_the_recipe_in_the_readme(serve: Serve, seeds: Seeds, tmp_path: Path) ->
     code, settings = example()
     (tmp_path / "my_recipes.py").write_text(code)
     (tmp_path / "run.toml").write_text(settings)
-    server, out = serve("--latency-ms", "30"), tmp_path / "out"
+    server, out = serve("--latency-ms", "100"), tmp_path / "out"
     arguments = [
         "run",
         "run.toml",

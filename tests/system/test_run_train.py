@@ -245,7 +245,7 @@ def test_a_trainer_that_refuses_its_configuration_stops_the_run(
 def test_an_interrupted_training_is_resumed_with_its_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
     """With a real trainer: saved at the interrupt; the same command goes on with both, to the end."""
     out, training = tmp_path / "out", config(tmp_path)
-    server = serve("--words", "30", "--latency-ms", "100")
+    server = serve("--words", "30", "--latency-ms", "300")
     given = command(server, seeds(60), out, training, "--set", "fleet.max_in_flight=1")
     process = start(*given, env=ONE_THREAD, start_new_session=True)
     wait_for_line(process, r"trainer\|.*train.step")

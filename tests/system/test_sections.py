@@ -38,7 +38,7 @@ def stop_at(requests: int, server: Server, process: Popen[bytes], number: int) -
 @pytest.mark.timeout(120)
 def test_finished_steps_survive_a_kill(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """After three kills each seed has its context, and only what was being worked on was asked twice."""
-    server, out = serve("--latency-ms", "30"), tmp_path / "out"
+    server, out = serve("--latency-ms", "100"), tmp_path / "out"
     arguments = ["run", "--seeds", seeds(24), "--server", server.url, "--out", out, *SETTINGS]
     for requests in (20, 55, 90):
         stop_at(requests, server, start(*arguments), signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_finished_steps_survive_a_kill(serve: Serve, seeds: Seeds, tmp_path: Pat
 @pytest.mark.timeout(120)
 def test_a_drain_ends_soon_and_loses_nothing(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """SIGTERM lets steps finish, not drafts: a resume asks nothing twice."""
-    server, out = serve("--latency-ms", "30"), tmp_path / "out"
+    server, out = serve("--latency-ms", "100"), tmp_path / "out"
     arguments = ["run", "--seeds", seeds(24), "--server", server.url, "--out", out, *SETTINGS]
     process = start(*arguments)
     stop_at(40, server, process, signal.SIGTERM)
@@ -76,7 +76,7 @@ def test_a_drain_ends_soon_and_loses_nothing(serve: Serve, seeds: Seeds, tmp_pat
 
 def test_a_damaged_journal_stops_nothing(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """It is said once, and its steps are asked again."""
-    server, out = serve("--latency-ms", "30"), tmp_path / "out"
+    server, out = serve("--latency-ms", "100"), tmp_path / "out"
     arguments = ["run", "--seeds", seeds(8), "--server", server.url, "--out", out, *SETTINGS]
     stop_at(20, server, start(*arguments), signal.SIGKILL)
     (out / "journal.sqlite").write_bytes(b"no database" * 1000)

@@ -8,7 +8,7 @@ import pytest
 from streamsyn.tandem import companion
 from streamsyn.tandem.companion import Companion
 from streamsyn.tandem.process import TrainerProcess
-from streamsyn.tandem.restarts import EXIT_STOPPED
+from streamsyn.tandem.restarts import EXIT_FAILED, EXIT_STOPPED
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -32,3 +32,19 @@ def test_a_trainer_is_ended_that_was_being_started_when_the_signal_came(
     kept.start(lambda _why: None)
 
     assert EXIT_STOPPED == kept.finish(stopped=False)
+
+
+def test_a_trainer_that_cannot_be_started_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may have no process to give for a while; it is tried again, and in the end said."""
+
+    def refused(*_given: object, **_more: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.Popen", refused)
+    kept = Companion(DEAF, tmp_path, as_json=False, pause_s=0.01)
+    kept.start(lambda _why: None)
+
+    assert EXIT_FAILED == kept.finish(stopped=False)
+    assert "Resource temporarily unavailable" in kept.complaint

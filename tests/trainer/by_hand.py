@@ -44,7 +44,7 @@ class Script:
         return self._moves.pop(0)
 
     def figures(self) -> dict[str, Any]:
-        return {"dropped": {"overlong": 2}}
+        return {"dropped": {"overlong": 2}, "held": 0, "waited_s": 0.0}
 
 
 def section(**given: Any) -> TrainSection:

@@ -39,6 +39,6 @@ def test_a_template_that_refuses_a_question_is_said(tmp_path: Path) -> None:
     why = r"^train\.needles or train\.longbench: .* the chat template refuses it: .* by zero$"
 
     with pytest.raises(ConfigError, match=why):
-        needle_questions(NeedlesSection(lengths=(1024,)), 0, failing, 1024, None)
+        needle_questions(NeedlesSection(lengths=(1024,)), 0, failing, None)
     with pytest.raises(ConfigError, match=why):
         longbench_questions(LongBenchSection(path=str(tmp_path / "rows.jsonl")), failing, 1024)

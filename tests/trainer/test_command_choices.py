@@ -174,6 +174,8 @@ def test_a_training_remembers_where_its_files_lie(tmp_path: Path, monkeypatch: p
     config.write_text(
         "[train]\nmodel = 'somebody/some-model'\ncontrol = 'chat.jsonl'\nmix = [{path = 'mixed'}]\n"
         "longbench = {path = 'questions/*.jsonl'}\n"
+        "[fleet]\ntls_ca = 'ca.pem'\nservers = [{url = 'https://gpu-1:30000', key_env = 'GPU_KEY'}]\n"
+        "give_up_s = inf\nconnect_timeout_s = inf\n"
     )
     monkeypatch.chdir(tmp_path)
     first = resolve(config, "run", None, out)
@@ -181,13 +183,16 @@ def test_a_training_remembers_where_its_files_lie(tmp_path: Path, monkeypatch: p
     directory.claim(first.config, first.model)
     directory.close()
     monkeypatch.chdir("/")
-    later = resolve(None, "run", None, out).config.train
+    config_later = resolve(None, "run", None, out).config
+    later, fleet = config_later.train, config_later.fleet
 
     assert str(tmp_path / "chat.jsonl") == later.control
     assert (str(tmp_path / "mixed"),) == tuple(one.path for one in later.mix)
     assert later.longbench is not None
     assert str(tmp_path / "questions/*.jsonl") == later.longbench.path
-    check_shaping(out, resolve(None, "run", None, out).config, first.model)
+    assert tmp_path / "ca.pem" == fleet.tls_ca
+    assert first.config.fleet.servers == fleet.servers
+    check_shaping(out, config_later, first.model)
 
 
 @pytest.fixture
@@ -257,7 +262,7 @@ def test_an_out_whose_files_would_be_read_is_refused(
 @pytest.mark.usefixtures("folder")
 def test_an_out_beside_what_is_read_is_not(source: str, out: str) -> None:
     """In a run's directory under a name of its own, or where a glob does not come."""
-    checked(source, out, "train.control=run/*.jsonl")
+    checked(source, out, "train.control=data/rows.jsonl")
     (Path(out)).mkdir(parents=True, exist_ok=True)
     checked(source, out)
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
-from streamsyn.errors import Diverged
+from streamsyn.errors import TrainingFailed
 from streamsyn.trainer.director import MAX_SKIPPED
 from streamsyn.trainer.loop import Loop
 from streamsyn.trainer.model.model import Placed
@@ -44,7 +44,7 @@ def test_a_training_that_diverges_is_stopped(tmp_path: Path) -> None:
     """It is told at 1, 2, 4, ... steps in a row; after so many it ends, and checkpoints from before stay."""
     settings = section(save_every_steps=2)
     moves = plans(MAX_SKIPPED + 10)
-    with capture_logs() as said, pytest.raises(Diverged) as raised:
+    with capture_logs() as said, pytest.raises(TrainingFailed) as raised:
         train(tmp_path, settings, moves, before=spoilt(range(6, 100)))
 
     told = [one for one in said if one["event"] == "train.step_skipped"]
@@ -56,6 +56,26 @@ def test_a_training_that_diverges_is_stopped(tmp_path: Path) -> None:
     assert f"at {MAX_SKIPPED} steps in a row, up to step {5 + MAX_SKIPPED}, " in message
     assert "checkpoints/step-0000004 is from before them" in message
     assert MAX_SKIPPED + 5 == lines(tmp_path)[-1]["step"]
+
+
+def test_a_stop_in_the_midst_of_it_pushes_nothing_out(tmp_path: Path) -> None:
+    """Who sees it and presses Ctrl-C has the checkpoint from before, also when only one is kept."""
+
+    def spoilt_and_stopped(loop: Loop, placed: Placed) -> None:
+        def stop_at_8(_: object) -> None:
+            if loop.progress.step + 1 == 8:
+                loop.stop()
+
+        spoilt(range(6, 100))(loop, placed)
+        next(placed.plain.parameters()).register_hook(stop_at_8)
+
+    settings = section(save_every_steps=2, keep_checkpoints=1)
+    loop, director, _ = train(tmp_path, settings, plans(20), before=spoilt_and_stopped)
+
+    assert director is not None
+    assert "a signal" == director.why
+    assert 8 == loop.progress.step
+    assert ["step-0000004"] == saved(tmp_path)
 
 
 def test_steps_that_are_skipped_now_and_then_stop_nothing(
@@ -82,6 +102,7 @@ def test_a_training_that_diverges_ends_with_1(start: Start, tmp_path: Path) -> N
 
         assert 1 == training.wait(), training.stderr()
         assert [*range(1, MAX_SKIPPED + 2)] == [line["step"] for line in lines(out)]
+        assert lines(out, "end")[-1]["why"].startswith("the training has diverged: ")
         last = training.stderr().splitlines()[-1]
         assert last.startswith("streamsyn: the training has diverged: ")
         assert "there is no checkpoint yet; try a lower train.learning_rate" in last

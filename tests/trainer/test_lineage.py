@@ -21,6 +21,8 @@ from tests.trainer.by_hand import plans, section, train
 from tests.trainer.streams import example
 from tests.trainer.test_loop import run_ranks
 
+pytestmark = pytest.mark.timeout(180)
+
 STEPS = 3
 
 

@@ -1,9 +1,11 @@
 """The loop over plans made by hand: what a step does, and that nothing but the samples decides it."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from streamsyn.trainer.stream.examples import End, Idle, StepPlan
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import exam, plans, section, train, weights
+
+pytestmark = pytest.mark.timeout(180)
 
 STEPS = 4
 
@@ -70,9 +74,12 @@ def test_rows_taken_one_after_the_other_are_as_one_row(tmp_path: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Below those that the system hands out: seconds go by until torch binds it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def ranks_of(command: list[str], world: int, timeout_s: float = 120) -> list[tuple[int, str]]:

@@ -58,7 +58,7 @@ def test_values_for_sampling_alone_are_saved_with_the_switch(
     assert 0 == training.wait(), training.stderr()
     assert "train.generation_config" in training.stderr()
     assert "train.not_published" not in training.stderr()
-    for folder in ("model", "weights/step-0000001", "weights/step-0000002"):
+    for folder in ("model", "weights/step_1", "weights/step_2"):
         saved = GenerationConfig.from_pretrained(out / folder)
         assert (True, 0.6, 0.9) == (saved.do_sample, saved.temperature, saved.top_p)
 

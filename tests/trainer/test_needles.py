@@ -26,11 +26,9 @@ def chat() -> Chat:
     return Chat(tiny.tokenizer())
 
 
-def asked(
-    seed: int = 0, positions: int | None = None, seq_len: int = 32_768, **given: object
-) -> list[Question]:
+def asked(seed: int = 0, positions: int | None = None, **given: object) -> list[Question]:
     """The questions of a section."""
-    return needle_questions(NeedlesSection.model_validate(given), seed, chat(), seq_len, positions)
+    return needle_questions(NeedlesSection.model_validate(given), seed, chat(), positions)
 
 
 def text_of(question: Question) -> str:
@@ -116,7 +114,6 @@ def test_the_answer_has_positions_left() -> None:
 @pytest.mark.parametrize(
     ("more", "lengths", "said"),
     [
-        ({"seq_len": 1000}, (900, 1001), r"train\.needles\.lengths: 1001 is more than train\.seq_len, 1000"),
         ({"positions": 2048}, (4096,), r"train\.needles\.lengths: 4096 is more than the 2048 positions"),
         ({}, (300,), r"train\.needles\.lengths: 300 tokens have no room for the needles of multi_key"),
     ],

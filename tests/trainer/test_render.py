@@ -74,7 +74,7 @@ def chat(*contents: str, **more: Any) -> dict[str, Any]:
 
 def rendered(row: dict[str, Any], template: str = CHATML, **given: Any) -> Example:
     """The example of a row that makes one."""
-    made = Renderer(tokenizer(template), given.get("seq_len", 4096), "truncate").render(row, KEY)
+    made = Renderer(tokenizer(template), given.get("seq_len", 4096), "truncate").render_batch([(row, KEY)])[0]
     assert isinstance(made, Example), made
     return made
 
@@ -82,7 +82,7 @@ def rendered(row: dict[str, Any], template: str = CHATML, **given: Any) -> Examp
 def dropped(row: dict[str, Any], template: str = CHATML, **given: Any) -> Dropped:
     """Why a row makes no example."""
     renderer = Renderer(tokenizer(template), given.get("seq_len", 4096), given.get("overlong", "drop"))
-    made = renderer.render(row, KEY)
+    made = renderer.render_batch([(row, KEY)])[0]
     assert isinstance(made, Dropped), made
     return made
 

@@ -35,6 +35,16 @@ def test_an_open_stream_is_held_until_its_end_is_near() -> None:
     assert pytest.approx([1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]) == known
 
 
+def test_a_stream_that_goes_on_after_its_end_is_open_again() -> None:
+    """As a pipe whose writer died: the rate is what it was, and falls again at the next end."""
+    first = Schedule(section(warmup_steps=0))
+    assert [1.0, 0.5] == [first.rate(step, left) for step, left in enumerate([2, 1])]
+    first.forget_the_end()
+    later = Schedule(section(warmup_steps=0), first.state())
+
+    assert [1.0, 1.0, 0.5] == [later.rate(2 + step, left) for step, left in enumerate([None, 2, 1])]
+
+
 def test_an_end_that_comes_sooner_is_spread_over_what_is_left() -> None:
     """With fewer than `decay_steps` left when the end is first known, the rate falls over those."""
     schedule = Schedule(section(warmup_steps=0))

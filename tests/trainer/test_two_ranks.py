@@ -125,7 +125,7 @@ def publishing(*servers: str, keep: int = len(KEPT)) -> str:
 
 
 def name_of(step: int) -> str:
-    return f"step-{step:07d}"
+    return f"step_{step}"
 
 
 def published(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -238,7 +238,7 @@ def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, mom
 
     assert -signal.SIGKILL == codes[rank], said(out)
     assert codes[1 - rank] > 0, said(out)
-    found = sorted(path for path in root.glob("step-*") if not path.suffix)
+    found = sorted(path for path in root.glob("step_*") if not path.suffix)
     for folder in found:
         assert_whole(folder)
     assert [*map(name_of, whole)] == [path.name for path in found]

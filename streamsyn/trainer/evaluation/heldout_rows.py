@@ -39,7 +39,7 @@ class HeldOutSet:
 
     def rows(self) -> dict[str, list[Rows]]:
         """Rows for each rank, by whether they hold contexts; nothing when nothing is held out so far."""
-        held = list(self._planner.held_out)
+        held = self._planner.held_out
         if not held:
             return {}
         self._add_bare([one for one in held if one.example.key not in self._bare])

@@ -48,7 +48,7 @@ class Hidden:
 
 
 def needle_questions(
-    section: NeedlesSection, run_seed: int, chat: Chat, seq_len: int, positions: int | None
+    section: NeedlesSection, run_seed: int, chat: Chat, positions: int | None
 ) -> list[Question]:
     """All questions, part by part; the same for the same seed and tokenizer.
 
@@ -56,15 +56,12 @@ def needle_questions(
         section: `train.needles`.
         run_seed: Seeds keys, numbers and haystacks.
         chat: Makes prompts.
-        seq_len: `train.seq_len`: longer prompts are not trained on.
         positions: Tokens that the model knows positions for; None when it does not say.
 
     Raises:
         ConfigError: A length is more than can be, or has no room for what is hidden.
     """
     for length in section.lengths:
-        if length > seq_len:
-            raise ConfigError(f"train.needles.lengths: {length} is more than train.seq_len, {seq_len}")
         if positions is not None and length > positions:
             raise ConfigError(
                 f"train.needles.lengths: {length} is more than the {positions} positions of the model"

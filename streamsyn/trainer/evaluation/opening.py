@@ -36,7 +36,7 @@ def open_exam(config: Config, tokenizer: Any, model: Any, out: Path) -> Exam | N
     questions: list[Question] = []
     if section.needles is not None:
         seed = config.run.seed
-        questions += needle_questions(section.needles, seed, chat, section.seq_len, positions)
+        questions += needle_questions(section.needles, seed, chat, positions)
     if section.longbench is not None:
         longest = section.seq_len if positions is None else min(section.seq_len, positions)
         questions += longbench_questions(section.longbench, chat, longest)

@@ -1,7 +1,6 @@
 """Figures for tensorboard, trackio and wandb, by accelerate, besides what OUT keeps."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,6 @@ FOLDER = "tracking"
 _PROJECT = "streamsyn"
 _PREFIX = {"step": "train", "evaluation": "eval", "end": "end"}
 _NO_FIGURES = frozenset({"step", "at"})
-
-
-def check_trackers(section: TrainSection) -> None:
-    """See whether all packages are there: accelerate leaves a missing one out without a word.
-
-    Raises:
-        ConfigError: One is missing.
-    """
-    for name in section.trackers:
-        if find_spec(name) is None:
-            raise ConfigError(f"train.trackers: {name} needs the package {name}: pip install {name}")
 
 
 def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int) -> Track | None:

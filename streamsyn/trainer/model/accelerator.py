@@ -12,7 +12,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from streamsyn.errors import ConfigError
 from streamsyn.sections import TrainSection
-from streamsyn.trainer.figures.tracking import check_trackers
 
 
 def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | None = None) -> Accelerator:
@@ -24,7 +23,7 @@ def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | 
         tracking: Where trackers keep files; without it there are none.
 
     Raises:
-        ConfigError: What it was told cannot work here, or the package of a tracker is missing.
+        ConfigError: What it was told cannot work here.
     """
     if _wants("DEEPSPEED") and find_spec("deepspeed") is None:
         raise ConfigError("`accelerate launch` was told to use DeepSpeed: pip install deepspeed")
@@ -35,8 +34,6 @@ def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | 
                 "bounds between packed samples: use FSDP2 or DeepSpeed (deploy/accelerate/README.md)"
             )
     half = _is_half(section)
-    if tracking is not None:
-        check_trackers(section)
     accelerator = Accelerator(
         log_with=(list(section.trackers) or None) if tracking is not None else None,
         project_dir=tracking,

@@ -1,5 +1,6 @@
 """The model that is tuned, and its tokenizer: read, seen to be whole and savable, fitted with adapters."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
         ConfigError: There is none, or it cannot be saved again.
     """
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # each try is told; our line says how it ended
     transformers_logging.disable_progress_bar()
     with _refused(f"--model {path}: no tokenizer can be read there"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)

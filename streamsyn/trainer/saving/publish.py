@@ -1,12 +1,13 @@
 """OUT/weights/: the model as it is tuned so far, for the servers that write the contexts.
 
-    step-0000100/   a Hugging Face directory: adapters merged, in the precision the model had at first
-    LATEST          the name of the newest, written last
+    step_100/   a Hugging Face directory: adapters merged, in the precision the model had at first
+    LATEST      the name of the newest, written last
 
 A server loads them under the folder's name, which each of its answers tells from then on, and contexts carry
 as `weight_version`.
 """
 
+import re
 from pathlib import Path
 
 import structlog
@@ -22,6 +23,7 @@ from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder
 from streamsyn.trainer.saving.servers import Servers
 
 FOLDER = "weights"
+_NAME = re.compile(r"step_(\d+)")
 
 log = structlog.get_logger()
 
@@ -66,7 +68,7 @@ class Publisher:
         weights = whole_weights(placed)
         if self._rank != 0:
             return
-        target = self._root / f"step-{step:07d}"
+        target = self._root / f"step_{step}"
         try:
             whole = merged(placed, weights)
             write_folder(target, lambda folder: write_result(*whole, self._tokenizer, folder))
@@ -75,14 +77,15 @@ class Publisher:
             log.warning("train.not_published", step=step, error=str(error))
             return
         log.info("train.weights", step=step, path=str(target))
-        self._prune(target)
+        self._prune(step)
         self.servers.offer(target)
 
-    def _prune(self, newest: Path) -> None:
-        found = sorted(self._root.glob("step-*"))
+    def _prune(self, newest: int) -> None:
+        found = [*self._root.glob("step_*")]
         # The others are what a kill left, and of steps that come again: the training began before them.
-        whole = [folder for folder in found if not folder.suffix and folder <= newest]
-        gone = {*found} - {*whole[-self._keep :]} - self.servers.in_use
+        whole = {int(named[1]): one for one in found if (named := _NAME.fullmatch(one.name))}
+        kept = sorted(step for step in whole if step <= newest)[-self._keep :]
+        gone = {*found} - {whole[step] for step in kept} - self.servers.in_use
         for folder in sorted(gone, key=lambda folder: not folder.suffix):  # what a kill left is in the way
             try:
                 remove(folder)

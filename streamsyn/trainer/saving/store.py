@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 import streamsyn
+from streamsyn.errors import SinkError
 from streamsyn.sections import TrainSection
 from streamsyn.trainer.model.merging import merged
 from streamsyn.trainer.model.model import Placed, write_model, write_result
@@ -59,5 +61,15 @@ class Store:
 
 
 def restore_optimizer(placed: Placed, checkpoint: Checkpoint) -> None:
-    """Give the optimizer the state in a checkpoint, at any number of ranks."""
-    load_optimizer(placed, checkpoint.folder / _OPTIMIZER)
+    """Give the optimizer the state in a checkpoint, at any number of ranks.
+
+    Raises:
+        SinkError: It is damaged.
+    """
+    path = checkpoint.folder / _OPTIMIZER
+    try:
+        load_optimizer(placed, path)
+    except (SafetensorError, OSError) as error:
+        raise SinkError(
+            f"{path} is damaged ({error}); remove {checkpoint.folder} to go on from the checkpoint before it"
+        ) from error

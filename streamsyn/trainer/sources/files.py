@@ -42,10 +42,7 @@ class FileRows:
     def __init__(self, path: str, name: str, key: str, *, count: bool) -> None:
         self.name = name
         self._key = key
-        try:
-            found = find(path)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("seeds:", f"{key}:", 1)) from error
+        found = find_rows(path, key)
         with path_errors(f"{key}:", path):
             self._paths = without_other_splits(found, key)
         if not self._paths:
@@ -104,6 +101,18 @@ class FileRows:
             yield
         except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
             raise ConfigError(f"{self._key}: {path} cannot be read to its end: {error}") from error
+
+
+def find_rows(path: str, key: str) -> list[Path]:
+    """The files and saved data sets that `path` names; `key` is what the user calls it.
+
+    Raises:
+        ConfigError: There is nothing, or something of no known kind.
+    """
+    try:
+        return find(path)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("seeds:", f"{key}:", 1)) from error
 
 
 def _rows_of(path: Path) -> Iterator[_Raw]:

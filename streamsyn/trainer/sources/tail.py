@@ -1,11 +1,8 @@
 """Whole rows of a shard that may still grow, from any offset on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import orjson
 
 from streamsyn.sink import frames
 
@@ -31,7 +28,7 @@ def read_rows(path: Path, cursor: Cursor, first: int, limit: int) -> tuple[Rows,
         The rows, and the seq of one that stands where another ought to: None when there is no such.
     """
     found: Rows = []
-    for end, some in scan(path, cursor.offset):
+    for end, some in frames.scan(path, cursor.offset):
         for at, row in enumerate(some):
             if row.get("seq") != cursor.seq + at:
                 return found, row.get("seq", -1)
@@ -43,54 +40,3 @@ def read_rows(path: Path, cursor: Cursor, first: int, limit: int) -> tuple[Rows,
         if len(found) == limit:
             break
     return found, None
-
-
-def scan(path: Path, start: int) -> Iterator[tuple[int, Rows]]:
-    """Rows of a shard from an offset on, each time with the offset behind them; ends before what is torn."""
-    split = _zstd_frames if ".zst" in path.suffixes else _lines
-    window = frames.CHUNK_BYTES
-    with path.open("rb") as file:
-        while True:
-            file.seek(start)
-            data = file.read(window)
-            used = 0
-            for used, lines in split(data):
-                rows = _decode(lines)
-                if rows is None:
-                    return
-                yield start + used, rows
-            if len(data) < window:
-                return
-            start += used
-            window = frames.CHUNK_BYTES if used else 2 * window
-
-
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    begin = 0
-    while end := data.find(b"\n", begin) + 1:
-        yield end, data[begin:end]
-        begin = end
-
-
-def _zstd_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    import zstandard
-
-    left = data
-    while left:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            text = frame.decompress(left)
-        except zstandard.ZstdError:
-            return
-        if not frame.eof:
-            return
-        left = frame.unused_data
-        yield len(data) - len(left), text
-
-
-def _decode(lines: bytes) -> Rows | None:
-    try:
-        rows = [orjson.loads(line) for line in lines.splitlines()]
-    except orjson.JSONDecodeError:
-        return None
-    return rows if all(isinstance(row, dict) for row in rows) else None

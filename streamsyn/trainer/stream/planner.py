@@ -18,7 +18,6 @@ from streamsyn.trainer.stream.packer import Packer, balanced
 from streamsyn.trainer.stream.packer import Row as PackedRow
 from streamsyn.trainer.stream.shuffle import ShuffleBuffer
 
-STATE_VERSION = 1
 _TICK_S = 1e-3
 """Waiting for less than this is not waiting."""
 
@@ -170,7 +169,6 @@ class Planner:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "version": STATE_VERSION,
             "feed": self._feed.state(),
             "held_out": [list(kept.example.key) for kept in self._feed.held_out],
             "draws": self._buffer.draws,

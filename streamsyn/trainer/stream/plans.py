@@ -42,7 +42,8 @@ class PlanQueue:
         self._started = threading.Event()
         self.idle: Idle | None = None
         """Set while the planner waits for its stream."""
-        self.figures: dict[str, Any] = {}
+        self.figures = planner.figures()
+        """Those of the planner, as they were when it gave something last; it goes on in its thread."""
         self.waited_s = 0.0
         """Time that the training has waited in `get`."""
         self._settled = (0.0, 0.0, 0.0)
@@ -64,7 +65,7 @@ class PlanQueue:
     def stream_waited_s(self) -> float:
         """What of `waited_s` was for the stream; in the rest the planner was reading and tokenising."""
         waited, for_stream, planner_waited = self._settled
-        pending = float(self.figures.get("waited_s", 0.0)) - planner_waited
+        pending = float(self.figures["waited_s"]) - planner_waited
         return for_stream + max(0.0, min(self.waited_s - waited, pending))
 
     @property
@@ -87,7 +88,7 @@ class PlanQueue:
             self.waited_s += time.monotonic() - began
         if isinstance(found, BaseException):
             raise found
-        self._settled = (self.waited_s, self.stream_waited_s, float(self.figures.get("waited_s", 0.0)))
+        self._settled = (self.waited_s, self.stream_waited_s, float(self.figures["waited_s"]))
         if isinstance(found, StepPlan) and self._loop is not None:
             with suppress(RuntimeError):  # the loop has come to its end
                 self._loop.call_soon_threadsafe(self._room.release)

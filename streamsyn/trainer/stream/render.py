@@ -97,10 +97,6 @@ class Renderer:
         self._one_by_one = threading.Lock()  # a tokenizer is not for two threads at a time
         self._learn_ending()
 
-    def render(self, row: dict[str, Any], key: Key) -> Example | Dropped:
-        """An example of a row, or why there is none."""
-        return self.render_batch([(row, key)])[0]
-
     def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
         """For each row an example, or why there is none. Takes a while: call it in a thread."""
         with self._one_by_one:

@@ -1,0 +1,65 @@
+"""Where a rank finds itself: what a launcher says, and memory that is short."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from streamsyn.errors import ConfigError
+from streamsyn.sections import LoraSection, TrainSection
+from streamsyn.trainer.model.memory import memory_told
+from streamsyn.trainer.training import place_among_ranks
+
+
+def test_a_launcher_says_which_rank_it_is() -> None:
+    """Without one there is a single one."""
+    launched = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}
+
+    assert (0, 1) == place_among_ranks({})
+    assert (1, 4) == place_among_ranks(launched)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"RANK": "x"}, "RANK and WORLD_SIZE are 'x' and '1': no numbers"),
+        ({"WORLD_SIZE": "-2"}, "RANK and WORLD_SIZE are '0' and '-2': no numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+    ],
+)
+def test_what_is_left_of_a_launcher_is_named(environ: dict[str, str], said: str) -> None:
+    """Variables that were exported once: a line, not what torch makes of them."""
+    with pytest.raises(ConfigError, match=said):
+        place_among_ranks(environ)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"gradient_checkpointing": True}, None, r"= 4096 tokens: try fewer, train\.lora, or more GPUs"),
+        (
+            {"lora": LoraSection()},
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            r"= 4096 tokens: try fewer, train\.gradient_checkpointing = true, or more GPUs",
+        ),
+    ],
+)
+def test_memory_that_is_short_is_a_line_with_keys(
+    given: dict[str, Any], error: Exception | None, said: str
+) -> None:
+    """It names what needs less, and not what is set already; on a GPU, and really on the CPU."""
+
+    def run_out() -> None:
+        if error is not None:
+            raise error
+        torch.empty(1 << 50)
+
+    section = TrainSection(seq_len=4096, **given)
+    with pytest.raises(ConfigError, match=said), memory_told(section):
+        run_out()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    """They are ours to mend."""
+    with pytest.raises(RuntimeError, match="size mismatch"), memory_told(TrainSection()):
+        raise RuntimeError("size mismatch")
