@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pydoc_data.topics import topics
 
-from streamsyn.assembly.materials import Materials
-from streamsyn.assembly.passages import Passage
-from streamsyn.sections import AssemblySection
+from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.window import Passage
+from streamsyn.config.sections import AssemblySection
 from streamsyn.sink.log import encode_row
 
 

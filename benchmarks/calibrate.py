@@ -31,8 +31,7 @@ import aiohttp
 import numpy
 import orjson
 
-from streamsyn.sglang.launch import launched
-from streamsyn.sglang.launch_command import find_packaged_model
+from streamsyn.fleet.launch import find_packaged_model, launched
 
 PROMPT_TOKENS = (128, 512, 1024, 2048)
 EXTENSION = 256

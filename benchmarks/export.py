@@ -21,12 +21,13 @@ from pathlib import Path
 import psutil
 
 from benchmarks.resume import context_of
-from streamsyn.assembly.materials import Materials
-from streamsyn.config import Config, fingerprint, lasting
+from streamsyn.assembly.resources import Materials
+from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.loading import Config
 from streamsyn.records import Context, Seed
-from streamsyn.sglang.simulator.text import Prose
+from streamsyn.simulator.prose import Prose
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog
 
 TASKS = 10
 ALLOWED_GROWTH = 1.15

@@ -32,20 +32,20 @@ from random import Random
 from typing import Any
 
 from benchmarks.common import seeds_file
-from streamsyn.config import load
+from streamsyn.config.loading import load
 from streamsyn.errors import ServerError
-from streamsyn.recipes.load import load_recipe
+from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.server import ServerSpec
+from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.run import run
+from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Draft, Request, Seed
-from streamsyn.request import RunRequest, RunSummary
-from streamsyn.run import run
-from streamsyn.sglang.client import ServerClient
-from streamsyn.sglang.simulator import costs
-from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.sglang.simulator.inprocess import InProcessServers
-from streamsyn.sglang.simulator.simulation import Simulation
-from streamsyn.sglang.simulator.text import Prose
-from streamsyn.sglang.simulator.timeline import Event, Timeline
-from streamsyn.sglang.spec import ServerSpec
+from streamsyn.simulator import costs
+from streamsyn.simulator.in_process import InProcessServers
+from streamsyn.simulator.prose import Prose
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
+from streamsyn.simulator.timeline import Event, Timeline
 from streamsyn.telemetry import Counters, configure_logs
 
 SETTLED_S = 60.0

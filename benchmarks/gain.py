@@ -32,13 +32,11 @@ from typing import Any
 import orjson
 
 from benchmarks.real import contexts
-from streamsyn.scoring.asking import Asking
-from streamsyn.scoring.gain import Gain
-from streamsyn.scoring.prompts import AnswerPrompt, Question
-from streamsyn.sections import FleetSection, ScoringSection
-from streamsyn.sglang.fleet import open_fleet
-from streamsyn.sglang.launch import launched
-from streamsyn.sglang.launch_command import find_packaged_model
+from streamsyn.config.sections import FleetSection, ScoringSection
+from streamsyn.fleet.fleet import open_fleet
+from streamsyn.fleet.launch import find_packaged_model, launched
+from streamsyn.scoring.measures import Gain
+from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
 
 Row = dict[str, Any]
 

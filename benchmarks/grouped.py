@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass, replace
 
 from streamsyn.records import Request, digest
-from streamsyn.sglang.simulator.cache import BLOCK_TOKENS, CHARACTERS_A_TOKEN
-from streamsyn.sglang.simulator.chat import render
+from streamsyn.simulator.chat import render
+from streamsyn.simulator.radix_cache import BLOCK_TOKENS, CHARACTERS_A_TOKEN
 
 TEMPLATE_CHARS = 4_000
 GROUP_CHARS = 1_500

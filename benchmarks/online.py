@@ -38,10 +38,9 @@ import aiohttp
 import orjson
 
 from benchmarks.gain import chosen
-from streamsyn.config import load, parse_override
-from streamsyn.sglang.launch import launched
-from streamsyn.sglang.launch_command import find_packaged_model
-from streamsyn.sglang.wire import CHAT
+from streamsyn.config.loading import load, parse_override
+from streamsyn.fleet.launch import find_packaged_model, launched
+from streamsyn.fleet.wire import CHAT
 
 WRITING = {
     "seeds.interleave": "true",
@@ -192,7 +191,7 @@ def tell_losses(tuned: Path) -> None:
 
 def held_out(run: Path, training: Mapping[str, str]) -> list[Row]:
     """The samples that were never trained on."""
-    from streamsyn.trainer.stream.holdout import is_held_out
+    from streamsyn.trainer.examples import is_held_out
 
     return [row for row in rows(run, "samples") if is_held_out(row, float(training["train.holdout"]))]
 
@@ -202,7 +201,7 @@ def tell_held_out(run: Path, models: Mapping[str, Path], training: Mapping[str, 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from streamsyn.trainer.stream.examples import Example, Key
+    from streamsyn.trainer.examples import Example, Key
     from streamsyn.trainer.stream.render import Renderer
 
     torch.set_num_threads(1)
@@ -259,7 +258,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
         f"served by SGLang, the tuned model answers {said!r} (wanted: {sample['messages'][-1]['content']!r})"
     )
     if args.plot is not None:
-        from streamsyn.trainer.figures.plot import draw
+        from streamsyn.trainer.metrics.plot import draw
 
         shutil.copyfile(draw(tuned), args.plot)
 

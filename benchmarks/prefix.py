@@ -37,12 +37,12 @@ import aiohttp
 from benchmarks.common import Simulator
 from benchmarks.grouped import TEMPLATE_CHARS, Work, work
 from benchmarks.router import router, router_python
+from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ServerError
+from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.fleet import open_fleet
+from streamsyn.fleet.transport import http_transport
 from streamsyn.records import Attempt, Completion, Request
-from streamsyn.sections import FleetSection
-from streamsyn.sglang.client import ServerClient
-from streamsyn.sglang.fleet import open_fleet
-from streamsyn.sglang.transport import http_transport
 from streamsyn.telemetry import configure_logs
 
 MODEL = "simulated"

@@ -42,13 +42,19 @@ import orjson
 
 from benchmarks.calibrate import flush
 from benchmarks.common import seeds_file
-from streamsyn.config import Config, load, parse_override
-from streamsyn.recipes.load import load_recipe
+from streamsyn.config.loading import Config, load, parse_override
+from streamsyn.fleet.launch import (
+    LaunchedServer,
+    find_packaged_model,
+    find_python,
+    is_cpu_install,
+    launched,
+    server_command,
+)
+from streamsyn.fleet.wire import CHAT
+from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Draft, Request, Seed
 from streamsyn.seeds.reader import SeedReader
-from streamsyn.sglang.launch import LaunchedServer, launched
-from streamsyn.sglang.launch_command import find_packaged_model, find_python, is_cpu_install, server_command
-from streamsyn.sglang.wire import CHAT
 
 UNCHECKED = {
     "recipe.tries": "1",

@@ -17,9 +17,9 @@ import numpy
 import orjson
 import psutil
 
-from streamsyn.minhash import signature
 from streamsyn.scoring.contamination import EvalSets
 from streamsyn.scoring.duplicates import Duplicates
+from streamsyn.shingles import signature
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghijklmnop", k=6)) for number in range(50_000)]
 ROW_WORDS = 5000

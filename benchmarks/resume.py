@@ -14,12 +14,12 @@ from pathlib import Path
 import orjson
 
 from benchmarks.common import Simulator, run_measured, seeds_file
+from streamsyn.config.sections import FieldsSection, SinkSection
+from streamsyn.io.lines import Line
 from streamsyn.records import Context, Seed
-from streamsyn.sections import FieldsSection, SinkSection
-from streamsyn.seeds.lines import Line
 from streamsyn.seeds.parse import SeedParser
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog
 
 TEXT = "The keeper climbed the stair at dusk and wrote the weather into the book. " * 8
 

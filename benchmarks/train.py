@@ -14,7 +14,7 @@ The first form is for a CPU: 4 layers of 256, rows of 1k tokens and of 4k, one t
 ours with transformers' SDPA and its mask, as TRL has it, and with a call for each sample. The second is for a
 GPU: 0.5 and 1.5 billion weights, rows of 8k tokens and of 32k (these with gradient checkpointing), bf16 over
 float32 weights, the best attention that is installed on each side; tokens a second of wall time, the share of
-the device's dense bf16 peak (as `streamsyn.trainer.figures.flops` counts it, the same for both), the highest
+the device's dense bf16 peak (as `streamsyn.trainer.metrics.mfu` counts it, the same for both), the highest
 memory. Without a GPU it says what it would do; with --dry it does so in small on the CPU: the same functions,
 tiny models and short rows.
 """
@@ -120,7 +120,7 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
     from tokenizers import Tokenizer, models
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from streamsyn.trainer.figures.flops import work_of
+    from streamsyn.trainer.metrics.mfu import work_of
 
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(case.config())
@@ -175,7 +175,7 @@ def device_peak() -> float | None:
     """Dense bf16 FLOPs a second of the GPU; None when it is not known."""
     import torch
 
-    from streamsyn.trainer.figures.flops import peak_flops
+    from streamsyn.trainer.metrics.mfu import peak_flops
 
     return peak_flops(torch.cuda.get_device_name())
 

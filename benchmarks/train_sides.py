@@ -49,14 +49,14 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     """Losses and times of the steps of our loop."""
     import numpy
 
-    from streamsyn.sections import TrainSection
+    from streamsyn.config.train_section import TrainSection
+    from streamsyn.trainer.commands import Order, Ranks, Step, Stop
+    from streamsyn.trainer.examples import Example, Key
     from streamsyn.trainer.loop import Loop, Progress
     from streamsyn.trainer.model.accelerator import start_accelerator
     from streamsyn.trainer.model.loss import denominator, target_weights
-    from streamsyn.trainer.model.model import place
-    from streamsyn.trainer.model.reading import model_dtype, read_model
-    from streamsyn.trainer.orders import Order, Ranks, Step, Stop
-    from streamsyn.trainer.stream.examples import Example, Key
+    from streamsyn.trainer.model.placed import place
+    from streamsyn.trainer.model.pretrained import model_dtype, read_model
 
     per_step, gpu = plan["per_step"], plan["gpu"]
     section = TrainSection.model_validate(

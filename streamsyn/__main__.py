@@ -1,3 +1,3 @@
-from streamsyn.cli import main
+from streamsyn.cli.main import main
 
 main()

@@ -10,18 +10,17 @@ from typing import Any
 import orjson
 
 from streamsyn.assembly.assembler import Arrangement
+from streamsyn.config.sections import SinkSection
+from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.health import Health
+from streamsyn.fleet.limiter import Limiter
+from streamsyn.fleet.server import Server, ServerSpec
 from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
-from streamsyn.sections import SinkSection
-from streamsyn.sglang.client import ServerClient
-from streamsyn.sglang.health import Health
-from streamsyn.sglang.limiter import Limiter
-from streamsyn.sglang.server import Server
-from streamsyn.sglang.spec import ServerSpec
-from streamsyn.sink import frames
-from streamsyn.sink.log import KINDS
+from streamsyn.sink import shards
+from streamsyn.sink.log import RunLog, shard_paths
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog, shard_paths
+from streamsyn.sink.shards import KINDS
 
 COMPRESSIONS = ("none", "zstd")
 
@@ -105,7 +104,7 @@ def opened(root: Path, section: SinkSection) -> Iterator[RunLog]:
 def rows(root: Path, kind: str) -> list[dict[str, Any]]:
     """All rows of a kind, as any reader of the directory finds them."""
     manifest = Manifest(root / "manifest.jsonl")
-    return [row for path in shard_paths(root, manifest, kind) for row in frames.rows(path)]
+    return [row for path in shard_paths(root, manifest, kind) for row in shards.rows(path)]
 
 
 def as_rows(records: Iterable[Outcome | Sample]) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """Fixtures for all tests: nothing may block the event loop."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import pytest_asyncio
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
@@ -15,3 +17,12 @@ def _no_blocking_calls() -> Iterator[BlockBuster]:
     """A blocking call made from a coroutine of ours fails the test; in a thread it is fine."""
     with blockbuster_ctx("streamsyn") as detector:
         yield detector
+
+
+@pytest_asyncio.fixture
+async def no_task_left() -> AsyncIterator[None]:
+    """What a test opened has closed all of its asyncio tasks when the test ends."""
+    before = asyncio.all_tasks()
+    yield
+    left = {task.get_name() for task in asyncio.all_tasks() - before if not task.done()}
+    assert set() == left - {asyncio.current_task().get_name()}  # type: ignore[union-attr]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import streamsyn
-from streamsyn.cli import cli
-from streamsyn.config import known_keys
+from streamsyn.cli.main import cli
+from streamsyn.config.loading import known_keys
 
 ROOT = Path(streamsyn.__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamsyn.minhash import BAND_ROWS, PERMUTATIONS, band_keys, signature, similarity
+from streamsyn.shingles import BAND_ROWS, PERMUTATIONS, band_keys, signature, similarity
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghij", k=6)) for number in range(3000)]
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.wordruns import split_words
+from streamsyn.shingles import split_words
 
 WORDS = st.lists(st.sampled_from(["river", "ÉTÉ", "x", "2024", "straße", "ab", "abc", "bab"]), max_size=30)
 GAPS = st.sampled_from([" ", ", ", "\n\n", " -- ", ". ", "\u00a0", "\u2014", "\u3000"])

@@ -1,4 +1,8 @@
-"""Contexts in, samples out: a pure function of the log, the configuration and the run's seed.
+"""What is left to chance in a sample: each draw follows from the run's seed and the context's id alone.
+
+Which passages make a sample.
+
+Contexts in, samples out: a pure function of the log, the configuration and the run's seed.
 
 Each context becomes the relevant one of one sample, unless the configuration leaves it out. Distractors
 come from the window of contexts before it (and, for the first ones, shortly after it), or from a corpus:
@@ -8,20 +12,54 @@ on is the seed's id and the run's seed, never the time, the process or the order
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from streamsyn.assembly.arrangement import Arrangement
-from streamsyn.assembly.choice import Choice, Chooser, Goal
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.lots import Lots
-from streamsyn.assembly.measure import Measure, ServerCounts
-from streamsyn.assembly.passages import Passage, Piece, Window
-from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.assembly.sources import Sources
-from streamsyn.assembly.waiting import Waiting
-from streamsyn.sections import AssemblySection, Source
+from streamsyn.assembly.distractors import Choice, Chooser, Goal, Lots, Sources
+from streamsyn.assembly.sample_prompts import SamplePrompts
+from streamsyn.assembly.token_counter import Measure, ServerCounts
+from streamsyn.assembly.window import Passage, Piece, Waiting, Window
+from streamsyn.config.sections import AssemblySection, Source
+from streamsyn.records import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Which passages make a sample, in which order. Many may be due at once, so its text is made later."""
+
+    passages: Sequence[Piece]
+    relevant_index: int
+    target_tokens: int | None
+    n_tokens: int | None
+    """None where nothing had to be counted so far."""
+    prompts: SamplePrompts
+    measure: Measure
+
+    def sample(self) -> Sample:
+        """The sample, with its text."""
+        relevant = self.passages[self.relevant_index]
+        assert isinstance(relevant, Passage), "the relevant one is a context"
+        user = self.prompts.user_message(relevant, [one.text for one in self.passages])
+        n_tokens = self.n_tokens
+        if n_tokens is None:
+            n_tokens = self.measure.total(relevant, self.passages, user)
+        return Sample(
+            id=relevant.id,
+            seed_id=relevant.seed_id,
+            task=relevant.task,
+            instruction=relevant.instruction,
+            messages=[
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": relevant.answer},
+            ],
+            context_seqs=[one.log_seq for one in self.passages],
+            relevant_index=self.relevant_index,
+            n_tokens=n_tokens,
+            target_tokens=self.target_tokens,
+        )
+
 
 __all__ = ["Arrangement", "Assembler", "AssemblyState"]
 

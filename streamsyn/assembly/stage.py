@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import structlog
 
-from streamsyn.assembly.arrangement import Arrangement
-from streamsyn.assembly.assembler import Assembler, AssemblyState
-from streamsyn.assembly.passages import Passage
+from streamsyn.assembly.assembler import Arrangement, Assembler, AssemblyState
+from streamsyn.assembly.window import Passage
 from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample

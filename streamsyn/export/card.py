@@ -11,11 +11,11 @@ from typing import Any
 import orjson
 import pyarrow
 
-from streamsyn.assembly.prompts import KNOWN_TASKS
-from streamsyn.config import Config, fingerprint
-from streamsyn.export.figures import Distribution, Figures, Tally
-from streamsyn.export.request import ExportRequest, ExportSummary
-from streamsyn.export.rows import SCHEMA
+from streamsyn.assembly.sample_prompts import KNOWN_TASKS
+from streamsyn.config.fingerprint import fingerprint
+from streamsyn.config.loading import Config
+from streamsyn.export.export_request import ExportRequest, ExportSummary
+from streamsyn.export.rows import SCHEMA, Distribution, Figures, Tally
 from streamsyn.templates import PromptTemplate, packaged
 
 MOST_TASKS = 50

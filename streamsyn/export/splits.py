@@ -1,4 +1,7 @@
-"""Which split a sample falls in, and how splits are called."""
+"""Which split a sample falls in, and how splits are called.
+
+How files and splits are called, and what else `datasets` looks for.
+"""
 
 import math
 import re

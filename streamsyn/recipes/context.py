@@ -4,13 +4,13 @@ Source: "Generalizing From Short to Long: Effective Data Synthesis for Long-Cont
 Tuning", arXiv 2502.15592, section 3.
 """
 
-from streamsyn.recipes.asking import Asking, joined
+from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.recipes.checks import Checks, Failure
-from streamsyn.recipes.parse import document_text
+from streamsyn.recipes.parsing import document_text
 from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
 from streamsyn.recipes.recipe import Steps
+from streamsyn.recipes.single_request import Asking, joined
 from streamsyn.records import Completion, Document, Draft, Request, Seed
-from streamsyn.sections import ChecksSection, RecipeSection
 
 
 class ContextRecipe:

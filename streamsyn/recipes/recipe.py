@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import Any, Protocol, TypeAlias
 
+from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.recipes.checks import Checks
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
-from streamsyn.sections import ChecksSection, RecipeSection
 
 Steps: TypeAlias = Generator[Request, Completion, Document]
 """Yields a Request, is sent its Completion, and so on; returns the Document."""

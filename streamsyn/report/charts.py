@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 
 from markupsafe import Markup
 
-from streamsyn.progress import duration
-from streamsyn.report.histogram import Bin, Histogram, ticks
-from streamsyn.report.timeline import MEASURES, Stretch
+from streamsyn.pipeline.progress import duration
+from streamsyn.report.distributions import Bin, Histogram, ticks
+from streamsyn.report.traffic import MEASURES, Stretch
 
 _TOP, _BASE, _HEIGHT = 16, 108, 126
 _NARROW = 14.0

@@ -1,10 +1,15 @@
-"""Texts to read: cut in the middle when they are long, with what matters in them marked."""
+"""Texts to read: cut in the middle when they are long, with what matters in them marked.
+
+What is shown of single rejects, near-duplicates and leaks.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
+
+from streamsyn.report.log_rows import text
 
 Span = tuple[int, int]
 Kind = Literal["plain", "answer", "cut"]
@@ -134,3 +139,54 @@ def _marked(text: str, start: int, end: int, marks: Sequence[Span], facts: Seque
     for low, high in pairwise(sorted(edges)):
         kind: Kind = "answer" if any(left <= low < right for left, right in marks) else "plain"
         yield Piece(visible(text[low:high]), kind, any(left <= low < right for left, right in facts))
+
+
+_SHORT, _PAIR = 400, 180
+
+
+@dataclass(frozen=True, slots=True)
+class RejectExample:
+    """One reject, cut to what a person reads."""
+
+    where: str
+    instruction: str
+    answer: str
+    detail: str
+    tries: int
+    errors: str
+
+    @classmethod
+    def of(cls, row: dict[str, Any], where: str) -> "RejectExample":
+        """From a row of rejects."""
+        attempts = row.get("attempts") or []
+        errors = [text(attempt, "error") for attempt in attempts if text(attempt, "error")]
+        return cls(
+            where=shortened(where, 200),
+            instruction=shortened(text(row, "instruction"), _SHORT),
+            answer=shortened(text(row, "answer"), _SHORT),
+            detail=shortened(text(row, "detail"), _SHORT),
+            tries=len(attempts),
+            errors=shortened("; ".join(errors), _SHORT),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A context and what it repeats."""
+
+    id: str
+    other: str
+    """Its id or file as the log has it; `other_id` is for reading."""
+    other_id: str
+    figure: str
+    words: str
+
+    @classmethod
+    def of(cls, name: str, other: str, figure: str, words: str) -> "Match":
+        """With names and words cut to what a person reads."""
+        return cls(shortened(name, 120), other, shortened(other, 200), figure, shortened(words, _SHORT))
+
+
+def opening(row: dict[str, Any]) -> str:
+    """How a context begins."""
+    return shortened(" ".join(text(row, "context")[: 2 * _SHORT].split()), _PAIR, is_told=False)

@@ -10,16 +10,14 @@ import jinja2
 from markupsafe import Markup
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.report import charts, thresholds
+from streamsyn.report import charts
+from streamsyn.report import verdict as thresholds
+from streamsyn.report.collection import DEPTHS, Figures, tokens_target
+from streamsyn.report.distributions import Bin, Histogram, Scores
 from streamsyn.report.excerpts import shortened
-from streamsyn.report.figures import DEPTHS, Figures
-from streamsyn.report.histogram import Bin, Histogram
-from streamsyn.report.marks import percent
-from streamsyn.report.readings import Reading
-from streamsyn.report.scores import Scores
-from streamsyn.report.targets import tokens_target
-from streamsyn.report.verdict import Verdict, verdict
-from streamsyn.sink.rundir import write_whole
+from streamsyn.report.reader_samples import Reading
+from streamsyn.report.verdict import Verdict, percent, verdict
+from streamsyn.sink.shards import write_whole
 
 _NAME = 60
 REASON_WORDS = {

@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 import numpy
 import structlog
 
-from streamsyn import minhash
-from streamsyn.minhash import PERMUTATIONS, band_keys, signature
-from streamsyn.sink.disk import SQLITE_ERRORS, is_of_the_disk
+from streamsyn.io.derived import SQLITE_ERRORS, is_of_the_disk
+from streamsyn.shingles import PERMUTATIONS, VERSION, band_keys, signature
 
 log = structlog.get_logger()
 
@@ -217,7 +216,7 @@ class Duplicates:
         return self._db
 
     def _load(self, db: sqlite3.Connection) -> None:
-        version = f"{minhash.VERSION}/{self._rows}"
+        version = f"{VERSION}/{self._rows}"
         if _fact(db, "version") not in (None, version):  # another version's: its signatures mean nothing here
             self._close()
             self._remove()

@@ -1,4 +1,7 @@
-"""Examines what a recipe has written: is it clean and new, and does it help to find the answer?"""
+"""What several drafts of one seed need is worked out once.
+
+Examines what a recipe has written: is it clean and new, and does it help to find the answer?
+"""
 
 import asyncio
 from dataclasses import replace
@@ -6,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from streamsyn.config.sections import ChecksSection, ScoringSection
 from streamsyn.errors import ServerError
+from streamsyn.fleet.fleet import Fleet
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Document, Draft, RejectReason
-from streamsyn.scoring.answers import Answers
-from streamsyn.scoring.asking import Asking
-from streamsyn.scoring.gain import Gain
-from streamsyn.scoring.prompts import AnswerPrompt, Question
-from streamsyn.sections import ChecksSection, ScoringSection
-from streamsyn.sglang.fleet import Fleet
+from streamsyn.scoring.measures import Answers, Gain
+from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError
+from streamsyn.io.lines import split_lines
 from streamsyn.records import Entry
-from streamsyn.sections import SeedsSection
-from streamsyn.seeds.lines import split_lines
 from streamsyn.seeds.parse import SeedParser
 
 CHUNK_BYTES = 256 * 1024

@@ -6,9 +6,9 @@ from typing import Any
 
 import orjson
 
+from streamsyn.config.sections import FieldsSection
+from streamsyn.io.lines import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
-from streamsyn.sections import FieldsSection
-from streamsyn.seeds.lines import Line
 
 _SHOWN = 120
 """Characters of a bad line that its detail shows."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import Entry
-from streamsyn.sections import SeedsSection, SourceSection
 from streamsyn.seeds.files import (
     JsonLinesSource,
     ParquetSource,

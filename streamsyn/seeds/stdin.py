@@ -8,10 +8,10 @@ from typing import IO, Any
 
 import orjson
 
+from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.lines import LineSplitter
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
-from streamsyn.sections import SeedsSection
-from streamsyn.seeds.lines import LineSplitter
 from streamsyn.seeds.parse import SeedParser
 
 CHUNK_BYTES = 256 * 1024

@@ -16,8 +16,8 @@ from typing import TypeVar
 import orjson
 import structlog
 
+from streamsyn.io.derived import SQLITE_ERRORS, is_of_the_disk
 from streamsyn.records import Attempt, Completion, Request, digest
-from streamsyn.sink.disk import SQLITE_ERRORS, is_of_the_disk
 
 log = structlog.get_logger()
 

@@ -1,4 +1,6 @@
-"""The mirror: sealed shards are copied to another place while the run goes on.
+"""The far side of a mirror: files behind a URL, each read back after it was written.
+
+The mirror: sealed shards are copied to another place while the run goes on.
 
 Writing never waits for it. It has a thread of its own, and is no asyncio task: what hangs in a file system
 cannot be cancelled, and must not hold up the end of the run.
@@ -13,14 +15,15 @@ from typing import Any
 
 import structlog
 
+from streamsyn.config.sections import SinkSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import SinkSection
-from streamsyn.sink.copying import Copying
+from streamsyn.io.remote import reason
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import SealedShard
-from streamsyn.sink.remote import reason
-from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.mirror_plan import Copying
 
 log = structlog.get_logger()
+
 
 FIRST_CONTACT_S = 10.0
 """A run begins after this, whether the mirror has answered or not."""

@@ -1,9 +1,13 @@
-"""OUT/: the run directory, its lock, and run.json, which says how it came about."""
+"""One writer a directory: DIR/.lock is locked for as long as it has it open, and says who it is.
 
+OUT/: the run directory, its lock, and run.json, which says how it came about.
+"""
+
+import fcntl
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,56 @@ from typing import Any
 import orjson
 
 import streamsyn
-from streamsyn.config import Config, differences, load
-from streamsyn.errors import ConfigError, SinkError
-from streamsyn.sink.lock import DirectoryLock
-from streamsyn.sink.log import KINDS
-from streamsyn.sink.shard import sync_folder
+from streamsyn.config.fingerprint import differences
+from streamsyn.config.loading import Config, load
+from streamsyn.errors import ConfigError, DirectoryInUse
+from streamsyn.sink.shards import KINDS, write_whole
+
+_NAME = ".lock"
+
+
+class DirectoryLock:
+    """The lock of a directory, held until `close` or the end of the process.
+
+    Raises:
+        OSError: Its file cannot be opened.
+        DirectoryInUse: Another process holds it; the message says which.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._file = os.open(root / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(self._file)
+            os.close(self._file)
+            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._file)
+
+
+def wait_until_free(root: Path, on_wait: Callable[[str], None]) -> None:
+    """Return when nobody holds the lock of `root`; `on_wait` is told who does, if one has to wait."""
+    try:
+        file = os.open(root / _NAME, os.O_RDWR)
+    except OSError:
+        return  # nobody was here before, or locking it will say what is wrong
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait(_holder(file))
+        fcntl.flock(file, fcntl.LOCK_EX)
+    finally:
+        os.close(file)
+
+
+def _holder(file: int) -> str:
+    return os.pread(file, 100, 0).decode(errors="replace").strip()
+
 
 FORMAT = 1
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
@@ -133,21 +182,3 @@ def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
         for key, value in section.items()
         if value is not None
     }
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file so that, whenever the power goes, either the old or the new one is there.
-
-    Raises:
-        SinkError: It cannot be written.
-    """
-    aside = path.with_name(path.name + ".new")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise SinkError(f"cannot write {path}: {error.strerror}") from error

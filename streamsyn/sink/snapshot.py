@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamsyn.sink import frames
-from streamsyn.sink.log import KINDS
+from streamsyn.sink import shards
 from streamsyn.sink.manifest import Manifest, SealedShard
-from streamsyn.sink.shard import OPEN_SUFFIX
+from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
 
 _TRIES = 1000
 
@@ -46,7 +45,7 @@ class Part:
         names = (self.path,) if self.sealed else (self.path + OPEN_SUFFIX, self.path)
         for name in names:
             with suppress(OSError):
-                for end, some in frames.scan(self.root / name):
+                for end, some in shards.scan(self.root / name):
                     if end > self.bytes:
                         return
                     yield end, some
@@ -82,7 +81,7 @@ class Snapshot:
         listed = {Path(shard.path).name for shard in self.manifest.of_kind(kind)}
         names = {path.name.removesuffix(OPEN_SUFFIX) for path in (self._root / kind).glob("part-*")}
         # A file that is renamed while its folder is listed may be missing from the list.
-        names |= {f"part-{len(listed):06d}{suffix}" for suffix in frames.SUFFIXES.values()}
+        names |= {f"part-{len(listed):06d}{suffix}" for suffix in shards.SUFFIXES.values()}
         return sorted(names - listed)
 
     def _unsealed(self, path: str) -> Part | None:

@@ -11,10 +11,10 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeAlias, TypeVar
 
+from streamsyn.config.sections import SinkSection
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Outcome
-from streamsyn.sections import SinkSection
-from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
 
 T = TypeVar("T")

@@ -1,5 +1,9 @@
-"""The loop that every rank runs: take an order, carry it out. Rank 0 decides what is next (`director`)."""
+"""The learning rate. An open stream does not say how long it is: the rate is held until its end is near.
 
+The loop that every rank runs: take an order, carry it out. Rank 0 decides what is next (`director`).
+"""
+
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -9,17 +13,59 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import StreamsynError
-from streamsyn.sections import TrainSection
-from streamsyn.trainer.evaluation.greedy import Answer, answer_all
-from streamsyn.trainer.evaluation.losses import measure
-from streamsyn.trainer.figures.example_losses import example_means
+from streamsyn.trainer.commands import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.evaluation.answering import Answer, answer_all
+from streamsyn.trainer.evaluation.heldout import measure
 from streamsyn.trainer.model.batch import make_batch
-from streamsyn.trainer.model.loss import token_losses
-from streamsyn.trainer.model.model import Placed
-from streamsyn.trainer.orders import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.model.loss import example_means, token_losses
+from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.saving.checkpoint import Store
 from streamsyn.trainer.saving.publish import Publisher
-from streamsyn.trainer.saving.store import Store
+
+
+class Schedule:
+    """The learning rate of each step.
+
+    With `train.total_steps`: up over `train.warmup_steps`, then down to nothing along a cosine. Without: up,
+    then held; once at most `train.decay_steps` are known to be left, down in equal parts. It does not rise
+    again if the stream turns out longer than was thought; but one that had ended and goes on is open again.
+    """
+
+    def __init__(self, section: TrainSection, state: dict[str, Any] | None = None) -> None:
+        self._section = section
+        self._span: int | None = (state or {}).get("span")
+        self._share: float = (state or {}).get("share", 1.0)
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from."""
+        return {"span": self._span, "share": self._share}
+
+    def forget_the_end(self) -> None:
+        """The stream has ended. More may come: from a pipe whose writer died, of a run with new seeds."""
+        self._span, self._share = None, 1.0
+
+    def rate(self, step: int, left: int | None) -> float:
+        """The learning rate of step number `step`, the first being 0.
+
+        Args:
+            step: Optimizer steps before it.
+            left: With it, about how many there are until the end; None while that is not known.
+        """
+        section = self._section
+        rising = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
+        if section.total_steps is not None:
+            falling = section.total_steps - section.warmup_steps
+            done = min(1.0, max(0, step - section.warmup_steps) / max(1, falling))
+            return section.learning_rate * rising * (1 + math.cos(math.pi * done)) / 2
+        return section.learning_rate * min(rising, self._decayed(left))
+
+    def _decayed(self, left: int | None) -> float:
+        if left is not None and left <= self._section.decay_steps:
+            self._span = self._span or max(1, left)
+            self._share = min(self._share, max(1, left) / self._span)
+        return self._share
 
 
 @dataclass(slots=True)

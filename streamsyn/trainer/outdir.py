@@ -9,13 +9,15 @@ from typing import Any
 import orjson
 
 import streamsyn
-from streamsyn.config import Config, differences, lasting, load
+from streamsyn.config.fields import is_operational
+from streamsyn.config.fingerprint import differences, lasting
+from streamsyn.config.loading import Config, load
+from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
-from streamsyn.sections import TrainSection, is_operational
-from streamsyn.sink.lock import DirectoryLock
-from streamsyn.sink.rundir import write_whole
-from streamsyn.trainer.stream.chat_template import read_template
+from streamsyn.sink.rundir import DirectoryLock
+from streamsyn.sink.shards import write_whole
+from streamsyn.trainer.stream.render import read_template
 
 FORMAT = 1
 _RECORD = "train.json"

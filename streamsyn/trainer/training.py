@@ -11,37 +11,29 @@ import structlog
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from streamsyn.config import Config
+from streamsyn.config.loading import Config
+from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFailed
-from streamsyn.sections import TrainSection
-from streamsyn.trainer.director import Director, Totals
-from streamsyn.trainer.evaluation.control_rows import control_examples
-from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before
-from streamsyn.trainer.evaluation.grading import Exam
-from streamsyn.trainer.evaluation.heldout_rows import HeldOutSet
-from streamsyn.trainer.evaluation.opening import open_exam
-from streamsyn.trainer.figures.flops import speed_of
-from streamsyn.trainer.figures.record import Figures
-from streamsyn.trainer.figures.tracking import FOLDER, start_tracking
-from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.commands import Ranks
+from streamsyn.trainer.controller import Director, Totals
+from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before, open_exam
+from streamsyn.trainer.evaluation.exam import Exam
+from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
+from streamsyn.trainer.examples import Example
+from streamsyn.trainer.loop import Loop, Progress, Schedule
+from streamsyn.trainer.metrics.mfu import speed_of
+from streamsyn.trainer.metrics.record import Figures
+from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
 from streamsyn.trainer.model.accelerator import start_accelerator
-from streamsyn.trainer.model.fit import check_fit
-from streamsyn.trainer.model.memory import memory_told
-from streamsyn.trainer.model.model import Placed, place
-from streamsyn.trainer.model.reading import model_dtype, read_model, read_tokenizer
-from streamsyn.trainer.orders import Ranks
+from streamsyn.trainer.model.placed import Placed, place
+from streamsyn.trainer.model.pretrained import check_fit, memory_told, model_dtype, read_model, read_tokenizer
 from streamsyn.trainer.outdir import OutDirectory
-from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
+from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, Store, restore_optimizer
 from streamsyn.trainer.saving.publish import Publisher
-from streamsyn.trainer.saving.store import Store, restore_optimizer
-from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
-from streamsyn.trainer.sources.opening import open_sources
-from streamsyn.trainer.stream.chat_template import read_template
-from streamsyn.trainer.stream.examples import Example
-from streamsyn.trainer.stream.planner import Planner
-from streamsyn.trainer.stream.plans import PlanQueue
-from streamsyn.trainer.stream.render import Renderer
+from streamsyn.trainer.sources.locate import open_sources
+from streamsyn.trainer.stream.planner import Planner, PlanQueue
+from streamsyn.trainer.stream.render import Renderer, read_template
 
 log = structlog.get_logger()
 

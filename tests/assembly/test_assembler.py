@@ -15,10 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler, AssemblyState
-from streamsyn.assembly.passages import Passage, Pool
-from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.sample_prompts import SamplePrompts
+from streamsyn.assembly.window import Passage, Pool
+from streamsyn.config.sections import AssemblySection
 from streamsyn.records import Sample
-from streamsyn.sections import AssemblySection
 from tests.builders import samples_of
 
 WORDS = ("alpha beta", "Gamma", "delta", "yes")

@@ -13,11 +13,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.assembly.corpus import Corpus, load_corpus
-from streamsyn.assembly.cutting import cut
-from streamsyn.assembly.materials import MaterialGone, Materials
+from streamsyn.assembly.corpus import Corpus, cut, load_corpus
+from streamsyn.assembly.resources import MaterialGone, Materials
+from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import AssemblySection
 
 
 def loaded(*paths: object, **section: Any) -> Corpus:

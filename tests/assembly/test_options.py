@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler, AssemblyState
+from streamsyn.assembly.chat_tokenizer import ChatTokenizer
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.lots import Lots
-from streamsyn.assembly.passages import Passage
-from streamsyn.assembly.prompts import SamplePrompts
-from streamsyn.assembly.tally import ChatCounts
-from streamsyn.assembly.tokens import ChatTokenizer
-from streamsyn.minhash import signature, similarity
+from streamsyn.assembly.distractors import Lots
+from streamsyn.assembly.sample_prompts import SamplePrompts
+from streamsyn.assembly.token_counter import ChatCounts
+from streamsyn.assembly.window import Passage
+from streamsyn.config.sections import AssemblySection
 from streamsyn.records import Sample, digest
-from streamsyn.sections import AssemblySection
+from streamsyn.shingles import signature, similarity
 from tests.assembly.test_assembler import assemble, passage
 from tests.assembly.tokenizers_made import SPLICED, made
 from tests.builders import samples_of

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from streamsyn.assembly.passages import Passage
-from streamsyn.assembly.prompts import FAMILIES, KNOWN_TASKS, SamplePrompts
+from streamsyn.assembly.sample_prompts import FAMILIES, KNOWN_TASKS, SamplePrompts
+from streamsyn.assembly.window import Passage
+from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import AssemblySection
 
 
 def message(task: str, contexts: list[str], **section: Any) -> str:

@@ -8,9 +8,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from streamsyn.assembly.passages import Passage
-from streamsyn.assembly.pattern import Unreadable, reach_of
-from streamsyn.assembly.splice import Splicer
+from streamsyn.assembly.pre_tokenizer import Unreadable, reach_of
+from streamsyn.assembly.token_counter import Splicer
+from streamsyn.assembly.window import Passage
 from tests.assembly.tokenizers_made import SPLICED, WHOLE, made
 
 FRAGMENTS = [

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler
-from streamsyn.assembly.passages import Passage
-from streamsyn.assembly.prompts import SamplePrompts
+from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
+from streamsyn.assembly.window import Passage
+from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
-from streamsyn.sections import AssemblySection
 from tests.builders import as_rows, context, samples_of
 
 SECTION = AssemblySection(contexts_per_sample=4, window_bytes=40_000)

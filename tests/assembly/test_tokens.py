@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from streamsyn.assembly.tokens import load_tokenizer
+from streamsyn.assembly.chat_tokenizer import load_tokenizer
 from streamsyn.errors import ConfigError
 from tests.assembly.tokenizers_made import SPLICED, made, save
 

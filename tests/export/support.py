@@ -10,12 +10,13 @@ import orjson
 import pyarrow.parquet
 import zstandard
 
-from streamsyn.assembly.materials import Materials
+from streamsyn.assembly.resources import Materials
 from streamsyn.assembly.stage import AssemblyStage
-from streamsyn.config import Config, fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.loading import Config
 from streamsyn.records import Context, Outcome, Sample
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog
 from tests.builders import context
 
 TASKS = ("qasper", "govreport", "Räte & Co")

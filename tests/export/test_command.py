@@ -10,8 +10,8 @@ import orjson
 import pytest
 from click.testing import CliRunner
 
+from streamsyn.cli.export import export
 from streamsyn.errors import ConfigError
-from streamsyn.export.command import export
 from streamsyn.records import Outcome
 from tests.builders import reject
 from tests.export.support import make_run, rows_of, scored, tree
@@ -168,7 +168,7 @@ def test_an_unfinished_run_is_noted(tmp_path: Path) -> None:
 
 def test_progress_is_for_stderr(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a log line, or as an object for programs."""
-    monkeypatch.setattr("streamsyn.export.export._PROGRESS_EVERY_S", 0)
+    monkeypatch.setattr("streamsyn.export.export_run._PROGRESS_EVERY_S", 0)
     result: Any = CliRunner().invoke(export, [str(run), "--to", str(tmp_path / "out"), "--log-json"])
     events = [orjson.loads(line) for line in result.stderr.splitlines()]
 

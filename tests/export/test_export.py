@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.export import formats, shards
-from streamsyn.export.export import export
-from streamsyn.export.request import COMPRESSIONS, ExportRequest, ExportSummary
+from streamsyn.export import formats
+from streamsyn.export.export_request import COMPRESSIONS, ExportRequest, ExportSummary
+from streamsyn.export.export_run import export
+from streamsyn.export.formats import ShardWriter
 from streamsyn.export.rows import SCHEMA
-from streamsyn.export.shards import ShardWriter
 from streamsyn.export.splits import Split
 from streamsyn.export.target import Target
 from streamsyn.records import Outcome, Sample
-from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.log import RunLog
 from tests.builders import reject, rows
 from tests.export.support import make_run, rows_of, scored, tree
 
@@ -269,7 +269,7 @@ def test_no_row_is_lost_or_doubled(
     """Wherever shards and row groups end: each row once, and no shard above its rows."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patched:
         patched.setattr(formats, "GROUP_BYTES", group_bytes)
-        patched.setattr(shards, "HELD_BYTES", held_bytes)
+        patched.setattr(formats, "HELD_BYTES", held_bytes)
         out = Path(name) / "out"
         given = {"format": form, "splits": splits, "shard_rows": shard_rows, "shard_bytes": shard_bytes}
         summary = exported(run, out, **given)
@@ -282,7 +282,7 @@ def test_no_row_is_lost_or_doubled(
 
 def test_what_is_held_back_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many splits there are, they hold back no more than one bound together."""
-    monkeypatch.setattr(shards, "HELD_BYTES", 20_000)
+    monkeypatch.setattr(formats, "HELD_BYTES", 20_000)
     request = ExportRequest(root=tmp_path, to=str(tmp_path), format="parquet")
     writer = ShardWriter(Target(str(tmp_path), overwrite=False), request, lambda split: split.name)
     row = {
@@ -303,7 +303,7 @@ def test_what_is_held_back_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_long_log_is_forgotten_as_it_is_read(tmp_path: Path) -> None:
     """What was measured of contexts that get no sample is not held beyond the window."""
-    from streamsyn.export.source import _PRUNED_EVERY, Source
+    from streamsyn.export.log_reader import _PRUNED_EVERY, Source
 
     contexts = [scored(n, checks={"flags": ["bad"]}, context="Short.") for n in range(3 * _PRUNED_EVERY)]
     root, _ = make_run(tmp_path, contexts, exclude_flags=["bad"], window_bytes=20_000)

@@ -6,8 +6,8 @@ from typing import Any
 import datasets
 import pytest
 
-from streamsyn.export.export import export
-from streamsyn.export.request import ExportRequest
+from streamsyn.export.export_request import ExportRequest
+from streamsyn.export.export_run import export
 from tests.export.support import make_run, rows_of, scored
 
 

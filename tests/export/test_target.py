@@ -11,8 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from streamsyn.errors import ConfigError
-from streamsyn.export.export import export
-from streamsyn.export.request import COMPRESSIONS, ExportRequest
+from streamsyn.export.export_request import COMPRESSIONS, ExportRequest
+from streamsyn.export.export_run import export
 from streamsyn.export.target import Target
 from tests.export.support import make_run, rows_of, scored, tree
 

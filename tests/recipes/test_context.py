@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.context import ContextRecipe
-from streamsyn.recipes.load import load_recipe
 from streamsyn.recipes.recipe import RejectedDraft
+from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
-from streamsyn.sections import ChecksSection, RecipeSection
 
 SEED = Seed("s-1", "qa", "When did the mill of Aldersby burn down?", "In 1847.", "seeds.jsonl:1")
 OTHER = Seed("s-2", "qa", "Who rowed to Fairholm?", "Nobody rowed there.", "seeds.jsonl:2")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.recipes.parse import document_text
+from streamsyn.recipes.parsing import document_text
 
 TEXT = "The mill of Aldersby stood by the river.\n\nIt burned in 1847."
 

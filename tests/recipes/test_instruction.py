@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.instruction import InstructionRecipe
-from streamsyn.recipes.load import load_recipe
 from streamsyn.recipes.recipe import RejectedDraft
+from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
-from streamsyn.sections import ChecksSection, RecipeSection
 
 TEXT = " ".join(
     f"In year {number} the river of Aldersby rose by {number * 7} feet." for number in range(1, 101)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from streamsyn.recipes.pair import Pair, first_pair
+from streamsyn.recipes.parsing import Pair, first_pair
 
 ASKED = "Who kept the light of Aldersby in 1847?"
 SAID = "Ada Marsh kept it,\nand her brother after her."

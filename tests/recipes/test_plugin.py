@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
-from streamsyn.recipes.load import load_recipe
 from streamsyn.recipes.recipe import BaseRecipe, Recipe
+from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Document, Draft, Seed
-from streamsyn.sections import ChecksSection, RecipeSection
 from tests.recipes.test_context import PROSE, SEED, said
 
 MINE = """

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.recipes.manuscript import Manuscript
-from streamsyn.recipes.outline import headings, title
-from streamsyn.recipes.parse import section_text
+from streamsyn.recipes.parsing import section_text
+from streamsyn.recipes.sections_recipe import headings, title
 from streamsyn.records import Completion
 
 

@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.recipes.window import Window, draw_window, word_starts
+from streamsyn.recipes.instruction import Window, draw_window, word_starts
 
 WORD = st.text(st.sampled_from("ab.?!'\u00e9\u4e2d"), min_size=1, max_size=5)
 SPACE = st.text(st.sampled_from(" \n\t\u3000\x85"), min_size=1, max_size=4)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamsyn.config import load
+from streamsyn.config.loading import load
 from streamsyn.records import Context, Reject, RejectReason, Sample
 from streamsyn.sink.rundir import RunDirectory
 from tests import builders

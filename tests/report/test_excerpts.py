@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.report.excerpts import answer_spans, excerpt, shortened, visible
-from streamsyn.report.smallest import Smallest, drawn
+from streamsyn.report.reader_samples import Smallest, drawn
 
 spans = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)).map(sorted).map(tuple), max_size=4)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.report.figures import Figures
+from streamsyn.report.collection import Figures
+from streamsyn.report.distributions import MOST_TASKS, OTHER
 from streamsyn.report.page import write_report
-from streamsyn.report.readings import facts_spans
-from streamsyn.report.scores import MOST_TASKS, OTHER
+from streamsyn.report.reader_samples import facts_spans
 from tests import builders
 from tests.report.runs import HOSTILE, good_run, rejected, sample_of, scored, written
 

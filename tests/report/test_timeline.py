@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.report.charts import over_time, time_axis
-from streamsyn.report.timeline import MEASURES, Timeline
+from streamsyn.report.traffic import MEASURES, Timeline
 
 times = st.lists(st.floats(1, 2e9), min_size=1, max_size=150)
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from streamsyn.records import Context, Reject, RejectReason
-from streamsyn.report.figures import Figures
-from streamsyn.report.marks import Mark, percent
-from streamsyn.report.verdict import Verdict, verdict
+from streamsyn.report.collection import Figures
+from streamsyn.report.verdict import Mark, Verdict, percent, verdict
 from tests.report.runs import good_run, rejected, sample_of, scored, written
 
 MEASURED: dict[str, Any] = {

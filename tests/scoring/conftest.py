@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from streamsyn.scoring.prompts import AnswerPrompt, Question
-from streamsyn.sections import FleetSection
-from streamsyn.sglang.fleet import Fleet, open_fleet
-from streamsyn.sglang.simulator.app import RunningSimulator, running
-from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.sglang.simulator.faults import Script
+from streamsyn.config.sections import FleetSection
+from streamsyn.fleet.fleet import Fleet, open_fleet
+from streamsyn.scoring.requests import AnswerPrompt, Question
+from streamsyn.simulator.app import RunningSimulator, running
+from streamsyn.simulator.faults import Script
+from streamsyn.simulator.settings import SimulatorConfig
 
 QUESTION = Question("Who keeps the lighthouse of Velmora?", "Keeper Amund Tarn keeps it.", "narrativeqa")
 HELPS = (

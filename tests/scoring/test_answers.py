@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.recipes.parse import without_thoughts
-from streamsyn.scoring.answers import Answers
-from streamsyn.scoring.asking import Asking
-from streamsyn.scoring.metrics import f1
-from streamsyn.scoring.prompts import AnswerPrompt, Question
-from streamsyn.sglang.simulator.faults import Fault
+from streamsyn.recipes.parsing import without_thoughts
+from streamsyn.scoring.answer_metrics import f1
+from streamsyn.scoring.measures import Answers
+from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
+from streamsyn.simulator.faults import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
 

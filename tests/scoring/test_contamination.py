@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
-from streamsyn.scoring import evaltexts, runset
+from streamsyn.scoring import contamination
 from streamsyn.scoring.contamination import SHOWN_WORDS, EvalSets, Overlap
 
 RUN = "the quick brown fox jumps over the lazy dog while seven otters sleep"
@@ -152,7 +152,7 @@ def test_it_agrees_with_sets_of_tuples(
     longest = " ".join(f"other{number}" for number in range(length))
     paths = [written(root / f"{number}.jsonl", *rows, longest) for number, rows in enumerate(files)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runset, "CHUNK_RUNS", chunk)
+        patch.setattr(contamination, "CHUNK_RUNS", chunk)
         sets = EvalSets(paths, length)
     known = [naive(rows, length) for rows in files]
     words = " ".join(text).casefold().split()
@@ -214,11 +214,11 @@ def test_a_long_text_is_read_in_pieces_that_lose_no_run(
     words = [f"w{number * number % 7919}" for number in range(5000)]
     (tmp_path / "long.txt").write_text("\n".join(words))
     whole = EvalSets([str(tmp_path / "long.txt")], 13)
-    monkeypatch.setattr(evaltexts, "PIECE_CHARS", 3000)
-    monkeypatch.setattr(evaltexts, "OVERLAP_CHARS", 200)
+    monkeypatch.setattr(contamination, "PIECE_CHARS", 3000)
+    monkeypatch.setattr(contamination, "OVERLAP_CHARS", 200)
 
-    assert max(map(len, evaltexts.texts(tmp_path / "long.txt"))) <= 6200
-    assert len(list(evaltexts.texts(tmp_path / "long.txt"))) > 5
+    assert max(map(len, contamination.texts(tmp_path / "long.txt"))) <= 6200
+    assert len(list(contamination.texts(tmp_path / "long.txt"))) > 5
     assert whole.digest == EvalSets([str(tmp_path / "long.txt")], 13).digest
     assert whole.digest == EvalSets([written(tmp_path / "long.jsonl", " ".join(words))], 13).digest
 

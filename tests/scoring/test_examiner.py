@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
+from streamsyn.config.sections import ChecksSection, ScoringSection
+from streamsyn.fleet.fleet import Fleet
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Document, Draft, RejectReason, Seed
 from streamsyn.scoring.contamination import EvalSets
 from streamsyn.scoring.duplicates import Duplicates
 from streamsyn.scoring.examiner import Examiner, Scores
-from streamsyn.sections import ChecksSection, ScoringSection
-from streamsyn.sglang.fleet import Fleet
-from streamsyn.sglang.simulator.app import RunningSimulator
-from streamsyn.sglang.simulator.faults import Fault, Script
+from streamsyn.simulator.app import RunningSimulator
+from streamsyn.simulator.faults import Fault, Script
 from streamsyn.telemetry import Counters
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 

@@ -7,11 +7,9 @@ import pytest
 
 from streamsyn.errors import ServerError
 from streamsyn.records import Request
-from streamsyn.scoring.asking import Asking
-from streamsyn.scoring.gain import Gain
-from streamsyn.scoring.once import Once
-from streamsyn.scoring.prompts import Question
-from streamsyn.sglang.simulator.faults import Fault
+from streamsyn.scoring.measures import Gain
+from streamsyn.scoring.requests import Asking, Once, Question
+from streamsyn.simulator.faults import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
 

@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from streamsyn.config.sections import FieldsSection, SeedsSection, SourceSection
+from streamsyn.io.lines import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
-from streamsyn.sections import FieldsSection, SeedsSection, SourceSection
-from streamsyn.seeds.lines import Line
 from streamsyn.seeds.parse import SeedParser
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.seeds.stdin import Spool, StdinSource

@@ -12,16 +12,10 @@ import orjson
 import pytest
 import zstandard
 
+from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
-from streamsyn.sections import SeedsSection
-from streamsyn.seeds.files import (
-    JsonLinesSource,
-    ParquetSource,
-    SavedDatasetSource,
-    SeedSource,
-    is_seed_file,
-)
+from streamsyn.seeds.files import JsonLinesSource, ParquetSource, SavedDatasetSource, SeedSource, is_seed_file
 
 MIB = 2**20
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamsyn.config.sections import FieldsSection
+from streamsyn.io.lines import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
-from streamsyn.sections import FieldsSection
-from streamsyn.seeds.lines import Line
 from streamsyn.seeds.parse import SeedParser
 
 TEXT = st.text(st.characters(codec="utf-8"))

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import BadSeed, Entry, Seed
-from streamsyn.sections import SeedsSection, SourceSection
 from streamsyn.seeds.reader import SeedReader, find
 
 pytestmark = pytest.mark.timeout(20)

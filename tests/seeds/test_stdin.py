@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
-from streamsyn.sections import SeedsSection
 from streamsyn.seeds.stdin import Spool, StdinSource
 
 pytestmark = pytest.mark.timeout(20)

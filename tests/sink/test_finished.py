@@ -10,9 +10,9 @@ import pytest
 
 from streamsyn.errors import SinkError
 from streamsyn.records import Draft, Seed
-from streamsyn.sink.finished import Claim, Claims, FinishedKeys
+from streamsyn.sink.completed_keys import Claim, Claims, FinishedKeys
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.runlog import RunLog
 from tests.builders import context, opened, outcome, reject, sink
 
 KEYS = [b"%016d" % number for number in range(5)]

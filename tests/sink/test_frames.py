@@ -10,14 +10,14 @@ import orjson
 import pytest
 import zstandard
 
-from streamsyn.sink import frames
+from streamsyn.sink import shards
 from tests.builders import COMPRESSIONS, as_rows, context, opened, sink
 
 NUMBERS = range(400)
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A sealed shard of each compression; the compressed one has as many frames as there were appends."""
     made = {}
     for compression in COMPRESSIONS:
@@ -26,40 +26,40 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             for number in NUMBERS:  # incompressible, so that many reads are needed
                 log.append([context(number, context=os.urandom(1000).hex())])
             log.seal_outcomes()
-        made[compression] = root / "contexts" / f"part-000000{frames.SUFFIXES[compression]}"
+        made[compression] = root / "contexts" / f"part-000000{shards.SUFFIXES[compression]}"
     return made
 
 
 def lines_of(path: Path) -> bytes:
-    return b"".join(frames.line(row) for row in frames.rows(path))
+    return b"".join(shards.line(row) for row in shards.rows(path))
 
 
-def test_a_shard_is_many_frames(shards: dict[str, Path]) -> None:
+def test_a_shard_is_many_frames(sealed: dict[str, Path]) -> None:
     """Each append is a frame of its own, with a checksum: that is how a torn end is found."""
-    ends = [end for end, _ in frames.scan(shards["zstd"])]
-    head = shards["zstd"].read_bytes()[:18]
+    ends = [end for end, _ in shards.scan(sealed["zstd"])]
+    head = sealed["zstd"].read_bytes()[:18]
 
     assert len(NUMBERS) == len(ends)
     assert zstandard.get_frame_parameters(head).has_checksum
 
 
-def test_plain_lines_are_json(shards: dict[str, Path]) -> None:
+def test_plain_lines_are_json(sealed: dict[str, Path]) -> None:
     """An uncompressed shard is read line by line by anything."""
-    read = [orjson.loads(line) for line in shards["none"].read_bytes().splitlines()]
+    read = [orjson.loads(line) for line in sealed["none"].read_bytes().splitlines()]
 
     assert list(NUMBERS) == [row["seq"] for row in read]
 
 
-def test_zstandard_reads_all_frames(shards: dict[str, Path]) -> None:
+def test_zstandard_reads_all_frames(sealed: dict[str, Path]) -> None:
     """A plain streaming reader of Python's zstandard does not end at the first frame."""
-    expected = lines_of(shards["zstd"])
-    with shards["zstd"].open("rb") as file:
+    expected = lines_of(sealed["zstd"])
+    with sealed["zstd"].open("rb") as file:
         whole = zstandard.ZstdDecompressor().stream_reader(file).read()
-    with shards["zstd"].open("rb") as file:
+    with sealed["zstd"].open("rb") as file:
         text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), "utf-8")
         lines = sum(1 for _ in text)
     copied = io.BytesIO()
-    with shards["zstd"].open("rb") as file:
+    with sealed["zstd"].open("rb") as file:
         zstandard.ZstdDecompressor().copy_stream(file, copied)
 
     assert expected == whole
@@ -68,30 +68,30 @@ def test_zstandard_reads_all_frames(shards: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="there is no zstd command here")
-def test_the_zstd_command_reads_all_frames(shards: dict[str, Path]) -> None:
+def test_the_zstd_command_reads_all_frames(sealed: dict[str, Path]) -> None:
     """`zstd -d` gives every row, and `zstd -t` finds the checksums right."""
-    subprocess.run(["zstd", "-q", "-t", shards["zstd"]], check=True)
-    out = subprocess.run(["zstd", "-q", "-d", "-c", shards["zstd"]], check=True, capture_output=True).stdout
+    subprocess.run(["zstd", "-q", "-t", sealed["zstd"]], check=True)
+    out = subprocess.run(["zstd", "-q", "-d", "-c", sealed["zstd"]], check=True, capture_output=True).stdout
 
-    assert lines_of(shards["zstd"]) == out
+    assert lines_of(sealed["zstd"]) == out
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.filterwarnings("ignore:::datasets")  # what a third party warns of is not ours to mend
 def test_datasets_loads_every_row(
-    shards: dict[str, Path], compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sealed: dict[str, Path], compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`datasets.load_dataset("json")` gives each row once, from either kind of shard, streaming or not."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
     datasets.disable_progress_bars()
-    files = str(shards[compression])
+    files = str(sealed[compression])
     loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path))
     streamed = datasets.load_dataset(
         "json", data_files=files, split="train", cache_dir=str(tmp_path), streaming=True
     )
-    texts = [row["context"] for row in frames.rows(shards[compression])]
+    texts = [row["context"] for row in shards.rows(sealed[compression])]
 
     assert list(NUMBERS) == loaded["seq"][:]
     assert texts == loaded["context"][:]
@@ -105,6 +105,6 @@ def test_a_row_longer_than_a_read_is_whole(tmp_path: Path, compression: str) -> 
     with opened(tmp_path, sink(compression=compression, shard_bytes=10**9)) as log:
         log.append(given)
         log.seal_outcomes()
-    path = tmp_path / "contexts" / f"part-000000{frames.SUFFIXES[compression]}"
+    path = tmp_path / "contexts" / f"part-000000{shards.SUFFIXES[compression]}"
 
-    assert as_rows(given) == list(frames.rows(path))
+    assert as_rows(given) == list(shards.rows(path))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streamsyn.records import Context
-from streamsyn.sink.finished import Claim
+from streamsyn.sink.completed_keys import Claim
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import COMPRESSIONS, as_rows, opened, outcome, rows, sealed_bytes, sink

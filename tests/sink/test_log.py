@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import SinkError
 from streamsyn.records import Context, Outcome, Sample
-from streamsyn.sink import frames
-from streamsyn.sink.finished import Claim
-from streamsyn.sink.log import KINDS, ShardLog
+from streamsyn.sink import shards
+from streamsyn.sink.completed_keys import Claim
+from streamsyn.sink.log import RunLog, ShardLog
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.shards import KINDS
 from tests.builders import (
     COMPRESSIONS,
     as_rows,
@@ -57,7 +57,7 @@ def manifest_as_it_should_be(root: Path) -> list[dict[str, Any]]:
         for path in sorted((root / kind).glob("part-*")):
             if path.suffix == ".open":
                 continue
-            inside = list(frames.rows(path))
+            inside = list(shards.rows(path))
             tokens = {
                 name: sum(row.get(f"{name}_tokens", 0) for row in inside)
                 for name in ("prompt", "cached", "completion")
@@ -140,7 +140,7 @@ def test_what_is_appended_is_there_again(
 def three_appends(root: Path, compression: str) -> tuple[Path, list[int]]:
     """An open shard of 2 + 1 + 2 contexts, and its size after each append."""
     log = contexts_of(root, compression)
-    path = root / "contexts" / f"part-000000{frames.SUFFIXES[compression]}.open"
+    path = root / "contexts" / f"part-000000{shards.SUFFIXES[compression]}.open"
     sizes = []
     for first, count in ((0, 2), (2, 1), (3, 2)):
         log.append([context(number) for number in range(first, first + count)])
@@ -258,10 +258,10 @@ def test_a_frame_that_does_not_check_is_cut(tmp_path: Path, tail: bytes) -> None
 def test_a_changed_byte_in_a_frame_is_found(tmp_path: Path) -> None:
     """Whichever byte of a zstd append changes, no changed row is taken for good."""
     path, sizes = three_appends(tmp_path, "zstd")
-    whole, as_written = path.read_bytes(), list(frames.rows(path))
+    whole, as_written = path.read_bytes(), list(shards.rows(path))
     for at in range(sizes[1], sizes[2]):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
-        read = list(frames.rows(path))
+        read = list(shards.rows(path))
         # (one bit of a frame's header means nothing, so not every change must be noticed)
         assert read in (as_written[:3], as_written)
 

@@ -18,20 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.assembly.materials import Materials
-from streamsyn.assembly.passages import Passage
+from streamsyn.assembly.resources import Materials
 from streamsyn.assembly.stage import AssemblyStage
-from streamsyn.config import Config, fingerprint, lasting
+from streamsyn.assembly.window import Passage
+from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.loading import Config
+from streamsyn.config.sections import SinkSection
 from streamsyn.errors import ConfigError
+from streamsyn.pipeline.verify import repair, verify
 from streamsyn.records import Context, Outcome
-from streamsyn.sections import SinkSection
 from streamsyn.sink import mirror
-from streamsyn.sink.copying import Copying
-from streamsyn.sink.log import row_key
+from streamsyn.sink.completed_keys import row_key
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
+from streamsyn.sink.mirror_plan import Copying
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog
-from streamsyn.verify import repair, verify
 from tests.builders import context, outcome, rows, sealed_bytes
 from tests.export.support import Outlet
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from streamsyn.config import fingerprint, load
+from streamsyn.config.fingerprint import fingerprint
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
-from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config, write_whole
+from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
+from streamsyn.sink.shards import write_whole
 from tests.builders import disk_full_beyond
 
 HOLDER = """

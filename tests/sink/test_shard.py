@@ -9,10 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
-from streamsyn.sink import frames, shard
+from streamsyn.sink import shards
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.runlog import RunLog
-from streamsyn.sink.shard import OpenShard
+from streamsyn.sink.shards import OpenShard
 from tests.builders import COMPRESSIONS, as_rows, context, new_run, opened, rows, sink
 
 
@@ -66,7 +66,7 @@ def test_a_log_can_be_closed_after_sealing_failed(
     log = RunLog(new_run(tmp_path), sink())
     log.append([context(0)])
     with monkeypatch.context() as patch:
-        patch.setattr(Path if step == "rename" else shard, step, failing)
+        patch.setattr(Path if step == "rename" else shards, step, failing)
         with pytest.raises(SinkError, match="cannot seal a shard of contexts"):
             log.contexts.seal()
     log.close()
@@ -84,7 +84,7 @@ def test_a_server_may_call_itself_anything(tmp_path: Path, model: Any) -> None:
         log.append([context(0, model=model)])
         log.contexts.seal()
 
-    assert [str(model)] == [shard.model for shard in Manifest(tmp_path / "manifest.jsonl").shards]
+    assert [str(model)] == [shards.model for shards in Manifest(tmp_path / "manifest.jsonl").shards]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -142,4 +142,4 @@ def test_closing_quietly_hides_no_other_error(
 
     assert (["log.close_failed"] if quietly else []) == [line["event"] for line in logged]
     assert descriptors() < before
-    assert [0] == [row["seq"] for row in frames.rows(next(tmp_path.glob("contexts/*.open")))]
+    assert [0] == [row["seq"] for row in shards.rows(next(tmp_path.glob("contexts/*.open")))]

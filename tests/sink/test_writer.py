@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError, root_cause
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Outcome
-from streamsyn.sections import SinkSection
-from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.writer import DurableContext, OutcomeWriter
 from streamsyn.telemetry import Counters
 from tests.builders import as_rows, context, disk_full_beyond, new_run, outcome, rows, sink

@@ -184,14 +184,14 @@ def test_a_signal_after_the_end_changes_nothing(serve: Serve, seeds: Seeds, tmp_
     """When all is written, the run is done: it says so, and exits with 0."""
     script = """
 import os, signal, sys
-import streamsyn.summary
-from streamsyn.cli import main
-lines = streamsyn.summary.closing_lines
+import streamsyn.pipeline.summary
+from streamsyn.cli.main import main
+lines = streamsyn.pipeline.summary.closing_lines
 def late(summary):
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     return lines(summary)
-streamsyn.summary.closing_lines = late
+streamsyn.pipeline.summary.closing_lines = late
 main()
 """
     arguments = ["run", "--seeds", seeds(3), "--server", serve().url, "--out", tmp_path / "out"]
@@ -206,13 +206,14 @@ def test_with_log_json_a_bug_is_an_event(tmp_path: Path) -> None:
     """With its traceback inside; and so are the words of libraries."""
     script = """
 import logging, warnings
-import streamsyn.cli
+import streamsyn.cli.main
+import streamsyn.cli.run
 def broken(*_):
     logging.getLogger("library").warning("odd")
     warnings.warn("old")
     raise ZeroDivisionError("a bug")
-streamsyn.cli._resolve = broken
-streamsyn.cli.main()
+streamsyn.cli.run.resolve = broken
+streamsyn.cli.main.main()
 """
     command = [sys.executable, "-c", script, "run", "--log-json", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)

@@ -7,16 +7,16 @@ from typing import Any
 import orjson
 import pytest
 
-from streamsyn.config import load
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
-from streamsyn.export.export import export
-from streamsyn.export.request import ExportRequest
-from streamsyn.request import RunRequest, RunSummary
-from streamsyn.run import run
-from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.sglang.simulator.inprocess import InProcessServers
-from streamsyn.sglang.simulator.simulation import Simulation
-from streamsyn.verify import verify
+from streamsyn.export.export_request import ExportRequest
+from streamsyn.export.export_run import export
+from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.run import run
+from streamsyn.pipeline.verify import verify
+from streamsyn.simulator.in_process import InProcessServers
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
 from tests.builders import sealed_bytes
 from tests.export.support import tree
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamsyn.config.sections import FleetSection
+from streamsyn.config.train_section import PublishSection
+from streamsyn.fleet.fleet import open_fleet
+from streamsyn.fleet.launch import find_packaged_model, launched
 from streamsyn.records import Request
-from streamsyn.sections import FleetSection, PublishSection
-from streamsyn.sglang.fleet import open_fleet
-from streamsyn.sglang.launch import launched
-from streamsyn.sglang.launch_command import find_packaged_model
+from streamsyn.trainer.examples import Example
 from streamsyn.trainer.model.batch import make_batch
 from streamsyn.trainer.model.loss import token_losses
-from streamsyn.trainer.model.model import Placed
-from streamsyn.trainer.model.reading import read_tokenizer
+from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.model.pretrained import read_tokenizer
 from streamsyn.trainer.saving.publish import Publisher
-from streamsyn.trainer.stream.examples import Example
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 

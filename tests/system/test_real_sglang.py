@@ -11,12 +11,10 @@ import aiohttp
 import psutil
 import pytest
 
-from streamsyn.scoring.answers import Answers
-from streamsyn.scoring.asking import Asking
-from streamsyn.scoring.gain import Gain
-from streamsyn.scoring.prompts import AnswerPrompt, Question
-from streamsyn.sections import FleetSection
-from streamsyn.sglang.fleet import open_fleet
+from streamsyn.config.sections import FleetSection
+from streamsyn.fleet.fleet import open_fleet
+from streamsyn.scoring.measures import Answers, Gain
+from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
 from tests.system.conftest import assert_clean, rows, streamsyn
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
@@ -39,7 +37,7 @@ OPTIONS = {
 def test_main_job_on_a_launched_server(tmp_path: Path) -> None:
     """14 seeds end as contexts or rejects, prefixes are cached, `verify` is clean, and the server that
     was started for the run is gone after it."""
-    from streamsyn.sglang.launch_command import find_packaged_model
+    from streamsyn.fleet.launch import find_packaged_model
 
     out = tmp_path / "out"
     settings = [part for key, value in OPTIONS.items() for part in ("--set", f"{key}={value}")]
@@ -86,7 +84,7 @@ SECTIONS = {
 
 def test_sections_on_a_launched_server(tmp_path: Path) -> None:
     """Each step finds its whole past in the server's cache, and the document grows to what was asked for."""
-    from streamsyn.sglang.launch_command import find_packaged_model
+    from streamsyn.fleet.launch import find_packaged_model
 
     out = tmp_path / "out"
     settings = [part for key, value in SECTIONS.items() for part in ("--set", f"{key}={value}")]
@@ -134,8 +132,7 @@ async def test_scoring_on_a_launched_server(tmp_path: Path) -> None:
     """One logprob a token of the answer, the context's prefix from the cache at the second look, and more
     gain from a context that holds the answer than from another.
     """
-    from streamsyn.sglang.launch import launched
-    from streamsyn.sglang.launch_command import find_packaged_model
+    from streamsyn.fleet.launch import find_packaged_model, launched
 
     model = await asyncio.to_thread(find_packaged_model)
     async with launched(model, log_path=tmp_path / "sglang.log") as server:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from streamsyn.records import draft_key
-from streamsyn.sglang.simulator.text import Prose
+from streamsyn.simulator.prose import Prose
 from tests.system.conftest import Server, assert_clean, rows, start, streamsyn, wait_for_line
 
 Serve = Callable[..., Server]
@@ -193,7 +193,7 @@ def test_the_console_script_finds_it_too(seeds: Seeds, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BUGGY)
     arguments: list[Any] = [script, "preview", "--set", "recipe.use=mine:Mine", "--seeds", seeds(1)]
     if not script.exists():
-        arguments[:1] = [sys.executable, "-P", "-c", "from streamsyn.cli import main; main()"]
+        arguments[:1] = [sys.executable, "-P", "-c", "from streamsyn.cli.main import main; main()"]
     shown = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert (0, True) == (shown.returncode, "--- user\nWrite." in shown.stdout), shown.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamsyn.trainer.stream.holdout import is_held_out
+from streamsyn.trainer.examples import is_held_out
 from tests.system.conftest import COMMAND, Server, environment, rows, start
 from tests.trainer import tiny
 

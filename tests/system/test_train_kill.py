@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from streamsyn.trainer.stream.holdout import is_held_out
+from streamsyn.trainer.examples import is_held_out
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 from tests.trainer import tiny
 

@@ -10,24 +10,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from streamsyn.sections import TrainSection
-from streamsyn.trainer.director import Director, Totals
-from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.config.train_section import TrainSection
+from streamsyn.trainer.commands import Prompt, Ranks
+from streamsyn.trainer.controller import Director, Totals
+from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
-from streamsyn.trainer.evaluation.grading import Exam
-from streamsyn.trainer.evaluation.losses import WITH, deal_rows
-from streamsyn.trainer.evaluation.question import Prompt, Question
-from streamsyn.trainer.figures.record import Figures
-from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.evaluation.exam import Exam, Question
+from streamsyn.trainer.evaluation.heldout import WITH, deal_rows
+from streamsyn.trainer.examples import End, Example, Idle, StepPlan
+from streamsyn.trainer.loop import Loop, Progress, Schedule
+from streamsyn.trainer.metrics.record import Figures
 from streamsyn.trainer.model.accelerator import start_accelerator
-from streamsyn.trainer.model.model import Placed, place
-from streamsyn.trainer.model.reading import model_dtype, read_model
-from streamsyn.trainer.orders import Ranks
-from streamsyn.trainer.saving.checkpoint import Checkpoints
-from streamsyn.trainer.saving.store import Store
-from streamsyn.trainer.schedule import Schedule
-from streamsyn.trainer.stream.examples import End, Example, Idle, StepPlan
-from streamsyn.trainer.stream.plans import PlanQueue
+from streamsyn.trainer.model.placed import Placed, place
+from streamsyn.trainer.model.pretrained import model_dtype, read_model
+from streamsyn.trainer.saving.checkpoint import Checkpoints, Store
+from streamsyn.trainer.stream.planner import PlanQueue
 from tests.trainer import tiny
 
 LENGTHS = ((30, 8), (12, 3), (50, 20), (9, 1), (25, 6), (40, 2), (18, 9))

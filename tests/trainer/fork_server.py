@@ -12,7 +12,7 @@ import sys
 import torch
 
 import streamsyn.trainer.training  # noqa: F401 - the heavy part
-from streamsyn.cli import main
+from streamsyn.cli.main import main
 
 torch.set_num_threads(1)
 

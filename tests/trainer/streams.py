@@ -7,9 +7,9 @@ from typing import Any
 import numpy
 import orjson
 
-from streamsyn.sections.train import TrainSection
+from streamsyn.config.train_section import TrainSection
+from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
 from streamsyn.trainer.stream.feed import Rendering
 from streamsyn.trainer.stream.planner import Planner
 

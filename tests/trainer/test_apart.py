@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.model.apart import check_apart
-from streamsyn.trainer.model.attention import implementation
+from streamsyn.trainer.model.attention import check_apart, implementation
 from streamsyn.trainer.model.batch import make_batch
 from tests.trainer.tiny import VOCABULARY, example, furthest, gradients
 

@@ -7,8 +7,8 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.trainer.evaluation.losses import CONTROL, WITH, Changes, summary
-from streamsyn.trainer.stream.examples import Key
+from streamsyn.trainer.evaluation.heldout import CONTROL, WITH, Changes, summary
+from streamsyn.trainer.examples import Key
 
 LOSSES = st.lists(st.floats(0, 10), min_size=3, max_size=3)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import orjson
 import pytest
 
+from streamsyn.config.train_section import LongBenchSection, NeedlesSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import LongBenchSection, NeedlesSection
-from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.longbench import longbench_questions
 from streamsyn.trainer.evaluation.needles import needle_questions
 from tests.trainer import tiny

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamsyn.config import Config, fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.loading import Config
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import context, opened, sample, sink
 from tests.trainer import tiny

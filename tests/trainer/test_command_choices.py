@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import TrainSection
 from streamsyn.trainer.outdir import OutDirectory, check_shaping
-from streamsyn.trainer.request import check, resolve
-from streamsyn.trainer.sources.files import FileRows
-from streamsyn.trainer.sources.opening import open_sources
+from streamsyn.trainer.sources.locate import open_sources
+from streamsyn.trainer.sources.row_files import FileRows
+from streamsyn.trainer.training_request import check, resolve
 from tests.trainer import tiny
 from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
     SETTINGS,

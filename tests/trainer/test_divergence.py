@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from streamsyn.errors import TrainingFailed
-from streamsyn.trainer.director import MAX_SKIPPED
+from streamsyn.trainer.controller import MAX_SKIPPED
 from streamsyn.trainer.loop import Loop
-from streamsyn.trainer.model.model import Placed
+from streamsyn.trainer.model.placed import Placed
 from tests.trainer.by_hand import plans, section, train
 from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
     Start,
@@ -82,7 +82,7 @@ def test_steps_that_are_skipped_now_and_then_stop_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that is applied begins the count anew; a checkpoint that was due is written behind it."""
-    monkeypatch.setattr("streamsyn.trainer.director.MAX_SKIPPED", 3)
+    monkeypatch.setattr("streamsyn.trainer.controller.MAX_SKIPPED", 3)
     settings = section(save_every_steps=3, keep_checkpoints=9)
     loop, director, _ = train(tmp_path, settings, plans(8), before=spoilt({2, 3, 5, 6, 8}))
 

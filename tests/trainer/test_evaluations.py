@@ -10,13 +10,13 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from streamsyn.config import load
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.trainer import training
-from streamsyn.trainer.evaluation.control_rows import control_examples
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before
+from streamsyn.trainer.evaluation.heldout import control_examples
 from streamsyn.trainer.loop import Loop
-from streamsyn.trainer.model.model import Placed
+from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.stream.render import Renderer
 from tests.trainer import tiny
 from tests.trainer.by_hand import exam, fresh, plans, section, train, weights

@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.figures.flops import Speed, Work, peak_flops, speed_of, work_of
-from streamsyn.trainer.figures.record import Figures, verdict
-from streamsyn.trainer.figures.tracking import start_tracking
+from streamsyn.trainer.examples import Example, Key, StepPlan
+from streamsyn.trainer.metrics.mfu import Speed, Work, peak_flops, speed_of, work_of
+from streamsyn.trainer.metrics.record import Figures, verdict
+from streamsyn.trainer.metrics.trackers import start_tracking
 from streamsyn.trainer.model.accelerator import start_accelerator
-from streamsyn.trainer.stream.examples import Example, Key, StepPlan
-from streamsyn.trainer.stream.plans import PlanQueue
+from streamsyn.trainer.stream.planner import PlanQueue
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, plans, section, train
 

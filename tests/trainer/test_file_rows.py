@@ -7,15 +7,15 @@ import pytest
 import zstandard
 from structlog.testing import capture_logs
 
+from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.export.export import export
-from streamsyn.export.request import ExportRequest
-from streamsyn.sections.train import TrainSection
+from streamsyn.export.export_request import ExportRequest
+from streamsyn.export.export_run import export
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.trainer.sources.files import FileRows
-from streamsyn.trainer.sources.opening import open_sources
-from streamsyn.trainer.sources.rundir import RunSamples
-from streamsyn.trainer.stream.examples import Row
+from streamsyn.trainer.examples import Row
+from streamsyn.trainer.sources.locate import open_sources
+from streamsyn.trainer.sources.row_files import FileRows
+from streamsyn.trainer.sources.run_samples import RunSamples
 from tests.builders import new_run
 from tests.export.support import make_run, scored
 from tests.trainer.streams import row

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamsyn.sections import TrainSection
-from streamsyn.trainer.evaluation.greedy import _answer, answer_all, answering
-from streamsyn.trainer.evaluation.question import Prompt
+from streamsyn.config.train_section import TrainSection
+from streamsyn.trainer.commands import Prompt, Ranks
+from streamsyn.trainer.evaluation.answering import _answer, answer_all, answering
 from streamsyn.trainer.model.attention import SEGMENTS
-from streamsyn.trainer.model.model import Placed
-from streamsyn.trainer.orders import Ranks
+from streamsyn.trainer.model.placed import Placed
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 

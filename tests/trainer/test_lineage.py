@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import SinkError
-from streamsyn.trainer.figures.steplog import StepLog
-from streamsyn.trainer.figures.task_losses import HALF_LIFE, TaskLosses
-from streamsyn.trainer.stream.examples import StepPlan
+from streamsyn.trainer.examples import StepPlan
+from streamsyn.trainer.metrics.step_log import HALF_LIFE, StepLog, TaskLosses
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from streamsyn.config.train_section import LongBenchSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import LongBenchSection
-from streamsyn.trainer.evaluation.chat import Chat
+from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Question
 from streamsyn.trainer.evaluation.longbench import longbench_questions
-from streamsyn.trainer.evaluation.question import Question
 from tests.trainer import tiny
 
 

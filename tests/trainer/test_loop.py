@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamsyn.errors import SinkError
+from streamsyn.trainer.commands import Step
+from streamsyn.trainer.examples import End, Idle, StepPlan
 from streamsyn.trainer.loop import Loop
 from streamsyn.trainer.model.batch import make_batch
-from streamsyn.trainer.model.model import Placed
-from streamsyn.trainer.orders import Step
-from streamsyn.trainer.stream.examples import End, Idle, StepPlan
+from streamsyn.trainer.model.placed import Placed
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import exam, plans, section, train, weights

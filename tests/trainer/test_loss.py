@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamsyn.trainer.examples import Example
 from streamsyn.trainer.model.attention import implementation
 from streamsyn.trainer.model.batch import make_batch
 from streamsyn.trainer.model.loss import LossKind, denominator, target_weights, token_losses
-from streamsyn.trainer.stream.examples import Example
 from tests.trainer.tiny import example, furthest, gradients, model
 
 CPU = torch.device("cpu")

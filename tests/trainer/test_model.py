@@ -18,7 +18,7 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.batch import make_batch
-from streamsyn.trainer.model.reading import model_dtype, read_model, read_tokenizer
+from streamsyn.trainer.model.pretrained import model_dtype, read_model, read_tokenizer
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 from tests.trainer.test_command import Start, server, start, write_run  # noqa: F401 - fixtures

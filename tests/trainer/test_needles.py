@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamsyn.config.train_section import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import NeedleKind, NeedlesSection
-from streamsyn.trainer.evaluation.chat import Chat
-from streamsyn.trainer.evaluation.filler import sentences
-from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions
-from streamsyn.trainer.evaluation.question import Question, recall
+from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Question, recall
+from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions, sentences
 from tests.trainer import tiny
 
 KINDS: tuple[NeedleKind, ...] = ("single", "multi_key", "multi_value", "multi_query")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.trainer.stream.examples import Example
-from streamsyn.trainer.stream.packer import Packer, Row, balanced, cost
+from streamsyn.trainer.examples import Example
+from streamsyn.trainer.stream.packing import Packer, Row, balanced, cost
 from tests.trainer.streams import example
 
 lengths = st.lists(st.integers(1, 100), max_size=60)

@@ -9,8 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
+from streamsyn.trainer.examples import Row
 from streamsyn.trainer.sources.pipe import PipedSamples
-from streamsyn.trainer.stream.examples import Row
 from tests.builders import disk_full_beyond
 from tests.trainer.streams import row
 

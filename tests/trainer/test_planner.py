@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
-from streamsyn.sglang.simulator.clock import run_virtually
-from streamsyn.trainer.sources.files import FileRows
+from streamsyn.simulator.virtual_time import run_virtually
+from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, StepPlan
+from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.sources.source import Mixed, Sources
-from streamsyn.trainer.stream.examples import Dropped, End, Example, Idle, Key, StepPlan
-from streamsyn.trainer.stream.reading import BATCH_ROWS
+from streamsyn.trainer.stream.feed import BATCH_ROWS
 from tests.trainer.streams import Arriving, Lengths, keys, planner, plans, row
 
 rows = st.lists(

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.trainer.figures.curves import read_curves, smoothed
-from streamsyn.trainer.figures.plot import draw
+from streamsyn.trainer.metrics.plot import draw, read_curves, smoothed
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train
 
@@ -160,7 +159,7 @@ def test_what_is_in_the_way_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "training.png").mkdir()
     with pytest.raises(SinkError, match=r"cannot write .*training\.png"):
         draw(tmp_path)
-    monkeypatch.setattr("streamsyn.trainer.figures.plot.find_spec", lambda _: None)
+    monkeypatch.setattr("streamsyn.trainer.metrics.plot.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="needs matplotlib"):
         draw(tmp_path)
 
@@ -169,7 +168,7 @@ def test_drawing_needs_no_torch(tmp_path: Path) -> None:
     """A picture can be drawn where nothing is trained."""
     write(tmp_path, step(1), step(2))
     code = (
-        "import sys; from pathlib import Path; from streamsyn.trainer.figures.plot import draw;"
+        "import sys; from pathlib import Path; from streamsyn.trainer.metrics.plot import draw;"
         f"draw(Path({json.dumps(str(tmp_path))})); sys.exit('torch' in sys.modules)"
     )
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode

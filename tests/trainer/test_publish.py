@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
+from streamsyn.config.sections import FleetSection
+from streamsyn.config.train_section import PublishSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import FleetSection, PublishSection
-from streamsyn.sglang.simulator.app import RunningSimulator, running
-from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.trainer.model.merging import merged
-from streamsyn.trainer.model.model import Placed
-from streamsyn.trainer.saving import servers as servers_module
-from streamsyn.trainer.saving.publish import Publisher
-from streamsyn.trainer.saving.servers import Servers
+from streamsyn.simulator.app import RunningSimulator, running
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.trainer.model.adapters import merged
+from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.saving import publish as servers_module
+from streamsyn.trainer.saving.publish import Publisher, Servers
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 

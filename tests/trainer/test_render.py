@@ -12,9 +12,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.sources.rundir import RunSamples
+from streamsyn.trainer.examples import Dropped, Example, Key
+from streamsyn.trainer.sources.run_samples import RunSamples
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.examples import Dropped, Example, Key
 from streamsyn.trainer.stream.render import MIN_PROMPT_TOKENS, Renderer
 from tests.builders import opened, sample, sink
 from tests.trainer.streams import keys, planner, plans

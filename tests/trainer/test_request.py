@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.request import TrainRequest, check, resolve
+from streamsyn.trainer.training_request import TrainRequest, check, resolve
 
 
 @pytest.fixture
@@ -113,6 +113,6 @@ def test_a_tracker_that_is_not_installed_is_named(folder: Path, monkeypatch: pyt
     def without_wandb(name: str) -> Any:
         return None if name == "wandb" else find_spec(name)
 
-    monkeypatch.setattr("streamsyn.trainer.request.find_spec", without_wandb)
+    monkeypatch.setattr("streamsyn.trainer.training_request.find_spec", without_wandb)
     with pytest.raises(ConfigError, match=r"train\.trackers: wandb needs .* pip install wandb"):
         check(asked(folder, '[train]\ntrackers = ["wandb"]'))

@@ -14,13 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.sink import frames
+from streamsyn.sink import shards
+from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog
-from streamsyn.sink.shard import OPEN_SUFFIX
-from streamsyn.trainer.sources.rundir import RunSamples
+from streamsyn.sink.shards import OPEN_SUFFIX
+from streamsyn.trainer.examples import Dropped, Example, Idle, Key, StepPlan
+from streamsyn.trainer.sources.run_samples import RunSamples
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.examples import Dropped, Example, Idle, Key, StepPlan
 from tests.builders import COMPRESSIONS, new_run, opened, sample, sink
 from tests.trainer.streams import Lengths, keys, planner, plans
 
@@ -42,7 +42,7 @@ def read_all(source: RunSamples, first: int = 0, limit: int = 7) -> list[int]:
     return seqs
 
 
-def shards(root: Path) -> list[Path]:
+def shard_files(root: Path) -> list[Path]:
     """All shards of samples, in order."""
     return sorted((root / "samples").glob("part-*"))
 
@@ -101,7 +101,9 @@ def test_each_row_is_read_once_whatever_the_run_does(
             log.finish()
         else:
             log.close()
-            if what == "kill" and (unsealed := [path for path in shards(root) if path.suffix == OPEN_SUFFIX]):
+            if what == "kill" and (
+                unsealed := [path for path in shard_files(root) if path.suffix == OPEN_SUFFIX]
+            ):
                 os.truncate(unsealed[0], max(0, unsealed[0].stat().st_size - number))
             log = RunLog(root, sink(compression=compression))
     rest = read_all(source, read)
@@ -131,7 +133,7 @@ def test_a_reader_beside_a_writer_loses_nothing(compression: str, tmp_path: Path
     writer.join()
 
     assert list(range(1500)) == seqs
-    assert len(shards(tmp_path)) > 25
+    assert len(shard_files(tmp_path)) > 25
 
 
 def test_only_the_last_line_of_the_manifest_tells_the_end(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_a_torn_row_is_not_there_yet(compression: str, tmp_path: Path) -> None:
     with opened(tmp_path, sink(compression=compression, shard_bytes=10**6)) as log:
         log.samples.append(written(0, 5))
         log.samples.append(written(5, 9))
-    [path] = shards(tmp_path)
+    [path] = shard_files(tmp_path)
     whole = path.read_bytes()
     seen: list[int] = []
     for end in range(0, len(whole) + 1, 37):
@@ -193,7 +195,7 @@ def test_a_damaged_sealed_shard_stops_the_reader(what: str, compression: str, tm
     with opened(tmp_path, sink(compression=compression)) as log:
         for first in range(0, 60, 3):
             log.samples.append(written(first, first + 3))
-    sealed = shards(tmp_path)[0]
+    sealed = shard_files(tmp_path)[0]
     damage(sealed, what)
 
     with pytest.raises(SinkError, match=rf"{sealed.name}: (row \d+|No such file)"):
@@ -204,7 +206,7 @@ def test_a_gap_in_the_open_shard_stops_the_reader(tmp_path: Path) -> None:
     """A row that is missing between two that are there will not come any more."""
     with opened(tmp_path, sink(shard_bytes=10**6)) as log:
         log.samples.append(written(0, 6))
-    [path] = shards(tmp_path)
+    [path] = shard_files(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3] + lines[4:]))
     source = RunSamples(tmp_path)
@@ -250,9 +252,9 @@ def test_rows_of_a_frame_are_not_decompressed_one_by_one(
     with opened(tmp_path, sink(compression="zstd", shard_bytes=8000)) as log:
         for first in range(0, 400, 50):
             log.samples.append(written(first, first + 50))
-    number = sum(1 for path in shards(tmp_path) for _ in frames.scan(path))
+    number = sum(1 for path in shard_files(tmp_path) for _ in shards.scan(path))
     assert number < 50
-    assert shards(tmp_path)[-1].suffix == OPEN_SUFFIX
+    assert shard_files(tmp_path)[-1].suffix == OPEN_SUFFIX
     made: list[int] = []
     real = zstandard.ZstdDecompressor
 
@@ -421,7 +423,7 @@ def test_rows_that_a_kill_took_back_are_waited_for(tmp_path: Path) -> None:
     step = asyncio.run(first.next(5))
     assert isinstance(step, StepPlan)
     first.close()
-    [path] = shards(tmp_path)
+    [path] = shard_files(tmp_path)
     whole = path.read_bytes()
     os.truncate(path, 100)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.sections import TrainSection
-from streamsyn.trainer.schedule import Schedule
+from streamsyn.config.train_section import TrainSection
+from streamsyn.trainer.loop import Schedule
 
 
 def section(**given: object) -> TrainSection:

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.trainer.stream.shuffle import ShuffleBuffer
+from streamsyn.trainer.stream.packing import ShuffleBuffer
 from tests.trainer.streams import example
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
+from streamsyn.trainer.examples import Idle, StepPlan
 from streamsyn.trainer.sources.source import Mixed, Sources
-from streamsyn.trainer.stream.examples import Idle, StepPlan
 from tests.trainer.streams import Arriving, keys, planner, plans, row
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from streamsyn.config.train_section import LoraSection, TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import LoraSection, TrainSection
-from streamsyn.trainer.model.memory import memory_told
+from streamsyn.trainer.model.pretrained import memory_told
 from streamsyn.trainer.training import place_among_ranks
 
 

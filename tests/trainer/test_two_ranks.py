@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
-from streamsyn.sglang.simulator.app import RunningSimulator, running
-from streamsyn.sglang.simulator.config import SimulatorConfig
+from streamsyn.simulator.app import RunningSimulator, running
+from streamsyn.simulator.settings import SimulatorConfig
 from tests.trainer import tiny
 from tests.trainer.sharding import Kind
 from tests.trainer.test_apart import SLIDING

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from streamsyn.trainer.stream.examples import Example, Key
+from streamsyn.trainer.examples import Example, Key
 
 torch.set_num_threads(1)
 

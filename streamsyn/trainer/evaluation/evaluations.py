@@ -1,17 +1,63 @@
-"""What is evaluated when: losses, and the questions of an exam. Decided on rank 0."""
+"""From the configuration to the questions that are asked while training.
 
+What is evaluated when: losses, and the questions of an exam. Decided on rank 0.
+"""
+
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from streamsyn.sections import TrainSection
-from streamsyn.trainer.evaluation.grading import Exam
-from streamsyn.trainer.evaluation.losses import CONTROL, Changes, Rows, deal_rows, summary
-from streamsyn.trainer.figures.steplog import read_lines
-from streamsyn.trainer.orders import Evaluate
-from streamsyn.trainer.stream.examples import Example, Key
+import structlog
+
+from streamsyn.config.loading import Config
+from streamsyn.config.train_section import TrainSection
+from streamsyn.trainer.commands import Evaluate
+from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Exam, Question
+from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_rows, summary
+from streamsyn.trainer.evaluation.longbench import longbench_questions
+from streamsyn.trainer.evaluation.needles import needle_questions
+from streamsyn.trainer.examples import Example, Key
+from streamsyn.trainer.metrics.step_log import read_lines
+
+log = structlog.get_logger()
+
+
+def open_exam(config: Config, tokenizer: Any, model: Any, out: Path) -> Exam | None:
+    """The questions of `train.needles` and `train.longbench`; None when neither is given.
+
+    Args:
+        config: The whole configuration.
+        tokenizer: That of `model`; a copy of it is used.
+        model: Says how many positions it knows, and what ends its answers.
+        out: Where the training keeps its files.
+
+    Raises:
+        ConfigError: They cannot be asked, or there are none.
+    """
+    section = config.train
+    if section.needles is None and section.longbench is None:
+        return None
+    chat = Chat(copy.deepcopy(tokenizer), _ends(model))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    questions: list[Question] = []
+    if section.needles is not None:
+        seed = config.run.seed
+        questions += needle_questions(section.needles, seed, chat, positions)
+    if section.longbench is not None:
+        longest = section.seq_len if positions is None else min(section.seq_len, positions)
+        questions += longbench_questions(section.longbench, chat, longest)
+    log.info("train.exam", questions=len(questions), parts=len({one.part for one in questions}))
+    return Exam(questions, chat, out)
+
+
+def _ends(model: Any) -> list[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+
 
 HeldOutRows = Callable[[], dict[str, list[Rows]]]
 """The held-out rows to evaluate now, for each kind and rank; none when nothing is held out so far."""

@@ -8,14 +8,14 @@ from typing import Any, Final
 
 import structlog
 
-from streamsyn.assembly.prompts import FAMILIES, KNOWN_TASKS
+from streamsyn.assembly.sample_prompts import FAMILIES, KNOWN_TASKS
+from streamsyn.config.train_section import LongBenchSection
 from streamsyn.errors import ConfigError
-from streamsyn.scoring.metrics import metric_of
-from streamsyn.sections import LongBenchSection
+from streamsyn.scoring.answer_metrics import metric_of
 from streamsyn.templates import PromptTemplate, packaged
-from streamsyn.trainer.evaluation.chat import Chat
-from streamsyn.trainer.evaluation.question import Question
-from streamsyn.trainer.sources.files import FileRows
+from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Question
+from streamsyn.trainer.sources.row_files import FileRows
 
 log = structlog.get_logger()
 

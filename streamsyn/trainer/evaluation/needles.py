@@ -1,4 +1,6 @@
-"""Retrieval from synthetic long texts, after RULER (Hsieh et al., arXiv 2404.06654): numbers in a haystack.
+"""Text in which something can be hidden: plain sentences of village life. There are no digits in them.
+
+Retrieval from synthetic long texts, after RULER (Hsieh et al., arXiv 2404.06654): numbers in a haystack.
 
 What is hidden, and asked for:
 
@@ -11,15 +13,42 @@ What is hidden, and asked for:
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from itertools import islice
 from typing import Final
 
+import orjson
+
+from streamsyn.config.train_section import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
-from streamsyn.sections import NeedleKind, NeedlesSection
-from streamsyn.trainer.evaluation.chat import Chat
-from streamsyn.trainer.evaluation.filler import sentences, words
-from streamsyn.trainer.evaluation.question import Question
+from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Question
+
+
+@cache
+def words(kind: str) -> tuple[str, ...]:
+    """Words that come with the package: `who`, `did`, `where`, `when`, `and`, `colours`, `things`."""
+    packaged = files("streamsyn") / "data" / "needles" / "words.json"
+    return tuple(orjson.loads(packaged.read_bytes())[kind])
+
+
+def sentences(chance: random.Random) -> Iterator[str]:
+    """Sentences without end, each with a capital letter and a full stop; no two in a row are alike."""
+    before = ""
+    while True:
+        parts = [chance.choice(words(kind)) for kind in ("who", "did", "where")]
+        if chance.random() < 0.6:
+            parts.append(chance.choice(words("when")))
+        if chance.random() < 0.4:
+            parts[-1] += ","
+            parts.append(chance.choice(words("and")))
+        text = " ".join(parts)
+        if text != before:
+            yield text[0].upper() + text[1:] + "."
+        before = text
+
 
 ANSWER_TOKENS: Final = 128
 """The longest answer, as in RULER."""

@@ -10,8 +10,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.sections import TrainSection
 
 
 def start_accelerator(section: TrainSection, micro_steps: int, tracking: Path | None = None) -> Accelerator:

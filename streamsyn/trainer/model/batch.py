@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from streamsyn.trainer.stream.examples import Example
+from streamsyn.trainer.examples import Example
 
 
 @dataclass(frozen=True, slots=True)

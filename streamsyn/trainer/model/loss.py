@@ -8,6 +8,8 @@ packing, nor the number of ranks, nor the number of rows that a rank takes one a
     token       sum_i L_i / sum_i N_i
     longwriter  the mean over rows of S/30 sum_i L_i / sum_i N_i, S samples in the row: what LongWriter's
                 code does, github.com/THUDM/LongWriter, train/; for comparison with models tuned by it
+
+The loss of each example of a row, for the record: nothing is trained by it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from streamsyn.trainer.stream.examples import Example
+from streamsyn.trainer.examples import Example
 
 LossKind = Literal["sequence", "token", "longwriter"]
 Row = Sequence[Example]
@@ -67,3 +69,11 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), labels, reduction="none")
+
+
+def example_means(losses: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
+    """`[count]`, float64: the mean of the losses `[N]` of each example's targets; `owner` as in a Batch."""
+    zeros = losses.new_zeros(max(count, 1), dtype=torch.float64)
+    sums = zeros.index_add(0, owner, losses.double())
+    targets = zeros.index_add(0, owner, torch.ones_like(losses, dtype=torch.float64))
+    return (sums / targets)[:count]

@@ -11,11 +11,11 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.lines import Line, LineSplitter
 from streamsyn.records import digest
-from streamsyn.seeds.lines import Line, LineSplitter
-from streamsyn.sink.finished import Claim, Claims
-from streamsyn.sink.shard import sync_folder
-from streamsyn.trainer.stream.examples import Row
+from streamsyn.sink.completed_keys import Claim, Claims
+from streamsyn.sink.shards import sync_folder
+from streamsyn.trainer.examples import Row
 
 log = structlog.get_logger()
 

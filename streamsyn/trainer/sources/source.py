@@ -1,10 +1,25 @@
 """What every source of rows can do."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from streamsyn.trainer.stream.examples import Row
+from streamsyn.errors import ConfigError
+from streamsyn.trainer.examples import Row
+
+
+@contextmanager
+def path_errors(flag: str, path: object) -> Iterator[None]:
+    """Within, what the system says of a path is the user's to mend.
+
+    Raises:
+        ConfigError: A path cannot be looked at: names too long, folders that are not ours to read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from error
 
 
 class Source(Protocol):

@@ -1,4 +1,6 @@
-"""Samples as tokens: the model's own chat template, and which tokens carry loss.
+"""A chat template of the user's, in place of the tokenizer's own: `train.chat_template`.
+
+Samples as tokens: the model's own chat template, and which tokens carry loss.
 
 The prompt is what the model will be given (with what the template puts in front of an answer); targets are
 the answer and the token that ends it. A conversation of many turns is trained on its last answer alone.
@@ -6,12 +8,38 @@ the answer and the token that ends it. A conversation of many turns is trained o
 
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.stream.examples import Dropped, Example, Key
+from streamsyn.trainer.examples import Dropped, Example, Key
+
+_TAG_OF_TRANSFORMERS = "generation"
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a template; None where none is named.
+
+    Raises:
+        ConfigError: It cannot be read, or is no Jinja.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"train.chat_template: cannot read {path}: {error}") from error
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except TemplateSyntaxError as error:
+        if _TAG_OF_TRANSFORMERS not in str(error.message):
+            raise ConfigError(f"train.chat_template: {path}:{error.lineno}: {error.message}") from error
+    return text
+
 
 MIN_PROMPT_TOKENS = 16
 """An over-long sample of whose prompt less than this would be left is dropped."""

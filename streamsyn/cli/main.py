@@ -1,0 +1,63 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+import signal
+import sys
+
+import click
+
+import streamsyn
+from streamsyn.cli.config import show_config
+from streamsyn.cli.demo import demo
+from streamsyn.cli.exits import EXIT_OTHER, EXIT_STOPPED, EXIT_USAGE, as_json, fail, on_signals, stop_early
+from streamsyn.cli.export import export
+from streamsyn.cli.preview import preview
+from streamsyn.cli.report import report
+from streamsyn.cli.run import run
+from streamsyn.cli.simulate import simulate
+from streamsyn.cli.train import train
+from streamsyn.cli.verify import verify
+from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
+from streamsyn.pipeline.delivery import secure_stdio
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(streamsyn.__version__)
+def cli() -> None:
+    """Write long contexts for short instruction-answer pairs, and make training samples of them.
+
+    \b
+    Exit codes: 0 every seed has an outcome; 2 usage or configuration; 3 too many rejects;
+    75 stopped early, run again to go on; 1 anything else.
+    """  # noqa: D301 - click keeps the lines of a paragraph that begins with a backspace
+
+
+for _command in (run, preview, verify, export, report, train, show_config, demo, simulate):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; errors that are the user's to mend are one line each."""
+    if sys.argv[1:2] in (["run"], ["demo"], ["train"]):
+        on_signals(stop_early)  # until the run has handlers of its own
+        if "--tethered" in sys.argv:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it means the run, which will tell us
+    secure_stdio()
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        if not as_json():
+            error.show()
+            sys.exit(EXIT_USAGE)
+        fail(error.format_message(), EXIT_USAGE)
+    except click.Abort:
+        sys.exit(EXIT_STOPPED)
+    except ConfigError as error:
+        fail(str(error), EXIT_USAGE)
+    except (SinkError, LaunchError, TrainingFailed) as error:
+        fail(str(error), EXIT_OTHER)
+    except StreamsynError as error:
+        fail(str(error), EXIT_STOPPED)
+    except Exception as error:
+        if not as_json():
+            raise
+        fail(repr(error), EXIT_OTHER, exc_info=True)

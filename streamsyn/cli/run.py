@@ -1,0 +1,92 @@
+"""`streamsyn run`."""
+
+import signal
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, EXIT_USAGE, fail, on_signals
+from streamsyn.cli.options import resolve, run_options
+from streamsyn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from streamsyn.pipeline.request import RunSummary
+
+
+@click.command()
+@run_options
+def run(**given: Any) -> None:
+    """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off.
+
+    With --train, a training follows the run; one signal stops first the run, then the training.
+    """
+    from streamsyn.pipeline.delivery import SampleStream
+    from streamsyn.pipeline.request import RunRequest
+    from streamsyn.pipeline.run import run as run_pipeline
+    from streamsyn.telemetry import configure_logs
+    from streamsyn.trainer.supervisor import training_beside
+
+    configure_logs(as_json=given["log_json"])
+    config = resolve(given, given["out"])
+    if given["launch"] and given["server"]:
+        raise ConfigError("--launch starts a server; give it or --server, not both")
+    if given["replay"] and not given["to_stdout"]:
+        raise ConfigError("--replay prints samples once more; give --stdout, too")
+    training = None
+    if given["train"]:
+        training = training_beside(given["train"], given["out"], as_json=given["log_json"])
+    stream = SampleStream() if given["to_stdout"] else None
+    request = RunRequest(
+        config=config,
+        out=given["out"],
+        stream=stream,
+        replay=given["replay"],
+        launch=given["launch"],
+        launch_python=given["sglang_python"],
+        launch_args=given["sglang_arg"],
+        show_progress=not (given["no_progress"] or given["log_json"]),
+        companion=training,
+    )
+    with nullcontext() if training is None else training.beside():
+        try:
+            summary = run_pipeline(request)
+        finally:
+            if training is None:
+                # The outcome stands: a signal that comes now has nothing left to stop.
+                on_signals(signal.SIG_IGN)
+            if stream is not None:
+                stream.close()
+        _close(summary, as_json=given["log_json"])
+        stopped = summary.stopped is not None or summary.interrupted
+        trained = 0 if training is None else training.finish(stopped=stopped)
+    on_signals(signal.SIG_IGN)
+    if training is not None and trained == EXIT_USAGE:
+        fail(f"the training cannot go on: {training.complaint}", EXIT_USAGE)
+    if summary.stopped:
+        sys.exit(EXIT_STOPPED)
+    if training is not None and trained == EXIT_OTHER:
+        fail(f"the run has ended, but not its training: {training.complaint}", EXIT_OTHER)
+    if trained:
+        sys.exit(EXIT_STOPPED)
+    if summary.reject_fraction > config.run.max_reject_fraction:
+        fail(
+            f"rejects are {summary.reject_fraction:.1%} of the outcomes, more than "
+            f"run.max_reject_fraction = {config.run.max_reject_fraction:.1%}",
+            EXIT_REJECTS,
+            prefix="",
+        )
+
+
+def _close(summary: "RunSummary", *, as_json: bool) -> None:
+    """Say what came of a run."""
+    import structlog
+
+    from streamsyn.pipeline.summary import closing_figures, closing_lines
+
+    if as_json:
+        structlog.get_logger().info("run.done", **closing_figures(summary))
+        return
+    for line in closing_lines(summary):
+        click.echo(line, err=True)

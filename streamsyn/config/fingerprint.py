@@ -1,0 +1,82 @@
+"""What of a configuration shapes outputs: the fingerprint that a resume must match."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamsyn.config.fields import Section, is_operational
+from streamsyn.config.loading import Config
+from streamsyn.errors import ConfigError
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """What shapes outputs, as dotted key -> value: all keys that are not operational.
+
+    Raises:
+        ConfigError: A template cannot be read.
+    """
+    return dict(_shaping(config, ""))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The keys of two fingerprints that differ, each with both values; nothing when they are the same.
+
+    A key that was not there yet `before` had its value of `defaults`.
+    """
+    before = {key: value for key, value in defaults.items() if key in now} | dict(before)
+    return "; ".join(
+        f"{key}: {_short(before.get(key))} before, {_short(now.get(key))} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if is_operational(field):
+            continue
+        if isinstance(value, Section):
+            yield from _shaping(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            for key, below in value.items():
+                if isinstance(below, Section):
+                    yield from _shaping(below, f"{prefix}{name}.{key}.")
+                else:
+                    yield f"{prefix}{name}.{key}", below
+        elif isinstance(value, Path):
+            # a template shapes outputs by its text, not by where it lies
+            try:
+                yield prefix + name, value.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{prefix}{name}: cannot read {value}: {error}") from error
+        else:
+            yield prefix + name, value
+
+
+def lasting(config: Config) -> dict[str, Any]:
+    """The configuration as a later run, from wherever it is started, can go on with it."""
+    saved = config.model_dump(mode="json")
+    for source in saved["seeds"]["sources"]:
+        if source["path"] != "-":
+            source["path"] = str(Path(source["path"]).absolute())
+    recipe, assembly, checks, sink = saved["recipe"], saved["assembly"], saved["checks"], saved["sink"]
+    for settings, key in ((assembly, "corpus"), (checks, "eval_sets")):
+        settings[key] = [str(Path(path).absolute()) for path in settings[key]]
+    if sink["mirror"] and "://" not in sink["mirror"]:
+        sink["mirror"] = str(Path(sink["mirror"]).absolute())
+    if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else it is on the hub
+        assembly["tokenizer"] = str(Path(assembly["tokenizer"]).absolute())
+    templates = [recipe, assembly, saved["scoring"], *recipe["tasks"].values(), *assembly["tasks"].values()]
+    paths = [(settings, "template") for settings in templates]
+    paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
+    paths.append((saved["seeds"], "task_losses"))
+    for settings, key in paths:
+        if settings[key] is not None:
+            settings[key] = str(Path(settings[key]).absolute())
+    return saved

@@ -1,0 +1,146 @@
+"""The configuration: one TOML file, overrides laid over it, and what of it makes up a run's fingerprint."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from streamsyn.config.fields import Section, operational
+from streamsyn.config.sections import (
+    AssemblySection,
+    ChecksSection,
+    FleetSection,
+    RecipeSection,
+    RunSection,
+    ScoringSection,
+    SeedsSection,
+    SinkSection,
+)
+from streamsyn.config.train_section import TrainSection
+from streamsyn.errors import ConfigError
+
+
+class Config(Section):
+    """All sections."""
+
+    run: RunSection = RunSection()
+    seeds: SeedsSection = SeedsSection()
+    recipe: RecipeSection = RecipeSection()
+    checks: ChecksSection = ChecksSection()
+    scoring: ScoringSection = ScoringSection()
+    fleet: FleetSection = FleetSection()
+    sink: SinkSection = SinkSection()
+    assembly: AssemblySection = AssemblySection()
+    train: Annotated[TrainSection, operational] = TrainSection()
+
+
+def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config:
+    """The configuration in `path`, with `overrides` as (dotted key, value) laid over it.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is wrong; the message names it.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+        except ValueError as error:  # that of tomllib, or that of a number with too many digits
+            raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    for key, value in overrides:
+        _put(tree, key, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise ConfigError(where + "; ".join(_explained(error.errors()))) from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` of `--set`: the value is TOML where it parses as such, else plain text.
+
+    Raises:
+        ConfigError: There is no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key=value, as in run.seed=1, not {text!r}")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except ValueError:
+        parsed = value
+    return key.strip(), parsed
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {section} is a value, it has no keys below it")
+    tree[name] = value
+
+
+def _explained(problems: Iterable[Any]) -> Iterable[str]:
+    """One line a key. Where a value may be of several kinds, pydantic has a problem for each of them."""
+    by_key: dict[str, list[Any]] = {}
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"] if not _names_a_kind(str(part)))
+        by_key.setdefault(key, []).append(problem)
+    for key, found in by_key.items():
+        if any(longer.startswith(f"{key}.") for longer in by_key):
+            continue  # what stands below it says more
+        if found[0]["type"] == "extra_forbidden":
+            yield _unknown(key)
+        else:
+            messages = " or ".join(
+                dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in found)
+            )
+            yield f"{key}: {messages} (got {found[0]['input']!r})"
+
+
+def _names_a_kind(part: str) -> bool:
+    """Whether a part of pydantic's location is no key but one of the kinds that a value may be of."""
+    return part in ("str", "bool", "int", "float") or "[" in part or part.endswith(("-float", "Section"))
+
+
+def _unknown(key: str) -> str:
+    *level, name = key.split(".")
+    known = [parts for parts in (key.split(".") for key in known_keys()) if len(parts) > len(level)]
+    siblings = {
+        parts[len(level)]
+        for parts in known
+        if all(part in ("*", above) for part, above in zip(parts, level, strict=False))
+    }
+    near = difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.5)
+    near = [".".join([*level, *near])] if near else difflib.get_close_matches(key, known_keys(), 1, 0)
+    return f"unknown key {key}; the nearest known one is {near[0]}"
+
+
+def known_keys() -> list[str]:
+    """Every key there is, dotted; a `*` stands for a task's name or a source's number."""
+    return list(_keys(Config, ""))
+
+
+def _keys(section: type[Section], prefix: str) -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        below = next(_sections_in(kind), None)
+        is_table = below is kind or (get_origin(kind) in (UnionType, Union) and below in get_args(kind))
+        if below is not kind:
+            yield prefix + name
+        if below is not None:
+            yield from _keys(below, f"{prefix}{name}." if is_table else f"{prefix}{name}.*.")
+
+
+def _sections_in(kind: Any) -> Iterator[type[Section]]:
+    """The sections that a value of `kind` may hold."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        yield kind
+    for part in get_args(kind):
+        yield from _sections_in(part)

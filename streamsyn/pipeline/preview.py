@@ -1,0 +1,49 @@
+"""`streamsyn preview`: what would be sent for the first seeds, without asking a server."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from streamsyn.config.loading import Config
+from streamsyn.errors import ConfigError
+from streamsyn.recipes.recipe import RejectedDraft
+from streamsyn.recipes.registry import load_recipe
+from streamsyn.records import BadSeed, Draft, RejectReason, Request, Seed
+from streamsyn.seeds.reader import SeedReader
+
+
+def preview(config: Config, limit: int) -> Iterator[str]:
+    """Readable pieces of text, one a seed.
+
+    Raises:
+        ConfigError: The configuration or a source cannot be used.
+    """
+    recipe = load_recipe(config.recipe, config.checks)
+    reader = SeedReader(
+        config.seeds, config.run.seed, spool_folder=None, takes_documents=recipe.takes_documents
+    )
+    if not reader.has_sources:
+        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
+    entries = (entry for batch in reader.batches(lambda _: False) for entry in batch)
+    for entry in islice(entries, limit):
+        if isinstance(entry, BadSeed):
+            yield _rejected(entry.origin, entry.reason, entry.detail)
+            continue
+        try:
+            yield _shown(entry, next(recipe.steps(Draft(entry))), recipe.outlook())
+        except RejectedDraft as rejected:
+            yield _rejected(entry.origin, rejected.reason, rejected.detail)
+    reader.stop()
+
+
+def _shown(seed: Seed, request: Request, outlook: str) -> str:
+    sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
+    document = f", a document of {len(seed.context.split())} words" if seed.context else ""
+    parts = [f"=== {seed.origin}: seed {seed.id}, task {seed.task}{document} ({sampling})"]
+    parts += [f"--- {message['role']}\n{message['content']}" for message in request.messages]
+    if outlook:
+        parts.append(f"--- {outlook}")
+    return "\n".join(parts) + "\n"
+
+
+def _rejected(origin: str, reason: RejectReason, detail: str) -> str:
+    return f"=== {origin}: would be rejected: {reason}: {detail}\n"

@@ -1,0 +1,155 @@
+"""From the configuration to an examiner, and to the fleet that scores for it."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamsyn.config.loading import Config
+from streamsyn.config.sections import ChecksSection, FleetSection
+from streamsyn.errors import ConfigError
+from streamsyn.fleet.fleet import Fleet
+from streamsyn.fleet.server import specs
+from streamsyn.scoring.examiner import Examiner, Scores
+from streamsyn.scoring.requests import AnswerPrompt
+from streamsyn.telemetry import Counters
+
+if TYPE_CHECKING:
+    from streamsyn.scoring.contamination import EvalSets
+    from streamsyn.scoring.duplicates import Duplicates
+
+INDEX = Path("index") / "duplicates.sqlite"
+"""Below the run directory: what is known of the contexts so far. Derived from the log."""
+
+Opening = Callable[[FleetSection], AbstractAsyncContextManager[Fleet]]
+Rows = Callable[[int], Iterable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What contexts are examined by.
+
+    Attributes:
+        examiner: Does it.
+        fleet: What it asks: a fleet of its own, or the one that writes; None where it asks nobody.
+        shaping: What shapes its findings, besides the configuration.
+    """
+
+    examiner: Examiner
+    fleet: Fleet | None
+    shaping: dict[str, Any]
+
+
+@asynccontextmanager
+async def open_examination(
+    config: Config, root: Path, contexts: Rows, writing: Fleet, opening: Opening, counters: Counters
+) -> AsyncIterator[Examination]:
+    """Everything that the configuration wants contexts examined by.
+
+    Args:
+        config: Says what is wanted.
+        root: The run directory.
+        contexts: Reads the contexts in its log, from a row on.
+        writing: The fleet that writes; it has been asked for its models.
+        opening: Opens a fleet that only scores.
+        counters: Told what scoring costs.
+
+    Raises:
+        ConfigError: Something that it takes cannot be used.
+        FleetGone: None of the servers that are to score came up.
+    """
+    checks, scoring = config.checks, config.scoring
+    shaping: dict[str, Any] = {}
+    eval_sets = await asyncio.to_thread(_eval_sets, checks)
+    if eval_sets is not None:
+        shaping["checks.eval_sets"] = eval_sets.digest
+    async with (
+        _scoring_fleet(config, writing, opening) as fleet,
+        _duplicates(checks, root / INDEX, contexts) as duplicates,
+    ):
+        scores: Scores | None = None
+        if fleet is not None:
+            model = _model(fleet, scoring.model)
+            prompt = await asyncio.to_thread(AnswerPrompt, scoring.template)
+            if checks.context_gain:
+                await _check(fleet, model)
+            scores = Scores(checks, scoring, prompt, fleet, model, counters)
+            shaping |= {"scoring.model": model, "scoring.prompt": prompt.digest}
+        yield Examination(Examiner(checks, eval_sets, duplicates, scores), fleet, shaping)
+
+
+@asynccontextmanager
+async def _scoring_fleet(config: Config, writing: Fleet, opening: Opening) -> AsyncIterator[Fleet | None]:
+    """The fleet that scores, once it is known which models it serves."""
+    checks, scoring = config.checks, config.scoring
+    if not (checks.context_gain or checks.answerable):
+        yield None
+    elif not scoring.servers:
+        yield writing
+    else:
+        ours: dict[str, Any] = {"servers": scoring.servers, "model": scoring.model, "models": {}}
+        section = config.fleet.model_copy(update={**ours, "servers_file": None, "servers_dns": None})
+        with _in_words_of_scoring():
+            specs(section)
+        async with opening(section) as fleet:
+            with _in_words_of_scoring():
+                await fleet.ask_models()
+            yield fleet
+
+
+@contextmanager
+def _in_words_of_scoring() -> Iterator[None]:
+    """What is wrong with servers is told with the keys of `fleet`; here, others name them."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"\bfleet\.(?=(servers|model)\b)", "scoring.", str(error))) from error
+
+
+def _eval_sets(checks: ChecksSection) -> "EvalSets | None":
+    if not checks.eval_sets:
+        return None
+    from streamsyn.scoring.contamination import EvalSets
+
+    return EvalSets(checks.eval_sets, checks.eval_ngram_words)
+
+
+@asynccontextmanager
+async def _duplicates(
+    checks: ChecksSection, path: Path, contexts: Rows
+) -> AsyncIterator["Duplicates | None"]:
+    """The index of contexts so far, where one is wanted."""
+    if checks.near_duplicate == "off":
+        yield None
+        return
+    from streamsyn.scoring.duplicates import Duplicates
+
+    duplicates = await asyncio.to_thread(Duplicates, path, checks.similarity)
+    try:
+        await asyncio.to_thread(_catch_up, duplicates, contexts)
+        yield duplicates
+    finally:
+        await asyncio.to_thread(duplicates.close)
+
+
+def _catch_up(duplicates: "Duplicates", contexts: Rows) -> None:
+    if not duplicates.catch_up(contexts(duplicates.next_seq)):
+        duplicates.catch_up(contexts(0))
+
+
+def _model(fleet: Fleet, wanted: str | None) -> str:
+    """The model that scores: `scoring.model`, else the first by name."""
+    if wanted is not None and wanted not in fleet.models:
+        there_are = ", ".join(sorted(fleet.models))
+        raise ConfigError(f"scoring.model: the servers are asked for {there_are}, not {wanted}")
+    return wanted or min(fleet.models)
+
+
+async def _check(fleet: Fleet, model: str) -> None:
+    try:
+        await fleet.check_scores(model)
+    except ConfigError as error:
+        raise ConfigError(f"checks.context_gain: {error}") from error

@@ -1,0 +1,344 @@
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from aiohttp import web
+
+from streamsyn.errors import ConfigError, root_cause
+from streamsyn.simulator import protocol
+from streamsyn.simulator.chat import Chat
+from streamsyn.simulator.control import Control
+from streamsyn.simulator.faults import Script
+from streamsyn.simulator.generation import Generation
+from streamsyn.simulator.native import Native
+from streamsyn.simulator.prose import Spelling
+from streamsyn.simulator.protocol import Asked, Line, Reply
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
+from streamsyn.simulator.timeline import Timeline, playing
+from streamsyn.simulator.weights import Steering
+
+LINGER_NOT: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER with no time: closing sends a reset, not an orderly end."""
+BACKLOG: Final = 4096
+
+
+class HttpLine:
+    """The way back over HTTP; `response` is what the web framework wants to have in the end."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self.response: web.StreamResponse = web.Response()
+
+    async def send(self, reply: Reply) -> None:
+        headers = {"Content-Type": reply.content_type} if reply.content_type else None
+        self.response = web.Response(status=reply.status, body=reply.body, headers=headers)
+        await self.response.prepare(self._request)
+        await self.response.write_eof()
+
+    async def stream(self, data: bytes) -> None:
+        await self._begin()
+        await self.response.write(data)
+
+    async def end(self) -> None:
+        await self.response.write_eof()
+
+    async def cut(self, reply: Reply | None = None) -> None:
+        if reply is not None:
+            self.response = web.StreamResponse(headers={"Content-Type": reply.content_type or ""})
+            self.response.content_length = len(reply.body)
+            await self.response.prepare(self._request)
+            await self.response.write(reply.body[: len(reply.body) // 2])
+        await self._begin()
+        if self._request.transport is not None:
+            self._request.transport.close()
+
+    def reset(self) -> None:
+        transport = self._request.transport
+        if transport is not None and not transport.is_closing():
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
+            transport.abort()
+
+    async def _begin(self) -> None:
+        if not self.response.prepared:
+            headers = {"Content-Type": "text/event-stream; charset=utf-8"}
+            self.response = web.StreamResponse(headers=headers)
+            await self.response.prepare(self._request)
+
+
+class Door:
+    """The address that a server listens at; while it is shut, connections to it are refused.
+
+    Args:
+        runner: What serves the connections; it is set up.
+        host: Where to listen.
+        port: 0 picks a free one, which is kept.
+    """
+
+    def __init__(self, runner: web.AppRunner, host: str, port: int) -> None:
+        self._runner = runner
+        self._host = host
+        self.port = port
+        self._listening: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Listens.
+
+        Raises:
+            ConfigError: The address is taken, or is none of ours.
+        """
+        assert self._runner.server is not None
+        try:
+            self._listening = await asyncio.get_running_loop().create_server(
+                self._runner.server, self._host, self.port, backlog=BACKLOG
+            )
+        except OSError as error:
+            said = f"cannot listen at {self._host}:{self.port}: {error.strerror or error}"
+            raise ConfigError(said) from error
+        self.port = self._listening.sockets[0].getsockname()[1]
+
+    def shut(self) -> None:
+        """Listens no more; connections that exist live on."""
+        if self._listening is None:
+            return
+        loop = asyncio.get_running_loop()
+        for listener in self._listening.sockets:
+            loop.remove_reader(listener.fileno())
+        # A connection that was just accepted becomes one in this turn of the loop, and fails if its server
+        # is closed by then.
+        loop.call_soon(self._listening.close)
+        self._listening = None
+
+
+OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics")
+"""Paths that begin so need no key (srt/utils/auth.py)."""
+
+Telling: TypeAlias = Callable[[Asked], protocol.Reply | Awaitable[protocol.Reply]]
+Route: TypeAlias = Generation | Telling
+
+
+class Routes:
+    """All that the server answers to, whatever carries requests to it: the key, counting, the routes."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        key = simulation.config.api_key
+        self._key = key.encode() if key is not None else None
+        chat = Generation(simulation, Chat(), json_only=True)
+        spelling = Spelling()
+        generate = Generation(simulation, Native(spelling, simulation.weights), json_only=False)
+        self._routes: dict[str, dict[str, Route]] = {
+            "/v1/chat/completions": {"POST": chat},
+            "/generate": {"POST": generate, "PUT": generate},
+            **_telling(Control(simulation, spelling)),
+            **_steering(Steering(simulation.weights, simulation.engine, simulation.config.load_s)),
+        }
+
+    async def serve(self, asked: Asked, line: Line) -> None:
+        """Answers one request on its line."""
+        methods = self._routes.get(asked.path)
+        route = methods.get(asked.method) if methods else None
+        self._simulation.stats.by_route[asked.path if route else "unknown"] += 1
+        if not self._may(asked):
+            await line.send(protocol.reply({"error": "Unauthorized"}, 401))
+        elif isinstance(route, Generation):
+            await route.serve(asked, line)
+        elif route:
+            told = route(asked)
+            await line.send(told if isinstance(told, protocol.Reply) else await told)
+        elif methods:
+            await line.send(protocol.reply({"detail": "Method Not Allowed"}, 405))
+        else:
+            await line.send(protocol.reply({"detail": "Not Found"}, 404))
+
+    def _may(self, asked: Asked) -> bool:
+        if self._key is None or asked.path.startswith(OPEN_TO_ALL):
+            return True
+        scheme, _, token = asked.authorization.partition(" ")
+        return scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), self._key)
+
+
+def _telling(control: Control) -> dict[str, dict[str, Route]]:
+    """The routes that are answered at once."""
+    return {
+        "/v1/loads": _get(control.loads),
+        "/v1/models": _get(control.models),
+        "/server_info": _get(control.server_info),
+        "/get_server_info": _get(control.server_info),
+        "/model_info": _get(control.model_info),
+        "/get_model_info": _get(control.model_info),
+        "/tokenize": {"POST": control.tokenize},
+        "/v1/tokenize": {"POST": control.tokenize},
+        "/abort_request": {"POST": control.abort},
+        "/flush_cache": _get(control.flush) | {"POST": control.flush},
+        "/metrics": _get(control.metrics),
+        "/simulator/stats": _get(control.stats),
+        "/simulator/reset": {"POST": control.reset},
+    }
+
+
+def _steering(steering: Steering) -> dict[str, dict[str, Route]]:
+    """The routes that a pause and other weights are about."""
+    return {
+        "/health": _get(steering.health),
+        "/health_generate": _get(steering.health),
+        "/ready": _get(steering.ready),
+        "/pause_generation": {"POST": steering.pause},
+        "/continue_generation": {"POST": steering.go_on},
+        "/update_weights_from_disk": {"POST": steering.update},
+    }
+
+
+def _get(route: Telling) -> dict[str, Route]:
+    return {"GET": route, "HEAD": route}
+
+
+BODY_LIMIT_BYTES: Final = 256 * 2**20
+DRAIN_S: Final = 30.0
+"""What runs at SIGTERM has this long to finish."""
+KILLED: Final = 137
+
+SIMULATION: Final = web.AppKey("simulation", Simulation)
+
+
+def make_app(
+    config: SimulatorConfig, *, script: Script | None = None, on_death: Callable[[], None] = lambda: None
+) -> web.Application:
+    """The simulator as an application; `running` and `serve` serve it as it is meant to be.
+
+    Another runner must set `keepalive_timeout=config.keep_alive_s` and `handler_cancellation=True` (else a
+    client that goes away leaves its request running). `on_death` is called when `die_after` strikes; all
+    connections are reset then, and each new one at its first request.
+    """
+    simulation = Simulation(config, script, on_death)
+    routes = Routes(simulation)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        line = HttpLine(request)
+        if simulation.gone:
+            line.reset()
+            return line.response
+        if request.transport is not None:
+            simulation.connected(request.transport)
+        headers = request.headers
+        asked = Asked(
+            request.method,
+            request.path,
+            request.query if request.query_string else {},
+            headers.get("Authorization", ""),
+            headers.get("Content-Type", ""),
+            await request.read(),
+        )
+        await routes.serve(asked, line)
+        return line.response
+
+    app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+    app[SIMULATION] = simulation
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSimulator:
+    """A simulator that listens at `url`."""
+
+    url: str
+    simulation: Simulation
+
+
+@asynccontextmanager
+async def running(
+    config: SimulatorConfig,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    script: Script | None = None,
+    timeline: Timeline | None = None,
+    on_death: Callable[[], None] = lambda: None,
+    drain_s: float = 0.1,
+) -> AsyncIterator[RunningSimulator]:
+    """Serves within this event loop; port 0 picks a free one. What runs at the end has `drain_s` to finish.
+
+    Connections are refused while it is down and once it is dead. With a timeline, errors come in a group.
+
+    Raises:
+        ConfigError: the address cannot be listened at.
+    """
+
+    def die() -> None:
+        door.shut()
+        on_death()
+
+    app = make_app(config, script=script, on_death=die)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=config.keep_alive_s,
+        shutdown_timeout=drain_s,
+    )
+    await runner.setup()
+    door = Door(runner, host, port)
+    try:
+        await door.open()
+        shown = f"[{host}]" if ":" in host else host
+        async with playing(timeline, app[SIMULATION], door):
+            yield RunningSimulator(f"http://{shown}:{door.port}", app[SIMULATION])
+    finally:
+        door.shut()
+        await runner.cleanup()
+
+
+def serve(
+    config: SimulatorConfig,
+    host: str,
+    port: int,
+    *,
+    script: Script | None = None,
+    timeline: Timeline | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then lets what runs finish; a second signal aborts it.
+
+    Death, by `die_after` or the timeline, ends the process here, as abruptly as SIGKILL would.
+
+    Raises:
+        ConfigError: the address cannot be listened at.
+    """
+    try:
+        asyncio.run(_serve(config, host, port, script, timeline))
+    except BaseExceptionGroup as group:
+        raise root_cause(group) from None
+
+
+async def _serve(
+    config: SimulatorConfig, host: str, port: int, script: Script | None, timeline: Timeline | None
+) -> None:
+    stopping = asyncio.Event()
+    async with running(
+        config,
+        host,
+        port,
+        script=script,
+        timeline=timeline,
+        on_death=lambda: os._exit(KILLED),
+        drain_s=DRAIN_S,
+    ) as server:
+
+        def stop() -> None:
+            if stopping.is_set():
+                server.simulation.engine.abort_all()
+            stopping.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        sys.stderr.write(f"simulating SGLang at {server.url} (model {config.model})\n")
+        sys.stderr.flush()
+        await stopping.wait()

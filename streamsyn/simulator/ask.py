@@ -1,0 +1,171 @@
+"""What a client asks of the simulator, and what it answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from streamsyn.simulator.faults import Fault
+from streamsyn.simulator.prose import Prose, found, told
+from streamsyn.simulator.radix_cache import CHARACTERS_A_TOKEN, count_tokens
+from streamsyn.simulator.settings import SimulatorConfig
+
+EOS_ID: Final = 2
+
+
+PAIR_FORM: Final = "Question: ...\nAnswer: ..."
+"""A question that holds this is answered in this form."""
+
+
+REFUSAL: Final = "I'm sorry, but I can't help with writing this document."
+
+
+Finish = dict[str, Any]
+"""A finish reason as `meta_info` has it; the chat route shows its `type` and `matched`."""
+
+
+STOPPED: Final[Finish] = {"type": "stop", "matched": EOS_ID}
+
+
+ABORTED: Final[Finish] = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+
+
+ABORTED_WAITING: Final[Finish] = {"type": "abort", "message": "Abort in waiting queue"}
+
+
+class Refused(Exception):
+    """Raised when a request is answered with 400; the text is the message."""
+
+
+class Malformed(Exception):
+    """Raised when a body is no JSON object or lacks what its schema asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request asks for, whatever its dialect."""
+
+    rid: str
+    model: str
+    prompt: str | list[int]
+    question: str
+    """What a fault may paste back: the last user message, or the prompt's text."""
+    max_tokens: int | None
+    stream: bool = False
+    include_usage: bool = False
+    is_exam: bool = False
+    """One message alone, to be answered greedily: taken for a question about the text before it."""
+    ids: list[int] | None = None
+    """The prompt's token ids, where it came as such."""
+    logprob_start: int | None = None
+    """Where input logprobs begin; None when none are asked for."""
+
+    @property
+    def reuse_limit(self) -> int | None:
+        """Tokens before the first logprob may come from the cache; the others are computed."""
+        return self.logprob_start
+
+
+def whole_number(body: Mapping[str, Any], name: str) -> int | None:
+    """The integer under `name`, None if there is none.
+
+    Raises:
+        Malformed: it is something else.
+    """
+    value = body.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise Malformed(f"{name}: Input should be a valid integer")
+
+
+def check_length(ask: Ask, config: SimulatorConfig) -> Ask:
+    """The ask, if its prompt and answer fit the context (`TokenizerManager._validate_one_request`).
+
+    Raises:
+        Refused: they do not.
+    """
+    tokens = count_tokens(ask.prompt)
+    if tokens >= config.context_tokens:
+        raise Refused(
+            f"The input ({tokens} tokens) is longer than the model's context length "
+            f"({config.context_tokens} tokens)."
+        )
+    if ask.max_tokens is not None and tokens + ask.max_tokens > config.context_tokens:
+        raise Refused(
+            f"Requested token count exceeds the model's maximum context length of {config.context_tokens} "
+            f"tokens. You requested a total of {tokens + ask.max_tokens} tokens: {tokens} tokens from the "
+            f"input messages and {ask.max_tokens} tokens for the completion. Please reduce the number of "
+            "tokens in the input messages or the completion to fit within the limit."
+        )
+    return ask
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of an ask."""
+
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    seconds: float
+    retractions: int = 0
+    """How often it was thrown out of the running batch."""
+    weights: list[dict[str, Any]] = field(default_factory=list)
+    """Which weights wrote it: `version`, and `start` and `end` in its tokens."""
+
+    @property
+    def aborted(self) -> bool:
+        """Whether it ended before its end."""
+        return bool(self.finish["type"] == "abort")
+
+    @property
+    def weight_version(self) -> str:
+        """Of the weights that wrote its end."""
+        return str(self.weights[-1]["version"])
+
+
+def cut_short(tokens: int) -> Finish:
+    """The end of an answer for whose other tokens there was no room."""
+    return {"type": "length", "length": tokens}
+
+
+def compose(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> tuple[str, Finish]:
+    """What is to be written, and how it ends."""
+    if ask.max_tokens == 0:
+        return "", cut_short(0)
+    text = _content(ask, fault, prose, words)
+    tokens = count_tokens(text)
+    if ask.max_tokens is not None and tokens > ask.max_tokens:
+        return text[: ask.max_tokens * CHARACTERS_A_TOKEN], cut_short(ask.max_tokens)
+    if fault is Fault.TRUNCATED:
+        return text, cut_short(tokens)
+    return text, ABORTED if fault is Fault.ABORTED else STOPPED
+
+
+def _content(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> str:
+    match fault:
+        case Fault.EMPTY:
+            return ""
+        case Fault.SHORT:
+            return prose.write(min(words, 6))
+        case Fault.REFUSAL:
+            return REFUSAL
+        case Fault.REPETITION:
+            sentence = prose.write(16)
+            return " ".join([sentence] * max(8, words // 16))
+        case Fault.ECHO:
+            return ask.question
+        case Fault.QA:
+            last = ask.question.rstrip().rpartition("\n")[2]
+            return f"{prose.write(words)}\n\nQuestion: {ask.question}\nAnswer: {last}"
+        case Fault.TRUNCATED | Fault.ABORTED:
+            text = prose.write(words)
+            return text[: len(text) * 3 // 5]
+        case _ if PAIR_FORM in ask.question:
+            return prose.pair()
+        case _:
+            return (found(ask.question) if ask.is_exam else "") or prose.about(told(ask.question), words)
+
+
+DEFAULT_MODEL: Final = "default"

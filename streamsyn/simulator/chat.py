@@ -1,0 +1,122 @@
+"""POST /v1/chat/completions (srt/entrypoints/openai/protocol.py, serving_chat.py, sse_utils.py)."""
+
+import time
+from typing import Any
+
+from streamsyn.simulator import protocol
+from streamsyn.simulator.ask import DEFAULT_MODEL, Answer, Ask, Malformed, Refused, whole_number
+
+
+class Chat:
+    """How the chat route reads a body and words its answers."""
+
+    def ask(self, body: dict[str, Any], rid: str) -> Ask:
+        """What `body` asks for; `rid` stands in where it names none."""
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise Malformed("messages: Field required, a list of objects")
+        if not messages:
+            raise Refused("Messages cannot be empty.")
+        if body.get("n", 1) != 1:
+            raise Refused("The simulator writes one choice a request: n must be 1.")
+        options = body.get("stream_options")
+        named = body.get("rid")
+        return Ask(
+            rid=named if isinstance(named, str) else rid,
+            model=str(body.get("model", DEFAULT_MODEL)),
+            prompt=render(messages, goes_on=bool(body.get("continue_final_message"))),
+            question=next((_text(m) for m in reversed(messages) if m.get("role") == "user"), ""),
+            max_tokens=whole_number(body, "max_completion_tokens") or whole_number(body, "max_tokens"),
+            is_exam=len(messages) == 1 and body.get("temperature") == 0,
+            stream=body.get("stream") is True,
+            include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        )
+
+    def refusal(self, message: str) -> protocol.Reply:
+        """400."""
+        return protocol.reply(protocol.error(message, "BadRequestError", 400), 400)
+
+    def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]:
+        """A `chat.completion`."""
+        return {
+            "id": ask.rid,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": ask.model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": answer.text, "reasoning_content": None},
+                    "logprobs": None,
+                    "finish_reason": answer.finish["type"],
+                    "matched_stop": answer.finish.get("matched"),
+                }
+            ],
+            "usage": _usage(answer),
+            "metadata": {"weight_version": answer.weight_version, "weight_versions": answer.weights},
+        }
+
+    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes:
+        """The next piece; the first one is empty and names the role."""
+        delta: dict[str, Any] = {"reasoning_content": None}
+        if not so_far and not piece:
+            delta["role"] = "assistant"
+        delta["content"] = piece
+        return _chunk(
+            ask, {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "matched_stop": None}
+        )
+
+    def last(self, ask: Ask, answer: Answer) -> bytes:
+        """The finish reason, and the usage where it was asked for."""
+        end = {
+            "index": 0,
+            "delta": {"reasoning_content": None},
+            "logprobs": None,
+            "finish_reason": answer.finish["type"],
+            "matched_stop": answer.finish.get("matched"),
+        }
+        if not ask.include_usage:
+            return _chunk(ask, end)
+        usage = {**_head(ask), "choices": [], "usage": _usage(answer)}
+        return _chunk(ask, end) + protocol.event(usage)
+
+
+def render(messages: list[dict[str, Any]], *, goes_on: bool) -> str:
+    """The messages under a ChatML-like template, open for the assistant.
+
+    With `goes_on` a last message of the assistant stays open, so that prompt and answer together begin the
+    prompt of the next step. Without, the real server makes a user message of it.
+    """
+    *before, last = messages
+    parts = [f"<|{message.get('role')}|>\n{_text(message)}<|end|>\n" for message in before]
+    if last.get("role") == "assistant" and goes_on:
+        return f"{''.join(parts)}<|assistant|>\n{_text(last)}"
+    role = "user" if last.get("role") == "assistant" else last.get("role")
+    return f"{''.join(parts)}<|{role}|>\n{_text(last)}<|end|>\n<|assistant|>\n"
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):  # content parts, of which only text is understood here
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+        "completion_tokens": answer.completion_tokens,
+        # What --enable-cache-report adds; without that flag the real server says null.
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+        "reasoning_tokens": 0,
+        "completion_tokens_details": None,
+    }
+
+
+def _head(ask: Ask) -> dict[str, Any]:
+    return {"id": ask.rid, "object": "chat.completion.chunk", "created": int(time.time()), "model": ask.model}
+
+
+def _chunk(ask: Ask, choice: dict[str, Any]) -> bytes:
+    return protocol.event({**_head(ask), "choices": [choice]})

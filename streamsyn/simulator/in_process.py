@@ -1,0 +1,197 @@
+"""Simulated servers in the client's own process: a transport without sockets, HTTP or copies.
+
+What a client sees is what it would see over HTTP, to the byte, and so is what the server counts. Together
+with `clock.run_virtually`, a fleet of them runs for days within minutes, and the same way each time.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl
+
+from streamsyn.background import background
+from streamsyn.errors import BrokenResponse, ServerTimeout, ServerUnavailable, ServerUnreachable
+from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.transport import Reply, Transport
+from streamsyn.simulator import protocol
+from streamsyn.simulator.app import Routes
+from streamsyn.simulator.protocol import Asked
+from streamsyn.simulator.simulation import Simulation
+from streamsyn.simulator.timeline import Timeline
+from streamsyn.simulator.virtual_time import run_virtually
+
+T = TypeVar("T")
+
+_STALE_WITHIN_S: Final = 1.0
+"""HttpTransport asks once more when a connection is gone this soon, and so must we."""
+_OK: Final = 200
+_NO_HEADERS: Final[Mapping[str, str]] = {}
+_NO_QUERY: Final[Mapping[str, str]] = {}
+_NO_TIMELINES: Final[Mapping[str, Timeline]] = {}
+
+
+class _Call:
+    """The way back to a caller in the same process."""
+
+    __slots__ = ("_on_data", "begun", "body", "broken", "status")
+
+    def __init__(self, on_data: Callable[[], None] | None) -> None:
+        self._on_data = on_data
+        self.status = 200
+        self.body: bytes | bytearray = b""
+        self.begun = False
+        """Whether the client has had a byte."""
+        self.broken = False
+        """Whether the connection was lost before the end of the answer."""
+
+    async def send(self, reply: protocol.Reply) -> None:
+        self.status, self.body = reply.status, reply.body
+        self._begin()
+
+    async def stream(self, data: bytes) -> None:
+        if not self.begun:
+            self.body = bytearray()
+        self.body += data
+        self._begin()
+
+    async def end(self) -> None:
+        return
+
+    async def cut(self, reply: protocol.Reply | None = None) -> None:  # noqa: ARG002 - none of it is used
+        self.begun = self.broken = True
+
+    def reset(self) -> None:
+        self.broken = True
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.begun = True
+            if self._on_data is not None and self.status == _OK:
+                self._on_data()
+
+
+class InProcessTransport:
+    """Carries requests to a simulation in this process; see `transport.Transport`.
+
+    Args:
+        simulation: What is asked.
+        url: What the server is called in errors.
+        headers: Sent with each request; only Authorization means something to the simulator.
+    """
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        url: str = "http://in-process",
+        headers: Mapping[str, str] = _NO_HEADERS,
+    ) -> None:
+        self._simulation = simulation
+        self._routes = Routes(simulation)
+        self._url = url
+        self._authorization = headers.get("Authorization", "")
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] = _NO_HEADERS,  # noqa: ARG002 - the simulator reads none of these
+        timeout_s: float,
+        on_data: Callable[[], None] | None = None,
+    ) -> Reply:
+        """See Transport."""
+        path, _, query = path.partition("?")
+        asked = Asked(
+            method,
+            path,
+            dict(parse_qsl(query)) if query else _NO_QUERY,
+            self._authorization,
+            protocol.JSON,
+            body or b"",
+        )
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        call = await self._once(asked, timeout_s, on_data)
+        if call.broken and not call.begun and clock() - started <= _STALE_WITHIN_S:
+            call = await self._once(asked, timeout_s, on_data)
+        if call.broken and call.begun:
+            raise BrokenResponse(f"{self._url} cut its answer short")
+        if call.broken:
+            raise ServerUnavailable(f"{self._url} dropped the connection")
+        return Reply(call.status, bytes(call.body))
+
+    async def _once(self, asked: Asked, timeout_s: float, on_data: Callable[[], None] | None) -> _Call:
+        if self._simulation.gone:
+            raise ServerUnreachable(f"{self._url} cannot be reached: connection refused")
+        call = _Call(on_data)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._routes.serve(asked, call)
+        except TimeoutError:
+            raise ServerTimeout(f"{self._url} gave no answer within {timeout_s:g} s") from None
+        return call
+
+
+class InProcessServers:
+    """Many servers, by their URLs; nobody listens at any other URL.
+
+    Args:
+        simulations: The servers.
+        timelines: What happens to some of them while `playing`.
+        headers: Sent with each request.
+    """
+
+    def __init__(
+        self,
+        simulations: Mapping[str, Simulation],
+        timelines: Mapping[str, Timeline] = _NO_TIMELINES,
+        headers: Mapping[str, str] = _NO_HEADERS,
+    ) -> None:
+        self.simulations = simulations
+        self._timelines = timelines
+        self._headers = headers
+
+    @asynccontextmanager
+    async def connect(self, spec: ServerSpec) -> AsyncIterator[Transport]:
+        """What `open_fleet` takes to connect with."""
+        simulation = self.simulations.get(spec.url)
+        if simulation is None:
+            yield _Nobody(spec.url)
+        else:
+            yield InProcessTransport(simulation, spec.url, self._headers)
+
+    @asynccontextmanager
+    async def playing(self) -> AsyncIterator[None]:
+        """Plays the timelines from now to the end of the block; its errors come in a group."""
+        async with background() as tasks:
+            for url, timeline in self._timelines.items():
+                tasks.start(timeline.play(self.simulations[url]), name=f"timeline-{url}")
+            yield
+
+    def run(self, main: Coroutine[Any, Any, T], *, limit_s: float = math.inf) -> T:
+        """Runs `main` in virtual time while the timelines play; see `run_virtually`.
+
+        Raises:
+            BaseExceptionGroup: Whatever `main` raises, or a timeline.
+            Deadlock: All wait for each other.
+            OutOfTime: It takes longer than `limit_s` of virtual time.
+        """
+
+        async def whole() -> T:
+            async with self.playing():
+                return await main
+
+        return run_virtually(whole(), limit_s=limit_s)
+
+
+class _Nobody:
+    """Leads to an address at which nobody listens."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def exchange(self, *_: Any, **__: Any) -> Reply:
+        raise ServerUnreachable(f"{self._url} cannot be reached: connection refused")

@@ -1,0 +1,157 @@
+"""POST /generate (srt/managers/io_struct.py, tokenizer_manager.py, api/v1/api_types.py)."""
+
+from typing import Any, Final
+
+from streamsyn.simulator import protocol
+from streamsyn.simulator.ask import ABORTED_WAITING, Answer, Ask, Malformed, Refused, whole_number
+from streamsyn.simulator.prose import NEW, Spelling, surprise, token_ids
+from streamsyn.simulator.radix_cache import CHARACTERS_A_TOKEN, count_tokens
+from streamsyn.simulator.weights import Weights
+
+DEFAULT_MAX_TOKENS: Final = 128
+SAMPLING_FIELDS: Final = (
+    "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema",
+    "regex", "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens",
+    "no_stop_trim", "stream_interval", "logit_bias", "sampling_seed", "custom_params", "beam_width",
+    "watermark", "choice",
+)  # fmt: skip
+
+
+class UnknownField(Refused):
+    """Raised for a sampling parameter that SGLang does not know; its error is a plain string."""
+
+
+class Native:
+    """How the native route reads a body and words its answers.
+
+    Args:
+        spelling: Which texts token ids stand for.
+        weights: Those that write.
+    """
+
+    def __init__(self, spelling: Spelling, weights: Weights) -> None:
+        self._spelling = spelling
+        self._weights = weights
+
+    def ask(self, body: dict[str, Any], rid: str) -> Ask:
+        """What `body` asks for; `rid` stands in where it names none."""
+        sampling = body.get("sampling_params") or {}
+        if not isinstance(sampling, dict):
+            raise Refused("The simulator takes one prompt a request: sampling_params must be an object.")
+        for name in sampling:
+            if name not in SAMPLING_FIELDS:
+                listed = ", ".join(f"`{field}`" for field in SAMPLING_FIELDS)
+                raise UnknownField(f"unknown field `{name}`, expected one of {listed}")
+        given = _prompt(body)
+        ids = given if isinstance(given, list) else None
+        # As text, where that is known, it shares its prefix with what comes as text.
+        prompt = given if ids is None else self._spelling.text(ids) or ids
+        limit = whole_number(sampling, "max_new_tokens")
+        named = body.get("rid")
+        return Ask(
+            rid=named if isinstance(named, str) else rid,
+            model="",
+            prompt=prompt,
+            question=prompt if isinstance(prompt, str) else "",
+            # An explicit null means no limit, absence means 128 tokens.
+            max_tokens=limit if "max_new_tokens" in sampling else DEFAULT_MAX_TOKENS,
+            stream=body.get("stream") is True,
+            ids=ids,
+            logprob_start=_logprob_start(body, given) if body.get("return_logprob") is True else None,
+        )
+
+    def refusal(self, message: str) -> protocol.Reply:
+        """400."""
+        return protocol.reply({"error": {"message": message}}, 400)
+
+    def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]:
+        """Text, output ids and `meta_info`."""
+        if answer.finish is ABORTED_WAITING:  # shorter, as `TokenizerManager._handle_abort_req` makes it
+            waited: dict[str, Any] = {"id": ask.rid, "finish_reason": answer.finish}
+            waited |= {
+                "weight_version": answer.weight_version,
+                "e2e_latency": answer.seconds,
+                "completion_tokens": 0,
+            }
+            return {"text": "", "output_ids": [], "meta_info": waited}
+        meta = _meta(ask, answer.finish, answer.prompt_tokens, answer.weight_version)
+        meta |= {
+            "reasoning_tokens": 0,
+            "completion_tokens": answer.completion_tokens,
+            "cached_tokens": answer.cached_tokens,
+        }
+        ids = token_ids(answer.text)
+        if ask.logprob_start is not None:
+            meta["input_token_logprobs"] = _input_logprobs(ask, ask.logprob_start)
+            meta["output_token_logprobs"] = [[-0.5, token, None] for token in ids]
+            meta["output_token_logprobs_length"] = len(ids)
+        meta["weight_versions"] = answer.weights
+        meta["e2e_latency"] = answer.seconds
+        return {"text": answer.text, "output_ids": ids, "meta_info": meta}
+
+    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes:
+        """All that is written so far: without --incremental-streaming-output each event repeats it."""
+        if not piece:
+            return b""
+        text = so_far + piece
+        meta = _meta(ask, None, count_tokens(ask.prompt), self._weights.version)
+        meta |= {"reasoning_tokens": 0, "completion_tokens": count_tokens(text), "cached_tokens": 0}
+        return protocol.event({"text": text, "output_ids": token_ids(text), "meta_info": meta})
+
+    def last(self, ask: Ask, answer: Answer) -> bytes:
+        """The whole answer with its finish reason."""
+        return protocol.event(self.whole(ask, answer))
+
+
+def _prompt(body: dict[str, Any]) -> str | list[int]:
+    text, ids = body.get("text"), body.get("input_ids")
+    if (text is None) == (ids is None):
+        raise Refused("Exactly one of text and input_ids must be given.")
+    if isinstance(text, str):
+        return text
+    if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
+        return ids
+    if isinstance(text, list) or isinstance(ids, list):
+        raise Refused("The simulator takes one prompt a request.")
+    raise Malformed("text: Input should be a valid string")
+
+
+def _logprob_start(body: dict[str, Any], prompt: str | list[int]) -> int:
+    tokens = count_tokens(prompt)
+    start = whole_number(body, "logprob_start_len")
+    if start is None or start == -1:
+        return tokens
+    if not 0 <= start <= tokens:
+        raise Refused(
+            f"req.logprob_start_len={start} is higher than the number of input tokens "
+            f"len(req.origin_input_ids)={tokens}. Please use a smaller logprob_start_len."
+        )
+    return start
+
+
+def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int, version: str) -> dict[str, Any]:
+    return {
+        "id": ask.rid,
+        "finish_reason": finish,
+        "prompt_tokens": prompt_tokens,
+        "weight_version": version,
+        "num_retractions": 0,
+    }
+
+
+def _input_logprobs(ask: Ask, start: int) -> list[list[float | int | None]]:
+    """One entry a token from `start` on; the first has no logprob. What follows is likelier where its words
+    have been met before; of ids that stand for no known text, nothing is.
+    """
+    ids = token_ids(ask.prompt if ask.ids is None else ask.ids, start)
+    if not ids:
+        return []
+    means = [NEW] * len(ids)
+    if isinstance(ask.prompt, str):
+        at = (start + 1) * CHARACTERS_A_TOKEN
+        means = surprise(ask.prompt[:at], ask.prompt[at:])
+    rows: list[list[float | int | None]] = [[None, ids[0], None]]
+    for mean, token in zip(means, ids[1:], strict=False):
+        rows.append([-mean * (0.5 + token % 1024 / 1024), token, None])
+    return rows

@@ -1,0 +1,193 @@
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from streamsyn.simulator import protocol
+from streamsyn.simulator.ask import Malformed
+from streamsyn.simulator.engine import Engine, Work
+from streamsyn.simulator.protocol import Asked
+from streamsyn.simulator.settings import SimulatorConfig
+
+DEFAULT: Final = "default"
+"""What weights are called that a server started with."""
+MODES: Final = ("abort", "retract", "in_place")
+HEALTH_TIMEOUT_S: Final = 20.0
+NOT_FLUSHED: Final = (
+    "Weights were updated, but the cache was not flushed because requests are still running or queued. "
+    "Retract or finish them, then call /flush_cache."
+)
+
+
+class Weights:
+    """Which weights a server has, and whether it is paused.
+
+    While it is, requests that come wait, and from those in flight nothing is heard: what they would have
+    written meanwhile comes at once afterwards. (The real server loses that time.)
+    """
+
+    def __init__(self, config: SimulatorConfig) -> None:
+        self._first = config.model
+        self._open = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changes: dict[Work, list[dict[str, Any]]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """As a new process: with what it was started with, and not paused."""
+        self.path = self._first
+        """What it read its weights from; by that it calls its model."""
+        self.version = DEFAULT
+        """Of what it writes."""
+        self.told = DEFAULT
+        """What it says on /model_info: not new when an update has failed half way."""
+        self.mode: str | None = None
+        """How it was paused; None when it is not."""
+        self._open.set()
+
+    async def enter(self) -> None:
+        """Returns when requests are taken in."""
+        await self._open.wait()
+
+    async def flow(self) -> None:
+        """Returns when requests in flight are heard: one that was given up is, in a pause too."""
+        if self.mode != "abort":
+            await self._open.wait()
+
+    @contextmanager
+    def watched(self, work: Work) -> Iterator[list[dict[str, Any]]]:
+        """Within, what was written by earlier weights is noted in the list."""
+        spans = self._changes[work] = []
+        self._idle.clear()
+        try:
+            yield spans
+        finally:
+            del self._changes[work]
+            if not self._changes:
+                self._idle.set()
+
+    def pause(self, mode: str) -> None:
+        """Hold everything."""
+        self.mode = mode
+        self._open.clear()
+
+    def go_on(self) -> None:
+        """Hold nothing any more."""
+        self.mode = None
+        self._open.set()
+
+    async def idle(self) -> None:
+        """Returns when nothing is in flight."""
+        await self._idle.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is in flight."""
+        return bool(self._changes)
+
+    def change(self, path: str, version: str | None) -> None:
+        """Other weights from now on."""
+        for work, spans in self._changes.items():
+            if work.written:
+                start = spans[-1]["end"] if spans else 0
+                spans.append({"version": self.version, "start": start, "end": work.written})
+        self.path, self.version = path, version or self.version
+
+    def spans(self, before: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+        """Which weights wrote which of so many tokens, after what is noted."""
+        found = [{**span, "end": min(span["end"], tokens)} for span in before if span["start"] < tokens]
+        end = found[-1]["end"] if found else 0
+        if end < tokens or not found:
+            found.append({"version": self.version, "start": end, "end": tokens})
+        return found
+
+
+class Steering:
+    """The routes that pause a server and give it other weights (srt/managers/tokenizer_manager.py)."""
+
+    def __init__(self, weights: Weights, engine: Engine, load_s: float) -> None:
+        self._weights = weights
+        self._engine = engine
+        self._load_s = load_s
+
+    async def pause(self, asked: Asked) -> protocol.Reply:
+        """POST /pause_generation; with `abort` it is answered when nothing is in flight any more."""
+        weights = self._weights
+        try:
+            mode = protocol.read_object(asked.body).get("mode", "abort")
+            if mode not in MODES:
+                raise Malformed("body.mode: Input should be 'abort', 'retract' or 'in_place'")
+        except Malformed as error:
+            return protocol.malformed(str(error))
+        weights.pause(mode)
+        if mode == "abort":
+            self._engine.abort_all()
+            await weights.idle()
+        return _said("paused")
+
+    async def go_on(self, asked: Asked) -> protocol.Reply:
+        """POST /continue_generation."""
+        try:
+            protocol.read_object(asked.body)
+        except Malformed as error:
+            return protocol.malformed(str(error))
+        self._weights.go_on()
+        return _said("continued")
+
+    async def update(self, asked: Asked) -> protocol.Reply:
+        """POST /update_weights_from_disk; unless it is paused, it waits for all that is in flight."""
+        weights = self._weights
+        try:
+            body = protocol.read_object(asked.body)
+            path, version = body.get("model_path"), body.get("weight_version")
+            if not isinstance(path, str) or not isinstance(version, str | None):
+                raise Malformed("body: Object missing required field `model_path`")
+        except Malformed as error:
+            return protocol.malformed(str(error))
+        if body.get("abort_all_requests") is True:
+            self._engine.abort_all()
+        if weights.mode is not None:
+            return await self._load(path, version, flush=body.get("flush_cache", True) is True)
+        weights.pause("abort")  # as the real server's lock: who is in flight goes on, who comes waits
+        try:
+            await weights.idle()
+            return await self._load(path, version, flush=body.get("flush_cache", True) is True)
+        finally:
+            weights.go_on()
+
+    async def _load(self, path: str, version: str | None, *, flush: bool) -> protocol.Reply:
+        weights = self._weights
+        await asyncio.sleep(self._load_s)
+        if not await asyncio.to_thread((Path(path) / "config.json").is_file):
+            return _updated(f"Failed to get weights iterator: {path} is no model.", good=False)
+        weights.change(path, version)
+        if flush and weights.mode == "in_place" and weights.busy:
+            return _updated(NOT_FLUSHED, good=False)
+        if flush:
+            self._engine.cache.clear()
+        weights.told = weights.version
+        said = "Succeeded to update model weights."
+        return _updated(f"{said} Weight version updated to {version}." if version else said, good=True)
+
+    async def health(self, _asked: Asked) -> protocol.Reply:
+        """GET /health: a token has to be generated for it, which a server that is paused does not."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self._weights.enter()
+                return protocol.Reply()
+        return protocol.Reply(503)
+
+    async def ready(self, _asked: Asked) -> protocol.Reply:
+        """GET /ready."""
+        return protocol.Reply(200 if self._weights.mode is None else 503)
+
+
+def _said(what: str) -> protocol.Reply:
+    return protocol.reply({"message": f"Generation {what} successfully.", "status": "ok"})
+
+
+def _updated(message: str, *, good: bool) -> protocol.Reply:
+    body = {"success": good, "message": message, "num_paused_requests": 0}
+    return protocol.reply(body, 200 if good else 400)

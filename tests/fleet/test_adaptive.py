@@ -1,0 +1,178 @@
+"""The adaptive cap, against a made-up server: it finds the level, keeps it, gives way, and comes back."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamsyn.fleet.limiter import FLOOR, START, AdaptiveLimiter
+from streamsyn.fleet.wire import Load
+
+
+@dataclass
+class MadeUp:
+    """A server that runs `batch` requests at a time; the client always has more for it."""
+
+    limiter: AdaptiveLimiter
+    batch: int
+    now: float = 0.0
+    caps: list[int] = field(default_factory=list)
+
+    def tick(self, *, loads: bool = True, **figures: float) -> None:
+        """One second: as much as the cap allows is there, some of it is answered, the load is read."""
+        self.now += 1.0
+        limiter = self.limiter
+        limiter.in_flight = limiter.cap
+        assert not limiter.has_room(self.now)
+        running = min(self.batch, limiter.in_flight)
+        a_token = 0.01 * max(1.0, limiter.in_flight / self.batch)
+        for number in range(max(1, running // 4) if not loads else 1):
+            # by Little's law: a full server answers at its rate, whatever waits
+            limiter.answered(self.now - 1 + (number + 1) / max(1, running // 4), a_token * 100, 100)
+        if loads:
+            load = Load(running, limiter.in_flight - running, max_running=0, taken_at=(self.now,))
+            limiter.observe(_with(load, **figures), self.now)
+        self.caps.append(limiter.cap)
+
+
+def _with(load: Load, **figures: float) -> Load:
+    values = {name: getattr(load, name) for name in Load.__slots__}
+    return Load(**{**values, **figures})
+
+
+@pytest.mark.parametrize("batch", [4, 32, 256, 1000])
+def test_it_finds_the_batch_and_keeps_a_short_queue(batch: int) -> None:
+    """Within half a minute, whatever the server can take; from then on it hardly moves."""
+    server = MadeUp(AdaptiveLimiter(), batch)
+    for _ in range(120):
+        server.tick()
+    late = server.caps[30:]
+    assert batch < min(late)
+    assert max(late) - batch < 128
+    assert max(late) <= 1.3 * batch + 4
+    assert max(late) - min(late) <= max(2, 0.1 * batch)
+
+
+def test_it_never_grows_by_failures() -> None:
+    """Requests that fail at once leave the server idle, which looks like room: it is none."""
+    limiter = AdaptiveLimiter()
+    for second in range(60):
+        limiter.in_flight = limiter.cap
+        limiter.failed()
+        limiter.observe(Load(running=0, waiting=0, taken_at=(second,)), second)
+    assert START == limiter.cap
+
+
+def test_it_does_not_grow_when_nothing_presses() -> None:
+    """A cap that no request comes up against has no reason to move."""
+    limiter = AdaptiveLimiter()
+    for second in range(60):
+        limiter.in_flight = 3
+        limiter.observe(Load(running=3, waiting=0, taken_at=(second,)), second)
+    assert START == limiter.cap
+
+
+def test_a_full_queue_lowers_it_once() -> None:
+    """However many requests come back from one full queue; it recovers after."""
+    server = MadeUp(AdaptiveLimiter(), 100)
+    for _ in range(30):
+        server.tick()
+    before = server.limiter.cap
+    for _ in range(20):
+        server.limiter.busy(server.now, 0.5)
+    assert 0.8 * before <= server.limiter.cap < before
+    assert 1 == server.limiter.decisions["queue_full"]
+    server.now += 5
+    for _ in range(60):
+        server.tick()
+    assert server.limiter.cap > 100
+
+
+def test_a_retraction_lowers_it_and_stops_growth() -> None:
+    """The KV pool was too small for what ran: less of it, and no more for a while."""
+    server = MadeUp(AdaptiveLimiter(), 200)
+    for _ in range(30):
+        server.tick()
+    before = server.limiter.cap
+    server.tick(retracted=3, waiting=0, running=before)
+    assert server.limiter.cap < before
+    lowered = server.limiter.cap
+    for _ in range(5):
+        server.tick(waiting=0, running=lowered)
+    assert lowered == server.limiter.cap
+
+
+def test_pressure_on_the_pool_stops_growth() -> None:
+    """What runs still grows: with the KV pool nearly full nothing is added, though nothing waits."""
+    server = MadeUp(AdaptiveLimiter(), 10_000)
+    for _ in range(60):
+        server.tick(token_usage=0.95)
+    assert START == server.limiter.cap
+
+
+@pytest.mark.parametrize("batch", [16, 128])
+def test_without_readings_it_goes_by_the_answers(batch: int) -> None:
+    """More in flight as long as that brings more tokens a second; less when answers only get slower."""
+    server = MadeUp(AdaptiveLimiter(), batch)
+    for _ in range(600):
+        server.tick(loads=False)
+    late = server.caps[200:]
+    assert 0.7 * batch <= min(late)
+    assert max(late) <= 2 * batch
+
+
+def test_stale_readings_are_none() -> None:
+    """A server that repeats itself, stamp and all, has stopped saying anything."""
+    limiter = AdaptiveLimiter()
+    for second in range(60):
+        limiter.in_flight = limiter.cap
+        limiter.observe(Load(running=0, waiting=0, taken_at=(1.0,)), second)
+    assert 2 * START >= limiter.cap
+
+
+def test_a_server_that_is_back_starts_small() -> None:
+    """What was known of it may be wrong, and its cache is cold."""
+    server = MadeUp(AdaptiveLimiter(slow_start_s=10.0), 500)
+    for _ in range(30):
+        server.tick()
+    server.limiter.readmitted(server.now)
+    assert START == server.limiter.cap
+    assert 1 == server.limiter.cap_at(server.now)
+
+
+EVENTS = st.sampled_from(["observe", "answered", "failed", "busy", "readmitted"])
+
+
+@given(
+    st.lists(
+        st.tuples(EVENTS, st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), st.floats(0, 5)),
+        max_size=80,
+    ),
+    st.integers(1, 300),
+)
+def test_whatever_happens_it_stays_within_its_bounds(
+    events: list[tuple[str, int, int, float, float]], ceiling: int
+) -> None:
+    """Never below the floor, never above the ceiling, and each move has its reason on record."""
+    limiter, now = AdaptiveLimiter(min(START, ceiling), ceiling=ceiling), 0.0
+    for name, first, second, share, seconds in events:
+        now += seconds
+        before = (limiter.cap, limiter.decisions.total())
+        limiter.in_flight = min(first, limiter.cap)
+        limiter.has_room(now)
+        match name:
+            case "observe":
+                limiter.observe(Load(first, second, token_usage=share, retracted=first % 7 == 0), now)
+            case "answered":
+                limiter.answered(now, seconds, second)
+            case "failed":
+                limiter.failed()
+                assert before[0] == limiter.cap
+            case "busy":
+                limiter.busy(now, share)
+                assert limiter.cap <= before[0]
+            case "readmitted":
+                limiter.readmitted(now)
+        assert min(FLOOR, ceiling) <= limiter.cap <= ceiling
+        assert (limiter.cap != before[0]) == (limiter.decisions.total() != before[1])

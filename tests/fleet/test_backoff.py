@@ -1,0 +1,99 @@
+"""When to try again and when to give up."""
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamsyn.config.sections import FleetSection
+from streamsyn.errors import (
+    BrokenResponse,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    ServerTimeout,
+    ServerUnavailable,
+    ServerUnreachable,
+)
+from streamsyn.fleet.health import RetryBudget, full_jitter
+
+TRIES = [BrokenResponse, ServerTimeout, ServerUnavailable]
+FREE = [ServerBusy, ServerUnreachable]
+
+
+def budget(**fleet: float) -> RetryBudget:
+    """A budget under a configuration with `fleet` changed."""
+    return RetryBudget(FleetSection.model_validate(fleet), Random(1))
+
+
+@given(
+    base_s=st.floats(0.001, 10), longest_s=st.floats(0.001, 100), step=st.integers(0, 60), seed=st.integers()
+)
+def test_pauses_are_bounded(base_s: float, longest_s: float, step: int, seed: int) -> None:
+    """From zero to the base doubled at each step, and never above the longest."""
+    pause_s = full_jitter(base_s, longest_s, step, Random(seed))
+    assert 0 <= pause_s <= min(longest_s, base_s * 2**step)
+    assert 0 <= full_jitter(base_s, longest_s, 10**6, Random(seed)) <= longest_s
+
+
+def test_pauses_spread_over_the_whole_range() -> None:
+    """Full jitter: those that failed together do not come back together."""
+    draw = Random(0)
+    pauses = [full_jitter(1.0, 30.0, 3, draw) for _ in range(1000)]
+    assert [True] * 8 == [any(low <= pause < low + 1 for pause in pauses) for low in range(8)]
+
+
+@pytest.mark.parametrize("kind", TRIES)
+def test_tries_are_bounded(kind: type[ServerError]) -> None:
+    """After `fleet.max_attempts` of them there is no next one."""
+    spent = budget(max_attempts=3, backoff_base_s=0.5)
+    pauses = [spent.pause_after(kind("x"), 0.1) for _ in range(3)]
+    assert [False, False, True] == [pause is None for pause in pauses]
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_what_was_not_asked_costs_no_try(kind: type[ServerError]) -> None:
+    """A full queue and a server that is not there: the wait is for a place, however often it happens."""
+    spent = budget(max_attempts=1)
+    assert [0.0] * 1000 == [spent.pause_after(kind("x"), 0.001) for _ in range(1000)]
+    assert 0 == spent.tries
+
+
+def test_a_refused_request_is_given_up_at_once() -> None:
+    """Asking again cannot help."""
+    assert budget().pause_after(RequestRefused("x"), 0.1) is None
+
+
+def test_seconds_are_bounded() -> None:
+    """Tries that took too long altogether are the last, however few."""
+    spent = budget(max_attempts=100, total_timeout_s=10, backoff_base_s=0.001)
+    pauses = [spent.pause_after(ServerTimeout("x"), 4.0) for _ in range(3)]
+    assert [False, False, True] == [pause is None for pause in pauses]
+
+
+EVENT = st.tuples(st.sampled_from([*TRIES, *FREE]), st.floats(0, 5))
+
+
+@given(
+    events=st.lists(EVENT, max_size=60),
+    max_attempts=st.integers(1, 8),
+    total_s=st.floats(0.1, 60),
+    seed=st.integers(),
+)
+def test_a_budget_is_never_overdrawn(
+    events: list[tuple[type[ServerError], float]], max_attempts: int, total_s: float, seed: int
+) -> None:
+    """While it says to go on, fewer tries than the most were made and less time was spent."""
+    section = FleetSection(max_attempts=max_attempts, total_timeout_s=total_s)
+    spent, tries, seconds = RetryBudget(section, Random(seed)), 0, 0.0
+    for kind, took_s in events:
+        pause_s = spent.pause_after(kind("x"), took_s)
+        tries += kind in TRIES
+        if pause_s is None:
+            assert tries == max_attempts or seconds + took_s + section.backoff_max_s >= total_s
+            return
+        seconds += took_s + pause_s
+        assert tries < max_attempts
+        assert kind in FREE or seconds < total_s + 1e-6
+        assert pause_s <= section.backoff_max_s

@@ -1,0 +1,417 @@
+"""One server over HTTP: real sockets, scripted failures, and only our own errors come out."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from streamsyn.errors import (
+    BrokenResponse,
+    ConfigError,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    ServerTimeout,
+    ServerUnavailable,
+    ServerUnreachable,
+)
+from streamsyn.fleet import transport as transport_module
+from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.transport import http_transport
+from streamsyn.records import Request
+from streamsyn.simulator.app import RunningSimulator, running
+from streamsyn.simulator.faults import BAD_CONTENT, Fault, Script
+from streamsyn.simulator.settings import SimulatorConfig
+
+pytestmark = pytest.mark.usefixtures("no_task_left")
+
+REQUEST = Request([{"role": "user", "content": "About geese."}], {})
+ANSWER = (
+    b'{"model": "m", "choices": [{"message": {"content": "Geese."}, "finish_reason": "stop"}],'
+    b' "usage": {"prompt_tokens": 3, "completion_tokens": 2}}'
+)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+@asynccontextmanager
+async def client_of(
+    url: str, *, request_timeout_s: float = 5.0, key: str | None = None, connect_timeout_s: float = 2.0
+) -> AsyncIterator[ServerClient]:
+    """A client with a session of its own."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    opened = http_transport(url, headers, connect_timeout_s=connect_timeout_s)
+    async with asyncio.timeout(20), opened as transport:
+        yield ServerClient(url, transport, request_timeout_s)
+
+
+@asynccontextmanager
+async def simulated(
+    script: Script = (), *, request_timeout_s: float = 5.0, key: str | None = None, **fields: object
+) -> AsyncIterator[tuple[ServerClient, RunningSimulator]]:
+    """A client and the simulator that it asks."""
+    config = SimulatorConfig(**fields)  # type: ignore[arg-type]
+    async with (
+        running(config, script=script) as server,
+        client_of(server.url, request_timeout_s=request_timeout_s, key=key) as client,
+    ):
+        yield client, server
+
+
+class RawServer:
+    """Answers each request of each connection with bytes by hand; what it serves is a list of them.
+
+    An entry of None closes the connection; each connection begins with the next script.
+    """
+
+    def __init__(self, *scripts: Sequence[bytes | None]) -> None:
+        self.scripts = list(scripts)
+        self.bodies: list[bytes] = []
+        self.connections = 0
+        self.url = ""
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        script = self.scripts[min(self.connections, len(self.scripts) - 1)]
+        self.connections += 1
+        try:
+            for sent in script:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length")
+                )
+                self.bodies.append(await reader.readexactly(length))
+                if sent is None:
+                    break
+                writer.write(sent)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def raw(*scripts: Sequence[bytes | None]) -> AsyncIterator[tuple[ServerClient, RawServer]]:
+    """A client and the raw server that it asks."""
+    handler = RawServer(*scripts)
+    server = await asyncio.start_server(handler, "127.0.0.1", 0)
+    async with server:
+        handler.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with client_of(handler.url) as client:
+            yield client, handler
+            server.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0)
+
+
+def closed_port() -> int:
+    """A port at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+async def test_an_answer() -> None:
+    """Everything that the server said of it, and which server that was."""
+    async with simulated(words=20) as (client, server):
+        completion = await client.chat(REQUEST, "any", "r-1")
+    assert ("stop", "any", server.url, "default") == (
+        completion.finish_reason,
+        completion.model,
+        completion.server,
+        completion.weight_version,
+    )
+    assert completion.text
+    assert server.simulation.stats.prompt_tokens == completion.prompt_tokens > 0
+    assert server.simulation.stats.completion_tokens == completion.completion_tokens > 0
+
+
+WHAT_BECOMES: dict[Fault, type[ServerError]] = {
+    Fault.QUEUE_FULL: ServerBusy,
+    Fault.HTTP_500: ServerUnavailable,
+    Fault.REFUSE: RequestRefused,
+    Fault.RESET: ServerUnavailable,
+    Fault.ERROR_IN_200: ServerUnavailable,
+    Fault.CUT_BODY: BrokenResponse,
+    Fault.BAD_JSON: BrokenResponse,
+    Fault.STALL: ServerTimeout,
+    Fault.ABORTED: BrokenResponse,
+}
+
+
+def test_every_fault_is_spoken_of() -> None:
+    """The table of this test knows all faults that the simulator has."""
+    assert set(Fault) == WHAT_BECOMES.keys() | BAD_CONTENT
+
+
+@pytest.mark.parametrize("fault", WHAT_BECOMES)
+async def test_a_fault_becomes_its_error(fault: Fault) -> None:
+    """On a fresh connection, and on one that was used before: the same error, and it names the server."""
+    timeout_s = 0.3 if fault is Fault.STALL else 5.0  # only what stalls is to time out
+    async with simulated(lambda _, __: fault, request_timeout_s=timeout_s) as (client, server):
+        with pytest.raises(ServerError, match=server.url) as fresh:
+            await client.chat(REQUEST, "m", "r-1")
+    async with simulated(lambda number, _: fault if number > 1 else None, request_timeout_s=timeout_s) as (
+        client,
+        _,
+    ):
+        await client.chat(REQUEST, "m", "r-1")
+        with pytest.raises(ServerError) as reused:
+            await client.chat(REQUEST, "m", "r-2")
+    assert [WHAT_BECOMES[fault]] * 2 == [type(fresh.value), type(reused.value)]
+
+
+@pytest.mark.parametrize("fault", sorted(BAD_CONTENT))
+async def test_bad_content_is_an_answer(fault: Fault) -> None:
+    """What the text is worth is not for the client to say."""
+    async with simulated([fault]) as (client, server):
+        await client.chat(Request(REQUEST.messages, {}), "m", "r-1")
+        assert 1 == server.simulation.stats.answered
+
+
+async def test_one_reset_is_forgiven_two_are_not() -> None:
+    """A connection that breaks at once may have been stale: the request goes out once more, no more."""
+    async with simulated([Fault.RESET]) as (client, server):
+        await client.chat(REQUEST, "m", "r-1")
+        assert 2 == server.simulation.stats.requests
+    async with simulated([Fault.RESET] * 5) as (client, server):
+        with pytest.raises(ServerUnavailable, match="dropped the connection"):
+            await client.chat(REQUEST, "m", "r-1")
+        assert 2 == server.simulation.stats.requests
+
+
+@pytest.mark.parametrize("last", [b"", None])
+async def test_a_stale_connection_costs_nothing(last: bytes | None) -> None:
+    """A kept-alive connection that the server closes is replaced without a word; the request is answered."""
+    whole = HEAD % len(ANSWER) + ANSWER
+    first = [whole] if last == b"" else [whole, None]  # closed when idle; closed at the next request
+    async with raw(first, [whole]) as (client, server):
+        for rid in ("r-1", "r-2"):
+            assert "Geese." == (await client.chat(REQUEST, "m", rid)).text
+    assert 2 == server.connections
+    assert b'"rid":"r-2"' in server.bodies[-1]
+
+
+async def test_a_connection_that_breaks_late_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server had the request at work, and would refuse its rid: no second one goes out by itself."""
+    monkeypatch.setattr(transport_module, "_STALE_WITHIN_S", 0.0)
+    async with raw([None]) as (client, server):
+        with pytest.raises(ServerUnavailable, match="dropped the connection"):
+            await client.chat(REQUEST, "m", "r-1")
+    assert 1 == len(server.bodies)
+
+
+async def test_a_short_keep_alive_of_the_server() -> None:
+    """Idle connections that the server has closed are not used again: each request is answered."""
+    async with simulated(keep_alive_s=0.01) as (client, server):
+        for number in range(3):
+            await client.chat(REQUEST, "m", f"r-{number}")
+            await until_closed(client)
+        assert 3 == server.simulation.stats.connections
+        assert 3 == server.simulation.stats.requests
+
+
+async def until_closed(client: ServerClient) -> None:
+    """Return when the server has closed all connections that the client keeps."""
+    connector = client.transport._session.connector  # type: ignore[attr-defined]
+    assert connector is not None
+    await until(
+        lambda: not any(kept.is_connected() for group in connector._conns.values() for kept, _ in group)
+    )
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: ftp://x/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+    ],
+)
+async def test_nonsense_is_a_broken_response(sent: bytes) -> None:
+    """What is no HTTP, or no answer, becomes our error too."""
+    async with raw([sent, None]) as (client, _):
+        with pytest.raises(ServerError) as raised:
+            await client.chat(REQUEST, "m", "r-1")
+    assert type(raised.value) in (BrokenResponse, ServerUnavailable)
+
+
+async def test_endless_redirects_are_a_broken_response() -> None:
+    """A server that sends us round in circles is given up."""
+    redirect = b"HTTP/1.1 307 Again\r\nLocation: /again\r\nContent-Length: 0\r\n\r\n"
+    async with raw([redirect] * 20) as (client, _):
+        with pytest.raises(BrokenResponse):
+            await client.chat(REQUEST, "m", "r-1")
+
+
+async def test_half_an_answer_is_a_broken_response() -> None:
+    """A body that is shorter than its Content-Length is not sent for again in silence."""
+    async with raw([HEAD % 1000 + ANSWER]) as (client, server):
+        with pytest.raises(BrokenResponse, match="cut its answer short"):
+            await client.chat(REQUEST, "m", "r-1")
+    assert 1 == len(server.bodies)
+
+
+async def test_no_answer_in_time() -> None:
+    """The bound is on the whole of it, and stands in the message."""
+    async with simulated([Fault.STALL], request_timeout_s=0.1) as (client, server):
+        with pytest.raises(ServerTimeout, match=r"no answer within 0\.1 s"):
+            await client.chat(REQUEST, "m", "r-1")
+        assert server.url
+
+
+def dead(call: str) -> Callable[[ServerClient], Awaitable[object]]:
+    """A call of the client."""
+    calls: dict[str, Callable[[ServerClient], Awaitable[object]]] = {
+        "chat": lambda client: client.chat(REQUEST, "m", "r-1"),
+        "abort": lambda client: client.abort("r-1"),
+        "models": lambda client: client.models(),
+    }
+    return calls[call]
+
+
+@pytest.mark.parametrize("call", ["chat", "abort", "models"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+async def test_nobody_there(call: str, host: str) -> None:
+    """A refused connection, and a name that does not exist: the request was never sent."""
+    async with client_of(f"http://{host}:{closed_port()}") as client:
+        with pytest.raises(ServerUnreachable, match="cannot be reached"):
+            await dead(call)(client)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://h:99999", "http://[::", "http://a..b:1"])
+async def test_what_is_no_url(url: str) -> None:
+    """It is the user's to mend, and named."""
+    async with client_of(url) as client:
+        with pytest.raises(ConfigError, match="is no URL"):
+            await client.chat(REQUEST, "m", "r-1")
+
+
+async def test_models() -> None:
+    """What the server says that it serves."""
+    async with simulated(model="small") as (client, _):
+        assert ["small"] == await client.models()
+
+
+async def test_the_key_is_sent() -> None:
+    """As a bearer token, everywhere."""
+    async with simulated(api_key="sesame", key="sesame") as (client, server):
+        assert ["simulated"] == await client.models()
+        await client.chat(REQUEST, "m", "r-1")
+        await client.abort("r-1")
+        assert 1 == server.simulation.stats.answered
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+async def test_a_wrong_key(key: str | None) -> None:
+    """It is the user's to mend: the message names the variable, and not the key."""
+    async with simulated(api_key="sesame", key=key) as (client, server):
+        with pytest.raises(ConfigError, match=f"{server.url} .* set STREAMSYN_API_KEY") as raised:
+            await client.models()
+    assert "wrong" not in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_proxy_that_asks_for_a_key_everywhere(status: int) -> None:
+    """Also when /health itself is closed to us."""
+    refusal = b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status
+    async with get_server(refusal) as client:
+        with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
+            await client.models()
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_server_that_is_not_healthy_yet(status: int) -> None:
+    """It is asked again later."""
+    async with get_server(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as client:
+        with pytest.raises(ServerUnavailable, match=f"/health answered {status}"):
+            await client.models()
+
+
+async def test_another_server_than_sglang() -> None:
+    """One without /health is asked for its models all the same."""
+    models = b'{"data": [{"id": "other"}]}'
+    absent = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+    async with get_server(absent, HEAD % len(models) + models) as client:
+        assert ["other"] == await client.models()
+
+
+@asynccontextmanager
+async def get_server(*answers: bytes) -> AsyncIterator[ServerClient]:
+    """A client and a server that sends `answers`, one after the other."""
+    left = list(answers)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while left:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(left.pop(0))
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, client_of(f"http://127.0.0.1:{port}") as client:
+        yield client
+
+
+async def test_more_requests_at_once_than_aiohttp_would_allow() -> None:
+    """Nothing but the fleet bounds what is in flight: aiohttp's own limit of 100 is off."""
+    async with simulated(lambda _, __: Fault.STALL) as (client, server), asyncio.TaskGroup() as group:
+        asked = [group.create_task(client.chat(REQUEST, "m", f"r-{number}")) for number in range(130)]
+        await until(lambda: server.simulation.stats.in_flight == 130)
+        for task in asked:
+            task.cancel()
+    assert 130 == server.simulation.stats.max_in_flight
+
+
+async def test_an_abort_by_rid() -> None:
+    """The one with that rid ends, with what it had; the others go on."""
+    async with simulated([Fault.STALL, Fault.STALL]) as (client, server), asyncio.TaskGroup() as group:
+        first = group.create_task(ended(client, "r-1"))
+        second = group.create_task(ended(client, "r-2"))
+        await until(lambda: server.simulation.engine.running == 2)
+        await client.abort("r-2")
+        assert "BrokenResponse" == await second
+        assert not first.done()
+        await client.abort("r-1")
+    assert "BrokenResponse" == first.result()
+    assert 2 == server.simulation.stats.aborted
+
+
+async def ended(client: ServerClient, rid: str) -> str:
+    """The name of the error with which a request ends."""
+    try:
+        await client.chat(REQUEST, "m", rid)
+    except ServerError as error:
+        return type(error).__name__
+    return "answered"
+
+
+@pytest.mark.parametrize("fault", [None, Fault.HTTP_500, Fault.REFUSE])
+async def test_the_first_token_is_that_of_an_answer(fault: Fault | None) -> None:
+    """A leader that is refused has brought nothing into the cache."""
+    told = []
+    async with simulated([fault]) as (client, _):
+        try:
+            await client.chat(REQUEST, "m", "r", lambda: told.append(1))
+        except ServerError:
+            assert fault is not None
+    assert told == ([1] if fault is None else [])

@@ -1,0 +1,324 @@
+"""Which servers are wanted while a file and a name change."""
+
+import asyncio
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from streamsyn.config.sections import FleetSection
+from streamsyn.errors import ConfigError
+from streamsyn.fleet.discovery import MAX_FILE_BYTES, Discovery, LookUp, at_addresses, changes, system_look_up
+from streamsyn.fleet.server import ServerSpec
+
+pytestmark = pytest.mark.usefixtures("no_task_left")
+
+ONE, TWO, THREE = (ServerSpec(f"http://{name}:1") for name in ("one", "two", "three"))
+
+
+class Names:
+    """A name server with one name; no address is a name that does not exist."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses: Iterable[str] = addresses
+        self.asked: list[tuple[str, int]] = []
+
+    async def __call__(self, name: str, port: int) -> Iterable[str]:
+        self.asked.append((name, port))
+        if not self.addresses:
+            raise OSError(-2, "Name or service not known")
+        return self.addresses
+
+
+def discovery(path: Path | None = None, names: Names | None = None, **given: object) -> Discovery:
+    """A discovery that looks often, in an empty environment unless `environ` is given."""
+    environ: dict[str, str] = given.pop("environ", {})  # type: ignore[assignment]
+    fields: dict[str, object] = {"servers_file": path, "discover_interval_s": 0.01, **given}
+    if names is not None:
+        fields.setdefault("servers_dns", "http://pods:1")
+    look_up: LookUp = names or system_look_up
+    return Discovery(FleetSection.model_validate(fields), environ, look_up)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file of one server."""
+    path = tmp_path / "servers.txt"
+    path.write_text("http://one:1\n")
+    return path
+
+
+def write(path: Path, text: str | bytes | None) -> None:
+    """In place; None takes the file away."""
+    if text is None:
+        path.unlink()
+    else:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def write_unnoticed(path: Path, text: str) -> None:
+    """In place, and with the old time."""
+    times = path.stat()
+    write(path, text)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """As an editor does: a new file takes the name."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.rename(path)
+
+
+specs = st.lists(
+    st.builds(ServerSpec, st.sampled_from("abcdef"), st.sampled_from([1.0, 2.0]), draining=st.booleans()),
+    unique_by=lambda spec: spec.url,
+)
+
+
+@given(specs, specs)
+def test_changes_lead_from_one_set_to_the_other(before: list[ServerSpec], wanted: list[ServerSpec]) -> None:
+    """And name nothing that stays as it is."""
+    found = changes(before, wanted)
+
+    servers = {spec.url: spec for spec in before}
+    for spec in found.removed:
+        assert servers.pop(spec.url) == spec
+    for spec in found.changed:
+        assert servers[spec.url] != spec
+        servers[spec.url] = spec
+    for spec in found.added:
+        assert servers.setdefault(spec.url, spec) is spec
+    assert set(wanted) == set(servers.values())
+    assert not set(before) & {*found.added, *found.changed}
+
+
+async def test_only_what_is_configured() -> None:
+    """Nothing can change: there is nothing to watch."""
+    found = discovery(servers=("http://one:1",))
+
+    assert [ONE] == await found.first()
+    async with asyncio.timeout(5):
+        await found.watch(_never)
+
+
+async def _never(wanted: list[ServerSpec]) -> None:
+    pytest.fail(f"told of {wanted}")
+
+
+async def test_servers_come_go_and_drain(path: Path) -> None:
+    """Each new set is told of as a whole."""
+    found = discovery(path, servers=("http://three:1",))
+    told: asyncio.Queue[list[ServerSpec]] = asyncio.Queue()
+
+    assert [THREE, ONE] == await found.first()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        watching = group.create_task(found.watch(told.put), name="watch")
+        write(path, "http://one:1 drain\nhttp://two:1 weight=2\n")
+        assert [THREE, ServerSpec(ONE.url, draining=True), ServerSpec(TWO.url, 2.0)] == await told.get()
+        replace_file(path, "http://two:1 weight=2\n")
+        assert [THREE, ServerSpec(TWO.url, 2.0)] == await told.get()
+        watching.cancel()
+    assert told.empty()
+
+
+async def test_a_change_is_told_once(path: Path) -> None:
+    """Neither an unchanged file nor one that says the same in another way is news."""
+    found = discovery(path)
+    await found.first()
+
+    assert await found.look() is None
+    replace_file(path, "# the same\n\nhttp://one:1/v1 weight=1\nhttp://one:1\n")
+    assert await found.look() is None
+    replace_file(path, "http://two:1\n")
+    assert [TWO] == await found.look()
+    assert await found.look() is None
+
+
+async def test_the_order_of_lines_says_nothing(path: Path) -> None:
+    """A set is a set."""
+    write(path, "http://one:1\nhttp://two:1\n")
+    found = discovery(path)
+    await found.first()
+    replace_file(path, "http://two:1\nhttp://one:1\n")
+
+    assert await found.look() is None
+
+
+async def test_two_changes_in_the_same_instant(path: Path) -> None:
+    """Of the same length, in place: the file's times and size may not show the second one."""
+    found = discovery(path)
+    await found.first()
+    write_unnoticed(path, "http://two:1\n")
+
+    assert [TWO] == await found.look()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"http://two:1\nhttp://three:1 wieght=2\n", r"servers\.txt:2: cannot use 'wieght=2'"),
+        (b"", r"fleet\.servers_file: .*servers\.txt names no server"),
+        (b"# all gone\n", "names no server"),
+        (b"http://\xff\n", "no UTF-8"),
+        (b"#" * (MAX_FILE_BYTES + 1), "more than 1048576 bytes"),
+        (b"http://two:1 key_env=NOT_SET\n", "NOT_SET is not set"),
+        (None, r"fleet\.servers_file: cannot read .*servers\.txt: No such file"),
+    ],
+)
+async def test_a_file_that_goes_wrong(path: Path, content: bytes | None, said: str) -> None:
+    """At the start it is the user's to mend; later it is logged once, and the last good set stays."""
+    found = discovery(path)
+    assert [ONE] == await found.first()
+    write(path, content)
+
+    with capture_logs() as logs:
+        assert await found.look() is None
+        assert await found.look() is None
+    assert ["fleet.discovery_failed"] == [entry["event"] for entry in logs]
+    assert "warning" == logs[0]["log_level"]
+    with pytest.raises(ConfigError, match=said) as raised:
+        await discovery(path).first()
+    assert logs[0]["error"] == str(raised.value)
+
+    write(path, "http://two:1\n")
+    assert [TWO] == await found.look()
+
+
+async def test_a_file_that_is_empty_at_the_start(path: Path) -> None:
+    """Other servers will do; the first of its own joins them later."""
+    write(path, "")
+    found = discovery(path, servers=("http://two:1",))
+    with capture_logs() as logs:
+        assert [TWO] == await found.first()
+    assert ["warning"] == [entry["log_level"] for entry in logs]
+    write(path, "http://one:1")
+
+    assert [TWO, ONE] == await found.look()
+
+
+async def test_what_is_no_file(tmp_path: Path) -> None:
+    """A directory, and a pipe, which nobody may ever write to."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (tmp_path, pipe):
+        with pytest.raises(ConfigError, match=f"fleet.servers_file: {path} is no file"):
+            async with asyncio.timeout(5):
+                await discovery(path).first()
+
+
+async def test_a_byte_order_mark(path: Path) -> None:
+    """Some editors write one."""
+    write(path, b"\xef\xbb\xbfhttp://one:1\r\n")
+
+    assert [ONE] == await discovery(path).first()
+
+
+async def test_one_server_an_address() -> None:
+    """As many as the name has just now; the name is kept for certificates."""
+    names = Names("10.0.0.2", "10.0.0.1", "10.0.0.2")
+    found = discovery(names=names, servers_dns="https://Pods.svc:30000/v1/")
+
+    assert await found.first() == [
+        ServerSpec("https://10.0.0.1:30000", server_name="pods.svc"),
+        ServerSpec("https://10.0.0.2:30000", server_name="pods.svc"),
+    ]
+    names.addresses = ["10.0.0.2", "10.0.0.3"]
+    wanted = await found.look()
+    assert wanted is not None
+    assert ["https://10.0.0.2:30000", "https://10.0.0.3:30000"] == [spec.url for spec in wanted]
+    assert {("pods.svc", 30000)} == set(names.asked)
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "expected"),
+    [
+        ("http://pods:1", "::1", "http://[::1]:1"),
+        ("http://pods", "10.0.0.1", "http://10.0.0.1"),
+        ("https://pods/path", "fe80::1", "https://[fe80::1]/path"),
+        ("http://me:word@pods:1", "10.0.0.1", "http://me:word@10.0.0.1:1"),
+    ],
+)
+def test_addresses_in_urls(url: str, address: str, expected: str) -> None:
+    """The address stands for the name, and nothing else changes."""
+    assert [ServerSpec(expected, server_name="pods")] == at_addresses(url, [address])
+
+
+def test_an_address_for_a_name() -> None:
+    """There is no name then."""
+    assert [ServerSpec("http://[::1]:1")] == at_addresses("http://[::1]:1", ["::1"])
+
+
+@pytest.mark.parametrize(("url", "port"), [("http://pods", 80), ("https://pods", 443)])
+async def test_the_port_of_the_scheme(url: str, port: int) -> None:
+    """It is what is looked up when the URL has none."""
+    names = Names("10.0.0.1")
+    await discovery(names=names, servers_dns=url).first()
+
+    assert [("pods", port)] == names.asked
+
+
+async def test_a_name_that_is_lost() -> None:
+    """The last addresses stay; it is said once each time."""
+    names = Names("10.0.0.1")
+    found = discovery(names=names)
+    await found.first()
+    with capture_logs() as logs:
+        for addresses in ((), (), ("10.0.0.1",), ()):
+            names.addresses = addresses
+            assert await found.look() is None
+
+    said = "fleet.servers_dns: pods cannot be looked up: Name or service not known"
+    assert [said, said] == [entry["error"] for entry in logs]
+    assert {1} == {entry["kept"] for entry in logs}
+
+
+async def test_a_name_without_addresses_at_the_start() -> None:
+    """An error, unless there are other servers; then its own may come later."""
+    names = Names()
+    with pytest.raises(ConfigError, match=r"fleet\.servers_dns: pods cannot be looked up: Name or service"):
+        await discovery(names=names).first()
+    found = discovery(names=names, servers=("http://one:1",))
+
+    assert [ONE] == await found.first()
+    names.addresses = ["10.0.0.1"]
+    assert [ONE, ServerSpec("http://10.0.0.1:1", server_name="pods")] == await found.look()
+
+
+async def test_names_of_this_machine() -> None:
+    """The system's resolver: a name that it has, and one that no resolver has."""
+    async with asyncio.timeout(20):
+        servers = await Discovery(FleetSection(servers_dns="http://localhost:1"), {}).first()
+        with pytest.raises(ConfigError, match=r"nowhere\.invalid cannot be looked up"):
+            await Discovery(FleetSection(servers_dns="http://nowhere.invalid:1"), {}).first()
+
+    assert {spec.url for spec in servers} <= {"http://127.0.0.1:1", "http://[::1]:1"}
+    assert {"localhost"} == {spec.server_name for spec in servers}
+
+
+async def test_one_server_in_several_places(path: Path) -> None:
+    """It is one; a line of the file can drain it, and lose nothing that the others say of it."""
+    configured = {"url": "http://one:1", "weight": 3, "key_env": "ONE_KEY"}
+    write(path, "http://one:1 drain\nhttp://10.0.0.1:1 weight=2\n")
+    found = discovery(path, Names("10.0.0.1"), servers=(configured,), environ={"ONE_KEY": "geese"})
+
+    assert await found.first() == [
+        ServerSpec("http://one:1", 3.0, "ONE_KEY", draining=True),
+        ServerSpec("http://10.0.0.1:1", 2.0, server_name="pods"),
+    ]
+    write(path, "http://one:1\nhttp://10.0.0.1:1 drain\n")
+    assert await found.look() == [
+        ServerSpec("http://one:1", 3.0, "ONE_KEY"),
+        ServerSpec("http://10.0.0.1:1", draining=True, server_name="pods"),
+    ]
+
+
+async def test_keys_that_are_not_set() -> None:
+    """It is found out before anything is sent."""
+    configured = {"url": "http://one:1", "key_env": "ONE_KEY"}
+    with pytest.raises(ConfigError, match=r"key_env of http://one:1: .* ONE_KEY is not set"):
+        await discovery(servers=(configured,)).first()

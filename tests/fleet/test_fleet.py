@@ -1,0 +1,528 @@
+"""Many servers as one: every request ends, whatever befalls the servers, and nothing is left behind."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from streamsyn.config.sections import FleetSection
+from streamsyn.errors import (
+    BrokenResponse,
+    ConfigError,
+    FleetGone,
+    RequestRefused,
+    ServerError,
+    ServerTimeout,
+    ServerUnavailable,
+    StoppedEarly,
+    root_cause,
+)
+from streamsyn.fleet.fleet import Fleet, open_fleet
+from streamsyn.records import Attempt, Completion, Request
+from streamsyn.simulator.app import RunningSimulator, running
+from streamsyn.simulator.faults import BAD_CONTENT, Fault, Script
+from streamsyn.simulator.settings import SimulatorConfig
+
+pytestmark = pytest.mark.usefixtures("no_task_left")
+
+REQUEST = Request([{"role": "user", "content": "About geese."}], {})
+QUICK: dict[str, Any] = {
+    "probe_interval_s": 0.02,
+    "backoff_base_s": 0.005,
+    "backoff_max_s": 0.02,
+    "give_up_s": 10.0,
+    "request_timeout_s": 5.0,
+    "slow_start_s": 0.001,
+}
+
+
+@asynccontextmanager
+async def opened(
+    *urls: str, on_gone: Callable[[], None] = lambda: None, key: str | None = None, **section: Any
+) -> AsyncIterator[Fleet]:
+    """A fleet that has not asked for models yet; times are short."""
+    settings = FleetSection(servers=urls, **QUICK | section)
+    environ = {} if key is None else {"STREAMSYN_API_KEY": key}
+    async with asyncio.timeout(20), open_fleet(settings, on_gone, environ) as fleet:
+        yield fleet
+
+
+@asynccontextmanager
+async def fleet_of(*urls: str, **options: Any) -> AsyncIterator[Fleet]:
+    """A fleet that is ready."""
+    async with opened(*urls, **options) as fleet:
+        await fleet.ask_models()
+        yield fleet
+
+
+class Simulators:
+    """Simulators that may be stopped, and started again where they were."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self._running: dict[str, AsyncExitStack] = {}
+
+    async def start(self, script: Script = (), port: int = 0, **config: Any) -> RunningSimulator:
+        """One more."""
+        own = await self._stack.enter_async_context(AsyncExitStack())
+        server = await own.enter_async_context(running(SimulatorConfig(**config), port=port, script=script))
+        self._running[server.url] = own
+        return server
+
+    async def stop(self, url: str) -> int:
+        """From now on connections to it are refused; its port."""
+        await self._running.pop(url).aclose()
+        return int(url.rpartition(":")[2])
+
+
+@asynccontextmanager
+async def simulators() -> AsyncIterator[Simulators]:
+    """Simulators that end with the block."""
+    async with asyncio.timeout(20), AsyncExitStack() as stack:
+        yield Simulators(stack)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0)
+
+
+async def ask(fleet: Fleet, attempts: list[Attempt] | None = None) -> Completion:
+    """One request."""
+    return await fleet.complete(REQUEST, attempts if attempts is not None else [])
+
+
+async def ask_many(fleet: Fleet, number: int) -> list[Completion]:
+    """So many requests at once."""
+    async with asyncio.TaskGroup() as group:
+        asked = [group.create_task(ask(fleet)) for _ in range(number)]
+    return [task.result() for task in asked]
+
+
+class Rids:
+    """The rids of requests to write, and of aborts, as a simulator sees them."""
+
+    def __init__(self, stalled: int) -> None:
+        self.asked: list[str] = []
+        self.aborted: list[str] = []
+        self._stalled = stalled
+
+    def script(self, number: int, body: dict[str, Any]) -> Fault | None:
+        """Stalls the first requests and notes the rid of each."""
+        self.asked.append(body["rid"])
+        return Fault.STALL if number <= self._stalled else None
+
+    def listen_to(self, server: RunningSimulator) -> None:
+        """Note aborts that come to `server`."""
+        engine, abort = server.simulation.engine, server.simulation.engine.abort
+
+        def noted(rid: str, *, exact: bool) -> int:
+            self.aborted.append(rid)
+            return abort(rid, exact=exact)
+
+        engine.abort = noted  # type: ignore[method-assign]
+
+
+HARMFUL = sorted(set(Fault) - BAD_CONTENT - {Fault.REFUSE})
+
+
+@pytest.mark.parametrize("fault", HARMFUL)
+async def test_a_request_survives(fault: Fault) -> None:
+    """Whatever goes wrong at each server at first: the request is answered, and its tries are told."""
+    attempts: list[Attempt] = []
+    async with simulators() as simulated:
+        servers = [await simulated.start([fault, fault]) for _ in range(2)]
+        urls = [server.url for server in servers]
+        async with fleet_of(*urls, request_timeout_s=0.3 if fault is Fault.STALL else 5.0) as fleet:
+            completion = await ask(fleet, attempts)
+    *failed, last = attempts
+    assert (None, completion.server, completion.completion_tokens) == (
+        last.error,
+        last.server,
+        last.completion_tokens,
+    )
+    assert (fault is Fault.QUEUE_FULL) is not bool(failed)
+    assert all(attempt.error and attempt.server in urls and attempt.seconds >= 0 for attempt in failed)
+    assert all(one.server != other.server for one, other in zip(failed, attempts[1:], strict=True))
+
+
+async def test_a_mix_of_faults() -> None:
+    """Three servers that fail every other request: all requests are answered, on whichever server."""
+    rates = dict.fromkeys(("http_500", "reset", "cut_body", "bad_json", "error_in_200", "aborted"), 0.08)
+    async with simulators() as simulated:
+        urls = [(await simulated.start(faults=rates, seed=seed)).url for seed in range(3)]
+        async with fleet_of(*urls, max_attempts=40, max_in_flight=8) as fleet:
+            assert 120 == len(await ask_many(fleet, 120))
+
+
+async def test_one_of_two_dies_and_comes_back() -> None:
+    """The other answers everything; the dead one is ejected, probed, and has its share again when back."""
+    async with simulators() as simulated:
+        dying, other = await simulated.start(), await simulated.start()
+        async with fleet_of(dying.url, other.url, max_in_flight=4) as fleet:
+            await ask_many(fleet, 8)
+            port = await simulated.stop(dying.url)
+            answers = await ask_many(fleet, 30)
+            assert {other.url} == {answer.server for answer in answers}
+            assert [True, False] == [server.health.ejected for server in fleet.servers]
+            back = await simulated.start(port=port)
+            await until(lambda: not fleet.servers[0].health.ejected)
+            await ask_many(fleet, 30)
+            assert 10 <= back.simulation.stats.answered <= 20
+
+
+async def test_a_server_that_dies_with_requests_in_flight() -> None:
+    """They are asked again elsewhere."""
+    async with simulators() as simulated:
+        dying, other = await simulated.start(die_after=3, latency_ms=10_000), await simulated.start()
+        async with fleet_of(dying.url, other.url, max_in_flight=50) as fleet:
+            answers = await ask_many(fleet, 40)
+    assert {other.url} == {answer.server for answer in answers}
+
+
+async def test_a_full_queue_is_waited_for() -> None:
+    """It costs no try: with a single one allowed, all are answered, and none tells of a failure."""
+    async with simulators() as simulated:
+        server = await simulated.start(slots=1, queue_limit=1, latency_ms=10)
+        tries: list[list[Attempt]] = [[] for _ in range(8)]
+        async with fleet_of(server.url, max_attempts=1) as fleet, asyncio.TaskGroup() as group:
+            for attempts in tries:
+                group.create_task(ask(fleet, attempts))
+        assert server.simulation.stats.requests > 8
+    assert [1] * 8 == [len(attempts) for attempts in tries]
+    assert not fleet.servers[0].health.failures
+
+
+async def test_queues_that_stay_full_are_not_waited_for_for_ever() -> None:
+    """When nothing was accepted for longer than any request may take, the fleet counts as gone."""
+    gone = asyncio.Event()
+    async with simulators() as simulated:
+        server = await simulated.start(faults={Fault.QUEUE_FULL: 1.0})
+        async with (
+            fleet_of(server.url, on_gone=gone.set, give_up_s=1.0, request_timeout_s=0.2) as fleet,
+            asyncio.TaskGroup() as group,
+        ):
+            asked = group.create_task(ask(fleet))
+            async with asyncio.timeout(10):
+                await gone.wait()
+            asked.cancel()
+
+
+async def test_a_drain_lets_nobody_wait() -> None:
+    """Who has no place when the run drains gives up at once; who is in flight is answered."""
+    async with simulators() as simulated:
+        server = await simulated.start(latency_ms=200)
+        async with fleet_of(server.url, max_in_flight=1) as fleet, asyncio.TaskGroup() as group:
+            in_flight = group.create_task(ask(fleet))
+            await until(lambda: fleet.servers[0].limiter.in_flight)
+            waiting = group.create_task(_stopped(fleet))
+            await until(lambda: fleet._roster.pools["simulated"]._common)
+            fleet.drain()
+            assert await waiting
+            assert await _stopped(fleet)
+            assert (await in_flight).text
+
+
+async def _stopped(fleet: Fleet) -> bool:
+    try:
+        await ask(fleet)
+    except StoppedEarly:
+        return True
+    return False
+
+
+async def test_a_key_that_no_header_can_hold() -> None:
+    """It is the user's to mend, before anything is sent."""
+    with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
+        async with open_fleet(
+            FleetSection(servers=("http://one:1",)), lambda: None, {"STREAMSYN_API_KEY": "a\nb"}
+        ):
+            pass
+
+
+async def test_a_refused_request_is_tried_once() -> None:
+    """No other server is bothered with it, and the one that said so is as good as before."""
+    attempts: list[Attempt] = []
+    async with simulators() as simulated:
+        servers = [await simulated.start([Fault.REFUSE]) for _ in range(2)]
+        async with fleet_of(*(server.url for server in servers), eject_after=1) as fleet:
+            with pytest.raises(RequestRefused, match="The simulator refuses this request"):
+                await ask(fleet, attempts)
+            assert not any(server.health.ejected for server in fleet.servers)
+        assert 1 == sum(server.simulation.stats.requests for server in servers)
+    assert ["RequestRefused"] == [str(attempt.error).partition(":")[0] for attempt in attempts]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (Fault.HTTP_500, ServerUnavailable),
+        (Fault.BAD_JSON, BrokenResponse),
+        (Fault.STALL, ServerTimeout),
+        (Fault.RESET, ServerUnavailable),
+    ],
+)
+async def test_tries_come_to_an_end(fault: Fault, kind: type[ServerError]) -> None:
+    """After `fleet.max_attempts` the last failure comes out, and each try is told."""
+    attempts: list[Attempt] = []
+    timeout_s = 0.05 if fault is Fault.STALL else 5.0
+    async with simulators() as simulated:
+        server = await simulated.start(lambda _, __: fault)
+        async with fleet_of(server.url, max_attempts=3, request_timeout_s=timeout_s, eject_after=2) as fleet:
+            with pytest.raises(ServerError) as raised:
+                await ask(fleet, attempts)
+    assert kind is type(raised.value)
+    assert [kind.__name__] * 3 == [str(attempt.error).partition(":")[0] for attempt in attempts]
+
+
+async def test_a_broken_answer_ejects_nobody() -> None:
+    """A server that answers is alive, whatever it says."""
+    async with simulators() as simulated:
+        server = await simulated.start([Fault.BAD_JSON, Fault.ABORTED, Fault.CUT_BODY])
+        async with fleet_of(server.url, eject_after=1) as fleet:
+            await ask(fleet)
+            assert not fleet.servers[0].health.ejected
+            assert 4 == server.simulation.stats.requests
+
+
+async def test_a_timeout_aborts_at_the_server() -> None:
+    """By the rid of that try; the next one has another rid of the same width, so no abort meets two."""
+    rids = Rids(stalled=2)
+    async with simulators() as simulated:
+        server = await simulated.start(rids.script)
+        rids.listen_to(server)
+        async with fleet_of(server.url, request_timeout_s=0.5) as fleet:
+            await ask(fleet)
+        assert 0 == server.simulation.stats.in_flight
+    assert rids.asked[:2] == rids.aborted
+    assert 3 == len(set(rids.asked))
+    assert 1 == len({len(rid) for rid in rids.asked})
+
+
+async def test_a_cancelled_request_is_aborted_at_the_server() -> None:
+    """Whoever asked has left: the server must not go on for nobody."""
+    rids = Rids(stalled=1)
+    async with simulators() as simulated:
+        server = await simulated.start(rids.script)
+        rids.listen_to(server)
+        async with fleet_of(server.url) as fleet, asyncio.TaskGroup() as group:
+            asked = group.create_task(ask(fleet))
+            await until(lambda: rids.asked)
+            asked.cancel()
+        assert asked.cancelled()
+        assert {server.url: 0} == fleet.in_flight
+    assert rids.asked == rids.aborted
+
+
+class Stop(Exception):
+    """Raised by a test to leave a block."""
+
+
+async def test_what_is_in_flight_is_aborted_when_the_fleet_closes_early() -> None:
+    """Also when it is an error that closes it: the servers are told before the connections go."""
+    rids = Rids(stalled=9)
+    async with simulators() as simulated:
+        server = await simulated.start(rids.script)
+        rids.listen_to(server)
+
+        async def block() -> None:
+            async with fleet_of(server.url) as fleet, asyncio.TaskGroup() as group:
+                for _ in range(3):
+                    group.create_task(ask(fleet))
+                await until(lambda: len(rids.asked) == 3)
+                raise Stop
+
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await block()
+    assert isinstance(root_cause(raised.value), Stop)
+    assert sorted(rids.asked) == sorted(rids.aborted)
+
+
+async def test_a_fleet_that_is_gone_says_so() -> None:
+    """When no server was usable for `fleet.give_up_s`; the request still waits, nobody rejects it."""
+    gone = asyncio.Event()
+    async with simulators() as simulated:
+        servers = [await simulated.start() for _ in range(2)]
+        async with (
+            fleet_of(*(server.url for server in servers), on_gone=gone.set, give_up_s=1.0) as fleet,
+            asyncio.TaskGroup() as group,
+        ):
+            for server in servers:
+                await simulated.stop(server.url)
+            asked = group.create_task(ask(fleet))
+            async with asyncio.timeout(5):
+                await gone.wait()
+            assert not asked.done()
+            asked.cancel()
+
+
+async def test_a_fleet_that_comes_back_in_time() -> None:
+    """A request outlives it, with a single try allowed: a server that is not there was never asked."""
+    calls: list[str] = []
+    attempts: list[Attempt] = []
+    async with simulators() as simulated:
+        server = await simulated.start()
+        async with (
+            fleet_of(server.url, on_gone=lambda: calls.append("gone"), max_attempts=1) as fleet,
+            asyncio.TaskGroup() as group,
+        ):
+            port = await simulated.stop(server.url)
+            asked = group.create_task(ask(fleet, attempts))
+            await until(lambda: fleet.servers[0].health.ejected)
+            timers = [fleet._outage._timer]
+            await simulated.start(port=port)
+            assert (await asked).text
+            timers.append(fleet._outage._timer)
+    assert [True, False] == [timer is not None for timer in timers]
+    assert [] == calls
+    assert [True, False] == [attempt.error is not None for attempt in attempts]
+
+
+async def test_a_server_that_comes_back_with_another_model_stays_out() -> None:
+    """Contexts of two models must not be mixed in one run."""
+    async with simulators() as simulated:
+        changed, other = await simulated.start(model="small"), await simulated.start(model="small")
+        async with fleet_of(changed.url, other.url) as fleet:
+            port = await simulated.stop(changed.url)
+            await ask_many(fleet, 10)
+            back = await simulated.start(port=port, model="large")
+            await until(lambda: back.simulation.stats.by_route["/v1/models"] > 1)
+            await ask_many(fleet, 10)
+            assert fleet.servers[0].health.ejected
+            assert 0 == back.simulation.stats.requests
+
+
+async def test_the_model_that_all_serve() -> None:
+    """Nobody needs to name it."""
+    async with simulators() as simulated:
+        urls = [(await simulated.start(model="small")).url for _ in range(3)]
+        async with fleet_of(*urls) as fleet:
+            assert ["small"] == fleet.models
+            assert "small" == (await ask(fleet)).model
+
+
+async def test_servers_that_disagree() -> None:
+    """The message names both models and where they are."""
+    async with simulators() as simulated:
+        small, large = await simulated.start(model="small"), await simulated.start(model="large")
+        async with opened(small.url, large.url) as fleet:
+            with pytest.raises(ConfigError) as raised:
+                await fleet.ask_models()
+    assert f"small at {small.url}" in str(raised.value)
+    assert f"large at {large.url}" in str(raised.value)
+
+
+async def test_a_model_that_is_not_served() -> None:
+    """The message names the key, the server and what it has; a model that is served is taken."""
+    async with simulators() as simulated:
+        server = await simulated.start(model="small")
+        async with opened(server.url, model="large") as fleet:
+            with pytest.raises(ConfigError, match=rf"fleet\.model: {server.url} serves small, not large"):
+                await fleet.ask_models()
+        async with fleet_of(server.url, model="small") as fleet:
+            assert ["small"] == fleet.models
+
+
+async def test_a_key_that_is_not_accepted() -> None:
+    """It is the user's to mend, at the start; with the key all goes well."""
+    async with simulators() as simulated:
+        server = await simulated.start(api_key="sesame")
+        with pytest.raises(BaseExceptionGroup) as raised:
+            async with fleet_of(server.url):
+                pass
+        cause = root_cause(raised.value)
+        assert isinstance(cause, ConfigError)
+        assert "STREAMSYN_API_KEY" in str(cause)
+        async with fleet_of(server.url, key="sesame") as fleet:
+            await ask(fleet)
+
+
+async def test_no_server_comes_up() -> None:
+    """It is waited for, as long as `fleet.give_up_s` says."""
+    async with simulators() as simulated:
+        server = await simulated.start()
+        await simulated.stop(server.url)
+        async with opened(server.url, give_up_s=0.1) as fleet:
+            with pytest.raises(FleetGone, match=rf"no server came up within 0\.1 s: {server.url}"):
+                await fleet.ask_models()
+
+
+async def test_servers_that_come_up_late() -> None:
+    """The first one is waited for; one that comes later joins."""
+    async with simulators() as simulated:
+        ports = [await simulated.stop((await simulated.start()).url) for _ in range(2)]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        async with opened(*urls) as fleet, asyncio.TaskGroup() as group:
+            asking = group.create_task(fleet.ask_models())
+            await asyncio.sleep(0)
+            await simulated.start(port=ports[0])
+            await asking
+            assert {urls[0]} == {answer.server for answer in await ask_many(fleet, 4)}
+            late = await simulated.start(port=ports[1])
+            await until(lambda: not fleet.servers[1].health.ejected)
+            await ask_many(fleet, 8)
+            assert late.simulation.stats.answered >= 3
+
+
+async def test_the_cap_of_each_server_is_kept() -> None:
+    """As many as it says are in flight, never more; and all servers have the same share."""
+    async with simulators() as simulated:
+        servers = [await simulated.start(latency_ms=30) for _ in range(3)]
+        async with fleet_of(*(server.url for server in servers), max_in_flight=4) as fleet:
+            assert 12 == fleet.capacity
+            await ask_many(fleet, 90)
+            assert {server.url: 0 for server in servers} == fleet.in_flight
+        assert 4 == max(server.simulation.stats.max_in_flight for server in servers)
+        assert all(24 <= server.simulation.stats.answered <= 36 for server in servers)
+
+
+async def test_one_at_a_time_still_uses_all_servers() -> None:
+    """With nothing else to choose by, they take turns."""
+    async with simulators() as simulated:
+        servers = [await simulated.start() for _ in range(3)]
+        async with fleet_of(*(server.url for server in servers)) as fleet:
+            for _ in range(9):
+                await ask(fleet)
+        assert [3, 3, 3] == [server.simulation.stats.answered for server in servers]
+
+
+async def test_urls_as_people_write_them() -> None:
+    """With a slash, with /v1 behind it, twice: one server."""
+    async with opened("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/v1/") as fleet:
+        assert ["http://one:1", "https://two:2"] == [server.url for server in fleet.servers]
+
+
+@pytest.mark.parametrize(
+    ("urls", "said"),
+    [
+        ((), "--server URL"),
+        (("one:30000",), "one:30000 is no URL"),
+        (("http://",), "http:// is no URL"),
+        (("http://one two",), "http://one two is no URL"),
+    ],
+)
+async def test_no_usable_server_is_given(urls: tuple[str, ...], said: str) -> None:
+    """The message says what to do, or what is wrong."""
+    with pytest.raises(ConfigError, match=said):
+        async with opened(*urls):
+            pass
+
+
+async def test_a_fleet_that_answers_probes_and_nothing_else_is_gone() -> None:
+    """Servers that are healthy but fail each request must not use up seed after seed for ever."""
+    gone = asyncio.Event()
+    async with simulators() as simulated:
+        server = await simulated.start(faults={Fault.HTTP_500: 1.0})
+        async with (
+            fleet_of(server.url, on_gone=gone.set, give_up_s=1.0, max_attempts=1000) as fleet,
+            asyncio.TaskGroup() as group,
+        ):
+            asked = group.create_task(ask(fleet))
+            async with asyncio.timeout(10):
+                await gone.wait()
+            assert fleet.servers[0].health.ejections > 1
+            asked.cancel()

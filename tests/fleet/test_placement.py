@@ -1,0 +1,367 @@
+"""Places in flight: given out fairly, never more than there are, and nobody waits beside a free one."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamsyn.errors import StoppedEarly
+from streamsyn.fleet.affinity import PATIENCE_S, Homes
+from streamsyn.fleet.limiter import Limiter
+from streamsyn.fleet.placement import Placement
+from streamsyn.fleet.server import Place, Server
+from streamsyn.records import Request
+from tests.builders import server_at
+
+
+def servers(*caps: int) -> list[Server]:
+    """Servers that are never asked."""
+    return [server_at(f"http://{number}", Limiter(cap)) for number, cap in enumerate(caps)]
+
+
+def placed(fleet: list[Server], leader_wait_s: float = 60.0) -> Placement:
+    """A placement on the running loop's clock."""
+    clock = asyncio.get_running_loop().time
+    return Placement(fleet, Homes(1.25, clock), leader_wait_s, clock)
+
+
+def of(group: str = "", *beginnings: str) -> Request:
+    """A request of a group."""
+    return Request([], {}, group, beginnings)
+
+
+async def settle() -> None:
+    """Let every asyncio task run until it waits."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def acquired(placement: Placement, avoid: Server | None = None) -> Server:
+    """Where a place is that must be free now."""
+    return (await place(placement, of(), avoid)).server
+
+
+async def place(placement: Placement, request: Request, avoid: Server | None = None) -> Place:
+    """A place that must be free now."""
+    async with asyncio.timeout(1):
+        return await placement.acquire(request, avoid)
+
+
+async def test_the_one_with_the_fewest_in_flight() -> None:
+    """Requests spread evenly, whatever the order of the servers."""
+    fleet = servers(3, 3, 3)
+    placement = placed(fleet)
+    for _ in range(7):
+        await acquired(placement)
+    assert [2, 2, 3] == sorted(server.limiter.in_flight for server in fleet)
+    placement.release(Place(fleet[1]))
+    placement.release(Place(fleet[1]))
+    assert fleet[1] is await acquired(placement)
+
+
+async def test_of_equals_the_one_that_has_done_least() -> None:
+    """With one request at a time, the servers still take turns."""
+    fleet = servers(1, 1)
+    fleet[0].completions = 5
+    assert fleet[1] is await acquired(placed(fleet))
+
+
+async def test_another_one_than_the_last() -> None:
+    """A request that failed somewhere goes elsewhere, even to a fuller server; if it must, back there."""
+    fleet = servers(3, 2)
+    placement = placed(fleet)
+    given_out = [await acquired(placement, avoid=fleet[0]) for _ in range(4)]
+    assert [fleet[1], fleet[1], fleet[0], fleet[0]] == given_out
+
+
+async def test_an_ejected_or_held_server_gets_nothing() -> None:
+    """Not even when all others are full."""
+    fleet = servers(1, 1)
+    placement = placed(fleet)
+    fleet[0].health.ejected = True
+    assert fleet[1] is await acquired(placement)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(placement.acquire())
+        await settle()
+        assert not waiting.done()
+        fleet[0].health.readmit()
+        placement.dispatch()
+    assert fleet[0] is waiting.result().server
+
+
+async def test_a_hold_ends_by_itself() -> None:
+    """Nobody needs to release or ask: a timer gives the place to the one who waits."""
+    [server] = fleet = servers(1)
+    placement = placed(fleet)
+    server.limiter.busy(asyncio.get_running_loop().time(), 0.0)
+    assert server is await acquired(placement)
+    placement.close()
+
+
+async def test_waiters_are_served_in_order() -> None:
+    """First come, first served; one who comes later does not overtake."""
+    [server] = fleet = servers(1)
+    placement, order = placed(fleet), []
+
+    async def wait(number: int) -> None:
+        place = await placement.acquire()
+        order.append(number)
+        await settle()
+        placement.release(place)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(5):
+            group.create_task(wait(number))
+    assert [0, 1, 2, 3, 4] == order
+    assert 0 == server.limiter.in_flight
+
+
+async def test_one_who_leaves_does_not_hold_up_the_others() -> None:
+    """A cancelled waiter gets no place; the next one does."""
+    [server] = fleet = servers(1)
+    placement = placed(fleet)
+    await placement.acquire()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(placement.acquire())
+        second = group.create_task(placement.acquire())
+        await settle()
+        first.cancel()
+        await settle()
+        placement.release(Place(server))
+    assert first.cancelled()
+    assert server is second.result().server
+    assert 1 == server.limiter.in_flight
+
+
+async def test_a_place_just_given_to_one_who_leaves_comes_back() -> None:
+    """Cancelled between getting the place and hearing of it: the next one has it."""
+    [server] = fleet = servers(1)
+    placement = placed(fleet)
+    await placement.acquire()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(placement.acquire())
+        second = group.create_task(placement.acquire())
+        await settle()
+        placement.release(Place(server))  # the place is the first one's, who has not run since
+        first.cancel()
+    assert first.cancelled()
+    assert server is second.result().server
+    assert 1 == server.limiter.in_flight
+
+
+async def test_a_group_stays_at_its_server() -> None:
+    """Requests of one group go to one server, one that is full is waited for, and groups are spread."""
+    fleet = servers(*[8] * 4)
+    placement = placed(fleet)
+    homes: dict[str, Server] = {}
+    for number in range(200):
+        group = f"group {number % 16}"
+        given = await place(placement, of(group))
+        assert given.server is homes.setdefault(group, given.server)
+        placement.release(given)
+    assert max(Counter(server.url for server in homes.values()).values()) <= 1.25 * 16 / 4
+    assert 0 == placement.homes.moves
+
+
+async def test_a_group_leaves_a_server_that_is_out() -> None:
+    """Also those who waited for it there."""
+    fleet = servers(1, 1)
+    placement = placed(fleet)
+    first = await place(placement, of("group"))
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(placement.acquire(of("group")))
+        await settle()
+        assert not waiting.done()
+        first.server.health.ejected = True
+        placement.left(first.server)
+    assert first.server is not waiting.result().server
+
+
+async def test_an_idle_server_takes_over_who_waits_elsewhere() -> None:
+    """After a while a place that is free is worth more than a prefix; the group moves along."""
+    fleet, now = servers(1, 1), [0.0]
+    placement = Placement(fleet, Homes(1.25, lambda: now[0]), 60.0, lambda: now[0])
+    first = await place(placement, of("group"))
+    [other] = [server for server in fleet if server is not first.server]
+    elsewhere = await place(placement, of())
+    assert other is elsewhere.server
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(placement.acquire(of("group")))
+        await settle()
+        placement.release(elsewhere)
+        await settle()
+        assert not waiting.done()
+        now[0] = PATIENCE_S
+        placement.dispatch()
+    assert other is waiting.result().server
+    placement.release(waiting.result())
+    assert other is (await place(placement, of("group"))).server
+
+
+async def test_the_first_leads_and_the_others_follow() -> None:
+    """While a beginning is brought into the cache, requests that share it wait; others do not."""
+    fleet = servers(8)
+    placement = placed(fleet)
+    leader = await place(placement, of("", "template", "group"))
+    assert ("template", "group") == leader.leads
+    async with asyncio.TaskGroup() as group:
+        followers = [group.create_task(placement.acquire(of("", "template", "group"))) for _ in range(3)]
+        another = await place(placement, of("", "another"))
+        assert ("another",) == another.leads
+        await settle()
+        assert [False] * 3 == [follower.done() for follower in followers]
+        placement.warmed(leader)
+    assert [()] * 3 == [follower.result().leads for follower in followers]
+    assert () == (await place(placement, of("", "template"))).leads
+    placement.close()
+
+
+async def test_when_a_leader_fails_the_next_one_leads() -> None:
+    """The beginning is still cold: one of those who waited goes first, the others go on waiting."""
+    placement = placed(servers(8))
+    leader = await place(placement, of("", "template"))
+    async with asyncio.TaskGroup() as group:
+        followers = [group.create_task(placement.acquire(of("", "template"))) for _ in range(3)]
+        await settle()
+        placement.release(leader)
+        await settle()
+        assert [True, False, False] == [follower.done() for follower in followers]
+        assert ("template",) == followers[0].result().leads
+        placement.warmed(followers[0].result())
+    placement.close()
+
+
+async def test_nobody_waits_for_a_leader_for_ever() -> None:
+    """After `leader_wait_s` the others go too."""
+    placement = placed(servers(8), leader_wait_s=0.01)
+    await place(placement, of("", "template"))
+    assert () == (await place(placement, of("", "template"))).leads
+
+
+async def test_a_drain_lets_nobody_wait() -> None:
+    """Not for a place, not for a group's server, not for a leader; what is in flight stays."""
+    [server] = fleet = servers(2)
+    placement = placed(fleet)
+    await place(placement, of("", "a"))
+
+    async def fails(request: Request) -> None:
+        with pytest.raises(StoppedEarly):
+            await placement.acquire(request)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fails(of("", "a")))
+        await settle()
+        await place(placement, of())
+        group.create_task(fails(of()))
+        group.create_task(fails(of("group")))
+        await settle()
+        placement.drain()
+    await fails(of())
+    assert 2 == server.limiter.in_flight
+    placement.close()
+
+
+class Crowd:
+    """Many who want places, and servers that come and go."""
+
+    def __init__(self, group: asyncio.TaskGroup, caps: list[int]) -> None:
+        self.servers = servers(*caps)
+        self.placement = placed(self.servers)
+        self.group = group
+        self.waiting: list[asyncio.Task[None]] = []
+        self.holding: list[Place] = []
+
+    async def step(self, name: str, number: int) -> None:
+        """Do one thing; `number` picks who or where."""
+        server = self.servers[number % len(self.servers)]
+        match name:
+            case "acquire":
+                avoid = server if number % 2 else None
+                group, template = GROUPS[number % len(GROUPS)], ("template",) if number % 3 else ()
+                request = of(group, *template, *([group] if group else []))
+                self.waiting.append(self.group.create_task(self._acquire(request, avoid)))
+            case "warm" if self.holding:
+                self.placement.warmed(self.holding[number % len(self.holding)])
+            case "release" if self.holding:
+                self.placement.release(self.holding.pop(number % len(self.holding)))
+            case "cancel" if self.waiting:
+                self.waiting[number % len(self.waiting)].cancel()
+            case "eject":
+                server.health.ejected = True
+                self.placement.left(server)
+            case "readmit":
+                server.health.readmit()
+                self.placement.dispatch()
+            case "hold":
+                server.limiter.held_until = float("inf")
+            case "unhold":
+                server.limiter.held_until = 0.0
+                self.placement.dispatch()
+            case "step":
+                await asyncio.sleep(0)
+            case "settle":
+                await settle()
+                self.check_settled()
+        self.check()
+
+    def check(self) -> None:
+        """True at every moment."""
+        for server in self.servers:
+            assert 0 <= server.limiter.in_flight <= server.limiter.cap
+
+    def check_settled(self) -> None:
+        """True when all have run until they wait."""
+        self.waiting = [task for task in self.waiting if not task.done()]
+        free = [server for server in self.servers if server.is_in and server.limiter.has_room(0.0)]
+        assert not free or not [waiter for waiter in self.placement._common if not waiter.turn.done()]
+        for server in free:
+            assert not [waiter for waiter in server.queue if not waiter.turn.done()], "beside a free place"
+        leading = {(place.server, key) for place in self.holding for key in place.leads}
+        led = {(server, key) for server in self.servers for key in server.leaders._led}
+        assert led <= leading, "followers of nobody"
+        assert len(self.holding) == sum(server.limiter.in_flight for server in self.servers)
+
+    async def _acquire(self, request: Request, avoid: Server | None) -> None:
+        self.holding.append(await self.placement.acquire(request, avoid))
+
+    async def end(self) -> None:
+        """Everybody gets a place once there are some."""
+        for server in self.servers:
+            server.health.readmit()
+            server.limiter.held_until = 0.0
+        self.placement.dispatch()
+        await settle()
+        while self.holding:
+            self.placement.release(self.holding.pop())
+            await settle()
+            self.check_settled()
+        assert [] == self.waiting
+        self.placement.close()
+
+
+GROUPS = ["", "", "red", "blue", "green"]
+NAMES = st.sampled_from(
+    ["acquire", "acquire", "acquire", "release", "release", "cancel", "step", "settle", "warm"]
+)
+STEPS = st.tuples(
+    NAMES | st.sampled_from(["eject", "readmit", "hold", "unhold"]), st.integers(0, 11)
+)  # what everybody does, more often than what befalls a server
+
+
+@settings(max_examples=200, deadline=None)
+@given(caps=st.lists(st.integers(1, 3), min_size=1, max_size=3), steps=st.lists(STEPS, max_size=40))
+def test_places_are_never_lost_nor_doubled(caps: list[int], steps: list[tuple[str, int]]) -> None:
+    """Through any order of events: never above a cap, never below zero, nobody waits beside a free place."""
+
+    async def play() -> None:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            crowd = Crowd(group, caps)
+            for name, number in steps:
+                await crowd.step(name, number)
+            await settle()
+            crowd.check_settled()
+            await crowd.end()
+
+    asyncio.run(play())

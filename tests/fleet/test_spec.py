@@ -1,0 +1,116 @@
+"""What is said of servers in the configuration, and of their keys in the environment."""
+
+import pytest
+
+from streamsyn.config.sections import FleetSection, ServerSection
+from streamsyn.errors import ConfigError
+from streamsyn.fleet.server import ServerSpec, headers_of, specs
+
+
+def section(*servers: str | dict[str, object], **given: object) -> FleetSection:
+    return FleetSection.model_validate({"servers": servers, **given})
+
+
+def test_urls_as_people_write_them() -> None:
+    """With a slash, with /v1 behind it, twice: one server."""
+    found = specs(section("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/x/v1//"))
+
+    assert [ServerSpec("http://one:1"), ServerSpec("https://two:2/x")] == found
+
+
+def test_a_host_called_v1() -> None:
+    """Only a path loses its /v1."""
+    assert [ServerSpec("http://v1")] == specs(section("http://v1/"))
+
+
+def test_tables_say_more() -> None:
+    """Weight and key; the first entry of a URL counts."""
+    found = specs(section({"url": "http://one:1/", "weight": 2, "key_env": "ONE_KEY"}, "http://one:1"))
+
+    assert [ServerSpec("http://one:1", 2.0, "ONE_KEY")] == found
+
+
+@pytest.mark.parametrize("given", [{"servers_file": "servers.txt"}, {"servers_dns": "http://sglang:30000"}])
+def test_servers_may_be_found_elsewhere(given: dict[str, object]) -> None:
+    """Then none need stand in the configuration."""
+    assert [] == specs(section(**given))
+
+
+def test_no_server_at_all() -> None:
+    """The message says what to do."""
+    with pytest.raises(ConfigError, match=r"no server: pass --server URL, set fleet\.servers, or --launch"):
+        specs(FleetSection())
+
+
+NO_URLS = [
+    "one:30000",
+    "http://",
+    "http://one two",
+    "http://:80",
+    "http://h:99999",
+    "http://[::",
+    "http://a..b:1",
+    "http://" + 64 * "a",
+    "ftp://one",
+]
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_what_is_no_url(url: str) -> None:
+    """The key and the entry are named, wherever the URL stands."""
+    with pytest.raises(ConfigError) as raised:
+        specs(section("http://one:1", url))
+    assert f"fleet.servers: {url} is no URL; it starts with http:// or https://" == str(raised.value)
+    with pytest.raises(ConfigError) as raised:
+        specs(FleetSection(servers=(ServerSection(url=url),)))
+    assert str(raised.value).startswith(f"fleet.servers: {url} is no URL")
+    with pytest.raises(ConfigError) as raised:
+        specs(section("http://one:1", servers_dns=url))
+    assert str(raised.value).startswith(f"fleet.servers_dns: {url} is no URL")
+
+
+def test_a_message_is_one_line() -> None:
+    """Whatever the entry holds."""
+    with pytest.raises(ConfigError, match=r"fleet.servers: 'http://one\\n:1' is no URL"):
+        specs(section("http://one\n:1"))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:30000", "http://host.", "http://my_service:1/a/b", "http://ü:1"]
+)
+def test_what_is_a_url(url: str) -> None:
+    """It is taken as it is."""
+    assert [url] == [spec.url for spec in specs(section(url))]
+
+
+SPEC = ServerSpec("http://one:1")
+NAMED = ServerSpec("http://one:1", key_env="ONE_KEY")
+
+
+@pytest.mark.parametrize(
+    ("spec", "environ", "key"),
+    [
+        (SPEC, {}, None),
+        (SPEC, {"STREAMSYN_API_KEY": ""}, None),
+        (SPEC, {"STREAMSYN_API_KEY": "all"}, "all"),
+        (NAMED, {"STREAMSYN_API_KEY": "all", "ONE_KEY": "one"}, "one"),
+    ],
+)
+def test_keys(spec: ServerSpec, environ: dict[str, str], key: str | None) -> None:
+    """A server's own key, else that of all, else none."""
+    assert headers_of(spec, environ) == ({} if key is None else {"Authorization": f"Bearer {key}"})
+
+
+@pytest.mark.parametrize("environ", [{"STREAMSYN_API_KEY": "all"}, {"ONE_KEY": ""}])
+def test_a_named_key_that_is_not_set(environ: dict[str, str]) -> None:
+    """No other key is sent in its place; both the server and the variable are named."""
+    with pytest.raises(ConfigError, match=r"key_env of http://one:1: .* ONE_KEY is not set"):
+        headers_of(NAMED, environ)
+
+
+@pytest.mark.parametrize(("spec", "name"), [(SPEC, "STREAMSYN_API_KEY"), (NAMED, "ONE_KEY")])
+def test_a_key_that_no_header_can_hold(spec: ServerSpec, name: str) -> None:
+    """It is the user's to mend; the key itself is not shown."""
+    with pytest.raises(ConfigError, match=f"{name} holds characters") as raised:
+        headers_of(spec, {name: "secret\n"})
+    assert "secret" not in str(raised.value)

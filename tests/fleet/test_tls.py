@@ -1,0 +1,146 @@
+"""https servers, over real sockets: whom we trust, who we are, and under which name."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from streamsyn.config.sections import FleetSection
+from streamsyn.errors import ConfigError, ServerUnavailable, ServerUnreachable
+from streamsyn.fleet.transport import Reply, http_transport, tls_context
+
+pytestmark = pytest.mark.usefixtures("no_task_left")
+
+PEM = Path(__file__).parent / "pem"
+
+
+@pytest.fixture(scope="module")
+def server_side() -> ssl.SSLContext:
+    """What the server shows, and whom it lets in: anybody."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(PEM / "server.pem")
+    return context
+
+
+@pytest.fixture(scope="module")
+def strict_server_side() -> ssl.SSLContext:
+    """The same for a server that asks for a certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=PEM / "ca.pem")
+    context.load_cert_chain(PEM / "server.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def trusting(authority: str = "ca.pem", certificate: str | None = None) -> ssl.SSLContext | None:
+    """The context for these files."""
+    cert = None if certificate is None else PEM / certificate
+    return tls_context(FleetSection(tls_ca=PEM / authority, tls_cert=cert))
+
+
+@asynccontextmanager
+async def https_server(context: ssl.SSLContext) -> AsyncIterator[int]:
+    """Answers each request with the Host header that came with it; yields its port."""
+
+    async def say_host(request: web.Request) -> web.Response:
+        return web.Response(text=request.headers["Host"])
+
+    app = web.Application()
+    app.router.add_get("/", say_host)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def ask(url: str, tls: ssl.SSLContext | None, server_name: str | None = None) -> Reply:
+    """One request."""
+    async with (
+        asyncio.timeout(10),
+        http_transport(url, {"X-One": "1"}, tls=tls, server_name=server_name) as transport,
+    ):
+        return await transport.exchange("GET", "/", timeout_s=5)
+
+
+TRUSTING = trusting()
+KNOWN = trusting(certificate="client.pem")
+ELSEWHERE = trusting("other-ca.pem")
+
+
+def test_nothing_is_set() -> None:
+    """Then it is left to aiohttp and the system."""
+    assert tls_context(FleetSection()) is None
+
+
+async def test_a_server_of_our_authority(server_side: ssl.SSLContext) -> None:
+    """`fleet.tls_ca` vouches for it."""
+    async with https_server(server_side) as port:
+        reply = await ask(f"https://localhost:{port}", TRUSTING)
+
+        assert (200, f"localhost:{port}".encode()) == (reply.status, reply.body)
+
+
+@pytest.mark.parametrize("tls", [None, ELSEWHERE], ids=["the system's", "another"])
+async def test_a_server_that_nobody_vouches_for(
+    server_side: ssl.SSLContext, tls: ssl.SSLContext | None
+) -> None:
+    """It is as good as not there; the message says why."""
+    async with https_server(server_side) as port:
+        with pytest.raises(ServerUnreachable, match="certificate verify failed"):
+            await ask(f"https://localhost:{port}", tls)
+
+
+async def test_an_address_with_the_name_it_was_looked_up_by(server_side: ssl.SSLContext) -> None:
+    """The certificate is checked against the name, and the server is told the name."""
+    async with https_server(server_side) as port:
+        reply = await ask(f"https://127.0.0.1:{port}", TRUSTING, "sglang.test")
+
+        assert f"sglang.test:{port}".encode() == reply.body
+
+
+@pytest.mark.parametrize("name", [None, "other.test"])
+async def test_an_address_that_the_certificate_does_not_cover(
+    server_side: ssl.SSLContext, name: str | None
+) -> None:
+    """No name, or a wrong one: refused."""
+    async with https_server(server_side) as port:
+        with pytest.raises(ServerUnreachable, match="certificate verify failed"):
+            await ask(f"https://127.0.0.1:{port}", TRUSTING, name)
+
+
+async def test_a_server_that_asks_who_we_are(strict_server_side: ssl.SSLContext) -> None:
+    """With `fleet.tls_cert` it lets us in, without it does not."""
+    async with https_server(strict_server_side) as port:
+        assert 200 == (await ask(f"https://localhost:{port}", KNOWN)).status
+        with pytest.raises(ServerUnavailable):
+            await ask(f"https://localhost:{port}", TRUSTING)
+
+
+NO_PEM = Path(__file__)
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "said"),
+    [
+        ("tls_ca", "absent.pem", "fleet.tls_ca: cannot read absent.pem: No such file"),
+        ("tls_ca", NO_PEM, f"fleet.tls_ca: {NO_PEM} holds no PEM certificates"),
+        ("tls_cert", "absent.pem", "fleet.tls_cert: cannot read absent.pem: No such file"),
+        ("tls_cert", NO_PEM, f"fleet.tls_cert: {NO_PEM} must hold a PEM certificate and its key"),
+        ("tls_cert", PEM / "ca.pem", "fleet.tls_cert: .*/ca.pem must hold .* and its key"),
+        ("tls_cert", PEM / "locked.pem", "fleet.tls_cert: .*/locked.pem must hold .* without a pass phrase"),
+        ("tls_ca", PEM, "fleet.tls_ca: .*/pem"),
+        ("tls_cert", PEM, "fleet.tls_cert: .*/pem"),
+    ],
+)
+def test_files_that_cannot_be_used(key: str, path: Path | str, said: str) -> None:
+    """One line that names the key and the file; nobody is asked for a pass phrase."""
+    with pytest.raises(ConfigError, match=said) as raised:
+        tls_context(FleetSection.model_validate({key: path}))
+    assert "\n" not in str(raised.value)
+    assert "None" not in str(raised.value)

@@ -1,0 +1,83 @@
+"""The pool of workers: it grows with the fleet, and tells when work runs out."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from streamsyn.pipeline.workers import Worker, WorkerPool
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import BadSeed, Outcome, RejectReason, Work
+
+
+class Idle(Worker):
+    """Takes one item and holds it until it is let go."""
+
+    gate: asyncio.Event
+    at_work = 0
+
+    def __init__(self) -> None:
+        """Needs nothing."""
+
+    async def run(
+        self, work: BoundedQueue[Work], results: BoundedQueue[Outcome], on_outcome: Callable[[], None]
+    ) -> None:
+        """Count those at work."""
+        async for _ in work:
+            Idle.at_work += 1
+            await self.gate.wait()
+            on_outcome()
+
+
+async def queue_of(number: int) -> BoundedQueue[Work]:
+    """So many items, and then no more."""
+    work = BoundedQueue[Work](number + 1)
+    for index in range(number):
+        await work.put(BadSeed(f"f:{index}", RejectReason.NOT_A_SEED, "", b"%16d" % index))
+    work.close()
+    return work
+
+
+async def settle() -> None:
+    """Let every asyncio task run until it waits."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def gate() -> asyncio.Event:
+    """Holds workers back."""
+    Idle.gate, Idle.at_work = asyncio.Event(), 0
+    return Idle.gate
+
+
+async def test_it_grows_while_there_is_work(gate: asyncio.Event) -> None:
+    """As many as there should be now; when that becomes less, those that are there stay."""
+    size, left = [2], []
+    pool = WorkerPool(Idle, lambda: size[0], 3, on_idle=lambda at_work, of: left.append((at_work, of)))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(pool.run(await queue_of(10), BoundedQueue(1)))
+        await settle()
+        assert 2 == Idle.at_work
+        size[0] = 6
+        pool.grow()
+        await settle()
+        assert 6 == Idle.at_work
+        size[0] = 1
+        pool.grow()
+        await settle()
+        assert 6 == Idle.at_work
+        gate.set()
+    assert [(number, 6) for number in (5, 4, 3, 2, 1, 0)] == left
+
+
+async def test_it_does_not_grow_when_work_has_run_out(gate: asyncio.Event) -> None:
+    """Nor after it has ended, nor while it drains."""
+    size = [2]
+    pool = WorkerPool(Idle, lambda: size[0], 3)
+    gate.set()
+    await pool.run(await queue_of(1), BoundedQueue(1))
+    size[0] = 9
+    pool.grow()
+    await settle()
+    assert 1 == Idle.at_work

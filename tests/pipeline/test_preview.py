@@ -1,0 +1,81 @@
+"""What would be sent, without a server."""
+
+from pathlib import Path
+
+import pytest
+
+from streamsyn.config.loading import Config, load
+from streamsyn.errors import ConfigError
+from streamsyn.pipeline.preview import preview
+
+LINES = [
+    '{"id": "one", "task": "qa", "instruction": "When did it burn?", "answer": "In 1847."}',
+    '{"instruction": "No answer"}',
+    '{"id": "three", "instruction": "Who rowed?", "answer": "Nobody."}',
+]
+
+
+def config_of(folder: Path, *settings: tuple[str, object]) -> Config:
+    """A configuration that reads LINES."""
+    path = folder / "seeds.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    return load(None, [("seeds.sources", [{"path": str(path)}]), *settings])
+
+
+def test_the_first_seeds(tmp_path: Path) -> None:
+    """Where each stands, what it is called, how it is sampled, and both messages."""
+    one, bad = preview(config_of(tmp_path, ("recipe.target_words", 321)), 2)
+    head, *rest = one.split("\n")
+    assert f"=== {tmp_path}/seeds.jsonl:1: seed one, task qa (temperature=0.8, max_tokens=4096)" == head
+    assert ["--- system", "--- user"] == [line for line in rest if line.startswith("---")]
+    assert ["When did it burn?" in one, "In 1847." in one, "321" in one] == [True] * 3
+    assert f"=== {tmp_path}/seeds.jsonl:2: would be rejected: not_a_seed: " == bad[: bad.index("field")]
+
+
+def test_no_more_than_there_are(tmp_path: Path) -> None:
+    """A limit beyond the end is none."""
+    assert 3 == len(list(preview(config_of(tmp_path), 99)))
+
+
+def test_what_follows_the_first_request(tmp_path: Path) -> None:
+    """The first request alone is known; of a recipe with more steps it is said what comes."""
+    one, _ = preview(config_of(tmp_path, ("recipe.use", "sections")), 2)
+    assert "First make an outline of the document: 8 short headings" in one
+    assert one.endswith(
+        "--- then about 8 sections of at most 1024 tokens, up to 8000 in all, "
+        "each asked for in the same conversation\n"
+    )
+    plain, _ = preview(config_of(tmp_path), 2)
+    assert "--- then" not in plain
+
+
+def test_documents(tmp_path: Path) -> None:
+    """The window that would be sent, of how long a document; one that is too short would be rejected."""
+    path = tmp_path / "books.jsonl"
+    text = " ".join(f"word{number}" for number in range(200))
+    path.write_text(f'{{"context": "{text}", "id": "long"}}\n{{"context": "Short."}}\n{{"text": "x"}}\n')
+    settings = [("recipe.use", "instruction"), ("recipe.window_words", 60)]
+    long, short, bad = preview(load(None, [("seeds.sources", [{"path": str(path)}]), *settings]), 9)
+
+    assert long.startswith(f"=== {path}:1: seed long, task books, a document of 200 words (temperature=0.8")
+    assert 60 == sum(word.startswith("word") for word in long.split("--- user")[1].split())
+    fewer = "would be rejected: too_short: the document has 1 words, fewer than checks.min_words = 50"
+    assert f"=== {path}:2: {fewer}\n" == short
+    assert f"=== {path}:3: would be rejected: not_a_seed: field 'context' is missing; there are text\n" == bad
+
+
+def test_nothing_is_written(tmp_path: Path) -> None:
+    """The folder holds what it held."""
+    config = config_of(tmp_path)
+    list(preview(config, 99))
+    assert ["seeds.jsonl"] == [path.name for path in tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("recipe.use", "none"), ("recipe.template", "no.j2"), ("seeds.sources", [{"path": "no"}])],
+)
+def test_what_cannot_be_used(tmp_path: Path, key: str, value: object) -> None:
+    """It is refused as `run` would refuse it."""
+    with pytest.raises(ConfigError):
+        list(preview(config_of(tmp_path, (key, value)), 1))

@@ -1,0 +1,188 @@
+"""What a person is told while a run goes on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from streamsyn.config.loading import load
+from streamsyn.config.sections import FleetSection
+from streamsyn.fleet.fleet import open_fleet
+from streamsyn.pipeline import progress as progress_module
+from streamsyn.pipeline.progress import Progress, _table, duration, reporting
+from streamsyn.seeds.reader import SeedReader
+from streamsyn.telemetry import Counters
+
+URLS = ("http://one:1", "http://two:2")
+
+
+class Clock(Counters):
+    """Counters whose time is set by hand."""
+
+    now_s = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return self.now_s
+
+
+@asynccontextmanager
+async def progress_of(folder: Path, *, lines: int = 100) -> AsyncIterator[tuple[Progress, Clock, SeedReader]]:
+    """Progress over two servers that are never asked and a file of seeds."""
+
+    def reader() -> SeedReader:
+        path = folder / "seeds.jsonl"
+        path.write_text('{"instruction": "i", "answer": "a"}\n' * lines)
+        return SeedReader(load(None, [("seeds.sources", [{"path": str(path)}])]).seeds, 0, None)
+
+    counters, seeds = Clock(), await asyncio.to_thread(reader)
+    async with open_fleet(FleetSection(servers=URLS), lambda: None) as fleet:
+        yield Progress(counters, seeds, fleet), counters, seeds
+
+
+async def test_nothing_yet(tmp_path: Path) -> None:
+    """What is not known is None, and nothing is divided by zero."""
+    async with progress_of(tmp_path) as (progress, _, _):
+        expected: dict[str, Any] = {
+            "done": 0,
+            "total": None,
+            "total_is_exact": False,
+            "outcomes_per_s": 0.0,
+            "output_tokens_per_s": 0.0,
+            "cached_share": 0.0,
+            "in_flight": dict.fromkeys(URLS, 0),
+            "caps": dict.fromkeys(URLS, 8),
+            "ejected": [],
+            "contexts": 0,
+            "samples": 0,
+            "rejects": {},
+            "eta_s": None,
+        }
+        assert expected == progress.figures()
+
+
+async def test_figures_of_a_run(tmp_path: Path) -> None:
+    """Counts of this run, what an earlier one had done, and the servers as they are."""
+    async with progress_of(tmp_path) as (progress, counters, _):
+        counters.contexts, counters.finished_before, counters.samples = 6, 10, 4
+        counters.rejects.update({"empty": 2})
+        counters.prompt_tokens, counters.cached_tokens = 1000, 750
+        progress.fleet.servers[0].limiter.in_flight = 3
+        progress.fleet.servers[1].health.ejected = True
+        figures = progress.figures()
+    assert (18, 6, 4, {"empty": 2}, 0.75) == (
+        figures["done"],
+        figures["contexts"],
+        figures["samples"],
+        figures["rejects"],
+        figures["cached_share"],
+    )
+    assert ({URLS[0]: 3, URLS[1]: 0}, [URLS[1]]) == (figures["in_flight"], figures["ejected"])
+
+
+async def test_the_total_is_exact_at_the_end_of_the_seeds(tmp_path: Path) -> None:
+    """Drafts of seeds and bad lines, which are one each: `done` gets there, and nothing is left."""
+    async with progress_of(tmp_path) as (progress, counters, _):
+        counters.reading_done, counters.seeds_read, counters.repeated = True, 6, 1
+        counters.drafts_read = 4 * 3 + 1
+        counters.contexts, counters.finished_before = 10, 1
+        counters.rejects["not_a_seed"] = 2
+        progress.figures()
+        counters.now_s, counters.contexts = 1.0, 10
+        figures = progress.figures()
+    assert (13, 13, True) == (figures["done"], figures["total"], figures["total_is_exact"])
+
+
+async def test_the_total_is_estimated_before_that(tmp_path: Path) -> None:
+    """By the share of bytes that have been read."""
+    async with progress_of(tmp_path, lines=50_000) as (progress, counters, seeds):
+        batches = seeds.batches(lambda _: False)
+        counters.drafts_read = sum([len(await asyncio.to_thread(next, batches)) for _ in range(3)])
+        total = progress.figures()["total"]
+    assert 45_000 <= total <= 55_000
+
+
+async def test_rates_and_time_left(tmp_path: Path) -> None:
+    """Over the last half minute, not since the start: a slow start does not count for ever."""
+    async with progress_of(tmp_path) as (progress, counters, _):
+        counters.reading_done, counters.drafts_read = True, 1000
+        progress.figures()
+        for _ in range(4):
+            counters.now_s += 10
+            counters.contexts += 20
+            counters.useful_tokens += 900
+            counters.wasted_tokens += 100
+            figures = progress.figures()
+        assert (2.0, 100.0, 460) == (
+            figures["outcomes_per_s"],
+            figures["output_tokens_per_s"],
+            figures["eta_s"],
+        )
+        for _ in range(8):
+            counters.now_s += 10
+            figures = progress.figures()
+        assert (0.0, None) == (figures["outcomes_per_s"], figures["eta_s"])
+        assert 10 > len(progress._past)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (None, "?"),
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (61, "1 min 01 s"),
+        (3600, "1 h 00 min"),
+        (90_061, "25 h 01 min"),
+    ],
+)
+def test_durations(seconds: float | None, expected: str) -> None:
+    """As a person says them."""
+    assert expected == duration(seconds)
+
+
+def drawn(figures: dict[str, Any]) -> str:
+    """The table as text."""
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=120)
+    console.print(_table(figures))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return " ".join(text.split())
+
+
+async def test_the_table(tmp_path: Path) -> None:
+    """An estimate is marked, an ejected server is named, rejects are told by reason."""
+    async with progress_of(tmp_path) as (progress, counters, _):
+        assert "seeds 0 of ? ETA ?" in drawn(progress.figures())
+        counters.reading_done, counters.drafts_read, counters.contexts = True, 2000, 1200
+        counters.rejects.update({"too_short": 3, "empty": 1})
+        counters.now_s = 10.0
+        progress.fleet.servers[1].health.ejected = True
+        text = drawn(progress.figures())
+        assert "~50" in drawn({**progress.figures(), "total": 50, "total_is_exact": False})
+    assert "seeds 1,204 of 2,000 ETA 7 s rate 120.4 outcomes/s" in text
+    assert "in flight http://one:1 0 of 8, http://two:2 ejected" in text
+    assert "rejects empty 1, too_short 3" in text
+
+
+async def test_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log line now and then, with all figures; it ends with the block."""
+    monkeypatch.setattr(progress_module, "_LINE_EVERY_S", 0.001)
+    async with progress_of(tmp_path) as (progress, _, _):
+        with structlog.testing.capture_logs() as logged:
+            async with asyncio.timeout(5), reporting(progress, show=False):
+                while len(logged) < 2:  # noqa: ASYNC110 - a log line sets no event
+                    await asyncio.sleep(0)
+        before = len(logged)
+        await asyncio.sleep(0)
+    assert {"run.progress"} == {line["event"] for line in logged}
+    assert {*progress.figures(), "event", "log_level"} == set(logged[0])
+    assert before == len(logged)

@@ -1,0 +1,103 @@
+"""The closing words of a run."""
+
+from pathlib import Path
+
+from streamsyn.pipeline.request import RunSummary
+from streamsyn.pipeline.summary import closing_figures, closing_lines
+from streamsyn.telemetry import Counters
+
+
+class Clock(Counters):
+    """Counters of a run that took two minutes."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return 120.0
+
+
+def summary(**fields: object) -> RunSummary:
+    """A run of 240 outcomes in two minutes."""
+    counters = Clock(contexts=230, samples=200, retries=4, useful_tokens=900_000, wasted_tokens=100_000)
+    counters.rejects.update({"too_short": 3, "empty": 7})
+    counters.prompt_tokens, counters.cached_tokens = 1000, 420
+    return RunSummary(Path("out"), counters, contexts=1230, rejects=10, samples=1200, **fields)  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_done() -> None:
+    """What it did, what it cost, where it lies, how to load it."""
+    assert [
+        "done after 2 min 00 s",
+        "  this run   230 contexts, 10 rejects, 200 samples; 2.0 outcomes/s",
+        "  rejects    empty 7, too_short 3",
+        "  tokens     900,000 useful, 100,000 wasted (10.0%); 4 failed tries; 42% of prompt tokens cached",
+        "  directory  out: 1,230 contexts, 10 rejects, 1,200 samples",
+        '  load       datasets.load_dataset("json", data_files="out/samples/*.jsonl*", split="train")',
+    ] == list(closing_lines(summary()))
+
+
+def test_a_run_that_was_stopped() -> None:
+    """Why, and how to go on in place of how to load."""
+    first, *_, last = closing_lines(summary(stopped="stopped by SIGTERM"))
+    assert "stopped early (stopped by SIGTERM) after 2 min 00 s" == first
+    assert "  go on      run again with --out out" == last
+
+
+def test_a_run_that_went_on_from_another() -> None:
+    """What was skipped is told, and why."""
+    resumed = summary()
+    resumed.counters.finished_before, resumed.counters.repeated = 1000, 2
+    assert "  skipped    1,000 finished before, 2 repeated ids" in closing_lines(resumed)
+
+
+def test_a_run_that_had_nothing_to_do() -> None:
+    """Nothing is divided by zero, and there is nothing to load."""
+    nothing = RunSummary(Path("out"), Counters())
+    lines = list(closing_lines(nothing))
+    assert "  directory  out: 0 contexts, 0 rejects, 0 samples" == lines[-1]
+    assert not [line for line in lines if line.startswith(("  rejects", "  skipped", "  load"))]
+    assert 0 == nothing.reject_fraction
+
+
+def test_the_share_of_rejects() -> None:
+    """Of all outcomes in the directory, not of this run alone: it decides the exit code."""
+    assert 10 / 1240 == summary().reject_fraction
+
+
+def test_figures_for_a_program() -> None:
+    """Counts of this run, and those of the directory."""
+    figures = closing_figures(summary(stopped="stopped by SIGTERM"))
+
+    assert ("out", "stopped by SIGTERM", 120.0) == (figures["out"], figures["stopped"], figures["seconds"])
+    assert (230, 200, {"too_short": 3, "empty": 7}) == (
+        figures["contexts"],
+        figures["samples"],
+        figures["rejects"],
+    )
+    assert (900_000, 100_000, 4) == (
+        figures["useful_tokens"],
+        figures["wasted_tokens"],
+        figures["failed_tries"],
+    )
+    assert {"contexts": 1230, "rejects": 10, "samples": 1200} == figures["directory"]
+
+
+def test_a_run_that_scored() -> None:
+    """What scoring took is told apart, to people and to programs."""
+    scored = summary()
+    assert not [line for line in closing_lines(scored) if line.startswith("  scoring")]
+    figures = {"prompt_tokens": 2000, "cached_tokens": 500, "completion_tokens": 30}
+    scored.counters.count_scoring(figures, 1, failed=False)
+    scored.counters.count_scoring(figures, 2, failed=True)
+    assert (
+        "  scoring    2 contexts, 1 of them without a score; 4,000 prompt tokens (25% cached), 60 written; "
+        "3 failed tries"
+    ) in closing_lines(scored)
+    assert (2, 1, 4000, 1000, 60, 3) == tuple(
+        closing_figures(scored)[name]
+        for name in (
+            *("scored", "unscored", "scoring_prompt_tokens", "scoring_cached_tokens", "scoring_tokens"),
+            "scoring_failed_tries",
+        )
+    )
+    assert 42 == closing_figures(scored)["cached_tokens"] / 10

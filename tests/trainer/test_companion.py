@@ -1,0 +1,48 @@
+"""A companion that is ended at an awkward moment."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamsyn.trainer import supervisor
+from streamsyn.trainer.supervisor import EXIT_FAILED, EXIT_STOPPED, Companion, TrainerProcess
+
+pytestmark = pytest.mark.timeout(30)
+
+DEAF = (sys.executable, "-c", "import time; time.sleep(1000)")
+
+
+def test_a_trainer_is_ended_that_was_being_started_when_the_signal_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not listen to being told to stop, so that alone would wait for it forever."""
+
+    class StartedLate(TrainerProcess):
+        """The signal comes before anybody knows of it."""
+
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)  # type: ignore[arg-type]
+            kept.end()
+
+    monkeypatch.setattr(supervisor, "TrainerProcess", StartedLate)
+    kept = Companion(DEAF, tmp_path, as_json=False)
+    kept.start(lambda _why: None)
+
+    assert EXIT_STOPPED == kept.finish(stopped=False)
+
+
+def test_a_trainer_that_cannot_be_started_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may have no process to give for a while; it is tried again, and in the end said."""
+
+    def refused(*_given: object, **_more: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.Popen", refused)
+    kept = Companion(DEAF, tmp_path, as_json=False, pause_s=0.01)
+    kept.start(lambda _why: None)
+
+    assert EXIT_FAILED == kept.finish(stopped=False)
+    assert "Resource temporarily unavailable" in kept.complaint
