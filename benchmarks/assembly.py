@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pydoc_data.topics import topics
 
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import AssemblySection
 from streamsyn.sink.log import encode_row
@@ -61,7 +61,7 @@ def main() -> None:
     section = AssemblySection.model_validate(
         {"tokenizer": args.tokenizer, "window_bytes": 2**30, **length, **mixed}
     )
-    materials = Materials(section)
+    materials = AssemblyResources(section)
     assembler = materials.assembler(run_seed=0)
     given = list(passages(args.contexts, args.words))
     size = samples = tokens = 0

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.resume import context_of
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.config.fingerprint import fingerprint, lasting
 from streamsyn.config.loading import Config
 from streamsyn.records import Context, Seed
@@ -37,7 +37,9 @@ def make(out: Path, contexts: int, words: int) -> int:
     """Write a finished log of so many contexts; the bytes of their texts."""
     config = Config()
     directory, prose = RunDirectory(out), Prose(0)
-    directory.save(lasting(config), {**fingerprint(config), **Materials(config.assembly).fingerprint()})
+    directory.save(
+        lasting(config), {**fingerprint(config), **AssemblyResources(config.assembly).fingerprint()}
+    )
     log = RunLog(out, config.sink)
     batch: list[Context] = []
     written = 0

@@ -239,7 +239,7 @@ def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -
             out=summary.out,
             connect=fleet.connect,
             runner=runner,
-            draw=Random(0),
+            rng=Random(0),
             show_progress=False,
         )
         run(request, summary)

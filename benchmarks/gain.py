@@ -68,13 +68,13 @@ def chosen(folder: Path, into: Path, per_task: int, seed: int) -> Path:
     return into
 
 
-def derangement(number: int, draw: random.Random) -> list[int]:
+def derangement(number: int, rng: random.Random) -> list[int]:
     """A permutation that leaves nothing in its place; each is as likely."""
     if number < 2:
         raise ValueError("one context cannot be given to another seed")
     order = list(range(number))
     while any(place == moved for place, moved in enumerate(order)):
-        draw.shuffle(order)
+        rng.shuffle(order)
     return order
 
 
@@ -100,8 +100,8 @@ async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> li
         async with asyncio.TaskGroup() as group:
             tasks = []
             for task in sorted({row["task"] for row in rows}):
-                of_task, draw = [row for row in rows if row["task"] == task], random.Random(args.seed)
-                orders = [derangement(len(of_task), draw) for _ in range(args.others)]
+                of_task, rng = [row for row in rows if row["task"] == task], random.Random(args.seed)
+                orders = [derangement(len(of_task), rng) for _ in range(args.others)]
                 for number, row in enumerate(of_task):
                     others = [of_task[order[number]] for order in orders]
                     tasks.append(group.create_task(pair(row, others), name=row["id"]))

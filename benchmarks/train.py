@@ -88,12 +88,12 @@ def samples(rows: int, length: int) -> list[list[tuple[int, int]]]:
     """Rows of samples as (tokens, targets): about three to a row, answers of a few to some hundred tokens."""
     import random
 
-    draw, made = random.Random(0), []
+    rng, made = random.Random(0), []
     for _ in range(rows):
         row, room = [], length
         while room > length // 8:
-            size = min(room, draw.randint(length // 6, length // 2))
-            row.append((size, min(size // 2, draw.choice([4, 8, 16, 64, 128]))))
+            size = min(room, rng.randint(length // 6, length // 2))
+            row.append((size, min(size // 2, rng.choice([4, 8, 16, 64, 128]))))
             room -= size
         made.append(row)
     return made

@@ -22,8 +22,8 @@ def tokens_of(row: list[tuple[int, int]], number: int, vocabulary: int) -> list[
     """The tokens of a row's samples: from a small part of the vocabulary, which is what there is to learn."""
     import random
 
-    draw = random.Random(number)
-    return [[draw.randrange(vocabulary // 64) for _ in range(size)] for size, _ in row]
+    rng = random.Random(number)
+    return [[rng.randrange(vocabulary // 64) for _ in range(size)] for size, _ in row]
 
 
 def clock(gpu: bool) -> float:
@@ -50,7 +50,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     import numpy
 
     from streamsyn.config.train_section import TrainSection
-    from streamsyn.trainer.commands import Order, Ranks, Step, Stop
+    from streamsyn.trainer.commands import Command, Ranks, Step, Stop
     from streamsyn.trainer.examples import Example, Key
     from streamsyn.trainer.loop import Loop, Progress
     from streamsyn.trainer.model.accelerator import start_accelerator
@@ -79,7 +79,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     losses: list[float] = []
     times: list[float] = []
 
-    def orders() -> Iterator[list[Order]]:
+    def orders() -> Iterator[list[Command]]:
         rows = []
         for number, row in enumerate(plan["rows"]):
             texts = tokens_of(row, number, plan["vocabulary"])

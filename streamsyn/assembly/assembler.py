@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.distractors import Choice, Chooser, Goal, Lots, Sources
+from streamsyn.assembly.distractors import Choice, Chooser, Goal, Sampling, Sources
 from streamsyn.assembly.sample_prompts import SamplePrompts
-from streamsyn.assembly.token_counter import Measure, ServerCounts
+from streamsyn.assembly.token_counter import ServerTokenCounter, TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Waiting, Window
 from streamsyn.config.sections import AssemblySection, Source
 from streamsyn.records import Sample
@@ -35,7 +35,7 @@ class Arrangement:
     n_tokens: int | None
     """None where nothing had to be counted so far."""
     prompts: SamplePrompts
-    measure: Measure
+    measure: TokenCounter
 
     def sample(self) -> Sample:
         """The sample, with its text."""
@@ -104,13 +104,13 @@ class Assembler:
         section: AssemblySection,
         run_seed: int,
         prompts: SamplePrompts,
-        measure: Measure | None = None,
+        measure: TokenCounter | None = None,
         corpus: Corpus | None = None,
     ) -> None:
         self._section = section
         self._prompts = prompts
-        self._measure = measure or ServerCounts()
-        self._lots = Lots(section, run_seed)
+        self._measure = measure or ServerTokenCounter()
+        self._lots = Sampling(section, run_seed)
         self._window = Window(section.window_bytes)
         self._sources = Sources(section, self._lots, self._window, corpus)
         self._chooser = Chooser(section, self._measure)

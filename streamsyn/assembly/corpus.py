@@ -268,9 +268,9 @@ class Corpus:
     def __getitem__(self, index: int) -> CorpusPassage:
         return self._cached(index)
 
-    def shuffled(self, draw: Random) -> Iterator[CorpusPassage]:
+    def shuffled(self, rng: Random) -> Iterator[CorpusPassage]:
         """The passages in random order, drawn and read one by one as they are asked for."""
-        return (self[index] for index in shuffled(len(self), draw))
+        return (self[index] for index in shuffled(len(self), rng))
 
     def _read(self, index: int) -> CorpusPassage:
         begin, end = self._ends[index], self._ends[index + 1]

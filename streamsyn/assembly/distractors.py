@@ -11,14 +11,14 @@ from random import Random
 from typing import Literal
 
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.token_counter import Measure
+from streamsyn.assembly.token_counter import TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Pool, Window
 from streamsyn.config.sections import AssemblySection, LengthsSection, Source
 from streamsyn.records import digest
 from streamsyn.shingles import Signature, similarity
 
 
-class Lots:
+class Sampling:
     """Lengths and places, drawn for one context at a time."""
 
     def __init__(self, section: AssemblySection, run_seed: int) -> None:
@@ -40,15 +40,15 @@ class Lots:
         if lengths.schedule is not None:
             starts = [start for start, _ in lengths.schedule]
             return lengths.schedule[bisect_right(starts, passage.seq) - 1][1]
-        draw = self.draw("length", passage)
+        rng = self.draw("length", passage)
         if lengths.uniform is not None:
-            return draw.randint(*lengths.uniform)
+            return rng.randint(*lengths.uniform)
         if lengths.log_uniform is not None:
             lowest, highest = lengths.log_uniform
-            drawn = round(lowest * math.exp(draw.random() * math.log(highest / lowest)))
+            drawn = round(lowest * math.exp(rng.random() * math.log(highest / lowest)))
             return min(max(drawn, lowest), highest)
         assert lengths.choices is not None, "a distribution has one of its keys"
-        return draw.choices(lengths.choices, lengths.weights)[0]
+        return rng.choices(lengths.choices, lengths.weights)[0]
 
     def place(self, passage: Passage, distractors: int) -> int:
         """How many of its distractors stand before the context."""
@@ -65,7 +65,9 @@ class Lots:
 class Sources:
     """The sources that a configuration names, over the passages that are in the window now."""
 
-    def __init__(self, section: AssemblySection, lots: Lots, window: Window, corpus: Corpus | None) -> None:
+    def __init__(
+        self, section: AssemblySection, lots: Sampling, window: Window, corpus: Corpus | None
+    ) -> None:
         self.weights = section.source_weights
         """How often each is drawn from; none where no distractors are wanted."""
         self._lots = lots
@@ -100,11 +102,11 @@ class Sources:
         waits = frozenset() if final else self.of_log
         return Draws(iterators, self.weights, self._lots.draw("sources", passage), waits)
 
-    def _shuffled(self, source: Source, passage: Passage, draw: Random) -> Iterator[Piece]:
+    def _shuffled(self, source: Source, passage: Passage, rng: Random) -> Iterator[Piece]:
         if source == "corpus":
             assert self._corpus is not None, "Materials has loaded it"
-            return self._corpus.shuffled(draw)
-        return self.pool(source, passage.task).shuffled(draw)
+            return self._corpus.shuffled(rng)
+        return self.pool(source, passage.task).shuffled(rng)
 
 
 class Draws:
@@ -113,7 +115,7 @@ class Draws:
     Args:
         iterators: The candidates of each source, in random order.
         weights: Of the sources.
-        draw: Chooses between sources.
+        rng: Chooses between sources.
         waits: Sources that may have more later: when one of them has run dry, `dry` names it.
     """
 
@@ -121,12 +123,12 @@ class Draws:
         self,
         iterators: dict[Source, Iterator[Piece]],
         weights: Mapping[Source, float],
-        draw: Random,
+        rng: Random,
         waits: frozenset[Source],
     ) -> None:
         self._iterators = iterators
         self._weights = weights
-        self._draw = draw
+        self._rng = rng
         self._waits = waits
         self._place = -1
         self._source: Source | None = None
@@ -150,7 +152,7 @@ class Draws:
         left = list(self._iterators)
         if len(left) < 2:
             return left[0] if left else None
-        return self._draw.choices(left, [self._weights[source] for source in left])[0]
+        return self._rng.choices(left, [self._weights[source] for source in left])[0]
 
 
 _MOST_TOO_LONG = 16
@@ -188,7 +190,7 @@ class Goal:
 class Chooser:
     """Chooses distractors in the order in which they are drawn."""
 
-    def __init__(self, section: AssemblySection, measure: Measure) -> None:
+    def __init__(self, section: AssemblySection, measure: TokenCounter) -> None:
         self._min_answer_chars = section.min_answer_chars
         self._max_similarity = section.max_similarity
         self._measure = measure
@@ -231,7 +233,7 @@ class Chooser:
 class _Fill:
     """A sample that grows to its length, counted exactly only where that can matter."""
 
-    def __init__(self, measure: Measure, relevant: Passage, goal: Goal, order: Order) -> None:
+    def __init__(self, measure: TokenCounter, relevant: Passage, goal: Goal, order: Order) -> None:
         self._measure = measure
         self._relevant = relevant
         self._goal = goal

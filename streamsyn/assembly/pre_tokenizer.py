@@ -163,7 +163,7 @@ _BY_CHARACTER = Reach(frozenset(), 1)
 _PLAIN = ("BertPreTokenizer", "WhitespaceSplit", "Punctuation", "Digits", "CharDelimiterSplit")
 
 
-class Scan:
+class PreTokenizer:
     """Finds safe places in texts: boundaries where a scan can be taken up, whatever was before.
 
     Args:
@@ -259,7 +259,7 @@ class Scan:
         return True
 
 
-def scan_of(spec: dict[str, Any]) -> Scan | None:
+def pre_tokenizer_of(spec: dict[str, Any]) -> PreTokenizer | None:
     """How a tokenizer scans, from what `Tokenizer.to_str` says; None when that cannot be said."""
     normalizer = spec["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
@@ -274,7 +274,7 @@ def scan_of(spec: dict[str, Any]) -> Scan | None:
     except Unreadable:
         return None
     contents = [token["content"] for token in added]
-    return Scan(reach, contents, coarse, nfc=normalizer is not None, drops=_drops(spec["model"]))
+    return PreTokenizer(reach, contents, coarse, nfc=normalizer is not None, drops=_drops(spec["model"]))
 
 
 def _drops(model: dict[str, Any]) -> bool:

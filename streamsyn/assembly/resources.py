@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.corpus import Corpus, load_corpus
 from streamsyn.assembly.sample_prompts import SamplePrompts
-from streamsyn.assembly.token_counter import Measure
+from streamsyn.assembly.token_counter import TokenCounter
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from streamsyn.assembly.chat_tokenizer import ChatTokenizer
 
 
-class MaterialGone(ConfigError):
+class ResourceMissing(ConfigError):
     """A tokenizer or corpus that is not (or no longer) to be had."""
 
 
-class Materials:
+class AssemblyResources:
     """What samples are made with. Any number of assemblers may be made of it.
 
     Raises:
@@ -44,15 +44,15 @@ class Materials:
             if "corpus" in section.source_weights:
                 self._corpus = load_corpus(section)
         except ConfigError as error:
-            raise MaterialGone(str(error)) from error
+            raise ResourceMissing(str(error)) from error
 
     def assembler(self, run_seed: int) -> Assembler:
         """One that has not seen a context yet."""
-        measure: Measure | None = None
+        measure: TokenCounter | None = None
         if self._tokenizer is not None:
-            from streamsyn.assembly.token_counter import ChatCounts
+            from streamsyn.assembly.token_counter import ChatTokenCounter
 
-            measure = ChatCounts(self._tokenizer, self._prompts)
+            measure = ChatTokenCounter(self._tokenizer, self._prompts)
         return Assembler(self._section, run_seed, self._prompts, measure, self._corpus)
 
     def fingerprint(self) -> dict[str, str]:

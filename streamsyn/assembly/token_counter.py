@@ -21,13 +21,13 @@ from tokenizers import Encoding
 
 from streamsyn.assembly.chat_tokenizer import ChatTokenizer
 from streamsyn.assembly.corpus import CorpusPassage
-from streamsyn.assembly.pre_tokenizer import scan_of
+from streamsyn.assembly.pre_tokenizer import pre_tokenizer_of
 from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.window import Passage, Piece
 from streamsyn.templates import PromptTemplate
 
 
-class Measure(Protocol):
+class TokenCounter(Protocol):
     """Counts the tokens of samples."""
 
     def about(self, relevant: Passage, piece: Piece) -> int:
@@ -49,7 +49,7 @@ class Measure(Protocol):
         ...
 
 
-class ServerCounts:
+class ServerTokenCounter:
     """Counts the passages alone, as the servers counted that wrote them."""
 
     def about(self, relevant: Passage, piece: Piece) -> int:  # noqa: ARG002 - the protocol's
@@ -92,7 +92,7 @@ class Seam(NamedTuple):
     """Where the second place is; -1: the text goes to its end."""
 
 
-class Splicer:
+class IncrementalTokenCounter:
     """Counts texts that hold passages. Not for two threads at a time.
 
     Args:
@@ -103,7 +103,7 @@ class Splicer:
     def __init__(self, tokenizer: ChatTokenizer, settle_chars: int = 24) -> None:
         self._tokenizer = tokenizer
         self._settle_chars = settle_chars
-        self._scan = scan_of(json.loads(tokenizer.tokenizer.to_str()))
+        self._scan = pre_tokenizer_of(json.loads(tokenizer.tokenizer.to_str()))
         self._cuts: WeakKeyDictionary[Piece, Cuts] = WeakKeyDictionary()
         self._of_corpus: dict[int, Cuts] = {}
         self._seams: dict[Seam, int | None] = {}
@@ -225,13 +225,13 @@ _SLACK = (32, 2)
 only how early samples are counted exactly."""
 
 
-class ChatCounts:
+class ChatTokenCounter:
     """Counts the whole chat, exactly, and most of it only once for each passage."""
 
     def __init__(self, tokenizer: ChatTokenizer, prompts: SamplePrompts) -> None:
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._splicer = Splicer(tokenizer)
+        self._splicer = IncrementalTokenCounter(tokenizer)
         self._between: dict[PromptTemplate, int] = {}
 
     def about(self, relevant: Passage, piece: Piece) -> int:

@@ -138,18 +138,18 @@ class Pool:
             del self._passages[: self._head]
             self._head = 0
 
-    def shuffled(self, draw: Random) -> Iterator[Passage]:
+    def shuffled(self, rng: Random) -> Iterator[Passage]:
         """The passages in random order, drawn one by one as they are asked for."""
         first = self._head
-        return (self._passages[first + place] for place in shuffled(len(self), draw))
+        return (self._passages[first + place] for place in shuffled(len(self), rng))
 
 
-def shuffled(length: int, draw: Random) -> Iterator[int]:
+def shuffled(length: int, rng: Random) -> Iterator[int]:
     """The numbers below `length` in random order, drawn one by one as they are asked for."""
     # Fisher and Yates, keeping only the places that have been swapped.
     swapped: dict[int, int] = {}
     for last in range(length - 1, -1, -1):
-        place = draw.randrange(last + 1)
+        place = rng.randrange(last + 1)
         yield swapped.get(place, place)
         swapped[place] = swapped.get(last, last)
 

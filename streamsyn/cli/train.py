@@ -50,7 +50,7 @@ def train(
     """
     from streamsyn.sink.rundir import wait_until_free
     from streamsyn.telemetry import configure_logs
-    from streamsyn.trainer.signals import Tether
+    from streamsyn.trainer.signals import ParentLiveness
     from streamsyn.trainer.training_request import check, resolve
 
     configure_logs(as_json=log_json)
@@ -64,7 +64,7 @@ def train(
 
         click.echo(draw(_out_of(config, folder, settings)))
         return
-    tether = Tether.of_this_rank(wanted=tethered)
+    tether = ParentLiveness.of_this_rank(wanted=tethered)
     try:
         request = resolve(config, source, model, folder, settings)
         check(request)

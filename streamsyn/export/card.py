@@ -15,7 +15,7 @@ from streamsyn.assembly.sample_prompts import KNOWN_TASKS
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.export.export_request import ExportRequest, ExportSummary
-from streamsyn.export.rows import SCHEMA, Distribution, Figures, Tally
+from streamsyn.export.rows import SCHEMA, Distribution, RowMetrics, Tally
 from streamsyn.templates import PromptTemplate, packaged
 
 MOST_TASKS = 50
@@ -140,7 +140,7 @@ def _categories(tally: Tally) -> list[str]:
     return [*sorted(found), "text-generation"]
 
 
-def _counts(facts: CardFacts, tasks: Sequence[tuple[str, Figures]]) -> Iterator[dict[str, Any]]:
+def _counts(facts: CardFacts, tasks: Sequence[tuple[str, RowMetrics]]) -> Iterator[dict[str, Any]]:
     cells = facts.tally.cells
     for task, figures in tasks:
         yield {
@@ -160,20 +160,20 @@ def _counts(facts: CardFacts, tasks: Sequence[tuple[str, Figures]]) -> Iterator[
         }
 
 
-def _lines(tally: Tally, tasks: Sequence[tuple[str, Figures]]) -> Iterator[tuple[str, Figures]]:
+def _lines(tally: Tally, tasks: Sequence[tuple[str, RowMetrics]]) -> Iterator[tuple[str, RowMetrics]]:
     """Lines of a table: of tasks, and of all when these are several."""
     yield from ((_cell(task), figures) for task, figures in tasks)
     if len(tally.tasks) > 1:
         yield "all", tally.all
 
 
-def _lengths(figures: Figures) -> list[str]:
+def _lengths(figures: RowMetrics) -> list[str]:
     tokens = figures.tokens
     quantiles = [f"{tokens.quantile(share):,}" for share in (0.05, 0.5, 0.95)]
     return [f"{tokens.mean:,.0f}", *quantiles, f"{tokens.most:,}", f"{figures.contexts.mean:.1f}"]
 
 
-def _scores(tally: Tally, tasks: Sequence[tuple[str, Figures]]) -> Iterator[dict[str, Any]]:
+def _scores(tally: Tally, tasks: Sequence[tuple[str, RowMetrics]]) -> Iterator[dict[str, Any]]:
     for task, figures in _lines(tally, tasks):
         for name, scores in sorted(figures.scores.items()):
             yield {"task": task, "figure": name, "numbers": _score(scores)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from streamsyn.assembly.assembler import Assembler
-from streamsyn.assembly.resources import Materials, with_templates
+from streamsyn.assembly.resources import AssemblyResources, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
@@ -49,7 +49,7 @@ class Source:
         self.run = run
         self.saved = saved
         self.config = _overlaid(saved, with_templates(saved.assembly, run["fingerprint"], folder), request)
-        self.materials = Materials(self.config.assembly)
+        self.materials = AssemblyResources(self.config.assembly)
         self._snapshot = Snapshot(request.root)
         self.manifest = self._snapshot.manifest
         self.is_final = self.manifest.final is not None and not any(
@@ -80,7 +80,7 @@ class Source:
         for epoch in range(first, first + self._request.epochs):
             materials = self.materials
             if epoch != first:
-                materials = Materials(self.config.assembly.model_copy(update={"epoch": epoch}))
+                materials = AssemblyResources(self.config.assembly.model_copy(update={"epoch": epoch}))
             assembler = materials.assembler(self.config.run.seed)
             for sample in self._samples(assembler, is_first=epoch == first):
                 _, figures = self._figures.pop(sample.id)

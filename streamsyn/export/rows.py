@@ -110,7 +110,7 @@ def length_bin(length: int) -> int:
 
 
 @dataclass(slots=True)
-class Figures:
+class RowMetrics:
     """What there is to say of some rows."""
 
     rows: int = 0
@@ -138,16 +138,16 @@ class Tally:
     """The figures of all rows, of each task, and the rows of each task in each split."""
 
     def __init__(self) -> None:
-        self.all = Figures()
-        self.tasks: dict[str, Figures] = {}
+        self.all = RowMetrics()
+        self.tasks: dict[str, RowMetrics] = {}
         self.cells: Counter[tuple[str, str]] = Counter()
 
     def add(self, row: Row, split: str) -> None:
         """Count a row."""
         self.all.add(row)
-        self.tasks.setdefault(row["task"], Figures()).add(row)
+        self.tasks.setdefault(row["task"], RowMetrics()).add(row)
         self.cells[row["task"], split] += 1
 
-    def by_rows(self) -> Iterator[tuple[str, Figures]]:
+    def by_rows(self) -> Iterator[tuple[str, RowMetrics]]:
         """Tasks, those with most rows first."""
         yield from sorted(self.tasks.items(), key=lambda task: (-task[1].rows, task[0]))

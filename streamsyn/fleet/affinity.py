@@ -21,7 +21,7 @@ _CHANCE = 4.0
 """A server may be over its share by so many times the square root of it: that is chance, not load."""
 
 
-class Homes:
+class Affinity:
     """Gives each group a server, and another one when that is overloaded or out.
 
     Hashing spreads groups evenly only where there are very many of them, so a new home is chosen more

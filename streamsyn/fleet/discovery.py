@@ -26,7 +26,7 @@ import structlog
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.server import NothingFound, ServerSpec, base_url, headers_of, specs
+from streamsyn.fleet.server import NoServersFound, ServerSpec, base_url, headers_of, server_specs
 
 log = structlog.get_logger()
 
@@ -47,7 +47,7 @@ async def at_name(url: str, look_up: LookUp) -> list[ServerSpec]:
         addresses = await look_up(parts.hostname or "", parts.port or _DEFAULT_PORTS[parts.scheme])
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise NothingFound(f"fleet.servers_dns: {parts.hostname} cannot be looked up: {why}") from error
+        raise NoServersFound(f"fleet.servers_dns: {parts.hostname} cannot be looked up: {why}") from error
     return at_addresses(url, addresses)
 
 
@@ -123,7 +123,7 @@ class ServersFile:
             raise ConfigError(f"fleet.servers_file: {self._path} is no UTF-8: {error.reason}") from error
         servers = parse_servers(text, str(self._path))
         if not servers:
-            raise NothingFound(f"fleet.servers_file: {self._path} names no server")
+            raise NoServersFound(f"fleet.servers_file: {self._path} names no server")
         return servers
 
 
@@ -222,7 +222,7 @@ class Discovery:
     ) -> None:
         self._environ = environ
         self._interval_s = section.discover_interval_s
-        self._configured = specs(section)
+        self._configured = server_specs(section)
         self._sources: list[_Source] = []
         if section.servers_file is not None:
             file = ServersFile(section.servers_file)
@@ -239,11 +239,11 @@ class Discovery:
             ConfigError: The file cannot be read, a line of it is wrong (`FILE:LINE`), a key is not set; or
                 the file is empty, the name has no address, and there is no other server.
         """
-        nothing: list[NothingFound] = []
+        nothing: list[NoServersFound] = []
         for source in self._sources:
             try:
                 await source.ask()
-            except NothingFound as error:
+            except NoServersFound as error:
                 source.trouble = str(error)
                 nothing.append(error)
         self._wanted = self._union()

@@ -29,8 +29,8 @@ from streamsyn.fleet.discovery import Discovery
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
 from streamsyn.fleet.limiter import total_cap
-from streamsyn.fleet.membership import Connect, Roster, open_roster
-from streamsyn.fleet.models import Shares
+from streamsyn.fleet.membership import Connect, Membership, open_membership
+from streamsyn.fleet.models import ModelWeights
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server, ServerSpec, headers_of
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
@@ -50,18 +50,18 @@ class Fleet:
         self,
         section: FleetSection,
         discovery: Discovery,
-        roster: Roster,
+        roster: Membership,
         outage: Outage,
         tasks: Background,
-        draw: Random,
+        rng: Random,
     ) -> None:
         self._section = section
         self._discovery = discovery
         self._roster = roster
         self._outage = outage
         self._tasks = tasks
-        self._draw = draw
-        self._shares = Shares({"": 1.0})
+        self._rng = rng
+        self._shares = ModelWeights({"": 1.0})
         self._hedging = Hedging(section.hedge_tail, tasks, self._ask)
         self._clock = asyncio.get_running_loop().time
         self._run_rid = secrets.token_hex(6)
@@ -111,7 +111,7 @@ class Fleet:
         """
         self._tasks.start(self._discovery.watch(self._roster.apply), name="discovery")
         await self._roster.agree()
-        self._shares = Shares(self._section.models or dict.fromkeys(self.models, 1.0))
+        self._shares = ModelWeights(self._section.models or dict.fromkeys(self.models, 1.0))
 
     async def check_scores(self, model: str) -> None:
         """See whether the servers of `model` that are in can score; one that gives no answer now may.
@@ -156,7 +156,7 @@ class Fleet:
             StoppedEarly: The run is draining, and no server has a place.
         """
         pool = self._roster.pools[model or self.models[0]]
-        budget = RetryBudget(self._section, self._draw)
+        budget = RetryBudget(self._section, self._rng)
         failed_at: Server | None = None
         while True:
             place = await pool.acquire(request, failed_at)
@@ -257,7 +257,7 @@ class Fleet:
         cap = server.limiter.cap
         if isinstance(error, ServerBusy):
             server.health.answered()
-            server.limiter.busy(self._clock(), self._draw.random())
+            server.limiter.busy(self._clock(), self._rng.random())
             self._outage.busy(self._clock())
             self._roster.cap_moved(server, cap)
             return
@@ -277,7 +277,7 @@ async def open_fleet(
     on_gone: Callable[[], None],
     environ: Mapping[str, str] = os.environ,
     connect: Connect | None = None,
-    draw: Random | None = None,
+    rng: Random | None = None,
 ) -> AsyncIterator[Fleet]:
     """A fleet of the servers in `section`; what it still has under way at the end is aborted.
 
@@ -286,7 +286,7 @@ async def open_fleet(
         on_gone: Called when no server was usable for `fleet.give_up_s`.
         environ: Holds the servers' keys.
         connect: Opens what carries requests to a server; None is HTTP.
-        draw: For jitter; a seeded one makes a simulation repeatable.
+        rng: For jitter; a seeded one makes a simulation repeatable.
 
     Raises:
         ConfigError: There is no server, or what stands for one is no URL.
@@ -294,13 +294,13 @@ async def open_fleet(
     discovery = Discovery(section, environ)
     first = await discovery.first()
     connect = connect or await _http(section, environ)
-    draw = draw or Random()
+    rng = rng or Random()
     outage = Outage(section, on_gone)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(background())
-        roster = Roster(section, connect, tasks, outage, draw)
-        await stack.enter_async_context(open_roster(roster, first))
-        fleet = Fleet(section, discovery, roster, outage, tasks, draw)
+        roster = Membership(section, connect, tasks, outage, rng)
+        await stack.enter_async_context(open_membership(roster, first))
+        fleet = Fleet(section, discovery, roster, outage, tasks, rng)
         try:
             yield fleet
         finally:

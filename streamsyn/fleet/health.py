@@ -14,12 +14,12 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import RequestRefused, ServerBusy, ServerError, ServerUnreachable
 
 
-def full_jitter(base_s: float, longest_s: float, step: int, draw: Random) -> float:
+def full_jitter(base_s: float, longest_s: float, step: int, rng: Random) -> float:
     """A pause drawn evenly from zero to an exponentially growing bound.
 
     Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
-    return draw.uniform(0, min(longest_s, base_s * 2 ** min(step, 30)))
+    return rng.uniform(0, min(longest_s, base_s * 2 ** min(step, 30)))
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class RetryBudget:
     """
 
     fleet: FleetSection
-    draw: Random
+    rng: Random
     tries: int = 0
     spent_s: float = field(default=0.0)
 
@@ -43,7 +43,7 @@ class RetryBudget:
         self.tries += 1
         if isinstance(error, RequestRefused) or self.tries >= self.fleet.max_attempts:
             return None
-        pause_s = full_jitter(self.fleet.backoff_base_s, self.fleet.backoff_max_s, self.tries - 1, self.draw)
+        pause_s = full_jitter(self.fleet.backoff_base_s, self.fleet.backoff_max_s, self.tries - 1, self.rng)
         self.spent_s += pause_s
         return pause_s if self.spent_s < self.fleet.total_timeout_s else None
 

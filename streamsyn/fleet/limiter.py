@@ -23,7 +23,7 @@ _FORGET = 1.02
 
 
 @dataclass(slots=True)
-class Rounds:
+class ThroughputProbe:
     """Additive increase, multiplicative decrease on latency, for servers that do not tell their load.
 
     A round is as many answers as the cap allows requests. After each, the rate of tokens is held against
@@ -198,7 +198,7 @@ class AdaptiveLimiter(Limiter):
     _calm_until: float = 0.0
     _read_at: float | None = None
     _last: Load | None = None
-    _rounds: Rounds = field(default_factory=Rounds)
+    _rounds: ThroughputProbe = field(default_factory=ThroughputProbe)
     _writes: bool = False
     """Whether it has given answers, and not only scored some."""
 
@@ -222,7 +222,7 @@ class AdaptiveLimiter(Limiter):
         Limiter.answered(self, now, seconds, tokens)
         self._credit = True
         if not self._writes:
-            self._writes, self._rounds = True, Rounds()
+            self._writes, self._rounds = True, ThroughputProbe()
         self._judge(now, seconds, tokens)
 
     def scored(self, now: float, seconds: float, tokens: int) -> None:
@@ -282,7 +282,7 @@ class AdaptiveLimiter(Limiter):
         Limiter.readmitted(self, now)
         self._ramping, self._credit, self._bound = True, True, False
         self._last = self._read_at = None
-        self._rounds = Rounds()
+        self._rounds = ThroughputProbe()
         self._move(min(self.cap, START), "readmitted")
 
     def _may_grow(self, load: Load, now: float) -> bool:

@@ -13,7 +13,7 @@ import structlog
 from streamsyn.background import Background
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable
-from streamsyn.fleet.affinity import Homes
+from streamsyn.fleet.affinity import Affinity
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
@@ -35,7 +35,7 @@ Connect: TypeAlias = Callable[[ServerSpec], AbstractAsyncContextManager[Transpor
 """Opens what carries requests to a server."""
 
 
-class Roster:
+class Membership:
     """All servers of a fleet, in one pool for each model.
 
     Args:
@@ -43,11 +43,11 @@ class Roster:
         connect: Opens what carries requests to a server.
         tasks: Where probes and looks at the load run.
         outage: Told when no server is in.
-        draw: For jitter.
+        rng: For jitter.
     """
 
     def __init__(
-        self, section: FleetSection, connect: Connect, tasks: Background, outage: Outage, draw: Random
+        self, section: FleetSection, connect: Connect, tasks: Background, outage: Outage, rng: Random
     ) -> None:
         self.servers: list[Server] = []
         self.pools: dict[str, Placement] = {}
@@ -57,7 +57,7 @@ class Roster:
         self._connect = connect
         self._tasks = tasks
         self._outage = outage
-        self._draw = draw
+        self._rng = rng
         self._transports: dict[Server, AsyncExitStack] = {}
         self._out: set[str] = set()
         """Models that no server is in for."""
@@ -99,7 +99,7 @@ class Roster:
             raise FleetGone(f"no server came up within {self._section.give_up_s:g} s: {reasons}") from None
         clock = asyncio.get_running_loop().time
         for model in agreed_models(served, self._section):
-            homes = Homes(self._section.balance_factor, clock)
+            homes = Affinity(self._section.balance_factor, clock)
             self.pools[model] = Placement([], homes, self._section.leader_wait_s, clock)
         for server in self.servers:
             if server.url in served:
@@ -312,12 +312,12 @@ class Roster:
 
     def _probe_pause(self, step: int) -> float:
         interval_s = self._section.probe_interval_s
-        pause_s = interval_s / 2 + full_jitter(interval_s, 10 * interval_s, step, self._draw)
+        pause_s = interval_s / 2 + full_jitter(interval_s, 10 * interval_s, step, self._rng)
         return min(pause_s, max(interval_s / 2, self._section.give_up_s / 4))
 
 
 @asynccontextmanager
-async def open_roster(roster: Roster, specs: Iterable[ServerSpec]) -> AsyncIterator[Roster]:
+async def open_membership(roster: Membership, specs: Iterable[ServerSpec]) -> AsyncIterator[Membership]:
     """Opens the servers of `specs`; closes all that the roster has at the end."""
     try:
         await roster.open(specs)

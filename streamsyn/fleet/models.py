@@ -86,7 +86,7 @@ def served_here(models: Iterable[str], wanted: Iterable[str]) -> str | None:
     return next((model for model in wanted if model in there), None)
 
 
-class Shares:
+class ModelWeights:
     """Gives each draft a model, in proportion to the shares, the same one in every run."""
 
     def __init__(self, shares: Mapping[str, float]) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count
 
 from streamsyn.errors import StoppedEarly
-from streamsyn.fleet.affinity import PATIENCE_S, Homes
+from streamsyn.fleet.affinity import PATIENCE_S, Affinity
 from streamsyn.fleet.server import Place, Server, Waiter
 from streamsyn.records import Request
 
@@ -36,7 +36,7 @@ class Placement:
     """
 
     def __init__(
-        self, servers: list[Server], homes: Homes, leader_wait_s: float, clock: Callable[[], float]
+        self, servers: list[Server], homes: Affinity, leader_wait_s: float, clock: Callable[[], float]
     ) -> None:
         self.servers = servers
         self.homes = homes

@@ -107,7 +107,7 @@ _KNOWN = 16_384
 
 
 @dataclass(slots=True)
-class Leaders(Generic[W]):
+class PrefixWarmUp(Generic[W]):
     """What one server has in its cache of the beginnings that requests share, by their keys."""
 
     followers: int = 0

@@ -15,16 +15,16 @@ from streamsyn.errors import ConfigError
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health
 from streamsyn.fleet.limiter import Limiter
-from streamsyn.fleet.prefixes import Leaders, PrefixModel
+from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.transport import KEY_VARIABLE
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Request
 
 if TYPE_CHECKING:
-    from streamsyn.fleet.prefixes import Leaders
+    from streamsyn.fleet.prefixes import PrefixWarmUp
 
 
-class NothingFound(ConfigError):
+class NoServersFound(ConfigError):
     """Raised when a place that may name servers names none now: at the start, others will do."""
 
 
@@ -48,7 +48,7 @@ class ServerSpec:
     server_name: str | None = None
 
 
-def specs(section: FleetSection) -> list[ServerSpec]:
+def server_specs(section: FleetSection) -> list[ServerSpec]:
     """The servers that `fleet.servers` names, in its order, each once: the first entry of a URL counts.
 
     None at all is fine where a file or a name is to tell of them.
@@ -137,7 +137,7 @@ class Server:
     limiter: Limiter
     health: Health
     model: str = ""
-    leaders: "Leaders[Waiter]" = field(default_factory=Leaders)
+    leaders: "PrefixWarmUp[Waiter]" = field(default_factory=PrefixWarmUp)
     prefixes: PrefixModel = field(default_factory=PrefixModel)
     queue: "deque[Waiter]" = field(default_factory=deque)
     homes: int = 0

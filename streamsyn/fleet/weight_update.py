@@ -58,7 +58,7 @@ async def load_weights(
         raise RequestRefused(f"{url} says of {folder}: {answer!r:.200}")
 
 
-async def go_on(transport: Transport, url: str) -> None:
+async def resume(transport: Transport, url: str) -> None:
     """Let a paused server work again; nothing happens to another.
 
     Raises:

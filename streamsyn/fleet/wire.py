@@ -111,12 +111,12 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
         details, metadata = usage.get("prompt_tokens_details"), answer.get("metadata")
         finish_reason = choice["finish_reason"]
         completion = Completion(
-            text=checked(choice["message"]["content"] or "", str),
+            text=check_status(choice["message"]["content"] or "", str),
             finish_reason=finish_reason,
             prompt_tokens=count(usage["prompt_tokens"]),
             cached_tokens=count((details or {}).get("cached_tokens") or 0),
             completion_tokens=count(usage["completion_tokens"]),
-            model=checked(answer["model"], str),
+            model=check_status(answer["model"], str),
             server=server,
             weight_version=weights_of(metadata or {}),
         )
@@ -128,7 +128,7 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
     return completion
 
 
-def checked(value: Any, kind: type[T]) -> T:
+def check_status(value: Any, kind: type[T]) -> T:
     """`value`, which goes into the log as it is, and so has to be what readers of the log expect."""
     if not isinstance(value, kind):
         raise TypeError(f"a {kind.__name__} where there is {value!r:.40}")
@@ -137,7 +137,7 @@ def checked(value: Any, kind: type[T]) -> T:
 
 def count(value: Any) -> int:
     """`value`, which has to be a number of tokens."""
-    number = checked(value, int)
+    number = check_status(value, int)
     if isinstance(value, bool) or not 0 <= number < 2**31:
         raise TypeError(f"a count where there is {value!r:.40}")
     return number
@@ -172,7 +172,7 @@ def weights_of(meta: dict[str, Any]) -> str | None:
     wrote one after the other, all are named: `step_100+step_200`.
     """
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version") or ""}]
-    return "+".join(dict.fromkeys(checked(span["version"], str) for span in spans)) or None
+    return "+".join(dict.fromkeys(check_status(span["version"], str) for span in spans)) or None
 
 
 def started_as(body: bytes) -> str | None:

@@ -14,7 +14,7 @@ from streamsyn.pipeline.delivery import SampleStream
 from streamsyn.telemetry import Counters
 
 
-class Companion(Protocol):
+class Supervisor(Protocol):
     """Something that goes on beside a run: a training."""
 
     def start(self, drain: Callable[[str], None]) -> None:
@@ -36,7 +36,7 @@ class RunRequest:
         environ: Holds the servers' keys.
         connect: What carries requests to servers; None is HTTP.
         runner: Runs the event loop; another one for a simulation in virtual time.
-        draw: For jitter; a seeded one for a simulation that is to be repeated.
+        rng: For jitter; a seeded one for a simulation that is to be repeated.
         stream: Where samples go besides the log, if anywhere.
         replay: Begin the stream with the samples of earlier runs.
         launch: A model to start a server for; None uses `config.fleet.servers`.
@@ -51,14 +51,14 @@ class RunRequest:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     connect: Connect | None = None
     runner: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
-    draw: Random | None = None
+    rng: Random | None = None
     stream: SampleStream | None = None
     replay: bool = False
     launch: str | None = None
     launch_python: Path | None = None
     launch_args: Sequence[str] = ()
     show_progress: bool = True
-    companion: Companion | None = None
+    companion: Supervisor | None = None
 
 
 @dataclass(slots=True)

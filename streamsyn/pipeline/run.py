@@ -15,12 +15,12 @@ from contextlib import contextmanager
 
 import structlog
 
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
-from streamsyn.fleet.server import specs
+from streamsyn.fleet.server import server_specs
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.request import RunRequest, RunSummary
@@ -59,14 +59,14 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         LaunchError: The server to be started did not come up.
     """
     recipe = load_recipe(request.config.recipe, request.config.checks)
-    materials = Materials(request.config.assembly)
+    materials = AssemblyResources(request.config.assembly)
     shaping = {**fingerprint(request.config), **recipe.fingerprint(), **materials.fingerprint()}
     if request.stream is not None and not request.config.assembly.write:
         raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
     if request.companion is not None and not request.config.assembly.write:
         raise ConfigError("--train trains on samples, and assembly.write = false makes none")
     if request.launch is None:
-        specs(request.config.fleet)
+        server_specs(request.config.fleet)
     reader = SeedReader(
         request.config.seeds,
         request.config.run.seed,

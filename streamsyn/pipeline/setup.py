@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.fingerprint import fingerprint, lasting
 from streamsyn.config.loading import Config
@@ -42,7 +42,7 @@ class Parts:
     log: RunLog
     reader: SeedReader
     recipe: Recipe
-    materials: Materials
+    materials: AssemblyResources
     shaping: dict[str, Any]
     summary: RunSummary
 
@@ -63,7 +63,7 @@ async def fleet_of(
         section = section.model_copy(update={"servers_file": None, "servers_dns": None})
     gone = f"no server was usable for fleet.give_up_s = {section.give_up_s:g} s"
     async with open_fleet(
-        section, lambda: stopper.cancel(gone), request.environ, request.connect, request.draw
+        section, lambda: stopper.cancel(gone), request.environ, request.connect, request.rng
     ) as fleet:
         parts.summary.servers = fleet.figures
         await fleet.ask_models()
@@ -80,7 +80,7 @@ async def examination_of(parts: Parts, fleet: Fleet, stopper: Stopper) -> AsyncI
     from streamsyn.scoring.examination import open_examination
 
     request = parts.request
-    opening = partial(open_fleet, environ=request.environ, connect=request.connect, draw=request.draw)
+    opening = partial(open_fleet, environ=request.environ, connect=request.connect, rng=request.rng)
     gone = f"no server that scores was usable for fleet.give_up_s = {config.fleet.give_up_s:g} s"
     run_log = parts.log
     async with open_examination(

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
-from streamsyn.assembly.resources import MaterialGone, Materials, with_templates
+from streamsyn.assembly.resources import AssemblyResources, ResourceMissing, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
@@ -38,7 +38,7 @@ def verify(root: Path) -> tuple[list[str], Verification]:
     if config.assembly.write:
         try:
             again = Reassembly(config, shaping)
-        except MaterialGone as error:
+        except ResourceMissing as error:
             verification.notes.append(f"samples are not compared with the log: {error}")
         except ConfigError as error:
             problems.append(f"samples cannot be compared with the log: {error}")
@@ -88,7 +88,7 @@ class Reassembly:
     def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
         self._config = config
         with TemporaryDirectory() as folder:
-            self._materials = Materials(with_templates(config.assembly, shaping, Path(folder)))
+            self._materials = AssemblyResources(with_templates(config.assembly, shaping, Path(folder)))
         now = self._materials.fingerprint()
         self.changed = [_CALLED[key] for key, value in now.items() if shaping.get(key, value) != value]
         """What samples are made with and is not as it was when the run used it."""

@@ -168,7 +168,7 @@ class ByTask(Generic[T]):
         self._losses = losses
         self._window = window
         self._exponent = exponent
-        self._draw = Random(f"tasks {seed}")
+        self._rng = Random(f"tasks {seed}")
         self._held: dict[int, tuple[str, T, int]] = {}  # by number, in the order of reading
         self._of_task: dict[str, deque[int]] = {}
         self._of_group: dict[str, deque[int]] = {}
@@ -218,7 +218,7 @@ class ByTask(Generic[T]):
         firsts = {task: self._first(self._of_task, task) for task in list(self._of_task)}
         tasks = [task for task, first in firsts.items() if first is not None]
         weights = shares(tasks, losses, self._exponent)
-        (task,) = self._draw.choices(list(weights), list(weights.values()))
+        (task,) = self._rng.choices(list(weights), list(weights.values()))
         first = firsts[task]
         assert first is not None
         return first

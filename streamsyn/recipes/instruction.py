@@ -60,7 +60,7 @@ class Window:
         return [self.first, self.words, self.of]
 
 
-def draw_window(document: str, words: int | None, draw: Random) -> Window:
+def draw_window(document: str, words: int | None, rng: Random) -> Window:
     """So many words of a document; all of it when it has no more, or without a number.
 
     It begins where a paragraph does, else where a sentence does, that is near to the place drawn.
@@ -69,7 +69,7 @@ def draw_window(document: str, words: int | None, draw: Random) -> Window:
     of = len(starts)
     if words is None or of <= words:
         return Window(document.strip(), 0, of, of)
-    first = _start_near(document, starts, draw.randint(0, of - words), words)
+    first = _start_near(document, starts, rng.randint(0, of - words), words)
     end = starts[first + words] if first + words < of else len(document)
     return Window(document[starts[first] : end].rstrip(), first, words, of)
 
@@ -167,8 +167,8 @@ class InstructionRecipe:
 
     def window(self, draft: Draft) -> Window:
         """The part of the document that a draft is about, the same in every run."""
-        draw = Random(digest(draft.key, "window"))
-        return draw_window(draft.seed.context, self._recipe.window_words, draw)
+        rng = Random(digest(draft.key, "window"))
+        return draw_window(draft.seed.context, self._recipe.window_words, rng)
 
     def request(self, draft: Draft) -> Request:
         """The question asked first, and afresh after a failed check."""

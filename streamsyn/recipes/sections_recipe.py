@@ -89,9 +89,9 @@ class FactPlan:
     """
 
     def __init__(self, draft: Draft, facts: Literal["one", "spread"], sections: int) -> None:
-        draw = Random(digest(draft.key, "facts"))
+        rng = Random(digest(draft.key, "facts"))
         self._parts = 1 if facts == "one" else min(SPREAD, sections)
-        self._due = [(part + draw.random()) / self._parts for part in range(self._parts)]
+        self._due = [(part + rng.random()) / self._parts for part in range(self._parts)]
         self.sections: list[int] = []
         """Numbers, from 0, of the sections that were asked to hold facts."""
 

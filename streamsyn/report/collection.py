@@ -16,7 +16,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.report.distributions import ByTask, Histogram, Scores
 from streamsyn.report.excerpts import Match, RejectExample, opening
 from streamsyn.report.log_rows import checks_of, number, text, words_of
-from streamsyn.report.reader_samples import Readings, Smallest, drawn
+from streamsyn.report.reader_samples import BottomK, ReaderSamples, drawn
 from streamsyn.report.traffic import Traffic
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
@@ -70,7 +70,7 @@ _ANSWERABLE_FROM, _KNOWN_ABOVE = 0.1, 0.5
 """Where the configuration switches the flags off: its own defaults."""
 
 
-class Figures:
+class RunMetrics:
     """Reads the log once: contexts, rejects, then samples. Memory does not grow with their number.
 
     Raises:
@@ -85,7 +85,7 @@ class Figures:
         self.config: Config = config
         self.version = str((saved.get("versions") or {}).get("streamsyn", "?"))
         self.counts = dict.fromkeys(KINDS, 0)
-        self.all, self.tasks, self.traffic, self.readings = Scores(), ByTask(), Traffic(), Readings()
+        self.all, self.tasks, self.traffic, self.readings = Scores(), ByTask(), Traffic(), ReaderSamples()
         self.context_tokens, self.sample_tokens = Histogram(), Histogram()
         self.depth = [0.0] * DEPTHS
         """Samples whose relevant context stands in each tenth of their passages."""
@@ -97,9 +97,9 @@ class Figures:
         self.flags: Counter[str] = Counter()
         self.truncated = self.unscored = 0
         self.reasons: Counter[str] = Counter()
-        self._examples: dict[str, Smallest[RejectExample]] = {}
-        self.duplicates: Smallest[Match] = Smallest(_PAIRS)
-        self.leaks: Smallest[Match] = Smallest(_PAIRS)
+        self._examples: dict[str, BottomK[RejectExample]] = {}
+        self.duplicates: BottomK[Match] = BottomK(_PAIRS)
+        self.leaks: BottomK[Match] = BottomK(_PAIRS)
         self.notes: list[str] = []
         self._answerable_from = config.checks.flag_answer_below or _ANSWERABLE_FROM
         known = config.checks.flag_known_above
@@ -189,7 +189,7 @@ class Figures:
         if text(row, "task"):
             self.tasks.of(text(row, "task")).rejects += 1
         where = text(row, "id") or text(row, "origin")
-        drawing = self._examples.setdefault(reason, Smallest(_EXAMPLES))
+        drawing = self._examples.setdefault(reason, BottomK(_EXAMPLES))
         drawing.offer(drawn("reject", where), lambda: RejectExample.of(row, where))
 
     def _sample(self, row: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from markupsafe import Markup
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.report import charts
 from streamsyn.report import verdict as thresholds
-from streamsyn.report.collection import DEPTHS, Figures, tokens_target
+from streamsyn.report.collection import DEPTHS, RunMetrics, tokens_target
 from streamsyn.report.distributions import Bin, Histogram, Scores
 from streamsyn.report.excerpts import shortened
-from streamsyn.report.reader_samples import Reading
+from streamsyn.report.reader_samples import ReaderSample
 from streamsyn.report.verdict import Verdict, percent, verdict
 from streamsyn.sink.shards import write_whole
 
@@ -34,7 +34,7 @@ def write_report(directory: Path, path: Path | None = None) -> tuple[bytes, Verd
     Raises:
         ConfigError: It is no run directory, or the page cannot be written.
     """
-    figures = Figures(directory)
+    figures = RunMetrics(directory)
     found = verdict(figures)
     page = render(figures, found)
     if path is not None:
@@ -45,7 +45,7 @@ def write_report(directory: Path, path: Path | None = None) -> tuple[bytes, Verd
     return page, found
 
 
-def render(figures: Figures, found: Verdict) -> bytes:
+def render(figures: RunMetrics, found: Verdict) -> bytes:
     """The page as bytes of UTF-8."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(files("streamsyn") / "data" / "report")),
@@ -76,7 +76,7 @@ def render(figures: Figures, found: Verdict) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-def _lengths(figures: Figures) -> Iterator[dict[str, Any]]:
+def _lengths(figures: RunMetrics) -> Iterator[dict[str, Any]]:
     """What is shown of each length."""
     config = figures.config
     asked = [(float(words), f"asked for {words:,}") for words, _ in figures.words_asked.most_common(1)]
@@ -105,7 +105,7 @@ def _plotted(values: Histogram, title: str, unit: str, marks: list[tuple[float, 
     return {"title": title, "chart": charts.histogram(values, title, unit, marks), "told": told}
 
 
-def _measured(figures: Figures) -> list[tuple[str, Scores]]:
+def _measured(figures: RunMetrics) -> list[tuple[str, Scores]]:
     return [("all", figures.all), *figures.tasks.sorted()]
 
 
@@ -118,7 +118,7 @@ def _range(histograms: Iterator[Histogram]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _tokens(figures: Figures) -> list[tuple[str, int, str]]:
+def _tokens(figures: RunMetrics) -> list[tuple[str, int, str]]:
     """What tokens were used for: a name, how many, a style."""
     used, scoring = figures.traffic.all, figures.traffic.scoring
     rows = [
@@ -136,7 +136,7 @@ def _tokens(figures: Figures) -> list[tuple[str, int, str]]:
     return [(name, max(0, number), style) for name, number, style in rows]
 
 
-def _flagged(figures: Figures) -> Iterator[Reading]:
+def _flagged(figures: RunMetrics) -> Iterator[ReaderSample]:
     yield from figures.readings.lowest_gain.items
     lowest = {reading.key for reading in figures.readings.lowest_gain.items}
     yield from (one for one in figures.readings.unanswered.items if one.key not in lowest)

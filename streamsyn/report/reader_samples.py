@@ -16,7 +16,7 @@ from streamsyn.report.log_rows import checks_of, number, numbers, text, words_of
 T = TypeVar("T")
 
 
-class Smallest(Generic[T]):
+class BottomK(Generic[T]):
     """Keeps the few items with the smallest keys; an item is made only when it is to be kept.
 
     With `drawn` as the key that is an even draw without replacement, the same whatever the order.
@@ -56,7 +56,7 @@ _SNAP = 400
 
 
 @dataclass(slots=True)
-class Reading:
+class ReaderSample:
     """One sample as it is shown; without a prompt where there is only its context."""
 
     key: str
@@ -88,7 +88,7 @@ class Reading:
     """Whether the context stands in the prompt word for word."""
 
     @classmethod
-    def of_context(cls, row: dict[str, Any]) -> "Reading":
+    def of_context(cls, row: dict[str, Any]) -> "ReaderSample":
         """From a row of contexts."""
         context, checks = text(row, "context"), checks_of(row)
         facts = facts_spans(row)
@@ -137,27 +137,27 @@ class Reading:
         return 0, 0
 
 
-class Readings:
+class ReaderSamples:
     """Draws contexts to read by task; the same ones whatever the order of the log."""
 
     def __init__(self) -> None:
-        self._drawn: dict[str, Smallest[Reading]] = {}
-        self._by_id: dict[str, list[Reading]] | None = None
-        self.lowest_gain: Smallest[Reading] = Smallest(3)
-        self.unanswered: Smallest[Reading] = Smallest(3)
+        self._drawn: dict[str, BottomK[ReaderSample]] = {}
+        self._by_id: dict[str, list[ReaderSample]] | None = None
+        self.lowest_gain: BottomK[ReaderSample] = BottomK(3)
+        self.unanswered: BottomK[ReaderSample] = BottomK(3)
 
     def context(self, task: str, row: dict[str, Any]) -> None:
         """Consider a row of contexts."""
         name, checks = text(row, "id"), checks_of(row)
-        drawing = self._drawn.setdefault(task, Smallest(NUMBER))
-        drawing.offer(drawn("reading", name), lambda: Reading.of_context(row))
+        drawing = self._drawn.setdefault(task, BottomK(NUMBER))
+        drawing.offer(drawn("reading", name), lambda: ReaderSample.of_context(row))
         flags = checks.get("flags") or ()
         if "low_context_gain" in flags:
             key = drawn("gain", name, number(checks, "context_gain"))
-            self.lowest_gain.offer(key, lambda: Reading.of_context(row))
+            self.lowest_gain.offer(key, lambda: ReaderSample.of_context(row))
         if "not_answerable" in flags:
             key = drawn("answer", name, number(checks, "answer_score"))
-            self.unanswered.offer(key, lambda: Reading.of_context(row))
+            self.unanswered.offer(key, lambda: ReaderSample.of_context(row))
 
     def sample(self, row: dict[str, Any]) -> None:
         """Take the prompt of a row of samples, if its context was drawn; all contexts have been seen."""
@@ -169,7 +169,7 @@ class Readings:
         for reading in self._by_id.get(text(row, "id"), ()):
             reading.take_prompt(row)
 
-    def spread(self) -> list[Reading]:
+    def spread(self) -> list[ReaderSample]:
         """Ten, spread over the tasks; those that have a prompt first."""
         by_task = [
             sorted(self._drawn[task].items, key=lambda reading: not reading.passages)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
-from streamsyn.report.collection import Figures, tokens_target
+from streamsyn.report.collection import RunMetrics, tokens_target
 
 FEW_CONTEXTS: Final = 200
 """Fewer deserve a closer look: arXiv 2502.15592 trains on 200 seeds of each of its tasks."""
@@ -44,7 +44,7 @@ TRUNCATED_LOOK: Final = 0.05
 """Share of contexts that end in the middle of a sentence: a blemish, no reason not to train."""
 
 
-class Mark(IntEnum):
+class Severity(IntEnum):
     """How good a fact is; the greatest counts."""
 
     UNKNOWN = 0
@@ -64,12 +64,12 @@ class Fact:
 
     name: str
     figure: str = ""
-    mark: Mark = Mark.UNKNOWN
-    said: list[tuple[Mark, str]] = field(default_factory=list)
+    mark: Severity = Severity.UNKNOWN
+    said: list[tuple[Severity, str]] = field(default_factory=list)
     worst: str = ""
     """The sentence that the mark is from."""
 
-    def say(self, mark: Mark, sentence: str, figure: str = "") -> None:
+    def say(self, mark: Severity, sentence: str, figure: str = "") -> None:
         """Add a part; the figure of the worst one stands for all."""
         if mark > self.mark or not self.said:
             self.worst = sentence
@@ -78,14 +78,14 @@ class Fact:
         self.said.append((mark, sentence))
 
 
-def grade_low(share: float, look: float, bad: float) -> Mark:
+def grade_low(share: float, look: float, bad: float) -> Severity:
     """The mark of a share that should be low."""
-    return Mark.BAD if share > bad else Mark.LOOK if share > look else Mark.GOOD
+    return Severity.BAD if share > bad else Severity.LOOK if share > look else Severity.GOOD
 
 
-def grade_high(share: float, good: float, look: float) -> Mark:
+def grade_high(share: float, good: float, look: float) -> Severity:
     """The mark of a share that should be high."""
-    return Mark.GOOD if share >= good else Mark.LOOK if share >= look else Mark.BAD
+    return Severity.GOOD if share >= good else Severity.LOOK if share >= look else Severity.BAD
 
 
 def percent(part: float, whole: float) -> str:
@@ -108,35 +108,35 @@ def counted(number: int, noun: str) -> str:
 _UNMEASURED = "not measured"
 
 
-def amount_fact(figures: Figures) -> Fact:
+def amount_fact(figures: RunMetrics) -> Fact:
     """How much there is, and whether that is all."""
     contexts, samples = figures.counts["contexts"], figures.counts["samples"]
     fact = Fact("Amount", counted(contexts, "context"))
     if not contexts:
-        fact.say(Mark.BAD, "There are no contexts.")
+        fact.say(Severity.BAD, "There are no contexts.")
         return fact
     if contexts < FEW_CONTEXTS:
-        fact.say(Mark.LOOK, f"Few: {FEW_CONTEXTS} for a single task are usual.")
+        fact.say(Severity.LOOK, f"Few: {FEW_CONTEXTS} for a single task are usual.")
     tasks = counted(len(figures.tasks.sorted()), "task")
     if not figures.config.assembly.write:
-        fact.say(Mark.GOOD, f"{tasks}; no samples, as assembly.write is false.")
+        fact.say(Severity.GOOD, f"{tasks}; no samples, as assembly.write is false.")
     elif samples:
-        fact.say(Mark.GOOD, f"{tasks}; {counted(samples, 'sample')} assembled.")
+        fact.say(Severity.GOOD, f"{tasks}; {counted(samples, 'sample')} assembled.")
     else:
-        fact.say(Mark.LOOK, f"{tasks}; no samples are assembled yet.")
+        fact.say(Severity.LOOK, f"{tasks}; no samples are assembled yet.")
     state = "complete." if figures.is_complete else "not finished: more may come."
-    fact.say(Mark.GOOD, f"The run is {state}")
+    fact.say(Severity.GOOD, f"The run is {state}")
     return fact
 
 
-def rejects_fact(figures: Figures) -> Fact:
+def rejects_fact(figures: RunMetrics) -> Fact:
     """Share of the seeds that got no context."""
     number, outcomes = figures.counts["rejects"], figures.outcomes
     fact = Fact("Rejects", percent(number, outcomes))
     if not outcomes:
-        fact.say(Mark.UNKNOWN, "No seed has an outcome yet.", "none yet")
+        fact.say(Severity.UNKNOWN, "No seed has an outcome yet.", "none yet")
     elif not number:
-        fact.say(Mark.GOOD, "Every seed got its context.")
+        fact.say(Severity.GOOD, "Every seed got its context.")
     else:
         reason, most = figures.reasons.most_common(1)[0]
         mark = grade_low(number / outcomes, REJECTS_LOOK, REJECTS_BAD)
@@ -144,28 +144,30 @@ def rejects_fact(figures: Figures) -> Fact:
     return fact
 
 
-def gain_fact(figures: Figures) -> Fact:
+def gain_fact(figures: RunMetrics) -> Fact:
     """Whether contexts make their answers likelier."""
     scores = figures.all
     fact = Fact("Context gain", _UNMEASURED)
     if not (number := scores.gain.count):
-        fact.say(Mark.UNKNOWN, unmeasured(figures.config.checks.context_gain, "checks.context_gain = true"))
+        fact.say(
+            Severity.UNKNOWN, unmeasured(figures.config.checks.context_gain, "checks.context_gain = true")
+        )
         return fact
     share, median = percent(scores.positive, number), scores.gain.median
     mark = grade_high(scores.positive / number, POSITIVE_GOOD, POSITIVE_LOOK)
     fact.say(mark, f"{share} of the contexts make their answer likelier.", f"{share} above 0")
-    mark = Mark.GOOD if median >= MEDIAN_GAIN_LOOK else Mark.LOOK
+    mark = Severity.GOOD if median >= MEDIAN_GAIN_LOOK else Severity.LOOK
     fact.say(mark, f"The median gain is {median:+.2f} nats a token.", f"median {median:+.2f}")
     _unscored(figures, fact)
     return fact
 
 
-def answers_fact(figures: Figures) -> Fact:
+def answers_fact(figures: RunMetrics) -> Fact:
     """Whether answers are found in contexts, and only there."""
     scores = figures.all
     fact = Fact("Answers", _UNMEASURED)
     if not (number := scores.answered.count):
-        fact.say(Mark.UNKNOWN, unmeasured(figures.config.checks.answerable, "checks.answerable = true"))
+        fact.say(Severity.UNKNOWN, unmeasured(figures.config.checks.answerable, "checks.answerable = true"))
         return fact
     share = percent(scores.answerable, number)
     mark = grade_high(scores.answerable / number, ANSWERABLE_GOOD, ANSWERABLE_LOOK)
@@ -175,34 +177,34 @@ def answers_fact(figures: Figures) -> Fact:
         mark = grade_low(scores.known / closed, KNOWN_LOOK, KNOWN_BAD)
         fact.say(mark, f"{share} are answered without it, too.", f"{share} known anyway")
         with_it, without = scores.answered_sum / number, scores.closed_book_sum / closed
-        mark = Mark.GOOD if with_it > without else Mark.BAD
+        mark = Severity.GOOD if with_it > without else Severity.BAD
         fact.say(mark, f"The mean score is {with_it:.2f} with the context, {without:.2f} without.")
     _unscored(figures, fact)
     return fact
 
 
-def _unscored(figures: Figures, fact: Fact) -> None:
+def _unscored(figures: RunMetrics, fact: Fact) -> None:
     if number := figures.unscored:
         mark = grade_low(number / figures.counts["contexts"], REJECTS_LOOK, REJECTS_BAD)
         fact.say(mark, f"{counted(number, 'context')} could not be scored.", f"{number:,} unscored")
 
 
-def repeats_fact(figures: Figures) -> Fact:
+def repeats_fact(figures: RunMetrics) -> Fact:
     """Whether contexts repeat each other, or what a model is to be evaluated on."""
     checks, contexts = figures.config.checks, max(1, figures.counts["contexts"])
     number, leaks = figures.flags["near_duplicate"], figures.flags["contaminated"]
     fact = Fact("Repeats", _UNMEASURED)
     if checks.near_duplicate == "off" and not number:
-        fact.say(Mark.UNKNOWN, 'Near-duplicates are not looked for: checks.near_duplicate = "flag" does.')
+        fact.say(Severity.UNKNOWN, 'Near-duplicates are not looked for: checks.near_duplicate = "flag" does.')
     else:
         share, rejected = percent(number, contexts), _rejected(figures, "near_duplicate")
         mark = grade_low(number / contexts, DUPLICATES_LOOK, DUPLICATES_BAD)
         said = f"{share} of the contexts repeat an earlier one" if number else "No near-duplicates were kept"
         fact.say(mark, f"{said}{rejected}.", f"{share} repeats")
     if not checks.eval_sets and not leaks:
-        fact.say(Mark.UNKNOWN, "Leaks are not looked for: checks.eval_sets names evaluation data.")
+        fact.say(Severity.UNKNOWN, "Leaks are not looked for: checks.eval_sets names evaluation data.")
     else:
-        mark = Mark.BAD if leaks / contexts > LEAKS_BAD else Mark.LOOK if leaks else Mark.GOOD
+        mark = Severity.BAD if leaks / contexts > LEAKS_BAD else Severity.LOOK if leaks else Severity.GOOD
         said = (
             f"{counted(leaks, 'context')} with words of the evaluation data"
             if leaks
@@ -212,12 +214,12 @@ def repeats_fact(figures: Figures) -> Fact:
     return fact
 
 
-def _rejected(figures: Figures, reason: str) -> str:
+def _rejected(figures: RunMetrics, reason: str) -> str:
     number = figures.reasons[reason]
     return f"; {number:,} {'was' if number == 1 else 'were'} rejected" if number else ""
 
 
-def lengths_fact(figures: Figures) -> Fact:
+def lengths_fact(figures: RunMetrics) -> Fact:
     """Whether contexts and samples are as long as was asked for."""
     contexts, words = max(1, figures.counts["contexts"]), figures.all.words.median
     fact = Fact("Lengths", f"{words:,.0f} words")
@@ -233,13 +235,13 @@ def lengths_fact(figures: Figures) -> Fact:
         mark = grade_high(reached / contexts, REACHED_GOOD, REACHED_LOOK)
         fact.say(mark, f"{share} of the contexts reach the {target:,} tokens asked for.", f"{share} in full")
     share = percent(figures.truncated, contexts)
-    mark = Mark.LOOK if figures.truncated / contexts > TRUNCATED_LOOK else Mark.GOOD
+    mark = Severity.LOOK if figures.truncated / contexts > TRUNCATED_LOOK else Severity.GOOD
     said = f"{share if figures.truncated else 'None'} of the contexts were cut off."
     fact.say(mark, said, f"{share} cut off")
     return fact
 
 
-def _sample_lengths(figures: Figures, fact: Fact) -> None:
+def _sample_lengths(figures: RunMetrics, fact: Fact) -> None:
     samples, most = figures.counts["samples"], figures.config.assembly.max_tokens
     if not samples:
         return
@@ -254,7 +256,7 @@ def _sample_lengths(figures: Figures, fact: Fact) -> None:
         fact.say(mark, f"{share} of the samples have fewer than {wanted} contexts.", f"{share} too few")
     if number := figures.samples_too_long:
         said = f"{counted(number, 'sample')} longer than the {most:,} tokens allowed."
-        fact.say(Mark.BAD, said, f"{number:,} too long")
+        fact.say(Severity.BAD, said, f"{number:,} too long")
 
 
 def unmeasured(is_on: bool, setting: str) -> str:
@@ -269,13 +271,13 @@ _TOLD = 2
 class Verdict:
     """What to think of a run."""
 
-    mark: Mark
+    mark: Severity
     headline: str
     reason: str
     facts: list[Fact]
 
 
-def verdict(figures: Figures) -> Verdict:
+def verdict(figures: RunMetrics) -> Verdict:
     """The verdict on a run."""
     amount, gain, answers = amount_fact(figures), gain_fact(figures), answers_fact(figures)
     all_facts = [
@@ -286,24 +288,24 @@ def verdict(figures: Figures) -> Verdict:
         repeats_fact(figures),
         lengths_fact(figures),
     ]
-    if amount.mark is Mark.BAD:
-        return Verdict(Mark.BAD, "Not fit for training", amount.worst, all_facts[:2])
-    bad = [fact for fact in all_facts if fact.mark is Mark.BAD]
-    look = [fact for fact in all_facts if fact.mark is Mark.LOOK]
+    if amount.mark is Severity.BAD:
+        return Verdict(Severity.BAD, "Not fit for training", amount.worst, all_facts[:2])
+    bad = [fact for fact in all_facts if fact.mark is Severity.BAD]
+    look = [fact for fact in all_facts if fact.mark is Severity.LOOK]
     if bad:
-        return Verdict(Mark.BAD, "Not fit for training", _because(bad), all_facts)
-    if gain.mark is answers.mark is Mark.UNKNOWN:
+        return Verdict(Severity.BAD, "Not fit for training", _because(bad), all_facts)
+    if gain.mark is answers.mark is Severity.UNKNOWN:
         unknown = "It was not measured whether the contexts lead to the answers."
-        return Verdict(Mark.LOOK, "Look closer", f"{unknown} {_because(look)}".strip(), all_facts)
+        return Verdict(Severity.LOOK, "Look closer", f"{unknown} {_because(look)}".strip(), all_facts)
     if look:
-        return Verdict(Mark.LOOK, "Look closer", _because(look), all_facts)
+        return Verdict(Severity.LOOK, "Look closer", _because(look), all_facts)
     so_far = "" if figures.is_complete else " so far"
     reason = "The run is not finished. " if so_far else ""
-    unknown_names = [fact.name.lower() for fact in all_facts if fact.mark is Mark.UNKNOWN]
+    unknown_names = [fact.name.lower() for fact in all_facts if fact.mark is Severity.UNKNOWN]
     reason += (
         f"Not measured: {', '.join(unknown_names)}." if unknown_names else "All that was measured is good."
     )
-    return Verdict(Mark.GOOD, f"Fit for training{so_far}", reason, all_facts)
+    return Verdict(Severity.GOOD, f"Fit for training{so_far}", reason, all_facts)
 
 
 def _because(facts: list[Fact]) -> str:

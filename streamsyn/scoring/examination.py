@@ -12,7 +12,7 @@ from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, FleetSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.fleet import Fleet
-from streamsyn.fleet.server import specs
+from streamsyn.fleet.server import server_specs
 from streamsyn.scoring.examiner import Examiner, Scores
 from streamsyn.scoring.requests import AnswerPrompt
 from streamsyn.telemetry import Counters
@@ -93,7 +93,7 @@ async def _scoring_fleet(config: Config, writing: Fleet, opening: Opening) -> As
         ours: dict[str, Any] = {"servers": scoring.servers, "model": scoring.model, "models": {}}
         section = config.fleet.model_copy(update={**ours, "servers_file": None, "servers_dns": None})
         with _in_words_of_scoring():
-            specs(section)
+            server_specs(section)
         async with opening(section) as fleet:
             with _in_words_of_scoring():
                 await fleet.ask_models()

@@ -15,7 +15,7 @@ from typing import Any
 from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.records import Request
 from streamsyn.scoring.answer_metrics import measured
-from streamsyn.scoring.requests import AnswerPrompt, Asking, Once, Question, context_group
+from streamsyn.scoring.requests import AnswerPrompt, Asking, Question, SingleFlight, context_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Gain:
     def __init__(self, prompt: AnswerPrompt, answer_tokens: int) -> None:
         self._prompt = prompt
         self._sampling = {"max_tokens": answer_tokens}
-        self._without: Once[Likelihood] = Once()
+        self._without: SingleFlight[Likelihood] = SingleFlight()
 
     async def measure(self, asking: Asking, question: Question, context: str) -> dict[str, Any]:
         """`context_gain`, `nll_with`, `nll_without` and `scored_tokens`.
@@ -79,7 +79,7 @@ class Answers:
     def __init__(self, prompt: AnswerPrompt, max_tokens: int) -> None:
         self._prompt = prompt
         self._sampling = {"temperature": 0, "max_tokens": max_tokens}
-        self._closed_book: Once[str] = Once()
+        self._closed_book: SingleFlight[str] = SingleFlight()
 
     async def measure(self, asking: Asking, question: Question, context: str) -> dict[str, Any]:
         """`answer_metric`, `answer_score`, `closed_book_score`, `model_answer`, `closed_book_answer`.

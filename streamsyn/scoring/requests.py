@@ -18,7 +18,7 @@ from streamsyn.templates import PromptTemplate, packaged, read
 T = TypeVar("T")
 
 
-class Once(Generic[T]):
+class SingleFlight(Generic[T]):
     """Results by key. Who asks for one that is being worked out waits for it.
 
     Args:

@@ -171,13 +171,13 @@ def _check_regular(path: Path) -> None:
 
 
 def _interleaved(
-    streams: list[tuple[float, Iterator[list[Entry]]]], draw: random.Random
+    streams: list[tuple[float, Iterator[list[Entry]]]], rng: random.Random
 ) -> Iterator[list[Entry]]:
     """One entry at a time from a source drawn by weight, until all are at their ends."""
     live = [(weight, (entry for batch in stream for entry in batch)) for weight, stream in streams]
     batch: list[Entry] = []
     while live:
-        index = draw.choices(range(len(live)), [weight for weight, _ in live])[0]
+        index = rng.choices(range(len(live)), [weight for weight, _ in live])[0]
         entry = next(live[index][1], None)
         if entry is None:
             del live[index]

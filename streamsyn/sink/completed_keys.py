@@ -43,7 +43,7 @@ class Claim(Enum):
     REPEATED = "repeated"
 
 
-class FinishedKeys:
+class CompletedKeys:
     """Keys of all drafts that have an outcome in a sealed shard. For one thread at a time."""
 
     def __init__(self, path: Path) -> None:

@@ -15,7 +15,7 @@ from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError
 from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.sink import shards
-from streamsyn.sink.completed_keys import Claims, FinishedKeys, row_key
+from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
 from streamsyn.sink.journal import Journal
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard, sync_folder, write_whole
@@ -196,7 +196,7 @@ class RunLog:
             sync_folder(root)
         self.manifest = Manifest(manifest)
         self.manifest.cut_torn_line()
-        self._finished = FinishedKeys(root / "index" / "finished.sqlite")
+        self._finished = CompletedKeys(root / "index" / "finished.sqlite")
         indexed = self._finished.add_shard
         self.contexts = ShardLog(root, "contexts", self.manifest, sink, indexed)
         self.rejects = ShardLog(root, "rejects", self.manifest, sink, indexed)

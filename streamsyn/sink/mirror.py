@@ -20,7 +20,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.io.remote import reason
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import SealedShard
-from streamsyn.sink.mirror_plan import Copying
+from streamsyn.sink.mirror_plan import MirrorPlan
 
 log = structlog.get_logger()
 
@@ -68,18 +68,18 @@ class Mirror:
     Args:
         root: The run directory.
         url: Where to copy it to.
-        draw: For pauses between tries.
+        rng: For pauses between tries.
 
     Raises:
         ConfigError: The URL cannot be used.
     """
 
-    def __init__(self, root: Path, url: str, draw: Random | None = None) -> None:
+    def __init__(self, root: Path, url: str, rng: Random | None = None) -> None:
         self._root = root
         self._url = url
-        self._draw = draw or Random()
+        self._rng = rng or Random()
         self._stopped = threading.Event()
-        self._copying = Copying(root, url, self._stopped)
+        self._copying = MirrorPlan(root, url, self._stopped)
         try:
             self._copying.connect()
         except OSError as error:  # it is down; the thread will try again
@@ -170,7 +170,7 @@ class Mirror:
             except Exception as error:  # noqa: BLE001 - each file system has errors of its own
                 if self._copying.copied > copied:  # some of it has come through
                     tries, copied = 0, self._copying.copied
-                pause_s = self._draw.uniform(0, min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** min(tries, 30)))
+                pause_s = self._rng.uniform(0, min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** min(tries, 30)))
                 tries += 1
                 log.warning("mirror.behind", url=self._url, why=reason(error), again_in_s=round(pause_s, 1))
                 self._answered(None)

@@ -17,11 +17,11 @@ from streamsyn.sink.shards import KINDS, write_whole
 log = structlog.get_logger()
 
 
-class NotTheSame(SinkError):
+class CopyMismatch(SinkError):
     """Raised when what is read back is not what was written."""
 
 
-class Replica:
+class MirrorTarget:
     """A folder behind a URL. Every method may block, and may raise whatever its file system raises.
 
     Raises:
@@ -78,7 +78,7 @@ class Replica:
         self._make_folder(name)
         self._filesystem.put_file(str(path), f"{self._path}/{name}")
         if not self.holds(name, size, sha256):
-            raise NotTheSame(f"{name} was not read back as it was written")
+            raise CopyMismatch(f"{name} was not read back as it was written")
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file whole, and read it back.
@@ -89,7 +89,7 @@ class Replica:
         self._make_folder(name)
         self._filesystem.pipe_file(f"{self._path}/{name}", data)
         if self.read(name) != data:
-            raise NotTheSame(f"{name} was not read back as it was written")
+            raise CopyMismatch(f"{name} was not read back as it was written")
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -110,7 +110,7 @@ _MANIFEST = "manifest.jsonl"
 _RUN = "run.json"
 
 
-class Copying:
+class MirrorPlan:
     """Copies sealed shards, lists each once it is there. For one thread; `missing` for any.
 
     At any time the mirror is a run directory that `verify` finds sound, of an earlier moment: its manifest
@@ -130,7 +130,7 @@ class Copying:
         self._root = root
         self._url = url
         self._stopped = stopped
-        self._replica: Replica | None = None
+        self._replica: MirrorTarget | None = None
         self._lines: list[tuple[bytes, Line]] = []
         self._read_bytes = 0
         self._copied: dict[str, str] = {}
@@ -142,10 +142,10 @@ class Copying:
         self._put: dict[str, bytes] = {}
         """What we have written of run.json and the manifest."""
 
-    def connect(self) -> Replica:
+    def connect(self) -> MirrorTarget:
         """The mirror."""
         if self._replica is None:
-            replica = Replica(self._url)
+            replica = MirrorTarget(self._url)
             replica.refuse_inside(self._root)
             self._replica = replica
         return self._replica
@@ -196,7 +196,7 @@ class Copying:
         is_behind = bool(shards) and self._put.get(_MANIFEST) != self._due_lines(lines)
         return missing or ([_MANIFEST] if is_behind else [])
 
-    def _copy_some(self, replica: Replica, needed: Mapping[str, int]) -> bool:
+    def _copy_some(self, replica: MirrorTarget, needed: Mapping[str, int]) -> bool:
         """Copy what is due, in order; whether that was anything."""
         copied, held = False, False
         for _, line in self._lines:
@@ -221,7 +221,7 @@ class Copying:
             return True
         return needed.get(line["path"], self._contexts + 1) <= self._contexts
 
-    def _recall(self, replica: Replica) -> None:
+    def _recall(self, replica: MirrorTarget) -> None:
         """Take for copied what an earlier run has verified, or what is verified now."""
         known = self._verified_before()
         sizes = {name: size for kind in KINDS for name, size in replica.sizes(kind).items()}
@@ -240,14 +240,14 @@ class Copying:
         if line["kind"] == "contexts":
             self._contexts += line["rows"]
 
-    def _refuse_other_run(self, replica: Replica) -> None:
+    def _refuse_other_run(self, replica: MirrorTarget) -> None:
         far = replica.read(_RUN)
         if far is not None and _created_at(far) != _created_at(self._here(_RUN)):
             raise ConfigError(
                 f"sink.mirror: {self._url} holds another run than {self._root}; copy it back to go on with it"
             )
 
-    def _list(self, replica: Replica) -> None:
+    def _list(self, replica: MirrorTarget) -> None:
         """Bring run.json and the manifest up to what is there, the manifest last."""
         if _RUN not in self._put:
             self._refuse_other_run(replica)  # it may have begun when we did

@@ -89,7 +89,7 @@ class Stop:
     """Leave the loop."""
 
 
-Order: TypeAlias = Step | Wait | Evaluate | Save | Publish | Stop
+Command: TypeAlias = Step | Wait | Evaluate | Save | Publish | Stop
 
 
 class Ranks:
@@ -100,14 +100,14 @@ class Ranks:
         self.world = world
         self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world > 1 else None
 
-    def deal(self, orders: list[Order] | None) -> Order:
+    def deal(self, orders: list[Command] | None) -> Command:
         """Give each rank its order; rank 0 has the list, the others hear their own."""
         if self._group is None:
             assert orders is not None
             return orders[0]
         heard: list[Any] = [None]
         dist.scatter_object_list(heard, orders, src=0, group=self._group)
-        order: Order = heard[0]
+        order: Command = heard[0]
         return order
 
     def totals(self, values: list[float]) -> list[float]:

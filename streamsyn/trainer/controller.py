@@ -8,11 +8,11 @@ import structlog
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import StreamsynError, TrainingFailed
-from streamsyn.trainer.commands import WAIT_S, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.commands import WAIT_S, Command, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
 from streamsyn.trainer.loop import Progress, Schedule
-from streamsyn.trainer.metrics.record import Figures
+from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.loss import denominator, target_weights
 from streamsyn.trainer.saving.checkpoint import Store
 from streamsyn.trainer.stream.planner import PlanQueue
@@ -32,7 +32,7 @@ class Totals:
     target_tokens: int = 0
 
 
-class Director:
+class Controller:
     """Reads plans and gives orders until the stream ends, a limit is reached or somebody wants to stop.
 
     Attributes:
@@ -47,7 +47,7 @@ class Director:
         progress: Progress,
         store: Store,
         schedule: Schedule,
-        figures: Figures,
+        figures: TrainingMetrics,
         evaluations: Evaluations,
         totals: Totals,
     ) -> None:
@@ -81,7 +81,7 @@ class Director:
             return "train.max_steps"
         return self.stopped or "the stream ended"
 
-    def orders(self, wants_to_stop: Callable[[], bool]) -> Iterator[list[Order]]:
+    def orders(self, wants_to_stop: Callable[[], bool]) -> Iterator[list[Command]]:
         """The orders, one after the other; each is carried out before the next is asked for.
 
         Raises:
@@ -121,7 +121,7 @@ class Director:
         limit = self._section.max_steps
         return limit is not None and self._progress.step >= limit  # an earlier run may have had a higher one
 
-    def _take(self, plan: StepPlan) -> Iterator[list[Order]]:
+    def _take(self, plan: StepPlan) -> Iterator[list[Command]]:
         step, skipped, section = self._progress.step, self._progress.skipped, self._section
         self._said_stalled = False
         self._figures.lap()
@@ -159,7 +159,7 @@ class Director:
             f"train.warmup_steps"
         )
 
-    def _steps(self, plan: StepPlan, rate: float) -> list[Order]:
+    def _steps(self, plan: StepPlan, rate: float) -> list[Command]:
         """Row i is for rank i modulo their number."""
         kind, world = self._section.loss, self._ranks.world
         whole = denominator(plan.rows, kind)
@@ -168,14 +168,14 @@ class Director:
             Step(plan.rows[rank::world], tuple(weights[rank::world]), whole, rate) for rank in range(world)
         ]
 
-    def _finish(self) -> Iterator[list[Order]]:
+    def _finish(self) -> Iterator[list[Command]]:
         if self._progress.step:
             yield from self._publish(last=True)
             yield from self._evaluate(last=True)
             yield from self._save(result=True)
         yield self._all(Stop())
 
-    def _evaluate(self, *, last: bool = False) -> Iterator[list[Order]]:
+    def _evaluate(self, *, last: bool = False) -> Iterator[list[Command]]:
         progress = self._progress
         orders = self._evaluations.due(progress.step, last=last)
         if orders is None:
@@ -188,11 +188,11 @@ class Director:
             if last:
                 self.stopped = "a signal, during the last evaluation"
 
-    def _save_what_is_new(self) -> Iterator[list[Order]]:
+    def _save_what_is_new(self) -> Iterator[list[Command]]:
         if self._progress.step > self._saved and not self._skipped:  # as in `_take`
             yield from self._save(result=False)
 
-    def _save(self, *, result: bool) -> Iterator[list[Order]]:
+    def _save(self, *, result: bool) -> Iterator[list[Command]]:
         self._figures.sync(self._progress.step)
         self._store.noted = {
             "schedule": self._schedule.state(),
@@ -205,7 +205,7 @@ class Director:
         self._saved, self._is_save_due = self._progress.step, False
         log.info("train.saved", step=self._saved)
 
-    def _publish(self, *, last: bool = False) -> Iterator[list[Order]]:
+    def _publish(self, *, last: bool = False) -> Iterator[list[Command]]:
         """Not when stopped: who goes on with this training will publish again."""
         section, step = self._section.publish, self._progress.step
         if section is None or step == self._published or (step % section.every_steps and not last):
@@ -245,5 +245,5 @@ class Director:
         losses = [math.nan] * plan.count if skipped else progress.losses
         self._figures.step(line, plan, losses, self._plans.waited_s)
 
-    def _all(self, order: Order) -> list[Order]:
+    def _all(self, order: Command) -> list[Command]:
         return [order] * self._ranks.world

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import StreamsynError
-from streamsyn.trainer.commands import Evaluate, Order, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.commands import Command, Evaluate, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.answering import Answer, answer_all
 from streamsyn.trainer.evaluation.heldout import measure
 from streamsyn.trainer.model.batch import make_batch
@@ -132,7 +132,7 @@ class Loop:
         self._ranks.any(False)
         self._ranks.deal([Stop()] * self._ranks.world)
 
-    def run(self, orders: Iterator[list[Order]] | None) -> None:
+    def run(self, orders: Iterator[list[Command]] | None) -> None:
         """Carry out orders until one says stop; `orders` are those that rank 0 gives.
 
         Raises:

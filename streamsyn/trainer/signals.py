@@ -59,7 +59,7 @@ def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.mo
             signal.signal(number, earlier)
 
 
-class Tether:
+class ParentLiveness:
     """The trainer's end. The end of the line comes as END_OF_RUN to this process; SIGINT is ignored: whoever
     presses Ctrl-C means the run, which will tell us.
 

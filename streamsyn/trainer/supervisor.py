@@ -41,7 +41,7 @@ _FINAL = (0, EXIT_USAGE, EXIT_STOPPED)
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class TrainerExit:
     """How a trainer ended.
 
     Attributes:
@@ -59,7 +59,7 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class Restart:
     """Start it once more, after a pause; the `number`-th time in a row that brought no checkpoint."""
 
     after_s: float
@@ -67,13 +67,13 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
-class Over:
+class GiveUp:
     """Leave it at that: 0 trained to the end, 75 stopped, 2 the user's to mend, 1 it cannot be kept up."""
 
     code: int
 
 
-class Restarts:
+class RestartPolicy:
     """Decides. A trainer that ended by its own decision is not started again; one that died is.
 
     Args:
@@ -88,7 +88,7 @@ class Restarts:
         self._pause_s = pause_s
         self._in_a_row = 0
 
-    def after(self, ended: Ended, checkpoint: str | None, *, stopping: bool) -> Again | Over:
+    def after(self, ended: TrainerExit, checkpoint: str | None, *, stopping: bool) -> Restart | GiveUp:
         """What comes next.
 
         Args:
@@ -97,17 +97,17 @@ class Restarts:
             stopping: Whether it had been told to stop.
         """
         if ended.code in _FINAL:
-            return Over(ended.code)
+            return GiveUp(ended.code)
         if stopping:
-            return Over(EXIT_STOPPED)
+            return GiveUp(EXIT_STOPPED)
         if ended.said:
-            return Over(EXIT_FAILED)
+            return GiveUp(EXIT_FAILED)
         if checkpoint != self._checkpoint:
             self._checkpoint, self._in_a_row = checkpoint, 0
         if self._in_a_row == self._most:
-            return Over(EXIT_FAILED)
+            return GiveUp(EXIT_FAILED)
         self._in_a_row += 1
-        return Again(self._pause_s * 2.0 ** (self._in_a_row - 1), self._in_a_row)
+        return Restart(self._pause_s * 2.0 ** (self._in_a_row - 1), self._in_a_row)
 
 
 _GONE_S = 60.0
@@ -158,7 +158,7 @@ class TrainerProcess:
         """Of the process that was started."""
         return self._process.pid
 
-    def wait(self) -> Ended:
+    def wait(self) -> TrainerExit:
         """Return when it has ended, and all that it started; how it ended."""
         status = self._process.wait()
         self._tether.setblocking(False)
@@ -169,7 +169,7 @@ class TrainerProcess:
         self._tether.close()
         # The pipe ends when nobody holds it any more. Only then is the training's directory free.
         self._hearing.join(0.5 if self._ended_by_us else _GONE_S)
-        return Ended(int(said), said=True) if said else Ended(status)
+        return TrainerExit(int(said), said=True) if said else TrainerExit(status)
 
     def stop(self) -> None:
         """Have it save and exit. Safe in a signal's handler."""
@@ -193,7 +193,7 @@ _PREFIX = "streamsyn: "
 """Of the line in which a command says why it failed."""
 
 
-class Companion:
+class TrainerSupervisor:
     """Keeps a trainer up in a thread of its own.
 
     Args:
@@ -207,7 +207,7 @@ class Companion:
         self._command = command
         self._out = out
         self._as_json = as_json
-        self._restarts = Restarts(self._checkpoint(), pause_s=pause_s)
+        self._restarts = RestartPolicy(self._checkpoint(), pause_s=pause_s)
         self._thread = ThreadPoolExecutor(1, "trainer")
         self._code: Future[int] | None = None
         self._process: TrainerProcess | None = None
@@ -280,21 +280,21 @@ class Companion:
         while True:
             ended = self._run_once()
             match self._restarts.after(ended, self._checkpoint(), stopping=self._stopping):
-                case Over(code):
+                case GiveUp(code):
                     self._say_over(code, ended, drain)
                     return code
-                case Again(after_s, number):
+                case Restart(after_s, number):
                     log.warning("trainer.restarts", because=ended.in_words, in_s=after_s, number=number)
             if self._is_woken_within(after_s):
                 return EXIT_STOPPED
 
-    def _run_once(self) -> Ended:
+    def _run_once(self) -> TrainerExit:
         self._error = ""
         try:
             process = self._process = TrainerProcess(self._command, self._hear)
         except OSError as error:  # the system has no process to give just now
             self._error = f"it cannot be started: {error}"
-            return Ended(EXIT_FAILED)
+            return TrainerExit(EXIT_FAILED)
         log.info("trainer.started", pid=process.pid, out=str(self._out))
         if self._ending:  # the signal came while it was being started
             process.end()
@@ -302,7 +302,7 @@ class Companion:
             process.stop()
         return process.wait()
 
-    def _say_over(self, code: int, ended: Ended, drain: Callable[[str], None]) -> None:
+    def _say_over(self, code: int, ended: TrainerExit, drain: Callable[[str], None]) -> None:
         if self._stopping or code == 0:
             log.info("trainer.ended", exit_code=code)
         elif code == EXIT_USAGE:
@@ -379,7 +379,7 @@ FOLDER = "training"
 """Where in the run directory the training keeps its files, if nothing else is said."""
 
 
-def training_beside(path: Path, run_out: Path, *, as_json: bool) -> Companion:
+def training_beside(path: Path, run_out: Path, *, as_json: bool) -> TrainerSupervisor:
     """The training that follows a run into `run_out`, as the file says.
 
     Raises:
@@ -394,4 +394,4 @@ def training_beside(path: Path, run_out: Path, *, as_json: bool) -> Companion:
     launcher = request.config.train.launcher or (sys.executable,)
     given = ["train", str(path), "--from", str(run_out), "--out", str(request.out), "--tethered"]
     command = [*launcher, "-m", "streamsyn", *given, *(["--log-json"] if as_json else [])]
-    return Companion(command, request.out, as_json=as_json)
+    return TrainerSupervisor(command, request.out, as_json=as_json)

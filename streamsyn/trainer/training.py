@@ -15,18 +15,24 @@ from streamsyn.config.loading import Config
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.trainer.commands import Ranks
-from streamsyn.trainer.controller import Director, Totals
+from streamsyn.trainer.controller import Controller, Totals
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before, open_exam
 from streamsyn.trainer.evaluation.exam import Exam
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loop import Loop, Progress, Schedule
 from streamsyn.trainer.metrics.mfu import speed_of
-from streamsyn.trainer.metrics.record import Figures
+from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.placed import Placed, place
-from streamsyn.trainer.model.pretrained import check_fit, memory_told, model_dtype, read_model, read_tokenizer
+from streamsyn.trainer.model.pretrained import (
+    check_compatibility,
+    memory_errors_explained,
+    model_dtype,
+    read_model,
+    read_tokenizer,
+)
 from streamsyn.trainer.outdir import OutDirectory
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, Store, restore_optimizer
 from streamsyn.trainer.saving.publish import Publisher
@@ -66,7 +72,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
         )
     dtype = model_dtype(model)
     tokenizer = read_tokenizer(model, read_template(section.chat_template))
-    check_fit(model, tokenizer, section.seq_len)
+    check_compatibility(model, tokenizer, section.seq_len)
     publisher = None
     if section.publish is not None:
         publisher = Publisher(out, section.publish, config.fleet, tokenizer, rank)
@@ -81,7 +87,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
             before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
             saved = None if before is None else before.folder / "model"
             seed = config.run.seed
-            with memory_told(section):
+            with memory_errors_explained(section):
                 if section.lora is None:
                     read = read_model(str(saved or model), section, accelerator, None, seed=seed)
                 else:
@@ -154,7 +160,7 @@ def _run(setting: Setting) -> int:
     if setting.before is not None:
         store.stream = setting.before.stream
     if ranks.rank != 0:
-        with stop_on_signals(loop.stop), memory_told(section):
+        with stop_on_signals(loop.stop), memory_errors_explained(section):
             loop.run(None)
         return 0
     with ExitStack() as stack:
@@ -169,13 +175,13 @@ def _run(setting: Setting) -> int:
             )
             track = start_tracking(setting.placed.accelerator, section, setting.out, progress.step)
             speed = speed_of(setting.placed.plain, setting.placed.accelerator.device, ranks.world)
-            figures = Figures(setting.out, kept, info.get("task_losses"), speed, track)
+            figures = TrainingMetrics(setting.out, kept, info.get("task_losses"), speed, track)
         except StreamsynError:
             loop.call_off()
             raise
         schedule = Schedule(section, info.get("schedule"))
         totals = Totals(**info.get("totals", {}))
-        director = Director(section, ranks, plans, progress, store, schedule, figures, evaluations, totals)
+        director = Controller(section, ranks, plans, progress, store, schedule, figures, evaluations, totals)
 
         def stop() -> None:
             loop.stop()
@@ -187,7 +193,7 @@ def _run(setting: Setting) -> int:
             stack.enter_context(publisher.servers)
         log.info("train.start", step=progress.step, ranks=ranks.world, out=str(setting.out))
         try:
-            with stop_on_signals(stop), memory_told(section):
+            with stop_on_signals(stop), memory_errors_explained(section):
                 loop.run(director.orders(lambda: loop.stopping))
                 if publisher is not None and director.stopped is None:
                     publisher.servers.finish()
@@ -222,10 +228,10 @@ def _open_stream(setting: Setting, stack: ExitStack) -> tuple[PlanQueue, HeldOut
 
 
 def _close(
-    director: Director,
+    director: Controller,
     progress: Progress,
     totals: Totals,
-    figures: Figures,
+    figures: TrainingMetrics,
     plans: PlanQueue,
     section: TrainSection,
 ) -> int:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.assembly.corpus import Corpus, cut, load_corpus
-from streamsyn.assembly.resources import MaterialGone, Materials
+from streamsyn.assembly.resources import AssemblyResources, ResourceMissing
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 
@@ -140,13 +140,13 @@ def test_materials_say_what_shapes_samples(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one text")
     section = AssemblySection(distractors={"same_task": 1, "corpus": 1}, corpus=(str(path),))
-    first = Materials(section).fingerprint()
+    first = AssemblyResources(section).fingerprint()
     path.write_text("another text")
-    second = Materials(section).fingerprint()
+    second = AssemblyResources(section).fingerprint()
     path.unlink()
 
     assert ["assembly.corpus", "assembly.prompts"] == sorted(first)
     assert first["assembly.corpus"] != second["assembly.corpus"]
-    with pytest.raises(MaterialGone, match="there are no files to read"):
-        Materials(section)
-    assert ["assembly.prompts"] == list(Materials(AssemblySection(corpus=(str(path),))).fingerprint())
+    with pytest.raises(ResourceMissing, match="there are no files to read"):
+        AssemblyResources(section)
+    assert ["assembly.prompts"] == list(AssemblyResources(AssemblySection(corpus=(str(path),))).fingerprint())

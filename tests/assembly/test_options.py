@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from streamsyn.assembly.assembler import Assembler, AssemblyState
 from streamsyn.assembly.chat_tokenizer import ChatTokenizer
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.distractors import Lots
+from streamsyn.assembly.distractors import Sampling
 from streamsyn.assembly.sample_prompts import SamplePrompts
-from streamsyn.assembly.token_counter import ChatCounts
+from streamsyn.assembly.token_counter import ChatTokenCounter
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import AssemblySection
 from streamsyn.records import Sample, digest
@@ -54,7 +54,7 @@ def tokenizer() -> ChatTokenizer:
 
 def assembler(section: AssemblySection, *, by_tokens: bool = False, run_seed: int = 0) -> Assembler:
     prompts = SamplePrompts(section)
-    measure = ChatCounts(tokenizer(), prompts) if by_tokens else None
+    measure = ChatTokenCounter(tokenizer(), prompts) if by_tokens else None
     return Assembler(section, run_seed, prompts, measure, corpus())
 
 
@@ -371,7 +371,7 @@ def test_lengths_are_drawn_as_they_are_said_to_be() -> None:
     """Uniform and log-uniform ones fill their range, choices go by weight, a schedule by place in the log."""
 
     def drawn(**lengths: Any) -> list[int]:
-        lots = Lots(AssemblySection.model_validate({"target_tokens": lengths}), 0)
+        lots = Sampling(AssemblySection.model_validate({"target_tokens": lengths}), 0)
         return [lots.target_tokens(passage(seq)) or 0 for seq in range(2000)]
 
     uniform, doublings = drawn(uniform=[1000, 3000]), drawn(log_uniform=[1000, 64_000])

@@ -10,7 +10,7 @@ import orjson
 import pyarrow.parquet
 import zstandard
 
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint, lasting
 from streamsyn.config.loading import Config
@@ -56,7 +56,7 @@ def make_run(
             "assembly": {"contexts_per_sample": 3, "max_similarity": 1, **assembly},
         }
     )
-    directory, materials = RunDirectory(root), Materials(config.assembly)
+    directory, materials = RunDirectory(root), AssemblyResources(config.assembly)
     directory.save(lasting(config), {**fingerprint(config), **materials.fingerprint()})
     log = RunLog(root, config.sink)
     log.append(outcomes)

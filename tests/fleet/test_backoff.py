@@ -39,8 +39,8 @@ def test_pauses_are_bounded(base_s: float, longest_s: float, step: int, seed: in
 
 def test_pauses_spread_over_the_whole_range() -> None:
     """Full jitter: those that failed together do not come back together."""
-    draw = Random(0)
-    pauses = [full_jitter(1.0, 30.0, 3, draw) for _ in range(1000)]
+    rng = Random(0)
+    pauses = [full_jitter(1.0, 30.0, 3, rng) for _ in range(1000)]
     assert [True] * 8 == [any(low <= pause < low + 1 for pause in pauses) for low in range(8)]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.errors import StoppedEarly
-from streamsyn.fleet.affinity import PATIENCE_S, Homes
+from streamsyn.fleet.affinity import PATIENCE_S, Affinity
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
@@ -24,7 +24,7 @@ def servers(*caps: int) -> list[Server]:
 def placed(fleet: list[Server], leader_wait_s: float = 60.0) -> Placement:
     """A placement on the running loop's clock."""
     clock = asyncio.get_running_loop().time
-    return Placement(fleet, Homes(1.25, clock), leader_wait_s, clock)
+    return Placement(fleet, Affinity(1.25, clock), leader_wait_s, clock)
 
 
 def of(group: str = "", *beginnings: str) -> Request:
@@ -182,7 +182,7 @@ async def test_a_group_leaves_a_server_that_is_out() -> None:
 async def test_an_idle_server_takes_over_who_waits_elsewhere() -> None:
     """After a while a place that is free is worth more than a prefix; the group moves along."""
     fleet, now = servers(1, 1), [0.0]
-    placement = Placement(fleet, Homes(1.25, lambda: now[0]), 60.0, lambda: now[0])
+    placement = Placement(fleet, Affinity(1.25, lambda: now[0]), 60.0, lambda: now[0])
     first = await place(placement, of("group"))
     [other] = [server for server in fleet if server is not first.server]
     elsewhere = await place(placement, of())

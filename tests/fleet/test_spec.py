@@ -4,7 +4,7 @@ import pytest
 
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.server import ServerSpec, headers_of, specs
+from streamsyn.fleet.server import ServerSpec, headers_of, server_specs
 
 
 def section(*servers: str | dict[str, object], **given: object) -> FleetSection:
@@ -13,19 +13,19 @@ def section(*servers: str | dict[str, object], **given: object) -> FleetSection:
 
 def test_urls_as_people_write_them() -> None:
     """With a slash, with /v1 behind it, twice: one server."""
-    found = specs(section("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/x/v1//"))
+    found = server_specs(section("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/x/v1//"))
 
     assert [ServerSpec("http://one:1"), ServerSpec("https://two:2/x")] == found
 
 
 def test_a_host_called_v1() -> None:
     """Only a path loses its /v1."""
-    assert [ServerSpec("http://v1")] == specs(section("http://v1/"))
+    assert [ServerSpec("http://v1")] == server_specs(section("http://v1/"))
 
 
 def test_tables_say_more() -> None:
     """Weight and key; the first entry of a URL counts."""
-    found = specs(section({"url": "http://one:1/", "weight": 2, "key_env": "ONE_KEY"}, "http://one:1"))
+    found = server_specs(section({"url": "http://one:1/", "weight": 2, "key_env": "ONE_KEY"}, "http://one:1"))
 
     assert [ServerSpec("http://one:1", 2.0, "ONE_KEY")] == found
 
@@ -33,13 +33,13 @@ def test_tables_say_more() -> None:
 @pytest.mark.parametrize("given", [{"servers_file": "servers.txt"}, {"servers_dns": "http://sglang:30000"}])
 def test_servers_may_be_found_elsewhere(given: dict[str, object]) -> None:
     """Then none need stand in the configuration."""
-    assert [] == specs(section(**given))
+    assert [] == server_specs(section(**given))
 
 
 def test_no_server_at_all() -> None:
     """The message says what to do."""
     with pytest.raises(ConfigError, match=r"no server: pass --server URL, set fleet\.servers, or --launch"):
-        specs(FleetSection())
+        server_specs(FleetSection())
 
 
 NO_URLS = [
@@ -59,20 +59,20 @@ NO_URLS = [
 def test_what_is_no_url(url: str) -> None:
     """The key and the entry are named, wherever the URL stands."""
     with pytest.raises(ConfigError) as raised:
-        specs(section("http://one:1", url))
+        server_specs(section("http://one:1", url))
     assert f"fleet.servers: {url} is no URL; it starts with http:// or https://" == str(raised.value)
     with pytest.raises(ConfigError) as raised:
-        specs(FleetSection(servers=(ServerSection(url=url),)))
+        server_specs(FleetSection(servers=(ServerSection(url=url),)))
     assert str(raised.value).startswith(f"fleet.servers: {url} is no URL")
     with pytest.raises(ConfigError) as raised:
-        specs(section("http://one:1", servers_dns=url))
+        server_specs(section("http://one:1", servers_dns=url))
     assert str(raised.value).startswith(f"fleet.servers_dns: {url} is no URL")
 
 
 def test_a_message_is_one_line() -> None:
     """Whatever the entry holds."""
     with pytest.raises(ConfigError, match=r"fleet.servers: 'http://one\\n:1' is no URL"):
-        specs(section("http://one\n:1"))
+        server_specs(section("http://one\n:1"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_message_is_one_line() -> None:
 )
 def test_what_is_a_url(url: str) -> None:
     """It is taken as it is."""
-    assert [url] == [spec.url for spec in specs(section(url))]
+    assert [url] == [spec.url for spec in server_specs(section(url))]
 
 
 SPEC = ServerSpec("http://one:1")

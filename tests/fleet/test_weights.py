@@ -52,7 +52,7 @@ async def given(transport: InProcessTransport, folder: Path, mode: PauseMode) ->
     try:
         await weight_update.load_weights(transport, URL, folder, folder.name, mode, 5)
     finally:
-        await weight_update.go_on(transport, URL)
+        await weight_update.resume(transport, URL)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -79,7 +79,7 @@ async def test_what_is_in_flight_is_held_and_goes_on(tmp_path: Path, mode: Pause
         assert not done
         assert 503 == await asked(transport, "GET", "/ready")
         await weight_update.load_weights(transport, URL, folder, FIRST, mode, 5)
-        await weight_update.go_on(transport, URL)
+        await weight_update.resume(transport, URL)
 
     assert ["length", "length"] == [one.result()["choices"][0]["finish_reason"] for one in (early, late)]
     assert {FIRST} == {late.result()["metadata"]["weight_version"]}
@@ -98,7 +98,7 @@ async def test_abort_gives_up_what_is_in_flight(tmp_path: Path) -> None:
         await weight_update.pause(transport, URL, "abort", 5)
         assert "abort" == (await early)["choices"][0]["finish_reason"]
         await weight_update.load_weights(transport, URL, folder, FIRST, "abort", 5)
-        await weight_update.go_on(transport, URL)
+        await weight_update.resume(transport, URL)
 
 
 async def test_an_update_without_a_pause_waits_for_what_runs(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def ran(
         out=root / "out",
         connect=servers.connect,
         runner=servers.run,
-        draw=Random(0),
+        rng=Random(0),
         show_progress=False,
     )
     return run(request)

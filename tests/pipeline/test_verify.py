@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
@@ -52,7 +52,7 @@ def config_of(compression: str = "none", **assembly: Any) -> Config:
 def run(root: Path, config: Config, outcomes: Sequence[Outcome], *, to_the_end: bool) -> None:
     """Log outcomes behind those that are there, and make samples, as a run does."""
     directory = RunDirectory(root)
-    materials = Materials(config.assembly)
+    materials = AssemblyResources(config.assembly)
     directory.save(config.model_dump(mode="json"), fingerprint(config) | materials.fingerprint())
     log = RunLog(root, config.sink)
     for number in range(0, len(outcomes), 3):

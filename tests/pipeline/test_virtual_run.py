@@ -43,7 +43,7 @@ def played(root: Path) -> list[tuple[Any, ...]]:
         out=root / "out",
         connect=servers.connect,
         runner=servers.run,
-        draw=Random(0),
+        rng=Random(0),
         show_progress=False,
     )
     summary = run(request)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.report.excerpts import answer_spans, excerpt, shortened, visible
-from streamsyn.report.reader_samples import Smallest, drawn
+from streamsyn.report.reader_samples import BottomK, drawn
 
 spans = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)).map(sorted).map(tuple), max_size=4)
 
@@ -73,9 +73,9 @@ def test_what_is_shortened_says_so() -> None:
 
 
 @given(st.lists(st.text(), unique=True, max_size=60), st.randoms())
-def test_a_draw_does_not_depend_on_order(names: list[str], draw: "object") -> None:
+def test_a_draw_does_not_depend_on_order(names: list[str], rng: "object") -> None:
     """The same names in another order are drawn the same; only what is kept is made."""
-    ours, theirs = Smallest[str](5), Smallest[str](5)
+    ours, theirs = BottomK[str](5), BottomK[str](5)
     for name in names:
         ours.offer(drawn("x", name), lambda name=name: name)  # type: ignore[misc]
     for name in sorted(names):

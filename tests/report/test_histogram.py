@@ -22,10 +22,10 @@ def filled(numbers: list[float], **given: float) -> Histogram:
 
 
 @given(values, st.randoms())
-def test_order_does_not_matter(numbers: list[float], draw: random.Random) -> None:
+def test_order_does_not_matter(numbers: list[float], rng: random.Random) -> None:
     """The same values in another order give the same columns and quantiles."""
     other = list(numbers)
-    draw.shuffle(other)
+    rng.shuffle(other)
     ours, theirs = filled(numbers), filled(other)
 
     assert ours.bins() == theirs.bins()

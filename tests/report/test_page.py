@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.report.collection import Figures
+from streamsyn.report.collection import RunMetrics
 from streamsyn.report.distributions import MOST_TASKS, OTHER
 from streamsyn.report.page import write_report
 from streamsyn.report.reader_samples import facts_spans
@@ -143,7 +143,7 @@ def test_a_run_that_is_being_written(tmp_path: Path) -> None:
         (path,) = (tmp_path / "contexts").glob("*.open")
         with path.open("ab") as file:
             file.write(b'{"seq": 3, "torn')
-        figures = Figures(tmp_path)
+        figures = RunMetrics(tmp_path)
 
     assert (3, False) == (figures.counts["contexts"], figures.is_complete)
 
@@ -164,7 +164,7 @@ def test_the_same_directory_gives_the_same_page(tmp_path: Path) -> None:
 
 def test_many_tasks_are_told_of_together(tmp_path: Path) -> None:
     """Memory does not grow with the number of tasks, and no context is left out."""
-    figures = Figures(written(tmp_path, [scored(one, task=f"task {one}") for one in range(100)]))
+    figures = RunMetrics(written(tmp_path, [scored(one, task=f"task {one}") for one in range(100)]))
     tasks = dict(figures.tasks.sorted())
 
     assert (MOST_TASKS + 1, 100 - MOST_TASKS) == (len(tasks), tasks[OTHER].contexts)
@@ -177,7 +177,7 @@ def test_samples_to_read_show_where_the_context_stands(tmp_path: Path) -> None:
         1, context="Alike from the start. " * 20 + "And the answer 1 is here.", answer="answer 1"
     )
     others = ["Alike from the start. " * 20 + "But this is another.", "Something else."]
-    figures = Figures(written(tmp_path, [context], [sample_of(context, 0, others)]))
+    figures = RunMetrics(written(tmp_path, [context], [sample_of(context, 0, others)]))
     (reading,) = figures.readings.spread()
 
     assert (3, 3, True) == (reading.place, reading.passages, reading.is_in_prompt)
@@ -190,8 +190,8 @@ def test_samples_to_read_show_where_the_context_stands(tmp_path: Path) -> None:
 def test_samples_are_spread_over_tasks(tmp_path: Path) -> None:
     """A task with few contexts is read as well; the draw does not depend on the log's order."""
     contexts = [scored(one, task="rare" if one % 50 == 0 else "common") for one in range(100)]
-    forth = Figures(written(tmp_path / "a", contexts)).readings.spread()
-    back = Figures(written(tmp_path / "b", contexts[::-1])).readings.spread()
+    forth = RunMetrics(written(tmp_path / "a", contexts)).readings.spread()
+    back = RunMetrics(written(tmp_path / "b", contexts[::-1])).readings.spread()
 
     assert [one.id for one in forth] == [one.id for one in back]
     assert 2 == sum(one.task == "rare" for one in forth)
@@ -221,7 +221,7 @@ def test_duplicates_are_shown_beside_what_they_repeat(tmp_path: Path) -> None:
         scored(2, checks=weak, flags=["near_duplicate"]),
         scored(3, checks=twin, flags=["near_duplicate"]),
     ]
-    figures = Figures(written(tmp_path, contexts))
+    figures = RunMetrics(written(tmp_path, contexts))
 
     assert ["seed-3", "seed-2"] == [match.id for match in figures.duplicates.items]
     assert {"seed-1": "The first words.", "gone": ""} == figures.openings

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from streamsyn.records import Context, Reject, RejectReason
-from streamsyn.report.collection import Figures
-from streamsyn.report.verdict import Mark, Verdict, percent, verdict
+from streamsyn.report.collection import RunMetrics
+from streamsyn.report.verdict import Severity, Verdict, percent, verdict
 from tests.report.runs import good_run, rejected, sample_of, scored, written
 
 MEASURED: dict[str, Any] = {
@@ -17,8 +17,8 @@ MEASURED: dict[str, Any] = {
 }
 
 
-def judged(root: Path) -> tuple[Verdict, dict[str, Mark]]:
-    found = verdict(Figures(root))
+def judged(root: Path) -> tuple[Verdict, dict[str, Severity]]:
+    found = verdict(RunMetrics(root))
     return found, {fact.name: fact.mark for fact in found.facts}
 
 
@@ -32,7 +32,7 @@ def test_a_good_run_is_fit(tmp_path: Path) -> None:
     found, marks = judged(good_run(tmp_path))
 
     assert "Fit for training" == found.headline
-    assert {Mark.GOOD} == set(marks.values())
+    assert {Severity.GOOD} == set(marks.values())
     assert ["Amount", "Rejects", "Context gain", "Answers", "Repeats", "Lengths"] == list(marks)
 
 
@@ -42,7 +42,7 @@ def test_a_run_that_goes_on_is_fit_so_far(tmp_path: Path) -> None:
     samples = [sample_of(contexts[0], 0, ["other"] * 9)]
     found, _ = judged(written(tmp_path, contexts, samples, is_final=False, **MEASURED))
 
-    assert ("Fit for training so far", Mark.GOOD) == (found.headline, found.mark)
+    assert ("Fit for training so far", Severity.GOOD) == (found.headline, found.mark)
     assert "not finished" in found.reason
 
 
@@ -56,8 +56,8 @@ def test_what_was_not_measured_is_no_praise(tmp_path: Path) -> None:
     found, marks = judged(written(tmp_path, plain, [sample_of(plain[0], 0, ["o"] * 9)]))
     said = " ".join(sentence for fact in found.facts for _, sentence in fact.said)
 
-    assert ("Look closer", Mark.LOOK) == (found.headline, found.mark)
-    assert (Mark.UNKNOWN, Mark.UNKNOWN) == (marks["Context gain"], marks["Answers"])
+    assert ("Look closer", Severity.LOOK) == (found.headline, found.mark)
+    assert (Severity.UNKNOWN, Severity.UNKNOWN) == (marks["Context gain"], marks["Answers"])
     for key in ("checks.context_gain", "checks.answerable", "checks.near_duplicate", "checks.eval_sets"):
         assert key in said
 
@@ -77,7 +77,7 @@ def test_one_bad_fact_is_enough(tmp_path: Path, fact: str, contexts: list[Contex
     """A run with one bad fact is not fit, and the verdict says which, in that fact's words."""
     found, marks = judged(run_of(tmp_path, contexts))
 
-    assert {fact} == {name for name, mark in marks.items() if mark is Mark.BAD}
+    assert {fact} == {name for name, mark in marks.items() if mark is Severity.BAD}
     assert "Not fit for training" == found.headline
     assert found.reason in [sentence for one in found.facts for _, sentence in one.said]
 
@@ -91,7 +91,7 @@ def test_rejects_count_and_the_commonest_reason_is_named(tmp_path: Path) -> None
     outcomes += [rejected(1000, RejectReason.TIMEOUT)]
     found, marks = judged(written(tmp_path, outcomes, [sample_of(scored(0), 0, ["o"] * 9)], **MEASURED))
 
-    assert Mark.BAD is marks["Rejects"]
+    assert Severity.BAD is marks["Rejects"]
     assert "101 of 321 outcomes are rejects; 100 of them are refusal." == found.reason
 
 
@@ -100,7 +100,7 @@ def test_contexts_that_are_cut_off_deserve_a_look(tmp_path: Path) -> None:
     contexts = [scored(number, flags=["truncated"] * (number % 3 == 0)) for number in range(220)]
     found, marks = judged(run_of(tmp_path, contexts))
 
-    assert (Mark.LOOK, "Look closer") == (marks["Lengths"], found.headline)
+    assert (Severity.LOOK, "Look closer") == (marks["Lengths"], found.headline)
     assert "34% of the contexts were cut off." == found.reason
 
 
@@ -108,7 +108,7 @@ def test_few_contexts_deserve_a_look(tmp_path: Path) -> None:
     """Twenty contexts are not enough to train on, however good they are."""
     found, marks = judged(run_of(tmp_path, [scored(number) for number in range(20)]))
 
-    assert (Mark.LOOK, "Look closer") == (marks["Amount"], found.headline)
+    assert (Severity.LOOK, "Look closer") == (marks["Amount"], found.headline)
 
 
 def test_an_empty_run_is_not_fit(tmp_path: Path) -> None:
@@ -117,19 +117,19 @@ def test_an_empty_run_is_not_fit(tmp_path: Path) -> None:
         (found := judged(written(tmp_path / "a"))[0]).headline,
         found.reason,
     )
-    assert Mark.BAD is judged(written(tmp_path / "b", [rejected(1)]))[0].mark
+    assert Severity.BAD is judged(written(tmp_path / "b", [rejected(1)]))[0].mark
 
 
 @pytest.mark.parametrize(
     ("target", "mark"),
     [
-        (900, Mark.GOOD),
-        (2000, Mark.BAD),
-        ({"uniform": [800, 9000]}, Mark.GOOD),
-        ({"choices": [5000]}, Mark.BAD),
+        (900, Severity.GOOD),
+        (2000, Severity.BAD),
+        ({"uniform": [800, 9000]}, Severity.GOOD),
+        ({"choices": [5000]}, Severity.BAD),
     ],
 )
-def test_samples_against_their_target(tmp_path: Path, target: Any, mark: Mark) -> None:
+def test_samples_against_their_target(tmp_path: Path, target: Any, mark: Severity) -> None:
     """Samples of 1,000 tokens reach 900, and not 2,000; of a distribution its lowest counts."""
     run = run_of(tmp_path, [scored(number) for number in range(220)], **{"assembly.target_tokens": target})
 

@@ -8,7 +8,7 @@ import pytest
 from streamsyn.errors import ServerError
 from streamsyn.records import Request
 from streamsyn.scoring.measures import Gain
-from streamsyn.scoring.requests import Asking, Once, Question
+from streamsyn.scoring.requests import Asking, Question, SingleFlight
 from streamsyn.simulator.faults import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
@@ -65,7 +65,7 @@ async def test_the_answer_alone_is_scored_once_a_question() -> None:
 
 async def test_a_failure_is_for_its_caller_alone() -> None:
     """Whoever waits for a result that fails works it out again; what is cancelled harms nobody who waits."""
-    once: Once[int] = Once(most=2)
+    once: SingleFlight[int] = SingleFlight(most=2)
     begun, turns = asyncio.Event(), iter(["hang", "fail", "good"])
     asked: list[str] = []
 
@@ -95,7 +95,7 @@ async def test_a_failure_is_for_its_caller_alone() -> None:
 
 async def test_what_is_remembered_is_bounded() -> None:
     """The results asked for least recently are worked out again."""
-    once: Once[int] = Once(most=2)
+    once: SingleFlight[int] = SingleFlight(most=2)
     worked: list[int] = []
 
     async def get(number: int) -> int:

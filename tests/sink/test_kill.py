@@ -62,9 +62,9 @@ def without_seq(rows_of_kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_a_kill_loses_and_doubles_nothing(tmp_path: Path, compression: str) -> None:
     """What `append` returned from is there after SIGKILL; each outcome is there once; sealed shards stay."""
-    draw, number, missing, sealed = random.Random(compression), 0, list[int](), dict[str, str]()
+    rng, number, missing, sealed = random.Random(compression), 0, list[int](), dict[str, str]()
     for _ in range(5):
-        reached = write_and_kill(tmp_path, compression, number, missing, draw.randrange(40))
+        reached = write_and_kill(tmp_path, compression, number, missing, rng.randrange(40))
         RunDirectory(tmp_path).close()  # the lock went with the process
         with opened(tmp_path, sink(compression=compression, shard_bytes=4000)) as log:
             claims = log.claims()

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.assembly.resources import Materials
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.assembly.window import Passage
 from streamsyn.config.fingerprint import fingerprint, lasting
@@ -31,7 +31,7 @@ from streamsyn.sink import mirror
 from streamsyn.sink.completed_keys import row_key
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
-from streamsyn.sink.mirror_plan import Copying
+from streamsyn.sink.mirror_plan import MirrorPlan
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import context, outcome, rows, sealed_bytes
 from tests.export.support import Outlet
@@ -96,7 +96,7 @@ class Run:
     def __init__(self, root: Path, log: RunLog, config: Config) -> None:
         self.log = log
         self._stage = AssemblyStage(
-            Materials(config.assembly).assembler(config.run.seed),
+            AssemblyResources(config.assembly).assembler(config.run.seed),
             log,
             Outlet(log),
             logged=log.contexts.rows,
@@ -140,7 +140,7 @@ def running(root: Path, url: str | None, timeout_s: float = 30) -> Iterator[Run]
             log = RunLog(root, config.sink)
             far.follow(log)
             try:
-                shaping = {**fingerprint(config), **Materials(config.assembly).fingerprint()}
+                shaping = {**fingerprint(config), **AssemblyResources(config.assembly).fingerprint()}
                 directory.save(lasting(config), shaping)
                 yield Run(root, log, config)
             finally:
@@ -216,7 +216,7 @@ def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
                 needed[line.path] = run.log.contexts.rows
 
         run.log.manifest.on_line = on_line
-        copying = Copying(root, str(far), threading.Event())
+        copying = MirrorPlan(root, str(far), threading.Event())
         copying.begin()
         for number, step in enumerate(steps):
             run.write(step) if number < len(steps) - 1 else run.finish()
@@ -224,7 +224,7 @@ def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
                 continue
             if not keep:
                 (root / "index/mirror.json").unlink(missing_ok=True)
-                copying = Copying(root, str(far), threading.Event())
+                copying = MirrorPlan(root, str(far), threading.Event())
                 copying.begin()
             copying.copy(needed)
             assert [] == copying.missing(needed)
@@ -240,11 +240,11 @@ def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
 
 def test_a_copy_is_tried_until_it_works(tmp_path: Path, shaky: type[Shaky]) -> None:
     """One in three files cannot be opened: all is there in the end, and each failure was said."""
-    failed, draw = 0, Random(0)
+    failed, rng = 0, Random(0)
 
     def before(mode: str, path: str) -> None:
         nonlocal failed
-        if draw.random() < 1 / 3:
+        if rng.random() < 1 / 3:
             failed += 1
             raise OSError(errno.EIO, f"no luck with {path}")
 

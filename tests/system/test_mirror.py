@@ -40,7 +40,7 @@ def played(out: Path, mirror: str, seeds: int) -> RunSummary:
         out=out,
         connect=servers.connect,
         runner=servers.run,
-        draw=Random(0),
+        rng=Random(0),
         show_progress=False,
     )
     return run(request)

@@ -174,13 +174,13 @@ class Trainings:
         return info
 
 
-def moment(draw: random.Random, trainings: Trainings) -> Callable[[], bool]:
+def moment(rng: random.Random, trainings: Trainings) -> Callable[[], bool]:
     """A random event to kill at: so many steps later, in the midst of a checkpoint, or behind one."""
     lines = trainings.record().count(b"\n")
     saved = (trainings.out / "LATEST").stat().st_mtime_ns if (trainings.out / "LATEST").exists() else 0
-    match draw.choice(["steps", "torn", "saved"]):
+    match rng.choice(["steps", "torn", "saved"]):
         case "steps":
-            more = draw.randint(1, 7)
+            more = rng.randint(1, 7)
             return lambda: trainings.record().count(b"\n") >= lines + more
         case "torn":
             return lambda: any((trainings.out / "checkpoints").glob("*.tmp"))
@@ -189,22 +189,22 @@ def moment(draw: random.Random, trainings: Trainings) -> Callable[[], bool]:
             return lambda: latest.exists() and latest.stat().st_mtime_ns > saved
 
 
-def kill_once(draw: random.Random, trainings: Trainings, meanwhile: Callable[[], None]) -> int:
+def kill_once(rng: random.Random, trainings: Trainings, meanwhile: Callable[[], None]) -> int:
     """Start a training and kill it some time later; its exit code."""
     process = trainings.start()
     meanwhile()
-    return kill(draw, trainings, process)
+    return kill(rng, trainings, process)
 
 
-def kill(draw: random.Random, trainings: Trainings, process: int) -> int:
+def kill(rng: random.Random, trainings: Trainings, process: int) -> int:
     """Kill it, at some moment from now; its exit code."""
-    if draw.random() < 1 / 3:
-        trainings.ends_within(draw.uniform(0, 1.5))
+    if rng.random() < 1 / 3:
+        trainings.ends_within(rng.uniform(0, 1.5))
     else:
-        comes, until = moment(draw, trainings), time.monotonic() + PATIENCE_S
+        comes, until = moment(rng, trainings), time.monotonic() + PATIENCE_S
         while not comes() and time.monotonic() < until and not trainings.ends_within(0.002):
             pass
-        trainings.ends_within(draw.uniform(0, 0.05))
+        trainings.ends_within(rng.uniform(0, 0.05))
     with suppress(ProcessLookupError):  # it may have come to its end
         os.kill(process, signal.SIGKILL)
     return trainings.wait()
@@ -239,15 +239,15 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
 ) -> None:
     """After 30 kills of the training while the run goes on, some of the run too, and a few in the second
     epoch: every sample that is not held out was trained on once an epoch, as far as the weights know."""
-    draw = random.Random(SEED)
+    rng = random.Random(SEED)
     server = serve("--words", "12", "--ms-per-token", "1", "--latency-ms", "40", "--jitter-ms", "30")
     writer = Writer(tmp_path / "run", server)
     before, lost = b"", 0
     try:
         for _ in range(KILLS):
-            writer.give(draw.randint(5, 30))
-            dies = draw.random() < 1 / 6
-            code = kill_once(draw, trainings, writer.kill if dies else lambda: None)
+            writer.give(rng.randint(5, 30))
+            dies = rng.random() < 1 / 6
+            code = kill_once(rng, trainings, writer.kill if dies else lambda: None)
             assert -signal.SIGKILL == code, trainings.said.read_text()
             assert writer.is_running()
             before = audit(trainings, before)
@@ -257,7 +257,7 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
         writer.stop()
     in_between = len(before.splitlines())
     for _ in range(LATE_KILLS):
-        kill_once(draw, trainings, lambda: None)
+        kill_once(rng, trainings, lambda: None)
         before = audit(trainings, before)
     trainings.start()
 
@@ -288,7 +288,7 @@ def test_a_pipe_that_is_played_again_loses_nothing(
 ) -> None:
     """`run --stdout --replay | train --from -`: what lay in the pipe when the trainer was killed comes again,
     what it had read is passed over."""
-    draw = random.Random(SEED)
+    rng = random.Random(SEED)
     server = serve("--words", "12", "--ms-per-token", "1", "--latency-ms", "40", "--jitter-ms", "30")
     out, pipe = tmp_path / "run", tmp_path / "pipe"
     command = ["run", "--seeds", seeds(90), "--server", server.url, "--out", out, "--stdout", "--replay"]
@@ -298,7 +298,7 @@ def test_a_pipe_that_is_played_again_loses_nothing(
         process = trainings.start(pipe)
         with pipe.open("wb") as its:
             running = start(*command, "--no-progress", *sets(RUN), stdout=its, stderr=subprocess.DEVNULL)
-        code = kill(draw, trainings, process) if dies else trainings.wait()
+        code = kill(rng, trainings, process) if dies else trainings.wait()
         assert code == (-signal.SIGKILL if dies else 0), trainings.said.read_text()
         assert running.wait(30) in {0, 75}
         before = audit(trainings, before)

@@ -12,14 +12,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.trainer.commands import Prompt, Ranks
-from streamsyn.trainer.controller import Director, Totals
+from streamsyn.trainer.controller import Controller, Totals
 from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
 from streamsyn.trainer.evaluation.exam import Exam, Question
 from streamsyn.trainer.evaluation.heldout import WITH, deal_rows
 from streamsyn.trainer.examples import End, Example, Idle, StepPlan
 from streamsyn.trainer.loop import Loop, Progress, Schedule
-from streamsyn.trainer.metrics.record import Figures
+from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.placed import Placed, place
 from streamsyn.trainer.model.pretrained import model_dtype, read_model
@@ -91,7 +91,7 @@ def train(
     control: Sequence[Example] = (),
     exam: Exam | None = None,
     before: Callable[[Loop, Placed], None] | None = None,
-) -> tuple[Loop, Director | None, Placed]:
+) -> tuple[Loop, Controller | None, Placed]:
     """Train a tiny model to the end of `moves`, in OUT; `before` is called with what is about to run."""
     if base is None:
         base = out / "base"
@@ -116,8 +116,8 @@ def train(
     if before is not None:
         before(loop, placed)
     with PlanQueue(Script(moves)) as queue:
-        figures = Figures(out, 0)
-        director = Director(
+        figures = TrainingMetrics(out, 0)
+        director = Controller(
             settings, ranks, queue, loop.progress, store, Schedule(settings), figures, evaluations, Totals()
         )
         loop.run(director.orders(lambda: loop.stopping))

@@ -135,8 +135,8 @@ def test_varlen_is_asked_for_what_segments_compute(
 ) -> None:
     """With what autocast makes reach it: rotary embeddings leave queries and keys in float32, not values."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_as_documented)
-    draw = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 68, 16, generator=draw) for heads in (4, 2, 2))
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 68, 16, generator=rng) for heads in (4, 2, 2))
     more = batch_of(ROW).forward_arguments() | {"sliding_window": window}
 
     expected, _ = segments(torch.nn.Identity(), query, key, value, None, **more)

@@ -233,10 +233,10 @@ def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> Non
     run = write_run(tmp_path / "run", range(160))
     whole = start(run, tmp_path / "whole")
     assert 0 == whole.wait(), whole.stderr()
-    draw, out = random.Random(0), tmp_path / "out"
+    rng, out = random.Random(0), tmp_path / "out"
     for _ in range(3):
         training = start(run, out)
-        training.wait_for_steps(out, saved(out) + draw.randint(3, 6))  # more than a kill left behind it
+        training.wait_for_steps(out, saved(out) + rng.randint(3, 6))  # more than a kill left behind it
         training.kill()
         assert -signal.SIGKILL == training.wait(), training.stderr()
     last = start(run, out)

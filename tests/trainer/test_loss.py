@@ -81,13 +81,13 @@ def test_loss_and_gradients_are_those_of_the_reference(kind: LossKind) -> None:
 @pytest.mark.parametrize("kind", ["sequence", "token"])
 @settings(max_examples=20)
 @given(st.randoms(use_true_random=False))
-def test_how_samples_are_packed_changes_nothing(kind: LossKind, draw: random.Random) -> None:
+def test_how_samples_are_packed_changes_nothing(kind: LossKind, rng: random.Random) -> None:
     """Any distribution of the same samples over rows, empty ones among them, has the same loss."""
     tuned = model(implementation("segments", CPU, half=False))
     samples = [one for row in ROWS for one in row]
     rows: list[list[Example]] = [[] for _ in range(5)]
-    for one in draw.sample(samples, len(samples)):
-        draw.choice(rows).append(one)
+    for one in rng.sample(samples, len(samples)):
+        rng.choice(rows).append(one)
 
     assert pytest.approx(ours(tuned, ROWS, kind), rel=1e-5) == ours(tuned, rows, kind)
 

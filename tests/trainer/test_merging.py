@@ -15,7 +15,7 @@ from streamsyn.trainer.model.adapters import merged
 from streamsyn.trainer.model.placed import whole_weights
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
-from tests.trainer.test_apart import SMALL
+from tests.trainer.test_packing_isolation import SMALL
 
 FEW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 
 from streamsyn.config.train_section import LoraSection, TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.model.pretrained import memory_told
+from streamsyn.trainer.model.pretrained import memory_errors_explained
 from streamsyn.trainer.training import place_among_ranks
 
 
@@ -55,11 +55,11 @@ def test_memory_that_is_short_is_a_line_with_keys(
         torch.empty(1 << 50)
 
     section = TrainSection(seq_len=4096, **given)
-    with pytest.raises(ConfigError, match=said), memory_told(section):
+    with pytest.raises(ConfigError, match=said), memory_errors_explained(section):
         run_out()
 
 
 def test_other_errors_stay_what_they_are() -> None:
     """They are ours to mend."""
-    with pytest.raises(RuntimeError, match="size mismatch"), memory_told(TrainSection()):
+    with pytest.raises(RuntimeError, match="size mismatch"), memory_errors_explained(TrainSection()):
         raise RuntimeError("size mismatch")

@@ -25,9 +25,9 @@ from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import SimulatorConfig
 from tests.trainer import tiny
 from tests.trainer.sharding import Kind
-from tests.trainer.test_apart import SLIDING
 from tests.trainer.test_command import lineage, lines, result, write_run
 from tests.trainer.test_loop import free_port
+from tests.trainer.test_packing_isolation import SLIDING
 
 pytestmark = pytest.mark.timeout(180)
 

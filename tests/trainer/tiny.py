@@ -68,8 +68,8 @@ def write_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 def example(length: int, targets: int, seed: int = 0) -> Example:
     """Random tokens, the last `targets` of which carry loss."""
-    draw = numpy.random.default_rng([length, targets, seed])
-    tokens = draw.integers(0, VOCABULARY, length).astype(numpy.int32)
+    rng = numpy.random.default_rng([length, targets, seed])
+    tokens = rng.integers(0, VOCABULARY, length).astype(numpy.int32)
     return Example(Key("test", 0, seed), f"sample-{seed}", "qa", tokens, length - targets)
 
 

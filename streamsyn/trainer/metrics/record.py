@@ -33,7 +33,7 @@ Track = Callable[[str, Mapping[str, Any], int], None]
 """Takes figures of a kind, and the step they belong to, elsewhere."""
 
 
-class Figures:
+class TrainingMetrics:
     """Keeps OUT's figures. Lines of steps that come again are taken out first.
 
     Args:

@@ -215,7 +215,7 @@ What a trained model sees of another sample changes them by as much as they are.
 
 
 @torch.no_grad()
-def check_apart(model: Any, device: torch.device, *, half: bool) -> None:
+def check_packing_isolation(model: Any, device: torch.device, *, half: bool) -> None:
     """Two forward passes: a sample behind another one has the logits that it has alone. All ranks call it.
 
     Raises:

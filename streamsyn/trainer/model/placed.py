@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.model.attention import check_apart
+from streamsyn.trainer.model.attention import check_packing_isolation
 from streamsyn.trainer.model.batch import make_batch
 
 
@@ -86,7 +86,7 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     if shares:
         give_weights(plain, shares)
     _leave_logits(plain, accelerator)
-    check_apart(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
+    check_packing_isolation(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
     return Placed(accelerator, prepared, plain, optimizer, dtype)
 
 

@@ -28,7 +28,7 @@ log = structlog.get_logger()
 _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
-def check_fit(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+def check_compatibility(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
     """See whether the model has an embedding for each token, and a position for each place in a row.
 
     A model with rotary positions goes on beyond those it knows, more or less well: that is said, no more.
@@ -62,7 +62,7 @@ def _is_rotary(config: Any) -> bool:
 
 
 @contextmanager
-def memory_told(section: TrainSection) -> Iterator[None]:
+def memory_errors_explained(section: TrainSection) -> Iterator[None]:
     """Turn what torch raises when memory is short into a line.
 
     Raises:

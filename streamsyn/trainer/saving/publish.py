@@ -118,7 +118,7 @@ class ServerWeights:
     async def _go_on(self, tries: int) -> None:
         for pause_s in _CONTINUE_PAUSES_S[:tries]:
             try:
-                await weight_update.go_on(self._transport, self._url)
+                await weight_update.resume(self._transport, self._url)
             except ServerUnreachable:
                 return  # there is no server that could be paused
             except StreamsynError as error:

@@ -41,7 +41,7 @@ def mark_of(row: Row) -> str:
     return digest(orjson.dumps(row.value, default=str, option=orjson.OPT_SORT_KEYS)).hex()
 
 
-class Reading:
+class SourceReader:
     """A source, pass after pass. What is read ahead is no part of its state: it is read again after a kill.
 
     Args:
@@ -185,7 +185,7 @@ class Rendering(Protocol):
 class _MixedReading:
     """A source that is mixed in, and how many examples of it are due."""
 
-    reading: Reading
+    reading: SourceReader
     weight: float
 
     def is_due(self, stream_examples: int) -> bool:
@@ -218,10 +218,10 @@ class Feed:
         state = state or {"source": sources.stream.name, "mix": {}, "counts": {}, "dropped": {}}
         if state["source"] != sources.stream.name:
             raise ConfigError(f"the checkpoint stands in {state['source']}, not in {sources.stream.name}")
-        self._stream = Reading(sources.stream, section.epochs, self._load, state.get("stream"))
+        self._stream = SourceReader(sources.stream, section.epochs, self._load, state.get("stream"))
         self._mix = [
             _MixedReading(
-                Reading(one.source, None, self._load, state["mix"].get(one.source.name)), one.weight
+                SourceReader(one.source, None, self._load, state["mix"].get(one.source.name)), one.weight
             )
             for one in sources.mix
         ]
@@ -308,7 +308,7 @@ class Feed:
         # One thread: what a cancelled call was doing is over before the next one begins.
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    def _due(self) -> Reading:
+    def _due(self) -> SourceReader:
         """Whose turn it is."""
         due = (one.reading for one in self._mix if one.is_due(self._stream.examples))
         return next(due, self._stream)

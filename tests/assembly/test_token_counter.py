@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from streamsyn.assembly.pre_tokenizer import Unreadable, reach_of
-from streamsyn.assembly.token_counter import Splicer
+from streamsyn.assembly.token_counter import IncrementalTokenCounter
 from streamsyn.assembly.window import Passage
 from tests.assembly.tokenizers_made import SPLICED, WHOLE, made
 
@@ -40,7 +40,7 @@ def texts(draw: st.DrawFn, fragments: list[str], most: int) -> str:
 @st.composite
 def cases(
     draw: st.DrawFn, kinds: dict[str, Any], bodies: list[list[str]], edges: list[list[str]]
-) -> tuple[Splicer, Any, str, list[str]]:
+) -> tuple[IncrementalTokenCounter, Any, str, list[str]]:
     """A tokenizer and passages that stand in a text. It has learnt that text by heart, or a little of it."""
     kind = draw(st.sampled_from(sorted(kinds)))
     body = draw(st.sampled_from(bodies))
@@ -61,7 +61,7 @@ def cases(
         model=draw(st.sampled_from(["bpe", "bpe", "wordpiece"])),
         alphabet=draw(st.booleans()),
     )
-    splicer = Splicer(tokenizer, settle_chars=draw(st.sampled_from([1, 24])))
+    splicer = IncrementalTokenCounter(tokenizer, settle_chars=draw(st.sampled_from([1, 24])))
     return splicer, tokenizer, whole, inside
 
 
@@ -72,7 +72,7 @@ FAR = {kind: SPLICED[kind] for kind in ("looks ahead", "fours", "gpt2")}
 @given(
     cases(SPLICED, [FRAGMENTS, FEW], [FRAGMENTS, FEW, AHEAD]) | cases(FAR, [AHEAD, [*AHEAD, " "]], [AHEAD])
 )
-def test_what_is_pieced_together_is_exact(case: tuple[Splicer, Any, str, list[str]]) -> None:
+def test_what_is_pieced_together_is_exact(case: tuple[IncrementalTokenCounter, Any, str, list[str]]) -> None:
     """The heart of exact lengths: tails, glue and heads give what encoding all of the text gives."""
     splicer, tokenizer, whole, inside = case
     pieces = passages_of(inside)
@@ -91,7 +91,7 @@ def test_most_of_a_long_text_is_not_encoded_again(kind: str) -> None:
     text = "\n".join(" ".join(chance.choices(["abba", "Ab", "b", "a"], k=12)) + ". " for _ in range(30))
     # Where spaces are dropped, so may be characters that are not known, and one could not tell.
     model = "wordpiece" if kind == "words" else "bpe"
-    splicer = Splicer(made(SPLICED[kind], [text], model=model))
+    splicer = IncrementalTokenCounter(made(SPLICED[kind], [text], model=model))
     cuts = splicer.cuts(*passages_of([text]))
 
     assert 0 < cuts.head < 120
@@ -105,7 +105,7 @@ def test_what_cannot_be_pieced_together_is_counted_whole(kind: str) -> None:
     tokenizer = made(WHOLE[kind], ["ab ab. 123 1234567"])
     pieces = passages_of(["ab " * 50, "1234 " * 50])
     whole = "\n".join(piece.text for piece in pieces)
-    splicer = Splicer(tokenizer)
+    splicer = IncrementalTokenCounter(tokenizer)
 
     assert not splicer.is_splicing
     assert tokenizer.count(whole) == splicer.count(whole, pieces)
@@ -116,14 +116,14 @@ def test_tokens_that_take_their_surroundings_along_are_counted_whole(flag: str) 
     """Such as a mask that swallows the space before it."""
     tokenizer = made(SPLICED["gpt2"], ["ab ab"], added=[AddedToken("<x>", **{flag: True})])
 
-    assert not Splicer(tokenizer).is_splicing
+    assert not IncrementalTokenCounter(tokenizer).is_splicing
 
 
 def test_passages_that_are_not_in_the_text_do_not_matter() -> None:
     """A template may do anything with them: upper case, or leave them out."""
     tokenizer = made(SPLICED["gpt2"], ["ab ab. AB AB."])
     pieces = passages_of(["ab ab. " * 30, "ba. " * 30])
-    splicer = Splicer(tokenizer)
+    splicer = IncrementalTokenCounter(tokenizer)
     texts = ["", pieces[0].text.upper(), pieces[1].text + pieces[0].text, pieces[0].text]
 
     assert [tokenizer.count(text) for text in texts] == [splicer.count(text, pieces) for text in texts]

@@ -235,7 +235,7 @@ async def test_a_fleet_connects_by_url() -> None:
 
 def scenario(**fields: Any) -> list[tuple[float, int, Any]]:
     """64 servers that flap and fail; 2,000 requests come at random, and are tried until they are answered."""
-    draw = Random(1)
+    rng = Random(1)
     rates = {"http_500": 0.03, "reset": 0.03, "stall": 0.01, "cut_body": 0.02, "queue_full": 0.02}
     urls = [f"http://s{number}" for number in range(64)]
     simulations = {
@@ -243,23 +243,23 @@ def scenario(**fields: Any) -> list[tuple[float, int, Any]]:
         for number, url in enumerate(urls)
     }
     flapping = {
-        url: Timeline([Event(draw.uniform(1, 60), every_s=70, down_s=12), Event(20, speed=0.5)])
+        url: Timeline([Event(rng.uniform(1, 60), every_s=70, down_s=12), Event(20, speed=0.5)])
         for url in urls[::4]
     }
     servers = InProcessServers(simulations, flapping)
     seen: list[tuple[float, int, Any]] = []
 
     async def ask(number: int) -> None:
-        await asyncio.sleep(draw.uniform(0, 120))
+        await asyncio.sleep(rng.uniform(0, 120))
         for attempt in range(100):
-            url = draw.choice(urls)
+            url = rng.choice(urls)
             async with servers.connect(ServerSpec(url)) as transport:
                 client = ServerClient(url, transport, 30)
                 told = await outcome(client.chat(request_of(number % 7), "m", f"r-{number:04}-{attempt:02}"))
             seen.append((asyncio.get_running_loop().time(), number, told))
             if isinstance(told, dict):
                 return
-            await asyncio.sleep(draw.expovariate(1))
+            await asyncio.sleep(rng.expovariate(1))
 
     async def everybody() -> None:
         async with asyncio.TaskGroup() as group:
@@ -283,7 +283,7 @@ def digest() -> str:
 
 def test_the_same_happens_twice() -> None:
     """Two minutes of many servers are the same to the last bit, whatever the seed of the hashes."""
-    command = [sys.executable, "-c", "from tests.simulator.test_inprocess import digest; print(digest())"]
+    command = [sys.executable, "-c", "from tests.simulator.test_in_process import digest; print(digest())"]
     elsewhere = [
         subprocess.run(
             command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Example, Key, StepPlan
 from streamsyn.trainer.metrics.mfu import Speed, Work, peak_flops, speed_of, work_of
-from streamsyn.trainer.metrics.record import Figures, verdict
+from streamsyn.trainer.metrics.record import TrainingMetrics, verdict
 from streamsyn.trainer.metrics.trackers import start_tracking
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.stream.planner import PlanQueue
@@ -38,7 +38,7 @@ def seen(ago_s: float, number: int) -> Example:
     return Example(made.key, made.id, made.task, made.tokens, made.loss_from, time.monotonic() - ago_s)
 
 
-def note(figures: Figures, step: int, plan: StepPlan, waited_s: float = 0.0, **more: Any) -> None:
+def note(figures: TrainingMetrics, step: int, plan: StepPlan, waited_s: float = 0.0, **more: Any) -> None:
     """A step with a loss of 1 for each example."""
     line = {"step": step, "loss": 1.0, "rate": 0.1, "tokens": plan.tokens, "dropped": 0, **more}
     line["target_tokens"] = plan.target_tokens
@@ -47,7 +47,7 @@ def note(figures: Figures, step: int, plan: StepPlan, waited_s: float = 0.0, **m
 
 def test_ages_are_those_of_the_examples(tmp_path: Path) -> None:
     """Median and greatest of the seconds since each example of the step was first seen."""
-    figures = Figures(tmp_path, 0)
+    figures = TrainingMetrics(tmp_path, 0)
     note(figures, 1, StepPlan(((seen(1, 0), seen(60, 1)), (seen(5, 2),)), {}))
     (line,) = lines(tmp_path)
 
@@ -62,7 +62,7 @@ def test_what_went_on_between_steps_is_not_their_time(
     after it, are left out of tokens a second."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    figures, plan = Figures(tmp_path, 0), StepPlan(((tiny.example(100, 50),),), {})
+    figures, plan = TrainingMetrics(tmp_path, 0), StepPlan(((tiny.example(100, 50),),), {})
     now += 3 + 30  # waits for the plan, and evaluates before the first step
     figures.evaluation(0, {"nll_with_context": 2.0})
     figures.lap()
@@ -86,7 +86,7 @@ def test_utilisation_is_of_the_time_it_did_not_wait(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(time, "monotonic", lambda: now)
     plan = StepPlan(((tiny.example(100, 50), tiny.example(10, 1)),), {})
     flops = 6.0 * 110 + 2.0 * 51 + 3.0 * (100**2 + 10**2)
-    figures = Figures(tmp_path, 0, speed=Speed(Work(6.0, 2.0, 3.0), 2 * flops))
+    figures = TrainingMetrics(tmp_path, 0, speed=Speed(Work(6.0, 2.0, 3.0), 2 * flops))
     now += 2
     figures.lap()
     now += 1
@@ -229,7 +229,9 @@ def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
     for first in (0, 1):
         with fresh():
             accelerator = start_accelerator(settings, 1, tmp_path / "tracking")
-        figures = Figures(tmp_path, first, track=start_tracking(accelerator, settings, tmp_path, first))
+        figures = TrainingMetrics(
+            tmp_path, first, track=start_tracking(accelerator, settings, tmp_path, first)
+        )
         for step in range(first + 1, 4):
             note(figures, step, StepPlan(((tiny.example(10, 2),),), {}), loss=first + step / 10)
         figures.evaluation(3, {"nll_with_context": 2.5, "held_out": 3})
@@ -287,7 +289,7 @@ def test_a_tracker_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 def test_losses_that_are_not_finite_are_null(tmp_path: Path) -> None:
     """JSON has no NaN."""
     plan = StepPlan(((tiny.example(10, 2),),), {})
-    figures = Figures(tmp_path, 0)
+    figures = TrainingMetrics(tmp_path, 0)
     line = {"step": 1, "loss": math.nan, "rate": 0.1, "tokens": 10, "target_tokens": 2, "dropped": 0}
     figures.step(line, plan, [math.nan], 0.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from streamsyn.trainer import supervisor
-from streamsyn.trainer.supervisor import EXIT_FAILED, EXIT_STOPPED, Companion, TrainerProcess
+from streamsyn.trainer.supervisor import EXIT_FAILED, EXIT_STOPPED, TrainerProcess, TrainerSupervisor
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -26,7 +26,7 @@ def test_a_trainer_is_ended_that_was_being_started_when_the_signal_came(
             kept.end()
 
     monkeypatch.setattr(supervisor, "TrainerProcess", StartedLate)
-    kept = Companion(DEAF, tmp_path, as_json=False)
+    kept = TrainerSupervisor(DEAF, tmp_path, as_json=False)
     kept.start(lambda _why: None)
 
     assert EXIT_STOPPED == kept.finish(stopped=False)
@@ -41,7 +41,7 @@ def test_a_trainer_that_cannot_be_started_ends_no_run(
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("subprocess.Popen", refused)
-    kept = Companion(DEAF, tmp_path, as_json=False, pause_s=0.01)
+    kept = TrainerSupervisor(DEAF, tmp_path, as_json=False, pause_s=0.01)
     kept.start(lambda _why: None)
 
     assert EXIT_FAILED == kept.finish(stopped=False)

@@ -4,49 +4,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.trainer.supervisor import Again, Ended, Over, Restarts
+from streamsyn.trainer.supervisor import GiveUp, Restart, RestartPolicy, TrainerExit
 
-KILLED = Ended(-9)
+KILLED = TrainerExit(-9)
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
 @pytest.mark.parametrize("stopping", [True, False])
 def test_what_ends_as_it_should_is_left_at_that(code: int, stopping: bool) -> None:
     """Trained to the end, refused, stopped: whoever says so and whoever wanted it."""
-    assert Over(code) == Restarts(None).after(Ended(code), None, stopping=stopping)
+    assert GiveUp(code) == RestartPolicy(None).after(TrainerExit(code), None, stopping=stopping)
 
 
 def test_a_failure_by_its_own_decision_is_not_tried_again() -> None:
     """A stream without a sample is as empty the second time."""
-    assert Over(1) == Restarts(None).after(Ended(1, said=True), None, stopping=False)
+    assert GiveUp(1) == RestartPolicy(None).after(TrainerExit(1, said=True), None, stopping=False)
 
 
 def test_what_dies_is_started_again_three_times_in_a_row() -> None:
     """After pauses that double; then no more."""
-    restarts = Restarts(None, pause_s=0.5)
+    restarts = RestartPolicy(None, pause_s=0.5)
     found = [restarts.after(KILLED, None, stopping=False) for _ in range(4)]
 
-    assert [Again(0.5, 1), Again(1.0, 2), Again(2.0, 3), Over(1)] == found
+    assert [Restart(0.5, 1), Restart(1.0, 2), Restart(2.0, 3), GiveUp(1)] == found
 
 
 def test_a_new_checkpoint_begins_a_new_row() -> None:
     """A trainer that gets on is kept up for as long as it does; one checkpoint counts once."""
-    restarts = Restarts("step-1", most=1)
+    restarts = RestartPolicy("step-1", most=1)
 
-    assert Again(1.0, 1) == restarts.after(KILLED, "step-2", stopping=False)
-    assert Again(1.0, 1) == restarts.after(KILLED, "step-3", stopping=False)
-    assert Over(1) == restarts.after(KILLED, "step-3", stopping=False)
+    assert Restart(1.0, 1) == restarts.after(KILLED, "step-2", stopping=False)
+    assert Restart(1.0, 1) == restarts.after(KILLED, "step-3", stopping=False)
+    assert GiveUp(1) == restarts.after(KILLED, "step-3", stopping=False)
 
 
 @given(st.integers(-64, 255), st.booleans())
 def test_what_was_told_to_stop_is_never_started_again(code: int, said: bool) -> None:
     """However it ended; a death while it stops leaves a training that can be resumed."""
-    found = Restarts(None).after(Ended(code, said=said), None, stopping=True)
+    found = RestartPolicy(None).after(TrainerExit(code, said=said), None, stopping=True)
 
-    assert Over(code if code in (0, 2, 75) else 75) == found
+    assert GiveUp(code if code in (0, 2, 75) else 75) == found
 
 
 def test_an_end_is_told_in_words() -> None:
     """By its code or its signal."""
     assert "it was ended by signal 9" == KILLED.in_words
-    assert "it exited with 1" == Ended(1).in_words
+    assert "it exited with 1" == TrainerExit(1).in_words

@@ -191,20 +191,20 @@ def test_queues_and_background_tasks_run_the_same_way_twice() -> None:
     """The same program gives the same events at the same times."""
 
     async def main() -> list[tuple[float, int]]:
-        draw = Random(1)
+        rng = Random(1)
         queue: BoundedQueue[int] = BoundedQueue(3)
         seen: list[tuple[float, int]] = []
 
         async def put() -> None:
             for number in range(200):
-                await asyncio.sleep(draw.expovariate(5))
+                await asyncio.sleep(rng.expovariate(5))
                 await queue.put(number)
             queue.close()
 
         async def take() -> None:
             async for number in queue:
                 await asyncio.to_thread(seen.append, (now(), number))
-                await asyncio.sleep(draw.expovariate(1))
+                await asyncio.sleep(rng.expovariate(1))
 
         async with background() as tasks, asyncio.TaskGroup() as group:
             tasks.start(asyncio.Event().wait(), name="for-ever")  # type: ignore[arg-type]

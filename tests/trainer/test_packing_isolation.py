@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.model.attention import check_apart, implementation
+from streamsyn.trainer.model.attention import check_packing_isolation, implementation
 from streamsyn.trainer.model.batch import make_batch
 from tests.trainer.tiny import VOCABULARY, example, furthest, gradients
 
@@ -64,7 +64,7 @@ def test_other_models_are_as_their_samples_apart(kind: str) -> None:
     are gradients (1e-4 of the largest); samples longer than a sliding window among them."""
     ours, plain = made(kind, implementation("segments", CPU, half=False)), made(kind, "eager")
     row = (example(9, 3, 1), example(50, 12, 2), example(WINDOW, 5, 3), example(WINDOW + 1, 4, 4))
-    check_apart(ours, CPU, half=False)
+    check_packing_isolation(ours, CPU, half=False)
     logits = ours(**make_batch(row, [1.0] * 4, CPU).forward_arguments()).logits[0]
     logits.square().sum().backward()
     alone = []
@@ -89,7 +89,7 @@ def test_other_models_are_as_their_samples_apart(kind: str) -> None:
 def test_a_model_that_cannot_be_packed_is_refused(kind: str, says: str) -> None:
     """In one line at the start, whether it says so itself, computes something else or cannot be called."""
     with pytest.raises(ConfigError, match=says):
-        check_apart(made(kind, implementation("segments", CPU, half=False)), CPU, half=False)
+        check_packing_isolation(made(kind, implementation("segments", CPU, half=False)), CPU, half=False)
 
 
 class Careless(torch.nn.Module):
@@ -121,8 +121,8 @@ class Careless(torch.nn.Module):
 def test_what_a_model_ignores_is_found_out(lost: str, says: str, *, half: bool) -> None:
     """Positions, bounds or chosen logits that a forward drops without a word; also at bf16's tolerance."""
     with pytest.raises(ConfigError, match=says):
-        check_apart(Careless(lost), CPU, half=half)
-    check_apart(Careless("nothing"), CPU, half=half)
+        check_packing_isolation(Careless(lost), CPU, half=half)
+    check_packing_isolation(Careless("nothing"), CPU, half=half)
 
 
 def test_a_model_with_broken_weights_is_told_from_one_that_mixes_samples() -> None:
@@ -131,7 +131,7 @@ def test_a_model_with_broken_weights_is_told_from_one_that_mixes_samples() -> No
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
     with pytest.raises(ConfigError, match="logits are not finite"):
-        check_apart(model, CPU, half=False)
+        check_packing_isolation(model, CPU, half=False)
 
 
 def test_a_model_is_left_as_it_was() -> None:
@@ -139,7 +139,7 @@ def test_a_model_is_left_as_it_was() -> None:
     model = made("gpt2", implementation("segments", CPU, half=False))
     model.train()
     before = torch.get_rng_state()
-    check_apart(model, CPU, half=False)
+    check_packing_isolation(model, CPU, half=False)
 
     assert model.training
     assert gradients(model) == {}

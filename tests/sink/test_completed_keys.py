@@ -10,7 +10,7 @@ import pytest
 
 from streamsyn.errors import SinkError
 from streamsyn.records import Draft, Seed
-from streamsyn.sink.completed_keys import Claim, Claims, FinishedKeys
+from streamsyn.sink.completed_keys import Claim, Claims, CompletedKeys
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
 from tests.builders import context, opened, outcome, reject, sink
@@ -54,7 +54,7 @@ def test_a_key_is_new_once(tmp_path: Path) -> None:
 
 def test_a_finished_key_is_said_to_be_finished_once(tmp_path: Path) -> None:
     """A seed that an earlier run finished is FINISHED, and REPEATED when it comes again."""
-    finished = FinishedKeys(tmp_path / "finished.sqlite")
+    finished = CompletedKeys(tmp_path / "finished.sqlite")
     finished.catch_up(Manifest(tmp_path / "none"), tmp_path, KEYS[:2])
     claims = Claims(finished.path, tmp_path / "read.sqlite")
 
@@ -68,7 +68,7 @@ def test_a_finished_key_is_said_to_be_finished_once(tmp_path: Path) -> None:
 def test_any_number_of_keys_may_be_asked_for_at_once(tmp_path: Path) -> None:
     """More than one query can hold, with repeats, or none."""
     keys = [b"%016d" % number for number in range(5000)]
-    finished = FinishedKeys(tmp_path / "finished.sqlite")
+    finished = CompletedKeys(tmp_path / "finished.sqlite")
     finished.catch_up(Manifest(tmp_path / "none"), tmp_path, keys[::3])
     claims = Claims(finished.path, tmp_path / "read.sqlite")
 
@@ -163,7 +163,7 @@ def test_a_shard_that_was_not_indexed_is_caught_up_with(tmp_path: Path) -> None:
         log._finished._db.execute("DELETE FROM shards WHERE path = ?", (last,))
         log._finished._db.execute("DELETE FROM finished")
 
-    finished = FinishedKeys(index)
+    finished = CompletedKeys(index)
     with opened(tmp_path, sink()) as log:
         finished.catch_up(log.manifest, tmp_path, [])
     count, shards = (
