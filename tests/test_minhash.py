@@ -104,7 +104,7 @@ def test_any_number_of_rows_makes_bands() -> None:
 def test_a_signature_is_the_same_everywhere() -> None:
     """Neither the process nor its hash seed plays a part; a change would spoil every index on disk."""
     text = "The quick brown fox jumps over the lazy dog, and then some more."
-    code = f"from streamsyn.minhash import signature; print(signature({text!r}).bands[:2])"
+    code = f"from streamsyn.shingles import signature; print(signature({text!r}).bands[:2])"
     said = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True

@@ -73,7 +73,7 @@ def test_any_text_can_be_split(text: str) -> None:
 def test_numbers_are_the_same_everywhere() -> None:
     """No process-wide hash seed and no machine plays a part: these numbers are fixed."""
     text = "The quick brown fox jumps over \u4e2d\u6587 and the na\u00efve dog"
-    code = f"from streamsyn.wordruns import split_words; print(split_words({text!r}).runs(5).tolist())"
+    code = f"from streamsyn.shingles import split_words; print(split_words({text!r}).runs(5).tolist())"
     said = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True

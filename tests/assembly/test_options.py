@@ -388,7 +388,7 @@ def test_lengths_are_drawn_as_they_are_said_to_be() -> None:
 
 SCRIPT = """
 from streamsyn.records import digest
-from streamsyn.sections import AssemblySection
+from streamsyn.config.sections import AssemblySection
 from tests.assembly.test_assembler import assemble
 from tests.assembly.test_options import assembler, log_of
 section = AssemblySection.model_validate({

@@ -522,8 +522,8 @@ async def test_cancelling_the_start_ends_the_server(
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from streamsyn.sglang.launch import LaunchedServer, supervised
-from streamsyn.sglang.launch_command import LaunchCommand
+from streamsyn.fleet.launch import LaunchedServer, supervised
+from streamsyn.fleet.launch import LaunchCommand
 
 async def main():
     *argv, port = sys.argv[2:]

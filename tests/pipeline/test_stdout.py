@@ -9,7 +9,7 @@ import pytest
 PRELUDE = """
 import os, subprocess, sys, threading
 from streamsyn.errors import StreamsynError
-from streamsyn.stdout import SampleStream
+from streamsyn.pipeline.delivery import SampleStream
 
 def report(write):
     try:
@@ -165,7 +165,7 @@ def test_a_secured_stderr_never_fails() -> None:
     script = (
         PRELUDE
         + """
-from streamsyn.stdout import secure_stdio
+from streamsyn.pipeline.delivery import secure_stdio
 secure_stdio()
 print("one", file=sys.stderr)
 sys.stdin.readline()

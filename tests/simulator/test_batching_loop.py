@@ -230,10 +230,10 @@ def test_retractions_are_counted_and_lose_no_text() -> None:
 
 PROGRAM = """
 import asyncio
-from streamsyn.sglang.simulator.asks import Ask
-from streamsyn.sglang.simulator.clock import run_virtually
-from streamsyn.sglang.simulator.config import SimulatorConfig
-from streamsyn.sglang.simulator.simulation import Simulation
+from streamsyn.simulator.ask import Ask
+from streamsyn.simulator.virtual_time import run_virtually
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
 
 async def main():
     config = SimulatorConfig(cost_model="cpu", cache_tokens=6000, schedule_policy="lpm", words=300)

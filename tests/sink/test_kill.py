@@ -19,7 +19,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.runlog import RunLog
+from streamsyn.sink.log import RunLog
 from tests.builders import outcome, sink
 
 root, compression, number, *missing = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
