@@ -14,7 +14,7 @@ from streamsyn.trainer.examples import End, StepPlan
 from streamsyn.trainer.loop import Progress, Schedule
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.loss import denominator, target_weights
-from streamsyn.trainer.saving.checkpoint import Store
+from streamsyn.trainer.saving.store import Store
 from streamsyn.trainer.stream.planner import PlanQueue
 
 log = structlog.get_logger()

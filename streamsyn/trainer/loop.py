@@ -21,8 +21,8 @@ from streamsyn.trainer.evaluation.heldout import measure
 from streamsyn.trainer.model.batch import make_batch
 from streamsyn.trainer.model.loss import example_means, token_losses
 from streamsyn.trainer.model.placed import Placed
-from streamsyn.trainer.saving.checkpoint import Store
 from streamsyn.trainer.saving.publish import Publisher
+from streamsyn.trainer.saving.store import Store
 
 
 class Schedule:

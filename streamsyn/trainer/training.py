@@ -34,8 +34,9 @@ from streamsyn.trainer.model.pretrained import (
     read_tokenizer,
 )
 from streamsyn.trainer.outdir import OutDirectory
-from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, Store, restore_optimizer
+from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
+from streamsyn.trainer.saving.store import Store, restore_optimizer
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.stream.planner import Planner, PlanQueue

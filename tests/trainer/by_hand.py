@@ -23,7 +23,8 @@ from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.placed import Placed, place
 from streamsyn.trainer.model.pretrained import model_dtype, read_model
-from streamsyn.trainer.saving.checkpoint import Checkpoints, Store
+from streamsyn.trainer.saving.checkpoint import Checkpoints
+from streamsyn.trainer.saving.store import Store
 from streamsyn.trainer.stream.planner import PlanQueue
 from tests.trainer import tiny
 

@@ -294,7 +294,7 @@ def test_an_empty_path_is_not_the_folder_one_stands_in() -> None:
 
 def test_a_closed_stdout_is_no_failure() -> None:
     """What is trained stands, wherever stdout leads."""
-    ending = "import sys; from streamsyn.trainer import command; assert sys.stdout is None; command._exit(0)"
+    ending = "import sys; from streamsyn.cli import train; assert sys.stdout is None; train._exit(0)"
     done = subprocess.run(  # only a shell can close it
         f'{sys.executable} -c "{ending}" >&-', shell=True, capture_output=True, check=False, timeout=60
     )
