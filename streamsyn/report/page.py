@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.durable import write_whole
 from streamsyn.report import charts
 from streamsyn.report import verdict as thresholds
 from streamsyn.report.collection import DEPTHS, RunMetrics, tokens_target
@@ -17,7 +18,6 @@ from streamsyn.report.distributions import Bin, Histogram, Scores
 from streamsyn.report.excerpts import shortened
 from streamsyn.report.reader_samples import ReaderSample
 from streamsyn.report.verdict import Verdict, percent, verdict
-from streamsyn.sink.shards import write_whole
 
 _NAME = 60
 REASON_WORDS = {

@@ -13,12 +13,13 @@ import structlog
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError
+from streamsyn.io.durable import sync_folder, write_whole
 from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
 from streamsyn.sink.journal import Journal
 from streamsyn.sink.manifest import Manifest, SealedShard
-from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard, sync_folder, write_whole
+from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard
 
 log = structlog.get_logger()
 

@@ -10,9 +10,10 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.durable import write_whole
 from streamsyn.io.remote import names_below, open_url
 from streamsyn.sink import shards
-from streamsyn.sink.shards import KINDS, write_whole
+from streamsyn.sink.shards import KINDS
 
 log = structlog.get_logger()
 

@@ -18,7 +18,8 @@ import streamsyn
 from streamsyn.config.fingerprint import differences
 from streamsyn.config.loading import Config, load
 from streamsyn.errors import ConfigError, DirectoryInUse
-from streamsyn.sink.shards import KINDS, write_whole
+from streamsyn.io.durable import write_whole
+from streamsyn.sink.shards import KINDS
 
 _NAME = ".lock"
 

@@ -16,28 +16,10 @@ from typing import Any
 
 import orjson
 
-from streamsyn.errors import SinkError
+from streamsyn.io.durable import sync_folder
 from streamsyn.sink.manifest import SealedShard
 
 KINDS = ("contexts", "rejects", "samples")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file so that, whenever the power goes, either the old or the new one is there.
-
-    Raises:
-        SinkError: It cannot be written.
-    """
-    aside = path.with_name(path.name + ".new")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise SinkError(f"cannot write {path}: {error.strerror}") from error
 
 
 CHUNK_BYTES = 1 << 20
@@ -232,12 +214,3 @@ class OpenShard:
             model=",".join(sorted(self._models)),
             sealed_at=time.time(),
         )
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on disk: a new or renamed file is only then sure to be found."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import orjson
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.durable import write_whole
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claim, Claims, row_key
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.rundir import read_run_json
-from streamsyn.sink.shards import KINDS, write_whole
+from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, Snapshot
 
 Row = dict[str, Any]

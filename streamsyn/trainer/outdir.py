@@ -14,9 +14,9 @@ from streamsyn.config.fingerprint import differences, lasting
 from streamsyn.config.loading import Config, load
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
+from streamsyn.io.durable import write_whole
 from streamsyn.records import digest
 from streamsyn.sink.rundir import DirectoryLock
-from streamsyn.sink.shards import write_whole
 from streamsyn.trainer.stream.render import read_template
 
 FORMAT = 1

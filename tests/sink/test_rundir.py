@@ -14,8 +14,8 @@ import pytest
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
+from streamsyn.io.durable import write_whole
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
-from streamsyn.sink.shards import write_whole
 from tests.builders import disk_full_beyond
 
 HOLDER = """

@@ -13,9 +13,9 @@ from typing import Literal, TypeAlias
 import orjson
 
 from streamsyn.errors import SinkError
+from streamsyn.io.durable import write_whole
 from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.scoring.answer_metrics import measured
-from streamsyn.sink.shards import write_whole
 from streamsyn.trainer.commands import Prompt
 from streamsyn.trainer.evaluation.answering import Chat
 

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from streamsyn.errors import SinkError
-from streamsyn.sink.shards import write_whole
+from streamsyn.io.durable import write_whole
 from streamsyn.trainer.examples import Example
 
 

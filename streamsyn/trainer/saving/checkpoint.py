@@ -25,7 +25,7 @@ import structlog
 from safetensors import SafetensorError
 
 from streamsyn.errors import SinkError
-from streamsyn.sink.shards import sync_folder, write_whole
+from streamsyn.io.durable import sync_folder, write_whole
 
 log = structlog.get_logger()
 

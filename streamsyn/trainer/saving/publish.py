@@ -27,7 +27,7 @@ from streamsyn.errors import ServerTimeout, ServerUnreachable, SinkError, Stream
 from streamsyn.fleet import weight_update
 from streamsyn.fleet.server import ServerSpec, base_url, headers_of
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
-from streamsyn.sink.shards import write_whole
+from streamsyn.io.durable import write_whole
 from streamsyn.trainer.model.adapters import merged
 from streamsyn.trainer.model.placed import Placed, whole_weights, write_result
 from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder

@@ -11,10 +11,10 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.durable import sync_folder
 from streamsyn.io.lines import Line, LineSplitter
 from streamsyn.records import digest
 from streamsyn.sink.completed_keys import Claim, Claims
-from streamsyn.sink.shards import sync_folder
 from streamsyn.trainer.examples import Row
 
 log = structlog.get_logger()

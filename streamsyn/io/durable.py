@@ -1,0 +1,35 @@
+"""Writing files so that they survive a loss of power: a whole file at once, and the entries of a folder."""
+
+import os
+from pathlib import Path
+
+from streamsyn.errors import SinkError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file atomically: after a loss of power at any moment, either the old or the new one is there.
+
+    The data goes to `path` + ".new", which is synced and then renamed.
+
+    Raises:
+        SinkError: The file cannot be written.
+    """
+    aside = path.with_name(path.name + ".new")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise SinkError(f"cannot write {path}: {error.strerror}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries to disk: without this, a loss of power can lose a new or renamed file."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
