@@ -1,30 +1,42 @@
-# Every target does its own set-up: a virtual environment in .venv, and for those that need a server a real
-# SGLang in .sglang-cpu (or $STREAMSYN_SGLANG_HOME). Both are made once; the second time costs nothing.
+# Every target does its own set-up: virtual environments in .venv and .venv-core, and for those that need a
+# server a real SGLang in .sglang-cpu (or $STREAMSYN_SGLANG_HOME). All are made once; the second time costs nothing.
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two files of tests at a time, in their order: those with most tests first leaves the slowest for the end. A
-# real server without a GPU needs both cores for itself.
+PIP_FLAGS := --quiet --disable-pip-version-check -c deploy/constraints.txt
+# Two files of tests at a time, in their order: those with most tests first leaves the slowest for the end.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+HERMETIC := not crash and not real_sglang and not chromium
 
-.PHONY: help demo test test-quick test-zero3 lint bench bench-real clean
+.PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint bench bench-real clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: .venv/stamp sglang  ## the main job on a real SGLang with a packaged model
-	$(BIN)/streamsyn demo
+demo:  ## the main job on a real SGLang with a packaged model
+	@$(MAKE) --no-print-directory -j2 .venv-core/stamp sglang
+	.venv-core/bin/streamsyn demo
 
-test: .venv/stamp sglang chromium  ## all tests, those against the real SGLang and in a browser among them
-	$(BIN)/pytest $(TWO) -m "not real_sglang"
+test: .venv/stamp  ## all tests but those below: no real server, no browser, no crash loops
+	$(BIN)/pytest $(TWO) -m "$(HERMETIC)"
+
+test-crash: .venv/stamp  ## kills at random and at named points; property tests at length, asyncio in debug mode
+	$(BIN)/pytest $(TWO) -m "crash or (hypothesis and not real_sglang and not chromium)" \
+	  --hypothesis-profile=long -o asyncio_debug=true
+
+test-real: .venv/stamp sglang  ## tests against a real SGLang, one server for all; it needs both cores for itself
 	$(BIN)/pytest -m real_sglang
 
-test-quick: .venv/stamp  ## all tests that need neither SGLang nor a browser
-	$(BIN)/pytest $(TWO) -m "not real_sglang and not chromium"
+test-browser: .venv/stamp chromium  ## the report, looked at in a browser
+	$(BIN)/pytest -m chromium
 
-test-zero3: .venv/stamp  ## training by ZeRO-3, on the CPU; installs DeepSpeed, which compiles by g++
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt deepspeed
-	$(BIN)/pytest tests/trainer/test_two_ranks.py -k zero3
+test-all: test test-crash test-browser test-real  ## all four
+
+torture: .venv/stamp  ## many kills; STREAMSYN_KILLS and STREAMSYN_KILLS_SEED choose how many and which
+	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m crash -o timeout=1800
+
+coverage: .venv/stamp  ## line and branch coverage of the hermetic tests; fails below the floor in pyproject.toml
+	$(BIN)/pytest $(TWO) -m "$(HERMETIC)" --cov --cov-report=term:skip-covered
 
 lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/ruff format --check .
@@ -46,12 +58,21 @@ bench-real: .venv/stamp sglang router  ## beside real software: sglang-router, b
 	$(BIN)/python -m benchmarks.real sections
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .sglang-cpu .sglang-router .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-core .sglang-cpu .sglang-router .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache .coverage
 
+# For development: torch and all that tests and benchmarks need.
 .venv/stamp: pyproject.toml deploy/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamsyn needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $@
+
+# For the demo: the core alone, without torch.
+.venv-core/stamp: pyproject.toml deploy/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamsyn needs Python 3.11 or newer")'
+	test -x .venv-core/bin/python || $(PYTHON) -m venv .venv-core
+	.venv-core/bin/python -m pip install $(PIP_FLAGS) -e .
 	touch $@
 
 .PHONY: sglang router chromium
