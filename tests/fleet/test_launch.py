@@ -6,7 +6,6 @@ test, which so learns of every start and, by the connection's end, that no proce
 
 import asyncio
 import os
-import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
@@ -27,7 +26,6 @@ from streamsyn.fleet.launch import (
     find_packaged_model,
     find_python,
     free_port,
-    launched,
     server_command,
     supervised,
 )
@@ -547,95 +545,3 @@ async def test_when_we_are_killed_the_server_dies_too(script: Path, news: News, 
 
     assert await owner.wait() == -signal.SIGKILL
     assert await all_gone(start)
-
-
-# The real SGLang.
-
-
-@dataclass
-class Life:
-    """What one whole life of a real server showed."""
-
-    waits: list[tuple[float, str]] = field(default_factory=list)
-    health: int = 0
-    models: dict[str, Any] = field(default_factory=dict)
-    chat: dict[str, Any] = field(default_factory=dict)
-    processes: int = 0
-    """That it consisted of, seen while it was up."""
-    left: int = 0
-    """Of these, after the end."""
-
-
-def processes_of(session: int) -> list[int]:
-    """A file descriptor for each process of a session, readable once that process has ended."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, _, rest = stat.read_text().rpartition(")")
-            if int(rest.split()[3]) == session:
-                found.append(os.pidfd_open(int(pid.split()[0])))
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # ended while we looked
-    return found
-
-
-async def one_life(python: Path, model: Path, log_path: Path) -> Life:
-    life = Life()
-    async with launched(
-        model, python=python, log_path=log_path, on_wait=lambda *told: life.waits.append(told)
-    ) as server:
-        async with aiohttp.ClientSession(server.url) as session:
-            async with session.get("/health") as response:
-                life.health = response.status
-            async with session.get("/v1/models") as response:
-                life.models = await response.json()
-            question = [{"role": "user", "content": "Name a colour."}]
-            body = {"model": server.model, "messages": question, "max_tokens": 16, "temperature": 0}
-            async with session.post("/v1/chat/completions", json=body) as response:
-                life.chat = await response.json()
-        assert server.pid is not None
-        ends = await asyncio.to_thread(processes_of, server.pid)
-    life.processes = len(ends)
-    for end in ends:
-        life.left += not select.select([end], [], [], 10)[0]
-        os.close(end)
-    return life
-
-
-@pytest.fixture(scope="module")
-def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
-    try:
-        python, model = find_python(), find_packaged_model()
-    except ConfigError as error:
-        pytest.fail(f"these tests need the server that deploy/sglang-cpu/install.sh installs: {error}")
-    return asyncio.run(one_life(python, model, tmp_path_factory.mktemp("sglang") / "sglang.log"))
-
-
-real_sglang = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
-
-
-class TestRealSglang:
-    """One start of the packaged server and model, looked at from several sides."""
-
-    pytestmark = real_sglang
-
-    def test_it_is_healthy_after_a_wait_that_was_told(self, life: Life) -> None:
-        """About once a second."""
-        assert life.health == 200
-        assert len(life.waits) > 3
-        assert life.waits[-1][1] != ""
-
-    def test_its_model_has_the_name_of_its_directory(self, life: Life) -> None:
-        """Not that of the link through which it was named."""
-        assert [model["id"] for model in life.models["data"]] == ["SmolLM2-135M-Instruct"]
-
-    def test_it_answers_in_a_chat_and_reports_cached_tokens(self, life: Life) -> None:
-        """The chat route needs the template that the installer wrote."""
-        assert life.chat["choices"][0]["message"]["content"].strip()
-        assert life.chat["usage"]["prompt_tokens"] > 5
-        assert "cached_tokens" in life.chat["usage"]["prompt_tokens_details"]
-
-    def test_no_process_of_it_is_left(self, life: Life) -> None:
-        """API server, scheduler and detokenizer were there, and are gone."""
-        assert life.processes >= 3
-        assert life.left == 0

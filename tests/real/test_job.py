@@ -1,6 +1,5 @@
 """The main job on the real SGLang that deploy/sglang-cpu installs."""
 
-import asyncio
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.scoring.measures import Answers, Gain
 from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
+from tests.real.conftest import RealServer
 from tests.system.conftest import assert_clean, rows, streamsyn
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
@@ -82,17 +82,13 @@ SECTIONS = {
 }
 
 
-def test_sections_on_a_launched_server(tmp_path: Path) -> None:
+def test_sections_on_a_real_server(real_server: RealServer, tmp_path: Path) -> None:
     """Each step finds its whole past in the server's cache, and the document grows to what was asked for."""
-    from streamsyn.fleet.launch import find_packaged_model
-
     out = tmp_path / "out"
     settings = [part for key, value in SECTIONS.items() for part in ("--set", f"{key}={value}")]
-    model = find_packaged_model()
+    command = ["run", "--seeds", SEEDS, "--server", real_server.url, "--out", out, "--no-progress"]
 
-    done = streamsyn(
-        "run", "--seeds", SEEDS, "--launch", model, "--out", out, "--no-progress", *settings, timeout_s=550
-    )
+    done = streamsyn(*command, *settings, timeout_s=550)
 
     assert done.returncode == 0, done.stderr
     assert_clean(out)
@@ -128,26 +124,22 @@ QUESTION = Question(
 )
 
 
-async def test_scoring_on_a_launched_server(tmp_path: Path) -> None:
+async def test_scoring_on_a_real_server(real_server: RealServer) -> None:
     """One logprob a token of the answer, the context's prefix from the cache at the second look, and more
     gain from a context that holds the answer than from another.
     """
-    from streamsyn.fleet.launch import find_packaged_model, launched
-
-    model = await asyncio.to_thread(find_packaged_model)
-    async with launched(model, log_path=tmp_path / "sglang.log") as server:
-        section = FleetSection(servers=(server.url,), concurrency=4)
-        async with open_fleet(section, lambda: None) as fleet:
-            await fleet.ask_models()
-            await fleet.check_scores(server.model)
-            gain, asking = Gain(PROMPT, 256), Asking(fleet, server.model)
-            helps = await gain.measure(asking, QUESTION, HELPS)
-            first_cached, first_tokens = asking.cached_tokens, asking.prompt_tokens
-            again = await Gain(PROMPT, 256).measure(asking, QUESTION, HELPS)
-            unrelated = await gain.measure(asking, QUESTION, UNRELATED)
-            few = await Gain(PROMPT, 3).measure(asking, QUESTION, HELPS)
-            answer = await Answers(PROMPT, 32).answer(asking, QUESTION, HELPS)
-            tokens = await server_tokens(server.url, QUESTION.answer)
+    section = FleetSection(servers=(real_server.url,), concurrency=4)
+    async with open_fleet(section, lambda: None) as fleet:
+        await fleet.ask_models()
+        await fleet.check_scores(real_server.model)
+        gain, asking = Gain(PROMPT, 256), Asking(fleet, real_server.model)
+        helps = await gain.measure(asking, QUESTION, HELPS)
+        first_cached, first_tokens = asking.cached_tokens, asking.prompt_tokens
+        again = await Gain(PROMPT, 256).measure(asking, QUESTION, HELPS)
+        unrelated = await gain.measure(asking, QUESTION, UNRELATED)
+        few = await Gain(PROMPT, 3).measure(asking, QUESTION, HELPS)
+        answer = await Answers(PROMPT, 32).answer(asking, QUESTION, HELPS)
+        tokens = await server_tokens(real_server.url, QUESTION.answer)
 
     assert tokens == helps["scored_tokens"]
     assert 3 == few["scored_tokens"]

@@ -1,4 +1,4 @@
-"""Trained weights go to a real SGLang while it writes; deploy/sglang-cpu installs it."""
+"""Trained weights go to a real SGLang while it writes. Runs last: the server keeps the new weights."""
 
 import asyncio
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from streamsyn.config.sections import FleetSection
 from streamsyn.config.train_section import PublishSection
 from streamsyn.fleet.fleet import open_fleet
-from streamsyn.fleet.launch import find_packaged_model, launched
+from streamsyn.fleet.launch import find_packaged_model
 from streamsyn.records import Request
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.model.batch import make_batch
@@ -17,6 +17,7 @@ from streamsyn.trainer.model.loss import token_losses
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.model.pretrained import read_tokenizer
 from streamsyn.trainer.saving.publish import Publisher
+from tests.real.conftest import RealServer
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 
@@ -44,39 +45,38 @@ def trained(model: Path) -> Placed:
     return placed
 
 
-async def test_trained_weights_reach_a_server_that_writes(tmp_path: Path) -> None:
+async def test_trained_weights_reach_a_server_that_writes(real_server: RealServer, tmp_path: Path) -> None:
     """Requests in flight are answered, begun by the old weights and ended by the new; what comes later is
     written by the new ones alone, on an empty prefix cache; the server is still known by its name.
     """
     model = await asyncio.to_thread(find_packaged_model)
     placed = await asyncio.to_thread(trained, model)
     tokenizer = await asyncio.to_thread(read_tokenizer, str(model))
-    async with launched(model, log_path=tmp_path / "sglang.log") as server:
-        publishing = PublishSection(servers=(server.url,))
-        fleet_section = FleetSection(servers=(server.url,), concurrency=IN_FLIGHT, load_interval_s=0.1)
+    publishing = PublishSection(servers=(real_server.url,))
+    fleet_section = FleetSection(servers=(real_server.url,), concurrency=IN_FLIGHT, load_interval_s=0.1)
 
-        def publish() -> None:
-            publisher = Publisher(tmp_path, publishing, FleetSection(), tokenizer, 0)
-            with publisher.servers as servers:
-                publisher.publish(placed, 1)
-                servers.finish()
+    def publish() -> None:
+        publisher = Publisher(tmp_path, publishing, FleetSection(), tokenizer, 0)
+        with publisher.servers as servers:
+            publisher.publish(placed, 1)
+            servers.finish()
 
-        async with open_fleet(fleet_section, lambda: None) as fleet, asyncio.TaskGroup() as group:
-            await fleet.ask_models()
-            before = await fleet.complete(request(8), [])
-            again = await fleet.complete(request(8), [])
-            asking = [
-                group.create_task(fleet.complete(request(240, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
-            ]
-            (there,) = fleet.servers
-            while not (there.load and there.load.running == IN_FLIGHT):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.05)
-            await asyncio.to_thread(publish)
-            after = await fleet.complete(request(8), [])
-            streamed = await fleet.complete(request(8, group="g"), [])
-        async with open_fleet(fleet_section, lambda: None) as fleet:
-            await fleet.ask_models()
-            models = fleet.models
+    async with open_fleet(fleet_section, lambda: None) as fleet, asyncio.TaskGroup() as group:
+        await fleet.ask_models()
+        before = await fleet.complete(request(8), [])
+        again = await fleet.complete(request(8), [])
+        asking = [
+            group.create_task(fleet.complete(request(240, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
+        ]
+        (there,) = fleet.servers
+        while not (there.load and there.load.running == IN_FLIGHT):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(publish)
+        after = await fleet.complete(request(8), [])
+        streamed = await fleet.complete(request(8, group="g"), [])
+    async with open_fleet(fleet_section, lambda: None) as fleet:
+        await fleet.ask_models()
+        models = fleet.models
 
     version = "step_1"
     assert ["default"] * 2 == [before.weight_version, again.weight_version]
