@@ -1,50 +1,224 @@
-"""What is left to chance in a sample: each draw follows from the run's seed and the context's id alone.
+"""Assembly as a function: contexts in the order of the log in, samples out.
 
-Which passages make a sample.
-
-Contexts in, samples out: a pure function of the log, the configuration and the run's seed.
-
-Each context becomes the relevant one of one sample, unless the configuration leaves it out. Distractors
-come from the window of contexts before it (and, for the first ones, shortly after it), or from a corpus:
-so a sample is made as soon as the log holds enough contexts for it, memory is bounded by
-`assembly.window_bytes`, and assembling the same log again gives the same samples. What each draw depends
-on is the seed's id and the run's seed, never the time, the process or the order of anything but the log.
+The samples follow from the log, the section `assembly` and the run's seed alone. Each context becomes the
+relevant one of one sample, unless the configuration excludes it. Distractors come from the window of
+contexts before it (and, for the first ones, shortly after it), or from a corpus. So a sample is made as
+soon as the log holds enough contexts for it, and memory is bounded by `assembly.window_bytes`. Random draws
+depend on the run's seed and the context's id, never on the time, the process or the other contexts.
 """
 
+import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from random import Random
+from typing import Any, Literal
 
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.distractors import Choice, Chooser, Goal, Sampling, Sources
+from streamsyn.assembly.distractors import Choice, Chooser, Goal, Sources
 from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.token_counter import ServerTokenCounter, TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Waiting, Window
-from streamsyn.config.sections import AssemblySection, Source
-from streamsyn.records import Sample
+from streamsyn.config.sections import AssemblySection, LengthsSection, Source
+from streamsyn.records import Sample, digest
+
+
+@dataclass(frozen=True, slots=True)
+class AssemblyState:
+    """The state of an assembler without the texts, which are read from the log again."""
+
+    consumed: int = 0
+    """Contexts added so far; also the seq of the next one."""
+    samples: int = 0
+    """Samples arranged so far."""
+    window_start: int = 0
+    """Seq of the oldest context in the window."""
+    pending: list[tuple[int, int]] = field(default_factory=list)
+    """Contexts that wait for distractors of their task: (seq, `Pool.added` at which to try again)."""
+    added: dict[str, int] = field(default_factory=dict)
+    """`Pool.added` of each task in the window."""
+    pending_any: list[tuple[int, int]] = field(default_factory=list)
+    """Contexts that wait for distractors of any task, as in `pending`."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """`Assembler.left_out`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the state as JSON-compatible values."""
+        return asdict(self)
+
+
+class Assembler:
+    """Makes samples of passages, which must be added in the order of the log.
+
+    Args:
+        section: The section `assembly`.
+        run_seed: `run.seed`; decides all random draws.
+        prompts: Renders user messages.
+        counter: Counts tokens; by default the counts of the servers are added up.
+        corpus: Passages to draw distractors from; needed where the section names the source `corpus`.
+    """
+
+    def __init__(
+        self,
+        section: AssemblySection,
+        run_seed: int,
+        prompts: SamplePrompts,
+        counter: TokenCounter | None = None,
+        corpus: Corpus | None = None,
+    ) -> None:
+        self._section = section
+        self._prompts = prompts
+        self._counter = counter or ServerTokenCounter()
+        self._sampling = Sampling(section, run_seed)
+        self.window = Window(section.window_bytes)
+        self.waiting = Waiting()
+        self._sources = Sources(section, self._sampling.rng, self.window, corpus)
+        self._chooser = Chooser(section, self._counter)
+        self.consumed = 0
+        self.samples = 0
+        self.left_out: Counter[str] = Counter()
+        """Contexts without a sample, by reason: `excluded` or `too_long`."""
+
+    def add(self, passage: Passage) -> list["Arrangement"]:
+        """Add the next passage; return the samples that can be made now."""
+        assert passage.seq == self.consumed, f"context {self.consumed} is next, not {passage.seq}"
+        self.consumed += 1
+        reason = self._exclusion_reason(passage)
+        if reason is not None:
+            self.left_out[reason] += 1
+        if not self._sources.of_log:
+            return [] if reason is not None else [self._arrange_now(passage)]
+        self.window.add(passage)
+        if reason is None:
+            self.waiting.add(passage, *self._sources.first_try)
+        made = [one for source in ("same_task", "any_task") for one in self._retry(source, passage.task)]
+        while (oldest := self.window.overflow()) is not None:
+            if oldest in self.waiting:
+                made.append(self._arrange_now(oldest))
+            self.window.drop_oldest()
+            for source in ("same_task", "any_task"):
+                self.waiting.compact(source, oldest.task, len(self._sources.pool(source, oldest.task)))
+        return made
+
+    def flush(self) -> list["Arrangement"]:
+        """At the end of the stream: make the samples that still wait, with the distractors there are."""
+        made = [self._arrange_now(passage) for passage in self.waiting.all()]
+        self.waiting.clear()
+        return made
+
+    def state(self) -> AssemblyState:
+        """Return what `restore` needs, besides the log."""
+        first = self.window.first_seq
+        return AssemblyState(
+            consumed=self.consumed,
+            samples=self.samples,
+            window_start=self.consumed if first is None else first,
+            pending=self.waiting.entries("same_task"),
+            added={task: pool.added for task, pool in self.window.pools.items()},
+            pending_any=self.waiting.entries("any_task"),
+            left_out=dict(self.left_out),
+        )
+
+    def restore(self, state: AssemblyState, passages: Iterable[Passage]) -> None:
+        """Return a new assembler to `state`; `passages` are those from `window_start` up to `consumed`."""
+        waiting: tuple[tuple[Source, dict[int, int]], ...] = (
+            ("same_task", dict(state.pending)),
+            ("any_task", dict(state.pending_any)),
+        )
+        for passage in passages:
+            self.window.add(passage)
+            for source, retry_at in waiting:
+                if passage.seq in retry_at:
+                    self.waiting.add(passage, source, retry_at[passage.seq])
+        for task, pool in self.window.pools.items():
+            pool.added = state.added[task]
+        self.window.everything.added = state.consumed
+        self.consumed, self.samples = state.consumed, state.samples
+        self.left_out = Counter(state.left_out)
+
+    def choose(self, passage: Passage, *, final: bool) -> Choice:
+        """Choose distractors for a passage from what the window holds now.
+
+        Args:
+            passage: The relevant one.
+            final: Use what there is; otherwise a source that may grow ends the choice when it is exhausted.
+        """
+        section = self._section
+        if not self._sources.weights:
+            return Choice(is_complete=True)
+        goal = Goal(
+            section.contexts_per_sample - 1, self._sampling.target_tokens(passage), section.max_tokens
+        )
+        candidates = self._sources.candidates(passage, final=final)
+        return self._chooser.choose(passage, candidates, goal, lambda chosen: self._ordered(passage, chosen))
+
+    def _exclusion_reason(self, passage: Passage) -> str | None:
+        """Return why a passage gets no sample, or None. An excluded one can still be a distractor."""
+        section = self._section
+        if not set(section.exclude_flags).isdisjoint(passage.flags):
+            return "excluded"
+        gain = passage.context_gain
+        if section.min_context_gain is not None and gain is not None and gain < section.min_context_gain:
+            return "excluded"
+        if section.max_tokens is not None and self._counter.count(passage, [passage]) > section.max_tokens:
+            return "too_long"
+        return None
+
+    def _retry(self, source: Source, task: str) -> list["Arrangement"]:
+        """Try the passages again that waited for the pool to reach its present size."""
+        made = []
+        for passage in self.waiting.pop_due(source, task, self._sources.pool(source, task).added):
+            choice = self.choose(passage, final=False)
+            if choice.is_complete:
+                made.append(self._arranged(passage, choice))
+            else:
+                # Wait until the pool has doubled: a passage whose answer is in nearly every text must not
+                # cost a search for each new context.
+                awaited = choice.exhausted or source
+                self.waiting.add(passage, awaited, 2 * self._sources.pool(awaited, task).added)
+        return made
+
+    def _arrange_now(self, passage: Passage) -> "Arrangement":
+        self.waiting.discard(passage)
+        return self._arranged(passage, self.choose(passage, final=True))
+
+    def _ordered(self, passage: Passage, distractors: list[Piece]) -> list[Piece]:
+        index = self._sampling.relevant_index(passage, len(distractors))
+        return [*distractors[:index], passage, *distractors[index:]]
+
+    def _arranged(self, passage: Passage, choice: Choice) -> "Arrangement":
+        self.samples += 1
+        return Arrangement(
+            self._ordered(passage, choice.distractors),
+            self._sampling.relevant_index(passage, len(choice.distractors)),
+            self._sampling.target_tokens(passage),
+            choice.n_tokens,
+            self._prompts,
+            self._counter,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Which passages make a sample, in which order. Many may be due at once, so its text is made later."""
+    """The passages of a sample in order. The text is rendered later, as many samples may be due at once."""
 
     passages: Sequence[Piece]
     relevant_index: int
     target_tokens: int | None
     n_tokens: int | None
-    """None where nothing had to be counted so far."""
+    """Tokens of the sample; None if they have not been counted yet."""
     prompts: SamplePrompts
-    measure: TokenCounter
+    counter: TokenCounter
 
     def sample(self) -> Sample:
-        """The sample, with its text."""
+        """Render the sample."""
         relevant = self.passages[self.relevant_index]
         assert isinstance(relevant, Passage), "the relevant one is a context"
         user = self.prompts.user_message(relevant, [one.text for one in self.passages])
         n_tokens = self.n_tokens
         if n_tokens is None:
-            n_tokens = self.measure.total(relevant, self.passages, user)
+            n_tokens = self.counter.count(relevant, self.passages, user)
         return Sample(
             id=relevant.id,
             seed_id=relevant.seed_id,
@@ -61,174 +235,50 @@ class Arrangement:
         )
 
 
-__all__ = ["Arrangement", "Assembler", "AssemblyState"]
-
-
-@dataclass(frozen=True, slots=True)
-class AssemblyState:
-    """Where assembly stands, without the texts: those are read from the log again."""
-
-    consumed: int = 0
-    """Contexts taken in; also the seq of the next one."""
-    samples: int = 0
-    """Samples arranged."""
-    window_start: int = 0
-    """Seq of the oldest context still in the window."""
-    pending: list[tuple[int, int]] = field(default_factory=list)
-    """Contexts that wait for distractors of their task: (seq, size of the pool at which to try again)."""
-    added: dict[str, int] = field(default_factory=dict)
-    """`Pool.added` of each task in the window."""
-    pending_any: list[tuple[int, int]] = field(default_factory=list)
-    """Those that wait for distractors of any task."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """`Assembler.left_out`."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-class Assembler:
-    """Makes samples of passages, which must come in the order of the log.
+class Sampling:
+    """The random draws for a sample: its length, and the position of its relevant context.
 
     Args:
-        section: How.
-        run_seed: Decides all draws.
-        prompts: Renders user messages.
-        measure: Counts tokens; by default as the servers did.
-        corpus: Passages to draw distractors from, where the section wants that.
+        section: The section `assembly`.
+        run_seed: `run.seed`.
     """
 
-    def __init__(
-        self,
-        section: AssemblySection,
-        run_seed: int,
-        prompts: SamplePrompts,
-        measure: TokenCounter | None = None,
-        corpus: Corpus | None = None,
-    ) -> None:
-        self._section = section
-        self._prompts = prompts
-        self._measure = measure or ServerTokenCounter()
-        self._lots = Sampling(section, run_seed)
-        self._window = Window(section.window_bytes)
-        self._sources = Sources(section, self._lots, self._window, corpus)
-        self._chooser = Chooser(section, self._measure)
-        self._waiting = Waiting()
-        self.consumed = 0
-        self.samples = 0
-        self.left_out: Counter[str] = Counter()
-        """Contexts that got no sample, by why: excluded or too_long."""
+    def __init__(self, section: AssemblySection, run_seed: int) -> None:
+        self._target = section.target_tokens
+        self._position: Literal["uniform"] | float | Sequence[float] = section.position
+        self._run_seed = str(run_seed)
+        # Epoch 0 is left out of the digest, so that its draws equal those of versions without epochs.
+        self._epoch = (str(section.epoch),) if section.epoch else ()
 
-    def add(self, passage: Passage) -> list[Arrangement]:
-        """Take in the next passage; what can be arranged now, each once."""
-        assert passage.seq == self.consumed, f"context {self.consumed} is next, not {passage.seq}"
-        self.consumed += 1
-        why = self._why_left_out(passage)
-        if why is not None:
-            self.left_out[why] += 1
-        if not self._sources.of_log:
-            return [] if why is not None else [self._make_do(passage)]
-        self._window.add(passage)
-        if why is None:
-            self._waiting.add(passage, *self._sources.first_try)
-        made = [one for source in ("same_task", "any_task") for one in self._retry(source, passage.task)]
-        while (oldest := self._window.overflow()) is not None:
-            if self._waiting.holds(oldest):
-                made.append(self._make_do(oldest))
-            self._window.drop_oldest()
-            for source in ("same_task", "any_task"):
-                self._waiting.tidy(source, oldest.task, len(self._sources.pool(source, oldest.task)))
-        return made
+    def rng(self, purpose: str, passage: Passage) -> Random:
+        """Return the random generator for one purpose and one context."""
+        return Random(digest(purpose, self._run_seed, passage.id, *self._epoch))
 
-    def flush(self) -> list[Arrangement]:
-        """At the end of the stream: arrange those that still wait, with what there is."""
-        made = [self._make_do(passage) for passage in self._waiting.all()]
-        self._waiting.clear()
-        return made
+    def target_tokens(self, passage: Passage) -> int | None:
+        """Return the length of this context's sample in tokens; None if a number of contexts decides."""
+        if not isinstance(self._target, LengthsSection):
+            return self._target
+        lengths = self._target
+        if lengths.schedule is not None:
+            starts = [start for start, _ in lengths.schedule]
+            return lengths.schedule[bisect_right(starts, passage.seq) - 1][1]
+        rng = self.rng("length", passage)
+        if lengths.uniform is not None:
+            return rng.randint(*lengths.uniform)
+        if lengths.log_uniform is not None:
+            low, high = lengths.log_uniform
+            drawn = round(low * math.exp(rng.random() * math.log(high / low)))
+            return min(max(drawn, low), high)
+        assert lengths.choices is not None, "a distribution has one of its keys"
+        return rng.choices(lengths.choices, lengths.weights)[0]
 
-    def state(self) -> AssemblyState:
-        """What `restore` needs, besides the log."""
-        first = self._window.first_seq
-        return AssemblyState(
-            consumed=self.consumed,
-            samples=self.samples,
-            window_start=self.consumed if first is None else first,
-            pending=self._waiting.entries("same_task"),
-            added={task: pool.added for task, pool in self._window.pools.items()},
-            pending_any=self._waiting.entries("any_task"),
-            left_out=dict(self.left_out),
-        )
-
-    def restore(self, state: AssemblyState, passages: Iterable[Passage]) -> None:
-        """Go back to `state`; `passages` are those from `window_start` up to `consumed`."""
-        waiting: tuple[tuple[Source, dict[int, int]], ...] = (
-            ("same_task", dict(state.pending)),
-            ("any_task", dict(state.pending_any)),
-        )
-        for passage in passages:
-            self._window.add(passage)
-            for source, retry_at in waiting:
-                if passage.seq in retry_at:
-                    self._waiting.add(passage, source, retry_at[passage.seq])
-        for task, pool in self._window.pools.items():
-            pool.added = state.added[task]
-        self._window.everything.added = state.consumed
-        self.consumed, self.samples = state.consumed, state.samples
-        self.left_out = Counter(state.left_out)
-
-    def _why_left_out(self, passage: Passage) -> str | None:
-        """Why it gets no sample; it may be a distractor all the same."""
-        section = self._section
-        if not set(section.exclude_flags).isdisjoint(passage.flags):
-            return "excluded"
-        gain = passage.context_gain
-        if section.min_context_gain is not None and gain is not None and gain < section.min_context_gain:
-            return "excluded"
-        if section.max_tokens is not None and self._measure.total(passage, [passage]) > section.max_tokens:
-            return "too_long"
-        return None
-
-    def _retry(self, source: Source, task: str) -> list[Arrangement]:
-        """Arrangements of those that wait for the pool to be as large as it is now."""
-        made = []
-        size = self._sources.pool(source, task).added
-        for passage in self._waiting.due(source, task, size):
-            choice, dry = self._choice(passage, final=False)
-            if choice.is_enough:
-                made.append(self._arranged(passage, choice))
-            else:
-                # Twice as many next time: one that finds few, as its answer stands everywhere,
-                # must not cost a search for each context that comes.
-                there = self._sources.pool(dry or source, task).added
-                self._waiting.add(passage, dry or source, 2 * there)
-        return made
-
-    def _make_do(self, passage: Passage) -> Arrangement:
-        self._waiting.remove(passage)
-        return self._arranged(passage, self._choice(passage, final=True)[0])
-
-    def _choice(self, passage: Passage, *, final: bool) -> tuple[Choice, Source | None]:
-        """Distractors drawn for `passage`, and which source has run dry before they were enough."""
-        section = self._section
-        if not self._sources.weights:
-            return Choice(is_enough=True), None
-        goal = Goal(section.contexts_per_sample - 1, self._lots.target_tokens(passage), section.max_tokens)
-        draws = self._sources.drawn(passage, final=final)
-        choice = self._chooser.choose(passage, draws, goal, lambda chosen: self._ordered(passage, chosen))
-        return choice, draws.dry
-
-    def _ordered(self, passage: Passage, distractors: list[Piece]) -> list[Piece]:
-        place = self._lots.place(passage, len(distractors))
-        return [*distractors[:place], passage, *distractors[place:]]
-
-    def _arranged(self, passage: Passage, choice: Choice) -> Arrangement:
-        self.samples += 1
-        return Arrangement(
-            self._ordered(passage, choice.distractors),
-            self._lots.place(passage, len(choice.distractors)),
-            self._lots.target_tokens(passage),
-            choice.n_tokens,
-            self._prompts,
-            self._measure,
-        )
+    def relevant_index(self, passage: Passage, distractors: int) -> int:
+        """Return the index of the relevant context among `distractors` others."""
+        if not distractors:
+            return 0
+        if self._position == "uniform":
+            return self.rng("position", passage).randint(0, distractors)
+        depth = self._position
+        if isinstance(depth, Sequence):
+            depth = depth[passage.seq % len(depth)]
+        return math.floor(float(depth) * distractors + 0.5)

@@ -1,6 +1,6 @@
-"""Chat templates, rendered as `apply_chat_template` of transformers does, without transformers.
+"""The tokenizer of the model to be tuned: its vocabulary and its chat template, without transformers.
 
-The tokenizer of the model to be tuned: its vocabulary and its chat template, without transformers.
+Chat templates are rendered as `apply_chat_template` of transformers renders them.
 """
 
 import json
@@ -20,31 +20,93 @@ from tokenizers import AddedToken, Tokenizer
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
 
+_KEY = "assembly.tokenizer"
+_TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_FILES = [_TOKENIZER, _CONFIG, _TEMPLATE, "special_tokens_map.json", "additional_chat_templates/*"]
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TODAY = datetime(2024, 7, 26)
-"""What templates are told of the date: the same for ever, so that a sample's length is, too."""
+"""The date that templates get; fixed, so that the length of a sample does not change."""
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what a model is trained on; here it is as if it were not there."""
+def load_tokenizer(name: str) -> "ChatTokenizer":
+    """Load a tokenizer from a folder, or by its name on the Hugging Face hub, where a local copy comes first.
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2's
+    Raises:
+        ConfigError: The tokenizer cannot be found or used.
+    """
+    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
+    config = _json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+    special = _special_tokens(folder, config)
+    return ChatTokenizer(
+        name, _json(folder / _TOKENIZER), _template(name, folder, config), special, _added(config)
+    )
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [jinja2.nodes.Scope(body, lineno=line)]
+
+class ChatTokenizer:
+    """Renders chats and counts their tokens.
+
+    Args:
+        name: The tokenizer's name, for error messages.
+        spec: The content of tokenizer.json.
+        template: The chat template.
+        special_tokens: Special tokens that templates use by name, such as bos_token.
+        more_tokens: Added tokens of tokenizer_config.json, by id.
+
+    Raises:
+        ConfigError: The specification or the template cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: dict[str, Any],
+        template: str,
+        special_tokens: dict[str, str],
+        more_tokens: dict[int, AddedToken] | None = None,
+    ) -> None:
+        # Without what would truncate or pad a text or move its offsets. Special tokens are in the template.
+        self.spec = {**spec, "truncation": None, "padding": None, "post_processor": None}
+        if isinstance(model := spec.get("model"), dict) and model.get("dropout"):
+            self.spec["model"] = {**model, "dropout": None}  # a length must not be random
+        try:
+            self.tokenizer = Tokenizer.from_str(json.dumps(self.spec))
+        except Exception as error:  # the library raises no narrower type
+            raise ConfigError(f"{_KEY}: {_TOKENIZER} of {name} cannot be used: {error}") from error
+        known = self.tokenizer.get_added_tokens_decoder()
+        for number, token in sorted((more_tokens or {}).items()):
+            if number not in known:
+                self.tokenizer.add_tokens([token])
+        self.chat = ChatTemplate(name, template, special_tokens)
+        more = {number: repr(token) for number, token in (more_tokens or {}).items()}
+        shaping = json.dumps([self.spec, template, special_tokens, more], sort_keys=True)
+        self.digest = digest(shaping).hex()
+        """Digest of everything that lengths depend on."""
+
+    @cached_property
+    def added_tokens(self) -> list[AddedToken]:
+        """Tokens that are found in a text before it is split."""
+        return list(self.tokenizer.get_added_tokens_decoder().values())
+
+    def render(self, user: str, assistant: str) -> str:
+        """Return the text of a chat as the model sees it."""
+        return self.chat.render(user, assistant)
+
+    def count(self, text: str) -> int:
+        """Return the tokens of a rendered chat, including the special tokens in it; none are added."""
+        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return len(encoding)
 
 
 class ChatTemplate:
     """A model's chat template.
 
     Args:
-        name: The tokenizer, for messages.
-        source: The template.
-        special_tokens: Such as bos_token and eos_token, which templates use by these names.
+        name: The tokenizer's name, for error messages.
+        source: The template's text.
+        special_tokens: Special tokens by the names that templates use, such as bos_token.
 
     Raises:
-        ConfigError: It is no valid template, or cannot render a question and its answer.
+        ConfigError: The template is invalid, or cannot render a question and its answer.
     """
 
     def __init__(self, name: str, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -59,15 +121,15 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
-                f"the chat template of {name} is no valid template: line {error.lineno}: {error.message}"
+                f"{_KEY}: the chat template of {name} is invalid: line {error.lineno}: {error.message}"
             ) from error
         self.render("Question?", "Answer.")
 
     def render(self, user: str, assistant: str) -> str:
-        """The text of a chat of two messages, with all that stands round them.
+        """Return the text of a chat of two messages.
 
         Raises:
-            ConfigError: The template refuses.
+            ConfigError: The template fails or refuses.
         """
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         try:
@@ -78,8 +140,10 @@ class ChatTemplate:
                 add_generation_prompt=False,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template is not our code, and may fail in any way
-            raise ConfigError(f"the chat template of {self._name} cannot be rendered: {error}") from error
+        except Exception as error:  # a template can fail in any way
+            raise ConfigError(
+                f"{_KEY}: the chat template of {self._name} cannot be rendered: {error}"
+            ) from error
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -93,103 +157,39 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own escapes what means something in HTML.
+    # jinja2's own filter escapes HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
-_KEY = "assembly.tokenizer"
-_TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-_FILES = [_TOKENIZER, _CONFIG, _TEMPLATE, "special_tokens_map.json", "additional_chat_templates/*"]
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+class _GenerationTag(jinja2.ext.Extension):
+    """Ignores the tags `{% generation %}`, which mark the text a model is trained on."""
 
+    tags = {"generation"}  # noqa: RUF012 - jinja2's
 
-class ChatTokenizer:
-    """Counts the tokens of chats.
-
-    Args:
-        name: For messages.
-        spec: What tokenizer.json says.
-        template: The chat template.
-        special_tokens: Those it knows by name, such as bos_token.
-        more_tokens: Tokens of tokenizer_config.json, by id.
-
-    Raises:
-        ConfigError: One of them cannot be used.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        spec: dict[str, Any],
-        template: str,
-        special_tokens: dict[str, str],
-        more_tokens: dict[int, AddedToken] | None = None,
-    ) -> None:
-        # What would cut a text, pad it or move its offsets; it adds no tokens where no special ones are.
-        self.spec = {**spec, "truncation": None, "padding": None, "post_processor": None}
-        if isinstance(model := spec.get("model"), dict) and model.get("dropout"):
-            self.spec["model"] = {**model, "dropout": None}  # a length must not be left to chance
-        try:
-            self.tokenizer = Tokenizer.from_str(json.dumps(self.spec))
-        except Exception as error:  # the library raises nothing more special
-            raise ConfigError(f"{_KEY}: {_TOKENIZER} of {name} cannot be used: {error}") from error
-        known = self.tokenizer.get_added_tokens_decoder()
-        for number, token in sorted((more_tokens or {}).items()):
-            if number not in known:
-                self.tokenizer.add_tokens([token])
-        self.chat = ChatTemplate(name, template, special_tokens)
-        more = {number: repr(token) for number, token in (more_tokens or {}).items()}
-        shaping = json.dumps([self.spec, template, special_tokens, more], sort_keys=True)
-        self.digest = digest(shaping).hex()
-        """Stands for all that lengths depend on."""
-
-    @cached_property
-    def added_tokens(self) -> list[AddedToken]:
-        """Tokens that are found in a text before it is split."""
-        return list(self.tokenizer.get_added_tokens_decoder().values())
-
-    def render(self, user: str, assistant: str) -> str:
-        """The text of a chat, as the model sees it."""
-        return self.chat.render(user, assistant)
-
-    def count(self, text: str) -> int:
-        """How many tokens a rendered chat has: its special tokens count, none are added."""
-        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return len(encoding)
-
-
-def load_tokenizer(name: str) -> ChatTokenizer:
-    """The tokenizer in a folder, or of a name on the Hugging Face hub: local copies come first.
-
-    Raises:
-        ConfigError: It cannot be had or used.
-    """
-    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
-    config = _json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
-    special = _special_tokens(folder, config)
-    return ChatTokenizer(
-        name, _json(folder / _TOKENIZER), _template(name, folder, config), special, _added(config)
-    )
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [jinja2.nodes.Scope(body, lineno=line)]
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    why: Exception | None = None
+    failure: Exception | None = None
     for local_only in (True, False):
         try:
             folder = Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=local_only))
-        except Exception as error:  # noqa: BLE001 - whatever the hub, the network or the disk says
-            why = error
+        except Exception as error:  # noqa: BLE001 - of the hub, the network or the disk
+            failure = error
             continue
         if (folder / _TOKENIZER).is_file():
             return folder
-    said = " ".join(str(why or f"it has no {_TOKENIZER}").split())
+    reason = " ".join(str(failure or f"it has no {_TOKENIZER}").split())
     raise ConfigError(
-        f"{_KEY}: {name} is no folder, and cannot be had from the Hugging Face hub: {said}"
-    ) from why
+        f"{_KEY}: {name} is not a folder, and cannot be loaded from the Hugging Face hub: {reason}"
+    ) from failure
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -198,12 +198,12 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_KEY}: cannot read {path}: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{_KEY}: {path} holds no JSON object")
+        raise ConfigError(f"{_KEY}: {path} is not a JSON object")
     return data
 
 
 def _template(name: str, folder: Path, config: dict[str, Any]) -> str:
-    """The chat template: a file of its own goes before the configuration, one named default before others."""
+    """Return the chat template: a file first, then the configuration, where a list has one named default."""
     if (path := folder / _TEMPLATE).is_file():
         try:
             return path.read_text("utf-8")
@@ -214,18 +214,20 @@ def _template(name: str, folder: Path, config: dict[str, Any]) -> str:
         try:
             given = {named["name"]: named["template"] for named in given}
         except (TypeError, KeyError) as error:
-            raise ConfigError(f"{_KEY}: {folder / _CONFIG}: chat_template is no list of templates") from error
+            raise ConfigError(
+                f"{_KEY}: {folder / _CONFIG}: chat_template is not a list of named templates"
+            ) from error
     if isinstance(given, dict):
         if "default" not in given:
-            raise ConfigError(f"{_KEY}: {name} has several chat templates, and none is called default")
+            raise ConfigError(f"{_KEY}: {name} has several chat templates, none of them named default")
         given = given["default"]
     if not isinstance(given, str):
-        raise ConfigError(f"{_KEY}: {name} has no chat template: take the tokenizer of a chat model")
+        raise ConfigError(f"{_KEY}: {name} has no chat template: use the tokenizer of a chat model")
     return given
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Those that a template may use by name."""
+    """Return the special tokens that a template may use by name."""
     named = dict(config)
     if not any(name in config for name in _SPECIAL) and (folder / "special_tokens_map.json").is_file():
         named = _json(folder / "special_tokens_map.json")
@@ -245,4 +247,4 @@ def _added(config: dict[str, Any]) -> dict[int, AddedToken]:
             for number, token in (config.get("added_tokens_decoder") or {}).items()
         }
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{_KEY}: {_CONFIG}: added_tokens_decoder cannot be understood: {error}") from error
+        raise ConfigError(f"{_KEY}: {_CONFIG}: invalid added_tokens_decoder: {error}") from error

@@ -1,260 +1,123 @@
-"""Where distractors come from: contexts of the same task or of any, passages of a corpus, or a mix.
+"""The distractors of a sample: which candidates are drawn, which are refused, and when there are enough.
 
-Which distractors a sample gets: how many, and which never.
+`Sources` yields random candidates for a context: contexts of the same task or of any task, passages of a
+corpus, or a weighted mix. `Chooser` takes them until the sample has its number of contexts or its length in
+tokens, and refuses those that hold the answer, come from the same seed, or are near-duplicates of a text in
+the sample.
 """
 
-import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal
 
 from streamsyn.assembly.corpus import Corpus
 from streamsyn.assembly.token_counter import TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Pool, Window
-from streamsyn.config.sections import AssemblySection, LengthsSection, Source
-from streamsyn.records import digest
+from streamsyn.config.sections import AssemblySection, Source
 from streamsyn.shingles import Signature, similarity
 
-
-class Sampling:
-    """Lengths and places, drawn for one context at a time."""
-
-    def __init__(self, section: AssemblySection, run_seed: int) -> None:
-        self._target = section.target_tokens
-        self._position: Literal["uniform"] | float | Sequence[float] = section.position
-        self._run_seed = str(run_seed)
-        # The first epoch's draws are those of versions that knew no epochs.
-        self._epoch = (str(section.epoch),) if section.epoch else ()
-
-    def draw(self, what: str, passage: Passage) -> Random:
-        """A source of chance of its own for each `what` of each context."""
-        return Random(digest(what, self._run_seed, passage.id, *self._epoch))
-
-    def target_tokens(self, passage: Passage) -> int | None:
-        """How long the sample of this context is to be, in tokens; None: a number of contexts decides."""
-        if not isinstance(self._target, LengthsSection):
-            return self._target
-        lengths = self._target
-        if lengths.schedule is not None:
-            starts = [start for start, _ in lengths.schedule]
-            return lengths.schedule[bisect_right(starts, passage.seq) - 1][1]
-        rng = self.draw("length", passage)
-        if lengths.uniform is not None:
-            return rng.randint(*lengths.uniform)
-        if lengths.log_uniform is not None:
-            lowest, highest = lengths.log_uniform
-            drawn = round(lowest * math.exp(rng.random() * math.log(highest / lowest)))
-            return min(max(drawn, lowest), highest)
-        assert lengths.choices is not None, "a distribution has one of its keys"
-        return rng.choices(lengths.choices, lengths.weights)[0]
-
-    def place(self, passage: Passage, distractors: int) -> int:
-        """How many of its distractors stand before the context."""
-        if not distractors:
-            return 0
-        if self._position == "uniform":
-            return self.draw("position", passage).randint(0, distractors)
-        depth = self._position
-        if isinstance(depth, Sequence):
-            depth = depth[passage.seq % len(depth)]
-        return math.floor(float(depth) * distractors + 0.5)
-
-
-class Sources:
-    """The sources that a configuration names, over the passages that are in the window now."""
-
-    def __init__(
-        self, section: AssemblySection, lots: Sampling, window: Window, corpus: Corpus | None
-    ) -> None:
-        self.weights = section.source_weights
-        """How often each is drawn from; none where no distractors are wanted."""
-        self._lots = lots
-        self._window = window
-        self._corpus = corpus
-        self.of_log: frozenset[Source] = frozenset(source for source in self.weights if source != "corpus")
-        """Those of them that contexts are drawn from: they grow."""
-        self._first_try = 1
-        if len(self.weights) == 1 and section.target_tokens is None:
-            self._first_try = section.contexts_per_sample
-
-    @property
-    def first_try(self) -> tuple[Source, int]:
-        """Which source has to have had how many contexts before it is worth a try."""
-        return ("same_task" if "same_task" in self.of_log else "any_task"), self._first_try
-
-    def pool(self, source: Source, task: str) -> Pool:
-        """What there is of a source that grows; an empty one where there is nothing."""
-        if source == "any_task":
-            return self._window.everything
-        return self._window.pools.get(task) or Pool()
-
-    def drawn(self, passage: Passage, *, final: bool) -> "Draws":
-        """Candidates for the sample of `passage`. `final`: there is no use in waiting for more."""
-        single = len(self.weights) == 1
-        iterators = {
-            source: self._shuffled(
-                source, passage, self._lots.draw("distractors" if single else f"from {source}", passage)
-            )
-            for source in self.weights
-        }
-        waits = frozenset() if final else self.of_log
-        return Draws(iterators, self.weights, self._lots.draw("sources", passage), waits)
-
-    def _shuffled(self, source: Source, passage: Passage, rng: Random) -> Iterator[Piece]:
-        if source == "corpus":
-            assert self._corpus is not None, "Materials has loaded it"
-            return self._corpus.shuffled(rng)
-        return self.pool(source, passage.task).shuffled(rng)
-
-
-class Draws:
-    """Candidates one by one: the source of each place in a sample is drawn by weight, then a text of it.
-
-    Args:
-        iterators: The candidates of each source, in random order.
-        weights: Of the sources.
-        rng: Chooses between sources.
-        waits: Sources that may have more later: when one of them has run dry, `dry` names it.
-    """
-
-    def __init__(
-        self,
-        iterators: dict[Source, Iterator[Piece]],
-        weights: Mapping[Source, float],
-        rng: Random,
-        waits: frozenset[Source],
-    ) -> None:
-        self._iterators = iterators
-        self._weights = weights
-        self._rng = rng
-        self._waits = waits
-        self._place = -1
-        self._source: Source | None = None
-        self.dry: Source | None = None
-
-    def next(self, place: int) -> Piece | None:
-        """The next candidate for a place, which counts from 0; None when there is none (yet)."""
-        if place != self._place:
-            self._place, self._source = place, self._drawn_source()
-        while self._source is not None:
-            if (piece := next(self._iterators[self._source], None)) is not None:
-                return piece
-            if self._source in self._waits:
-                self.dry = self._source
-                return None
-            del self._iterators[self._source]
-            self._source = self._drawn_source()
-        return None
-
-    def _drawn_source(self) -> Source | None:
-        left = list(self._iterators)
-        if len(left) < 2:
-            return left[0] if left else None
-        return self._rng.choices(left, [self._weights[source] for source in left])[0]
-
-
-_MOST_TOO_LONG = 16
-"""After so many candidates that would have made it too long, a sample is as long as it gets."""
+_MAX_TOO_LONG = 16
+"""Once this many candidates would have exceeded `max_tokens`, the sample counts as complete."""
 
 Order = Callable[[list[Piece]], list[Piece]]
-"""All passages of a sample, as they stand in it, from its distractors."""
-
-
-@dataclass(slots=True)
-class Choice:
-    """Distractors chosen for one context."""
-
-    distractors: list[Piece] = field(default_factory=list)
-    n_tokens: int | None = None
-    """Of the whole sample, where that has been counted."""
-    is_enough: bool = False
-    """Whether there is no use in waiting for more."""
+"""Returns all passages of a sample in their order, from its distractors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """How long a sample is to be: so many distractors, or so many tokens."""
+    """The size of a sample: a number of distractors, or a length in tokens if there is a target."""
 
     distractors: int
     target_tokens: int | None = None
     max_tokens: int | None = None
 
     @property
-    def is_by_tokens(self) -> bool:
+    def needs_counting(self) -> bool:
         """Whether tokens have to be counted while distractors are chosen."""
         return self.target_tokens is not None or self.max_tokens is not None
 
 
-class Chooser:
-    """Chooses distractors in the order in which they are drawn."""
+@dataclass(slots=True)
+class Choice:
+    """The distractors chosen for one context."""
 
-    def __init__(self, section: AssemblySection, measure: TokenCounter) -> None:
+    distractors: list[Piece] = field(default_factory=list)
+    n_tokens: int | None = None
+    """Tokens of the whole sample; None if they have not been counted."""
+    is_complete: bool = False
+    """Whether more candidates would not change the choice."""
+    exhausted: Source | None = None
+    """The source that has no more candidates yet, where that ended an incomplete choice."""
+
+
+class Chooser:
+    """Chooses distractors from candidates, in the order in which these are drawn."""
+
+    def __init__(self, section: AssemblySection, counter: TokenCounter) -> None:
         self._min_answer_chars = section.min_answer_chars
         self._max_similarity = section.max_similarity
-        self._measure = measure
+        self._counter = counter
 
-    def choose(self, relevant: Passage, draws: Draws, goal: Goal, order: Order) -> Choice:
-        """Distractors for `relevant`, until there are enough or none is left to try.
+    def choose(self, relevant: Passage, candidates: "Candidates", goal: Goal, order: Order) -> Choice:
+        """Take distractors for `relevant` until the goal is met or no candidate is left.
 
-        With a target in tokens the sample reaches it, and would not without its last distractor, unless
-        there are too few or `max_tokens` forbids it.
+        With a target in tokens, the sample reaches it and would not without its last distractor, unless there
+        are too few candidates or `max_tokens` forbids it.
         """
         answer = " ".join(relevant.answer.casefold().split())
         if len(answer) < self._min_answer_chars:
             answer = ""
-        origins = {relevant.origin}  # drafts of one seed tell the same story
-        likeness = _Likeness(self._max_similarity)
-        likeness.add(relevant)
-        fill = _Fill(self._measure, relevant, goal, order)
+        origins = {relevant.origin}
+        duplicates = _NearDuplicates(self._max_similarity)
+        duplicates.add(relevant)
+        selection = _Selection(self._counter, relevant, goal, order)
         tried = 0
-        while not fill.is_enough:
-            # Where nearly everything holds the answer, the search ends.
-            if tried > 8 * (len(fill.chosen) + 8):
+        while not selection.is_complete:
+            # Give up where nearly every candidate holds the answer.
+            if tried > 8 * (len(selection.chosen) + 8):
                 break
-            if (candidate := draws.next(len(fill.chosen))) is None:
+            if (candidate := candidates.next(len(selection.chosen))) is None:
                 break
             tried += 1
             if candidate.origin is not None and candidate.origin in origins:
                 continue
             if answer and candidate.holds(answer):
                 continue
-            if likeness.is_near(candidate) or not fill.add(candidate):
+            if duplicates.has_similar(candidate) or not selection.add(candidate):
                 continue
-            likeness.add(candidate)
+            duplicates.add(candidate)
             if candidate.origin is not None:
                 origins.add(candidate.origin)
-        if draws.dry is not None and not fill.is_enough:
-            return Choice()
-        return fill.choice()
+        if candidates.exhausted is not None and not selection.is_complete:
+            return Choice(exhausted=candidates.exhausted)
+        return selection.choice()
 
 
-class _Fill:
-    """A sample that grows to its length, counted exactly only where that can matter."""
+class _Selection:
+    """A sample that grows to its length. Tokens are estimated, and counted exactly only near a bound."""
 
-    def __init__(self, measure: TokenCounter, relevant: Passage, goal: Goal, order: Order) -> None:
-        self._measure = measure
+    def __init__(self, counter: TokenCounter, relevant: Passage, goal: Goal, order: Order) -> None:
+        self._counter = counter
         self._relevant = relevant
         self._goal = goal
         self._order = order
         self._too_long = 0
         self.chosen: list[Piece] = []
-        self._tokens = measure.total(relevant, [relevant]) if goal.is_by_tokens else 0
+        self._tokens = counter.count(relevant, [relevant]) if goal.needs_counting else 0
         self._is_exact = True
 
     @property
-    def is_enough(self) -> bool:
-        if self._too_long >= _MOST_TOO_LONG:
+    def is_complete(self) -> bool:
+        if self._too_long >= _MAX_TOO_LONG:
             return True
         if (target := self._goal.target_tokens) is None:
             return len(self.chosen) >= self._goal.distractors
         return self._is_exact and self._tokens >= target
 
     def add(self, piece: Piece) -> bool:
-        """Take it in, unless it would make the sample too long."""
-        if self._goal.is_by_tokens:
-            tokens, is_exact = self._with(piece)
+        """Add a distractor and return True, unless it would exceed `max_tokens`."""
+        if self._goal.needs_counting:
+            tokens, is_exact = self._tokens_with(piece)
             if self._goal.max_tokens is not None and tokens > self._goal.max_tokens:
                 self._too_long += 1
                 return False
@@ -262,28 +125,28 @@ class _Fill:
         self.chosen.append(piece)
         return True
 
-    def _with(self, piece: Piece) -> tuple[int, bool]:
-        """Tokens with a piece more, and whether they have been counted: where it may matter, they are."""
-        tokens = self._tokens + self._measure.about(self._relevant, piece)
-        slack = self._measure.slack(len(self.chosen) + 2)
-        if slack is None:
+    def _tokens_with(self, piece: Piece) -> tuple[int, bool]:
+        """Return the sample's tokens with one more piece, and whether they are exact."""
+        tokens = self._tokens + self._counter.estimate(self._relevant, piece)
+        error = self._counter.max_error(len(self.chosen) + 2)
+        if error is None:
             return tokens, True
-        highest, target = self._goal.max_tokens, self._goal.target_tokens
-        if highest is not None and tokens > highest + slack:
+        limit, target = self._goal.max_tokens, self._goal.target_tokens
+        if limit is not None and tokens > limit + error:
             return tokens, False
-        if any(bound is not None and tokens >= bound - slack for bound in (highest, target)):
+        if any(bound is not None and tokens >= bound - error for bound in (limit, target)):
             return self._counted([*self.chosen, piece]), True
         return tokens, False
 
     def choice(self) -> Choice:
-        """What has been chosen, less what turned out not to be needed."""
-        enough = self.is_enough
-        if not self._goal.is_by_tokens:
-            return Choice(self.chosen, None, enough)
+        """Return the distractors without those that an exact count shows to be superfluous."""
+        is_complete = self.is_complete
+        if not self._goal.needs_counting:
+            return Choice(self.chosen, None, is_complete)
         if not self._is_exact:
             self._tokens = self._counted(self.chosen)
-        # Sums of counts may be off: the last ones may be too many.
-        while self.chosen and self._measure.slack(1) is not None:
+        # The estimates may have been too low, so the last distractors may be too many.
+        while self.chosen and self._counter.max_error(1) is not None:
             if self._goal.max_tokens is not None and self._tokens > self._goal.max_tokens:
                 self.chosen.pop()
                 self._tokens = self._counted(self.chosen)
@@ -294,35 +157,144 @@ class _Fill:
                 break
             self.chosen.pop()
             self._tokens = shorter
-        return Choice(self.chosen, self._tokens, enough)
+        return Choice(self.chosen, self._tokens, is_complete)
 
     def _counted(self, distractors: list[Piece]) -> int:
-        return self._measure.total(self._relevant, self._order(distractors))
+        return self._counter.count(self._relevant, self._order(distractors))
 
 
-class _Likeness:
-    """The passages of one sample, by the keys under which those like them are found."""
+class _NearDuplicates:
+    """The signatures of one sample's passages, indexed by their bands."""
 
-    def __init__(self, most: float) -> None:
-        self._most = most
+    def __init__(self, max_similarity: float) -> None:
+        self._max_similarity = max_similarity
         self._by_band: dict[int, Signature] = {}
-        self._more: dict[int, list[Signature]] = {}
-        """Those whose band was taken: few, so the others cost little."""
+        self._collisions: dict[int, list[Signature]] = {}
+        """Further signatures of a band. There are few, so most bands need no list."""
 
-    def is_near(self, piece: Piece) -> bool:
-        """Whether the sample has one that is too much like it."""
-        if self._most >= 1 or self._by_band.keys().isdisjoint(piece.signature.bands):
+    def has_similar(self, piece: Piece) -> bool:
+        """Return whether the sample has a passage too similar to `piece`."""
+        if self._max_similarity >= 1 or self._by_band.keys().isdisjoint(piece.signature.bands):
             return False
         shared = [band for band in piece.signature.bands if band in self._by_band]
-        known = [one for band in shared for one in (self._by_band[band], *self._more.get(band, ()))]
-        return any(similarity(piece.signature, one) >= self._most for one in known)
+        known = [one for band in shared for one in (self._by_band[band], *self._collisions.get(band, ()))]
+        return any(similarity(piece.signature, one) >= self._max_similarity for one in known)
 
     def add(self, piece: Piece) -> None:
-        if self._most >= 1:
+        if self._max_similarity >= 1:
             return
         bands = piece.signature.bands
         if not self._by_band.keys().isdisjoint(bands):
             for band in self._by_band.keys() & bands:
-                self._more.setdefault(band, []).append(piece.signature)
+                self._collisions.setdefault(band, []).append(piece.signature)
             bands = tuple(band for band in bands if band not in self._by_band)
         self._by_band.update(dict.fromkeys(bands, piece.signature))
+
+
+class Sources:
+    """The sources of distractors that a configuration names.
+
+    Args:
+        section: The section `assembly`.
+        rng: Returns the random generator for a purpose and a context.
+        window: The contexts to draw from.
+        corpus: The corpus to draw from, if the section names it.
+    """
+
+    def __init__(
+        self,
+        section: AssemblySection,
+        rng: Callable[[str, Passage], Random],
+        window: Window,
+        corpus: Corpus | None,
+    ) -> None:
+        self.weights = section.source_weights
+        """The weight of each source; empty if samples have no distractors."""
+        self._rng = rng
+        self._window = window
+        self._corpus = corpus
+        self.of_log: frozenset[Source] = frozenset(source for source in self.weights if source != "corpus")
+        """The sources that grow with the log."""
+        self._first_try = 1
+        if len(self.weights) == 1 and section.target_tokens is None:
+            self._first_try = section.contexts_per_sample
+
+    @property
+    def first_try(self) -> tuple[Source, int]:
+        """The source a new context waits for, and the `Pool.added` at which to try it first."""
+        return ("same_task" if "same_task" in self.of_log else "any_task"), self._first_try
+
+    def pool(self, source: Source, task: str) -> Pool:
+        """Return the window's pool for a source of the log and a task."""
+        if source == "any_task":
+            return self._window.everything
+        return self._window.pools.get(task) or Pool()
+
+    def candidates(self, passage: Passage, *, final: bool) -> "Candidates":
+        """Return candidates for the sample of `passage`.
+
+        Args:
+            passage: The relevant one.
+            final: Whether an exhausted source is replaced by the others, in place of waiting for it to grow.
+        """
+        single = len(self.weights) == 1
+        iterators = {
+            source: self._shuffled(
+                source, passage, self._rng("distractors" if single else f"from {source}", passage)
+            )
+            for source in self.weights
+        }
+        growing = frozenset() if final else self.of_log
+        return Candidates(iterators, self.weights, self._rng("sources", passage), growing)
+
+    def _shuffled(self, source: Source, passage: Passage, rng: Random) -> Iterator[Piece]:
+        if source == "corpus":
+            assert self._corpus is not None, "AssemblyResources has loaded it"
+            return self._corpus.shuffled(rng)
+        return self.pool(source, passage.task).shuffled(rng)
+
+
+class Candidates:
+    """Random candidates for one sample. Each slot's source is drawn by weight, then a text of that source.
+
+    Args:
+        iterators: The texts of each source in random order.
+        weights: The weight of each source.
+        rng: Draws the sources.
+        growing: Sources that may have more texts later; when one has no more, `exhausted` names it.
+    """
+
+    def __init__(
+        self,
+        iterators: dict[Source, Iterator[Piece]],
+        weights: Mapping[Source, float],
+        rng: Random,
+        growing: frozenset[Source],
+    ) -> None:
+        self._iterators = iterators
+        self._weights = weights
+        self._rng = rng
+        self._growing = growing
+        self._slot = -1
+        self._source: Source | None = None
+        self.exhausted: Source | None = None
+
+    def next(self, slot: int) -> Piece | None:
+        """Return the next candidate for a slot (0-based); None if there is none, or none yet."""
+        if slot != self._slot:
+            self._slot, self._source = slot, self._draw_source()
+        while self._source is not None:
+            if (piece := next(self._iterators[self._source], None)) is not None:
+                return piece
+            if self._source in self._growing:
+                self.exhausted = self._source
+                return None
+            del self._iterators[self._source]
+            self._source = self._draw_source()
+        return None
+
+    def _draw_source(self) -> Source | None:
+        sources = list(self._iterators)
+        if len(sources) < 2:
+            return sources[0] if sources else None
+        return self._rng.choices(sources, [self._weights[source] for source in sources])[0]

@@ -1,7 +1,4 @@
-"""The user message of a sample: a template for each family of tasks, or the user's own.
-
-What assembly needs besides contexts, loaded once: prompts, tokenizer, corpus.
-"""
+"""What assembly needs besides contexts, loaded once: prompt templates, the tokenizer and the corpus."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class ResourceMissing(ConfigError):
-    """A tokenizer or corpus that is not (or no longer) to be had."""
+    """Raised when the tokenizer or the corpus cannot be loaded."""
 
 
 class AssemblyResources:
-    """What samples are made with. Any number of assemblers may be made of it.
+    """The prompts, tokenizer and corpus of a configuration. Several assemblers can share them.
 
     Raises:
-        ConfigError: Something that the configuration names cannot be used.
-        MaterialGone: This is so of its tokenizer or its corpus.
+        ConfigError: A prompt template cannot be used.
+        ResourceMissing: The tokenizer or the corpus cannot be loaded.
     """
 
     def __init__(self, section: AssemblySection) -> None:
@@ -47,39 +44,39 @@ class AssemblyResources:
             raise ResourceMissing(str(error)) from error
 
     def assembler(self, run_seed: int) -> Assembler:
-        """One that has not seen a context yet."""
-        measure: TokenCounter | None = None
+        """Return a new assembler."""
+        counter: TokenCounter | None = None
         if self._tokenizer is not None:
             from streamsyn.assembly.token_counter import ChatTokenCounter
 
-            measure = ChatTokenCounter(self._tokenizer, self._prompts)
-        return Assembler(self._section, run_seed, self._prompts, measure, self._corpus)
+            counter = ChatTokenCounter(self._tokenizer, self._prompts)
+        return Assembler(self._section, run_seed, self._prompts, counter, self._corpus)
 
     def fingerprint(self) -> dict[str, str]:
-        """What shapes samples besides the configuration: packaged templates, what files hold."""
-        shaping = self._prompts.fingerprint()
+        """Return digests of what shapes samples besides the configuration: templates, tokenizer, corpus."""
+        digests = self._prompts.fingerprint()
         if self._tokenizer is not None:
-            shaping["assembly.tokenizer"] = self._tokenizer.digest
+            digests["assembly.tokenizer"] = self._tokenizer.digest
         if self._corpus is not None:
-            shaping["assembly.corpus"] = self._corpus.digest
-        return shaping
+            digests["assembly.corpus"] = self._corpus.digest
+        return digests
 
 
-def with_templates(section: AssemblySection, shaping: Mapping[str, Any], folder: Path) -> AssemblySection:
-    """The section with the texts of its templates as files in `folder`: as a run's fingerprint has them."""
+def with_templates(section: AssemblySection, fingerprint: Mapping[str, Any], folder: Path) -> AssemblySection:
+    """Return the section with its templates as the run's fingerprint has them, saved as files in `folder`."""
 
-    def kept(key: str, path: Path | None) -> Path | None:
-        text = shaping.get(key)
+    def saved(key: str, path: Path | None) -> Path | None:
+        text = fingerprint.get(key)
         if path is None or not isinstance(text, str):
             return path
         copy = folder / digest(key).hex()
-        copy.write_bytes(text.encode())  # not `write_text`, which may change line ends
+        copy.write_bytes(text.encode())  # `write_text` may change line ends
         return copy
 
     tasks = {
-        name: task.model_copy(update={"template": kept(f"assembly.tasks.{name}.template", task.template)})
+        name: task.model_copy(update={"template": saved(f"assembly.tasks.{name}.template", task.template)})
         for name, task in section.tasks.items()
     }
     return section.model_copy(
-        update={"template": kept("assembly.template", section.template), "tasks": tasks}
+        update={"template": saved("assembly.template", section.template), "tasks": tasks}
     )

@@ -1,4 +1,4 @@
-"""The user message of a sample: a template for each family of tasks, or the user's own."""
+"""The user message of a sample, rendered with the template of its task's family or with the user's own."""
 
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import AssemblySection
@@ -7,7 +7,6 @@ from streamsyn.records import digest
 from streamsyn.templates import PromptTemplate, packaged, read
 
 FAMILIES = ("single_doc_qa", "multi_doc_qa", "summary", "meeting_query", "general")
-
 
 KNOWN_TASKS = {
     **{family: family for family in FAMILIES},
@@ -25,9 +24,9 @@ KNOWN_TASKS = {
     "multi_news": "summary",
     "qmsum": "meeting_query",
 }
+"""The family of each task that is known by name."""
 
-
-# One context alone: a sample has no more when no distractor fits.
+# A single context, as a sample has where no distractor fits.
 _EXAMPLE = {"contexts": ["a"], "instruction": "i", "task": "t"}
 
 
@@ -46,7 +45,7 @@ class SamplePrompts:
         if section.template is not None:
             self._common = PromptTemplate(str(section.template), read(section.template), _EXAMPLE)
         elif not section.source_weights:
-            self._common = self._families["general"]  # a single document needs no words round it
+            self._common = self._families["general"]  # a single document needs no introduction
         self._tasks: dict[str, PromptTemplate] = {}
         for task, override in section.tasks.items():
             if override.template is not None:
@@ -55,22 +54,22 @@ class SamplePrompts:
             elif override.family is not None:
                 if override.family not in FAMILIES:
                     raise ConfigError(
-                        f"assembly.tasks.{task}.family: there is no family {override.family!r}; "
-                        f"there are {', '.join(FAMILIES)}"
+                        f"assembly.tasks.{task}.family: unknown family {override.family!r}; "
+                        f"the families are {', '.join(FAMILIES)}"
                     )
                 self._tasks[task] = self._families[override.family]
 
     def user_message(self, passage: Passage, contexts: list[str]) -> str:
-        """The message that holds `contexts` and asks for what `passage` answers."""
+        """Return the message that holds `contexts` and asks the instruction of `passage`."""
         template = self.template(passage.task)
         return template.render(contexts=contexts, instruction=passage.instruction, task=passage.task)
 
     def template(self, task: str) -> PromptTemplate:
-        """The one that samples of a task are rendered with."""
+        """Return the template of a task: its own, else the common one, else that of its family."""
         family = self._families[KNOWN_TASKS.get(task.lower(), "general")]
         return self._tasks.get(task) or self._common or family
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of the packaged templates, which may be those of another version."""
+        """Return a digest of the packaged templates, which may differ between versions."""
         sources = [self._families[name].source for name in FAMILIES]
         return {"assembly.prompts": digest(*sources).hex()}

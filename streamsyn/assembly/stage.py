@@ -1,7 +1,7 @@
-"""Assembly as a stage: durable contexts in, samples out.
+"""Assembly as a stage of the pipeline: durable contexts in, samples out.
 
-Samples are derived: whatever a kill leaves unfinished is made again from the log, with the same
-bytes. A small file, written now and then, keeps a resume from reading the whole log for that.
+Samples are derived data: what a kill leaves unfinished is made again from the log, with the same bytes. A
+small state file, saved from time to time, means that a resume does not have to read the whole log for that.
 """
 
 import asyncio
@@ -23,72 +23,72 @@ log = structlog.get_logger()
 _BATCH = 64
 _STATE_EVERY_BYTES = 16 * 2**20
 _DELIVERED_CHARS = 2**16
-"""Text delivered at a time: what a kill may make a reader of stdout see twice."""
+"""Text delivered at a time. After a kill, a reader of stdout may see this much twice."""
 
 
 class AssemblyStore(Protocol):
-    """What the stage needs of the disk. Every method may block."""
+    """The storage that the stage needs. Every method may block."""
 
     def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
-        """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
+        """Yield the rows of contexts from `first_seq` up to, but not including, `end_seq`."""
         ...
 
     def load_state(self) -> dict[str, Any] | None:
-        """The state saved last, if there is one that can be used."""
+        """Return the state saved last; None if there is none that can be used."""
         ...
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Keep a state, once all samples made before it are on disk."""
+        """Save a state, after all samples made before it are on disk."""
         ...
 
 
 class SampleOutlet(Protocol):
-    """Where samples go. May block."""
+    """Where samples are delivered. `deliver` may block."""
 
     def deliver(self, samples: Sequence[Sample]) -> None:
-        """Take samples over: when this returns they are recorded.
+        """Deliver samples; when this returns they are recorded as delivered.
 
         Raises:
-            StoppedEarly: Whoever reads them has gone away.
-            SinkError: They cannot be written.
+            StoppedEarly: The reader is gone.
+            SinkError: The samples cannot be written.
         """
         ...
 
     def stop(self) -> None:
-        """End a `deliver` that waits for a slow reader, from any thread."""
+        """Make a `deliver` return that waits for a slow reader. Thread-safe."""
         ...
 
 
 class NoAssembly:
-    """Stands in where `assembly.write` is off."""
+    """The stage where `assembly.write` is false: contexts are consumed and no samples are made."""
 
     async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
-        """Let contexts pass."""
+        """Consume the queue."""
         async for _ in contexts:
             pass
 
     def stop(self) -> None:
-        """There is nothing to stop."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """There is nothing to finish."""
+        """Do nothing."""
 
     def save(self) -> None:
-        """There is nothing to save."""
+        """Do nothing."""
 
 
 class AssemblyStage:
-    """Makes samples and passes them to `outlet`, each once.
+    """Makes samples and delivers each of them once.
 
     Args:
-        assembler: A new one.
-        store: The disk.
-        outlet: Takes samples.
-        logged: Contexts that the log holds at the start.
-        delivered: Samples that were delivered by earlier runs.
+        assembler: A new assembler.
+        store: Contexts, and the saved state.
+        outlet: Where samples are delivered.
+        logged: Contexts in the log at the start.
+        delivered: Samples delivered by earlier runs.
         flushes: Numbers of contexts at which earlier streams ended.
-        replay: Called first, in a thread, where earlier samples are to be given to the reader once more;
-            raises what `outlet.deliver` does.
+        replay: Delivers the samples of earlier runs again, if the reader needs them; called first, in a
+            thread. Raises the errors of `outlet.deliver`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class AssemblyStage:
         self._replay = replay
         self._unsaved_bytes = 0
         self._stopped = threading.Event()
-        self._left_out = False
+        self._has_skipped = False
 
     async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
         """Catch up with the log, then follow `contexts` to their end."""
@@ -119,22 +119,22 @@ class AssemblyStage:
         async for first in contexts:
             batch = [first, *contexts.get_nowait(_BATCH - 1)]
             if self._stopped.is_set():
-                self._left_out = True  # they are taken from the queue, and no more
+                self._has_skipped = True  # consume them, so that the queue can drain
             else:
                 await asyncio.to_thread(self._take, [Passage.of_context(*one) for one in batch])
 
     def stop(self) -> None:
-        """Make no more samples: the log has what they are made of."""
+        """Stop making samples; a later run makes the missing ones from the log."""
         self._stopped.set()
         self._outlet.stop()
 
     def finish(self) -> None:
-        """At the end of the stream, in a thread: what still waits is made with what there is.
+        """At the end of the stream, in a thread: make the samples that still wait for distractors.
 
         Raises:
-            StoppedEarly: `stop` has left contexts out; a later run makes their samples.
+            StoppedEarly: Contexts were skipped after `stop`; a later run makes their samples.
         """
-        if self._left_out:
+        if self._has_skipped:
             raise StoppedEarly("stopped before every sample was made")
         self._emit(self._assembler.flush())
         if self._assembler.left_out:
@@ -157,7 +157,7 @@ class AssemblyStage:
         passages = map(Passage.of_row, rows)
         while batch := list(islice(passages, _BATCH)):
             if self._stopped.is_set():
-                self._left_out = True
+                self._has_skipped = True
                 return
             self._take(batch)
         self._emit(self._flushed())
@@ -168,12 +168,13 @@ class AssemblyStage:
             return
         try:
             state = AssemblyState(**saved)
-        except TypeError:  # it has keys that this version does not know
+        except TypeError:  # it has keys that this version does not know: start from the first context
             log.warning("assembly.state_damaged")
-            return  # it is derived: start from the first context
+            return
         if state.consumed > self._logged or state.samples > self._delivered:
+            # The log has lost its end since the state was saved: start from the first context.
             log.warning("assembly.state_ahead", state=state.consumed, logged=self._logged)
-            return  # it was saved by a log that has since lost its end: start from the first context
+            return
         rows = self._store.read_contexts(state.window_start, state.consumed)
         self._assembler.restore(state, map(Passage.of_row, rows))
 
@@ -188,11 +189,11 @@ class AssemblyStage:
             self.save()
 
     def _flushed(self) -> list[Arrangement]:
-        """What an earlier run made at the end of its stream, if that was here."""
+        """Return the samples that an earlier run made at the end of its stream, if the stream ended here."""
         return self._assembler.flush() if self._assembler.consumed in self._flushes else []
 
     def _emit(self, arranged: Sequence[Arrangement]) -> None:
-        """Deliver what earlier runs have not, a bounded amount of text at a time."""
+        """Deliver the samples that earlier runs have not, a bounded amount of text at a time."""
         first = self._assembler.samples - len(arranged)
         batch: list[Sample] = []
         size = 0

@@ -1,14 +1,12 @@
-"""How long a sample is, in tokens.
+"""The length of a sample in tokens.
 
-Tokens of long texts, exactly, from those of their passages and of what lies between them.
-
-A passage is encoded once. Of it are kept a safe place near its head, one near its tail, and the tokens
-between them: they are the same wherever the passage stands. What is left of a sample are its seams, from one
-tail to the next head. That a scan is at a boundary at the head is looked up in the seam itself: where it is
-not, the seam goes on to the head of the next passage. What cannot be cut, or found in the text, is counted
-whole.
-
-Counts samples as the model to be tuned sees them.
+`ServerTokenCounter` adds up what the servers counted. `ChatTokenCounter` counts the whole chat exactly,
+with the tokenizer and chat template of the model to be tuned. It uses `IncrementalTokenCounter`, which
+encodes each passage once: it keeps a safe split point near the head, one near the tail, and the number of
+tokens between them, which is the same wherever the passage stands. In a sample only the seams are encoded,
+from the tail point of one passage to the head point of the next. Whether the head point is a boundary there
+is checked in the seam itself; if not, the seam extends to the next passage. A text that cannot be split is
+encoded whole.
 """
 
 import json
@@ -26,233 +24,231 @@ from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.window import Passage, Piece
 from streamsyn.templates import PromptTemplate
 
+_ERROR_TOKENS, _ERROR_TOKENS_PER_PIECE = 32, 2
+"""Assumed error of a sum of estimates. A guess: it only decides how early samples are counted exactly."""
+_HEAD_CHARS = (256, 4096)
+"""Characters in which the head point is searched: the first number, then the second if there is none."""
+_PROBE_CHARS = 64
+"""Characters of a passage that are searched for first."""
+_MAX_SEAMS = 2**14
+_MAX_CORPUS_PASSAGES = 2**17
+
 
 class TokenCounter(Protocol):
     """Counts the tokens of samples."""
 
-    def about(self, relevant: Passage, piece: Piece) -> int:
-        """How many tokens a piece adds to the sample of `relevant`, about."""
+    def estimate(self, relevant: Passage, piece: Piece) -> int:
+        """Return roughly how many tokens a piece adds to the sample of `relevant`."""
         ...
 
-    def slack(self, pieces: int) -> int | None:
-        """By how much a sum over so many pieces may be off; None: it never is."""
+    def max_error(self, pieces: int) -> int | None:
+        """Return by how many tokens a sum of this many estimates may be off; None if it is exact."""
         ...
 
-    def total(self, relevant: Passage, pieces: Sequence[Piece], user: str | None = None) -> int:
-        """Tokens of the sample of `relevant` that holds `pieces`, in this order.
+    def count(self, relevant: Passage, pieces: Sequence[Piece], user: str | None = None) -> int:
+        """Return the tokens of the sample of `relevant` that holds `pieces` in this order.
 
         Args:
-            relevant: Also one of `pieces`.
+            relevant: The relevant context; also one of `pieces`.
             pieces: All passages of the sample.
-            user: The user message, where it has been rendered already.
+            user: The user message, if it has been rendered already.
         """
         ...
 
 
 class ServerTokenCounter:
-    """Counts the passages alone, as the servers counted that wrote them."""
+    """Adds up the passages' tokens as counted by the servers that wrote them; nothing else is counted."""
 
-    def about(self, relevant: Passage, piece: Piece) -> int:  # noqa: ARG002 - the protocol's
+    def estimate(self, relevant: Passage, piece: Piece) -> int:  # noqa: ARG002 - the protocol's
         return piece.tokens
 
-    def slack(self, pieces: int) -> None:  # noqa: ARG002 - the protocol's
+    def max_error(self, pieces: int) -> None:  # noqa: ARG002 - the protocol's
         return None
 
-    def total(self, relevant: Passage, pieces: Sequence[Piece], user: str | None = None) -> int:  # noqa: ARG002
+    def count(self, relevant: Passage, pieces: Sequence[Piece], user: str | None = None) -> int:  # noqa: ARG002
         return sum(piece.tokens for piece in pieces)
 
 
-_HEADS = (256, 4096)
-"""The characters in which a first boundary is looked for, and if there is none, in so many."""
-_LOOKED_FOR = 64
-_MOST_SEAMS = 2**14
-_MOST_CORPUS = 2**17
+class ChatTokenCounter:
+    """Counts the whole chat exactly. Most of it is encoded once for each passage."""
+
+    def __init__(self, tokenizer: ChatTokenizer, prompts: SamplePrompts) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._incremental = IncrementalTokenCounter(tokenizer)
+        self._separators: dict[PromptTemplate, int] = {}
+
+    def estimate(self, relevant: Passage, piece: Piece) -> int:
+        template = self._prompts.template(relevant.task)
+        if template not in self._separators:
+            self._separators[template] = self._separator_tokens(template)
+        return self._incremental.count_piece(piece) + self._separators[template]
+
+    def max_error(self, pieces: int) -> int:
+        return _ERROR_TOKENS + _ERROR_TOKENS_PER_PIECE * pieces
+
+    def count(self, relevant: Passage, pieces: Sequence[Piece], user: str | None = None) -> int:
+        if user is None:
+            user = self._prompts.user_message(relevant, [piece.text for piece in pieces])
+        return self._incremental.count(self._tokenizer.render(user, relevant.answer), pieces)
+
+    def _separator_tokens(self, template: PromptTemplate) -> int:
+        """Return the tokens that a template adds for each passage."""
+        one, three = (
+            self._tokenizer.count(template.render(contexts=["word"] * n, instruction="word", task="word"))
+            for n in (1, 3)
+        )
+        return (three - one) // 2 - self._tokenizer.count("word")
 
 
-class Cuts(NamedTuple):
-    """What is kept of a passage's tokens. Places are in characters of the stripped text."""
+class SplitPoints(NamedTuple):
+    """What is kept of an encoded passage. Positions are characters of the stripped text."""
 
     total: int
-    """Tokens of it alone."""
+    """Tokens of the passage alone."""
     head: int
-    """The first safe place; -1 where it cannot be cut."""
+    """The first safe split point; -1 if the passage cannot be split."""
     head_end: int = 0
-    """What a seam has to hold so that its boundaries up to `head` are right."""
+    """End of the text a seam must include for its boundaries up to `head` to be right."""
     tail: int = 0
-    """The last safe place."""
+    """The last safe split point."""
     between: int = 0
     """Tokens from `head` to `tail`."""
 
 
 class Seam(NamedTuple):
-    """A text between two safe places, with some of what follows."""
+    """A text between two safe split points, with some of the text after it."""
 
     text: str
     end: int
-    """Where the second place is; -1: the text goes to its end."""
+    """Position of the second split point; -1 if the seam reaches to the end of the text."""
 
 
 class IncrementalTokenCounter:
-    """Counts texts that hold passages. Not for two threads at a time.
+    """Counts the tokens of texts that contain passages. Not thread-safe.
 
     Args:
-        tokenizer: Whose tokens.
-        settle_chars: After so many characters of a passage, any scan is likely to stand where its own does.
+        tokenizer: The tokenizer to count with.
+        settle_chars: Characters at a passage's start that are skipped when its head point is searched, as
+            the boundaries there may depend on the text before it.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, settle_chars: int = 24) -> None:
         self._tokenizer = tokenizer
         self._settle_chars = settle_chars
-        self._scan = pre_tokenizer_of(json.loads(tokenizer.tokenizer.to_str()))
-        self._cuts: WeakKeyDictionary[Piece, Cuts] = WeakKeyDictionary()
-        self._of_corpus: dict[int, Cuts] = {}
+        self._pre_tokenizer = pre_tokenizer_of(json.loads(tokenizer.tokenizer.to_str()))
+        self._points: WeakKeyDictionary[Piece, SplitPoints] = WeakKeyDictionary()
+        self._corpus_points: dict[int, SplitPoints] = {}
         self._seams: dict[Seam, int | None] = {}
 
     @property
-    def is_splicing(self) -> bool:
-        """Whether the tokenizer is of a kind that allows it."""
-        return self._scan is not None
-
-    def alone(self, piece: Piece) -> int:
-        """Tokens of a passage alone."""
-        return self.cuts(piece).total
-
-    def cuts(self, piece: Piece) -> Cuts:
-        """What is known of a passage."""
-        if isinstance(piece, CorpusPassage):
-            if (cuts := self._of_corpus.get(piece.index)) is None:
-                if len(self._of_corpus) >= _MOST_CORPUS:
-                    self._of_corpus.clear()
-                cuts = self._of_corpus[piece.index] = self._cut(piece.text.strip())
-        elif (cuts := self._cuts.get(piece)) is None:
-            cuts = self._cuts[piece] = self._cut(piece.text.strip())
-        return cuts
+    def is_incremental(self) -> bool:
+        """Whether the tokenizer allows it; otherwise every text is encoded whole."""
+        return self._pre_tokenizer is not None
 
     def count(self, text: str, pieces: Sequence[Piece]) -> int:
-        """Tokens of a text; `pieces` stand in it in this order, stripped or not."""
-        if self._scan is None or (self._scan.nfc and not unicodedata.is_normalized("NFC", text)):
+        """Return the tokens of a text that contains `pieces` in this order, stripped or not."""
+        scan = self._pre_tokenizer
+        if scan is None or (scan.nfc and not unicodedata.is_normalized("NFC", text)):
             return self._tokenizer.count(text)
-        placed: list[tuple[int, Cuts]] = []
-        at = gap = 0
+        placed: list[tuple[int, SplitPoints]] = []
+        end = gap = 0
         for piece in pieces:
-            inside = piece.text.strip()
-            begin = _found(text, inside, at, at + gap)
+            stripped = piece.text.strip()
+            begin = _find(text, stripped, end, end + gap)
             if begin < 0:
                 return self._tokenizer.count(text)
-            gap = begin - at
-            at = begin + len(inside)
-            if (cuts := self.cuts(piece)).head >= 0:
-                placed.append((begin, cuts))
-        return self._spliced(text, placed)
+            gap = begin - end
+            end = begin + len(stripped)
+            if (points := self.split_points(piece)).head >= 0:
+                placed.append((begin, points))
+        return self._count_seams(text, placed)
 
-    def _spliced(self, text: str, placed: list[tuple[int, Cuts]]) -> int:
-        begins = [0, *(begin + cuts.tail for begin, cuts in placed)]
-        self._encode([_seam(text, begin, to) for begin, to in zip(begins, placed, strict=False)])
-        tokens = begin = 0
-        for place, cuts in placed:
-            before = self._counted(_seam(text, begin, (place, cuts)))
+    def count_piece(self, piece: Piece) -> int:
+        """Return the tokens of a passage alone."""
+        return self.split_points(piece).total
+
+    def split_points(self, piece: Piece) -> SplitPoints:
+        """Return the split points of a passage, which are cached."""
+        if isinstance(piece, CorpusPassage):
+            if (points := self._corpus_points.get(piece.index)) is None:
+                if len(self._corpus_points) >= _MAX_CORPUS_PASSAGES:
+                    self._corpus_points.clear()
+                points = self._corpus_points[piece.index] = self._split(piece.text.strip())
+        elif (points := self._points.get(piece)) is None:
+            points = self._points[piece] = self._split(piece.text.strip())
+        return points
+
+    def _count_seams(self, text: str, placed: list[tuple[int, SplitPoints]]) -> int:
+        starts = [0, *(begin + points.tail for begin, points in placed)]
+        self._encode_seams([_seam(text, start, to) for start, to in zip(starts, placed, strict=False)])
+        tokens = start = 0
+        for begin, points in placed:
+            before = self._seam_tokens(_seam(text, start, (begin, points)))
             if before is not None:
-                tokens += before + cuts.between
-                begin = place + cuts.tail
-        rest = self._counted(Seam(text[begin:], -1))
-        assert rest is not None, "the rest has no second place to miss"
+                tokens += before + points.between
+                start = begin + points.tail
+        rest = self._seam_tokens(Seam(text[start:], -1))
+        assert rest is not None, "the last seam has no second split point"
         return tokens + rest
 
-    def _counted(self, seam: Seam) -> int | None:
-        """The tokens before a seam's second place, if that is safe."""
+    def _seam_tokens(self, seam: Seam) -> int | None:
+        """Return the tokens before a seam's second split point; None if that is not safe here."""
         if seam not in self._seams:
-            self._encode([seam])
+            self._encode_seams([seam])
         return self._seams[seam]
 
-    def _encode(self, seams: Sequence[Seam]) -> None:
-        assert self._scan is not None, "else texts are counted whole"
-        if len(self._seams) > _MOST_SEAMS:
+    def _encode_seams(self, seams: Sequence[Seam]) -> None:
+        assert self._pre_tokenizer is not None, "else texts are encoded whole"
+        if len(self._seams) > _MAX_SEAMS:
             self._seams.clear()
         new = [seam for seam in dict.fromkeys(seams) if seam not in self._seams]
-        for seam, encoding in zip(new, self._encodings([seam.text for seam in new]), strict=True):
+        for seam, encoding in zip(new, self._encode([seam.text for seam in new]), strict=True):
             if seam.end < 0:
                 self._seams[seam] = len(encoding)
             else:
-                self._seams[seam] = self._scan.tokens_before(seam.text, encoding, seam.end)
+                self._seams[seam] = self._pre_tokenizer.tokens_before(seam.text, encoding, seam.end)
 
-    def _cut(self, text: str) -> Cuts:
-        if self._scan is None or (head := self._head(text)) is None:
-            return Cuts(self._tokenizer.count(text), -1)
+    def _split(self, text: str) -> SplitPoints:
+        if self._pre_tokenizer is None or (head := self._find_head(text)) is None:
+            return SplitPoints(self._tokenizer.count(text), -1)
         begin, before, end = head
         rest = text[begin:]
-        (encoding,) = self._encodings([rest])
+        (encoding,) = self._encode([rest])
         total = before + len(encoding)
-        found = self._scan.last_before(rest, encoding, self._scan.margin_begin(rest))
+        found = self._pre_tokenizer.last_before(rest, encoding, self._pre_tokenizer.margin_begin(rest))
         if found is None:
-            return Cuts(total, -1)
+            return SplitPoints(total, -1)
         tail, between = found
-        return Cuts(total, begin, end, begin + tail, between)
+        return SplitPoints(total, begin, end, begin + tail, between)
 
-    def _head(self, text: str) -> tuple[int, int, int] | None:
-        """A place near the head, the tokens before it, and the end of its margin."""
-        assert self._scan is not None, "else texts are counted whole"
-        for length in _HEADS:
+    def _find_head(self, text: str) -> tuple[int, int, int] | None:
+        """Return a split point near the head, the tokens before it, and the end of its margin."""
+        assert self._pre_tokenizer is not None, "else texts are encoded whole"
+        for length in _HEAD_CHARS:
             part = text[:length]
-            (encoding,) = self._encodings([part])
+            (encoding,) = self._encode([part])
             for at in range(self._settle_chars, len(part)):
-                if (before := self._scan.tokens_before(part, encoding, at)) is not None:
-                    if (end := self._scan.margin_end(part, at)) is not None:
+                if (before := self._pre_tokenizer.tokens_before(part, encoding, at)) is not None:
+                    if (end := self._pre_tokenizer.margin_end(part, at)) is not None:
                         return at, before, end
                     break
             if length >= len(text):
                 break
         return None
 
-    def _encodings(self, texts: list[str]) -> list[Encoding]:
+    def _encode(self, texts: list[str]) -> list[Encoding]:
         return self._tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
-def _found(text: str, inside: str, at: int, guess: int) -> int:
-    """Where a passage begins, not before `at`; -1 if it is nowhere. To look for a long text takes long."""
-    if text.startswith(inside, guess):
+def _find(text: str, passage: str, first: int, guess: int) -> int:
+    """Return where a passage begins, at `first` or later; -1 if nowhere. A search for a long text is slow."""
+    if text.startswith(passage, guess):
         return guess
-    first = text.find(inside[:_LOOKED_FOR], at)
-    return first if first < 0 or text.startswith(inside, first) else text.find(inside, at)
+    found = text.find(passage[:_PROBE_CHARS], first)
+    return found if found < 0 or text.startswith(passage, found) else text.find(passage, first)
 
 
-def _seam(text: str, begin: int, to: tuple[int, Cuts]) -> Seam:
-    place, cuts = to
-    return Seam(text[begin : place + cuts.head_end], place + cuts.head - begin)
-
-
-_SLACK = (32, 2)
-"""By how many tokens a sum of passages may be off, and by how many more for each: a guess, which decides
-only how early samples are counted exactly."""
-
-
-class ChatTokenCounter:
-    """Counts the whole chat, exactly, and most of it only once for each passage."""
-
-    def __init__(self, tokenizer: ChatTokenizer, prompts: SamplePrompts) -> None:
-        self._tokenizer = tokenizer
-        self._prompts = prompts
-        self._splicer = IncrementalTokenCounter(tokenizer)
-        self._between: dict[PromptTemplate, int] = {}
-
-    def about(self, relevant: Passage, piece: Piece) -> int:
-        template = self._prompts.template(relevant.task)
-        if template not in self._between:
-            self._between[template] = self._glue(template)
-        return self._splicer.alone(piece) + self._between[template]
-
-    def slack(self, pieces: int) -> int:
-        always, each = _SLACK
-        return always + each * pieces
-
-    def total(self, relevant: Passage, pieces: Sequence[Piece], user: str | None = None) -> int:
-        if user is None:
-            user = self._prompts.user_message(relevant, [piece.text for piece in pieces])
-        return self._splicer.count(self._tokenizer.render(user, relevant.answer), pieces)
-
-    def _glue(self, template: PromptTemplate) -> int:
-        """Tokens of what the template puts round a passage."""
-        one, three = (
-            self._tokenizer.count(template.render(contexts=["word"] * n, instruction="word", task="word"))
-            for n in (1, 3)
-        )
-        return (three - one) // 2 - self._tokenizer.count("word")
+def _seam(text: str, start: int, to: tuple[int, SplitPoints]) -> Seam:
+    begin, points = to
+    return Seam(text[start : begin + points.head_end], begin + points.head - start)

@@ -1,6 +1,8 @@
-"""What assembly holds of a context, and the window of recent ones that distractors are drawn from.
+"""The window of recent contexts that distractors are drawn from, and the contexts that wait for distractors.
 
-Contexts that wait for distractors, and the size of a pool at which each is worth another try.
+`Window` holds the most recent passages, bounded in bytes, with a `Pool` for each task and one for all.
+`Waiting` holds the passages that have no sample yet, ordered by the pool size at which each is worth
+another try.
 """
 
 from abc import ABC, abstractmethod
@@ -17,44 +19,47 @@ from streamsyn.records import Context
 from streamsyn.shingles import Signature, signature
 
 _RECORD_BYTES = 1024
-"""What a passage costs besides its texts, roughly."""
+"""Approximate memory of a passage besides its texts, in bytes."""
 
 
 class Piece(ABC):
-    """A text that may stand in a sample, and what is worked out of it once."""
+    """A text that can be part of a sample, with values that are computed from it once."""
 
     text: str
     tokens: int
-    """As the server that wrote it counted, or an estimate."""
+    """As counted by the server that wrote the text, or an estimate."""
 
     @property
     @abstractmethod
     def log_seq(self) -> int | None:
-        """Its place in the log; None when it is no context."""
+        """The context's seq in the log; None for a text from a corpus."""
 
     @property
     @abstractmethod
     def origin(self) -> str | None:
-        """The seed it was written for: texts of one origin tell the same story. None when there is none."""
+        """The id of the seed the text was written for; None for a text from a corpus.
+
+        Texts of one origin tell the same story, so a sample holds at most one of them.
+        """
 
     @cached_property
     def plain(self) -> str:
-        """The text for comparing: case and white space do not count."""
+        """The text for comparisons: case-folded, with white space collapsed."""
         return " ".join(self.text.casefold().split())
 
     @cached_property
     def signature(self) -> Signature:
-        """By which near-duplicates of it are found."""
+        """The MinHash signature that near-duplicates are found by."""
         return signature(self.text)
 
     def holds(self, answer: str) -> bool:
-        """Whether it contains `answer`, which is given as `plain` would have it."""
+        """Return whether the text contains `answer`, which must be normalised as `plain` is."""
         return answer in self.plain
 
 
 @dataclass(frozen=True, eq=False)
 class Passage(Piece):
-    """A context as assembly sees it."""
+    """A context of the log, with the fields that assembly needs."""
 
     seq: int
     id: str
@@ -69,7 +74,7 @@ class Passage(Piece):
 
     @classmethod
     def of_context(cls, seq: int, context: Context) -> "Passage":
-        """From a context that has just been logged."""
+        """Make a passage from a context that has just been logged."""
         return cls(
             seq,
             context.id,
@@ -78,12 +83,12 @@ class Passage(Piece):
             context.instruction,
             context.answer,
             context.context,
-            *_figures(context.completion_tokens, context.checks),
+            *_metrics(context.completion_tokens, context.checks),
         )
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> "Passage":
-        """From a row of the log."""
+        """Make a passage from a row of the log."""
         return cls(
             row["seq"],
             row["id"],
@@ -92,7 +97,7 @@ class Passage(Piece):
             row["instruction"],
             row["answer"],
             row["context"],
-            *_figures(row["completion_tokens"], row.get("checks") or {}),
+            *_metrics(row["completion_tokens"], row.get("checks") or {}),
         )
 
     @property
@@ -105,53 +110,13 @@ class Passage(Piece):
 
     @cached_property
     def size(self) -> int:
-        """Bytes it counts for in the window: its text twice (once for comparing) and the rest."""
+        """Bytes that count in `assembly.window_bytes`: the text twice (`plain` is a copy) and the rest."""
         return 2 * len(self.text.encode()) + len(self.instruction) + len(self.answer) + _RECORD_BYTES
 
 
-def _figures(completion_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
-    """Tokens, flags and gain. A recipe that asks in steps says how many tokens its text alone has."""
+def _metrics(completion_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
+    """Return tokens, flags and context gain. Multi-step recipes record the tokens of the text itself."""
     return checks.get("tokens", completion_tokens), tuple(checks.get("flags", ())), checks.get("context_gain")
-
-
-class Pool:
-    """Passages in the window, of one task or of all, oldest first."""
-
-    def __init__(self) -> None:
-        self._passages: list[Passage] = []
-        self._head = 0
-        self.added = 0
-        """How many have come, including those that have left again."""
-
-    def __len__(self) -> int:
-        return len(self._passages) - self._head
-
-    def add(self, passage: Passage) -> None:
-        """Take in the newest."""
-        self._passages.append(passage)
-        self.added += 1
-
-    def drop_oldest(self) -> None:
-        """Let the oldest go."""
-        self._head += 1
-        if self._head > 64 and 8 * self._head > len(self._passages):  # what is dropped must not live on here
-            del self._passages[: self._head]
-            self._head = 0
-
-    def shuffled(self, rng: Random) -> Iterator[Passage]:
-        """The passages in random order, drawn one by one as they are asked for."""
-        first = self._head
-        return (self._passages[first + place] for place in shuffled(len(self), rng))
-
-
-def shuffled(length: int, rng: Random) -> Iterator[int]:
-    """The numbers below `length` in random order, drawn one by one as they are asked for."""
-    # Fisher and Yates, keeping only the places that have been swapped.
-    swapped: dict[int, int] = {}
-    for last in range(length - 1, -1, -1):
-        place = rng.randrange(last + 1)
-        yield swapped.get(place, place)
-        swapped[place] = swapped.get(last, last)
 
 
 class Window:
@@ -162,30 +127,34 @@ class Window:
         self._bytes = 0
         self._passages: deque[Passage] = deque()
         self.pools: dict[str, Pool] = {}
-        """Those of each task."""
+        """The passages of each task."""
         self.everything = Pool()
-        """Those of all tasks."""
+        """The passages of all tasks."""
+
+    def __iter__(self) -> Iterator[Passage]:
+        """The passages, oldest first."""
+        return iter(self._passages)
 
     @property
     def first_seq(self) -> int | None:
-        """The seq of the oldest passage; None when there is none."""
+        """The seq of the oldest passage; None when the window is empty."""
         return self._passages[0].seq if self._passages else None
 
     def add(self, passage: Passage) -> None:
-        """Take in the newest passage."""
+        """Add the newest passage."""
         self._passages.append(passage)
         self._bytes += passage.size
         self.everything.add(passage)
         self.pools.setdefault(passage.task, Pool()).add(passage)
 
     def overflow(self) -> Passage | None:
-        """The oldest passage, when there is too much; the newest never is."""
+        """Return the oldest passage if the window is too large; the newest passage always stays."""
         if self._bytes > self._max_bytes and len(self._passages) > 1:
             return self._passages[0]
         return None
 
     def drop_oldest(self) -> None:
-        """Let the oldest passage go."""
+        """Remove the oldest passage."""
         passage = self._passages.popleft()
         self._bytes -= passage.size
         self.everything.drop_oldest()
@@ -195,62 +164,102 @@ class Window:
             del self.pools[passage.task]
 
 
+class Pool:
+    """Passages of the window, of one task or of all tasks, oldest first."""
+
+    def __init__(self) -> None:
+        self._passages: list[Passage] = []
+        self._head = 0
+        self.added = 0
+        """Passages ever added, including those that have left the window."""
+
+    def __len__(self) -> int:
+        return len(self._passages) - self._head
+
+    def add(self, passage: Passage) -> None:
+        """Add the newest passage."""
+        self._passages.append(passage)
+        self.added += 1
+
+    def drop_oldest(self) -> None:
+        """Remove the oldest passage."""
+        self._head += 1
+        if self._head > 64 and 8 * self._head > len(self._passages):  # free the texts of removed passages
+            del self._passages[: self._head]
+            self._head = 0
+
+    def shuffled(self, rng: Random) -> Iterator[Passage]:
+        """Yield the passages in random order, each drawn when it is requested."""
+        first = self._head
+        return (self._passages[first + index] for index in shuffled(len(self), rng))
+
+
+def shuffled(length: int, rng: Random) -> Iterator[int]:
+    """Yield the numbers below `length` in random order, each drawn when it is requested."""
+    # A Fisher-Yates shuffle that stores only the positions that have been swapped.
+    swapped: dict[int, int] = {}
+    for last in range(length - 1, -1, -1):
+        index = rng.randrange(last + 1)
+        yield swapped.get(index, index)
+        swapped[index] = swapped.get(last, last)
+
+
 _Queue = tuple[Source, str]
 
 
 class Waiting:
-    """Each waits for one source: its own task, or any."""
+    """Passages that wait for more distractors, each in the queue of one source: its own task, or any task."""
 
     def __init__(self) -> None:
         self._heaps: dict[_Queue, list[tuple[int, int]]] = {}
         self._passages: dict[int, Passage] = {}
 
     def __len__(self) -> int:
+        """Objects held, for memory bounds: heap entries, heaps and passages."""
         return sum(map(len, self._heaps.values())) + len(self._heaps) + len(self._passages)
 
+    def __contains__(self, passage: Passage) -> bool:
+        return passage.seq in self._passages
+
     def add(self, passage: Passage, source: Source, retry_at: int) -> None:
-        """Have it wait until the source has had `retry_at` contexts."""
+        """Make a passage wait until `retry_at` contexts have been added to the source's pool."""
         self._passages[passage.seq] = passage
         heappush(self._heaps.setdefault(_queue(source, passage.task), []), (retry_at, passage.seq))
 
-    def holds(self, passage: Passage) -> bool:
-        """Whether it waits."""
-        return passage.seq in self._passages
-
-    def remove(self, passage: Passage) -> None:
-        """It waits no more, if it did."""
+    def discard(self, passage: Passage) -> None:
+        """Remove a passage, if it waits."""
         self._passages.pop(passage.seq, None)
 
     def clear(self) -> None:
-        """None waits any more."""
+        """Remove all passages."""
         self._heaps.clear()
         self._passages.clear()
 
-    def due(self, source: Source, task: str, size: int) -> Iterator[Passage]:
-        """Those that are worth a try now that the source has had `size` contexts; they wait no more."""
+    def pop_due(self, source: Source, task: str, added: int) -> Iterator[Passage]:
+        """Remove and yield the passages to try again, now that the source's pool has had `added` contexts."""
         heap = self._heaps.get(_queue(source, task), [])
-        while heap and heap[0][0] <= size:
+        while heap and heap[0][0] <= added:
             _, seq = heappop(heap)
             if (passage := self._passages.pop(seq, None)) is not None:
                 yield passage
         if not heap:
             self._heaps.pop(_queue(source, task), None)
 
-    def tidy(self, source: Source, task: str, pool: int) -> None:
-        """Keep no more than twice the pool's size, whatever has left the window."""
+    def compact(self, source: Source, task: str, pool_size: int) -> None:
+        """Delete the entries of passages that have left, so that a heap stays below twice its pool's size."""
         heap = self._heaps.get(_queue(source, task), [])
-        if len(heap) > 2 * pool:
+        if len(heap) > 2 * pool_size:
             heap[:] = [entry for entry in heap if entry[1] in self._passages]
             heapify(heap)
         if not heap:
             self._heaps.pop(_queue(source, task), None)
 
     def all(self) -> list[Passage]:
-        """All that wait, in the order of the log."""
+        """Return all waiting passages in the order of the log."""
         return [self._passages[seq] for seq in sorted(self._passages)]
 
     def entries(self, source: Source) -> list[tuple[int, int]]:
-        """(seq, size at which to try again) of those that wait for a source, in order."""
+        """Return (seq, retry_at) of the passages that wait for a source, sorted."""
         return sorted(
             (seq, retry_at)
             for (of, _), heap in self._heaps.items()

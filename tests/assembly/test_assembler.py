@@ -1,4 +1,4 @@
-"""Assembly as a function: every context becomes one sample, with distractors that are none of its own."""
+"""Assembly as a function: every context becomes one sample, with distractors written for other seeds."""
 
 import os
 import subprocess
@@ -76,7 +76,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Logs of a few tasks, seeds with several drafts, answers that stand in some of the texts."""
+    """Logs of a few tasks, seeds with several drafts, and answers that occur in some of the texts."""
     rows = draw(
         st.lists(
             st.tuples(
@@ -180,16 +180,14 @@ def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
             and len(window) > 1
         ):
             window.pop(0)
-        assert [there.seq for there in window if not single] == [
-            there.seq for there in one_by_one._window._passages
-        ]
+        assert [there.seq for there in window if not single] == [there.seq for there in one_by_one.window]
     check(samples_of(one_by_one.flush()), flushed=True)
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_a_restored_assembler_goes_on_as_if_undisturbed(case: Case) -> None:
-    """At every prefix of the log: the state, through JSON, and the log's passages give the same samples."""
+def test_a_restored_assembler_continues_as_if_undisturbed(case: Case) -> None:
+    """At every prefix of the log, the state (through JSON) and the log's passages give the same samples."""
     log, undisturbed = case.log, assembler(**case.section)
     made: list[Sample] = []
     states = []
@@ -238,8 +236,8 @@ def test_a_flush_makes_what_waits() -> None:
     assert [0, 2] == [len(samples_of(one_by_one.add(passage(seq)))) for seq in (3, 4)]
 
 
-def test_target_tokens_decide_in_place_of_a_number() -> None:
-    """Distractors are added until the contexts have so many tokens, and no further."""
+def test_target_tokens_replace_the_number_of_contexts() -> None:
+    """Distractors are added until the contexts have the target's tokens, and no further."""
     samples = assemble(assembler(target_tokens=35), [passage(seq) for seq in range(10)])
     long = assemble(assembler(target_tokens=35), [passage(0, tokens=35), passage(1)])
 
@@ -259,15 +257,15 @@ def test_short_answers_may_stand_in_distractors(answer: str, contexts: int) -> N
     assert contexts == next(len(one.context_seqs) for one in samples if one.id == "seed-0#0")
 
 
-def test_drafts_of_a_seed_are_no_distractors_of_each_other() -> None:
-    """However many drafts a seed has, a sample holds one of it."""
+def test_drafts_of_a_seed_are_never_in_one_sample() -> None:
+    """However many drafts a seed has, a sample holds one of them."""
     log = [passage(seq, seed=seq // 4) for seq in range(24)]
     samples = assemble(assembler(contexts_per_sample=3), log)
 
     assert [3] * 24 == [len({seq // 4 for seq in seqs(sample)}) for sample in samples]
 
 
-def test_the_relevant_one_stands_anywhere() -> None:
+def test_the_relevant_position_is_uniform() -> None:
     """Each place is as likely as any other, for samples made at once and for those that waited."""
     samples = assemble(assembler(contexts_per_sample=5), [passage(seq) for seq in range(3000)])
     places = Counter(sample.relevant_index for sample in samples)
@@ -285,7 +283,7 @@ def test_every_context_is_a_distractor_about_as_often() -> None:
         samples_of(one_by_one.add(one))
     drawn = Counter[int]()
     for seq in range(40, 1040):
-        choice, _ = one_by_one._choice(passage(seq), final=True)
+        choice = one_by_one.choose(passage(seq), final=True)
         drawn.update(one.log_seq for one in choice.distractors if one.log_seq is not None)
 
     assert 4000 == sum(drawn.values())
@@ -293,8 +291,8 @@ def test_every_context_is_a_distractor_about_as_often() -> None:
     assert max(drawn.values()) < 2 * min(drawn.values())
 
 
-def test_the_run_seed_decides() -> None:
-    """Another run seed draws other samples, the same one the same."""
+def test_samples_depend_on_the_run_seed() -> None:
+    """The same run seed draws the same samples, a different one draws others."""
     log = [passage(seq) for seq in range(30)]
     first, again, other = (assemble(assembler(seed, contexts_per_sample=4), log) for seed in (1, 1, 2))
 
@@ -330,10 +328,10 @@ def test_samples_do_not_depend_on_the_process() -> None:
 
 
 def held(one: Assembler) -> int:
-    """How many things an assembler holds."""
-    window = one._window
+    """The number of objects an assembler holds."""
+    window = one.window
     pools = sum(len(pool._passages) for pool in [*window.pools.values(), window.everything])
-    return len(one._waiting) + pools + len(window._passages) + len(window.pools)
+    return len(one.waiting) + pools + len(list(window)) + len(window.pools)
 
 
 @pytest.mark.parametrize(
@@ -354,14 +352,14 @@ def test_memory_is_bounded_by_the_window(log: Any, length: dict[str, int]) -> No
     for seq in range(3000):
         samples_of(one_by_one.add(passage(seq, **log(seq))))
         most = max(most, held(one_by_one))
-        assert sum(one.size for one in one_by_one._window._passages) <= 50_000
+        assert sum(one.size for one in one_by_one.window) <= 50_000
 
     # 48 passages of a kilobyte at least; each is in the window, in a pool, and may wait
     assert most < 48 * 8 + 130
 
 
 def test_one_context_larger_than_the_window_is_held() -> None:
-    """The newest passage always is, so that a window too small for one still makes samples."""
+    """The newest passage stays, so that a window too small for one passage still makes samples."""
     log = [passage(seq, text=f"{seq}" * 100) for seq in range(5)]
     samples = assemble(assembler(window_bytes=1), log)
 
@@ -372,7 +370,7 @@ def test_one_context_larger_than_the_window_is_held() -> None:
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(0, 300), dropped=st.integers(0, 300))
 def test_a_pool_is_shuffled_whole(length: int, dropped: int) -> None:
-    """Drawn to the end, a shuffle gives each passage that is left once."""
+    """A shuffle that is drawn to the end yields each remaining passage once."""
     from random import Random
 
     pool = Pool()

@@ -1,4 +1,4 @@
-"""Lengths, sources, positions and what is left out: every way to assemble keeps to the same rules."""
+"""Lengths, sources, positions and exclusions: the rules hold for every configuration of assembly."""
 
 import os
 import random
@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamsyn.assembly.assembler import Assembler, AssemblyState
+from streamsyn.assembly.assembler import Assembler, AssemblyState, Sampling
 from streamsyn.assembly.chat_tokenizer import ChatTokenizer
 from streamsyn.assembly.corpus import Corpus
-from streamsyn.assembly.distractors import Sampling
 from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.token_counter import ChatTokenCounter
 from streamsyn.assembly.window import Passage
@@ -25,7 +24,7 @@ from streamsyn.config.sections import AssemblySection
 from streamsyn.records import Sample, digest
 from streamsyn.shingles import signature, similarity
 from tests.assembly.test_assembler import assemble, passage
-from tests.assembly.tokenizers_made import SPLICED, made
+from tests.assembly.tokenizers_made import SUPPORTED, made
 from tests.builders import samples_of
 
 STORIES = [
@@ -49,13 +48,13 @@ def corpus() -> Corpus:
 
 @cache
 def tokenizer() -> ChatTokenizer:
-    return made(SPLICED["llama3"], STORIES, vocabulary=400)
+    return made(SUPPORTED["llama3"], STORIES, vocabulary=400)
 
 
 def assembler(section: AssemblySection, *, by_tokens: bool = False, run_seed: int = 0) -> Assembler:
     prompts = SamplePrompts(section)
-    measure = ChatTokenCounter(tokenizer(), prompts) if by_tokens else None
-    return Assembler(section, run_seed, prompts, measure, corpus())
+    counter = ChatTokenCounter(tokenizer(), prompts) if by_tokens else None
+    return Assembler(section, run_seed, prompts, counter, corpus())
 
 
 def log_of(seed: int, count: int) -> list[Passage]:
@@ -187,7 +186,7 @@ def test_no_sample_breaks_a_rule(section: AssemblySection, by_tokens: bool, seed
 def test_a_restart_anywhere_changes_nothing(
     section: AssemblySection, by_tokens: bool, seed: int, count: int, flushes: list[int]
 ) -> None:
-    """At every prefix of the log: the state and the log's passages give the samples that would have come."""
+    """At every prefix of the log, the state and the log's passages give the samples that were to come."""
     log = log_of(seed, count)
     undisturbed = assembler(section, by_tokens=by_tokens)
     made: list[Sample] = []
@@ -213,7 +212,7 @@ def test_a_restart_anywhere_changes_nothing(
 
 
 def test_a_state_of_an_older_version_is_understood() -> None:
-    """It knows nothing of other tasks, nor of contexts that are left out."""
+    """Such a state has no keys for other tasks and for contexts that are left out."""
     log = [passage(seq) for seq in range(12)]
     section = AssemblySection(contexts_per_sample=5)
     before = assembler(section)
@@ -235,7 +234,7 @@ def test_a_state_of_an_older_version_is_understood() -> None:
     st.sampled_from([200, 700, {"log_uniform": [100, 2000]}]),
 )
 def test_a_target_is_reached_within_one_distractor(seed: int, source: Any, target: Any) -> None:
-    """The sample has the target's tokens, and with one distractor less it would not have them."""
+    """The sample has the target's tokens, and would not have them with one distractor less."""
     section = AssemblySection.model_validate({"distractors": source, "target_tokens": target})
     one_by_one = assembler(section, by_tokens=True)
     log = log_of(seed, 80)
@@ -250,8 +249,9 @@ def test_a_target_is_reached_within_one_distractor(seed: int, source: Any, targe
         assert isinstance(relevant, Passage)
         distractors = [other for other in one.passages if other is not relevant]
         if distractors:
-            shorter = one_by_one._ordered(relevant, distractors[:-1])
-            assert one_by_one._measure.total(relevant, shorter) < sample.target_tokens
+            index = Sampling(section, 0).relevant_index(relevant, len(distractors) - 1)
+            shorter = [*distractors[:-1][:index], relevant, *distractors[:-1][index:]]
+            assert one.counter.count(relevant, shorter) < sample.target_tokens
 
 
 def test_a_context_that_is_too_long_gets_no_sample() -> None:
@@ -281,8 +281,8 @@ def test_flagged_contexts_are_distractors_only() -> None:
     ("position", "places"),
     [(0, [0, 0, 0, 0]), (1, [4, 4, 4, 4]), (0.5, [2, 2, 2, 2]), ([0, 1, 0.25], [0, 4, 1, 0])],
 )
-def test_a_position_is_kept_to(position: Any, places: list[int]) -> None:
-    """A depth is that of all; a list is gone through in the order of the log."""
+def test_the_position_is_as_configured(position: Any, places: list[int]) -> None:
+    """A depth applies to all samples; a list is cycled through in the order of the log."""
     log = [passage(seq) for seq in range(8)]
     samples = assemble(
         assembler(AssemblySection.model_validate({"contexts_per_sample": 5, "position": position})), log
@@ -292,8 +292,8 @@ def test_a_position_is_kept_to(position: Any, places: list[int]) -> None:
     assert places == [by_seq[seq] for seq in range(4)]
 
 
-def test_another_epoch_draws_anew() -> None:
-    """Distractors, lengths and positions; the first epoch's draws are those of versions without epochs."""
+def test_each_epoch_draws_differently() -> None:
+    """Distractors, lengths and positions are drawn again."""
     log = [passage(seq) for seq in range(30)]
     epochs = [
         assemble(assembler(AssemblySection(contexts_per_sample=4, epoch=epoch)), log)
@@ -304,8 +304,8 @@ def test_another_epoch_draws_anew() -> None:
     assert 3 == len({repr(samples) for samples in epochs})
 
 
-def test_the_first_epochs_draws_are_those_of_older_versions() -> None:
-    """Old runs still verify: these are what a version made that knew no epochs, sources or lengths."""
+def test_epoch_0_draws_as_older_versions_did() -> None:
+    """Old runs still verify: these digests are from a version without epochs, sources or lengths."""
     log = [
         passage(seq, task=f"task {seq % 2}", text=f"[{seq}] " + "text " * (seq % 7), tokens=10 + seq % 5)
         for seq in range(60)
@@ -339,8 +339,8 @@ def test_a_mix_is_drawn_by_weight() -> None:
     assert 0.22 < foreign[True] / (8 * 300) < 0.28
 
 
-def test_a_source_that_has_run_dry_is_made_up_for() -> None:
-    """At the end of the stream, what one source lacks is taken from the others."""
+def test_an_exhausted_source_is_replaced_by_the_others() -> None:
+    """At the end of the stream, the other sources fill what one source lacks."""
     section = AssemblySection.model_validate(
         {"contexts_per_sample": 9, "distractors": {"same_task": 1, "corpus": 1}, "max_similarity": 1}
     )
@@ -367,12 +367,12 @@ def test_any_task_waits_for_contexts_of_all(section: dict[str, Any]) -> None:
     assert [0, 0, 0, 4, 1, 1, 1] == counts
 
 
-def test_lengths_are_drawn_as_they_are_said_to_be() -> None:
-    """Uniform and log-uniform ones fill their range, choices go by weight, a schedule by place in the log."""
+def test_lengths_follow_their_distribution() -> None:
+    """Uniform and log-uniform lengths fill their range, choices follow weights, a schedule the seq."""
 
     def drawn(**lengths: Any) -> list[int]:
-        lots = Sampling(AssemblySection.model_validate({"target_tokens": lengths}), 0)
-        return [lots.target_tokens(passage(seq)) or 0 for seq in range(2000)]
+        sampling = Sampling(AssemblySection.model_validate({"target_tokens": lengths}), 0)
+        return [sampling.target_tokens(passage(seq)) or 0 for seq in range(2000)]
 
     uniform, doublings = drawn(uniform=[1000, 3000]), drawn(log_uniform=[1000, 64_000])
     chosen = Counter(drawn(choices=[10, 20], weights=[3, 1]))

@@ -18,19 +18,19 @@ def message(task: str, contexts: list[str], **section: Any) -> str:
 
 
 def test_one_context_alone_is_text_and_instruction() -> None:
-    """With n = 1 there are no words of ours round it, whatever the task."""
+    """With n = 1 nothing is added to the context and the instruction, whatever the task."""
     made = {message(task, ["Some text."], contexts_per_sample=1) for task in ("hotpotqa", "summary", "x")}
 
     assert {"Some text.\n\nWho?"} == made
 
 
-def test_a_task_no_one_knows_is_plain() -> None:
-    """The general family joins the contexts and asks."""
+def test_an_unknown_task_uses_the_general_family() -> None:
+    """The general family joins the contexts and adds the instruction."""
     assert "One.\n\nTwo.\n\nWho?" == message("my task", ["One.", "Two."])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_has_its_contexts_in_order(family: str) -> None:
+def test_each_family_keeps_its_contexts_in_order(family: str) -> None:
     """Every packaged template holds all contexts, once and in order, and the instruction behind them."""
     made = message(family, ["First text.", "Second {{ text }}.", "Third text."])
     places = [made.index(part) for part in ("First text.", "Second {{ text }}.", "Third text.", "Who?")]
@@ -40,13 +40,13 @@ def test_each_family_has_its_contexts_in_order(family: str) -> None:
 
 
 @pytest.mark.parametrize(("task", "family"), KNOWN_TASKS.items())
-def test_a_known_task_has_the_template_of_its_family(task: str, family: str) -> None:
+def test_a_known_task_uses_the_template_of_its_family(task: str, family: str) -> None:
     """The data sets of LongBench are known by name, in any case."""
     assert message(family, ["a", "b"]) == message(task.upper(), ["a", "b"])
 
 
 def test_a_task_may_be_given_a_family_or_a_template(tmp_path: Path) -> None:
-    """What is said of one task goes before what is said of all, and that before the packaged ones."""
+    """A task's own template comes before the common one, and that before the packaged ones."""
     common, own = tmp_path / "common.j2", tmp_path / "own.j2"
     common.write_text("{{ task }}: {{ contexts | length }}")
     own.write_text("own {{ instruction }}")
@@ -58,15 +58,13 @@ def test_a_task_may_be_given_a_family_or_a_template(tmp_path: Path) -> None:
     assert "own Who?" == message("qasper", ["a"], contexts_per_sample=1, **section)
 
 
-def test_a_family_that_there_is_not_is_refused() -> None:
-    """The key is named, and the families that there are."""
+def test_an_unknown_family_is_refused() -> None:
+    """The message names the key and the known families."""
     with pytest.raises(ConfigError) as raised:
         message("x", ["a"], tasks={"x": {"family": "poem"}})
 
-    assert (
-        "assembly.tasks.x.family: there is no family 'poem'; "
-        "there are single_doc_qa, multi_doc_qa, summary, meeting_query, general"
-    ) == str(raised.value)
+    for fact in ("assembly.tasks.x.family", "'poem'", *FAMILIES):
+        assert fact in str(raised.value)
 
 
 @pytest.mark.parametrize("key", ["template", "tasks"])
@@ -93,7 +91,7 @@ def test_a_wrong_template_is_refused_before_anything_is_sent(
         SamplePrompts(AssemblySection.model_validate(section))
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_template_is_refused(tmp_path: Path) -> None:
     """The message names the path."""
     with pytest.raises(ConfigError, match=re.escape(f"cannot read the template {tmp_path / 'none'}: ")):
         SamplePrompts(AssemblySection(template=tmp_path / "none"))

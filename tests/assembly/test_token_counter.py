@@ -1,4 +1,4 @@
-"""Counts pieced together are those of the whole text, whatever the tokenizer, the passages and the glue."""
+"""Incremental token counts equal the count of the whole text, for every tokenizer, passage and separator."""
 
 import random
 from typing import Any
@@ -8,10 +8,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from streamsyn.assembly.pre_tokenizer import Unreadable, reach_of
+from streamsyn.assembly.pre_tokenizer import UnsupportedPattern, lookahead_of
 from streamsyn.assembly.token_counter import IncrementalTokenCounter
 from streamsyn.assembly.window import Passage
-from tests.assembly.tokenizers_made import SPLICED, WHOLE, made
+from tests.assembly.tokenizers_made import SUPPORTED, UNSUPPORTED, made
 
 FRAGMENTS = [
     *(" ", "  ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", " " * 9),
@@ -30,7 +30,7 @@ def passages_of(texts: list[str]) -> list[Passage]:
 
 @st.composite
 def texts(draw: st.DrawFn, fragments: list[str], most: int) -> str:
-    """Many fragments for few choices: hypothesis draws what varies, chance repeats it."""
+    """Long texts with few draws: hypothesis draws some fragments, and a seeded rng repeats them."""
     some = draw(st.lists(st.sampled_from(fragments), min_size=1, max_size=8))
     size = draw(st.integers(0, most))
     chance = random.Random(draw(st.integers(0, 2**32)))
@@ -41,7 +41,7 @@ def texts(draw: st.DrawFn, fragments: list[str], most: int) -> str:
 def cases(
     draw: st.DrawFn, kinds: dict[str, Any], bodies: list[list[str]], edges: list[list[str]]
 ) -> tuple[IncrementalTokenCounter, Any, str, list[str]]:
-    """A tokenizer and passages that stand in a text. It has learnt that text by heart, or a little of it."""
+    """A tokenizer, trained on the text or on a little of it, and passages of that text."""
     kind = draw(st.sampled_from(sorted(kinds)))
     body = draw(st.sampled_from(bodies))
     edge = draw(st.sampled_from(edges))
@@ -61,72 +61,74 @@ def cases(
         model=draw(st.sampled_from(["bpe", "bpe", "wordpiece"])),
         alphabet=draw(st.booleans()),
     )
-    splicer = IncrementalTokenCounter(tokenizer, settle_chars=draw(st.sampled_from([1, 24])))
-    return splicer, tokenizer, whole, inside
+    counter = IncrementalTokenCounter(tokenizer, settle_chars=draw(st.sampled_from([1, 24])))
+    return counter, tokenizer, whole, inside
 
 
-FAR = {kind: SPLICED[kind] for kind in ("looks ahead", "fours", "gpt2")}
+FAR = {kind: SUPPORTED[kind] for kind in ("looks ahead", "fours", "gpt2")}
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    cases(SPLICED, [FRAGMENTS, FEW], [FRAGMENTS, FEW, AHEAD]) | cases(FAR, [AHEAD, [*AHEAD, " "]], [AHEAD])
+    cases(SUPPORTED, [FRAGMENTS, FEW], [FRAGMENTS, FEW, AHEAD]) | cases(FAR, [AHEAD, [*AHEAD, " "]], [AHEAD])
 )
-def test_what_is_pieced_together_is_exact(case: tuple[IncrementalTokenCounter, Any, str, list[str]]) -> None:
-    """The heart of exact lengths: tails, glue and heads give what encoding all of the text gives."""
-    splicer, tokenizer, whole, inside = case
+def test_incremental_counts_are_exact(case: tuple[IncrementalTokenCounter, Any, str, list[str]]) -> None:
+    """Passages and seams add up to what encoding the whole text gives."""
+    counter, tokenizer, whole, inside = case
     pieces = passages_of(inside)
-    cut = sum(splicer.cuts(piece).head >= 0 for piece in pieces)
+    cut = sum(counter.split_points(piece).head >= 0 for piece in pieces)
     event(f"{cut} of {len(pieces)} passages cut")
 
-    assert splicer.is_splicing
-    assert tokenizer.count(whole) == splicer.count(whole, pieces)
-    assert [tokenizer.count(text.strip()) for text in inside] == [splicer.alone(piece) for piece in pieces]
+    assert counter.is_incremental
+    assert tokenizer.count(whole) == counter.count(whole, pieces)
+    assert [tokenizer.count(text.strip()) for text in inside] == [
+        counter.count_piece(piece) for piece in pieces
+    ]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SPLICED if kind not in ("looks ahead", "fours")])
+@pytest.mark.parametrize("kind", [kind for kind in SUPPORTED if kind not in ("looks ahead", "fours")])
 def test_most_of_a_long_text_is_not_encoded_again(kind: str) -> None:
-    """A passage of a few hundred words is cut near both ends, whatever the kind of tokenizer."""
+    """A passage of a few hundred words is split near both ends, with every kind of tokenizer."""
     chance = random.Random(2)
     text = "\n".join(" ".join(chance.choices(["abba", "Ab", "b", "a"], k=12)) + ". " for _ in range(30))
-    # Where spaces are dropped, so may be characters that are not known, and one could not tell.
+    # Where spaces are dropped, unknown characters may be dropped as well, unnoticed.
     model = "wordpiece" if kind == "words" else "bpe"
-    splicer = IncrementalTokenCounter(made(SPLICED[kind], [text], model=model))
-    cuts = splicer.cuts(*passages_of([text]))
+    counter = IncrementalTokenCounter(made(SUPPORTED[kind], [text], model=model))
+    points = counter.split_points(*passages_of([text]))
 
-    assert 0 < cuts.head < 120
-    assert len(text.strip()) - 120 < cuts.tail
-    assert 0 < cuts.between < cuts.total
+    assert 0 < points.head < 120
+    assert len(text.strip()) - 120 < points.tail
+    assert 0 < points.between < points.total
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_what_cannot_be_pieced_together_is_counted_whole(kind: str) -> None:
-    """Tokenizers that look back, or do not split, or of which one cannot say."""
-    tokenizer = made(WHOLE[kind], ["ab ab. 123 1234567"])
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_unsupported_tokenizers_count_the_whole_text(kind: str) -> None:
+    """Tokenizers that look back, do not split, or have patterns that are not understood."""
+    tokenizer = made(UNSUPPORTED[kind], ["ab ab. 123 1234567"])
     pieces = passages_of(["ab " * 50, "1234 " * 50])
     whole = "\n".join(piece.text for piece in pieces)
-    splicer = IncrementalTokenCounter(tokenizer)
+    counter = IncrementalTokenCounter(tokenizer)
 
-    assert not splicer.is_splicing
-    assert tokenizer.count(whole) == splicer.count(whole, pieces)
+    assert not counter.is_incremental
+    assert tokenizer.count(whole) == counter.count(whole, pieces)
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
-def test_tokens_that_take_their_surroundings_along_are_counted_whole(flag: str) -> None:
-    """Such as a mask that swallows the space before it."""
-    tokenizer = made(SPLICED["gpt2"], ["ab ab"], added=[AddedToken("<x>", **{flag: True})])
+def test_added_tokens_that_strip_spaces_count_the_whole_text(flag: str) -> None:
+    """Such as a mask token that includes the space before it."""
+    tokenizer = made(SUPPORTED["gpt2"], ["ab ab"], added=[AddedToken("<x>", **{flag: True})])
 
-    assert not IncrementalTokenCounter(tokenizer).is_splicing
+    assert not IncrementalTokenCounter(tokenizer).is_incremental
 
 
 def test_passages_that_are_not_in_the_text_do_not_matter() -> None:
     """A template may do anything with them: upper case, or leave them out."""
-    tokenizer = made(SPLICED["gpt2"], ["ab ab. AB AB."])
+    tokenizer = made(SUPPORTED["gpt2"], ["ab ab. AB AB."])
     pieces = passages_of(["ab ab. " * 30, "ba. " * 30])
-    splicer = IncrementalTokenCounter(tokenizer)
+    counter = IncrementalTokenCounter(tokenizer)
     texts = ["", pieces[0].text.upper(), pieces[1].text + pieces[0].text, pieces[0].text]
 
-    assert [tokenizer.count(text) for text in texts] == [splicer.count(text, pieces) for text in texts]
+    assert [tokenizer.count(text) for text in texts] == [counter.count(text, pieces) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -149,13 +151,13 @@ def test_passages_that_are_not_in_the_text_do_not_matter() -> None:
     ],
 )
 def test_patterns_that_are_not_understood_are_refused(pattern: str) -> None:
-    """What looks back, and what this reader does not know."""
-    with pytest.raises(Unreadable):
-        reach_of(pattern)
+    """Patterns that look back, and syntax that the parser does not know."""
+    with pytest.raises(UnsupportedPattern):
+        lookahead_of(pattern)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "classes", "walls"),
+    ("pattern", "classes", "breaks"),
     [
         (r"\s+(?!\S)|\s+", {r"\s"}, 2),
         (r"a{2,5}b?|\p{N}{1,3}", set(), 6),
@@ -164,6 +166,6 @@ def test_patterns_that_are_not_understood_are_refused(pattern: str) -> None:
         (r"a{2}+b++c*?", {"a", "b", "c"}, 3),
     ],
 )
-def test_the_reach_of_a_pattern(pattern: str, classes: set[str], walls: int) -> None:
-    """Its unbounded classes, and how many steps besides their runs its longest alternative takes."""
-    assert (classes, walls) == (set(reach_of(pattern).classes), reach_of(pattern).walls)
+def test_the_lookahead_of_a_pattern(pattern: str, classes: set[str], breaks: int) -> None:
+    """Its unbounded classes, and the class breaks that its longest alternative can cross."""
+    assert (classes, breaks) == (set(lookahead_of(pattern).classes), lookahead_of(pattern).breaks)

@@ -1,4 +1,4 @@
-"""A tokenizer without transformers: its folder, its chat template, and one clear line for what is wrong."""
+"""A tokenizer without transformers: its folder, its chat template, and its error messages."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from streamsyn.assembly.chat_tokenizer import load_tokenizer
 from streamsyn.errors import ConfigError
-from tests.assembly.tokenizers_made import SPLICED, made, save
+from tests.assembly.tokenizers_made import SUPPORTED, made, save
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -18,7 +18,7 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("tokenizer"), made(SPLICED["llama3"], ["some words of a text"]))
+    return save(tmp_path_factory.mktemp("tokenizer"), made(SUPPORTED["llama3"], ["some words of a text"]))
 
 
 def configured(folder: Path, **config: Any) -> Path:
@@ -39,7 +39,7 @@ def rendered(folder: Path, user: str = "Q?", assistant: str = "A.") -> str:
 
 
 def test_a_chat_is_counted_under_its_template(folder: Path) -> None:
-    """All that the template puts round the messages counts; no special tokens are added to it."""
+    """The template's own text counts; no special tokens are added to it."""
     tokenizer = load_tokenizer(str(folder))
     chat = tokenizer.render(" some words ", "of a text")
 
@@ -74,31 +74,31 @@ def test_a_chat_is_counted_under_its_template(folder: Path) -> None:
     ],
 )
 def test_templates_are_rendered_as_transformers_does(own: Path, template: str, expected: str) -> None:
-    """What real ones use: special tokens, JSON, loop controls, the date, generation tags, white space."""
+    """Special tokens, JSON, loop controls, the date, generation tags and white space, as models use them."""
     assert expected == rendered(configured(own, chat_template=template, eos_token={"content": "</s>"}))
 
 
 def test_a_list_of_named_templates_has_a_default(own: Path) -> None:
-    """As models with templates for tools have it."""
+    """Models with templates for tools have such a list."""
     named = [
         {"name": "tool_use", "template": "tools"},
         {"name": "default", "template": "{{ messages[0].role }}"},
     ]
 
     assert "user" == rendered(configured(own, chat_template=named))
-    with pytest.raises(ConfigError, match="several chat templates, and none is called default"):
+    with pytest.raises(ConfigError, match=r"assembly\.tokenizer: .*none of them named default"):
         load_tokenizer(str(configured(own, chat_template=named[:1])))
 
 
-def test_a_template_file_goes_before_the_configuration(own: Path) -> None:
-    """chat_template.jinja is where newer versions put it."""
+def test_a_template_file_overrides_the_configuration(own: Path) -> None:
+    """Newer versions of transformers save chat_template.jinja."""
     (own / "chat_template.jinja").write_text("file of {{ messages[1].role }}")
 
     assert "file of assistant" == rendered(own)
 
 
 def test_tokens_of_the_configuration_are_added(own: Path) -> None:
-    """Those that tokenizer.json lacks."""
+    """Tokens that are only in tokenizer_config.json count as one token each."""
     token = {"content": "<|more|>", "special": True, "normalized": False}
     before = load_tokenizer(str(own))
     after = load_tokenizer(str(configured(own, added_tokens_decoder={"9999": token})))
@@ -108,7 +108,7 @@ def test_tokens_of_the_configuration_are_added(own: Path) -> None:
 
 
 def test_the_digest_is_of_what_lengths_depend_on(own: Path, folder: Path) -> None:
-    """Not of where the files lie."""
+    """The digest does not depend on where the files are."""
     assert load_tokenizer(str(folder)).digest == load_tokenizer(str(own)).digest
     assert (
         load_tokenizer(str(folder)).digest != load_tokenizer(str(configured(own, chat_template="x"))).digest
@@ -118,25 +118,25 @@ def test_the_digest_is_of_what_lengths_depend_on(own: Path, folder: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"chat_template": None}, "has no chat template: take the tokenizer of a chat model"),
-        ({"chat_template": "{% if %}"}, "is no valid template: line 1"),
+        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": "{% if %}"}, "is invalid: line 1"),
         ({"chat_template": "{{ raise_exception('no system') }}"}, "cannot be rendered: no system"),
         ({"chat_template": "{{ messages.x.y }}"}, "cannot be rendered: "),
         ({"chat_template": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"}, "cannot be rendered: "),
-        ({"chat_template": [{"name": "default"}]}, "chat_template is no list of templates"),
-        ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder cannot be understood"),
+        ({"chat_template": [{"name": "default"}]}, r"tokenizer_config\.json: chat_template is not a list"),
+        ({"added_tokens_decoder": {"x": {}}}, r"tokenizer_config\.json: invalid added_tokens_decoder"),
     ],
 )
-def test_what_cannot_be_used_is_named(own: Path, config: dict[str, Any], what: str) -> None:
-    """One line."""
+def test_an_unusable_configuration_is_refused(own: Path, config: dict[str, Any], what: str) -> None:
+    """In one line that says what is wrong."""
     with pytest.raises(ConfigError, match=what) as raised:
         load_tokenizer(str(configured(own, **config)))
 
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_no_tokenizer_are_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder without one, a broken one, and a name that is not to be had."""
+def test_missing_or_broken_files_are_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without tokenizer.json, a broken one, and a name that the hub does not have."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (own / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json of .* cannot be used: "):
@@ -144,7 +144,5 @@ def test_files_that_are_no_tokenizer_are_named(own: Path, monkeypatch: pytest.Mo
     (own / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"assembly\.tokenizer: cannot read .*tokenizer\.json"):
         load_tokenizer(str(own))
-    with pytest.raises(
-        ConfigError, match="no/such-model is no folder, and cannot be had from the Hugging Face"
-    ):
+    with pytest.raises(ConfigError, match=r"assembly\.tokenizer: no/such-model .* Hugging Face hub"):
         load_tokenizer("no/such-model")

@@ -1,4 +1,4 @@
-"""Small tokenizers, made by the library itself, of every kind that splicing knows or refuses."""
+"""Small tokenizers, made by the library itself, of every kind that is counted incrementally or whole."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def _split(*patterns: str) -> Any:
     return pre_tokenizers.Sequence([*levels, _bytes(use_regex=False)])
 
 
-SPLICED: dict[str, Any] = {
+SUPPORTED: dict[str, Any] = {
     "gpt2": _bytes(use_regex=True),
     "llama3": _split(LLAMA3),
     "qwen2": _split(QWEN2),
@@ -56,7 +56,7 @@ SPLICED: dict[str, Any] = {
     "metaspace": pre_tokenizers.Metaspace(prepend_scheme="always"),
     "metaspace never": pre_tokenizers.Metaspace(prepend_scheme="never"),
 }
-WHOLE: dict[str, Any] = {
+UNSUPPORTED: dict[str, Any] = {
     "metaspace first": pre_tokenizers.Metaspace(prepend_scheme="first"),
     "metaspace unsplit": pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
     "prefix space": _bytes(use_regex=True, add_prefix_space=True),
@@ -112,7 +112,7 @@ def made(
 
 
 def save(folder: Path, tokenizer: ChatTokenizer, **config: Any) -> Path:
-    """The files of a tokenizer, as they lie in a model's folder."""
+    """Save the files of a tokenizer as a model's folder has them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer.spec), "utf-8")
     saved = {"bos_token": "<s>", "chat_template": CHAT, **config}

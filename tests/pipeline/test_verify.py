@@ -21,7 +21,7 @@ from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.verification import Verification
-from tests.assembly.tokenizers_made import SPLICED, made, save
+from tests.assembly.tokenizers_made import SUPPORTED, made, save
 from tests.builders import COMPRESSIONS, context, outcome, rows
 
 NOT_FINISHED = "manifest.jsonl: no final line behind all rows: the run is not finished"
@@ -556,7 +556,7 @@ def test_a_shard_that_is_sealed_after_the_look_is_read(interrupted: Path, compre
 def measured(tmp_path: Path) -> tuple[Path, Path]:
     """A run whose samples are counted by a tokenizer and hold passages of a corpus; and its materials."""
     materials, root = tmp_path / "materials", tmp_path / "out"
-    save(materials / "tokenizer", made(SPLICED["llama3"], ["some words"]))
+    save(materials / "tokenizer", made(SUPPORTED["llama3"], ["some words"]))
     (materials / "corpus.txt").write_text(" ".join(f"word{n}" for n in range(200)))
     config = config_of(
         tokenizer=str(materials / "tokenizer"),
