@@ -79,7 +79,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     losses: list[float] = []
     times: list[float] = []
 
-    def orders() -> Iterator[list[Command]]:
+    def commands() -> Iterator[list[Command]]:
         rows = []
         for number, row in enumerate(plan["rows"]):
             texts = tokens_of(row, number, plan["vocabulary"])
@@ -98,7 +98,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
             losses.append(loop.progress.loss)
         yield [Stop()]
 
-    loop.run(orders())
+    loop.run(commands())
     return losses, times
 
 

@@ -1,7 +1,7 @@
-"""How rank 0 tells the others what to do next, and hears whether one of them is to stop.
+"""The commands that rank 0 sends to all ranks, and the channel they go over.
 
-It goes over a gloo group of its own. While there is nothing to train on, rank 0 says so every few seconds,
-so that no rank ever waits in a collective for data.
+The channel is a gloo group of its own. While there is nothing to train on, rank 0 sends `Wait` every few
+seconds, so that no rank ever waits for data in a collective.
 """
 
 from dataclasses import dataclass
@@ -13,38 +13,20 @@ import torch.distributed as dist
 
 from streamsyn.trainer.examples import Example, Tokens
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """What a rank needs to have a question answered.
-
-    Attributes:
-        tokens: int32 [n]: in the model's chat form, up to where it answers.
-        max_new_tokens: The longest answer, its stop token with it.
-        stop: Tokens that end an answer.
-    """
-
-    tokens: Tokens
-    max_new_tokens: int
-    stop: frozenset[int]
-
-
 T = TypeVar("T")
 
-WAIT_S = 5.0
-"""Rank 0 gives an order at least so often while it waits for the stream."""
 _TIMEOUT = timedelta(hours=1)
-"""For the longest that rank 0 is busy by itself: it writes the checkpoint of a large model."""
+"""Longer than rank 0 is ever busy by itself, for example writing the checkpoint of a large model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step.
+    """Make one optimizer step.
 
     Attributes:
-        rows: Those of this rank, one a forward pass; as many on every rank.
-        weights: For each row, what a target of each of its samples weighs.
-        denominator: What the sum over all ranks is divided by.
+        rows: The rows of this rank, one for each forward pass; the same number on every rank.
+        weights: For each row, the loss weight of a target token of each of its samples.
+        denominator: What the sum of the loss over all ranks is divided by.
         rate: The learning rate.
     """
 
@@ -56,16 +38,31 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """There is nothing to train on yet."""
+    """Do nothing: there is nothing to train on yet."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A question for the model.
+
+    Attributes:
+        tokens: int32 [n]: the prompt in the model's chat format, up to where the answer begins.
+        max_new_tokens: Maximum length of the answer, including its stop token.
+        stop: Tokens that end the answer.
+    """
+
+    tokens: Tokens
+    max_new_tokens: int
+    stop: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Measure the loss of these rows, and answer these prompts; as many of both on every rank.
+    """Measure the loss of these rows and answer these prompts. The same number of both on every rank.
 
     Attributes:
-        rows: Those of this rank, for each kind of loss: see `evaluation.losses`.
-        prompts: What this rank is to answer. None is there for the number alone.
+        rows: The rows of this rank, for each kind of loss: see `evaluation.heldout`.
+        prompts: The prompts of this rank; None fills up the number.
     """
 
     rows: dict[str, tuple[tuple[Example, ...], ...]]
@@ -81,7 +78,7 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Write the weights for the servers that write the contexts."""
+    """Write the weights for the servers that generate contexts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +90,25 @@ Command: TypeAlias = Step | Wait | Evaluate | Save | Publish | Stop
 
 
 class Ranks:
-    """All processes of this training. With one of them nothing is sent."""
+    """Communication between all ranks of the training. With a single rank nothing is sent."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank = rank
         self.world = world
         self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world > 1 else None
 
-    def deal(self, orders: list[Command] | None) -> Command:
-        """Give each rank its order; rank 0 has the list, the others hear their own."""
+    def scatter(self, commands: list[Command] | None) -> Command:
+        """Send each rank its command; rank 0 gives the list, the others None. Returns this rank's command."""
         if self._group is None:
-            assert orders is not None
-            return orders[0]
-        heard: list[Any] = [None]
-        dist.scatter_object_list(heard, orders, src=0, group=self._group)
-        order: Command = heard[0]
-        return order
+            assert commands is not None
+            return commands[0]
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, commands, src=0, group=self._group)
+        command: Command = received[0]
+        return command
 
-    def totals(self, values: list[float]) -> list[float]:
-        """Each of the values, summed over all ranks."""
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all ranks."""
         if self._group is None:
             return values
         summed = torch.tensor(values, dtype=torch.float64)
@@ -119,17 +116,17 @@ class Ranks:
         return summed.tolist()
 
     def gather(self, mine: list[T]) -> list[list[T]]:
-        """What each rank has, rank by rank, on rank 0; the others get nothing."""
+        """The lists of all ranks, in order, on rank 0; an empty list on the others."""
         if self._group is None:
             return [mine]
         found: list[list[T]] = [[] for _ in range(self.world)] if self.rank == 0 else []
         dist.gather_object(mine, found if self.rank == 0 else None, dst=0, group=self._group)
         return found
 
-    def any(self, wish: bool) -> bool:
-        """Whether some rank wishes it."""
-        return self.totals([float(wish)])[0] > 0
+    def any(self, value: bool) -> bool:
+        """Whether the value is true on some rank."""
+        return self.sum([float(value)])[0] > 0
 
     def agree(self, value: int) -> bool:
-        """Whether all ranks have the same value."""
-        return not self.any(self.totals([value])[0] != self.world * value)
+        """Whether the value is the same on all ranks."""
+        return not self.any(self.sum([value])[0] != self.world * value)

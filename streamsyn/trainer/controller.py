@@ -1,26 +1,32 @@
-"""What rank 0 decides: when to train, to evaluate, to save, to stop. One order for each rank at a time."""
+"""Rank 0's decisions: when to train, evaluate, save, publish and stop. One command for each rank at a
+time.
+"""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import structlog
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import StreamsynError, TrainingFailed
-from streamsyn.trainer.commands import WAIT_S, Command, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.commands import Command, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
-from streamsyn.trainer.loop import Progress, Schedule
+from streamsyn.trainer.loop import Progress
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.loss import denominator, target_weights
 from streamsyn.trainer.saving.store import Store
+from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.stream.planner import PlanQueue
 
 log = structlog.get_logger()
 
 MAX_SKIPPED = 20
-"""So many steps in a row without an update end a training: its weights are no good any more."""
+"""Skipped steps in a row that end a training: its weights are no longer any good."""
+_WAIT_S = 5.0
+"""While there is no plan, `Wait` is sent to the ranks this often."""
 
 
 @dataclass(slots=True)
@@ -33,10 +39,21 @@ class Totals:
 
 
 class Controller:
-    """Reads plans and gives orders until the stream ends, a limit is reached or somebody wants to stop.
+    """Turns plans into commands until the stream ends, a limit is reached or a rank wants to stop.
+
+    Args:
+        section: The section `train`.
+        ranks: All ranks.
+        plans: What to train on.
+        progress: Results of the commands, kept by the loop.
+        store: Where the state for the next checkpoint is put.
+        schedule: The learning rate.
+        metrics: Where steps and evaluations are recorded.
+        evaluations: Decides what is evaluated.
+        totals: Counts of earlier runs; continued here.
 
     Attributes:
-        stopped: Why it stopped before the end of the stream; None at its end.
+        stopped: Why the training stopped before the end of the stream; None if it did not.
     """
 
     def __init__(
@@ -47,7 +64,7 @@ class Controller:
         progress: Progress,
         store: Store,
         schedule: Schedule,
-        figures: TrainingMetrics,
+        metrics: TrainingMetrics,
         evaluations: Evaluations,
         totals: Totals,
     ) -> None:
@@ -57,32 +74,22 @@ class Controller:
         self._progress = progress
         self._store = store
         self._schedule = schedule
-        self._figures = figures
+        self._metrics = metrics
         self._evaluations = evaluations
         self._totals = totals
-        self._saved = progress.step
-        self._began = progress.step
+        self._began = self._saved = progress.step
         self._skipped = 0
-        """Steps in a row, up to the last one, that changed nothing."""
+        """Skipped steps in a row, up to the last step."""
         self._is_save_due = False
         self._published = -1
-        self._said_stalled = self._said_zero = False
+        self._warned_stalled = self._warned_zero_rate = False
         self.stopped: str | None = None
 
-    @property
-    def trained(self) -> int:
-        """Steps of this run."""
-        return self._progress.step - self._began
+    def commands(self, wants_to_stop: Callable[[], bool]) -> Iterator[list[Command]]:
+        """The commands for all ranks. Each must be carried out before the next one is taken.
 
-    @property
-    def why(self) -> str:
-        """Why there are no more orders."""
-        if self.stopped is None and self._is_at_limit:
-            return "train.max_steps"
-        return self.stopped or "the stream ended"
-
-    def orders(self, wants_to_stop: Callable[[], bool]) -> Iterator[list[Command]]:
-        """The orders, one after the other; each is carried out before the next is asked for.
+        Args:
+            wants_to_stop: Whether a rank has received a signal.
 
         Raises:
             StreamsynError: The stream cannot be read, or the training has diverged.
@@ -96,13 +103,13 @@ class Controller:
                 yield from self._finish()
                 return
             try:
-                found = self._plans.get(WAIT_S)
+                found = self._plans.get(_WAIT_S)
             except StreamsynError:
-                yield from self._save_what_is_new()
+                yield from self._save_unsaved()
                 raise
             if isinstance(found, End):
                 self._store.stream = found.state
-                self._schedule.forget_the_end()
+                self._schedule.reopen()
                 yield from self._finish()
                 return
             if found is None:
@@ -112,55 +119,69 @@ class Controller:
                 continue
             yield from self._evaluate()  # before the first step, or where an earlier run was stopped
             if not wants_to_stop():
-                yield from self._take(found)
-        yield from self._save_what_is_new()
+                yield from self._train(found)
+        yield from self._save_unsaved()
         yield self._all(Stop())
+
+    def record_end(self) -> dict[str, Any]:
+        """Record in the metrics that this run ends, and return the line.
+
+        Raises:
+            SinkError: It cannot be written.
+        """
+        progress, stream = self._progress, self._plans.statistics
+        line = {
+            "step": progress.step,
+            "why": self.why,
+            "steps_of_run": progress.step - self._began,
+            "skipped": progress.skipped,
+            "examples": self._totals.examples,
+            "tokens": self._totals.tokens,
+            "target_tokens": self._totals.target_tokens,
+            "dropped": sum(stream["dropped"].values()),
+            "stream": stream,
+        }
+        return self._metrics.end(line, self._plans.waited_s, self._plans.stream_waited_s)
+
+    @property
+    def why(self) -> str:
+        """Why there are no more commands."""
+        if self.stopped is None and self._is_at_limit:
+            return "train.max_steps"
+        return self.stopped or "the stream ended"
 
     @property
     def _is_at_limit(self) -> bool:
         limit = self._section.max_steps
-        return limit is not None and self._progress.step >= limit  # an earlier run may have had a higher one
+        return (
+            limit is not None and self._progress.step >= limit
+        )  # above it if an earlier run had a higher one
 
-    def _take(self, plan: StepPlan) -> Iterator[list[Command]]:
+    def _train(self, plan: StepPlan) -> Iterator[list[Command]]:
+        """One step and whatever is due after it."""
         step, skipped, section = self._progress.step, self._progress.skipped, self._section
-        self._said_stalled = False
-        self._figures.lap()
+        self._warned_stalled = False
+        self._metrics.lap()
         rate = self._schedule.rate(step, None if plan.left_steps is None else plan.left_steps + 1)
-        if not rate and not self._said_zero:
-            self._said_zero = True
+        if not rate and not self._warned_zero_rate:
+            self._warned_zero_rate = True
             log.warning("train.rate_is_zero", step=step, why="train.total_steps have been made")
-        yield self._steps(plan, rate)
+        yield self._step_commands(plan, rate)
         self._totals.examples += plan.count
         self._totals.tokens += plan.tokens
         self._totals.target_tokens += plan.target_tokens
         self._skipped = self._skipped + 1 if self._progress.skipped > skipped else 0
-        self._say(plan, rate, skipped=self._skipped > 0)
-        self._check_skipped()
+        self._record(plan, rate)
+        self._check_diverged()
         self._store.stream = plan.state
         yield from self._publish()
         yield from self._evaluate()
         self._is_save_due |= self._progress.step % section.save_every_steps == 0
-        if self._is_save_due and not self._skipped:  # else it would push out a checkpoint from before
+        if self._is_save_due and not self._skipped:  # else it would replace a checkpoint from before them
             yield from self._save(result=False)
 
-    def _check_skipped(self) -> None:
-        """Say that steps change nothing, ever more rarely; in the end stop, and leave alone what is saved."""
-        count, step = self._skipped, self._progress.step
-        if count and not count & (count - 1):
-            log.warning("train.step_skipped", step=step, in_a_row=count, why="its gradient is not finite")
-        if count < MAX_SKIPPED:
-            return
-        kept = "there is no checkpoint yet; try"
-        if self._saved:
-            kept = f"checkpoints/step-{self._saved:07d} is from before them; try, with another --out,"
-        raise TrainingFailed(
-            f"the training has diverged: the gradient was not finite at {count} steps in a row, up to step "
-            f"{step}, and nothing was saved since; {kept} a lower train.learning_rate or more "
-            f"train.warmup_steps"
-        )
-
-    def _steps(self, plan: StepPlan, rate: float) -> list[Command]:
-        """Row i is for rank i modulo their number."""
+    def _step_commands(self, plan: StepPlan, rate: float) -> list[Command]:
+        """A `Step` for each rank: row i is for rank i % world."""
         kind, world = self._section.loss, self._ranks.world
         whole = denominator(plan.rows, kind)
         weights = [target_weights(row, kind) for row in plan.rows]
@@ -168,66 +189,8 @@ class Controller:
             Step(plan.rows[rank::world], tuple(weights[rank::world]), whole, rate) for rank in range(world)
         ]
 
-    def _finish(self) -> Iterator[list[Command]]:
-        if self._progress.step:
-            yield from self._publish(last=True)
-            yield from self._evaluate(last=True)
-            yield from self._save(result=True)
-        yield self._all(Stop())
-
-    def _evaluate(self, *, last: bool = False) -> Iterator[list[Command]]:
-        progress = self._progress
-        orders = self._evaluations.due(progress.step, last=last)
-        if orders is None:
-            return
-        yield list(orders)
-        found = self._evaluations.figures(progress.step, orders, progress.measured, progress.answers)
-        self._figures.evaluation(progress.step, found)
-        if "partial" in found:
-            log.warning("train.evaluation_stopped", step=progress.step, answers=len(progress.answers))
-            if last:
-                self.stopped = "a signal, during the last evaluation"
-
-    def _save_what_is_new(self) -> Iterator[list[Command]]:
-        if self._progress.step > self._saved and not self._skipped:  # as in `_take`
-            yield from self._save(result=False)
-
-    def _save(self, *, result: bool) -> Iterator[list[Command]]:
-        self._figures.sync(self._progress.step)
-        self._store.noted = {
-            "schedule": self._schedule.state(),
-            "skipped": self._progress.skipped,
-            "task_losses": self._figures.tasks.state(),
-            "evaluations": self._evaluations.state(),
-            "totals": asdict(self._totals),
-        }
-        yield self._all(Save(result=result))
-        self._saved, self._is_save_due = self._progress.step, False
-        log.info("train.saved", step=self._saved)
-
-    def _publish(self, *, last: bool = False) -> Iterator[list[Command]]:
-        """Not when stopped: who goes on with this training will publish again."""
-        section, step = self._section.publish, self._progress.step
-        if section is None or step == self._published or (step % section.every_steps and not last):
-            return
-        yield self._all(Publish())
-        self._published = step
-
-    def _is_stalled(self) -> bool:
-        """Whether to stop because nothing has come for too long."""
-        idle = self._plans.idle
-        if idle is None or not idle.stalled:
-            return False
-        if not self._said_stalled:
-            self._said_stalled = True
-            log.warning("train.stalled", nothing_for_s=round(idle.waited_s), on_stall=self._section.on_stall)
-        if self._section.on_stall == "wait":
-            return False
-        self.stopped = f"the stream has brought nothing for {idle.waited_s:.0f} s"
-        return True
-
-    def _say(self, plan: StepPlan, rate: float, *, skipped: bool) -> None:
-        progress, stream = self._progress, self._plans.figures
+    def _record(self, plan: StepPlan, rate: float) -> None:
+        progress, stream = self._progress, self._plans.statistics
         line = {
             "step": progress.step,
             "loss": progress.loss,
@@ -242,8 +205,86 @@ class Controller:
             "dropped": sum(stream["dropped"].values()),
             "stream": stream,
         }
-        losses = [math.nan] * plan.count if skipped else progress.losses
-        self._figures.step(line, plan, losses, self._plans.waited_s)
+        losses = [math.nan] * plan.count if self._skipped else progress.losses
+        self._metrics.step(line, plan, losses, self._plans.waited_s)
 
-    def _all(self, order: Command) -> list[Command]:
-        return [order] * self._ranks.world
+    def _check_diverged(self) -> None:
+        """Warn after 1, 2, 4, ... skipped steps in a row.
+
+        Raises:
+            TrainingFailed: After MAX_SKIPPED of them. Checkpoints from before them are left as they are.
+        """
+        count, step = self._skipped, self._progress.step
+        if count and not count & (count - 1):
+            log.warning("train.step_skipped", step=step, in_a_row=count, why="its gradient is not finite")
+        if count < MAX_SKIPPED:
+            return
+        kept = "there is no checkpoint yet; try"
+        if self._saved:
+            kept = f"checkpoints/step-{self._saved:07d} is from before them; try, with another --out,"
+        raise TrainingFailed(
+            f"the training has diverged: the gradient was not finite at {count} steps in a row, up to step "
+            f"{step}, and nothing was saved since; {kept} a lower train.learning_rate or more "
+            f"train.warmup_steps"
+        )
+
+    def _is_stalled(self) -> bool:
+        """Whether to stop because the stream has brought nothing for `train.stall_s`."""
+        idle = self._plans.idle
+        if idle is None or not idle.stalled:
+            return False
+        if not self._warned_stalled:
+            self._warned_stalled = True
+            log.warning("train.stalled", nothing_for_s=round(idle.waited_s), on_stall=self._section.on_stall)
+        if self._section.on_stall == "wait":
+            return False
+        self.stopped = f"the stream has brought nothing for {idle.waited_s:.0f} s"
+        return True
+
+    def _finish(self) -> Iterator[list[Command]]:
+        if self._progress.step:
+            yield from self._publish(last=True)
+            yield from self._evaluate(last=True)
+            yield from self._save(result=True)
+        yield self._all(Stop())
+
+    def _evaluate(self, *, last: bool = False) -> Iterator[list[Command]]:
+        progress = self._progress
+        commands = self._evaluations.due(progress.step, last=last)
+        if commands is None:
+            return
+        yield list(commands)
+        found = self._evaluations.figures(progress.step, commands, progress.measured, progress.answers)
+        self._metrics.evaluation(progress.step, found)
+        if "partial" in found:
+            log.warning("train.evaluation_stopped", step=progress.step, answers=len(progress.answers))
+            if last:
+                self.stopped = "a signal, during the last evaluation"
+
+    def _publish(self, *, last: bool = False) -> Iterator[list[Command]]:
+        """Not after a signal: the run that resumes this training publishes again."""
+        section, step = self._section.publish, self._progress.step
+        if section is None or step == self._published or (step % section.every_steps and not last):
+            return
+        yield self._all(Publish())
+        self._published = step
+
+    def _save_unsaved(self) -> Iterator[list[Command]]:
+        if self._progress.step > self._saved and not self._skipped:  # as in `_train`
+            yield from self._save(result=False)
+
+    def _save(self, *, result: bool) -> Iterator[list[Command]]:
+        self._metrics.sync(self._progress.step)
+        self._store.noted = {
+            "schedule": self._schedule.state(),
+            "skipped": self._progress.skipped,
+            "task_losses": self._metrics.tasks.state(),
+            "evaluations": self._evaluations.state(),
+            "totals": asdict(self._totals),
+        }
+        yield self._all(Save(result=result))
+        self._saved, self._is_save_due = self._progress.step, False
+        log.info("train.saved", step=self._saved)
+
+    def _all(self, command: Command) -> list[Command]:
+        return [command] * self._ranks.world

@@ -1,10 +1,6 @@
-"""Which seeds are kept for evaluation: drawn by their ids, so that it is the same ones in every run.
+"""What flows through the trainer: Row -> Example | Dropped | HeldOut -> StepPlan.
 
-What flows through the trainer, in the order in which it arises.
-
-    Row -> Example | Dropped -> StepPlan
-
-A Row is what a source holds; an Example is it as tokens; a StepPlan is what one optimizer step takes.
+A Row comes from a source; an Example is a row as tokens; a StepPlan is what one optimizer step trains on.
 """
 
 import time
@@ -17,55 +13,32 @@ from numpy.typing import NDArray
 
 from streamsyn.records import digest
 
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """An example that is evaluated and never trained on, with the row it was made of."""
-
-    example: "Example"
-    row: dict[str, Any] = field(repr=False)
-
-
-def is_held_out(row: dict[str, Any], share: float) -> bool:
-    """Whether a row belongs to one of the seeds that are held out: `share` of all, whatever the order.
-
-    All drafts of a seed go the same way. A row without `seed_id` and `id` is never held out.
-    """
-    seed_id = row.get("seed_id") or row.get("id")
-    if not share or not isinstance(seed_id, str):
-        return False
-    return int.from_bytes(digest("holdout", seed_id)[:8]) < share * 2**64
-
-
 Tokens: TypeAlias = NDArray[numpy.int32]
 
-
-class Key(NamedTuple):
-    """Where an example stands: in which source, which pass over it, which row of it. A list in JSON."""
-
-    source: str
-    epoch: int
-    seq: int
+DropReason = Literal["overlong", "empty_answer", "template", "bad_row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a source, `seq` counted from 0. `value` is None for one that is no row; `problem` says why."""
+    """A row of a source.
+
+    Attributes:
+        seq: Its number, counted from 0.
+        value: What it holds; None when it is not a JSON object.
+        problem: Why `value` is None.
+    """
 
     seq: int
     value: dict[str, Any] | None
     problem: str = ""
 
 
-DropReason = Literal["overlong", "empty_answer", "template", "bad_row"]
+class Key(NamedTuple):
+    """Identifies an example: its source, the pass over the source, its row. A list in JSON."""
 
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A row that cannot be trained on."""
-
-    reason: DropReason
-    detail: str
+    source: str
+    epoch: int
+    seq: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,8 +47,8 @@ class Example:
 
     Attributes:
         tokens: int32 [n]: prompt, answer, stop token.
-        loss_from: Targets are tokens[loss_from:]: the answer and its stop token.
-        seen_at: When this process made it of its row, on the monotonic clock.
+        loss_from: The targets are tokens[loss_from:]: the answer and its stop token.
+        seen_at: When this process made it from its row, in seconds on the monotonic clock.
     """
 
     key: Key
@@ -87,13 +60,45 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Number of tokens."""
         return len(self.tokens)
 
     @property
     def target_tokens(self) -> int:
-        """Tokens that carry loss; at least one."""
+        """Number of tokens with loss; at least one."""
         return len(self.tokens) - self.loss_from
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that cannot be trained on."""
+
+    reason: DropReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """An example that is evaluated and never trained on, with its row."""
+
+    example: Example
+    row: dict[str, Any] = field(repr=False)
+
+
+def is_held_out(row: dict[str, Any], share: float) -> bool:
+    """Whether the row's seed is held out for evaluation.
+
+    The decision depends only on the seed's id, so that all contexts of a seed are treated alike, in every
+    run. A row without `seed_id` and `id` is never held out.
+
+    Args:
+        row: A row of the stream.
+        share: Share of all seeds to hold out, 0 to 1.
+    """
+    seed_id = row.get("seed_id") or row.get("id")
+    if not share or not isinstance(seed_id, str):
+        return False
+    return int.from_bytes(digest("holdout", seed_id)[:8]) < share * 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +106,11 @@ class StepPlan:
     """What one optimizer step trains on.
 
     Attributes:
-        rows: `train.rows_per_step` rows of whole examples, each of `train.seq_len` tokens at most. With R
+        rows: `train.rows_per_step` rows of whole examples, each with up to `train.seq_len` tokens. With R
             ranks, row i is for rank i % R. Rows may be empty when the stream has ended or paused.
-        state: Where the stream stands when this has been trained on; can be written as JSON.
-        left_steps: About how many steps come after this one; None while the stream's end is not known.
-        flushed: Whether it came because nothing more would come (soon), not because its rows were full.
+        state: The position in the stream after this step; can be written as JSON.
+        left_steps: About how many steps remain after this one; None while the end is not known.
+        flushed: Whether the plan was made because the stream has ended or paused, with rows not full.
     """
 
     rows: tuple[tuple[Example, ...], ...]
@@ -120,12 +125,12 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """Tokens in all rows."""
         return sum(example.length for example in self.examples())
 
     @property
     def target_tokens(self) -> int:
-        """Tokens that carry loss."""
+        """Tokens with loss in all rows."""
         return sum(example.target_tokens for example in self.examples())
 
     @property
@@ -136,7 +141,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Nothing to train on yet. `waited_s`: for so long nothing has come; `stalled`: that is too long."""
+    """There is no plan yet.
+
+    Attributes:
+        waited_s: Seconds since the last example.
+        stalled: Whether that is longer than `train.stall_s`.
+    """
 
     waited_s: float
     stalled: bool
@@ -144,6 +154,6 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The stream has ended and everything in it was handed out."""
+    """The stream has ended and everything in it is in a plan."""
 
     state: dict[str, Any] = field(repr=False)

@@ -1,9 +1,7 @@
-"""The learning rate. An open stream does not say how long it is: the rate is held until its end is near.
-
-The loop that every rank runs: take an order, carry it out. Rank 0 decides what is next (`director`).
+"""The loop that every rank runs: receive a command from rank 0 and carry it out. See `controller` for who
+decides.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,81 +23,42 @@ from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store
 
 
-class Schedule:
-    """The learning rate of each step.
-
-    With `train.total_steps`: up over `train.warmup_steps`, then down to nothing along a cosine. Without: up,
-    then held; once at most `train.decay_steps` are known to be left, down in equal parts. It does not rise
-    again if the stream turns out longer than was thought; but one that had ended and goes on is open again.
-    """
-
-    def __init__(self, section: TrainSection, state: dict[str, Any] | None = None) -> None:
-        self._section = section
-        self._span: int | None = (state or {}).get("span")
-        self._share: float = (state or {}).get("share", 1.0)
-
-    def state(self) -> dict[str, Any]:
-        """What a later run goes on from."""
-        return {"span": self._span, "share": self._share}
-
-    def forget_the_end(self) -> None:
-        """The stream has ended. More may come: from a pipe whose writer died, of a run with new seeds."""
-        self._span, self._share = None, 1.0
-
-    def rate(self, step: int, left: int | None) -> float:
-        """The learning rate of step number `step`, the first being 0.
-
-        Args:
-            step: Optimizer steps before it.
-            left: With it, about how many there are until the end; None while that is not known.
-        """
-        section = self._section
-        rising = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
-        if section.total_steps is not None:
-            falling = section.total_steps - section.warmup_steps
-            done = min(1.0, max(0, step - section.warmup_steps) / max(1, falling))
-            return section.learning_rate * rising * (1 + math.cos(math.pi * done)) / 2
-        return section.learning_rate * min(rising, self._decayed(left))
-
-    def _decayed(self, left: int | None) -> float:
-        if left is not None and left <= self._section.decay_steps:
-            self._span = self._span or max(1, left)
-            self._share = min(self._share, max(1, left) / self._span)
-        return self._share
-
-
 @dataclass(slots=True)
 class Progress:
-    """How far the training is. The same on every rank."""
+    """How far the training is, and the results of the last commands. Only rank 0 has all results."""
 
     step: int = 0
-    """Plans trained on, those that were skipped among them."""
+    """Steps made, skipped steps included."""
     skipped: int = 0
     """Steps without an update, because their gradient was not finite."""
     loss: float = 0.0
-    """Of the last step."""
+    """Loss of the last step."""
     losses: list[float] = field(default_factory=list)
-    """Mean loss per target, in nats, of each example of the last step in the order of its plan. Rank 0 alone
-    knows it."""
+    """Mean loss per target token, in nats, of each example of the last step, in the order of its plan. Rank 0
+    only."""
     grad_norm: float = 0.0
-    """Of the last step, before clipping."""
+    """Gradient norm of the last step, before clipping."""
     measured: dict[str, list[list[float]]] = field(default_factory=dict)
-    """Of the last evaluation: the losses of each kind of samples, rank by rank. Rank 0 alone knows them."""
+    """Losses of the last evaluation: for each kind of samples, rank by rank. Rank 0 only."""
     answers: list[Answer] = field(default_factory=list)
-    """Of the last one, in the order of its questions; fewer when it was stopped. Rank 0 alone knows them."""
+    """Answers of the last evaluation, in the order of its questions; fewer when it was stopped. Rank 0
+    only."""
 
 
 class Loop:
-    """One rank's part of the training.
+    """Carries out commands on one rank.
 
     Args:
         placed: The model on this rank's device.
         ranks: All ranks.
-        section: `train`.
-        seed: Seeds what is random in a step, with the number of the step.
-        store: Where checkpoints go.
-        progress: Where an earlier run stood.
-        publisher: Where weights go for the servers, if they are to.
+        section: The section `train`.
+        seed: Seeds what is random in a step, together with its number and the rank.
+        store: Writes checkpoints and the result.
+        progress: Where an earlier run stopped.
+        publisher: Writes weights for the servers; None without `train.publish`.
+
+    Attributes:
+        stopping: Whether any rank wants to stop; the same on all ranks.
     """
 
     def __init__(
@@ -121,33 +80,26 @@ class Loop:
         self._publisher = publisher
         self._stop_wanted = False
         self.stopping = False
-        """Whether any rank wants to stop; known to all of them alike."""
 
-    def stop(self) -> None:
-        """Make all ranks stop after the step they are at; may be called by a signal's handler."""
-        self._stop_wanted = True
+    def run(self, commands: Iterator[list[Command]] | None) -> None:
+        """Carry out commands until `Stop`.
 
-    def call_off(self) -> None:
-        """Have the other ranks stop, who wait for an order; for rank 0, outside of one."""
-        self._ranks.any(False)
-        self._ranks.deal([Stop()] * self._ranks.world)
-
-    def run(self, orders: Iterator[list[Command]] | None) -> None:
-        """Carry out orders until one says stop; `orders` are those that rank 0 gives.
+        Args:
+            commands: On rank 0, a list with one command for each rank, again and again; None on the others.
 
         Raises:
-            StreamsynError: Something cannot go on; the other ranks were told to stop.
+            StreamsynError: The training cannot continue; the other ranks were told to stop.
         """
         while True:
             self.stopping = self._ranks.any(self._stop_wanted)
             try:
-                given = next(orders) if orders is not None else None
+                given = next(commands) if commands is not None else None
             except StreamsynError:
-                self._ranks.deal([Stop()] * self._ranks.world)
+                self._ranks.scatter([Stop()] * self._ranks.world)
                 raise
-            match self._ranks.deal(given):
+            match self._ranks.scatter(given):
                 case Step() as step:
-                    self._train(step)
+                    self.train(step)
                 case Wait():
                     continue
                 case Evaluate() as evaluation:
@@ -159,17 +111,27 @@ class Loop:
                 case Stop():
                     return
 
-    def _train(self, order: Step) -> None:
+    def stop(self) -> None:
+        """Make all ranks stop after the current step. Safe in a signal handler."""
+        self._stop_wanted = True
+
+    def stop_other_ranks(self) -> None:
+        """Make the ranks that wait in `run` for a command stop; for rank 0, outside of `run`."""
+        self._ranks.any(False)
+        self._ranks.scatter([Stop()] * self._ranks.world)
+
+    def train(self, command: Step) -> None:
+        """Make one optimizer step. Called by `run`."""
         placed, accelerator = self._placed, self._placed.accelerator
-        torch.manual_seed(_mixed(self._seed, self.progress.step, self._ranks.rank))
+        torch.manual_seed(_step_seed(self._seed, self.progress.step, self._ranks.rank))
         for group in placed.optimizer.param_groups:
-            group["lr"] = order.rate
-        # Gradients are averaged over ranks, and by DeepSpeed over passes; both are taken back: what a target
-        # weighs is the same wherever it is.
-        scale = self._ranks.world * accelerator.gradient_accumulation_steps / order.denominator
+            group["lr"] = command.rate
+        # Gradients are averaged over ranks, and by DeepSpeed over passes. The scale undoes both, so that a
+        # target token weighs the same on any rank and in any row.
+        scale = self._ranks.world * accelerator.gradient_accumulation_steps / command.denominator
         parts, means = [], []
-        for number, (row, weights) in enumerate(zip(order.rows, order.weights, strict=True), 1):
-            with self._pass(last=number == len(order.rows)):
+        for number, (row, weights) in enumerate(zip(command.rows, command.weights, strict=True), 1):
+            with self._pass(last=number == len(command.rows)):
                 batch = make_batch(row, weights, accelerator.device)
                 losses = token_losses(placed.model(**batch.forward_arguments()).logits, batch.labels)
                 part = (losses * batch.weights).sum()
@@ -178,16 +140,17 @@ class Loop:
             means.append(example_means(losses.detach(), batch.owner, len(row)))
         self._update()
         summed = float(torch.stack(parts).sum())
-        self.progress.loss = self._ranks.totals([summed])[0] / order.denominator
-        # Row i of the plan went to rank i modulo their number.
+        self.progress.loss = self._ranks.sum([summed])[0] / command.denominator
+        # Row i of the plan went to rank i % world.
         dealt = zip(*self._ranks.gather([one.tolist() for one in means]), strict=True)
         self.progress.losses = [loss for rows in dealt for row in rows for loss in row]
         self.progress.step += 1
 
     def _pass(self, *, last: bool) -> AbstractContextManager[Any]:
-        """One forward and backward of several; under DDP, ranks bring gradients together in the last alone.
+        """The context of one of several forward and backward passes.
 
-        FSDP2 does so in each: between them, every rank would hold the gradients of the whole model.
+        DDP reduces gradients over ranks in the last pass only. FSDP2 does so in each pass: otherwise every
+        rank would hold the gradients of the whole model in between.
         """
         accelerator, model = self._placed.accelerator, self._placed.model
         kind = accelerator.distributed_type
@@ -213,13 +176,13 @@ class Loop:
                 self.progress.skipped += 1
         placed.optimizer.zero_grad(set_to_none=True)
 
-    def _evaluate(self, order: Evaluate) -> None:
+    def _evaluate(self, command: Evaluate) -> None:
         self.progress.measured = {
             kind: self._ranks.gather(measure(self._placed.model, some, self._placed.accelerator.device))
-            for kind, some in order.rows.items()
+            for kind, some in command.rows.items()
         }
-        answers = answer_all(self._placed, order.prompts, self._ranks, lambda: self._stop_wanted)
-        # Question i went to rank i modulo their number.
+        answers = answer_all(self._placed, command.prompts, self._ranks, lambda: self._stop_wanted)
+        # Question i went to rank i % world.
         dealt = zip(*self._ranks.gather(answers), strict=True)
         self.progress.answers = [answer for some in dealt for answer in some]
 
@@ -228,7 +191,7 @@ class Loop:
             self._store.save(self._placed, self.progress.step, result=result)
         except StreamsynError:
             if self._ranks.rank == 0:
-                self.call_off()
+                self.stop_other_ranks()
             raise
 
     def _publish(self) -> None:
@@ -236,5 +199,5 @@ class Loop:
         self._publisher.publish(self._placed, self.progress.step)
 
 
-def _mixed(seed: int, step: int, rank: int) -> int:
+def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 8191 + rank) % 2**63

@@ -1,4 +1,6 @@
-"""One training, put together: model, stream, loop. Every rank comes through here; rank 0 has the stream."""
+"""One training from start to end: model, stream, loop. Every rank runs `train`; rank 0 alone has the
+stream.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,10 +19,9 @@ from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFai
 from streamsyn.trainer.commands import Ranks
 from streamsyn.trainer.controller import Controller, Totals
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before, open_exam
-from streamsyn.trainer.evaluation.exam import Exam
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
-from streamsyn.trainer.loop import Loop, Progress, Schedule
+from streamsyn.trainer.loop import Loop, Progress
 from streamsyn.trainer.metrics.mfu import speed_of
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
@@ -37,6 +38,7 @@ from streamsyn.trainer.outdir import OutDirectory
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store, restore_optimizer
+from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.stream.planner import Planner, PlanQueue
@@ -45,31 +47,28 @@ from streamsyn.trainer.stream.render import Renderer, read_template
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What every rank knows once the model is in place."""
-
-    config: Config
-    source: str
-    out: Path
-    tokenizer: PreTrainedTokenizerBase
-    placed: Placed
-    ranks: Ranks
-    before: Checkpoint | None
-    publisher: Publisher | None
-
-
 def train(config: Config, source: str, model: str, out: Path) -> int:
-    """Train until the stream ends; the exit code: 0 then, 75 when stopped before.
+    """Train until the stream ends.
+
+    Args:
+        config: The resolved configuration.
+        source: `--from`.
+        model: The model to tune: a directory or a name on the hub.
+        out: OUT.
+
+    Returns:
+        The exit code: 0 when the stream has ended, 75 when the training was stopped before.
 
     Raises:
-        StreamsynError: It cannot be done; the message says why.
+        StreamsynError: The training cannot start or continue; the message says why.
     """
     rank, world = place_among_ranks(os.environ)
     section = config.train
     if section.rows_per_step % world:
         raise ConfigError(
-            f"train.rows_per_step: {section.rows_per_step} rows cannot be shared out among {world} ranks"
+            f"train.rows_per_step: {section.rows_per_step} rows cannot be divided among {world} ranks; use "
+            "a multiple "
+            f"of {world}"
         )
     dtype = model_dtype(model)
     tokenizer = read_tokenizer(model, read_template(section.chat_template))
@@ -96,34 +95,55 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
                 placed = place(read, section, accelerator, dtype)
                 if before is not None:
                     restore_optimizer(placed, before)
-            code = _run(Setting(config, source, out, tokenizer, placed, ranks, before, publisher))
+            code = _run(Training(config, source, out, tokenizer, placed, ranks, before, publisher))
             accelerator.end_training()
         finally:
             if dist.is_initialized():
-                dist.destroy_process_group()  # its threads must not be there when Python ends
+                dist.destroy_process_group()  # its threads must have ended before Python does
     return code
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What every rank has once the model is in place."""
+
+    config: Config
+    source: str
+    out: Path
+    tokenizer: PreTrainedTokenizerBase
+    placed: Placed
+    ranks: Ranks
+    before: Checkpoint | None
+    publisher: Publisher | None
+
+
 def place_among_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Which rank we are, and of how many, as a launcher says."""
-    told = {name: environ.get(name, without) for name, without in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    if not all(number.isdecimal() for number in told.values()):
-        raise ConfigError(f"RANK and WORLD_SIZE are {told['RANK']!r} and {told['WORLD_SIZE']!r}: no numbers")
-    rank, world = map(int, told.values())
+    """The number of this rank, and how many ranks there are, from the launcher's environment variables.
+
+    Raises:
+        ConfigError: The variables are not numbers, or the address of rank 0 is missing.
+    """
+    given = {name: environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(number.isdecimal() for number in given.values()):
+        raise ConfigError(
+            f"RANK and WORLD_SIZE must be numbers, not {given['RANK']!r} and {given['WORLD_SIZE']!r}: start "
+            "the ranks with `accelerate launch`, or unset both"
+        )
+    rank, world = map(int, given.values())
     if world > 1 and not environ.get("MASTER_ADDR"):
         raise ConfigError(
-            f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: start the ranks by `accelerate launch`, or "
-            "unset it"
+            f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: start the ranks with `accelerate launch`, "
+            "or unset it"
         )
     return rank, world
 
 
 def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | None:
-    """The newest one, the same for all ranks.
+    """The newest checkpoint, the same on all ranks.
 
     Raises:
-        SinkError: There are some, and none is whole.
-        ConfigError: Ranks see different ones.
+        SinkError: There are checkpoints, but none is whole.
+        ConfigError: Ranks find different ones.
     """
     found, failure = None, None
     try:
@@ -134,7 +154,9 @@ def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | Non
     if failure is not None:
         raise failure
     if not agreed:
-        raise ConfigError("--out is not one folder for all ranks: they find different checkpoints in it")
+        raise ConfigError(
+            "--out must be one folder on storage that all ranks share: they find different checkpoints in it"
+        )
     return found
 
 
@@ -151,38 +173,38 @@ def _own_directory(out: Path, rank: int) -> Iterator[OutDirectory | None]:
         directory.close()
 
 
-def _run(setting: Setting) -> int:
-    info: dict[str, Any] = {} if setting.before is None else setting.before.info
-    section, ranks = setting.config.train, setting.ranks
-    store = Store(setting.out, section, setting.tokenizer, ranks.rank)
-    publisher = setting.publisher
+def _run(training: Training) -> int:
+    info: dict[str, Any] = {} if training.before is None else training.before.info
+    section, ranks = training.config.train, training.ranks
+    store = Store(training.out, section, training.tokenizer, ranks.rank)
+    if training.before is not None:
+        store.stream = training.before.stream
     progress = Progress(step=info.get("step", 0), skipped=info.get("skipped", 0))
-    loop = Loop(setting.placed, ranks, section, setting.config.run.seed, store, progress, publisher)
-    if setting.before is not None:
-        store.stream = setting.before.stream
-    if ranks.rank != 0:
-        with stop_on_signals(loop.stop), memory_errors_explained(section):
-            loop.run(None)
-        return 0
+    seed = training.config.run.seed
+    loop = Loop(training.placed, ranks, section, seed, store, progress, training.publisher)
+    if ranks.rank == 0:
+        return _lead(training, loop, store, info)
+    with stop_on_signals(loop.stop), memory_errors_explained(section):
+        loop.run(None)
+    return 0
+
+
+def _lead(training: Training, loop: Loop, store: Store, info: Mapping[str, Any]) -> int:
+    """Rank 0's part: read the stream, decide what all ranks do, record it.
+
+    Args:
+        training: What every rank has.
+        loop: The loop of this rank.
+        store: What the loop saves with.
+        info: `info` of the last checkpoint; empty without one.
+    """
+    section, publisher = training.config.train, training.publisher
     with ExitStack() as stack:
         try:
-            control, exam = _open_tests(setting)
-            plans, held_out = _open_stream(setting, stack)
-            done, kept = Done(), -1  # without a checkpoint all begins anew, what was measured too
-            if setting.before is not None:
-                done, kept = done_before(setting.out / "metrics.jsonl", progress.step, exam), progress.step
-            evaluations = Evaluations(
-                section, held_out.rows, control, exam, ranks.world, done, info.get("evaluations")
-            )
-            track = start_tracking(setting.placed.accelerator, section, setting.out, progress.step)
-            speed = speed_of(setting.placed.plain, setting.placed.accelerator.device, ranks.world)
-            figures = TrainingMetrics(setting.out, kept, info.get("task_losses"), speed, track)
+            controller, plans = _open(training, loop.progress, store, info, stack)
         except StreamsynError:
-            loop.call_off()
+            loop.stop_other_ranks()
             raise
-        schedule = Schedule(section, info.get("schedule"))
-        totals = Totals(**info.get("totals", {}))
-        director = Controller(section, ranks, plans, progress, store, schedule, figures, evaluations, totals)
 
         def stop() -> None:
             loop.stop()
@@ -192,99 +214,96 @@ def _run(setting: Setting) -> int:
 
         if publisher is not None:
             stack.enter_context(publisher.servers)
-        log.info("train.start", step=progress.step, ranks=ranks.world, out=str(setting.out))
+        log.info("train.start", step=loop.progress.step, ranks=training.ranks.world, out=str(training.out))
         try:
             with stop_on_signals(stop), memory_errors_explained(section):
-                loop.run(director.orders(lambda: loop.stopping))
-                if publisher is not None and director.stopped is None:
+                loop.run(controller.commands(lambda: loop.stopping))
+                if publisher is not None and controller.stopped is None:
                     publisher.servers.finish()
         except StreamsynError as error:
-            director.stopped = str(error)
-            with suppress(SinkError):  # the first error is the one to tell
-                _close(director, progress, totals, figures, plans, section)
+            controller.stopped = str(error)
+            with suppress(SinkError):  # the first error is the one to report
+                _finish(controller, section)
             raise
-        return _close(director, progress, totals, figures, plans, section)
+        return _finish(controller, section)
 
 
-def _open_tests(setting: Setting) -> tuple[list[Example], Exam | None]:
-    """What is evaluated besides samples that are held out of the stream."""
-    section = setting.config.train
+def _open(
+    training: Training, progress: Progress, store: Store, info: Mapping[str, Any], stack: ExitStack
+) -> tuple[Controller, PlanQueue]:
+    """Open the stream after what was trained on, and all that rank 0 writes; closed with `stack`."""
+    config, placed, out, ranks = training.config, training.placed, training.out, training.ranks
+    section = config.train
+    renderer = Renderer(training.tokenizer, section.seq_len, section.overlong)
     control: list[Example] = []
     if section.control is not None:
-        renderer = Renderer(setting.tokenizer, section.seq_len, section.overlong)
         control = control_examples(section.control, section.control_samples, renderer)
-    return control, open_exam(setting.config, setting.tokenizer, setting.placed.plain, setting.out)
-
-
-def _open_stream(setting: Setting, stack: ExitStack) -> tuple[PlanQueue, HeldOutSet]:
-    """The stream, opened behind what was trained on before; closed with `stack`."""
-    section, world = setting.config.train, setting.ranks.world
-    renderer = Renderer(setting.tokenizer, section.seq_len, section.overlong)
-    sources = open_sources(setting.source, section, setting.out)
-    state = None if setting.before is None else setting.before.stream
-    planner = Planner(section, setting.config.run.seed, sources, renderer, state, ranks=world)
+    exam = open_exam(config, training.tokenizer, placed.plain, out)
+    sources = open_sources(training.source, section, out)
+    planner = Planner(section, config.run.seed, sources, renderer, store.stream, ranks=ranks.world)
     stack.callback(planner.close)
-    held_out = HeldOutSet(planner, renderer, section.seq_len, world)
-    return stack.enter_context(PlanQueue(planner)), held_out
-
-
-def _close(
-    director: Controller,
-    progress: Progress,
-    totals: Totals,
-    figures: TrainingMetrics,
-    plans: PlanQueue,
-    section: TrainSection,
-) -> int:
-    """Say what came of it; the exit code."""
-    said = plans.figures
-    ended = figures.end(
-        {
-            "step": progress.step,
-            "why": director.why,
-            "steps_of_run": director.trained,
-            "skipped": progress.skipped,
-            "examples": totals.examples,
-            "tokens": totals.tokens,
-            "target_tokens": totals.target_tokens,
-            "dropped": sum(said["dropped"].values()),
-            "stream": said,
-        },
-        plans.waited_s,
-        plans.stream_waited_s,
+    plans = stack.enter_context(PlanQueue(planner))
+    held_out = HeldOutSet(planner, renderer, section.seq_len, ranks.world)
+    done, kept = Done(), -1  # without a checkpoint everything starts anew, evaluations too
+    if training.before is not None:
+        done, kept = done_before(out / "metrics.jsonl", progress.step, exam), progress.step
+    evaluations = Evaluations(
+        section, held_out.rows, control, exam, ranks.world, done, info.get("evaluations")
     )
+    track = start_tracking(placed.accelerator, section, out, progress.step)
+    speed = speed_of(placed.plain, placed.accelerator.device, ranks.world)
+    metrics = TrainingMetrics(out, kept, info.get("task_losses"), speed, track)
+    schedule = Schedule(section, info.get("schedule"))
+    totals = Totals(**info.get("totals", {}))
+    controller = Controller(section, ranks, plans, progress, store, schedule, metrics, evaluations, totals)
+    return controller, plans
+
+
+def _finish(controller: Controller, section: TrainSection) -> int:
+    """Record and log how the training ended.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: No row of the stream can be trained on, and a key is the reason.
+        TrainingFailed: The stream had nothing else to train on.
+    """
+    ended = controller.record_end()
+    stream = ended["stream"]
     log.info(
-        "train.done" if director.stopped is None else "train.stopped",
-        why=director.why,
-        steps=progress.step,
-        examples=totals.examples,
-        tokens=totals.tokens,
+        "train.done" if controller.stopped is None else "train.stopped",
+        why=ended["why"],
+        steps=ended["step"],
+        examples=ended["examples"],
+        tokens=ended["tokens"],
         dropped=ended["dropped"],
-        skipped_steps=progress.skipped,
+        skipped_steps=ended["skipped"],
         wait=f"{ended['wait_share']:.0%}",
         verdict=ended["verdict"] or "nothing trained on",
     )
-    if director.stopped is not None:
+    if controller.stopped is not None:
         return EXIT_STOPPED
-    if progress.step == 0:
-        if said["rows_read"] and said["rows_read"] == sum(said["dropped"].values()):
-            raise ConfigError(_why_all_dropped(said["dropped"], section))
-        left = [f"{count} {reason}" for reason, count in said["dropped"].items()]
-        left += [f"{said['held_out']} held out"] * bool(said["held_out"])
-        why = f": of {said['rows_read']} rows, {', '.join(left)}" if left else ""
+    if ended["step"] == 0:
+        if stream["rows_read"] and stream["rows_read"] == sum(stream["dropped"].values()):
+            raise ConfigError(_why_all_dropped(stream["dropped"], section))
+        left_out = [f"{count} {reason}" for reason, count in stream["dropped"].items()]
+        left_out += [f"{stream['held_out']} held out"] * bool(stream["held_out"])
+        why = f": of {stream['rows_read']} rows, {', '.join(left_out)}" if left_out else ""
         raise TrainingFailed(f"the stream ended without a sample to train on{why}")
     return 0
 
 
 def _why_all_dropped(dropped: dict[str, int], section: TrainSection) -> str:
-    """The commonest reason for which no row can be trained on, and the key that it hangs on."""
+    """The most common reason why no row can be trained on, with the key to change."""
     reason, count = max(dropped.items(), key=lambda one: one[1])
     rows = sum(dropped.values())
-    many = f"all {rows}" if count == rows else f"{count} of all {rows}"
+    share = f"all {rows}" if count == rows else f"{count} of all {rows}"
     return {
-        "overlong": f"train.seq_len = {section.seq_len}: {many} samples are longer",
-        "template": f"train.chat_template: the template refuses {many} samples",
-        "empty_answer": f"--from: the answers of {many} samples are empty",
-        "bad_row": f"--from: {many} rows are no conversations (`messages` of role and content, as `run` and "
+        "overlong": f"train.seq_len = {section.seq_len}: {share} samples are longer",
+        "template": f"train.chat_template: the template fails on {share} samples",
+        "empty_answer": f"--from: the answers of {share} samples are empty",
+        "bad_row": f"--from: {share} rows are not conversations (`messages` of role and content, as `run` "
+        "and "
         f"`export` write them)",
     }[reason]

@@ -18,13 +18,14 @@ from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
 from streamsyn.trainer.evaluation.exam import Exam, Question
 from streamsyn.trainer.evaluation.heldout import WITH, deal_rows
 from streamsyn.trainer.examples import End, Example, Idle, StepPlan
-from streamsyn.trainer.loop import Loop, Progress, Schedule
+from streamsyn.trainer.loop import Loop, Progress
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.accelerator import start_accelerator
 from streamsyn.trainer.model.placed import Placed, place
 from streamsyn.trainer.model.pretrained import model_dtype, read_model
 from streamsyn.trainer.saving.checkpoint import Checkpoints
 from streamsyn.trainer.saving.store import Store
+from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.stream.planner import PlanQueue
 from tests.trainer import tiny
 
@@ -41,7 +42,7 @@ class Script:
         assert timeout_s > 0
         return self._moves.pop(0)
 
-    def figures(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         return {"dropped": {"overlong": 2}, "held": 0, "waited_s": 0.0}
 
 
@@ -118,11 +119,11 @@ def train(
         before(loop, placed)
     with PlanQueue(Script(moves)) as queue:
         figures = TrainingMetrics(out, 0)
-        director = Controller(
+        controller = Controller(
             settings, ranks, queue, loop.progress, store, Schedule(settings), figures, evaluations, Totals()
         )
-        loop.run(director.orders(lambda: loop.stopping))
-    return loop, director, placed
+        loop.run(controller.commands(lambda: loop.stopping))
+    return loop, controller, placed
 
 
 def exam(out: Path) -> Exam:

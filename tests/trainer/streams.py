@@ -10,8 +10,8 @@ import orjson
 from streamsyn.config.train_section import TrainSection
 from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.feed import Rendering
 from streamsyn.trainer.stream.planner import Planner
+from streamsyn.trainer.stream.stream_reader import Rendering
 
 
 def row(number: int, length: int = 10, **more: Any) -> dict[str, Any]:

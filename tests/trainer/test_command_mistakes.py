@@ -106,8 +106,8 @@ SILENT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("a poem\nof two lines\n", "--from: all 2 rows are no conversations"),
-        ('{"instruction": "q", "answer": "a"}\n', "--from: all 1 rows are no conversations"),
+        ("a poem\nof two lines\n", "--from: all 2 rows are not conversations"),
+        ('{"instruction": "q", "answer": "a"}\n', "--from: all 1 rows are not conversations"),
         (f"{json.dumps(SILENT)}\n" * 2 + "{}\n", "--from: the answers of 2 of all 3 samples are empty"),
         ("\n", "rows.jsonl is empty"),
     ],
@@ -214,5 +214,5 @@ def test_another_run_in_the_place_of_the_one_trained_on_is_refused(start: Start,
     training = start(write_run(other, range(1, 41)), out)
 
     assert 2 == training.wait(), training.stderr()
-    assert "is not the stream that this training stood in" in training.stderr().splitlines()[-1]
+    assert "is not the stream of the checkpoint" in training.stderr().splitlines()[-1]
     assert 0 == start(run, out).wait()

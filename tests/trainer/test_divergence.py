@@ -70,10 +70,10 @@ def test_a_stop_in_the_midst_of_it_pushes_nothing_out(tmp_path: Path) -> None:
         next(placed.plain.parameters()).register_hook(stop_at_8)
 
     settings = section(save_every_steps=2, keep_checkpoints=1)
-    loop, director, _ = train(tmp_path, settings, plans(20), before=spoilt_and_stopped)
+    loop, controller, _ = train(tmp_path, settings, plans(20), before=spoilt_and_stopped)
 
-    assert director is not None
-    assert "a signal" == director.why
+    assert controller is not None
+    assert "a signal" == controller.why
     assert 8 == loop.progress.step
     assert ["step-0000004"] == saved(tmp_path)
 
@@ -84,11 +84,11 @@ def test_steps_that_are_skipped_now_and_then_stop_nothing(
     """A step that is applied begins the count anew; a checkpoint that was due is written behind it."""
     monkeypatch.setattr("streamsyn.trainer.controller.MAX_SKIPPED", 3)
     settings = section(save_every_steps=3, keep_checkpoints=9)
-    loop, director, _ = train(tmp_path, settings, plans(8), before=spoilt({2, 3, 5, 6, 8}))
+    loop, controller, _ = train(tmp_path, settings, plans(8), before=spoilt({2, 3, 5, 6, 8}))
 
     assert 5 == loop.progress.skipped
-    assert director is not None
-    assert director.stopped is None
+    assert controller is not None
+    assert controller.stopped is None
     assert ["step-0000004", "step-0000007", "step-0000008"] == saved(tmp_path)
     assert (tmp_path / "model").exists()
 

@@ -128,13 +128,13 @@ def test_a_stop_during_the_first_evaluation(tmp_path: Path) -> None:
     one_answer = 8
     given: dict[str, Any] = {"base": tmp_path / "base", "control": CONTROL, "exam": questions}
     with capture_logs() as logs:
-        loop, director, _ = train(
+        loop, controller, _ = train(
             tmp_path, section(), plans(2), before=stop_at_pass(3 * one_answer + 1), **given
         )
     (partial,) = evaluations(tmp_path)
 
-    assert director is not None
-    assert (0, "a signal") == (loop.progress.step, director.stopped)
+    assert controller is not None
+    assert (0, "a signal") == (loop.progress.step, controller.stopped)
     assert partial["partial"] is True
     assert {"needle_one", "needle_two", "needles"} == PARTS & partial.keys()
     assert "nll_control" in partial
@@ -154,10 +154,12 @@ def test_a_stop_during_the_first_evaluation(tmp_path: Path) -> None:
 def test_a_stop_during_the_last_evaluation(tmp_path: Path) -> None:
     """The tuned model is written all the same; that the evaluation is not whole is said, and why."""
     settings = section(tests_every_steps=100)
-    _, director, _ = train(tmp_path, settings, plans(2), exam=exam(tmp_path), before=stop_at_pass(5 * 8 + 9))
+    _, controller, _ = train(
+        tmp_path, settings, plans(2), exam=exam(tmp_path), before=stop_at_pass(5 * 8 + 9)
+    )
 
-    assert director is not None
-    assert director.stopped == "a signal, during the last evaluation"
+    assert controller is not None
+    assert controller.stopped == "a signal, during the last evaluation"
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert [None, True] == [line.get("partial") for line in evaluations(tmp_path)]
 

@@ -37,7 +37,7 @@ def lines(out: Path, kind: str = "step") -> list[dict[str, Any]]:
 
 def test_a_training_is_as_one_written_down_plainly(tmp_path: Path) -> None:
     """Weights after some steps are those of separate samples, one after the other, and torch's AdamW."""
-    loop, director, placed = train(tmp_path, section(), plans(STEPS))
+    loop, controller, placed = train(tmp_path, section(), plans(STEPS))
     plain = tiny.model("eager")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.001, betas=(0.9, 0.95), weight_decay=0.0)
     for step, plan in enumerate(plans(STEPS)[:-1]):
@@ -53,8 +53,8 @@ def test_a_training_is_as_one_written_down_plainly(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    assert director is not None
-    assert director.stopped is None
+    assert controller is not None
+    assert controller.stopped is None
     assert STEPS == loop.progress.step
     expected = {name: one.detach() for name, one in plain.named_parameters()}
     assert tiny.furthest(expected, weights(placed)) < 1e-5
@@ -157,17 +157,17 @@ def test_what_rank_0_refuses_is_one_line(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     """A step whose gradient is not finite changes nothing, is counted, and the next one goes on."""
     settings = section()
-    loop, director, placed = train(tmp_path, settings, plans(1))
+    loop, controller, placed = train(tmp_path, settings, plans(1))
     before = weights(placed)
     row = tuple(plans(2)[0].rows[0])  # type: ignore[union-attr]
-    loop._train(Step((row,) * 4, ([float("inf")] * len(row),) * 4, 1.0, 0.001))
+    loop.train(Step((row,) * 4, ([float("inf")] * len(row),) * 4, 1.0, 0.001))
 
     assert 1 == loop.progress.skipped
     assert all(torch.equal(before[name], one) for name, one in weights(placed).items())
-    loop._train(Step((row,) * 4, ([1.0] * len(row),) * 4, 1.0, 0.001))
+    loop.train(Step((row,) * 4, ([1.0] * len(row),) * 4, 1.0, 0.001))
     assert 1 == loop.progress.skipped
     assert tiny.furthest(before, weights(placed)) > 0
-    assert director is not None
+    assert controller is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,10 +198,10 @@ def test_a_stall_is_waited_out(tmp_path: Path) -> None:
     """With `wait`, a stream that brings nothing for too long is trained on when it comes back."""
     stalled = Idle(1800.0, stalled=True)
     moves = plans(2)
-    loop, director, _ = train(tmp_path, section(), [moves[0], stalled, stalled, *moves[1:]])
+    loop, controller, _ = train(tmp_path, section(), [moves[0], stalled, stalled, *moves[1:]])
 
-    assert director is not None
-    assert (2, None) == (loop.progress.step, director.stopped)
+    assert controller is not None
+    assert (2, None) == (loop.progress.step, controller.stopped)
 
 
 def test_a_limit_that_is_behind_ends_it_at_once(tmp_path: Path) -> None:
@@ -210,19 +210,19 @@ def test_a_limit_that_is_behind_ends_it_at_once(tmp_path: Path) -> None:
     def stand_at_three(loop: Loop, _placed: Placed) -> None:
         loop.progress.step = 3
 
-    loop, director, _ = train(tmp_path, section(max_steps=2), plans(2), before=stand_at_three)
+    loop, controller, _ = train(tmp_path, section(max_steps=2), plans(2), before=stand_at_three)
 
-    assert director is not None
-    assert (3, None, "train.max_steps") == (loop.progress.step, director.stopped, director.why)
+    assert controller is not None
+    assert (3, None, "train.max_steps") == (loop.progress.step, controller.stopped, controller.why)
 
 
 def test_nothing_to_train_on_leaves_no_model(tmp_path: Path) -> None:
     """A stream that ends before it began."""
-    loop, director, _ = train(tmp_path, section(), [End({})])
+    loop, controller, _ = train(tmp_path, section(), [End({})])
 
     assert 0 == loop.progress.step
-    assert director is not None
-    assert director.stopped is None
+    assert controller is not None
+    assert controller.stopped is None
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "LATEST").exists()
 

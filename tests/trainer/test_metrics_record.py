@@ -200,7 +200,7 @@ class Slow:
         await asyncio.to_thread(self.may_go.wait, timeout_s)
         return StepPlan(((tiny.example(10, 2),),), {})
 
-    def figures(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """What a planner says."""
         return {"waited_s": self._waited_s if self.may_go.is_set() else 0.0}
 

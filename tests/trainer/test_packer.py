@@ -5,19 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.trainer.examples import Example
-from streamsyn.trainer.stream.packing import Packer, Row, balanced, cost
+from streamsyn.trainer.stream.packing import PackedRow, Packer, balanced, cost
 from tests.trainer.streams import example
 
 lengths = st.lists(st.integers(1, 100), max_size=60)
 
 
-def packed(packer: Packer, examples: Sequence[Example]) -> list[list[Row]]:
+def packed(packer: Packer, examples: Sequence[Example]) -> list[list[PackedRow]]:
     """The steps that examples fill, and the rest as the last one."""
     steps = [full for one in examples if (full := packer.add(one))]
     return [*steps, packer.flush()]
 
 
-def numbers(steps: Sequence[Sequence[Row]]) -> list[list[list[int]]]:
+def numbers(steps: Sequence[Sequence[PackedRow]]) -> list[list[list[int]]]:
     """Which examples lie in which row."""
     return [[[one.key.seq for one in row] for row in rows] for rows in steps]
 

@@ -14,7 +14,7 @@ from streamsyn.simulator.virtual_time import run_virtually
 from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, StepPlan
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.sources.source import Mixed, Sources
-from streamsyn.trainer.stream.feed import BATCH_ROWS
+from streamsyn.trainer.stream.stream_reader import BATCH_ROWS
 from tests.trainer.streams import Arriving, Lengths, keys, planner, plans, row
 
 rows = st.lists(
@@ -171,7 +171,7 @@ def test_waiting_is_counted() -> None:
         lengths = [10, None, 300, *[10] * 17]
         stream = planner(Sources(Arriving(made(lengths), [(25.0, 10), (15.0, 0)])))
         await plans(stream)
-        return stream.figures()
+        return stream.statistics()
 
     figures = run_virtually(watch())
 
@@ -244,7 +244,7 @@ def test_held_examples_that_no_longer_fit_are_dropped_and_counted() -> None:
     long = {key.seq for key in keys(first) if lengths[key.seq] == 90}
 
     assert set(range(1, 40, 2)) == short
-    assert 20 - len(long) == stream.figures()["dropped"]["overlong"]
+    assert 20 - len(long) == stream.statistics()["dropped"]["overlong"]
 
 
 def test_held_out_seeds_are_kept_for_evaluation() -> None:
@@ -323,7 +323,7 @@ def test_a_mix_that_holds_nothing_is_refused() -> None:
     for general in ([], made([None, 500])):
         sources = Sources(Arriving(made([10] * 50)), [Mixed(Arriving(general, name="general.jsonl"), 1.0)])
 
-        with pytest.raises(ConfigError, match=r"train.mix: general.jsonl holds nothing"):
+        with pytest.raises(ConfigError, match=r"train.mix: general.jsonl has no row"):
             asyncio.run(plans(planner(sources)))
 
 
@@ -331,7 +331,7 @@ def test_the_state_of_another_stream_is_refused() -> None:
     """A checkpoint that stands in a run is no place in a pipe; nor are its examples without their source."""
     state = asyncio.run(plans(planner(Sources(Arriving(made([10] * 60)), mixed(1.0)))))[0].state
 
-    with pytest.raises(ConfigError, match="stands in run, not in stdin"):
+    with pytest.raises(ConfigError, match="kind 'run', not 'stdin'"):
         planner(Sources(Arriving([], name="stdin")), state)
     with pytest.raises(ConfigError, match=r"examples of mix, which is no longer in train.mix"):
         asyncio.run(plans(planner(Sources(Arriving(made([10] * 60))), state)))

@@ -305,4 +305,4 @@ async def test_a_run_is_trained_on_as_it_goes(tmp_path: Path) -> None:
         steps = await plans(stream, 0.1)
 
     assert list(range(120)) == sorted(key.seq for key in keys(steps))
-    assert {"overlong": 0} | stream.figures()["dropped"] == {"overlong": 0}
+    assert {"overlong": 0} | stream.statistics()["dropped"] == {"overlong": 0}

@@ -452,5 +452,5 @@ def test_a_checkpoint_of_a_longer_run_is_refused(tmp_path: Path) -> None:
             log.finish()
     [step, *_] = asyncio.run(plans(planner(Sources(RunSamples(tmp_path / "a")), rendering=Alike())))
 
-    with pytest.raises(ConfigError, match="run has 5 rows, and the checkpoint stands behind row"):
+    with pytest.raises(ConfigError, match="run has 5 rows, but the checkpoint has read"):
         asyncio.run(plans(planner(Sources(RunSamples(tmp_path / "b")), step.state, rendering=Alike())))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.config.train_section import TrainSection
-from streamsyn.trainer.loop import Schedule
+from streamsyn.trainer.schedule import Schedule
 
 
 def section(**given: object) -> TrainSection:
@@ -39,7 +39,7 @@ def test_a_stream_that_goes_on_after_its_end_is_open_again() -> None:
     """As a pipe whose writer died: the rate is what it was, and falls again at the next end."""
     first = Schedule(section(warmup_steps=0))
     assert [1.0, 0.5] == [first.rate(step, left) for step, left in enumerate([2, 1])]
-    first.forget_the_end()
+    first.reopen()
     later = Schedule(section(warmup_steps=0), first.state())
 
     assert [1.0, 1.0, 0.5] == [later.rate(2 + step, left) for step, left in enumerate([None, 2, 1])]

@@ -29,7 +29,9 @@ async def test_another_stream_is_refused() -> None:
     state = await begun(Sources(Arriving(rows(60))))
     other = planner(Sources(Arriving(rows(60, answer="another"))), state)
 
-    with pytest.raises(ConfigError, match=r"row \d+ .* is not the stream that this training stood in"):
+    with pytest.raises(
+        ConfigError, match=r"row \d+ .*has changed.* this is not the stream of the checkpoint"
+    ):
         await other.next(1000.0)
     other.close()
 

@@ -22,8 +22,8 @@ def test_a_launcher_says_which_rank_it_is() -> None:
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"RANK": "x"}, "RANK and WORLD_SIZE are 'x' and '1': no numbers"),
-        ({"WORLD_SIZE": "-2"}, "RANK and WORLD_SIZE are '0' and '-2': no numbers"),
+        ({"RANK": "x"}, "RANK and WORLD_SIZE must be numbers, not 'x' and '1'"),
+        ({"WORLD_SIZE": "-2"}, "RANK and WORLD_SIZE must be numbers, not '0' and '-2'"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
     ],
 )

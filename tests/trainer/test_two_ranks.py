@@ -368,5 +368,5 @@ def test_ranks_that_do_not_share_a_folder_are_refused(ranks: Ranks, tmp_path: Pa
 
     assert [2, 2] == codes
     told = (tmp_path / "out{rank}.said0").read_text().splitlines()[-1]
-    assert "is not one folder for all ranks" in told
+    assert "--out must be one folder" in told
     assert not any("Traceback" in path.read_text() for path in tmp_path.glob("*.said?"))

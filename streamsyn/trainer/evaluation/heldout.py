@@ -22,7 +22,7 @@ from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, Row
 from streamsyn.trainer.model.batch import make_batch
 from streamsyn.trainer.model.loss import example_means, token_losses
 from streamsyn.trainer.sources.row_files import FileRows
-from streamsyn.trainer.stream.feed import Rendering, mark_of
+from streamsyn.trainer.stream.stream_reader import Rendering, row_digest
 
 log = structlog.get_logger()
 
@@ -151,7 +151,7 @@ def _made(path: str, renderer: Rendering) -> Iterator[tuple[str, Example | Dropp
 
 def _key(row: Row) -> Key:
     """By what it holds: another file is not compared with this one when a training goes on."""
-    return Key(f"control:{mark_of(row)}", 0, row.seq)
+    return Key(f"control:{row_digest(row)}", 0, row.seq)
 
 
 class HoldingOut(Protocol):

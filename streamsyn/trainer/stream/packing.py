@@ -1,6 +1,6 @@
-"""Shuffling a stream: the next example is drawn from those that are held.
+"""The order of a stream and the rows of a step: a shuffle buffer, packing into rows, balance between ranks.
 
-Packing: whole examples into rows of bounded length, and rows onto ranks of equal load.
+Pure functions of what goes in, and of the seed: no files, no clock.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from streamsyn.records import digest
 from streamsyn.trainer.examples import Example, Key
 
+PackedRow = list[Example]
+
 
 class ShuffleBuffer:
-    """Holds `size` examples at most. Which one is drawn follows from `seed`, the number of draws made before
-    and what is held, in its order: nothing else.
+    """Holds up to `size` examples and draws them in random order.
+
+    What is drawn depends only on `seed`, the number of draws so far, and what is held, in its order.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -26,29 +29,29 @@ class ShuffleBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether something must be drawn before more can be put in."""
+        """Whether an example must be drawn before the next one is put in."""
         return len(self._held) >= self._size
 
     @property
     def tokens(self) -> int:
-        """Tokens of all that is held."""
+        """Tokens of all examples held."""
         return sum(example.length for example in self._held)
 
     def layout(self) -> list[Key]:
-        """What is held, in order."""
+        """The keys of the examples held, in order."""
         return [example.key for example in self._held]
 
     def restore(self, held: Iterable[Example], draws: int) -> None:
-        """Go on where another one stood."""
+        """Set what is held, and the number of draws made."""
         self._held = list(held)
         self.draws = draws
 
     def put(self, example: Example) -> None:
-        """Hold one more."""
+        """Add an example."""
         self._held.append(example)
 
     def draw(self) -> Example:
-        """Take one out."""
+        """Remove an example and return it."""
         number = int.from_bytes(digest("draw", self._seed, str(self.draws))[:8])
         at = number % len(self._held)
         self.draws += 1
@@ -58,29 +61,28 @@ class ShuffleBuffer:
         return drawn
 
 
-Row = list[Example]
-
-
 class Packer:
-    """Keeps `rows` rows open, each of `seq_len` tokens at most. An example goes where least room is left.
+    """Packs whole examples into `rows` open rows of up to `seq_len` tokens, best fit.
 
-    Every example given to it must have `seq_len` tokens at most.
+    No example may be longer than `seq_len`.
     """
 
     def __init__(self, rows: int, seq_len: int) -> None:
         self._seq_len = seq_len
-        self._rows: list[Row] = [[] for _ in range(rows)]
+        self._rows: list[PackedRow] = [[] for _ in range(rows)]
 
     @property
     def tokens(self) -> int:
         """Tokens in all open rows."""
         return sum(map(_tokens, self._rows))
 
-    def add(self, example: Example) -> list[Row] | None:
-        """Put an example into a row. If it fits into none, the rows as they were: a full step; it is then the
-        first of the next one.
+    def add(self, example: Example) -> list[PackedRow] | None:
+        """Put an example into the row that it fills best.
+
+        Returns:
+            None. If it fits into no row: all rows, a full step; the example then starts the next one.
         """
-        row = self._place(example)
+        row = self._best_row(example)
         if row is not None:
             row.append(example)
             return None
@@ -88,45 +90,40 @@ class Packer:
         self._rows[0].append(example)
         return full
 
-    def flush(self) -> list[Row]:
-        """The rows as they are, some of them perhaps empty; new ones are opened."""
+    def flush(self) -> list[PackedRow]:
+        """Return the open rows, some of which may be empty, and open new ones."""
         rows, self._rows = self._rows, [[] for _ in self._rows]
         return rows
 
     def layout(self) -> list[list[Key]]:
-        """What lies in which open row, in order."""
+        """The keys in each open row, in order."""
         return [[example.key for example in row] for row in self._rows]
 
     def restore(self, layout: Sequence[Sequence[Example]]) -> bool:
-        """Go on where another packer stood; False, and nothing is done, if it had rows of other sizes."""
+        """Set the open rows. False, and nothing changes, if their number or length does not fit."""
         fits = all(_tokens(row) <= self._seq_len for row in layout)
         if len(layout) != len(self._rows) or not fits:
             return False
         self._rows = [list(row) for row in layout]
         return True
 
-    def _place(self, example: Example) -> Row | None:
-        """The row that it fills best; among those that it fills alike, the one with the least attention."""
+    def _best_row(self, example: Example) -> PackedRow | None:
+        """The row with the least room left; among equals, the one with the least attention."""
         room = {at: self._seq_len - _tokens(row) for at, row in enumerate(self._rows)}
         fitting = [at for at in room if room[at] >= example.length]
         best = min(fitting, key=lambda at: (room[at], cost(self._rows[at]), at), default=None)
         return None if best is None else self._rows[best]
 
 
-def cost(row: Sequence[Example]) -> int:
-    """What attention over a row costs, up to a factor: the sum of squared lengths."""
-    return sum(example.length**2 for example in row)
-
-
 def balanced(rows: Sequence[Sequence[Example]], ranks: int) -> tuple[tuple[Example, ...], ...]:
-    """The same rows in an order in which rank i % `ranks` of row i has about as much attention as any other.
+    """Order rows so that each rank has about the same attention cost, where row i is for rank i % `ranks`.
 
-    The heaviest row goes to the rank with the least so far, among those that have not got their share of
-    rows (longest processing time first). Each rank's rows come heaviest first, so that those that ranks
-    work on at the same time cost about the same. `ranks` divides the number of rows.
+    The heaviest row goes to the rank with the least cost so far, among those with rows still to get (longest
+    processing time first). Each rank's rows come heaviest first, so that the rows that ranks work on at the
+    same time cost about the same. `ranks` divides the number of rows.
     """
     share = len(rows) // ranks
-    assert share * ranks == len(rows), f"{len(rows)} rows cannot be shared out among {ranks} ranks"
+    assert share * ranks == len(rows), f"{len(rows)} rows cannot be divided among {ranks} ranks"
     given: list[list[tuple[Example, ...]]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for row in sorted(rows, key=cost, reverse=True):
@@ -134,6 +131,11 @@ def balanced(rows: Sequence[Sequence[Example]], ranks: int) -> tuple[tuple[Examp
         given[rank].append(tuple(row))
         loads[rank] += cost(row)
     return tuple(given[at % ranks][at // ranks] for at in range(len(rows)))
+
+
+def cost(row: Sequence[Example]) -> int:
+    """The cost of attention over a row, up to a factor: the sum of squared lengths."""
+    return sum(example.length**2 for example in row)
 
 
 def _tokens(row: Sequence[Example]) -> int:

@@ -1,8 +1,12 @@
-"""What each optimizer step trains on: read, shuffled, packed, and exact about where the stream stands.
+"""Decides what each optimizer step trains on, and can resume after any step exactly.
 
-The order in which rows arrive decides; the clock does so only where the stream lets the trainer wait.
+`Planner` reads examples, shuffles them in a buffer, and packs them into the rows of a step. The order of the
+rows in the stream decides; time matters only where the trainer has to wait for the stream. Each `StepPlan`
+carries the state after it: a planner that starts from that state makes the same plans that would have come
+next.
 
-The stream side of rank 0: a thread with an event loop of its own, which keeps a few plans ready.
+`PlanQueue` runs a planner in a thread with an event loop of its own and keeps a few plans ready for the
+training.
 """
 
 import asyncio
@@ -16,34 +20,35 @@ from itertools import chain
 from typing import Any, Protocol, Self
 
 from streamsyn.config.train_section import TrainSection
-from streamsyn.trainer.commands import WAIT_S
 from streamsyn.trainer.examples import End, Example, HeldOut, Idle, Key, StepPlan
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.feed import Feed, Rendering
-from streamsyn.trainer.stream.packing import Packer, ShuffleBuffer, balanced
-from streamsyn.trainer.stream.packing import Row as PackedRow
+from streamsyn.trainer.stream.packing import PackedRow, Packer, ShuffleBuffer, balanced
+from streamsyn.trainer.stream.stream_reader import Rendering, StreamReader
 
+_DEPTH = 2
+"""Plans that are made ahead of the training."""
+_IDLE_EVERY_S = 5.0
+"""While the stream has nothing, the planner reports that it is idle this often."""
 _TICK_S = 1e-3
-"""Waiting for less than this is not waiting."""
+"""Shorter waits are skipped."""
 
 
 class Planner:
-    """Makes step plans of a stream. Not for two callers at a time.
+    """Makes the plans of a stream. Not safe for two callers at a time.
 
-    An example is drawn when `train.shuffle_size` are held, when nothing more is there and `train.shuffle_min`
-    are held, and when the stream has ended or paused. From the state of a plan another planner, over the
-    same sources, goes on behind that plan.
+    An example is drawn from the shuffle buffer when `train.shuffle_size` examples are held, when nothing more
+    has been written and `train.shuffle_min` are held, and when the stream has ended or paused.
 
     Args:
         section: The section `train`.
-        run_seed: Seeds the shuffling.
-        sources: What is read.
-        renderer: Makes examples of rows.
-        state: That of the last plan that was trained on; None at the beginning.
-        ranks: Rows are ordered so that each of so many ranks has the same load.
+        run_seed: Seed of the shuffling.
+        sources: The stream and what is mixed into it.
+        renderer: Turns rows into examples.
+        state: The state of the last plan trained on; None at the beginning.
+        ranks: Number of ranks; the rows of a plan are ordered so that each rank has the same load.
 
     Raises:
-        ConfigError: The state is that of another stream.
+        ConfigError: The state belongs to a different stream.
     """
 
     def __init__(
@@ -58,124 +63,122 @@ class Planner:
     ) -> None:
         self._section = section
         self._ranks = ranks
-        self._feed = Feed(section, sources, renderer, state and state["feed"])
+        self._reader = StreamReader(section, sources, renderer, state and state["feed"])
         self._buffer = ShuffleBuffer(section.shuffle_size, run_seed)
         self._packer = Packer(section.rows_per_step, section.seq_len)
         self._drawn: deque[Example] = deque()
-        """Drawn, and to be packed before anything else."""
+        """Drawn before the restart, to be packed before anything else."""
         self._full_steps: int = state["full_steps"] if state else 0
-        """Plans so far that came because their rows were full."""
+        """Plans made so far because their rows were full."""
         self._full_tokens: int = state["full_tokens"] if state else 0
-        """Their tokens."""
+        """Tokens of these plans."""
         self._to_restore = state
         self._quiet_s = 0.0
-        """Waited since something last came."""
-        self.waited_s = 0.0
-        """Waited in all."""
-
-    @property
-    def left_steps(self) -> int | None:
-        """About how many plans are still to come, where the end is known."""
-        left = self._feed.examples_left()
-        if left is None:
-            return None
-        counts = self._feed.counts
-        held = self._buffer.tokens + self._packer.tokens + sum(one.length for one in self._drawn)
-        tokens = held + left * counts["tokens"] / max(1, counts["examples"])
-        if not self._full_steps:
-            return math.ceil(tokens / (self._section.rows_per_step * self._section.seq_len))
-        return math.ceil(tokens * self._full_steps / self._full_tokens)
-
-    @property
-    def held_out(self) -> list[HeldOut]:
-        """What is kept for evaluation so far, in the order of the stream."""
-        return list(self._feed.held_out)
-
-    def figures(self) -> dict[str, Any]:
-        """What was read, what became of it, and how long the stream was waited for (by this process).
-
-        `rows_read`, `examples`, `held_out` and `dropped` (by reason) count since the beginning of the stream.
-        """
-        counts = self._feed.counts
-        return {
-            "rows_read": counts["read"],
-            "examples": counts["examples"],
-            "held_out": counts["held_out"],
-            "dropped": dict(self._feed.dropped),
-            "held": len(self._buffer) + sum(map(len, self._packer.layout())) + len(self._drawn),
-            "waited_s": self.waited_s,
-        }
+        """Seconds waited since the last example."""
+        self._waited_s = 0.0
+        """Seconds waited in all."""
 
     async def next(self, timeout_s: float) -> StepPlan | Idle | End:
-        """The next plan; Idle when none can be made for `timeout_s`; End when none will ever be.
+        """The next plan; Idle when none can be made within `timeout_s` seconds; End when none will follow.
 
         Raises:
             StreamsynError: A source cannot be read.
         """
         until = asyncio.get_running_loop().time() + timeout_s
         while True:
-            if await self._restored():
+            if await self._restore():
                 plan = await self._plan()
                 if plan is not None:
                     return plan
             if await self._wait(until):
                 return Idle(self._quiet_s, self._quiet_s >= self._section.stall_s)
 
+    @property
+    def held_out(self) -> list[HeldOut]:
+        """What is kept for evaluation so far, in the order of the stream."""
+        return list(self._reader.held_out)
+
+    def statistics(self) -> dict[str, Any]:
+        """What was read, what it became, and how many seconds this process has waited for the stream.
+
+        `rows_read`, `examples`, `held_out` and `dropped` (by reason) count since the beginning of the stream.
+        """
+        counts = self._reader.counts
+        return {
+            "rows_read": counts["read"],
+            "examples": counts["examples"],
+            "held_out": counts["held_out"],
+            "dropped": dict(self._reader.dropped),
+            "held": len(self._buffer) + sum(map(len, self._packer.layout())) + len(self._drawn),
+            "waited_s": self._waited_s,
+        }
+
     def close(self) -> None:
-        """Let go of the sources."""
-        self._feed.close()
+        """Close the sources."""
+        self._reader.close()
 
     async def _plan(self) -> StepPlan | End | None:
-        """The next plan, made of what is there now."""
+        """The next plan that can be made of what has been written; None when there is too little."""
         while True:
-            if not self._buffer.is_full and (example := await self._feed.next()):
+            if not self._buffer.is_full and (example := await self._reader.next()):
                 self._buffer.put(example)
                 self._quiet_s = 0.0
             elif self._may_draw():
                 drawn = self._drawn.popleft() if self._drawn else self._buffer.draw()
                 if rows := self._packer.add(drawn):
                     return self._step(rows)
-            elif self._nothing_comes and self._packer.tokens:
+            elif self._has_paused and self._packer.tokens:
                 return self._step(self._packer.flush(), flushed=True)
             else:
-                return End(self._state()) if self._feed.ended else None
+                return End(self._state()) if self._reader.ended else None
 
     @property
-    def _nothing_comes(self) -> bool:
-        """Whether the stream has ended or paused."""
-        return self._feed.ended or self._quiet_s >= self._section.max_wait_s
+    def _has_paused(self) -> bool:
+        """Whether the stream has ended, or has brought nothing for `train.max_wait_s`."""
+        return self._reader.ended or self._quiet_s >= self._section.max_wait_s
 
     def _may_draw(self) -> bool:
         if self._drawn:
             return True
         enough = min(self._section.shuffle_min, self._section.shuffle_size)
-        return len(self._buffer) >= (1 if self._nothing_comes else enough)
+        return len(self._buffer) >= (1 if self._has_paused else enough)
 
     async def _wait(self, until: float) -> bool:
-        """Wait until the stream may have brought something, or is to be taken for paused; True at `until`."""
+        """Wait for the stream until it may have more, or counts as paused; True when the time is up."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         left = until - began
         if left < _TICK_S:
             return True
         to_pause = self._section.max_wait_s - self._quiet_s
-        await self._feed.changed(min(left, max(to_pause, _TICK_S)) if to_pause > 0 else left)
+        await self._reader.changed(min(left, max(to_pause, _TICK_S)) if to_pause > 0 else left)
         waited = loop.time() - began
         self._quiet_s += waited
-        self.waited_s += waited
+        self._waited_s += waited
         return False
 
     def _step(self, rows: list[PackedRow], *, flushed: bool = False) -> StepPlan:
         if not flushed:
             self._full_steps += 1
             self._full_tokens += sum(example.length for row in rows for example in row)
-        ordered = balanced(rows, self._ranks)
-        return StepPlan(ordered, self._state(), self.left_steps, flushed)
+        return StepPlan(balanced(rows, self._ranks), self._state(), self._steps_left(), flushed)
+
+    def _steps_left(self) -> int | None:
+        """About how many plans remain; None while the end is not known."""
+        left = self._reader.examples_left()
+        if left is None:
+            return None
+        counts = self._reader.counts
+        held = self._buffer.tokens + self._packer.tokens + sum(one.length for one in self._drawn)
+        tokens = held + left * counts["tokens"] / max(1, counts["examples"])
+        if not self._full_steps:
+            return math.ceil(tokens / (self._section.rows_per_step * self._section.seq_len))
+        return math.ceil(tokens * self._full_steps / self._full_tokens)
 
     def _state(self) -> dict[str, Any]:
         return {
-            "feed": self._feed.state(),
-            "held_out": [list(kept.example.key) for kept in self._feed.held_out],
+            "feed": self._reader.state(),
+            "held_out": [list(held_out.example.key) for held_out in self._reader.held_out],
             "draws": self._buffer.draws,
             "held": [list(key) for key in self._buffer.layout()],
             "drawn": [list(example.key) for example in self._drawn],
@@ -184,14 +187,17 @@ class Planner:
             "full_tokens": self._full_tokens,
         }
 
-    async def _restored(self) -> bool:
-        """Read again what was held; False while a part of it is not there, because its writer was killed."""
+    async def _restore(self) -> bool:
+        """Load again what the checkpoint held; False while a part of it has not been written again.
+
+        Rows may be missing for a while when the run that writes them was killed, too.
+        """
         state = self._to_restore
         if state is None:
             return True
-        held, drawn, kept = ([Key(*key) for key in state[name]] for name in ("held", "drawn", "held_out"))
+        held, drawn, held_out = ([Key(*key) for key in state[name]] for name in ("held", "drawn", "held_out"))
         rows = [[Key(*key) for key in row] for row in state["rows"]]
-        found = await self._feed.again([*held, *drawn, *kept, *chain.from_iterable(rows)])
+        found = await self._reader.reload([*held, *drawn, *held_out, *chain.from_iterable(rows)])
         if found is None:
             return False
         self._to_restore = None
@@ -201,31 +207,32 @@ class Planner:
         if not self._packer.restore(layout):
             self._drawn.extend(chain.from_iterable(layout))
         self._drawn.extend(examples[key] for key in drawn if key in examples)
-        made_of = (found[key] for key in kept[: self._section.holdout_samples])
-        self._feed.held_out = [made for made in made_of if isinstance(made, HeldOut)]
+        kept = (found[key] for key in held_out[: self._section.holdout_samples])
+        self._reader.held_out = [made for made in kept if isinstance(made, HeldOut)]
         return True
 
 
-DEPTH = 2
-"""Plans that are made ahead of the training."""
-
-
 class Planning(Protocol):
-    """What plans come from."""
+    """What a `PlanQueue` takes plans from."""
 
     async def next(self, timeout_s: float) -> StepPlan | Idle | End:
-        """The next plan, or that there is none yet, or that there will be none."""
+        """The next plan; Idle when there is none yet, End when there will be none."""
         ...
 
-    def figures(self) -> dict[str, Any]:
-        """Counts and ages to show."""
+    def statistics(self) -> dict[str, Any]:
+        """Counts and times, as of now."""
         ...
 
 
 class PlanQueue:
-    """Plans, in the order in which `planner` makes them. Use it as a context: the thread ends with it.
+    """The plans of a planner that runs ahead in a thread. A context manager: the thread ends with it.
 
     `get` and `wake` are for the main thread, `wake` also for its signal handlers.
+
+    Attributes:
+        idle: Set while the planner waits for its stream.
+        statistics: Those of the planner, as of what it returned last.
+        waited_s: Seconds that the training has waited in `get`.
     """
 
     def __init__(self, planner: Planning) -> None:
@@ -234,17 +241,14 @@ class PlanQueue:
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._room = asyncio.Semaphore(DEPTH)
+        self._room = asyncio.Semaphore(_DEPTH)
         self._started = threading.Event()
         self.idle: Idle | None = None
-        """Set while the planner waits for its stream."""
-        self.figures = planner.figures()
-        """Those of the planner, as they were when it gave something last; it goes on in its thread."""
+        self.statistics = planner.statistics()
         self.waited_s = 0.0
-        """Time that the training has waited in `get`."""
-        self._settled = (0.0, 0.0, 0.0)
-        """When the last plan was taken: `waited_s`, what of it was for the stream, and what the planner had
-        waited for its stream by then."""
+        self._at_last_plan = (0.0, 0.0, 0.0)
+        """When a plan was taken last: `waited_s`, `stream_waited_s`, and the seconds that the planner had
+        waited."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -253,27 +257,27 @@ class PlanQueue:
 
     def __exit__(self, *_: object) -> None:
         if self._loop is not None and self._task is not None:
-            with suppress(RuntimeError):  # it has come to its end by itself
+            with suppress(RuntimeError):  # the loop has ended by itself
                 self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(timeout=30)
-
-    @property
-    def stream_waited_s(self) -> float:
-        """What of `waited_s` was for the stream; in the rest the planner was reading and tokenising."""
-        waited, for_stream, planner_waited = self._settled
-        pending = float(self.figures["waited_s"]) - planner_waited
-        return for_stream + max(0.0, min(self.waited_s - waited, pending))
 
     @property
     def depth(self) -> int:
         """Plans that are ready."""
         return self._ready.qsize()
 
+    @property
+    def stream_waited_s(self) -> float:
+        """The part of `waited_s` that was due to the stream; in the rest the planner was reading."""
+        waited, for_stream, planner_waited = self._at_last_plan
+        since = float(self.statistics["waited_s"]) - planner_waited
+        return for_stream + max(0.0, min(self.waited_s - waited, since))
+
     def get(self, timeout_s: float) -> StepPlan | End | None:
-        """The next plan; None when there is none after `timeout_s`, or when woken.
+        """The next plan; None when there is none within `timeout_s` seconds, or after `wake`.
 
         Raises:
-            StreamsynError: What stopped the planner.
+            StreamsynError: The planner has failed with it.
         """
         began = time.monotonic()
         try:
@@ -284,27 +288,27 @@ class PlanQueue:
             self.waited_s += time.monotonic() - began
         if isinstance(found, BaseException):
             raise found
-        self._settled = (self.waited_s, self.stream_waited_s, float(self.figures["waited_s"]))
+        self._at_last_plan = (self.waited_s, self.stream_waited_s, float(self.statistics["waited_s"]))
         if isinstance(found, StepPlan) and self._loop is not None:
-            with suppress(RuntimeError):  # the loop has come to its end
+            with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._room.release)
         return found
 
     def wake(self) -> None:
-        """Make a `get` that waits return."""
+        """Make a waiting `get` return."""
         self._ready.put(None)
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._plan())
+            asyncio.run(self._fill())
         except asyncio.CancelledError:
             return
-        except BaseException as error:  # noqa: BLE001 - it is raised again where plans are asked for
+        except BaseException as error:  # noqa: BLE001 - raised again in `get`
             self._ready.put(error)
         finally:
             self._started.set()
 
-    async def _plan(self) -> None:
+    async def _fill(self) -> None:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         self._started.set()
         while True:
@@ -315,9 +319,9 @@ class PlanQueue:
                 return
 
     async def _next(self) -> StepPlan | End:
-        while isinstance(made := await self._planner.next(WAIT_S), Idle):
+        while isinstance(made := await self._planner.next(_IDLE_EVERY_S), Idle):
             self.idle = made
-            self.figures = self._planner.figures()
+            self.statistics = self._planner.statistics()
         self.idle = None
-        self.figures = self._planner.figures()
+        self.statistics = self._planner.statistics()
         return made

@@ -1,0 +1,384 @@
+"""Reads the stream, and what is mixed into it, ahead of the training.
+
+`StreamReader` returns examples one at a time: after k examples of the stream it has returned round(k *
+weight) examples of each source in `train.mix`. The order depends on counts alone, never on time.
+`SourceReader` is the position in one source. Rows that were read ahead are not part of any state: they are
+read again after a restart.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import orjson
+import structlog
+
+from streamsyn.config.train_section import TrainSection
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.records import digest
+from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, Row, is_held_out
+from streamsyn.trainer.sources.source import Source, Sources
+
+log = structlog.get_logger()
+
+BATCH_ROWS = 32
+"""Rows that are read and tokenized together."""
+_MAX_LOGGED = 5
+"""Dropped rows that are logged one by one, for each reason."""
+
+T = TypeVar("T")
+
+
+class Rendering(Protocol):
+    """Turns rows into examples."""
+
+    def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
+        """For each row its example, or the reason why there is none. Blocks."""
+        ...
+
+
+class StreamReader:
+    """Returns the examples of the stream and of what is mixed into it, in a fixed order.
+
+    Rows are read and tokenized in one thread. Rows that cannot be trained on are counted; rows of held-out
+    seeds are kept apart, up to `train.holdout_samples` of them.
+
+    Args:
+        section: The section `train`.
+        sources: The stream and what is mixed into it.
+        renderer: Turns rows into examples.
+        state: `state()` of an earlier reader; None at the beginning.
+
+    Raises:
+        ConfigError: The state belongs to a different stream.
+    """
+
+    def __init__(
+        self, section: TrainSection, sources: Sources, renderer: Rendering, state: dict[str, Any] | None
+    ) -> None:
+        self._section = section
+        self._renderer = renderer
+        self._thread = ThreadPoolExecutor(1, "stream")
+        state = state or {"source": sources.stream.name, "mix": {}, "counts": {}, "dropped": {}}
+        if state["source"] != sources.stream.name:
+            raise ConfigError(
+                f"--from: the checkpoint was trained on a stream of kind {state['source']!r}, not "
+                f"{sources.stream.name!r}; use the same stream, or another --out"
+            )
+        self._stream = SourceReader(sources.stream, section.epochs, self._load, state.get("stream"))
+        self._mix = [
+            (SourceReader(one.source, None, self._load, state["mix"].get(one.source.name)), one.weight)
+            for one in sources.mix
+        ]
+        self._sources: dict[str, Source] = {
+            source.name: source for source in (sources.stream, *(one.source for one in sources.mix))
+        }
+        if len(self._sources) <= len(self._mix):
+            raise ConfigError("train.mix: the same path is given twice; give it once, with a higher weight")
+        self.counts: Counter[str] = Counter(state["counts"])
+        """Rows `read`, rows `held_out`, and `examples` with their `tokens`: everything returned so far."""
+        self.dropped: Counter[str] = Counter(state["dropped"])
+        """Rows that cannot be trained on, by reason."""
+        self.held_out: list[HeldOut] = []
+        """What is kept for evaluation, in the order of the stream."""
+        self._warned_behind = False
+
+    def state(self) -> dict[str, Any]:
+        """The position in all sources; can be written as JSON."""
+        return {
+            "source": self._stream.source.name,
+            "stream": self._stream.state(),
+            "mix": {reader.source.name: reader.state() for reader, _ in self._mix},
+            "counts": dict(self.counts),
+            "dropped": dict(self.dropped),
+        }
+
+    @property
+    def ended(self) -> bool:
+        """Whether all examples have been returned."""
+        return self._stream.ended and self._next_reader() is self._stream
+
+    def examples_left(self) -> float | None:
+        """About how many examples remain; None while the end is not known."""
+        rows = self._stream.rows_left()
+        if rows is None:
+            return None
+        per_row = self._stream.examples / max(1, self._stream.rows_taken())
+        return rows * per_row * (1 + sum(weight for _, weight in self._mix))
+
+    async def next(self) -> Example | None:
+        """The next example; None when it has not been written yet, or all have been returned.
+
+        Raises:
+            StreamsynError: A source cannot be read.
+        """
+        while True:
+            reader = self._next_reader()
+            if not reader.ready and not reader.ended:
+                reader.ready.extend(await self._in_thread(reader.read))
+            if not reader.ready:
+                return None
+            if example := self._count(reader.take()):
+                return example
+
+    async def changed(self, timeout_s: float) -> None:
+        """Return when the stream may have more rows, and after `timeout_s` seconds at the latest."""
+        await self._stream.source.changed(timeout_s)
+
+    async def reload(self, keys: Iterable[Key]) -> dict[Key, Example | Dropped | HeldOut] | None:
+        """Load again rows that were returned before the checkpoint.
+
+        Rows that no longer make an example (because `train.seq_len` is smaller now, say) are counted as
+        dropped.
+
+        Returns:
+            What each key makes now; None while a row is not there, but may be written again.
+
+        Raises:
+            ConfigError: A row's source is no longer given, or its content has changed.
+            SinkError: A row is missing for good.
+        """
+        wanted = sorted(set(keys))
+        loaded = await self._in_thread(lambda: self._reload(wanted))
+        if loaded is None:
+            return None
+        for one in loaded:
+            if isinstance(one.made, Dropped):
+                self._drop(one.key, one.made)
+        return {one.key: one.made for one in loaded}
+
+    def close(self) -> None:
+        """Close the sources and end the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        for source in self._sources.values():
+            source.close()
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        # One thread: a call that was cancelled ends before the next one begins.
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _next_reader(self) -> "SourceReader":
+        """The reader of the next example. Depends on counts alone."""
+        for reader, weight in self._mix:
+            if reader.examples < int(self._stream.examples * weight + 0.5):
+                return reader
+        return self._stream
+
+    def _count(self, loaded: "LoadedRow") -> Example | None:
+        self.counts["read"] += 1
+        match loaded.made:
+            case Example() as example:
+                self.counts["examples"] += 1
+                self.counts["tokens"] += example.length
+                return example
+            case Dropped() as dropped:
+                self._drop(loaded.key, dropped)
+            case HeldOut() as held_out if loaded.key.epoch == 0:
+                self.counts["held_out"] += 1
+                if len(self.held_out) < self._section.holdout_samples:
+                    self.held_out.append(held_out)
+        return None
+
+    def _drop(self, key: Key, dropped: Dropped) -> None:
+        self.dropped[dropped.reason] += 1
+        if self.dropped[dropped.reason] <= _MAX_LOGGED:
+            log.warning(
+                "stream.dropped", source=key.source, row=key.seq, reason=dropped.reason, why=dropped.detail
+            )
+
+    def _load(self, source: Source, epoch: int, rows: Sequence[Row]) -> list["LoadedRow"]:
+        """Turn rows into examples. Blocks."""
+        keys = [Key(source.name, epoch, row.seq) for row in rows]
+        good = [(row.value, key) for row, key in zip(rows, keys, strict=True) if row.value is not None]
+        made = dict(zip((key for _, key in good), self._renderer.render_batch(good), strict=True))
+        return [
+            LoadedRow(
+                key,
+                self._hold_out(row, made[key]) if key in made else Dropped("bad_row", row.problem),
+                row_digest(row),
+            )
+            for row, key in zip(rows, keys, strict=True)
+        ]
+
+    def _hold_out(self, row: Row, made: Example | Dropped) -> Example | Dropped | HeldOut:
+        if isinstance(made, Dropped) or row.value is None or made.key.source != self._stream.source.name:
+            return made
+        return HeldOut(made, row.value) if is_held_out(row.value, self._section.holdout) else made
+
+    def _reload(self, keys: Sequence[Key]) -> list["LoadedRow"] | None:
+        self._stream.update_total()
+        if not all(one.has_last_row() for one in (self._stream, *(reader for reader, _ in self._mix))):
+            self._warn_behind()
+            return None
+        found: list[LoadedRow] = []
+        for name, epoch in sorted({(key.source, key.epoch) for key in keys}):
+            source = self._sources.get(name)
+            if source is None:
+                raise ConfigError(
+                    f"train.mix: the checkpoint holds examples of {name}, which is no longer in train.mix"
+                )
+            wanted = [key.seq for key in keys if (key.source, key.epoch) == (name, epoch)]
+            rows, before = source.pick(wanted), len(found)
+            while some := list(islice(rows, BATCH_ROWS)):
+                found += self._load(source, epoch, some)
+            if len(found) < before + len(wanted):
+                if source.total() is None:
+                    return None
+                raise SinkError(f"{name}: rows that the checkpoint has read are missing")
+        return found
+
+    def _warn_behind(self) -> None:
+        if not self._warned_behind:
+            self._warned_behind = True
+            log.warning(
+                "stream.behind",
+                row=self._stream.next,
+                why="the checkpoint has read up to this row, and the stream has not reached it (again) yet",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRow:
+    """A row that was read: its key, what it makes, and the digest of its content."""
+
+    key: Key
+    made: Example | Dropped | HeldOut
+    content: str
+
+
+def row_digest(row: Row) -> str:
+    """A digest of what a row holds."""
+    return digest(orjson.dumps(row.value, default=str, option=orjson.OPT_SORT_KEYS)).hex()
+
+
+class SourceReader:
+    """The position in one source, over all passes, and the rows that were read ahead of it.
+
+    Args:
+        source: What is read.
+        epochs: Number of passes; None to read the source in an endless cycle.
+        load: Turns rows into examples; called in a thread.
+        state: `state()` of an earlier reader.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        epochs: int | None,
+        load: Callable[[Source, int, Sequence[Row]], list[LoadedRow]],
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.source = source
+        self._epochs = epochs
+        self._load = load
+        state = state or {}
+        self.epoch: int = state.get("epoch", 0)
+        """The pass that the next row belongs to."""
+        self.next: int = state.get("next", 0)
+        """The number of the next row."""
+        self.examples: int = state.get("examples", 0)
+        """Examples taken so far."""
+        self._before: int = state.get("before", 0)
+        """Examples taken in earlier passes."""
+        self._last: tuple[int, str] | None = tuple(state["last"]) if state.get("last") else None
+        """The number and the content digest of the last row taken."""
+        self.total: int | None = None
+        """Rows of the source; None while that was not known at the last look."""
+        self.ready: deque[LoadedRow] = deque()
+        """Rows read ahead."""
+
+    def state(self) -> dict[str, Any]:
+        """The position; can be written as JSON."""
+        return {
+            "epoch": self.epoch,
+            "next": self.next,
+            "examples": self.examples,
+            "before": self._before,
+            "last": self._last and list(self._last),
+        }
+
+    @property
+    def ended(self) -> bool:
+        """Whether all rows of all passes have been taken."""
+        if self._epochs is None or self.ready or not self._is_at_end:
+            return False
+        return not self.total or self.epoch + 1 >= self._epochs
+
+    def update_total(self) -> None:
+        """Ask the source whether its end is known by now. Blocks.
+
+        Raises:
+            ConfigError: The source ends before the position.
+        """
+        self.total = self.source.total()
+        if self.total is not None and self.next > self.total:
+            raise ConfigError(
+                f"{self.source.name} has {self.total} rows, but the checkpoint has read {self.next}: it "
+                "belongs "
+                "to a different stream; use another --out"
+            )
+
+    def has_last_row(self) -> bool:
+        """Whether the last row taken is in the source again, which may still be writing it. Blocks.
+
+        Raises:
+            ConfigError: The row is missing for good, or its content has changed.
+        """
+        if self._last is None:
+            return True
+        seq, content = self._last
+        row = next(iter(self.source.pick([seq])), None)
+        gone = row is None and self.source.total() is not None
+        if gone or (row is not None and row_digest(row) != content):
+            raise ConfigError(
+                f"{self.source.name}: row {seq} (counted from 0) {'is missing' if gone else 'has changed'} "
+                "since "
+                "it was trained on: this is not the stream of the checkpoint; use another --out"
+            )
+        return row is not None
+
+    def read(self) -> list[LoadedRow]:
+        """The rows that come next, as far as they are written. Blocks; changes nothing but the pass.
+
+        The end of a source may become known only when it is reached. The next pass then begins at once, so
+        that the order does not depend on where a process started to read.
+        """
+        while True:
+            self.update_total()
+            if self._is_at_end and not self.ended:
+                self._begin_pass()
+            rows = self.source.fetch(self.next, BATCH_ROWS)
+            self.update_total()
+            if rows or not self._is_at_end or self.ended:
+                return self._load(self.source, self.epoch, rows)
+
+    def take(self) -> LoadedRow:
+        """Take the next row of those read ahead."""
+        loaded = self.ready.popleft()
+        self.next = loaded.key.seq + 1
+        self._last = (loaded.key.seq, loaded.content)
+        self.examples += isinstance(loaded.made, Example)
+        return loaded
+
+    def rows_left(self) -> int | None:
+        """Rows that remain in all passes; None while that is not known."""
+        if self.total is None or self._epochs is None:
+            return None
+        return max(0, (self._epochs - self.epoch) * self.total - self.next)
+
+    def rows_taken(self) -> int:
+        """Rows taken in all passes, dropped rows included."""
+        return self.epoch * (self.total or 0) + self.next
+
+    @property
+    def _is_at_end(self) -> bool:
+        return self.total is not None and self.next >= self.total
+
+    def _begin_pass(self) -> None:
+        if self._epochs is None and self.examples == self._before:
+            raise ConfigError(f"train.mix: {self.source.name} has no row that can be trained on")
+        self.epoch, self.next, self._before = self.epoch + 1, 0, self.examples
