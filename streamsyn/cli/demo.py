@@ -82,7 +82,9 @@ def _status_lines(summary: "RunSummary") -> Iterator[None]:
             servers = summary.servers()
             seconds = f"{time.monotonic() - began:4.0f} s"
             if not servers:
-                click.echo(f"{seconds}  starting the server; its log is {summary.out / 'sglang.log'}", err=True)
+                click.echo(
+                    f"{seconds}  starting the server; its log is {summary.out / 'sglang.log'}", err=True
+                )
                 continue
             running = servers[0]["running"] or 0
             click.echo(

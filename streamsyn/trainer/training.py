@@ -67,8 +67,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
     if section.rows_per_step % world:
         raise ConfigError(
             f"train.rows_per_step: {section.rows_per_step} rows cannot be divided among {world} ranks; use "
-            "a multiple "
-            f"of {world}"
+            f"a multiple of {world}"
         )
     dtype = model_dtype(model)
     tokenizer = read_tokenizer(model, read_template(section.chat_template))
@@ -304,6 +303,5 @@ def _why_all_dropped(dropped: dict[str, int], section: TrainSection) -> str:
         "template": f"train.chat_template: the template fails on {share} samples",
         "empty_answer": f"--from: the answers of {share} samples are empty",
         "bad_row": f"--from: {share} rows are not conversations (`messages` of role and content, as `run` "
-        "and "
-        f"`export` write them)",
+        "and `export` write them)",
     }[reason]

@@ -318,8 +318,7 @@ class SourceReader:
         if self.total is not None and self.next > self.total:
             raise ConfigError(
                 f"{self.source.name} has {self.total} rows, but the checkpoint has read {self.next}: it "
-                "belongs "
-                "to a different stream; use another --out"
+                "belongs to a different stream; use another --out"
             )
 
     def has_last_row(self) -> bool:
@@ -336,8 +335,7 @@ class SourceReader:
         if gone or (row is not None and row_digest(row) != content):
             raise ConfigError(
                 f"{self.source.name}: row {seq} (counted from 0) {'is missing' if gone else 'has changed'} "
-                "since "
-                "it was trained on: this is not the stream of the checkpoint; use another --out"
+                "since it was trained on: this is not the stream of the checkpoint; use another --out"
             )
         return row is not None
 
