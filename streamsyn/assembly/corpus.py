@@ -1,20 +1,12 @@
-"""Long documents into passages, at the end of a paragraph or a sentence where one is near.
+"""A corpus of documents as distractors: read from files, cut into passages, held in bounded memory.
 
-Files of a corpus: text, JSON lines (plain, .gz, .zst), Parquet.
-
-Passages of other people's documents, as distractors: any number of them, in bounded memory.
-
-Their texts lie in a temporary file that has no name, so it goes when the process does; an array says
-where each begins.
+The texts of the passages are in a temporary file without a name, which goes with the process; an array holds
+the offset at which each begins.
 """
 
-import codecs
-import glob
-import gzip
 import os
 import re
 import tempfile
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -22,205 +14,29 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import IO, Any
+from typing import Any, Final
 from weakref import finalize
-
-import orjson
-import pyarrow
-import pyarrow.parquet
-import zstandard
 
 from streamsyn.assembly.window import Piece, shuffled
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
+from streamsyn.io.paths import TEXT_KINDS, Kind, kind_of, matches, paths_below, suffixes_of
+from streamsyn.io.row_reader import ReadOptions, decode_all, read_text
 
-_WORD = re.compile(r"\S+")
-_PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
-_SENTENCE_END = re.compile(r"[.!?\u2026\u3002]['\")\]\u2019\u201d]*(?=\s)")
-_NEAR = 0.2
-"""The last part of a passage in which an end is looked for."""
-
-
-def cut(chunks: Iterable[str], words: int) -> Iterator[str]:
-    """Passages of at most so many words, in order, stripped; none of white space alone.
-
-    Args:
-        chunks: A document in pieces of text, which may end anywhere.
-        words: At least 1.
-    """
-    rest = ""
-    for chunk in chunks:
-        rest += chunk
-        begin = 0
-        # The first word of the next passage says where this one ends, even if the chunk breaks it.
-        while (end := _end(rest, begin, words)) is not None:
-            yield rest[begin:end].strip()
-            begin = end
-        rest = rest[begin:]
-    if text := rest.strip():
-        yield text
-
-
-def _end(text: str, begin: int, words: int) -> int | None:
-    """Where the passage that begins at `begin` ends; None when there are no words behind it."""
-    starts = [found.start() for found in islice(_WORD.finditer(text, begin), words + 1)]
-    if len(starts) <= words:
-        return None
-    latest = starts[words]
-    earliest = starts[words - int(_NEAR * words) - 1]
-    for pattern in (_PARAGRAPH_END, _SENTENCE_END):
-        found = [match.end() for match in pattern.finditer(text, earliest, latest)]
-        if found:
-            return found[-1]
-    return latest
-
-
-_CHUNK_BYTES = 2**20
-_ZSTD_CHUNK_BYTES = 64 * 1024
-_BATCH_ROWS = 256
-_LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_COMPRESSED = ("", ".gz", ".zst")
-_KEY = "assembly.corpus"
-
-
-def read_documents(patterns: Sequence[str], field: str) -> Iterator[Iterable[str]]:
-    """The documents in files, directories and globs, each as pieces of text; the same order every time.
-
-    Raises:
-        ConfigError: A file is not there, cannot be read, or has rows without text; the message names it.
-    """
-    for pattern in patterns:
-        for path in _files(pattern):
-            yield from _documents(path, field)
-
-
-def _files(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) is not None)
-    elif path.exists():
-        found = [path]
-    else:
-        named = glob.glob(pattern, recursive=True)  # noqa: PTH207 - a Path takes no absolute pattern
-        found = sorted(file for name in named if (file := Path(name)).is_file())
-    if not found:
-        raise ConfigError(f"{_KEY}: there are no files to read at {pattern}")
-    for file in found:
-        if _kind(file) is None:
-            raise ConfigError(f"{_KEY}: {file} is neither .txt, .jsonl (also with .gz or .zst) nor .parquet")
-    return found
-
-
-def _kind(path: Path) -> str | None:
-    if path.suffix == ".parquet":
-        return "parquet"
-    for compressed in _COMPRESSED:
-        if path.name.endswith(f".txt{compressed}"):
-            return "text"
-        if any(path.name.endswith(suffix + compressed) for suffix in _LINE_SUFFIXES):
-            return "lines"
-    return None
-
-
-def _documents(path: Path, field: str) -> Iterator[Iterable[str]]:
-    try:
-        match _kind(path):
-            case "parquet":
-                yield from ([text] for text in _parquet(path, field))
-            case "lines":
-                yield from ([text] for text in _lines(path, field))
-            case _:
-                yield _text(path)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{_KEY}: {path} cannot be read: {error}") from error
-
-
-def _text(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        for chunk in _chunks(path):
-            yield decoder.decode(chunk)
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{_KEY}: {path} is not valid UTF-8: {error}") from error
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise ConfigError(f"{_KEY}: {path} cannot be read: {error}") from error
-
-
-def _lines(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_split_lines(_chunks(path)), 1):
-        if not line.strip():
-            continue
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise ConfigError(f"{_KEY}: {path}:{number} is no valid JSON: {error}") from error
-        yield _field(row, field, f"{path}:{number}")
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if field not in file.schema_arrow.names:
-            raise ConfigError(f"{_KEY}: {path} has no column {field!r}; assembly.corpus_field names it")
-        number = 0
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[field]):
-            for row in batch.to_pylist():
-                number += 1
-                yield _field(row, field, f"{path}:{number}")
-
-
-def _field(row: Any, field: str, where: str) -> str:
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ConfigError(f"{_KEY}: {where} has no text in {field!r}; assembly.corpus_field names the field")
-    return text
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw) as stream:
-                while chunk := stream.read1(_CHUNK_BYTES):
-                    yield chunk
-        elif path.suffix == ".zst":
-            yield from _zstd_chunks(raw)
-        else:
-            while chunk := raw.read(_CHUNK_BYTES):
-                yield chunk
-
-
-def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
-    # The package's stream reader takes a file that is cut short for a whole one.
-    frame = None
-    while pending := raw.read(_ZSTD_CHUNK_BYTES):
-        while pending:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(pending)
-            pending = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last zstd frame has no end")
-
-
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for chunk in chunks:
-        first, *more = chunk.split(b"\n")
-        rest.append(first)
-        for line in more:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
-
-
-_TOKENS_A_WORD = 1.3
-"""Of English text, about: what a passage counts for where there is no tokenizer."""
-_BYTES_A_WORD = 24
-"""What a word of a passage in memory takes, with what is worked out of it, about."""
+_KEY: Final = "assembly.corpus"
+_TOKENS_A_WORD: Final = 1.3
+"""Of English text, roughly: estimates the tokens of a passage, since no server has counted them."""
+_BYTES_A_WORD: Final = 24
+"""Memory that one word of a passage takes, with what is derived from it, roughly."""
+_WORD: Final = re.compile(r"\S+")
+_PARAGRAPH_END: Final = re.compile(r"\n[^\S\n]*\n")
+_SENTENCE_END: Final = re.compile(r"[.!?\u2026\u3002]['\")\]\u2019\u201d]*(?=\s)")
+_END_SHARE: Final = 0.2
+"""The last share of a passage in which the end of a paragraph or a sentence is looked for."""
 
 
 class CorpusPassage(Piece):
-    """A part of a document."""
+    """A part of a document, without a place in the log."""
 
     def __init__(self, index: int, text: str, tokens: int) -> None:
         self.index = index
@@ -241,8 +57,8 @@ class Corpus:
 
     Args:
         documents: Each as pieces of text, so that none has to fit into memory.
-        passage_words: Longer documents are cut into passages of at most so many words.
-        cached_bytes: Bounds the passages that are held in memory, about.
+        passage_words: Maximum words of a passage; longer documents are cut.
+        cached_bytes: Memory for cached passages, roughly.
     """
 
     def __init__(self, documents: Iterable[Iterable[str]], passage_words: int, cached_bytes: int) -> None:
@@ -259,7 +75,7 @@ class Corpus:
             self._file = os.dup(file.fileno())
         finalize(self, os.close, self._file)
         self.digest = hashed.hexdigest()
-        """Stands for all passages and their order."""
+        """Identifies all passages and their order."""
         self._cached = lru_cache(max(64, cached_bytes // (_BYTES_A_WORD * passage_words)))(self._read)
 
     def __len__(self) -> int:
@@ -282,15 +98,94 @@ def load_corpus(section: AssemblySection) -> Corpus:
     """The corpus that a configuration names.
 
     Raises:
-        ConfigError: It names none, or one that cannot be read or holds no text.
+        ConfigError: It names no files, or files that cannot be read or hold no text.
     """
     if not section.corpus:
-        raise ConfigError("assembly.corpus: distractors of a corpus are wanted, and no files are given")
+        raise ConfigError(f"{_KEY} is empty, but assembly.distractors asks for a corpus; give files")
     documents = read_documents(section.corpus, section.corpus_field)
     try:
         corpus = Corpus(documents, section.corpus_words, section.window_bytes)
     except OSError as error:
-        raise ConfigError(f"assembly.corpus: {tempfile.gettempdir()} cannot hold it: {error}") from error
+        raise ConfigError(f"{_KEY}: {tempfile.gettempdir()} cannot hold the passages: {error}") from error
     if not len(corpus):
-        raise ConfigError(f"assembly.corpus: there is no text in {', '.join(section.corpus)}")
+        raise ConfigError(f"{_KEY}: there is no text in {', '.join(section.corpus)}")
     return corpus
+
+
+def read_documents(patterns: Sequence[str], field: str) -> Iterator[Iterable[str]]:
+    """The documents in files, directories and globs, each as pieces of text, in a fixed order.
+
+    Args:
+        patterns: `assembly.corpus`.
+        field: `assembly.corpus_field`: the field of a row that holds its text.
+
+    Raises:
+        ConfigError: A file is missing, cannot be read, or has a row without text; the message names it.
+    """
+    options = ReadOptions(columns={field: "assembly.corpus_field"}, key=_KEY)
+    for pattern in patterns:
+        for path in _files(pattern):
+            if kind_of(path) is Kind.TEXT:
+                yield read_text(path, options)
+            else:
+                yield from ([_text_of(row, field, place)] for place, row in decode_all(path, options))
+
+
+def _files(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir():
+        found = [file for file in paths_below(path, TEXT_KINDS, strict=False) if file.is_file()]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [file for file in matches(pattern) if file.is_file()]
+    if not found:
+        raise ConfigError(f"{_KEY}: there are no files to read at {pattern}")
+    for file in found:
+        if kind_of(file) not in TEXT_KINDS:
+            raise ConfigError(f"{_KEY}: {file} is of no known format; there are {suffixes_of(TEXT_KINDS)}")
+    return found
+
+
+def _text_of(row: Any, field: str, place: str) -> str:
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ConfigError(f"{_KEY}: {place} has no text in {field!r}; assembly.corpus_field names the field")
+    return text
+
+
+def cut(chunks: Iterable[str], words: int) -> Iterator[str]:
+    """Cut a document into passages, at the end of a paragraph or a sentence where one is near.
+
+    Args:
+        chunks: The document in pieces of text, which may end anywhere.
+        words: Maximum words of a passage, at least 1.
+
+    Returns:
+        The passages in order, stripped; none is white space alone.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        begin = 0
+        # A passage ends where the first word of the next one begins, even if the chunk breaks that word.
+        while (end := _end(rest, begin, words)) is not None:
+            yield rest[begin:end].strip()
+            begin = end
+        rest = rest[begin:]
+    if text := rest.strip():
+        yield text
+
+
+def _end(text: str, begin: int, words: int) -> int | None:
+    """The end of the passage that begins at `begin`; None if no word follows it."""
+    starts = [found.start() for found in islice(_WORD.finditer(text, begin), words + 1)]
+    if len(starts) <= words:
+        return None
+    latest = starts[words]
+    earliest = starts[words - int(_END_SHARE * words) - 1]
+    for pattern in (_PARAGRAPH_END, _SENTENCE_END):
+        found = [match.end() for match in pattern.finditer(text, earliest, latest)]
+        if found:
+            return found[-1]
+    return latest

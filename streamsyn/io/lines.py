@@ -1,4 +1,4 @@
-"""Lines out of byte streams: bounded in memory, exact about where each one stood."""
+"""Byte streams cut into lines with their numbers, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,13 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line without its line end. `text` is None when it was longer than allowed."""
+    """One line without its line end.
+
+    Attributes:
+        number: Counts from 1.
+        text: None if the line was longer than allowed.
+        size: Its length in bytes, without the LF.
+    """
 
     number: int
     text: bytes | None
@@ -16,9 +22,12 @@ class Line:
 
 
 class LineSplitter:
-    """Cuts a stream of byte chunks into lines; keeps no more than one line, and no line too long.
+    """Cuts a stream of byte chunks into lines; holds at most one line, and none above the limit.
 
-    Takes LF and CRLF, a byte order mark before the first line, and a last line without an end.
+    Accepts LF and CRLF, a byte order mark before the first line, and a last line without a line end.
+
+    Args:
+        max_line_bytes: The longest line that is kept, without its LF.
     """
 
     def __init__(self, max_line_bytes: int) -> None:
@@ -36,14 +45,14 @@ class LineSplitter:
         self._keep(rest)
 
     def finish(self) -> Iterator[Line]:
-        """The last line, if it had no line end."""
+        """The last line, if it has no line end."""
         if self._size:
             yield self._take()
 
     def _keep(self, piece: bytes) -> None:
         self._size += len(piece)
         if self._size > self._max:
-            self._parts.clear()  # what is too long is counted, not held
+            self._parts.clear()  # a line above the limit is counted, not held
         elif piece:
             self._parts.append(piece)
 
@@ -61,7 +70,7 @@ class LineSplitter:
 
 
 def split_lines(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[list[Line]]:
-    """Lines of a whole stream, in the batches in which the chunks complete them."""
+    """The lines of a whole stream; each batch holds the lines that one chunk completes."""
     splitter = LineSplitter(max_line_bytes)
     for chunk in chunks:
         if lines := list(splitter.feed(chunk)):

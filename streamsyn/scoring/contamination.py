@@ -1,57 +1,210 @@
-"""A large set of 64-bit numbers that stand for runs of words, each with the file that it is from.
+"""Whether a context contains parts of an evaluation set: runs of 13 words in common, as in GPT-3's report.
 
-A sorted array: 8 bytes a number, 1 or 2 for the file, and 1 or 2 for a map of bits that spares most look-ups
-of numbers that are not in it the way through memory. 40 million numbers take 0.4 GB, and twice that while
-they are gathered.
+Case and punctuation do not count (see `shingles`). A text that is shorter than a run cannot be found.
 
-The texts of evaluation sets: every string in any row of JSON lines, Parquet or text files.
-
-Does a context hold parts of an evaluation set? Runs of 13 words in common say so, as in GPT-3's report.
-
-Case and punctuation do not count (see wordruns). A text that is shorter than such a run cannot be found.
+A run is a 64-bit number, and all runs of the sets are one sorted array: 8 bytes a run, 1 or 2 for the number
+of its file, and 1 or 2 for a bitmap that answers most look-ups of runs that are not in the sets without a
+search. 40 million runs take 0.4 GB, and twice that while they are gathered.
 """
 
-import codecs
-import glob
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy
-import orjson
 import structlog
 from numpy.typing import NDArray
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.lines import Line, split_lines
-from streamsyn.seeds.files import BATCH_ROWS, COMPRESSED_SUFFIXES, LINE_SUFFIXES, plain_chunks
+from streamsyn.io.paths import TEXT_KINDS, Kind, kind_of, matches, paths_below, suffixes_of
+from streamsyn.io.row_reader import ReadOptions, decode_all, read_text
 from streamsyn.shingles import Hashes, split_words
 
 log = structlog.get_logger()
 
 Places: TypeAlias = NDArray[numpy.intp]
 
-CHUNK_RUNS = 2**21
-_BITS_A_NUMBER = 8
+SHOWN_WORDS: Final = 40
+MAX_LINE_BYTES: Final = 512 * 2**20
+PIECE_CHARS: Final = 2**20
+OVERLAP_CHARS: Final = 2**14
+"""What neighbouring pieces of a long text have in common: each run of words is whole in one of them."""
+CHUNK_RUNS: Final = 2**21
+_BITS_A_RUN: Final = 8
+_KEY: Final = "checks.eval_sets"
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What a text and the evaluation sets have in common.
+
+    Attributes:
+        ngrams: The number of runs of the text that are in the sets.
+        file: The first file that contains the first of these runs.
+        words: The first stretch of words in common, up to `SHOWN_WORDS` or the length of a run, as compared.
+    """
+
+    ngrams: int
+    file: str
+    words: str
+
+
+class EvalSets:
+    """The runs of words in evaluation sets. Reading them blocks, about 5 seconds per 10 million runs.
+
+    Args:
+        paths: Files, directories, globs.
+        ngram_words: Words of a run.
+
+    Raises:
+        ConfigError: One of them cannot be read, or has no text of `ngram_words` words.
+
+    Attributes:
+        files: The files that were read.
+        digest: Identifies the runs and their length, wherever the files are.
+    """
+
+    def __init__(self, paths: Sequence[str], ngram_words: int) -> None:
+        self._words = ngram_words
+        started = time.monotonic()
+        found = {pattern: find_sets(pattern) for pattern in paths}
+        self.files = list(dict.fromkeys(file for files in found.values() for file in files))
+        gathered = GatheredRuns(len(self.files))
+        counts = [self._read(file, number, gathered) for number, file in enumerate(self.files)]
+        numbers = {file: number for number, file in enumerate(self.files)}
+        for pattern, files in found.items():
+            self._check(pattern, [counts[numbers[file]] for file in files])
+        self._runs = gathered.finish()
+        self.digest = self._runs.digest(b"%d" % ngram_words)
+        log.info(
+            "eval_sets.loaded",
+            files=len(self.files),
+            runs=len(self._runs),
+            bytes=self._runs.nbytes,
+            seconds=round(time.monotonic() - started, 2),
+        )
+
+    def __len__(self) -> int:
+        """The number of different runs."""
+        return len(self._runs)
+
+    def overlap(self, text: str) -> Overlap | None:
+        """What a text has in common with the sets, None if nothing. Any number of threads may call it."""
+        words = split_words(text)
+        where, owners = self._runs.find(words.runs(self._words))
+        if not len(where):
+            return None
+        first = int(where[0])
+        gaps = numpy.flatnonzero(numpy.diff(where) != 1)
+        last = int(where[gaps[0]]) if len(gaps) else int(where[-1])
+        end = min(last + self._words, first + max(SHOWN_WORDS, self._words))
+        return Overlap(len(where), str(self.files[owners[0]]), words.text(first, end))
+
+    def _read(self, file: Path, number: int, runs: "GatheredRuns") -> tuple[int, int]:
+        """Add the runs of a file; returns the number of its texts and of its runs."""
+        count = found = 0
+        for text in texts(file):
+            count += 1
+            if len(text) >= self._words:
+                hashes = split_words(text).runs(self._words)
+                runs.add(hashes, number)
+                found += len(hashes)
+        return count, found
+
+    def _check(self, pattern: str, counts: list[tuple[int, int]]) -> None:
+        if not any(texts for texts, _ in counts):
+            raise ConfigError(f"{_KEY}: there is no text in {pattern}")
+        if not any(runs for _, runs in counts):
+            raise ConfigError(
+                f"{_KEY}: no text in {pattern} has checks.eval_ngram_words = {self._words} words"
+            )
+
+
+def find_sets(pattern: str) -> list[Path]:
+    """The files that a path, a directory (all below it) or a glob names, sorted.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    path = Path(pattern)
+    try:
+        found = [path] if pattern and path.exists() else sorted(matches(pattern), key=str)
+        below = (file for match in found for file in paths_below(match, TEXT_KINDS) if file.is_file())
+        files = list(dict.fromkeys(below))
+    except OSError as error:
+        raise ConfigError(f"{_KEY}: {pattern} cannot be read: {error}") from error
+    if files:
+        return files
+    if not found:
+        raise ConfigError(f"{_KEY}: {pattern!r} does not exist")
+    raise ConfigError(f"{_KEY}: {pattern} has no file of a known format; there are {suffixes_of(TEXT_KINDS)}")
+
+
+def texts(path: Path) -> Iterator[str]:
+    """All strings in a file of rows, or the text of a text file; long ones in pieces that overlap.
+
+    Raises:
+        ConfigError: It cannot be read to its end, or a row of it cannot be decoded.
+    """
+    options = ReadOptions(MAX_LINE_BYTES, key=_KEY)
+    if kind_of(path) is Kind.TEXT:
+        yield from pieces(read_text(path, options))
+        return
+    for _, row in decode_all(path, options, documents=True):
+        for text in _strings(row):
+            yield from pieces([text])
+
+
+def pieces(parts: Iterable[str]) -> Iterator[str]:
+    """A text in pieces of a bounded size, cut between words; each repeats the end of the one before it."""
+    held = ""
+    fresh = False
+    for part in parts:
+        for start in range(0, len(part), PIECE_CHARS):
+            held += part[start : start + PIECE_CHARS]
+            fresh = True
+            if len(held) > PIECE_CHARS:
+                end = _cut(held, len(held) - OVERLAP_CHARS, len(held))
+                yield held[:end]
+                held = held[_cut(held, max(0, end - 2 * OVERLAP_CHARS), end - OVERLAP_CHARS) :]
+                fresh = False
+    if fresh:
+        yield held
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """The last place between words in a stretch of a text; its end if there is none."""
+    return next((at for at in range(end - 1, start, -1) if text[at].isspace()), end)
+
+
+def _strings(row: Any) -> Iterator[str]:
+    """Every string in lists and objects of any depth, in order; names of fields do not count."""
+    waiting = [row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting.extend(reversed(value.values()))
+        elif isinstance(value, list | tuple):
+            waiting.extend(reversed(value))
 
 
 class RunSet:
-    """Tells which numbers are in the set. For any number of threads.
+    """An immutable set of runs, each with the number of a file. Any number of threads may use it.
 
     Args:
-        hashes: Rising, without repeats; evenly distributed.
-        owners: For each the number of its file.
+        hashes: Ascending, without duplicates; evenly distributed.
+        owners: The number of the file of each.
     """
 
     def __init__(self, hashes: Hashes, owners: NDArray[Any]) -> None:
         self._hashes = hashes
         self._owners = owners
-        bits = max(6, (_BITS_A_NUMBER * len(hashes)).bit_length())
+        bits = max(6, (_BITS_A_RUN * len(hashes)).bit_length())
         self._shift = numpy.uint64(64 - bits)
         self._bits = numpy.zeros(2 ** (bits - 3), numpy.uint8)
         for start in range(0, len(hashes), CHUNK_RUNS):
@@ -63,16 +216,16 @@ class RunSet:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory."""
+        """Its memory in bytes."""
         return self._hashes.nbytes + self._owners.nbytes + self._bits.nbytes
 
     def digest(self, key: bytes) -> str:
-        """Stands for the numbers and `key`, not for the files."""
+        """Identifies the runs and `key`; the files do not count."""
         numbers = self._hashes.astype("<u8", copy=False)
         return blake2b(numbers.data, key=key, digest_size=16).hexdigest()
 
     def find(self, runs: Hashes) -> tuple[Places, NDArray[Any]]:
-        """At which places in `runs` there are numbers of the set, rising, and the files of these."""
+        """The places in `runs`, ascending, of those that are in the set, and the numbers of their files."""
         byte, bit = self._bit(runs)
         where = numpy.flatnonzero(self._bits[byte] & bit)
         wanted = runs[where]
@@ -86,7 +239,7 @@ class RunSet:
 
 
 class GatheredRuns:
-    """Gathers numbers file by file; of repeated ones the first counts."""
+    """Gathers runs file by file; a run belongs to the first file that has it."""
 
     def __init__(self, files: int) -> None:
         self._hashes: Hashes = numpy.empty(0, numpy.uint64)
@@ -95,16 +248,16 @@ class GatheredRuns:
         self._count = 0
 
     def add(self, hashes: Hashes, file: int) -> None:
-        """Add the numbers of a text in the file with this number."""
+        """Add the runs of one text of a file."""
         if len(hashes):
             self._new.append((hashes, file))
             self._count += len(hashes)
-            # An eighth of what there is: the array is copied a few times, not once for each chunk.
+            # Waiting for an eighth of the array means that it is copied a few times, not once per chunk.
             if self._count >= max(CHUNK_RUNS, len(self._hashes) // 8):
                 self._merge()
 
     def finish(self) -> RunSet:
-        """The set of all that were added."""
+        """The set of all runs that were added."""
         if self._new:
             self._merge()
         return RunSet(self._hashes, self._owners)
@@ -127,242 +280,3 @@ class GatheredRuns:
     def _taken(self) -> Iterator[Hashes]:
         new, self._new, self._count = self._new, [], 0
         return (hashes for hashes, _ in new)
-
-
-MAX_LINE_BYTES = 512 * 2**20
-PIECE_CHARS = 2**20
-OVERLAP_CHARS = 2**14
-"""Pieces of a long text share so much that each run of words is whole in one of them."""
-
-
-def find(pattern: str) -> list[Path]:
-    """The files that a path, a directory (all below it) or a glob names, sorted.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    path = Path(pattern)
-    try:
-        if pattern and path.exists():
-            found = [path]
-        else:
-            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-        files = list(dict.fromkeys(chain.from_iterable(map(_files_below, found))))
-    except OSError as error:
-        raise ConfigError(f"checks.eval_sets: {pattern} cannot be read: {error}") from error
-    if files:
-        return files
-    if not found:
-        raise ConfigError(f"checks.eval_sets: {pattern!r} does not exist")
-    raise ConfigError(
-        f"checks.eval_sets: {pattern} has no file of a known kind; there are .jsonl, .ndjson, .json, .txt "
-        "(each also .gz or .zst) and .parquet"
-    )
-
-
-def texts(path: Path) -> Iterator[str]:
-    """All strings in a file, long ones in pieces that overlap.
-
-    Raises:
-        ConfigError: It cannot be read to its end.
-    """
-    try:
-        if path.suffix == ".parquet":
-            rows: Iterable[Any] = _parquet_rows(path)
-        elif _kind(path) == ".txt":
-            yield from pieces(_decoded(path))
-            return
-        else:
-            rows = _json_rows(path)
-        for text in _strings(rows):
-            yield from pieces([text])
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError(f"checks.eval_sets: {path} cannot be read to its end: {error}") from error
-
-
-def pieces(parts: Iterable[str]) -> Iterator[str]:
-    """A text in pieces of a bounded size, each with the end of the one before it, cut between words."""
-    held = ""
-    fresh = False
-    for part in parts:
-        for start in range(0, len(part), PIECE_CHARS):
-            held += part[start : start + PIECE_CHARS]
-            fresh = True
-            if len(held) > PIECE_CHARS:
-                end = _cut(held, len(held) - OVERLAP_CHARS, len(held))
-                yield held[:end]
-                held = held[_cut(held, max(0, end - 2 * OVERLAP_CHARS), end - OVERLAP_CHARS) :]
-                fresh = False
-    if fresh:
-        yield held
-
-
-def _cut(text: str, start: int, end: int) -> int:
-    """The last place between words in a stretch of a text; its end where there is none."""
-    return next((at for at in range(end - 1, start, -1) if text[at].isspace()), end)
-
-
-def _files_below(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        for child in sorted(path.iterdir()):
-            yield from _files_below(child)
-    elif path.is_file() and (path.suffix == ".parquet" or _kind(path)):
-        yield path
-
-
-def _kind(path: Path) -> str | None:
-    """The suffix before that of the compression, if it is a known one."""
-    for suffix in (*LINE_SUFFIXES, ".txt"):
-        if any(path.name.endswith(suffix + compressed) for compressed in COMPRESSED_SUFFIXES):
-            return suffix
-    return None
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with path.open("rb") as raw:
-        for chunk in plain_chunks(path.suffix, raw):
-            yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    with path.open("rb") as raw:
-        for lines in split_lines(plain_chunks(path.suffix, raw), MAX_LINE_BYTES):
-            for line in lines:
-                if line.text is None:
-                    raise ConfigError(
-                        f"checks.eval_sets: {path}:{line.number} is longer than {MAX_LINE_BYTES} bytes"
-                    )
-                if not line.text.strip():
-                    continue
-                try:
-                    row = orjson.loads(line.text)
-                except orjson.JSONDecodeError as error:
-                    yield _document(path, line, error)
-                    return
-                yield row
-
-
-def _document(path: Path, line: Line, error: orjson.JSONDecodeError) -> Any:
-    """A .json file of one document over many lines."""
-    if line.number == 1 and _kind(path) == ".json":
-        try:
-            return orjson.loads("".join(_decoded(path)))
-        except orjson.JSONDecodeError as failure:
-            error = failure
-    raise ConfigError(f"checks.eval_sets: {path}:{line.number} is no JSON: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise ConfigError(f"checks.eval_sets: {path} cannot be read as Parquet: {error}") from error
-
-
-def _strings(rows: Iterable[Any]) -> Iterator[str]:
-    """Every string in lists and objects of any depth, in their order; names of fields are none."""
-    for row in rows:
-        waiting = [row]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, str):
-                yield value
-            elif isinstance(value, dict):
-                waiting.extend(reversed(value.values()))
-            elif isinstance(value, list | tuple):
-                waiting.extend(reversed(value))
-
-
-SHOWN_WORDS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """What a text shares with the sets.
-
-    Attributes:
-        ngrams: How many of its runs of words are in them.
-        file: One that has the first of these.
-        words: The first stretch of words in common, or its beginning; as they are compared.
-    """
-
-    ngrams: int
-    file: str
-    words: str
-
-
-class EvalSets:
-    """Runs of words in evaluation sets. Reading them blocks, some 5 seconds per 10 million runs.
-
-    Args:
-        paths: Files, directories, globs.
-        ngram_words: Length of a run.
-
-    Raises:
-        ConfigError: One of them has no text that is so long, or cannot be read.
-
-    Attributes:
-        digest: Stands for the runs and their length, wherever the files lie.
-    """
-
-    def __init__(self, paths: Sequence[str], ngram_words: int) -> None:
-        self._words = ngram_words
-        started = time.monotonic()
-        found = {pattern: find(pattern) for pattern in paths}
-        self._files = list(dict.fromkeys(file for files in found.values() for file in files))
-        gathered = GatheredRuns(len(self._files))
-        counts = [self._read(file, number, gathered) for number, file in enumerate(self._files)]
-        numbers = {file: number for number, file in enumerate(self._files)}
-        for pattern, files in found.items():
-            self._check(pattern, [counts[numbers[file]] for file in files])
-        self._runs = gathered.finish()
-        self.digest = self._runs.digest(b"%d" % ngram_words)
-        log.info(
-            "eval_sets.loaded",
-            files=len(self._files),
-            runs=len(self._runs),
-            bytes=self._runs.nbytes,
-            seconds=round(time.monotonic() - started, 2),
-        )
-
-    def __len__(self) -> int:
-        """How many different runs there are."""
-        return len(self._runs)
-
-    def overlap(self, text: str) -> Overlap | None:
-        """What a text shares with the sets; None if that is nothing. For any number of threads."""
-        words = split_words(text)
-        where, owners = self._runs.find(words.runs(self._words))
-        if not len(where):
-            return None
-        first = int(where[0])
-        gaps = numpy.flatnonzero(numpy.diff(where) != 1)
-        last = int(where[gaps[0]]) if len(gaps) else int(where[-1])
-        end = min(last + self._words, first + max(SHOWN_WORDS, self._words))
-        return Overlap(len(where), str(self._files[owners[0]]), words.text(first, end))
-
-    def _read(self, file: Path, number: int, runs: GatheredRuns) -> tuple[int, int]:
-        """How many texts there are in a file, and how many runs."""
-        count = found = 0
-        for text in texts(file):
-            count += 1
-            if len(text) >= self._words:
-                hashes = split_words(text).runs(self._words)
-                runs.add(hashes, number)
-                found += len(hashes)
-        return count, found
-
-    def _check(self, pattern: str, counts: list[tuple[int, int]]) -> None:
-        if not any(texts for texts, _ in counts):
-            raise ConfigError(f"checks.eval_sets: there is no text in {pattern}")
-        if not any(runs for _, runs in counts):
-            raise ConfigError(
-                f"checks.eval_sets: no text in {pattern} has checks.eval_ngram_words = {self._words} words"
-            )

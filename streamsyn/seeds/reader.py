@@ -1,24 +1,15 @@
 """All sources of a run as one stream: found, read in turn or interleaved."""
 
-import glob
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
+from streamsyn.io.paths import find_rows
 from streamsyn.records import Entry
-from streamsyn.seeds.files import (
-    JsonLinesSource,
-    ParquetSource,
-    SavedDatasetSource,
-    SeedSource,
-    is_run_directory,
-    is_saved_dataset,
-    is_seed_file,
-)
+from streamsyn.seeds.files import FileSource, SeedSource
 from streamsyn.seeds.stdin import Spool, StdinSource
 
 
@@ -85,14 +76,10 @@ class SeedReader:
                 raise ConfigError("seeds: stdin (`-`) is closed; pipe seeds in, or give --seeds a path")
             self._stdin = StdinSource(0, source.task, self._seeds, takes_documents=self._documents)
             return [self._stdin]
-        return [self._open_path(path, source.task) for path in find(source.path)]
-
-    def _open_path(self, path: Path, task: str | None) -> SeedSource:
-        if path.is_dir():
-            return SavedDatasetSource(path, task, self._seeds, takes_documents=self._documents)
-        if path.suffix == ".parquet":
-            return ParquetSource(path, task, self._seeds, takes_documents=self._documents)
-        return JsonLinesSource(path, task, self._seeds, takes_documents=self._documents)
+        return [
+            FileSource(path, source.task, self._seeds, takes_documents=self._documents)
+            for path in find_rows(source.path, "seeds")
+        ]
 
     def _stream(
         self, parts: Sequence[SeedSource], is_known: Callable[[Entry], bool]
@@ -102,72 +89,6 @@ class SeedReader:
                 yield from self._spool.follow(part.batches(), is_known)
             else:
                 yield from part.batches()
-
-
-def find(pattern: str) -> list[Path]:
-    """The files and saved datasets that a path, a directory or a glob names, sorted.
-
-    Raises:
-        ConfigError: There is nothing, or something of no known kind.
-    """
-    if not pattern:
-        raise ConfigError("seeds: a path is empty; give a file, a directory, a glob or -")
-    try:
-        # `**` matches a folder and also what lies in it: each file is read once
-        found = list(dict.fromkeys(part for match in _matches(pattern) for part in _find_below(match)))
-    except OSError as error:
-        raise ConfigError(f"seeds: {error.filename or pattern} cannot be used: {error.strerror}") from error
-    if not found:
-        raise ConfigError(f"seeds: there is no seed file in {pattern}")
-    return found
-
-
-def _matches(pattern: str) -> list[Path]:
-    """What is named: the path itself, or what a glob finds outside of run directories."""
-    path = Path(pattern)
-    if not path.exists() and not path.is_symlink():
-        matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - takes absolute patterns
-        if not matches:
-            raise ConfigError(f"seeds: {pattern} does not exist")
-        fixed = len(list(takewhile(lambda part: not glob.has_magic(part), path.parts)))
-        return [match for match in matches if not _is_in_run_directory(match, fixed)]
-    if is_run_directory(path):
-        raise ConfigError(f"seeds: {pattern} is a run directory: what a run has written is no seeds")
-    if not path.is_dir():
-        _check_regular(path)
-        if not is_seed_file(path):
-            raise ConfigError(
-                f"seeds: {pattern} is of no known kind; there are .jsonl, .ndjson, .json "
-                "(each also .gz or .zst), .parquet and directories"
-            )
-    return [path]
-
-
-def _is_in_run_directory(match: Path, fixed: int) -> bool:
-    """Whether a wildcard, not the user, led into a run directory; `fixed` parts come before the first."""
-    folders = (Path(*match.parts[:depth]) for depth in range(fixed, len(match.parts)))
-    return any(map(is_run_directory, folders))
-
-
-def _find_below(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        if is_seed_file(path):
-            _check_regular(path)
-            yield path
-    elif is_saved_dataset(path):
-        yield path
-    elif not is_run_directory(path):  # OUT may well lie among the seeds: its shards are none
-        for child in sorted(path.iterdir()):
-            yield from _find_below(child)
-
-
-def _check_regular(path: Path) -> None:
-    """Refuse what is no file: to open a named pipe would wait, and a device may have no end."""
-    if path.is_fifo():
-        raise ConfigError(f"seeds: {path} is a named pipe; pass its lines on stdin, with --seeds -")
-    if not path.is_file():
-        what = "is neither a file nor a directory" if path.exists() else "is a link to nothing"
-        raise ConfigError(f"seeds: {path} {what}")
 
 
 def _interleaved(

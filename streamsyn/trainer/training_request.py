@@ -11,9 +11,9 @@ from streamsyn.config.loading import Config, load, parse_override
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server import base_url
+from streamsyn.io.paths import find_rows
 from streamsyn.trainer.outdir import check_ours, check_shaping, remembered
 from streamsyn.trainer.sources.locate import folder_of_a_run, is_read_with, is_run, real_path
-from streamsyn.trainer.sources.row_files import find_rows
 from streamsyn.trainer.sources.source import path_errors
 from streamsyn.trainer.stream.render import read_template
 

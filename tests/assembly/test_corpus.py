@@ -89,7 +89,7 @@ def test_a_field_may_have_another_name(tmp_path: Path) -> None:
     ("name", "content", "what"),
     [
         ("a.jsonl", b'{"text": 1}', "a.jsonl:1 has no text in 'text'; assembly.corpus_field names the field"),
-        ("a.jsonl", b'{"text": "x"}\n{"no"', "a.jsonl:2 is no valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"no"', "a.jsonl:2 is not valid JSON"),
         ("a.jsonl", b"[]", "a.jsonl:1 has no text"),
         ("a.txt", b"\xff", "a.txt is not valid UTF-8"),
         ("a.txt", b" \n", "there is no text in"),
@@ -97,7 +97,7 @@ def test_a_field_may_have_another_name(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read"),
         ("a.txt.zst", zstandard.compress(b"x" * 999)[:-3], "a.txt.zst cannot be read"),
         ("a.txt.zst", b"no zstd at all", "a.txt.zst cannot be read"),
-        ("a.pdf", b"%PDF", "a.pdf is neither .txt, .jsonl"),
+        ("a.pdf", b"%PDF", "a.pdf is of no known format; there are .jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
@@ -116,7 +116,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     for paths, what in [
         ([tmp_path / "none"], f"assembly.corpus: there are no files to read at {tmp_path}/none"),
         ([tmp_path / "*.txt"], "there are no files to read at"),
-        ([], "assembly.corpus: distractors of a corpus are wanted, and no files are given"),
+        ([], "assembly.corpus is empty"),
         ([tmp_path], "has no column 'text'"),
     ]:
         with pytest.raises(ConfigError) as raised:

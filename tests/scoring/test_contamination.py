@@ -225,7 +225,7 @@ def test_a_long_text_is_read_in_pieces_that_lose_no_run(
 
 def test_numbers_do_not_depend_on_the_process(longbench_sets: EvalSets) -> None:
     """The digest is the same under any hash seed."""
-    (path,) = longbench_sets._files
+    (path,) = longbench_sets.files
     code = (
         "import sys; from streamsyn.scoring.contamination import EvalSets; "
         f"print(EvalSets([{str(path)!r}], 13).digest, file=sys.stderr)"
@@ -244,13 +244,13 @@ def test_numbers_do_not_depend_on_the_process(longbench_sets: EvalSets) -> None:
     ("name", "data", "says"),
     [
         ("none.jsonl", None, "does not exist"),
-        ("a.csv", b"a,b", "no file of a known kind"),
+        ("a.csv", b"a,b", "no file of a known format"),
         ("empty.jsonl", b"", "there is no text in"),
         ("numbers.jsonl", b'{"a": [1, 2]}\n', "there is no text in"),
         ("short.jsonl", b'{"a": "too short"}\n', "eval_ngram_words = 13"),
-        ("bad.jsonl", b'{"a": "x"}\n{"a": \n', "bad.jsonl:2 is no JSON"),
-        ("bad.json", b'[\n{"a": \n', "bad.json:1 is no JSON"),
-        ("bad.txt", b"a b c \xff\xfe d e", "bad.txt cannot be read to its end"),
+        ("bad.jsonl", b'{"a": "x"}\n{"a": \n', "bad.jsonl:2 is not valid JSON"),
+        ("bad.json", b'[\n{"a": \n', "bad.json:3 is not valid JSON"),
+        ("bad.txt", b"a b c \xff\xfe d e", "bad.txt is not valid UTF-8"),
         # Without the time: these bytes are part of the test's name, and pytest's workers must agree on names.
         (
             "bad.jsonl.gz",
@@ -258,7 +258,7 @@ def test_numbers_do_not_depend_on_the_process(longbench_sets: EvalSets) -> None:
             "bad.jsonl.gz cannot be read to its end",
         ),
         ("bad.jsonl.zst", b"no zstd", "bad.jsonl.zst cannot be read to its end"),
-        ("bad.parquet", b"no parquet", "bad.parquet cannot be read as Parquet"),
+        ("bad.parquet", b"no parquet", "bad.parquet cannot be read to its end as Parquet"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path: Path, name: str, data: bytes | None, says: str) -> None:

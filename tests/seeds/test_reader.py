@@ -1,7 +1,6 @@
 """All sources of a run as one stream: what is found, in which order it comes, what is kept of a pipe."""
 
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import BadSeed, Entry, Seed
-from streamsyn.seeds.reader import SeedReader, find
+from streamsyn.seeds.reader import SeedReader
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -58,131 +57,6 @@ def nothing_known(_: Entry) -> bool:
 
 def read(reader: SeedReader) -> list[str]:
     return ids(reader.batches(nothing_known))
-
-
-# What a path stands for
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """Seed files at several depths, among others that are none."""
-    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.parquet", "deep/er/d.ndjson.zst"):
-        write(tmp_path / "tree" / name)
-    for name in ("README.md", "deep/notes.txt", "pictures/cat.png"):
-        write(tmp_path / "tree" / name)
-    return tmp_path / "tree"
-
-
-def test_a_file_stands_for_itself(tree: Path) -> None:
-    """Also where its name looks like a glob."""
-    odd = write(tree / "a[1].jsonl")
-
-    assert [tree / "b.jsonl"] == find(str(tree / "b.jsonl"))
-    assert [odd] == find(str(odd))
-
-
-def test_a_folder_stands_for_all_seed_files_in_it(tree: Path) -> None:
-    """At any depth, sorted; what is no seed file is left aside, and so are folders without any."""
-    expected = ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"]
-
-    assert expected == [str(path.relative_to(tree)) for path in find(str(tree))]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("*.jsonl", ["b.jsonl"]),
-        ("*.jsonl*", ["a.jsonl.gz", "b.jsonl"]),
-        ("d*", ["deep/c.parquet", "deep/er/d.ndjson.zst"]),
-        ("*", ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"]),
-        ("**/*.parquet", ["deep/c.parquet"]),
-        ("**", ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"]),
-    ],
-)
-def test_a_glob_stands_for_what_it_matches(tree: Path, pattern: str, expected: list[str]) -> None:
-    """Each file once, though `**` matches it and the folder in which it lies."""
-    found = [str(path.relative_to(tree)) for path in find(str(tree / pattern))]
-
-    assert expected == sorted(found)
-
-
-def test_a_saved_dataset_is_one_source(tree: Path) -> None:
-    """Its files are not taken for seed files one by one."""
-    write(tree / "saved" / "state.json")
-    write(tree / "saved" / "data.parquet")
-
-    assert [tree / "saved"] == find(str(tree / "saved"))
-    assert (tree / "saved") in find(str(tree))
-    assert (tree / "saved" / "data.parquet") not in find(str(tree))
-
-
-@pytest.fixture
-def out(tree: Path) -> Path:
-    """A run directory among the seeds, with shards that are named as seed files are."""
-    for name in ("run.json", "manifest.jsonl", "contexts/part-000000.jsonl", "spool/stdin.jsonl"):
-        write(tree / "deep" / "out" / name)
-    return tree / "deep" / "out"
-
-
-@pytest.mark.parametrize("pattern", [".", "*", "**", "**/*", "**/*.*", "d*/**", "deep/../*"])
-def test_a_run_directory_is_left_aside(tree: Path, out: Path, pattern: str) -> None:
-    """OUT may lie among the seeds: what a run writes never becomes its seeds."""
-    found = find(str(tree / pattern))
-
-    assert found
-    assert [] == [path for path in found if "out" in path.parts and ".." not in path.parts]
-
-
-@pytest.mark.parametrize(("pattern", "files"), [("spool", 1), ("spool/*.jsonl", 1), ("contexts/*", 1)])
-def test_what_lies_in_a_run_directory_can_be_given(out: Path, pattern: str, files: int) -> None:
-    """Somebody who spells it out means it."""
-    assert files == len(find(str(out / pattern)))
-
-
-@pytest.mark.parametrize("log", ["manifest.jsonl", "contexts/part-000000.jsonl.open"])
-def test_a_run_directory_itself_is_refused(tmp_path: Path, log: str) -> None:
-    """Given as a path, with one line that says what it is; by a glob there is nothing in it."""
-    out = tmp_path / "out"
-    write(out / "run.json")
-    write(out / log)
-
-    with pytest.raises(ConfigError, match="out is a run directory"):
-        find(str(out))
-    with pytest.raises(ConfigError, match="there is no seed file in"):
-        find(str(out / "*"))
-
-
-def test_a_run_json_alone_makes_no_run_directory(tmp_path: Path) -> None:
-    """Any tool may write a file of that name."""
-    assert [write(tmp_path / "run.json")] == find(str(tmp_path))
-
-
-def test_a_socket_is_refused(tmp_path: Path) -> None:
-    """It has a seed file's name, and cannot be opened."""
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(str(tmp_path / "s.jsonl"))
-        with pytest.raises(ConfigError, match=r"s\.jsonl is neither a file nor a directory"):
-            find(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("missing.jsonl", "seeds: {} does not exist"),
-        ("*.csv", "seeds: {} does not exist"),
-        ("pictures", "seeds: there is no seed file in {}"),
-        ("pictures/*", "seeds: there is no seed file in {}"),
-        ("README.md", "seeds: {} is of no known kind; there are .jsonl"),
-    ],
-)
-def test_what_stands_for_nothing_is_refused(tree: Path, pattern: str, message: str) -> None:
-    """A run without seeds is a typing error, not an empty success."""
-    path = str(tree / pattern)
-
-    with pytest.raises(ConfigError) as raised:
-        reader_of(path)
-
-    assert str(raised.value).startswith(message.format(path))
 
 
 # The order of sources

@@ -184,7 +184,7 @@ def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:
     training = start(tmp_path / "rows.jsonl", tmp_path / "out", holdout=0)
 
     assert 0 == training.wait(), training.stderr()
-    assert "rows.jsonl:5 is no JSON" in training.stderr()
+    assert "rows.jsonl:5 is not valid JSON" in training.stderr()
     assert "dropped=1 examples=9" in training.stderr()
 
 

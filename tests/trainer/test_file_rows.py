@@ -92,8 +92,8 @@ def test_bad_lines_keep_their_place(tmp_path: Path) -> None:
     found = FileRows(str(path), "files", "--from", count=True).fetch(0, 9)
 
     assert [ROWS[0], None, None, ROWS[1]] == values(found)
-    assert found[1].problem.startswith(f"{path}:3 is no JSON: ")
-    assert f"{path}:4 is no JSON object but list" == found[2].problem
+    assert found[1].problem.startswith(f"{path}:3 is not valid JSON: ")
+    assert f"{path}:4 is not a JSON object but list" == found[2].problem
 
 
 def test_fewer_rows_than_before_are_noticed(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_saved_data_set_with_splits_needs_no_export(tmp_path: Path) -> None:
     assert {one["id"] for one in ROWS[10:30]} == ids(f"{tmp_path}/saved/t*")
     assert {one["id"] for one in ROWS[:10]} == ids(tmp_path / "saved" / "test")
     (tmp_path / "saved" / "dataset_dict.json").write_text("[]")
-    with pytest.raises(ConfigError, match="does not say which splits"):
+    with pytest.raises(ConfigError, match="has no valid list of `splits`"):
         ids(tmp_path / "saved")
 
 

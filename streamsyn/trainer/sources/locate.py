@@ -14,7 +14,7 @@ import structlog
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.seeds.files import is_run_directory, is_seed_file
+from streamsyn.io.paths import is_row_file, is_run_directory
 from streamsyn.sink.shards import KINDS
 from streamsyn.trainer.sources.pipe import PipedSamples
 from streamsyn.trainer.sources.row_files import FileRows
@@ -42,7 +42,7 @@ def is_run(stream: str, out: Path) -> bool:
         return True
     if path.is_dir():
         return _may_become_one(path, out)
-    return not (path.exists() or glob.has_magic(stream) or is_seed_file(path))
+    return not (path.exists() or glob.has_magic(stream) or is_row_file(path))
 
 
 def folder_of_a_run(out: Path, stream: str) -> Path | None:
