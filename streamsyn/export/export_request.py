@@ -14,30 +14,30 @@ COMPRESSIONS = {
     "parquet": ("zstd", "snappy", "gzip", "lz4", "brotli", "none"),
     "datasets": ("none",),
 }
-"""What each format may be compressed with; the first is what is used when nothing is said."""
+"""The compressions of each format; the first one is its default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """What is to be exported.
+    """What to export.
 
     Attributes:
         root: The run directory.
-        to: A path or a URL of fsspec; a folder that is empty or not there.
+        to: A path or an fsspec URL of a folder that is new or empty.
         format: A key of COMPRESSIONS.
-        compression: None is that of the format.
-        splits: `task`, `NAME=SHARE,NAME=SHARE`, or both; none is a single split, `train`.
-        split_seed: Another one splits otherwise.
-        shard_bytes: A file ends when its rows have come to so many bytes, before compression.
-        shard_rows: Or to so many rows.
-        epochs: How often each context gets a sample, each time with other distractors.
-        limit: No more samples than this: the first of them.
-        settings: Keys of `assembly` to use in place of the run's, with their values.
-        config: A configuration file; its section `assembly` is laid over the run's before `settings`.
+        compression: One of the format's compressions; None for its default.
+        splits: `task`, `NAME=SHARE,NAME=SHARE`, or both; empty for a single split `train`.
+        split_seed: Seed of the random split.
+        shard_bytes: Size at which a new file begins, in bytes before compression.
+        shard_rows: Maximum rows per file.
+        epochs: Samples per context, each with different distractors.
+        limit: Maximum number of samples: the first ones are exported.
+        settings: Keys of `assembly` with values that override those of the run.
+        config: A configuration file whose section `assembly` overrides the run's; `settings` come after it.
         overwrite: Replace an earlier export.
-        flush: Of a run that is not finished, also make samples of contexts that still wait for distractors.
-        license: For the card.
-        on_progress: Called now and then.
+        flush: Of an unfinished run, also make samples of the contexts that still wait for distractors.
+        license: Licence identifier for the card.
+        on_progress: Called every few seconds.
     """
 
     root: Path
@@ -58,29 +58,33 @@ class ExportRequest:
     on_progress: Callable[["ExportSummary"], None] = lambda _: None
 
     def check(self) -> None:
-        """Refuse what can be known to be wrong before anything is touched.
+        """Check format, compression and licence, before anything is read or written.
 
         Raises:
-            ConfigError: What stands in the message.
+            ConfigError: One of them is invalid.
         """
         _ = self.codec
         if self.license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", self.license):
-            raise ConfigError(f"--license: {self.license!r} is no identifier such as apache-2.0 or other")
+            raise ConfigError(
+                f"--license: {self.license!r} is not an identifier; give one such as apache-2.0, or other"
+            )
 
     @property
     def codec(self) -> str:
-        """What files are compressed with.
+        """The compression of files.
 
         Raises:
-            ConfigError: The format is unknown, or cannot be compressed so.
+            ConfigError: The format is unknown, or does not have this compression.
         """
         if self.format not in COMPRESSIONS:
-            raise ConfigError(f"--format: there is no {self.format!r}; there are {', '.join(COMPRESSIONS)}")
+            raise ConfigError(
+                f"--format: unknown format {self.format!r}; the formats are {', '.join(COMPRESSIONS)}"
+            )
         known = COMPRESSIONS[self.format]
         codec = self.compression or known[0]
         if codec not in known:
             raise ConfigError(
-                f"--compression: {self.format} cannot be {codec!r}; it can be {', '.join(known)}"
+                f"--compression: {self.format} cannot be compressed with {codec!r}; use {' or '.join(known)}"
             )
         return codec
 
@@ -91,20 +95,20 @@ class ExportSummary:
 
     to: str
     contexts: int = 0
-    """Contexts taken from the log, each as often as there are epochs."""
+    """Contexts read from the log, counted once per epoch."""
     all_contexts: int = 0
-    """Of these, how many there are to take, as far as that is known."""
+    """Contexts to read, as far as that is known."""
     samples: int = 0
     bytes: int = 0
-    """Of rows, before compression."""
+    """Size of the rows before compression."""
     written_bytes: int = 0
     files: int = 0
     splits: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
-    """Contexts that were given no sample, by why."""
+    """Contexts without a sample, by reason."""
     waiting: int = 0
     """Contexts of an unfinished run that still wait for distractors."""
     is_final: bool = False
-    """Whether the run had come to its end."""
+    """Whether the run was finished."""
     notes: list[str] = field(default_factory=list)
-    """What is to be said besides."""
+    """Notes for the user."""

@@ -1,45 +1,41 @@
-"""What is to be exported, and what came of it.
-
-`streamsyn export`: from the log to files that others can train on.
-"""
+"""`streamsyn export`: from the log of a run to files that others can train on."""
 
 import time
 from collections import Counter
 from itertools import islice
 
-from streamsyn.export.card import CardFacts, card
+from streamsyn.export.card import CardFacts, CardMetrics, card
 from streamsyn.export.export_request import ExportRequest, ExportSummary
-from streamsyn.export.formats import Layout, ShardWriter, save_states
-from streamsyn.export.log_reader import Source, open_source
-from streamsyn.export.rows import Tally
-from streamsyn.export.splits import Splits
+from streamsyn.export.formats import ShardWriter, save_states
+from streamsyn.export.log_reader import LogReader, open_log
+from streamsyn.export.splits import Layout, Splits
 from streamsyn.export.target import Target
 
-_PROGRESS_EVERY_S = 5.0
+_PROGRESS_INTERVAL_S = 5.0
 
 
 def export(request: ExportRequest) -> ExportSummary:
-    """Assemble the log of a run directory, and write what comes of it to a folder.
+    """Assemble the log of a run directory, and write the samples to a folder.
 
-    The same request on the same log makes the same bytes, wherever and whenever. Memory is bounded by the
-    window of assembly and what files hold back, whatever the number of contexts and samples.
+    The same request on the same log gives the same bytes. Memory is bounded by the window of assembly and by
+    what open files buffer, whatever the number of contexts and samples.
 
     Raises:
-        ConfigError: Something that was given cannot be used, or the folder cannot be written.
+        ConfigError: The request is invalid, or the folder cannot be written.
         SinkError: The log is damaged.
     """
     summary = ExportSummary(request.to)
     request.check()
     splits = Splits(request.splits, request.split_seed)
-    with open_source(request, summary) as source:
-        summary.is_final = source.is_final
-        summary.all_contexts = source.sealed_contexts * request.epochs
-        summary.notes += _notes(source, request)
+    with open_log(request, summary) as log:
+        summary.is_final = log.is_final
+        summary.all_contexts = log.sealed_contexts * request.epochs
+        summary.notes += _notes(log, request)
         layout = Layout(request.format, splits)
         target = Target(request.to, overwrite=request.overwrite)
-        writer, tally = ShardWriter(target, request, layout.stem), Tally()
+        writer, metrics = ShardWriter(target, request, layout.stem), CardMetrics()
         try:
-            _write(request, source, splits, writer, tally, summary)
+            _write(request, log, splits, writer, metrics, summary)
         except BaseException:
             writer.abandon()
             raise
@@ -49,14 +45,14 @@ def export(request: ExportRequest) -> ExportSummary:
         facts = CardFacts(
             request=request,
             summary=summary,
-            tally=tally,
+            metrics=metrics,
             configs=layout.configs(writer.splits),
             splits=list(splits.shares),
-            contexts_by_model=source.contexts_by_model,
-            rejects=Counter(row["reason"] for row in source.rejects()),
-            run_config=source.saved,
-            config=source.config,
-            version=str(source.run.get("versions", {}).get("streamsyn", "?")),
+            contexts_by_model=log.contexts_by_model,
+            rejects=Counter(row["reason"] for row in log.rejects()),
+            run_config=log.run_config,
+            config=log.config,
+            version=str(log.run.get("versions", {}).get("streamsyn", "?")),
         )
         target.finish(card(facts))
     return summary
@@ -64,32 +60,32 @@ def export(request: ExportRequest) -> ExportSummary:
 
 def _write(
     request: ExportRequest,
-    source: Source,
+    log: LogReader,
     splits: Splits,
     writer: ShardWriter,
-    tally: Tally,
+    metrics: CardMetrics,
     summary: ExportSummary,
 ) -> None:
-    said_at = time.monotonic()
-    for row in islice(source.rows(), request.limit):
+    reported_at = time.monotonic()
+    for row in islice(log.rows(), request.limit):
         split = splits.of(row["task"], row["seed_id"])
         summary.bytes += writer.write(split, row)
         summary.samples += 1
-        tally.add(row, split.name)
-        if time.monotonic() - said_at >= _PROGRESS_EVERY_S:
-            said_at = time.monotonic()
+        metrics.add(row, split.name)
+        if time.monotonic() - reported_at >= _PROGRESS_INTERVAL_S:
+            reported_at = time.monotonic()
             request.on_progress(summary)
     writer.close()
     for split, shards in writer.splits.items():
         summary.splits[" ".join(filter(None, (split.task, split.name)))] = shards.rows
 
 
-def _notes(source: Source, request: ExportRequest) -> list[str]:
+def _notes(log: LogReader, request: ExportRequest) -> list[str]:
     notes = []
     if request.limit is not None:
-        notes.append(f"these are the first {request.limit:,} samples at most; the log may make more")
-    if not source.is_final:
-        notes.append("the run has not come to its end: what it writes from now on is not in this export")
-    if source.changed:
-        notes.append(f"not what the run used any more, so samples differ: {', '.join(source.changed)}")
+        notes.append(f"limited to the first {request.limit:,} samples; the log may have more")
+    if not log.is_final:
+        notes.append("the run is not finished: contexts that it writes from now on are not in this export")
+    if log.changed:
+        notes.append(f"samples differ from those of the run, as these have changed: {', '.join(log.changed)}")
     return notes

@@ -1,4 +1,4 @@
-"""The log of a run directory as of one moment, assembled again, with the run's settings or others."""
+"""The log of a run directory as of one moment, assembled again with the run's settings or with others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,89 +12,97 @@ from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.export_request import ExportRequest, ExportSummary
-from streamsyn.export.rows import Row, measured, row_of
+from streamsyn.export.rows import Row, context_fields, row_of
 from streamsyn.records import Sample
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Part, Snapshot
 
-_PRUNED_EVERY = 1024
+_PRUNE_INTERVAL = 1024
+"""Contexts after which the fields of those that left the window are dropped."""
 
 
 @contextmanager
-def open_source(request: ExportRequest, summary: ExportSummary) -> Iterator["Source"]:
-    """A Source, which has its templates in files while the block runs."""
+def open_log(request: ExportRequest, summary: ExportSummary) -> Iterator["LogReader"]:
+    """Open the log of a run; its templates are in temporary files until the block ends."""
     with TemporaryDirectory() as folder:
-        yield Source(request, summary, Path(folder))
+        yield LogReader(request, summary, Path(folder))
 
 
-class Source:
-    """What there is to export.
+class LogReader:
+    """Reads contexts and yields rows of samples.
 
     Args:
-        request: Says of which run, and how.
-        summary: Told what was read.
-        folder: For templates, which must be there as long as this is used.
+        request: The run, and how to assemble it.
+        summary: Updated while the log is read.
+        folder: Where the run's templates are saved; needed as long as the reader is used.
 
     Raises:
-        ConfigError: It is no run directory, or settings cannot be used.
-        SinkError: The manifest is broken.
+        ConfigError: The directory is not a run directory, or a setting cannot be used.
+        SinkError: The manifest is damaged.
     """
 
     def __init__(self, request: ExportRequest, summary: ExportSummary, folder: Path) -> None:
         self._request = request
         self._summary = summary
-        saved, run = saved_config(request.root), read_run_json(request.root)
-        if saved is None or run is None:
-            raise ConfigError(f"{request.root} is no run directory: it has no run.json")
+        run_config, run = saved_config(request.root), read_run_json(request.root)
+        if run_config is None or run is None:
+            raise ConfigError(f"{request.root} is not a run directory: it has no run.json")
         self.run = run
-        self.saved = saved
-        self.config = _overlaid(saved, with_templates(saved.assembly, run["fingerprint"], folder), request)
-        self.materials = AssemblyResources(self.config.assembly)
+        """The content of run.json."""
+        self.run_config = run_config
+        """The configuration of the run."""
+        self.config = _overridden(
+            run_config, with_templates(run_config.assembly, run["fingerprint"], folder), request
+        )
+        """The same with the settings of this export."""
+        self._resources = AssemblyResources(self.config.assembly)
         self._snapshot = Snapshot(request.root)
-        self.manifest = self._snapshot.manifest
-        self.is_final = self.manifest.final is not None and not any(
+        self._manifest = self._snapshot.manifest
+        self.is_final = self._manifest.final is not None and not any(
             part.sealed is None for part in self._snapshot.parts["contexts"]
         )
+        """Whether the run was finished."""
         self.contexts_by_model: dict[str, int] = {}
-        self._figures: dict[str, tuple[int, Row]] = {}
+        self._fields: dict[str, tuple[int, Row]] = {}
+        """Seq and row fields of the contexts that have no sample yet, by id."""
 
     @property
     def changed(self) -> list[str]:
-        """What shapes samples, has not been set for this export, and is not what the run used."""
-        then, now = self.run["fingerprint"], self.materials.fingerprint()
-        is_as_the_run = not self._request.settings and self._request.config is None
-        keys = now if is_as_the_run else {"assembly.prompts"} & now.keys()
+        """What shapes samples and differs from the run, other than the settings of this export."""
+        then, now = self.run["fingerprint"], self._resources.fingerprint()
+        has_run_settings = not self._request.settings and self._request.config is None
+        keys = now if has_run_settings else {"assembly.prompts"} & now.keys()
         changed = sorted(key for key in keys if key in then and then[key] != now[key])
-        if is_as_the_run and "assembly.max_similarity" not in then:
-            changed.append("the version of streamsyn, which chooses otherwise")
+        if has_run_settings and "assembly.max_similarity" not in then:
+            changed.append("the version of streamsyn, which chooses distractors differently")
         return changed
 
     @property
     def sealed_contexts(self) -> int:
-        """Contexts in sealed shards: about as many as there are."""
-        return sum(shard.rows for shard in self.manifest.of_kind("contexts"))
+        """Contexts in sealed shards, which is nearly all of them."""
+        return sum(shard.rows for shard in self._manifest.of_kind("contexts"))
 
     def rows(self) -> Iterator[Row]:
-        """The rows of all epochs, in the order of the log."""
+        """Yield the rows of all epochs in the order of the log."""
         first = self.config.assembly.epoch
         for epoch in range(first, first + self._request.epochs):
-            materials = self.materials
+            resources = self._resources
             if epoch != first:
-                materials = AssemblyResources(self.config.assembly.model_copy(update={"epoch": epoch}))
-            assembler = materials.assembler(self.config.run.seed)
+                resources = AssemblyResources(self.config.assembly.model_copy(update={"epoch": epoch}))
+            assembler = resources.assembler(self.config.run.seed)
             for sample in self._samples(assembler, is_first=epoch == first):
-                _, figures = self._figures.pop(sample.id)
-                yield row_of(sample, epoch, figures)
-            self._figures.clear()
+                _, fields = self._fields.pop(sample.id)
+                yield row_of(sample, epoch, fields)
+            self._fields.clear()
             self._summary.left_out.update(assembler.left_out)
 
     def rejects(self) -> Iterator[Row]:
-        """Rows of rejects."""
+        """Yield the rows of rejects."""
         for part in self._snapshot.parts["rejects"]:
             yield from part.rows()
 
     def _samples(self, assembler: Assembler, *, is_first: bool) -> Iterator[Sample]:
-        flushes = set(self.manifest.flushes)
+        flushes = set(self._manifest.flushes)
         for row in self._contexts():
             if assembler.consumed in flushes:
                 yield from (one.sample() for one in assembler.flush())
@@ -102,9 +110,9 @@ class Source:
                 model = str(row.get("model"))
                 self.contexts_by_model[model] = self.contexts_by_model.get(model, 0) + 1
             self._summary.contexts += 1
-            self._figures[row["id"]] = row["seq"], measured(row)
+            self._fields[row["id"]] = row["seq"], context_fields(row)
             yield from (one.sample() for one in assembler.add(Passage.of_row(row)))
-            if assembler.consumed % _PRUNED_EVERY == 0:
+            if assembler.consumed % _PRUNE_INTERVAL == 0:
                 self._prune(assembler.state().window_start)
         if assembler.consumed in flushes or self._request.flush:
             yield from (one.sample() for one in assembler.flush())
@@ -112,11 +120,11 @@ class Source:
         self._summary.waiting = len(dict([*state.pending, *state.pending_any]))
 
     def _prune(self, window_start: int) -> None:
-        """Forget contexts that get no sample: those that have left the window."""
-        for context, (seq, _) in list(self._figures.items()):
+        """Drop the fields of contexts that get no sample: those that have left the window."""
+        for context, (seq, _) in list(self._fields.items()):
             if seq >= window_start:
                 return
-            del self._figures[context]
+            del self._fields[context]
 
     def _contexts(self) -> Iterator[Row]:
         next_seq = 0
@@ -135,8 +143,8 @@ class Source:
         )
 
 
-def _overlaid(saved: Config, assembly: AssemblySection, request: ExportRequest) -> Config:
-    """The run's configuration, with what was asked for in its section `assembly`."""
+def _overridden(saved: Config, assembly: AssemblySection, request: ExportRequest) -> Config:
+    """Return the run's configuration with the export's settings in its section `assembly`."""
     sections = saved.model_copy(update={"assembly": assembly}).model_dump(exclude_none=True)
     overrides = list(sections.items())
     if request.config is not None:
@@ -144,6 +152,8 @@ def _overlaid(saved: Config, assembly: AssemblySection, request: ExportRequest) 
         overrides += [(f"assembly.{key}", value) for key, value in given.items()]
     for key, value in request.settings:
         if not key.startswith("assembly."):
-            raise ConfigError(f"--set {key}: an export can only set keys of assembly; the rest has happened")
+            raise ConfigError(
+                f"--set {key}: an export can only set keys of assembly; the run has fixed the other sections"
+            )
         overrides.append((key, value))
     return load(None, overrides)

@@ -1,11 +1,5 @@
-"""A row of an export: a sample, and what was measured of its relevant context.
+"""One row of an export: a sample, and the scores of its relevant context."""
 
-What the card tells of the rows: counts and distributions, in memory that rows do not add to.
-"""
-
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import pyarrow
@@ -36,118 +30,32 @@ SCHEMA = pyarrow.schema(
         ("flags", pyarrow.list_(pyarrow.string())),
     ]
 )
-"""Columns, in this order in every format."""
+"""The columns, in this order in every format."""
 
-_MEASURED = ("context_gain", "answer_score", "closed_book_score")
+SCORES = ("context_gain", "answer_score", "closed_book_score")
+"""Columns with scores of the relevant context; null where they were not measured."""
 
 
-def measured(context: Row) -> Row:
-    """What a row tells of the context that it is about, from that context's row in the log."""
+def context_fields(context: Row) -> Row:
+    """Return the fields that a sample's row takes from the log row of its relevant context."""
     checks = context.get("checks") or {}
-    figures: Row = {"model": context.get("model")}
-    figures.update({name: checks.get(name) for name in _MEASURED})
-    figures["flags"] = list(checks.get("flags") or ())
-    return figures
+    fields: Row = {"model": context.get("model")}
+    fields.update({name: checks.get(name) for name in SCORES})
+    fields["flags"] = list(checks.get("flags") or ())
+    return fields
 
 
-def row_of(sample: Sample, epoch: int, figures: Row) -> Row:
-    """The row of a sample."""
-    more = {"epoch": epoch, **figures}
-    # Not `asdict`, which copies the texts' lists.
+def row_of(sample: Sample, epoch: int, fields: Row) -> Row:
+    """Return the row of a sample; `fields` are the `context_fields` of its relevant context."""
+    more = {"epoch": epoch, **fields}
+    # Not `asdict`, which copies the lists.
     return {name: more[name] if name in more else getattr(sample, name) for name in SCHEMA.names}
 
 
-def text_bytes(row: Row) -> int:
-    """How long a row is, near enough: the bytes of its texts, and something for the rest."""
+def row_bytes(row: Row) -> int:
+    """Return the approximate size of a row: the bytes of its texts, and a constant for the rest."""
     return 256 + sum(_bytes(message["content"]) for message in row["messages"]) + 8 * len(row["context_seqs"])
 
 
 def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-_BITS = 7
-"""Lengths are told apart by so many leading bits: to 1 %."""
-_STEPS = 100
-"""Scores are told apart by hundredths."""
-
-
-@dataclass(slots=True)
-class Distribution:
-    """Numbers, counted in bins that are as wide as their size allows."""
-
-    counts: Counter[int] = field(default_factory=Counter)
-    number: int = 0
-    total: float = 0
-    most: float = 0
-
-    @property
-    def mean(self) -> float:
-        """Their mean; 0 of none."""
-        return self.total / self.number if self.number else 0.0
-
-    def add(self, value: float, bin_of: int) -> None:
-        """Count a number in its bin."""
-        self.counts[bin_of] += 1
-        self.number += 1
-        self.total += value
-        self.most = max(self.most, value)
-
-    def quantile(self, share: float) -> int:
-        """The bin below or at which this share of the numbers lies; 0 of none."""
-        below, bin_of = 0, 0
-        for bin_of in sorted(self.counts):
-            below += self.counts[bin_of]
-            if below >= share * self.number:
-                break
-        return bin_of
-
-
-def length_bin(length: int) -> int:
-    """The shortest length that counts as much as this one."""
-    shift = max(0, length.bit_length() - _BITS)
-    return length >> shift << shift
-
-
-@dataclass(slots=True)
-class RowMetrics:
-    """What there is to say of some rows."""
-
-    rows: int = 0
-    tokens: Distribution = field(default_factory=Distribution)
-    contexts: Distribution = field(default_factory=Distribution)
-    """Contexts in a sample."""
-    scores: dict[str, Distribution] = field(default_factory=dict)
-    """Of each figure that was measured."""
-    flags: Counter[str] = field(default_factory=Counter)
-
-    def add(self, row: Row) -> None:
-        """Count a row."""
-        self.rows += 1
-        self.tokens.add(row["n_tokens"], length_bin(row["n_tokens"]))
-        contexts = len(row["context_seqs"])
-        self.contexts.add(contexts, length_bin(contexts))
-        for name in ("context_gain", "answer_score", "closed_book_score"):
-            if (value := row[name]) is not None:
-                bins = round(min(max(value, -_STEPS), _STEPS) * _STEPS)
-                self.scores.setdefault(name, Distribution()).add(value, bins)
-        self.flags.update(row["flags"])
-
-
-class Tally:
-    """The figures of all rows, of each task, and the rows of each task in each split."""
-
-    def __init__(self) -> None:
-        self.all = RowMetrics()
-        self.tasks: dict[str, RowMetrics] = {}
-        self.cells: Counter[tuple[str, str]] = Counter()
-
-    def add(self, row: Row, split: str) -> None:
-        """Count a row."""
-        self.all.add(row)
-        self.tasks.setdefault(row["task"], RowMetrics()).add(row)
-        self.cells[row["task"], split] += 1
-
-    def by_rows(self) -> Iterator[tuple[str, RowMetrics]]:
-        """Tasks, those with most rows first."""
-        yield from sorted(self.tasks.items(), key=lambda task: (-task[1].rows, task[0]))

@@ -1,7 +1,7 @@
-"""Where an export goes: a folder behind a URL, and what of it is ours.
+"""The folder of an export, at a path or an fsspec URL.
 
-`export.json` lists each file before it is begun, so that what is left of an export that failed can be told
-from what others put there. `README.md` is written last: where it is, the export is whole.
+`export.json` lists each file before it is created, so that the files of a failed export can be told from
+files that others put there. `README.md` is written last: where it exists, the export is complete.
 """
 
 import hashlib
@@ -20,62 +20,62 @@ CARD = "README.md"
 
 
 class Target:
-    """A folder to export to.
+    """A folder to export to. An earlier export in it is removed if `overwrite` is set.
 
     Raises:
-        ConfigError: It cannot be used, or holds what may not be overwritten.
+        ConfigError: The folder cannot be used, or holds files that must not be overwritten.
     """
 
     def __init__(self, url: str, *, overwrite: bool) -> None:
         self._url = url
         self._folders: set[str] = set()
-        """Those that have been made."""
+        """The folders that have been created."""
         with self._translated():
             self._filesystem, self._path = open_url(url, "--to")
             if self._filesystem.isfile(self._path):
-                raise ConfigError(f"--to: {url} is a file; a folder is wanted")
+                raise ConfigError(f"--to: {url} is a file; give a folder")
             if names_below(self._filesystem, self._path):
                 self._clear(overwrite=overwrite)
         self._listed: dict[str, dict[str, Any]] = {}
 
     def open(self, name: str) -> "TargetFile":
-        """A new file."""
+        """Create a file."""
         self._listed[name] = {"path": name}
-        self._list(complete=False)
+        self._save_listing(complete=False)
         with self._translated():
-            return TargetFile(self._url, self._filesystem.open(self._below(name), "wb"))
+            return TargetFile(self._url, self._filesystem.open(self._path_of(name), "wb"))
 
-    def note(self, name: str, file: "TargetFile", rows: int) -> None:
-        """Say what a file that is whole holds."""
+    def record(self, name: str, file: "TargetFile", rows: int) -> None:
+        """Record the rows, size and digest of a file that is complete."""
         self._listed[name] |= {"rows": rows, "bytes": file.bytes, "sha256": file.sha256}
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small file whole."""
+        """Write a small file at once."""
         self._listed[name] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self._put(name, data)
 
     def finish(self, card: str) -> None:
-        """Write the card, behind all else."""
+        """Write the card, after everything else."""
         data = card.encode()
         self._listed[CARD] = {"path": CARD, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        self._list(complete=True)
+        self._save_listing(complete=True)
         self._put(CARD, data)
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """What there is to say of each file that holds rows, in order."""
+        """The listing's entries of the files that hold rows, by path."""
         return [file for _, file in sorted(self._listed.items()) if "rows" in file]
 
-    def _list(self, *, complete: bool) -> None:
+    def _save_listing(self, *, complete: bool) -> None:
         files = [file for _, file in sorted(self._listed.items())]
         data = {"made_by": "streamsyn export", "complete": complete, "files": files}
         self._put(LISTING, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
     def _put(self, name: str, data: bytes) -> None:
         with self._translated():
-            self._filesystem.pipe_file(self._below(name), data)
+            self._filesystem.pipe_file(self._path_of(name), data)
 
-    def _below(self, name: str) -> str:
+    def _path_of(self, name: str) -> str:
         path = f"{self._path}/{name}"
         folder = path.rpartition("/")[0]
         if folder not in self._folders:
@@ -84,7 +84,7 @@ class Target:
         return path
 
     def _clear(self, *, overwrite: bool) -> None:
-        """Remove an earlier export, and nothing else."""
+        """Remove the files of an earlier export, and nothing else."""
         if not overwrite:
             raise ConfigError(f"--to: {self._url} is not empty; --overwrite replaces an earlier export there")
         listing = f"{self._path}/{LISTING}"
@@ -97,7 +97,7 @@ class Target:
             raise ConfigError(
                 f"--to: {self._url}/{LISTING} was not written by streamsyn; give an empty folder"
             )
-        # The card goes first: without it, what is there is not whole.
+        # The card first: without it, the export counts as incomplete.
         for name in sorted(names, key=lambda name: (name != CARD, name)):
             if self._filesystem.isfile(f"{self._path}/{name}"):
                 self._filesystem.rm_file(f"{self._path}/{name}")
@@ -110,7 +110,7 @@ class Target:
 
 
 def _listed_names(data: bytes) -> list[str] | None:
-    """The files that a listing names, all of them below its folder; None when it is no listing of ours."""
+    """Return the files that a listing names; None if it is not ours, or names a file outside its folder."""
     try:
         listing = orjson.loads(data)
         names = [file["path"] for file in listing["files"]]
@@ -122,7 +122,7 @@ def _listed_names(data: bytes) -> list[str] | None:
 
 
 class TargetFile(io.RawIOBase):
-    """A file being written: counts, hashes, and says in one line what goes wrong."""
+    """A file that is being written. Counts and hashes its bytes; raises errors as one-line ConfigErrors."""
 
     def __init__(self, url: str, file: Any) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class TargetFile(io.RawIOBase):
 
     @property
     def sha256(self) -> str:
-        """Of what has been written, in hex."""
+        """The SHA-256 of the bytes written so far, in hex."""
         return self._hash.hexdigest()
 
     def writable(self) -> bool:
@@ -157,7 +157,7 @@ class TargetFile(io.RawIOBase):
                 self._file.close()
 
     def abandon(self) -> None:
-        """Close it, whatever comes of that: another error is on its way already."""
+        """Close the file and ignore errors, while another error is raised."""
         super().close()
         with suppress(Exception):
             self._file.close()

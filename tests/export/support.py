@@ -1,4 +1,4 @@
-"""Run directories to export, and what an export looks like from outside."""
+"""Run directories to export, and functions that read an export."""
 
 import hashlib
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Outlet:
 
 
 def scored(number: int, **given: Any) -> Context:
-    """A context of one of three tasks, with figures."""
+    """A context of one of three tasks, with scores."""
     checks = {
         "context_gain": number / 10 - 1,
         "answer_score": 0.5,
@@ -49,19 +49,19 @@ def scored(number: int, **given: Any) -> Context:
 def make_run(
     root: Path, outcomes: Sequence[Outcome], *, to_the_end: bool = True, **assembly: Any
 ) -> tuple[Path, Config]:
-    """A run directory as a run leaves it: contexts, rejects, samples."""
+    """A run directory with contexts, rejects and samples, as a run writes it."""
     config = Config.model_validate(
         {
             "sink": {"shard_bytes": 8000},
             "assembly": {"contexts_per_sample": 3, "max_similarity": 1, **assembly},
         }
     )
-    directory, materials = RunDirectory(root), AssemblyResources(config.assembly)
-    directory.save(lasting(config), {**fingerprint(config), **materials.fingerprint()})
+    directory, resources = RunDirectory(root), AssemblyResources(config.assembly)
+    directory.save(lasting(config), {**fingerprint(config), **resources.fingerprint()})
     log = RunLog(root, config.sink)
     log.append(outcomes)
     stage = AssemblyStage(
-        materials.assembler(config.run.seed),
+        resources.assembler(config.run.seed),
         log,
         Outlet(log),
         logged=log.contexts.rows,

@@ -1,4 +1,4 @@
-"""`streamsyn export` as a user has it: options, closing words, exit codes, the card it leaves."""
+"""`streamsyn export` as a command: options, output, exit codes and the card."""
 
 import shlex
 import subprocess
@@ -24,24 +24,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*arguments: object) -> str:
-    """The command in this process; what it says on stdout."""
+    """Run the command in this process; return its stdout."""
     result = CliRunner().invoke(export, list(map(str, arguments)), catch_exceptions=False)
     assert 0 == result.exit_code, result.output
     return result.stdout
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     words = [sys.executable, "-m", "streamsyn", "export", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
 def shapes(folder: Path) -> set[tuple[int, int]]:
-    """(contexts, place of the relevant one) of each row."""
+    """(contexts, relevant_index) of each row."""
     return {(len(row["context_seqs"]), row["relevant_index"]) for row in rows_of(folder)}
 
 
-def test_it_says_what_it_made_on_stdout(run: Path, tmp_path: Path) -> None:
+def test_the_summary_is_printed_on_stdout(run: Path, tmp_path: Path) -> None:
     """Counts, files and splits; nothing on stderr, and exit code 0."""
     done = command(run, "--to", tmp_path / "out", "--split", "train=0.9,test=0.1", "--format", "parquet")
 
@@ -60,15 +60,15 @@ def test_it_says_what_it_made_on_stdout(run: Path, tmp_path: Path) -> None:
         (["--to", "TMP/out", "--set", "recipe.use=sections"], "recipe.use"),
         (["--to", "TMP/out", "--set", "assembly.positon=0"], "the nearest known one is assembly.position"),
         (["--to", "TMP/out", "--position", "2"], "assembly.position"),
-        (["--to", "TMP/out", "--compression", "lz4"], "jsonl cannot be 'lz4'"),
-        (["--to", "TMP/out", "--split", "train=0.5"], "come to 0.5"),
+        (["--to", "TMP/out", "--compression", "lz4"], "--compression"),
+        (["--to", "TMP/out", "--split", "train=0.5"], "add up to 0.5"),
         (["--to", "TMP/out", "--shard-bytes", "12 parsecs"], "is no size"),
         (["--to", "TMP/out", "--config", "TMP/none.toml"], "none.toml"),
         (["--to", "TMP"], "is not empty"),
         ([], "--to"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_code_2(
+def test_an_invalid_option_is_one_line_and_code_2(
     run: Path, tmp_path: Path, arguments: list[str], says: str
 ) -> None:
     """No traceback, and nothing is written."""
@@ -81,16 +81,16 @@ def test_what_cannot_be_is_one_line_and_code_2(
     assert {"file": tree(tmp_path)["file"]} == tree(tmp_path)
 
 
-def test_a_folder_that_is_no_run_is_code_2(tmp_path: Path) -> None:
-    """It says what is missing there."""
+def test_a_folder_without_a_run_is_code_2(tmp_path: Path) -> None:
+    """The message says what is missing."""
     done = command(tmp_path, "--to", tmp_path / "out")
 
     assert 2 == done.returncode
-    assert done.stderr.endswith("is no run directory: it has no run.json\n")
+    assert done.stderr.endswith("is not a run directory: it has no run.json\n")
 
 
 def test_options_for_assembly(run: Path, tmp_path: Path) -> None:
-    """Those that are used most have names of their own; `--set` comes last."""
+    """The common keys have options of their own; `--set` overrides them."""
     invoke(run, "--to", tmp_path / "a", "--contexts-per-sample", 5, "--position", 1)
     invoke(run, "--to", tmp_path / "b", "--target-tokens", 40, "--position", "[0.0]")
     invoke(run, "--to", tmp_path / "c", "--distractors", "none", "--epoch", 3)
@@ -121,19 +121,19 @@ def test_a_number_of_contexts_replaces_a_length(tmp_path: Path) -> None:
         ["--distractors", "{same_task = 1, any_task = 2}", "--position", "[0.0, 1.0]"],
     ],
 )
-def test_the_card_says_how_to_make_it_again(run: Path, tmp_path: Path, options: list[str]) -> None:
-    """The command in it, with the two places filled in, makes the same bytes."""
+def test_the_command_on_the_card_repeats_the_export(run: Path, tmp_path: Path, options: list[str]) -> None:
+    """With the two placeholders filled in, it gives the same bytes."""
     invoke(run, "--to", tmp_path / "a", *options)
     card = (tmp_path / "a/README.md").read_text("utf-8")
     line = next(line for line in card.splitlines() if line.startswith("streamsyn export"))
-    places = {"RUN_DIRECTORY": run, "FOLDER": tmp_path / "b"}
-    invoke(*(places.get(word, word) for word in shlex.split(line)[2:]))
+    folders = {"RUN_DIRECTORY": run, "FOLDER": tmp_path / "b"}
+    invoke(*(folders.get(word, word) for word in shlex.split(line)[2:]))
 
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_the_card_tells_what_is_in_it(run: Path, tmp_path: Path) -> None:
-    """Counts a task, lengths, scores, flags, rejects, settings; no path of this machine, no time."""
+def test_the_contents_of_the_card(run: Path, tmp_path: Path) -> None:
+    """Counts by task, lengths, scores, flags, rejects and settings, but no path and no time."""
     invoke(run, "--to", tmp_path / "out", "--split", "train=0.5,test=0.5")
     card = (tmp_path / "out/README.md").read_text("utf-8")
 
@@ -149,7 +149,7 @@ def test_the_card_tells_what_is_in_it(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_licence_is_the_users_to_choose(run: Path, tmp_path: Path) -> None:
-    """Given, it stands in the header; what is no identifier is refused."""
+    """A given licence is in the header; what is not an identifier is refused."""
     invoke(run, "--to", tmp_path / "out", "--license", "cc-by-4.0")
     assert "license: cc-by-4.0\n" in (tmp_path / "out/README.md").read_text("utf-8")
     with pytest.raises(ConfigError, match="--license"):
@@ -157,18 +157,18 @@ def test_a_licence_is_the_users_to_choose(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_noted(tmp_path: Path) -> None:
-    """What waits, and that it is not all; in the closing words and in the card."""
+    """The summary and the card say that it is not finished, and how many contexts wait."""
     root, _ = make_run(tmp_path / "run", [scored(n) for n in range(8)], to_the_end=False)
     said = invoke(root, "--to", tmp_path / "out")
 
     assert "contexts wait for distractors" in said
-    assert "note: the run has not come to its end" in said
+    assert "note: the run is not finished" in said
     assert "was not finished when this was made" in (tmp_path / "out/README.md").read_text("utf-8")
 
 
 def test_progress_is_for_stderr(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a log line, or as an object for programs."""
-    monkeypatch.setattr("streamsyn.export.export_run._PROGRESS_EVERY_S", 0)
+    """Progress is logged as text, or as JSON for programs."""
+    monkeypatch.setattr("streamsyn.export.export_run._PROGRESS_INTERVAL_S", 0)
     result: Any = CliRunner().invoke(export, [str(run), "--to", str(tmp_path / "out"), "--log-json"])
     events = [orjson.loads(line) for line in result.stderr.splitlines()]
 

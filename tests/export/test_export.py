@@ -1,4 +1,4 @@
-"""`export`: the rows are those of the log, in any format, once each, and the same bytes each time."""
+"""`export`: each sample is exported once, in any format, with the same bytes each time."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def exported(root: Path, to: Path | str, **given: Any) -> ExportSummary:
 
 
 def as_samples(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each row, what a sample in the log has."""
+    """The fields of each row that a sample in the log has."""
     return [{field.name: row[field.name] for field in fields(Sample)} for row in some]
 
 
@@ -54,7 +54,7 @@ def samples_in(root: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("form", "codec"), FORMATS)
 def test_rows_are_those_of_the_run(run: Path, tmp_path: Path, form: str, codec: str) -> None:
-    """With the run's own settings, in every format: what `samples/` holds, in its order."""
+    """With the run's own settings, the rows in every format equal `samples/`, in its order."""
     summary = exported(run, tmp_path / "out", format=form, compression=codec, shard_rows=7)
 
     assert samples_in(run) == as_samples(rows_of(tmp_path / "out"))
@@ -62,12 +62,12 @@ def test_rows_are_those_of_the_run(run: Path, tmp_path: Path, form: str, codec: 
 
 
 def test_a_row_has_all_of_a_sample() -> None:
-    """What a sample gains, a row gains."""
+    """Every field of Sample is a column."""
     assert {field.name for field in fields(Sample)} <= set(SCHEMA.names)
 
 
-def test_a_row_tells_what_was_measured_of_its_context(run: Path, tmp_path: Path) -> None:
-    """Of the relevant one, not of those beside it; a figure that was not measured is null."""
+def test_a_row_has_the_scores_of_its_relevant_context(run: Path, tmp_path: Path) -> None:
+    """The scores are those of the relevant context; one that was not measured is null."""
     exported(run, tmp_path)
 
     for row in rows_of(tmp_path):
@@ -78,7 +78,7 @@ def test_a_row_tells_what_was_measured_of_its_context(run: Path, tmp_path: Path)
         assert row["flags"] == (["truncated"] if number % 5 == 0 else [])
 
 
-def test_settings_are_laid_over_those_of_the_run(run: Path, tmp_path: Path) -> None:
+def test_settings_override_those_of_the_run(run: Path, tmp_path: Path) -> None:
     """A file's section first, then single keys; what is not named stays as in the run."""
     config = tmp_path / "c.toml"
     config.write_text("[run]\nseed = 9\n[assembly]\ncontexts_per_sample = 5\nposition = 0.0\n")
@@ -90,7 +90,7 @@ def test_settings_are_laid_over_those_of_the_run(run: Path, tmp_path: Path) -> N
     assert {(2, 0)} == {(len(row["context_seqs"]), row["relevant_index"]) for row in second}
 
 
-def test_what_has_happened_cannot_be_set(run: Path, tmp_path: Path) -> None:
+def test_only_keys_of_assembly_can_be_set(run: Path, tmp_path: Path) -> None:
     """Keys of other sections are refused, unknown ones as well."""
     with pytest.raises(ConfigError, match=r"recipe\.use"):
         exported(run, tmp_path, settings=[("recipe.use", "sections")])
@@ -100,15 +100,15 @@ def test_what_has_happened_cannot_be_set(run: Path, tmp_path: Path) -> None:
 
 
 def test_contexts_that_are_left_out_are_counted(run: Path, tmp_path: Path) -> None:
-    """They get no row, and the summary says how many and why."""
+    """They get no row, and the summary counts them by reason."""
     summary = exported(run, tmp_path, settings=[("assembly.min_context_gain", 0.95)])
 
     assert 20 == summary.samples == len(rows_of(tmp_path))
     assert 20 == summary.left_out.total()
 
 
-def test_each_epoch_draws_anew(run: Path, tmp_path: Path) -> None:
-    """A row for each context and epoch; the first ones are those of an export of one epoch."""
+def test_each_epoch_draws_differently(run: Path, tmp_path: Path) -> None:
+    """There is a row for each context and epoch; the first ones equal an export of one epoch."""
     once = exported(run, tmp_path / "a")
     twice = exported(run, tmp_path / "b", epochs=2)
 
@@ -120,7 +120,7 @@ def test_each_epoch_draws_anew(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_limit_keeps_the_first(run: Path, tmp_path: Path) -> None:
-    """The first rows, as they would be without it; and that there may be more is said."""
+    """The first rows equal those of an export without a limit, and a note says that there may be more."""
     summary = exported(run, tmp_path, limit=7)
 
     assert samples_in(run)[:7] == as_samples(rows_of(tmp_path))
@@ -128,7 +128,7 @@ def test_a_limit_keeps_the_first(run: Path, tmp_path: Path) -> None:
 
 
 def test_templates_are_those_of_the_run(tmp_path: Path) -> None:
-    """Wherever they are now, and whatever they say; another one can be given."""
+    """The template's file may have changed or moved since; a different one can be given."""
     template = tmp_path / "own.j2"
     template.write_text("Old {{ contexts[0] }} {{ instruction }}")
     root, _ = make_run(tmp_path / "run", OUTCOMES, template=template)
@@ -141,7 +141,7 @@ def test_templates_are_those_of_the_run(tmp_path: Path) -> None:
 
 
 def test_prompts_of_another_version_are_noted(tmp_path: Path) -> None:
-    """Packaged ones may change with the version: rows are then worded otherwise than the run's samples."""
+    """Packaged prompts may change with the version: rows then differ from the run's samples."""
     root, _ = make_run(tmp_path / "run", OUTCOMES[:6])
     path = root / "run.json"
     saved = orjson.loads(path.read_bytes())
@@ -153,8 +153,8 @@ def test_prompts_of_another_version_are_noted(tmp_path: Path) -> None:
     assert any("assembly.prompts" in note and "the version of streamsyn" in note for note in notes)
 
 
-def test_streams_end_where_they_ended(tmp_path: Path) -> None:
-    """A run that went on after its end made do with what there was, there; so does an export."""
+def test_a_resumed_run_is_flushed_where_its_streams_ended(tmp_path: Path) -> None:
+    """A run that was given more seeds later flushed at its first end; so does an export."""
     root, _ = make_run(tmp_path / "run", OUTCOMES[:4])
     make_run(root, OUTCOMES[4:])
     exported(root, tmp_path / "out")
@@ -166,7 +166,7 @@ def test_streams_end_where_they_ended(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_gives_what_is_certain(tmp_path: Path) -> None:
-    """Contexts that wait for distractors are left to later, unless they are asked for."""
+    """Contexts that wait for distractors have no row, except with `flush`."""
     root, _ = make_run(tmp_path / "run", OUTCOMES[:8], to_the_end=False)
     summary = exported(root, tmp_path / "a")
     flushed = exported(root, tmp_path / "b", flush=True)
@@ -177,7 +177,7 @@ def test_an_unfinished_run_gives_what_is_certain(tmp_path: Path) -> None:
     assert (8, False) == (summary.samples + summary.waiting, summary.is_final)
     assert 0 < summary.waiting < 8
     assert (8, 0) == (flushed.samples, flushed.waiting)
-    assert any("not come to its end" in note for note in summary.notes)
+    assert any("not finished" in note for note in summary.notes)
 
 
 def test_a_run_may_be_writing(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_run_may_be_writing(tmp_path: Path) -> None:
 
 
 def test_a_run_without_contexts(tmp_path: Path) -> None:
-    """There is a card, and nothing else; in every format."""
+    """In every format there is a card and nothing else."""
     root, _ = make_run(tmp_path / "run", [reject(0)])
 
     for form in COMPRESSIONS:
@@ -207,7 +207,7 @@ def test_a_run_without_contexts(tmp_path: Path) -> None:
 
 
 def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
-    """A shard that is missing, or a row that is: one line, and no card."""
+    """A missing shard or row is one line, and no card is written."""
     root, _ = make_run(tmp_path / "run", OUTCOMES)
     path = root / "contexts/part-000001.jsonl"
     whole = path.read_bytes()
@@ -221,7 +221,7 @@ def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a/README.md").exists()
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
     """It is refused before anything is written."""
     with pytest.raises(ConfigError, match=r"no run\.json"):
         exported(tmp_path, tmp_path / "out")
@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", COMPRESSIONS)
 def test_the_same_command_makes_the_same_bytes(run: Path, tmp_path: Path, form: str) -> None:
-    """Twice in this process, and in others whose hashes of strings are seeded otherwise."""
+    """Twice in this process, and in processes with other hash seeds."""
     options: dict[str, Any] = {"splits": ["task", "train=0.5,test=0.5"], "shard_rows": 3}
     exported(run, tmp_path / "a", format=form, **options)
     exported(run, tmp_path / "b", format=form, **options)
@@ -252,7 +252,7 @@ def test_the_same_command_makes_the_same_bytes(run: Path, tmp_path: Path, form: 
     shard_rows=st.none() | st.integers(1, 50),
     shard_bytes=st.integers(1, 60_000),
     group_bytes=st.integers(1, 20_000),
-    held_bytes=st.integers(1, 20_000),
+    buffer_bytes=st.integers(1, 20_000),
     form=st.sampled_from(sorted(COMPRESSIONS)),
     splits=st.sampled_from([[], ["task"], ["a=0.3,b=0.7"], ["task", "a=0.3,b=0.7"]]),
 )
@@ -262,14 +262,14 @@ def test_no_row_is_lost_or_doubled(
     shard_rows: int | None,
     shard_bytes: int,
     group_bytes: int,
-    held_bytes: int,
+    buffer_bytes: int,
     form: str,
     splits: list[str],
 ) -> None:
-    """Wherever shards and row groups end: each row once, and no shard above its rows."""
+    """Wherever shards and row groups end, each row is written once and no shard exceeds its rows."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patched:
         patched.setattr(formats, "GROUP_BYTES", group_bytes)
-        patched.setattr(formats, "HELD_BYTES", held_bytes)
+        patched.setattr(formats, "BUFFER_BYTES", buffer_bytes)
         out = Path(name) / "out"
         given = {"format": form, "splits": splits, "shard_rows": shard_rows, "shard_bytes": shard_bytes}
         summary = exported(run, out, **given)
@@ -280,9 +280,9 @@ def test_no_row_is_lost_or_doubled(
     assert summary.files >= 40 / (shard_rows or 40)
 
 
-def test_what_is_held_back_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many splits there are, they hold back no more than one bound together."""
-    monkeypatch.setattr(formats, "HELD_BYTES", 20_000)
+def test_buffered_rows_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many splits there are, together they buffer no more than the limit."""
+    monkeypatch.setattr(formats, "BUFFER_BYTES", 20_000)
     request = ExportRequest(root=tmp_path, to=str(tmp_path), format="parquet")
     writer = ShardWriter(Target(str(tmp_path), overwrite=False), request, lambda split: split.name)
     row = {
@@ -294,29 +294,29 @@ def test_what_is_held_back_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     held = 0
     for number in range(300):
         writer.write(Split(None, f"split-{number % 50}"), row)
-        held = max(held, sum(one.writer.held_bytes for one in writer.splits.values() if one.writer))
+        held = max(held, sum(one.writer.buffered_bytes for one in writer.splits.values() if one.writer))
     writer.close()
 
     assert 15_000 < held <= 20_000
     assert 300 == len(rows_of(tmp_path))
 
 
-def test_a_long_log_is_forgotten_as_it_is_read(tmp_path: Path) -> None:
-    """What was measured of contexts that get no sample is not held beyond the window."""
-    from streamsyn.export.log_reader import _PRUNED_EVERY, Source
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    """The fields of contexts that get no sample are dropped when they leave the window."""
+    from streamsyn.export.log_reader import _PRUNE_INTERVAL, LogReader
 
-    contexts = [scored(n, checks={"flags": ["bad"]}, context="Short.") for n in range(3 * _PRUNED_EVERY)]
+    contexts = [scored(n, checks={"flags": ["bad"]}, context="Short.") for n in range(3 * _PRUNE_INTERVAL)]
     root, _ = make_run(tmp_path, contexts, exclude_flags=["bad"], window_bytes=20_000)
-    source = Source(ExportRequest(root=root, to=""), ExportSummary(""), tmp_path)
+    reader = LogReader(ExportRequest(root=root, to=""), ExportSummary(""), tmp_path)
     most = 0
-    original = source._prune
+    original = reader._prune
 
     def watched(window_start: int) -> None:
         nonlocal most
-        most = max(most, len(source._figures))
+        most = max(most, len(reader._fields))
         original(window_start)
 
-    source._prune = watched  # type: ignore[method-assign]
-    assert [] == list(source.rows())
+    reader._prune = watched  # type: ignore[method-assign]
+    assert [] == list(reader.rows())
 
-    assert most < 2 * _PRUNED_EVERY
+    assert most < 2 * _PRUNE_INTERVAL

@@ -1,4 +1,4 @@
-"""What is exported opens in `datasets`, offline, with the splits and configurations of the card."""
+"""An export loads in `datasets`, offline, with the splits and configurations of the card."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def plain(dataset: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("form", "codec"), [("jsonl", "none"), ("jsonl", "zstd"), ("parquet", "zstd")])
 def test_a_single_split_loads(run: Path, tmp_path: Path, form: str, codec: str) -> None:
-    """By the folder's name alone, also where a column's first values are null."""
+    """The folder's path is enough, also where a column starts with nulls."""
     out = tmp_path / "out"
     export(ExportRequest(root=run, to=str(out), format=form, compression=codec, shard_rows=7))
     found = load(out)
@@ -46,7 +46,7 @@ def test_a_single_split_loads(run: Path, tmp_path: Path, form: str, codec: str) 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_tasks_and_splits_load(run: Path, tmp_path: Path, form: str) -> None:
-    """Everything by default, or one task by its name."""
+    """The default configuration has all tasks; each task has one of its own."""
     out = tmp_path / "out"
     splits = ["task", "train=0.7,test=0.3"]
     export(ExportRequest(root=run, to=str(out), format=form, splits=splits))
@@ -69,7 +69,7 @@ def test_tasks_and_splits_load(run: Path, tmp_path: Path, form: str) -> None:
     ],
 )
 def test_a_saved_data_set_loads(run: Path, tmp_path: Path, splits: list[str], names: set[str] | None) -> None:
-    """As `save_to_disk` would have it: one data set, or one for each split."""
+    """As one written by `save_to_disk`: one data set, or one per split."""
     out = tmp_path / "out"
     export(ExportRequest(root=run, to=str(out), format="datasets", splits=splits, shard_rows=4))
     found = datasets.load_from_disk(str(out))

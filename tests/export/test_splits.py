@@ -1,4 +1,4 @@
-"""Splits: a seed is in one of them, shares are kept, names are such as `datasets` takes."""
+"""Splits: each seed is in one split, shares are kept, and names are valid for `datasets`."""
 
 import re
 
@@ -22,8 +22,8 @@ def test_a_seed_is_in_one_split(task: str, seed_id: str, seed: int) -> None:
     )
 
 
-def test_shares_are_kept_near_enough() -> None:
-    """Of 4,000 seeds: within 3 % of what was asked for; another split seed splits otherwise."""
+def test_shares_are_kept_approximately() -> None:
+    """With 4,000 seeds they are within 3 %; a different split seed splits differently."""
     names = [Splits(["a=0.9,b=0.08,c=0.02"], 0).of("t", str(n)).name for n in range(4000)]
     others = [Splits(["a=0.9,b=0.08,c=0.02"], 1).of("t", str(n)).name for n in range(4000)]
 
@@ -52,15 +52,15 @@ def test_shares_are_kept_near_enough() -> None:
         ["task", "task"],
     ],
 )
-def test_what_is_no_split_is_refused(given_splits: list[str]) -> None:
+def test_an_invalid_split_is_refused(given_splits: list[str]) -> None:
     """One line that names the option."""
     with pytest.raises(ConfigError, match="--split"):
         Splits(given_splits, 0)
 
 
 @given(tasks=st.lists(st.text(max_size=20), max_size=30))
-def test_tasks_have_names_of_their_own(tasks: list[str]) -> None:
-    """Such as may be a folder, a configuration and a split, also where cases are not told apart."""
+def test_tasks_have_distinct_names(tasks: list[str]) -> None:
+    """Valid as folder, configuration and split, also on file systems that ignore case."""
     name = TaskNames()
     names = {task: name(task) for task in tasks}
 
@@ -69,8 +69,8 @@ def test_tasks_have_names_of_their_own(tasks: list[str]) -> None:
     assert names == {task: name(task) for task in tasks}
 
 
-def test_plain_names_stay() -> None:
-    """Only what cannot stand is changed."""
+def test_valid_names_are_kept() -> None:
+    """Only invalid characters are changed."""
     name = TaskNames()
 
     assert ["qasper", "2wikimqa", "a_b"] == [name("qasper"), name("2wikimqa"), name("a b")]
@@ -78,7 +78,7 @@ def test_plain_names_stay() -> None:
 
 
 def test_too_many_tasks_are_refused() -> None:
-    """A file is open for each."""
+    """Each task keeps a file open."""
     name = TaskNames()
     for number in range(MAX_TASKS):
         name(f"task-{number}")
