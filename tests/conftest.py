@@ -8,8 +8,9 @@ import pytest_asyncio
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
-settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
-settings.load_profile("shared machine")
+import tests.examples  # noqa: F401 - registers the profiles
+
+settings.load_profile("short")  # `make test-crash` loads "long"
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.shingles import BAND_ROWS, PERMUTATIONS, band_keys, signature, similarity
+from tests.examples import examples
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghij", k=6)) for number in range(3000)]
 
@@ -60,7 +61,7 @@ def test_similar_texts_share_a_band_and_others_do_not() -> None:
 
 
 @given(st.lists(st.sampled_from(["alpha", "beta gamma", "delta", "Epsilon."]), max_size=40))
-@settings(max_examples=30)
+@examples(30)
 def test_case_and_punctuation_do_not_count(parts: list[str]) -> None:
     """The same words in the same order are the same text."""
     text = " ".join(parts)

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.queues import BoundedQueue
+from tests.examples import examples
 
 STEPS = st.sampled_from(["put", "get"]) | st.sampled_from(
     ["cancel_writer", "cancel_reader", "step", "settle", "get_nowait", "discard"]
@@ -74,7 +75,7 @@ class Traffic:
             return
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     maxsize=st.integers(1, 3),
     steps=st.lists(st.tuples(STEPS, st.integers(0, 50)), max_size=50),

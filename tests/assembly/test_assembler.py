@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler, AssemblyState
@@ -20,6 +20,7 @@ from streamsyn.assembly.window import Passage, Pool
 from streamsyn.config.sections import AssemblySection
 from streamsyn.records import Sample
 from tests.builders import samples_of
+from tests.examples import examples
 
 WORDS = ("alpha beta", "Gamma", "delta", "yes")
 
@@ -120,7 +121,7 @@ def is_eligible(candidate: Passage, one: Passage) -> bool:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(cases())
 def test_each_context_becomes_one_sample(case: Case) -> None:
     """One sample a context, it at `relevant_index`; distractors: same task, other seeds, no answer."""
@@ -148,7 +149,7 @@ def is_complete(sample: Sample, case: Case) -> bool:
     return len(sample.context_seqs) == int(case.section["contexts_per_sample"])
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(cases())
 def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
     """At most n contexts; fewer only if all that fit, from the window as it was then, are in it."""
@@ -184,7 +185,7 @@ def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
     check(samples_of(one_by_one.flush()), flushed=True)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(cases())
 def test_a_restored_assembler_continues_as_if_undisturbed(case: Case) -> None:
     """At every prefix of the log, the state (through JSON) and the log's passages give the same samples."""
@@ -367,7 +368,7 @@ def test_one_context_larger_than_the_window_is_held() -> None:
 
 
 @example(length=0, dropped=0)
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(length=st.integers(0, 300), dropped=st.integers(0, 300))
 def test_a_pool_is_shuffled_whole(length: int, dropped: int) -> None:
     """A shuffle that is drawn to the end yields each remaining passage once."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler, AssemblyState, Sampling
@@ -26,6 +26,7 @@ from streamsyn.shingles import signature, similarity
 from tests.assembly.test_assembler import assemble, passage
 from tests.assembly.tokenizers_made import SUPPORTED, made
 from tests.builders import samples_of
+from tests.examples import examples
 
 STORIES = [
     "the keeper of the old light went up the stairs at dusk to see the ships",
@@ -129,7 +130,7 @@ def texts_of(sample: Sample, log: Sequence[Passage]) -> list[str]:
     return found + list(dict.fromkeys(foreign))[: sample.context_seqs.count(None)]
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(sections(), st.booleans(), st.integers(0, 99), st.integers(0, 30))
 def test_no_sample_breaks_a_rule(section: AssemblySection, by_tokens: bool, seed: int, count: int) -> None:
     """Its own sources, no answer, no near-duplicate, one draft of a seed, no more tokens than are allowed."""
@@ -175,7 +176,7 @@ def test_no_sample_breaks_a_rule(section: AssemblySection, by_tokens: bool, seed
             assert sample.n_tokens <= section.max_tokens
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     sections(),
     st.booleans(),
@@ -227,7 +228,7 @@ def test_a_state_of_an_older_version_is_understood() -> None:
     assert assemble(assembler(section), log) == rest + samples_of(again.flush())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(0, 99),
     st.sampled_from(["same_task", "any_task", "corpus", {"any_task": 1, "corpus": 1}]),

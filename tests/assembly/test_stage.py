@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler
@@ -19,6 +19,7 @@ from streamsyn.errors import StoppedEarly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
 from tests.builders import as_rows, context, samples_of
+from tests.examples import examples
 
 SECTION = AssemblySection(contexts_per_sample=4, window_bytes=40_000)
 PROMPTS = SamplePrompts(SECTION)
@@ -103,7 +104,7 @@ async def run_and_finish(disk: Disk, contexts: Sequence[Context], logged: int) -
     await asyncio.to_thread(stage.finish)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     count=st.integers(0, 60),
     kills=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12), st.booleans()), max_size=4),

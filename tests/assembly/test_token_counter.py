@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -12,6 +12,7 @@ from streamsyn.assembly.pre_tokenizer import UnsupportedPattern, lookahead_of
 from streamsyn.assembly.token_counter import IncrementalTokenCounter
 from streamsyn.assembly.window import Passage
 from tests.assembly.tokenizers_made import SUPPORTED, UNSUPPORTED, made
+from tests.examples import examples
 
 FRAGMENTS = [
     *(" ", "  ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", " " * 9),
@@ -68,7 +69,7 @@ def cases(
 FAR = {kind: SUPPORTED[kind] for kind in ("looks ahead", "fours", "gpt2")}
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     cases(SUPPORTED, [FRAGMENTS, FEW], [FRAGMENTS, FEW, AHEAD]) | cases(FAR, [AHEAD, [*AHEAD, " "]], [AHEAD])
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
@@ -24,6 +24,7 @@ from streamsyn.export.target import Target
 from streamsyn.records import Outcome, Sample
 from streamsyn.sink.log import RunLog
 from tests.builders import reject, rows
+from tests.examples import examples
 from tests.export.support import make_run, rows_of, scored, tree
 
 FORMATS = [(form, codec) for form, codecs in COMPRESSIONS.items() for codec in codecs]
@@ -256,7 +257,7 @@ def test_the_same_command_makes_the_same_bytes(run: Path, tmp_path: Path, form: 
     form=st.sampled_from(sorted(COMPRESSIONS)),
     splits=st.sampled_from([[], ["task"], ["a=0.3,b=0.7"], ["task", "a=0.3,b=0.7"]]),
 )
-@settings(max_examples=20)
+@examples(20)
 def test_no_row_is_lost_or_doubled(
     run: Path,
     shard_rows: int | None,

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import StoppedEarly
@@ -14,6 +14,7 @@ from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
 from streamsyn.records import Request
 from tests.builders import server_at
+from tests.examples import examples
 
 
 def servers(*caps: int) -> list[Server]:
@@ -350,7 +351,7 @@ STEPS = st.tuples(
 )  # what everybody does, more often than what befalls a server
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(caps=st.lists(st.integers(1, 3), min_size=1, max_size=3), steps=st.lists(STEPS, max_size=40))
 def test_places_are_never_lost_nor_doubled(caps: list[int], steps: list[tuple[str, int]]) -> None:
     """Through any order of events: never above a cap, never below zero, nobody waits beside a free place."""

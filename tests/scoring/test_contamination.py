@@ -12,12 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.scoring import contamination
 from streamsyn.scoring.contamination import SHOWN_WORDS, EvalSets, Overlap
+from tests.examples import examples
 
 RUN = "the quick brown fox jumps over the lazy dog while seven otters sleep"
 ROW: dict[str, Any] = {
@@ -133,7 +134,7 @@ def test_the_digest_stands_for_the_content(tmp_path: Path) -> None:
     assert whole.digest != EvalSets(parts, 12).digest
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     files=st.lists(
         st.lists(st.lists(st.sampled_from(WORDS), max_size=25).map(" ".join), max_size=6),
@@ -172,7 +173,7 @@ def test_it_agrees_with_sets_of_tuples(
     assert Overlap(sum(hits), owner, shown) == found
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_a_planted_run_is_always_found(longbench_sets: EvalSets, data: st.DataObject) -> None:
     """Whatever case it is in, and whatever stands between and around its words."""

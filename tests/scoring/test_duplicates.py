@@ -10,11 +10,12 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from streamsyn.scoring.duplicates import Duplicates, Match
+from tests.examples import examples
 
 WORDS = [f"word{number}" for number in range(3000)]
 
@@ -338,7 +339,7 @@ def test_a_place_that_cannot_be_written_switches_it_off(tmp_path: Path) -> None:
     assert ["duplicates.off"] == [entry["event"] for entry in logs]
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(steps=st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=12))
 def test_the_index_says_what_the_log_says(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, bool, bool]]

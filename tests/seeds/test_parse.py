@@ -14,6 +14,7 @@ from streamsyn.config.sections import FieldsSection
 from streamsyn.io.lines import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.parse import SeedParser
+from tests.examples import examples
 
 TEXT = st.text(st.characters(codec="utf-8"))
 WORDS = TEXT.filter(str.strip)
@@ -270,7 +271,7 @@ def test_a_seed_that_is_taken_can_be_written_wherever_it_goes(depth: int) -> Non
         assert depth > 230
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     text=st.binary()
     | JSON_VALUES.map(orjson.dumps)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from streamsyn.records import Attempt, Completion, Draft, Request, Seed
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 from tests.builders import context, disk_full_beyond, opened, sink
+from tests.examples import examples
 
 KEYS = [b"%016d" % number for number in range(4)]
 SHORT = settings(max_examples=60, stateful_step_count=25, deadline=None)
@@ -87,7 +88,7 @@ TestJournalMachine = JournalMachine.TestCase
 TestJournalMachine.settings = SHORT
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     torn=st.none() | st.floats(0, 1),
     garbage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40))),

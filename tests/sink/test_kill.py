@@ -15,6 +15,8 @@ from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import COMPRESSIONS, as_rows, opened, outcome, rows, sealed_bytes, sink
 
+pytestmark = pytest.mark.crash
+
 WRITER = """
 import sys
 from pathlib import Path

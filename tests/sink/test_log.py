@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import SinkError
@@ -33,6 +33,7 @@ from tests.builders import (
     sealed_bytes,
     sink,
 )
+from tests.examples import examples
 
 STEPS = st.sampled_from(["outcomes", "samples", "sync", "reopen", "seal", "finish"])
 
@@ -79,7 +80,7 @@ def manifest_as_it_should_be(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     steps=st.lists(st.tuples(STEPS, st.integers(1, 9)), max_size=25),
     compression=st.sampled_from(COMPRESSIONS),

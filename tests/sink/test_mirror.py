@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -34,6 +34,7 @@ from streamsyn.sink.mirror import mirrored
 from streamsyn.sink.mirror_plan import MirrorPlan
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import context, outcome, rows, sealed_bytes
+from tests.examples import examples
 from tests.export.support import Outlet
 
 Log = list[Any]
@@ -204,7 +205,7 @@ def test_a_run_goes_on_from_its_mirror(tmp_path: Path) -> None:
 
 
 @given(steps=st.lists(st.integers(0, 9), min_size=1, max_size=12), keep=st.booleans())
-@settings(max_examples=15)
+@examples(15)
 def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
     """However copying falls behind, and whether or not what it knew is lost: no problem in the mirror."""
     with tempfile.TemporaryDirectory() as name, running(Path(name) / "run", None) as run:

@@ -20,10 +20,12 @@ from streamsyn.trainer.examples import is_held_out
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 from tests.trainer import tiny
 
-KILLS = int(os.environ.get("STREAMSYN_KILLS", "30"))
+pytestmark = pytest.mark.crash
+
+KILLS = int(os.environ.get("STREAMSYN_KILLS", "6"))
 SEED = int(os.environ.get("STREAMSYN_KILLS_SEED", "0"))
-PIPE_KILLS = 4
-LATE_KILLS = 4
+PIPE_KILLS = 2
+LATE_KILLS = 2
 """Kills after the run has ended, in the second epoch."""
 PATIENCE_S = 4.0
 """A moment that does not come within this time comes now."""

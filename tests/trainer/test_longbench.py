@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -15,6 +15,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.exam import Question
 from streamsyn.trainer.evaluation.longbench import longbench_questions
+from tests.examples import examples
 from tests.trainer import tiny
 
 
@@ -98,7 +99,7 @@ def test_passages_are_counted_once(tmp_path: Path) -> None:
     assert text.index("Above.") < text.index("Passage 2:") < text.index("Below.")
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     words=st.integers(300, 2000),
     limit=st.integers(500, 1500),

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.model.attention import implementation
 from streamsyn.trainer.model.batch import make_batch
 from streamsyn.trainer.model.loss import LossKind, denominator, target_weights, token_losses
+from tests.examples import examples
 from tests.trainer.tiny import example, furthest, gradients, model
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_loss_and_gradients_are_those_of_the_reference(kind: LossKind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sequence", "token"])
-@settings(max_examples=20)
+@examples(20)
 @given(st.randoms(use_true_random=False))
 def test_how_samples_are_packed_changes_nothing(kind: LossKind, rng: random.Random) -> None:
     """Any distribution of the same samples over rows, empty ones among them, has the same loss."""

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.config.train_section import NeedleKind, NeedlesSection
@@ -14,6 +14,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.exam import Question, recall
 from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions, sentences
+from tests.examples import examples
 from tests.trainer import tiny
 
 KINDS: tuple[NeedleKind, ...] = ("single", "multi_key", "multi_value", "multi_query")
@@ -35,7 +36,7 @@ def text_of(question: Question) -> str:
     return chat().decode(question.prompt.tokens.tolist())
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     kind=st.sampled_from(KINDS),
     length=st.integers(700, 3000),

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
@@ -15,6 +15,7 @@ from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, StepPla
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.sources.source import Mixed, Sources
 from streamsyn.trainer.stream.stream_reader import BATCH_ROWS
+from tests.examples import examples
 from tests.trainer.streams import Arriving, Lengths, keys, planner, plans, row
 
 rows = st.lists(
@@ -49,7 +50,7 @@ def mixed(weight: float) -> list[Mixed]:
     return [Mixed(Arriving([*made([3, 20, None, 5, 8, 2, 30])], name="mix"), weight)]
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(lengths=rows, options=options, weight=st.sampled_from([0.0, 0.5, 1.7]))
 def test_a_killed_trainer_goes_on_as_if_nothing_had_been(
     lengths: list[int | None], options: dict[str, Any], weight: float
@@ -65,7 +66,7 @@ def test_a_killed_trainer_goes_on_as_if_nothing_had_been(
         assert layout(whole[number + 1 :]) == layout(rest)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     lengths=rows,
     options=options,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import structlog
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
@@ -22,6 +22,7 @@ from streamsyn.trainer.examples import Dropped, Example, Idle, Key, StepPlan
 from streamsyn.trainer.sources.run_samples import RunSamples
 from streamsyn.trainer.sources.source import Sources
 from tests.builders import COMPRESSIONS, new_run, opened, sample, sink
+from tests.examples import examples
 from tests.trainer.streams import Lengths, keys, planner, plans
 
 
@@ -74,7 +75,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60)
+@examples(60)
 @example(steps=[("append", 1), ("read", 1), ("kill", 1), ("append", 2)], compression="zstd")
 @given(steps=steps, compression=st.sampled_from(COMPRESSIONS))
 def test_each_row_is_read_once_whatever_the_run_does(
