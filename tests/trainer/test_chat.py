@@ -36,7 +36,7 @@ def test_a_template_that_refuses_a_question_is_said(tmp_path: Path) -> None:
     row = {"input": "Who?", "context": "Ada. " * 100, "answers": ["Ada"], "dataset": "qasper"}
     (tmp_path / "rows.jsonl").write_bytes(orjson.dumps(row))
     failing = chat(LONG_REFUSED)
-    why = r"^train\.needles or train\.longbench: .* the chat template refuses it: .* by zero$"
+    why = r"^train\.needles or train\.longbench: .* the chat template fails: .* by zero$"
 
     with pytest.raises(ConfigError, match=why):
         needle_questions(NeedlesSection(lengths=(1024,)), 0, failing, None)

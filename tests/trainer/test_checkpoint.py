@@ -192,7 +192,7 @@ def test_none_that_is_whole_is_no_beginning(tmp_path: Path) -> None:
     out = prepared(tmp_path)
     (write(out, 1) / "moments").unlink()
 
-    with pytest.raises(SinkError, match=r"step-0000001 is damaged or gone"):
+    with pytest.raises(SinkError, match=r"step-0000001 is damaged or missing"):
         Checkpoints(out, 3).newest()
 
 

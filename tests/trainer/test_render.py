@@ -160,7 +160,8 @@ def test_an_answer_that_ends_otherwise_is_dropped() -> None:
     """Where its stop token stands would be a guess."""
     made = dropped(chat("one", "two", "three", "four"), SHORT_ENDED)
 
-    assert ("template", "the template does not end it as it ends others") == (made.reason, made.detail)
+    assert "template" == made.reason
+    assert "does not end this answer as it ends others" in made.detail
     assert "two<|end|>" == parts(rendered(chat("one", "two"), SHORT_ENDED))[1]
 
 
@@ -187,12 +188,12 @@ def test_the_last_answer_of_a_conversation_is_learnt() -> None:
 @pytest.mark.parametrize(
     ("row", "reason", "why"),
     [
-        ({}, "bad_row", "no list"),
-        ({"messages": "text"}, "bad_row", "no list"),
-        ({"messages": [{"role": "user", "content": None}]}, "bad_row", "no list"),
-        ({"messages": [{"content": "x"}]}, "bad_row", "no list"),
-        (chat("why"), "bad_row", "no assistant"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "bad_row", "no assistant"),
+        ({}, "bad_row", "`messages` is missing"),
+        ({"messages": "text"}, "bad_row", "`messages` is missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "bad_row", "`messages` is missing"),
+        ({"messages": [{"content": "x"}]}, "bad_row", "`messages` is missing"),
+        (chat("why"), "bad_row", "no message of an assistant"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "bad_row", "no message of an assistant"),
         (chat("why", " \n"), "empty_answer", "empty"),
     ],
 )
@@ -257,13 +258,13 @@ def test_over_long_samples_are_dropped_unless_they_may_be_cut() -> None:
     ("template", "eos", "why"),
     [
         (None, "</s>", "has no chat template"),
-        (PLAIN, None, "nothing ends an answer"),
-        (THINKING, "</s>", "not what the model is asked with"),
-        (FORGETFUL, "</s>", "not what the model is asked with|leaves the answer out"),
+        (PLAIN, None, "no token ends an answer"),
+        (THINKING, "</s>", "not the prompt that the model is given"),
+        (FORGETFUL, "</s>", "not the prompt that the model is given|leaves the answer out"),
         ("{{ raise_exception('not for chat') }}", "</s>", "not for chat"),
-        ("{{ broken", "</s>", "refuses it"),
-        ("{{ 1 // 0 }}", "</s>", "refuses it: .* by zero"),
-        (ENDLESS + "{{ more() }}", "</s>", "refuses it: .*recursion"),
+        ("{{ broken", "</s>", "template fails"),
+        ("{{ 1 // 0 }}", "</s>", "template fails: .* by zero"),
+        (ENDLESS + "{{ more() }}", "</s>", "template fails: .*recursion"),
         (FIXED, "</s>", "leaves the answer out"),
     ],
 )

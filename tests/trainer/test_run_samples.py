@@ -213,7 +213,7 @@ def test_a_gap_in_the_open_shard_stops_the_reader(tmp_path: Path) -> None:
     source = RunSamples(tmp_path)
 
     assert [0, 1, 2] == [row.seq for row in source.fetch(0, 3)]
-    with pytest.raises(SinkError, match="row 3 is missing: row 4 stands in its place"):
+    with pytest.raises(SinkError, match="row 3 is missing: row 4 comes in its place"):
         source.fetch(3, 3)
 
 
@@ -323,7 +323,7 @@ def test_another_run_in_its_place_is_not_followed(tmp_path: Path) -> None:
 
     assert list(range(9)) == seen
     for look in (source.total, lambda: source.fetch(9, 3), lambda: list(source.pick([0]))):
-        with pytest.raises(SinkError, match=f"{root} is another run than before"):
+        with pytest.raises(SinkError, match=f"{root} now holds a different run"):
             look()
     shutil.rmtree(root)
     old.rename(root)
@@ -348,7 +348,7 @@ def test_a_run_that_changes_while_it_is_read_is_noticed(
         return read(*given)
 
     monkeypatch.setattr(source, "_read", late)
-    with pytest.raises(SinkError, match="is another run than before"):
+    with pytest.raises(SinkError, match="now holds a different run"):
         source.fetch(5, 3)
 
 

@@ -1,15 +1,13 @@
-"""OUT/checkpoints/: all that a later run goes on from, in one folder that is there whole or not at all.
+"""OUT/checkpoints/: everything that a later run resumes from. A checkpoint exists whole or not at all.
 
     step-0000100/model/                 as `save_pretrained` writes it, float32
-                 optimizer.safetensors  AdamW's two moments by the names of the weights
-                 stream.json            the position in the stream, after the last plan trained on
-                 info.json              steps, schedule, totals, and the size of each other file
+                 optimizer.safetensors  AdamW's two moments, by name of the weight
+                 stream.json            the position in the stream after the last step
+                 info.json              steps, schedule, totals, and the size of every other file
     ../LATEST                           the name of the newest, written last
 
-A folder is written under a name that ends in `.tmp`, every file of it synced, and renamed. What is random
-in a step is drawn from the seed and the step's number, so there is no state of a generator to keep.
-
-What of a training goes to disk, and comes back: checkpoints, and the tuned model in OUT/model.
+A folder is written under a name that ends in `.tmp`, all its files are synced, and it is renamed. What is
+random in a step is drawn from the seed and the step's number, so that there is no generator state to keep.
 """
 
 import os
@@ -34,12 +32,18 @@ LATEST = "LATEST"
 _NAME = re.compile(r"step-\d{7,}")
 _TORN = ".tmp"
 _OLD = f".old{_TORN}"
-"""Ends the name of what another folder is taking the place of."""
+"""Suffix of a folder that is being replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that is whole."""
+    """A checkpoint with all its files.
+
+    Attributes:
+        folder: Where it is.
+        info: What info.json holds.
+        stream: What stream.json holds.
+    """
 
     folder: Path
     info: dict[str, Any]
@@ -47,12 +51,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps behind it."""
+        """Optimizer steps made before it."""
         return int(self.info["step"])
 
 
 class Checkpoints:
-    """The checkpoints below OUT, of which the newest `keep` stay."""
+    """The checkpoints in OUT, of which the newest `keep` are kept."""
 
     def __init__(self, out: Path, keep: int) -> None:
         self._out = out
@@ -60,14 +64,14 @@ class Checkpoints:
         self._keep = keep
 
     def prepare(self) -> None:
-        """Make the folder; remove what a kill left half-written, put back what it left without a successor.
+        """Make the folder, and clean up after a kill: remove unfinished folders, restore replaced ones.
 
         Raises:
-            SinkError: It cannot be done.
+            SinkError: OUT cannot be written.
         """
         try:
             self._root.mkdir(exist_ok=True)
-            for name in ("checkpoints/step-*", "model"):  # nothing else here is ours to remove
+            for name in ("checkpoints/step-*", "model"):  # nothing else in OUT may be removed
                 for old in self._out.glob(name + _OLD):
                     target = old.with_name(old.name.removesuffix(_OLD))
                     if not target.exists():
@@ -78,10 +82,11 @@ class Checkpoints:
             raise SinkError(f"cannot write below {self._out}: {error.strerror}") from error
 
     def newest(self) -> Checkpoint | None:
-        """What LATEST names; if that is gone or damaged, the newest that is whole.
+        """The checkpoint that LATEST names; if it is missing or damaged, the newest whole one. None without
+        any.
 
         Raises:
-            SinkError: There are some, and none is whole: to begin anew would throw away what is left of them.
+            SinkError: There are checkpoints, but none is whole: a new start would overwrite what is left.
         """
         try:
             named = [(self._out / LATEST).read_text("utf-8").strip()]
@@ -96,20 +101,28 @@ class Checkpoints:
                 return found
         if names:
             raise SinkError(
-                f"{self._root / names[0]} is damaged or gone, and no other checkpoint is whole; "
-                f"restore it from a copy, or give the training another --out"
+                f"{self._root / names[0]} is damaged or missing, and no other checkpoint is whole; "
+                "restore it from a copy, or use another --out"
             )
         return None
 
     def write(self, info: dict[str, Any], stream: Any, fill: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of `info["step"]`; `fill` puts the large files into the folder it is given.
+        """Write the checkpoint of step `info["step"]`, and remove the oldest ones.
+
+        Args:
+            info: What info.json is to hold.
+            stream: The position in the stream.
+            fill: Writes the large files into the folder it is given.
+
+        Returns:
+            The folder.
 
         Raises:
-            SinkError: It cannot be written; what was there before is as it was.
+            SinkError: It cannot be written; earlier checkpoints are unchanged.
         """
         target = self._target(info["step"])
 
-        def all_of_it(folder: Path) -> None:
+        def fill_all(folder: Path) -> None:
             fill(folder)
             (folder / "stream.json").write_bytes(orjson.dumps(stream))
             sizes = {
@@ -119,14 +132,14 @@ class Checkpoints:
             }
             (folder / "info.json").write_bytes(orjson.dumps({"format": FORMAT, **info, "files": sizes}))
 
-        write_folder(target, all_of_it)
+        write_folder(target, fill_all)
         write_whole(self._out / LATEST, f"{target.name}\n".encode())
-        # Later ones are of a course that was given up: this training went on from before them.
+        # Later ones belong to an abandoned course: this training resumed from a checkpoint before them.
         kept = sorted(name for name in self._names() if name <= target.name)[-self._keep :]
         for name in {*self._names()} - {*kept}:
             try:
                 remove(self._root / name)
-            except OSError as error:  # it has been replaced all the same; the next start tries again
+            except OSError as error:  # harmless: the next start tries again
                 log.warning("checkpoint.not_removed", name=name, why=error.strerror)
         return target
 
@@ -138,39 +151,43 @@ class Checkpoints:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder of what `fill` puts into it, whole or not at all; one of that name is replaced.
+    """Write a folder whole or not at all, replacing an existing one.
+
+    Args:
+        target: Its path.
+        fill: Writes the files into the folder it is given.
 
     Raises:
-        SinkError: It cannot be written; the line names what stays.
+        SinkError: It cannot be written; the folder that was there is unchanged.
     """
-    aside = _aside(target)
+    temporary = _temporary_path(target)
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True)
-        fill(aside)
-        for path in [*aside.rglob("*"), aside]:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         old = target.with_name(target.name + _OLD)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-        aside.rename(target)
+        temporary.rename(target)
         sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         why = getattr(error, "strerror", None) or str(error)
         raise SinkError(f"cannot write {target}: {why}; what was saved before it is whole") from error
 
 
-def _aside(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     return target.with_name(target.name + _TORN)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; a kill in between leaves nothing that looks whole."""
-    torn = _aside(folder)
+    """Remove a folder. A kill in between leaves nothing that looks whole."""
+    torn = _temporary_path(folder)
     folder.rename(torn)
     shutil.rmtree(torn)
 
@@ -184,7 +201,7 @@ def _sync(path: Path) -> None:
 
 
 def _read(folder: Path) -> Checkpoint | None:
-    """The checkpoint in `folder`, if all its files are there."""
+    """The checkpoint in `folder`; None if it is not whole."""
     try:
         info = orjson.loads((folder / "info.json").read_bytes())
         stream = orjson.loads((folder / "stream.json").read_bytes())

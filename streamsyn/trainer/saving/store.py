@@ -1,4 +1,4 @@
-"""What of a training goes to disk and comes back: checkpoints, and the tuned model in OUT/model."""
+"""Writes the model and the optimizer: into checkpoints, and at the end the tuned model into OUT/model."""
 
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,16 @@ from streamsyn.trainer.model.placed import (
 )
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, write_folder
 
-RESULT = "model"
-"""OUT/model: what the training is for."""
-
-
+_RESULT = "model"
 _OPTIMIZER = "optimizer.safetensors"
 
 
 class Store:
-    """Writes and reads OUT, on rank 0; the others only take part in bringing the weights together.
+    """Writes checkpoints and the result, on rank 0. The other ranks only take part in gathering the weights.
 
     Attributes:
-        stream: Where the stream stands, set before a save.
-        noted: What else to keep, set before a save.
+        stream: The position in the stream, set before a save.
+        noted: What else info.json is to hold, set before a save.
     """
 
     def __init__(
@@ -48,7 +45,7 @@ class Store:
         self.noted: dict[str, Any] = {}
 
     def save(self, placed: Placed, step: int, *, result: bool) -> None:
-        """Write a checkpoint; with `result`, OUT/model too. All ranks call it.
+        """Write a checkpoint; with `result`, OUT/model too. All ranks must call it.
 
         Raises:
             SinkError: It cannot be written.
@@ -65,19 +62,19 @@ class Store:
         self._checkpoints.write(info, self.stream, fill)
         if result:
             whole = merged(placed, weights)
-            write_folder(self._out / RESULT, lambda folder: write_result(*whole, self._tokenizer, folder))
+            write_folder(self._out / _RESULT, lambda folder: write_result(*whole, self._tokenizer, folder))
 
 
 def restore_optimizer(placed: Placed, checkpoint: Checkpoint) -> None:
-    """Give the optimizer the state in a checkpoint, at any number of ranks.
+    """Load the optimizer's state from a checkpoint, with any number of ranks.
 
     Raises:
-        SinkError: It is damaged.
+        SinkError: The file is damaged.
     """
     path = checkpoint.folder / _OPTIMIZER
     try:
         load_optimizer(placed, path)
     except (SafetensorError, OSError) as error:
         raise SinkError(
-            f"{path} is damaged ({error}); remove {checkpoint.folder} to go on from the checkpoint before it"
+            f"{path} is damaged ({error}); remove {checkpoint.folder} to resume from the checkpoint before it"
         ) from error

@@ -1,6 +1,6 @@
-"""What the paths of a training lead to, without opening anything.
+"""From the paths of a training, `--from` and `train.mix`, to its sources.
 
-From `--from` and `train.mix` to sources.
+Also which paths collide: files that the training writes to OUT must never be read as rows.
 """
 
 import glob
@@ -32,67 +32,20 @@ _FILES_OF_A_TRAINING = (
     "checkpoints/step-0000001/info.json",
     "checkpoints/step-0000001/model/config.json",
 )
-"""One for each depth and kind of those that could be taken for rows."""
-
-
-def is_run(stream: str, out: Path) -> bool:
-    """Whether `--from` is a run directory, or the place of one that is still to come."""
-    path = Path(stream)
-    if is_run_directory(path):
-        return True
-    if path.is_dir():
-        return _may_become_one(path, out)
-    return not (path.exists() or glob.has_magic(stream) or is_row_file(path))
-
-
-def folder_of_a_run(out: Path, stream: str) -> Path | None:
-    """The folder for a run's own files in which OUT lies; the run may be `--from`, and still to come."""
-    real = real_path(out)
-    for path in (real, *real.parents):
-        run = path.parent
-        if path.name in _FOLDERS_OF_A_RUN and (is_run_directory(run) or run == real_path(stream)):
-            return path
-    return None
-
-
-def is_read_with(out: Path, pattern: str) -> bool:
-    """Whether who reads all that a path or a glob names would come upon files of the training in OUT."""
-    wanted, real = real_path(pattern).parts, real_path(out)
-    return any(_leads_to((real / name).parts, wanted) for name in _FILES_OF_A_TRAINING)
-
-
-def _leads_to(file: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
-    """Whether a pattern matches a file or a folder that it lies in; from `**` on it may be anything."""
-    wanted = tuple(takewhile(lambda part: part != "**", wanted))
-    return len(wanted) <= len(file) and all(
-        part == given or fnmatchcase(part, given) for part, given in zip(file, wanted, strict=False)
-    )
-
-
-def real_path(path: str | Path) -> Path:
-    """Whole and without links, so that two ways to a place are one."""
-    return Path(os.path.realpath(path))
-
-
-def _may_become_one(path: Path, out: Path) -> bool:
-    """Whether a directory has nothing but OUT in it, or is that of a run that awaits its servers' answers."""
-    if (path / ".lock").is_file() and (path / "contexts").is_dir():
-        return True
-    real = real_path(out)
-    return all(real_path(child) in (real, *real.parents) for child in path.iterdir())
+"""One file for each depth and kind that could be read as rows."""
 
 
 def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
-    """The sources of a training run.
+    """Open the sources of a training.
 
     Args:
-        stream: `-` for NDJSON on stdin; a run directory, which need not be there yet; or a file, a glob, a
-            saved data set or a directory of files, which are read as they are.
-        section: Names what is mixed in.
-        out: Where the training run keeps its files.
+        stream: `--from`: `-` for NDJSON on stdin; a run directory, which need not exist yet; or a file, glob,
+            saved data set or directory of files, which do not change.
+        section: The section `train`; `train.mix` names what is mixed in.
+        out: OUT; what is read from stdin is kept in OUT/spool.
 
     Raises:
-        ConfigError: There is nothing to read, or nothing that can be.
+        ConfigError: There is nothing to read, or it cannot be read.
     """
     mix = [
         Mixed(FileRows(one.path, f"mix:{one.path}", "train.mix", count=False), one.weight)
@@ -105,7 +58,7 @@ def _open_stream(stream: str, out: Path) -> Source:
     if stream == "-":
         return _open_stdin(out / "spool")
     if "://" in stream:
-        raise ConfigError(f"--from {stream}: a stream is followed in a directory or on stdin")
+        raise ConfigError(f"--from {stream}: a URL cannot be followed; give a run directory, files or -")
     with path_errors("--from", stream):
         if not is_run(stream, out):
             return _open_files(stream)
@@ -123,10 +76,59 @@ def _open_files(stream: str) -> Source:
 
 
 def _open_stdin(spool: Path) -> Source:
-    if sys.stdin is None:  # Python found it closed; by now its number may be another file's
+    if sys.stdin is None:  # closed before Python started; its number may belong to a different file by now
         return PipedSamples(spool, None)
     if os.isatty(0):
         if not (spool / "samples.jsonl").exists():
-            raise ConfigError("--from - reads samples from stdin, and that is a terminal")
+            raise ConfigError("--from - reads samples from stdin, but stdin is a terminal")
         return PipedSamples(spool, None)
     return PipedSamples(spool, 0)
+
+
+def is_run(stream: str, out: Path) -> bool:
+    """Whether `--from` is a run directory, or a place where a run may still start."""
+    path = Path(stream)
+    if is_run_directory(path):
+        return True
+    if path.is_dir():
+        return _may_become_run(path, out)
+    return not (path.exists() or glob.has_magic(stream) or is_row_file(path))
+
+
+def folder_of_a_run(out: Path, stream: str) -> Path | None:
+    """The folder of a run's own files that contains OUT, if any; the run may be `--from`, and not started
+    yet.
+    """
+    real = real_path(out)
+    for path in (real, *real.parents):
+        run = path.parent
+        if path.name in _FOLDERS_OF_A_RUN and (is_run_directory(run) or run == real_path(stream)):
+            return path
+    return None
+
+
+def is_read_with(out: Path, pattern: str) -> bool:
+    """Whether reading all files of a path or glob would read files that the training writes to OUT."""
+    wanted, real = real_path(pattern).parts, real_path(out)
+    return any(_matches((real / name).parts, wanted) for name in _FILES_OF_A_TRAINING)
+
+
+def _matches(file: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether a pattern matches a file or one of its folders; everything from `**` on is taken to match."""
+    wanted = tuple(takewhile(lambda part: part != "**", wanted))
+    return len(wanted) <= len(file) and all(
+        part == given or fnmatchcase(part, given) for part, given in zip(file, wanted, strict=False)
+    )
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links, to compare paths."""
+    return Path(os.path.realpath(path))
+
+
+def _may_become_run(path: Path, out: Path) -> bool:
+    """Whether a directory holds nothing but OUT, or belongs to a run whose servers have not answered yet."""
+    if (path / ".lock").is_file() and (path / "contexts").is_dir():
+        return True
+    real = real_path(out)
+    return all(real_path(child) in (real, *real.parents) for child in path.iterdir())

@@ -1,4 +1,4 @@
-"""What every source of rows can do."""
+"""The protocol of a source of rows, and the stream together with what is mixed into it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from streamsyn.trainer.examples import Row
 
 @contextmanager
 def path_errors(flag: str, path: object) -> Iterator[None]:
-    """Within, what the system says of a path is the user's to mend.
+    """A context in which an OSError becomes a ConfigError that names the flag and the path.
 
     Raises:
-        ConfigError: A path cannot be looked at: names too long, folders that are not ours to read.
+        ConfigError: The path cannot be used, for example because its name is too long.
     """
     try:
         yield
@@ -23,48 +23,51 @@ def path_errors(flag: str, path: object) -> Iterator[None]:
 
 
 class Source(Protocol):
-    """Rows that are counted from 0, without gaps, and can be read again: by a later pass, or after a kill.
+    """Rows numbered from 0 without gaps, which can be read again: in a later pass, or after a restart.
 
     `fetch`, `total` and `pick` may block: call them in a thread, one at a time.
     """
 
     @property
     def name(self) -> str:
-        """Stands for the source in keys; the same after a restart."""
+        """Identifies the source in keys; the same after a restart."""
         ...
 
     def fetch(self, first: int, limit: int) -> list[Row]:
-        """The rows from `first` on that are there by now, `limit` of them at most.
+        """Up to `limit` rows from number `first` on, as far as they have been written.
 
         Raises:
-            StreamsynError: A row that must be there cannot be read; the message names it.
+            StreamsynError: A row that must exist cannot be read; the message names it.
         """
         ...
 
     def total(self) -> int | None:
-        """How many rows there are in all; None as long as more may come."""
+        """Number of rows; None while more may come."""
         ...
 
     def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
-        """The rows of these numbers, which rise, all of them read before.
+        """Rows that were read before, by number.
+
+        Args:
+            seqs: Their numbers, rising. Rows that do not exist (yet) are left out.
 
         Raises:
-            StreamsynError: One cannot be read any more.
+            StreamsynError: A row cannot be read any more.
         """
         ...
 
     async def changed(self, timeout_s: float) -> None:
-        """Return when there may be more to fetch, and after `timeout_s` at the latest."""
+        """Return when there may be more rows, and after `timeout_s` seconds at the latest."""
         ...
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close what is open."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """A source that is read in a cycle, `weight` examples of it for each one of the stream."""
+    """A source that is read in an endless cycle: `weight` examples for each example of the stream."""
 
     source: Source
     weight: float
@@ -72,7 +75,7 @@ class Mixed:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The stream, and what is mixed into it."""
+    """The stream and what is mixed into it."""
 
     stream: Source
     mix: Sequence[Mixed] = field(default=())

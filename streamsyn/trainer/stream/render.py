@@ -1,9 +1,8 @@
-"""A chat template of the user's, in place of the tokenizer's own: `train.chat_template`.
+"""Turns samples into tokens with the chat template of the model that is tuned.
 
-Samples as tokens: the model's own chat template, and which tokens carry loss.
-
-The prompt is what the model will be given (with what the template puts in front of an answer); targets are
-the answer and the token that ends it. A conversation of many turns is trained on its last answer alone.
+The prompt is exactly what the model will be given, including what the template puts before an answer. The
+targets are the answer and the token that ends it. A conversation with several turns is trained on its last
+answer only.
 """
 
 import threading
@@ -18,98 +17,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Dropped, Example, Key
 
-_TAG_OF_TRANSFORMERS = "generation"
-
-
-def read_template(path: str | None) -> str | None:
-    """The text of a template; None where none is named.
-
-    Raises:
-        ConfigError: It cannot be read, or is no Jinja.
-    """
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"train.chat_template: cannot read {path}: {error}") from error
-    try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-    except TemplateSyntaxError as error:
-        if _TAG_OF_TRANSFORMERS not in str(error.message):
-            raise ConfigError(f"train.chat_template: {path}:{error.lineno}: {error.message}") from error
-    return text
-
-
+_GENERATION_TAG = "generation"
+"""A Jinja tag that transformers adds and plain Jinja does not know."""
 MIN_PROMPT_TOKENS = 16
-"""An over-long sample of whose prompt less than this would be left is dropped."""
+"""An over-long sample is dropped if truncation would leave fewer prompt tokens than this."""
 
 _PROBE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
 
-class ChatTokenizer(Protocol):
-    """What is used of a tokenizer of transformers."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
-        ...
-
-    @property
-    def chat_template(self) -> Any:
-        """The template, if there is one."""
-        ...
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Tokens that stand for no text and have a role."""
-        ...
-
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """Tokens that were added to the vocabulary, and whether they are `special`."""
-        ...
-
-    @property
-    def apply_chat_template(self) -> Any:
-        """Puts messages into the model's form."""
-        ...
-
-    @property
-    def decode(self) -> Any:
-        """Text of tokens."""
-        ...
-
-    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
-        """Tokens of texts."""
-        ...
-
-
-class Unrenderable(Exception):
-    """Raised when messages cannot be put into the model's form; its text says why."""
-
-
-def chat_text(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]], *, asks: bool) -> str:
-    """Messages in the model's form; with `asks` also what the template puts in front of an answer.
-
-    Raises:
-        Unrenderable: The template fails on them.
-    """
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    except Exception as error:  # a template is not our code, and may fail in any way
-        raise Unrenderable(f"the chat template refuses it: {error}") from error
-    return text
-
-
 class Renderer:
-    """Makes examples of rows with `messages`. Safe to call from several threads.
+    """Turns rows with `messages` into examples. Safe to call from several threads.
 
     Args:
-        tokenizer: That of the model to be tuned, with a chat template.
-        seq_len: Tokens of an example at most.
-        overlong: What becomes of longer ones: `drop`, or `truncate`, which cuts the middle out of the
-            prompt's tokens and never touches the answer.
+        tokenizer: The tokenizer of the model to tune, with a chat template.
+        seq_len: Maximum tokens of an example.
+        overlong: What happens to longer samples: `drop`, or `truncate`, which removes tokens from the middle
+            of the prompt and never from the answer.
 
     Raises:
         ConfigError: The tokenizer has no chat template, or one that cannot be trained on.
@@ -118,16 +41,18 @@ class Renderer:
         stop: The token that ends an answer.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, seq_len: int, overlong: Literal["drop", "truncate"]) -> None:
+    def __init__(
+        self, tokenizer: "ChatTokenizer", seq_len: int, overlong: Literal["drop", "truncate"]
+    ) -> None:
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._overlong = overlong
-        self._one_by_one = threading.Lock()  # a tokenizer is not for two threads at a time
+        self._lock = threading.Lock()  # tokenizers are not thread-safe
         self._learn_ending()
 
     def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
-        """For each row an example, or why there is none. Takes a while: call it in a thread."""
-        with self._one_by_one:
+        """For each row its example, or the reason why there is none. Slow: call it in a thread."""
+        with self._lock:
             texts = [self._texts(row) for row, _ in rows]
             good = [text for pair in texts if not isinstance(pair, Dropped) for text in pair]
             tokens = iter(self._encode(good) if good else ())
@@ -140,38 +65,36 @@ class Renderer:
             return made
 
     def _learn_ending(self) -> None:
-        """Find out how the template ends an answer, and whether a small conversation can be trained on."""
+        """Find out how the template ends an answer, and check that a small conversation can be trained on."""
         if not self._tokenizer.chat_template:
-            raise ConfigError(
-                "the model's tokenizer has no chat template to put samples into: set train.chat_template"
-            )
+            raise ConfigError("the model's tokenizer has no chat template: set train.chat_template")
         try:
             prompt, whole = self._as_texts(_PROBE)
-            _, found, behind = whole.rpartition(_PROBE[-1]["content"])
+            _, found, ending = whole.rpartition(_PROBE[-1]["content"])
             if not found:
                 raise Unrenderable("the template leaves the answer out")
-            self._tail = self._from_special(behind)
+            self._tail = self._from_first_special(ending)
             stop = self._tail[0] if self._tail else self._tokenizer.eos_token_id
             if stop is None:
-                raise Unrenderable("nothing ends an answer: neither the template nor an eos token")
+                raise Unrenderable("no token ends an answer: there is none in the template, and no eos token")
             self.stop = stop
             self._split(prompt, whole, *self._encode([prompt, whole]))
         except Unrenderable as error:
             raise ConfigError(f"the model's chat template cannot be trained on: {error}") from error
 
-    def _from_special(self, behind: str) -> list[int]:
-        """The tokens of what stands behind an answer, from the first special one on.
+    def _from_first_special(self, ending: str) -> list[int]:
+        """The tokens of the text after an answer, from the first special token on.
 
-        Those before it are not always the same: they may be one token with the end of the answer.
+        Tokens before it vary: they may be merged with the end of the answer.
         """
         added = self._tokenizer.added_tokens_decoder.items()
         special = {*self._tokenizer.all_special_ids, *(number for number, token in added if token.special)}
-        tokens = self._encode([behind])[0]
+        tokens = self._encode([ending])[0]
         at = next((at for at, token in enumerate(tokens) if token in special), len(tokens))
         return tokens[at:]
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, str] | Dropped:
-        """The prompt, and the prompt with its answer; or why there are none."""
+        """The text of the prompt, and of prompt and answer; or why there are none."""
         messages = _conversation(row)
         if isinstance(messages, Dropped):
             return messages
@@ -185,7 +108,7 @@ class Renderer:
         return prompt, chat_text(self._tokenizer, messages, asks=False)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # The template has written what a tokenizer would add.
+        # The template already contains the tokens that a tokenizer would add.
         encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
@@ -201,7 +124,7 @@ class Renderer:
         if len(tokens) > self._seq_len:
             room = self._seq_len - answer
             if self._overlong == "drop" or room < MIN_PROMPT_TOKENS:
-                return Dropped("overlong", f"{len(tokens)} tokens, {answer} of them its answer")
+                return Dropped("overlong", f"{len(tokens)} tokens, {answer} of them the answer")
             loss_from, tail = room, room - room // 2
             tokens = prompt[: room // 2] + prompt[-tail:] + tokens[len(prompt) :]
         named, task = row.get("id"), row.get("task")
@@ -214,34 +137,109 @@ class Renderer:
         )
 
     def _split(self, prompt_text: str, text: str, prompt: list[int], whole: list[int]) -> list[int]:
-        """The tokens of prompt, answer and stop token, of which those of the prompt are the beginning."""
+        """The tokens of prompt, answer and stop token; they begin with exactly the tokens of `prompt`."""
         if whole[: len(prompt)] != prompt:
-            # A token may reach from the prompt into the answer; the model will never be given that one.
+            # A token may span prompt and answer; the model will never be given that token.
             if not text.startswith(prompt_text):
-                raise Unrenderable("what comes before the answer is not what the model is asked with")
-            apart = prompt + self._encode([text[len(prompt_text) :]])[0]
-            if self._tokenizer.decode(apart) != self._tokenizer.decode(whole):
-                raise Unrenderable("prompt and answer are other tokens apart than together")
-            whole = apart
+                raise Unrenderable("the text before the answer is not the prompt that the model is given")
+            separate = prompt + self._encode([text[len(prompt_text) :]])[0]
+            if self._tokenizer.decode(separate) != self._tokenizer.decode(whole):
+                raise Unrenderable("prompt and answer are different text when they are tokenized separately")
+            whole = separate
         end = len(whole) - len(self._tail)
         if whole[end:] != self._tail:
-            raise Unrenderable("the template does not end it as it ends others")
+            raise Unrenderable("the template does not end this answer as it ends others")
         ended = [*whole[:end], self.stop]
         if len(ended) < len(prompt) + 2:
             raise Unrenderable("the template leaves the answer out")
         return ended
 
 
+def chat_text(tokenizer: "ChatTokenizer", messages: Sequence[dict[str, str]], *, asks: bool) -> str:
+    """Render messages with the chat template; with `asks` also what it puts before an answer.
+
+    Raises:
+        Unrenderable: The template fails on them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    except Exception as error:  # a template is foreign code, which may fail in any way
+        raise Unrenderable(f"the chat template fails: {error}") from error
+    return text
+
+
+class Unrenderable(Exception):
+    """Raised when messages cannot be rendered with the chat template; its text says why."""
+
+
+class ChatTokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        ...
+
+    @property
+    def chat_template(self) -> Any:
+        """The chat template, if there is one."""
+        ...
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Tokens with a role, such as the end of a turn, that are not text."""
+        ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Tokens added to the vocabulary, each with its flag `special`."""
+        ...
+
+    @property
+    def apply_chat_template(self) -> Any:
+        """Renders messages with the chat template."""
+        ...
+
+    @property
+    def decode(self) -> Any:
+        """The text of tokens."""
+        ...
+
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
+        """The tokens of texts."""
+        ...
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of the file `train.chat_template`; None if the key is not set.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not a valid Jinja template.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"train.chat_template: cannot read {path}: {error}") from error
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except TemplateSyntaxError as error:
+        if _GENERATION_TAG not in str(error.message):
+            raise ConfigError(f"train.chat_template: {path}:{error.lineno}: {error.message}") from error
+    return text
+
+
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]] | Dropped:
-    """The messages of a row up to its last answer."""
+    """The messages of a row up to its last answer, or why there are none."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        return Dropped("bad_row", "there is no list `messages` of role and content")
+        return Dropped("bad_row", "`messages` is missing or not a list of role and content")
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if len(turns) < 2:
-        return Dropped("bad_row", "no assistant answers anybody in it")
+        return Dropped("bad_row", "no message of an assistant answers another message")
     if not turns[-1]["content"].strip():
         return Dropped("empty_answer", "the answer is empty")
     return turns
