@@ -69,7 +69,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
             "gradient_checkpointing": plan["checkpointing"],
         }
     )
-    accelerator = start_accelerator(section, per_step)
+    accelerator = start_accelerator(section)
     model = read_model(str(folder), section, accelerator, None, seed=0)
     if attention == "sdpa":
         model.set_attn_implementation("sdpa")

@@ -126,8 +126,8 @@ class Loop:
         torch.manual_seed(_step_seed(self._seed, self.progress.step, self._ranks.rank))
         for group in placed.optimizer.param_groups:
             group["lr"] = command.rate
-        # Gradients are averaged over ranks, and by DeepSpeed over passes. The scale undoes both, so that a
-        # target token weighs the same on any rank and in any row.
+        # Gradients are averaged over ranks and divided by accelerate's accumulation steps. The scale undoes
+        # both, so that a target token weighs the same on any rank and in any row.
         scale = self._ranks.world * accelerator.gradient_accumulation_steps / command.denominator
         parts, means = [], []
         for number, (row, weights) in enumerate(zip(command.rows, command.weights, strict=True), 1):
@@ -155,25 +155,19 @@ class Loop:
         accelerator, model = self._placed.accelerator, self._placed.model
         kind = accelerator.distributed_type
         context: AbstractContextManager[Any] = nullcontext()
-        if kind == DistributedType.DEEPSPEED:
-            context = accelerator.accumulate(model)
-        elif kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU) and not last:
+        if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU) and not last:
             context = accelerator.no_sync(model)
         return context
 
     def _update(self) -> None:
         placed, section = self._placed, self._section
         found = placed.accelerator.clip_grad_norm_(placed.model.parameters(), section.max_grad_norm)
-        if placed.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.progress.grad_norm = float(found or 0)
-            self.progress.skipped += not placed.model.was_step_applied()  # by itself, before this
+        norm = found.full_tensor() if isinstance(found, DTensor) else found
+        self.progress.grad_norm = float(norm)
+        if torch.isfinite(norm):
+            placed.optimizer.step()
         else:
-            norm = found.full_tensor() if isinstance(found, DTensor) else found
-            self.progress.grad_norm = float(norm)
-            if torch.isfinite(norm):
-                placed.optimizer.step()
-            else:
-                self.progress.skipped += 1
+            self.progress.skipped += 1
         placed.optimizer.zero_grad(set_to_none=True)
 
     def _evaluate(self, command: Evaluate) -> None:

@@ -79,7 +79,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
         if directory is not None:
             directory.claim(config, model)
             Checkpoints(out, section.keep_checkpoints).prepare()
-        accelerator = start_accelerator(section, section.rows_per_step // world, out / FOLDER)
+        accelerator = start_accelerator(section, out / FOLDER)
         try:
             accelerator.wait_for_everyone()
             ranks = Ranks(rank, world)

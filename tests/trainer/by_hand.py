@@ -74,9 +74,9 @@ def fresh() -> Iterator[None]:
     yield
 
 
-def placed_model(folder: Path, settings: TrainSection, world: int = 1) -> Placed:
+def placed_model(folder: Path, settings: TrainSection) -> Placed:
     """The model in `folder`, on CPU."""
-    accelerator: Accelerator = start_accelerator(settings, settings.rows_per_step // world)
+    accelerator: Accelerator = start_accelerator(settings)
     read = read_model(str(folder), settings, accelerator, None, seed=0)
     return place(read, settings, accelerator, model_dtype(str(folder)))
 
@@ -100,7 +100,7 @@ def train(
         if rank == 0 and not base.exists():
             tiny.write_model(base)
     with fresh():
-        placed = placed_model(base, settings, world)
+        placed = placed_model(base, settings)
     ranks = Ranks(rank, world)
     if rank == 0:
         Checkpoints(out, settings.keep_checkpoints).prepare()

@@ -73,4 +73,13 @@ def test_a_row_is_never_split(monkeypatch: pytest.MonkeyPatch, kind: str) -> Non
     """What accelerate was told about splitting rows is refused: it would lose the samples' bounds."""
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
     with pytest.raises(ConfigError, match=kind.lower()):
-        start_accelerator(section(), 4)
+        start_accelerator(section())
+
+
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that asks for DeepSpeed gets one line that recommends FSDP2 with offload."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"DeepSpeed.*FSDP2.*fsdp_offload_params: true") as refused:
+        start_accelerator(section())
+
+    assert "\n" not in str(refused.value)

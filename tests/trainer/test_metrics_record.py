@@ -228,7 +228,7 @@ def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
     settings = section(trackers=["tensorboard"])
     for first in (0, 1):
         with fresh():
-            accelerator = start_accelerator(settings, 1, tmp_path / "tracking")
+            accelerator = start_accelerator(settings, tmp_path / "tracking")
         figures = TrainingMetrics(
             tmp_path, first, track=start_tracking(accelerator, settings, tmp_path, first)
         )

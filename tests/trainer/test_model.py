@@ -34,7 +34,7 @@ def read(folder: Path, seed: int = 0, **given: Any) -> Any:
     """All that is read of a model before it is placed."""
     settings = section(**given)
     with fresh():
-        accelerator = start_accelerator(settings, 4)
+        accelerator = start_accelerator(settings)
     model_dtype(str(folder))
     read_tokenizer(str(folder))
     return read_model(str(folder), settings, accelerator, None, seed=seed)
@@ -173,7 +173,7 @@ def test_logits_stay_in_half(tmp_path: Path, lora: Any) -> None:
     assert torch.bfloat16 == logits.dtype
     torch.manual_seed(0)
     with fresh():
-        accelerator = start_accelerator(settings, 4)
+        accelerator = start_accelerator(settings)
         wrapped = accelerator.prepare(read_model(str(tmp_path), settings, accelerator, None, seed=0))
     expected = wrapped(**batch.forward_arguments()).logits
     assert torch.float32 == expected.dtype

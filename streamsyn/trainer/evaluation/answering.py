@@ -99,7 +99,7 @@ def answer_all(
     Every rank calls it with as many prompts; None is one that has no answer. After it the model is as it was.
     """
     # Where weights are sharded, each pass needs all ranks.
-    together = placed.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    together = placed.accelerator.distributed_type == DistributedType.FSDP
     answers: list[Answer] = []
     said_at = time.monotonic()
     with torch.no_grad(), answering(placed):

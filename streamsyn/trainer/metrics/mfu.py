@@ -120,5 +120,5 @@ def work_of(model: Any) -> Work | None:
 
 
 def _cost(weight: Any) -> float:
-    """FLOPs of a weight for each token; under ZeRO-3 a weight itself is empty."""
-    return float(getattr(weight, "ds_numel", weight.numel()) * (6 if weight.requires_grad else 4))
+    """FLOPs per token: 2 per weight forward, 2 for the gradient passed on, 2 for its own."""
+    return float(weight.numel() * (6 if weight.requires_grad else 4))

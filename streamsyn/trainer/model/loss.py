@@ -58,7 +58,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     The logits themselves and their gradient are whole: in bf16 with a vocabulary of 131,072, 0.5 MiB a target
     (measured: 1.0 GiB for 2,048 more). Rows of long samples have some hundred to a few thousand targets, rows
     of chat data perhaps ten thousand. A head in chunks would need its weights outside of the model's forward
-    pass, where FSDP and ZeRO do not have them; rows of fewer targets would be half empty. So neither is done.
+    pass, where FSDP does not have them; rows of fewer targets would be half empty. So neither is done.
     """
     flat = logits.flatten(0, -2)
     if len(labels) <= _CHUNK:
