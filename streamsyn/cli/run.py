@@ -47,7 +47,7 @@ def run(**given: Any) -> None:
         launch_python=given["sglang_python"],
         launch_args=given["sglang_arg"],
         show_progress=not (given["no_progress"] or given["log_json"]),
-        companion=training,
+        supervisor=training,
     )
     with nullcontext() if training is None else training.beside():
         try:

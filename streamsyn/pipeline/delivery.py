@@ -1,21 +1,68 @@
-"""Our stdout as a stream of samples that somebody reads, more or less quickly, or no longer; and stderr."""
+"""Samples to whoever reads them: to stdout as a stream of lines, then to the log.
+
+Here too: `secure_stdio`, after which writing to stderr cannot fail.
+"""
 
 import io
 import os
 import select
 import stat
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from streamsyn.errors import ConfigError, ReaderGone, SinkError
 
+if TYPE_CHECKING:  # the command line starts with this module, and the log is slow to import
+    from streamsyn.records import Sample
+    from streamsyn.sink.log import RunLog
+    from streamsyn.telemetry import Counters
+
 _PIPE_CHUNK = 4096
-"""A pipe that polls as writable takes this much without blocking (POSIX: PIPE_BUF)."""
+"""Bytes that a pipe takes without blocking once it polls as writable (POSIX: PIPE_BUF)."""
+
+
+class SampleDelivery:
+    """Gives samples to the reader of stdout, then records them in the log.
+
+    In this order none is skipped: after a kill in between, the next run gives the reader the sample again.
+
+    Args:
+        run_log: The log.
+        stream: Stdout, if samples go there.
+        counters: Counts the samples.
+    """
+
+    def __init__(self, run_log: "RunLog", stream: "SampleStream | None", counters: "Counters") -> None:
+        self._log = run_log
+        self._stream = stream
+        self._counters = counters
+
+    def replay(self) -> None:
+        """Give the reader the samples of earlier runs: a reader that was killed may not have all of them."""
+        if self._stream is not None:
+            self._stream.write(self._log.read_sample_lines())
+
+    def deliver(self, samples: "Sequence[Sample]") -> None:
+        """Give samples to the reader, and record them.
+
+        Raises:
+            ReaderGone: The reader of stdout has closed its end, or `stop` was called.
+            SinkError: Stdout is a file that cannot be written, or the log cannot be.
+        """
+        if self._stream is not None:
+            self._stream.write(self._log.samples.encode(samples))
+        self._log.samples.append(samples)
+        self._counters.samples += len(samples)
+
+    def stop(self) -> None:
+        """End a `deliver` that waits for the reader, from any thread."""
+        if self._stream is not None:
+            self._stream.stop()
 
 
 class SampleStream:
-    """Takes stdout over: from now on nothing else gets there; what others print goes to stderr.
+    """Takes over stdout: from now on only samples go there; everything else that is printed goes to stderr.
 
     `write` blocks while the reader is slow: call it in a thread. `stop` ends a write that waits.
 
@@ -24,7 +71,7 @@ class SampleStream:
     """
 
     def __init__(self) -> None:
-        if sys.stdout is None:  # Python found it closed; by now its number may be another file's
+        if sys.stdout is None:  # Python found it closed; by now its number may belong to a different file
             raise ConfigError("--stdout prints samples, and stdout is closed")
         self._fd = os.dup(1)
         os.dup2(2, 1)
@@ -57,18 +104,18 @@ class SampleStream:
         os.write(self._wake_write, b"x")
 
     def close(self) -> None:
-        """Close our end: the reader sees the end of the stream."""
+        """Close stdout: the reader sees the end of the stream."""
         for fd in (self._fd, self._wake_read, self._wake_write):
             os.close(fd)
 
 
 def secure_stdio() -> None:
-    """Make stderr one that cannot fail, and keep files of ours from taking the place of a closed stream."""
+    """Make stderr a stream that cannot fail, and open closed standard streams on /dev/null."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
     raw = _LossyFile(2, "wb", closefd=False)
     sys.stderr = io.TextIOWrapper(
         io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
@@ -76,15 +123,14 @@ def secure_stdio() -> None:
 
 
 class _LossyFile(io.FileIO):
-    """Takes whatever is written, also when nobody reads it any more.
+    """A file that accepts every write, even when nobody reads it any more.
 
-    The terminal or the log collector behind stderr may go away, or its disk may be full: what a run
-    says is lost then, and that is no reason to lose the run. Whatever writes to stderr comes through
-    here: logs, progress, the summary, and what Python or a library has to say.
+    The terminal or the log collector behind stderr may go away, or its disk may be full. What is written then
+    is lost, but the run goes on. Logs, progress, the summary and Python's own messages all come through here.
     """
 
     def write(self, data: Any, /) -> int:
-        """All of it, or as much as is taken."""
+        """Write as much as the file takes; after an error, report that all was written."""
         try:
             written = super().write(data)
         except OSError:

@@ -1,4 +1,4 @@
-"""What is to be run, and what came of it."""
+"""The request for a run, and the summary that it returns."""
 
 import asyncio
 import os
@@ -15,14 +15,14 @@ from streamsyn.telemetry import Counters
 
 
 class Supervisor(Protocol):
-    """Something that goes on beside a run: a training."""
+    """Supervises what goes on beside a run: a training on its samples."""
 
     def start(self, drain: Callable[[str], None]) -> None:
-        """The run is up. `drain` stops it early, with a reason; it may be called in any thread."""
+        """The stages are set up. `drain` stops the run early, with a reason, from any thread."""
         ...
 
     def end(self) -> None:
-        """A second signal has come: everything ends at once."""
+        """A second signal has arrived: end at once."""
         ...
 
 
@@ -33,17 +33,17 @@ class RunRequest:
     Attributes:
         config: The resolved configuration.
         out: The run directory.
-        environ: Holds the servers' keys.
-        connect: What carries requests to servers; None is HTTP.
-        runner: Runs the event loop; another one for a simulation in virtual time.
-        rng: For jitter; a seeded one for a simulation that is to be repeated.
+        environ: The environment, which holds the servers' credentials.
+        connect: The transport to servers; None is HTTP.
+        runner: Runs the event loop; a different one simulates virtual time.
+        rng: For jitter; a seeded one makes a simulation repeatable.
         stream: Where samples go besides the log, if anywhere.
         replay: Begin the stream with the samples of earlier runs.
-        launch: A model to start a server for; None uses `config.fleet.servers`.
-        launch_python: The interpreter that has sglang.
-        launch_args: More flags for the server.
+        launch: The model to launch a server for; None uses `config.fleet.servers`.
+        launch_python: The interpreter that has sglang installed.
+        launch_args: More flags for the launched server.
         show_progress: Draw progress on stderr when it is a terminal.
-        companion: What is to go on beside the run, if anything.
+        supervisor: Supervises a training beside the run, if there is one.
     """
 
     config: Config
@@ -58,23 +58,32 @@ class RunRequest:
     launch_python: Path | None = None
     launch_args: Sequence[str] = ()
     show_progress: bool = True
-    companion: Supervisor | None = None
+    supervisor: Supervisor | None = None
 
 
 @dataclass(slots=True)
 class RunSummary:
-    """What came of a run; totals are of the directory, counters of this process."""
+    """The result of a run, filled while it goes on.
+
+    Attributes:
+        out: The run directory.
+        counters: What this process did.
+        stopped: Why the run stopped early; None when it did not.
+        interrupted: Whether a signal arrived that found nothing left to stop.
+        contexts: Contexts in the directory, of all runs into it.
+        rejects: Rejects in the directory.
+        samples: Samples in the directory.
+        servers: Returns the metrics of each server.
+    """
 
     out: Path
     counters: Counters
     stopped: str | None = None
     interrupted: bool = False
-    """A signal came, and found nothing left that it could have stopped."""
     contexts: int = 0
     rejects: int = 0
     samples: int = 0
     servers: Callable[[], list[dict[str, Any]]] = list
-    """What there is to say of each server."""
 
     @property
     def reject_fraction(self) -> float:

@@ -1,19 +1,15 @@
-"""One run, from an open directory to its end: sets the stages up, runs them, closes the log.
-
-The whole flow of a run on one page.
+"""One run on one page: check, open the directory and the log, set up the stages, run them, seal, deliver.
 
     seeds -> producer -> [work] -> workers -> [results] -> sink -> [durable] -> assembly -> samples
 
-Each arrow in brackets is a bounded queue, closed by the stage that puts. A slow stage fills the queue
-before it, so the one before that waits: back to the producer, which stops reading.
+Each name in brackets is a bounded queue, closed by the stage that puts. A slow stage fills the queue before
+it, so the stage before that waits: back to the producer, which stops reading.
 """
 
 import asyncio
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import structlog
 
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
@@ -24,17 +20,10 @@ from streamsyn.fleet.server import server_specs
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.request import RunRequest, RunSummary
-from streamsyn.pipeline.setup import (
-    Parts,
-    assembly_of,
-    examination_of,
-    fleet_of,
-    metrics_of,
-    servers_of,
-    settle,
-    workers_of,
-)
-from streamsyn.pipeline.stages import Pipeline, Stages, Stopper
+from streamsyn.pipeline.setup import Parts, make_assembly, make_workers, metrics_served, open_fleets, settle
+from streamsyn.pipeline.stages import Pipeline, Stages
+from streamsyn.pipeline.stop import Stopper
+from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.log import RunLog
@@ -43,47 +32,32 @@ from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
 
-log = structlog.get_logger()
-
 
 def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
-    """Run until every seed has an outcome, or until stopped; the summary says which.
+    """Run until every seed has an outcome, or until stopped; `RunSummary.stopped` has the reason.
 
     Args:
         request: What is to be run.
-        summary: One to fill as the run goes on, for whoever looks at it meanwhile.
+        summary: A summary to fill while the run goes on, for a caller who watches it.
 
     Raises:
-        ConfigError: Something the user gave cannot be used; nothing is lost.
-        SinkError: The log cannot be written; the directory resumes.
-        LaunchError: The server to be started did not come up.
+        ConfigError: A setting, a source of seeds or the directory cannot be used; nothing is lost.
+        SinkError: The log cannot be written; the directory can be resumed.
+        LaunchError: The server to be launched did not come up.
     """
     recipe = load_recipe(request.config.recipe, request.config.checks)
-    materials = AssemblyResources(request.config.assembly)
-    shaping = {**fingerprint(request.config), **recipe.fingerprint(), **materials.fingerprint()}
-    if request.stream is not None and not request.config.assembly.write:
-        raise ConfigError("--stdout prints samples, and assembly.write = false makes none")
-    if request.companion is not None and not request.config.assembly.write:
-        raise ConfigError("--train trains on samples, and assembly.write = false makes none")
-    if request.launch is None:
-        server_specs(request.config.fleet)
-    reader = SeedReader(
-        request.config.seeds,
-        request.config.run.seed,
-        request.out / "spool",
-        takes_documents=recipe.takes_documents,
-    )
-    if not reader.has_sources:
-        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
+    resources = AssemblyResources(request.config.assembly)
+    shaping = {**fingerprint(request.config), **recipe.fingerprint(), **resources.fingerprint()}
+    reader = _check(request, recipe)
     summary = summary or RunSummary(request.out, Counters())
     directory = RunDirectory(request.out)
     try:
         directory.check(shaping, fingerprint(Config()))
-        with _opened_log(request) as run_log:
-            parts = Parts(request, directory, run_log, reader, recipe, materials, shaping, summary)
-            _spare_the_collector()
+        with _open_log(request) as run_log:
+            parts = Parts(request, directory, run_log, reader, recipe, resources, shaping, summary)
+            _collect_garbage_rarely()
             try:
-                with metrics_of(parts):
+                with metrics_served(parts):
                     request.runner(_run(parts))
             except (StoppedEarly, BaseExceptionGroup) as raised:
                 cause = root_cause(raised)
@@ -97,12 +71,64 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     return summary
 
 
+async def _run(parts: Parts) -> None:
+    """Everything that runs on the event loop: connect, set up the stages, run them, seal the log."""
+    config, supervisor = parts.request.config, parts.request.supervisor
+    stopper = Stopper(None if supervisor is None else supervisor.end)
+    with stopper.signals():  # the first signal drains the pipeline, the second cancels it
+        async with open_fleets(parts, stopper) as fleets:
+            await settle(parts, fleets)
+            claims = await asyncio.to_thread(parts.log.claims)
+            assembly = make_assembly(parts)
+            try:
+                stages = Stages(
+                    producer=Producer(parts.reader, claims, config, parts.counters, parts.recipe.group),
+                    workers=make_workers(parts, fleets),
+                    sink=OutcomeWriter(parts.log, config.sink, parts.counters),
+                    assembly=assembly,
+                )
+                stopper.pipeline = Pipeline(stages, config.run.queue_size, config.run.drain_timeout_s)
+                if supervisor is not None:
+                    supervisor.start(stopper.drain)
+                progress = Progress(parts.counters, parts.reader, fleets.writing)
+                async with reporting(progress, show=parts.request.show_progress):
+                    await stopper.pipeline.run()  # raises StoppedEarly when it leaves work to a later run
+            finally:
+                await asyncio.to_thread(claims.close)
+        await asyncio.to_thread(_finish, parts.log, assembly)
+    parts.summary.interrupted = stopper.signalled
+
+
+def _finish(run_log: RunLog, assembly: AssemblyStage | NoAssembly) -> None:
+    """Every seed has its outcome: seal contexts and rejects, deliver the last samples, seal those."""
+    run_log.seal_outcomes()
+    assembly.finish()
+    run_log.finish()
+
+
+def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
+    """Refuse a request that cannot work, before anything is written; returns the reader of its seeds."""
+    config = request.config
+    if request.stream is not None and not config.assembly.write:
+        raise ConfigError("--stdout prints samples, but assembly.write = false makes none")
+    if request.supervisor is not None and not config.assembly.write:
+        raise ConfigError("--train trains on samples, but assembly.write = false makes none")
+    if request.launch is None:
+        server_specs(config.fleet)
+    spool = request.out / "spool"
+    reader = SeedReader(config.seeds, config.run.seed, spool, takes_documents=recipe.takes_documents)
+    if not reader.has_sources:
+        raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
+    return reader
+
+
 @contextmanager
-def _opened_log(request: RunRequest) -> Iterator[RunLog]:
-    """The log, closed and mirrored at the end of the block; an error of the block is the one to tell of."""
+def _open_log(request: RunRequest) -> Iterator[RunLog]:
+    """The log, mirrored and closed at the end of the block; an error of the block takes precedence."""
     with mirrored(request.out, request.config.sink) as mirror:
         run_log = RunLog(request.out, request.config.sink)
-        mirror.follow(run_log)
+        if mirror is not None:
+            mirror.follow(run_log)
         try:
             yield run_log
         except BaseException:
@@ -111,46 +137,7 @@ def _opened_log(request: RunRequest) -> Iterator[RunLog]:
         run_log.close()
 
 
-def _spare_the_collector() -> None:
-    """What is there now stays; most of what comes is freed by counting references."""
+def _collect_garbage_rarely() -> None:
+    """What exists now lives as long as the run; almost all later objects are freed without the collector."""
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
-
-
-async def _run(parts: Parts) -> None:
-    config = parts.request.config
-    companion = parts.request.companion
-    stopper = Stopper(None if companion is None else companion.end)
-    with stopper.signals():
-        async with (
-            servers_of(parts.request) as servers,
-            fleet_of(parts, servers, stopper) as fleet,
-            examination_of(parts, fleet, stopper) as examination,
-        ):
-            await settle(parts, fleet, examination)
-            claims = await asyncio.to_thread(parts.log.claims)
-            assembly = assembly_of(parts)
-            try:
-                stages = Stages(
-                    producer=Producer(parts.reader, claims, config, parts.counters, parts.recipe.group),
-                    workers=workers_of(parts, fleet, examination),
-                    sink=OutcomeWriter(parts.log, config.sink, parts.counters),
-                    assembly=assembly,
-                )
-                stopper.pipeline = Pipeline(stages, config.run.queue_size, config.run.drain_timeout_s)
-                if companion is not None:
-                    companion.start(stopper.drain)
-                progress = Progress(parts.counters, parts.reader, fleet)
-                async with reporting(progress, show=parts.request.show_progress):
-                    await stopper.pipeline.run()
-            finally:
-                await asyncio.to_thread(claims.close)
-        await asyncio.to_thread(_finish, parts, assembly)
-    parts.summary.interrupted = stopper.signalled
-
-
-def _finish(parts: Parts, assembly: AssemblyStage | NoAssembly) -> None:
-    """Every seed has its outcome: seal the log, and make the samples that still waited."""
-    parts.log.seal_outcomes()
-    assembly.finish()
-    parts.log.finish()

@@ -1,9 +1,6 @@
-"""The stages of a run, connected by bounded queues, and how they are stopped."""
+"""The stages of a run, connected by bounded queues: run to the end of the seeds, drained, or cancelled."""
 
 import asyncio
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -19,73 +16,6 @@ from streamsyn.sink.writer import OutcomeWriter
 log = structlog.get_logger()
 
 
-class Stopper:
-    """What SIGTERM, SIGINT and a fleet that is gone do: before the pipeline is up, and while it runs.
-
-    Args:
-        on_second_signal: Called, too, when the second one comes.
-    """
-
-    def __init__(self, on_second_signal: Callable[[], None] | None = None) -> None:
-        self._on_second_signal = on_second_signal
-        self._loop = asyncio.get_running_loop()
-        self.pipeline: Pipeline | None = None
-        self._main = asyncio.current_task()
-        self._signals = 0
-        self._early: str | None = None
-
-    @property
-    def signalled(self) -> bool:
-        """Whether a signal has come."""
-        return self._signals > 0
-
-    def drain(self, why: str) -> None:
-        """Stop when what is in flight is finished; at once, when nothing is yet. For any thread."""
-        with suppress(RuntimeError):  # the run has come to its end meanwhile
-            self._loop.call_soon_threadsafe(self._drain, why)
-
-    def cancel(self, why: str) -> None:
-        """Stop at once."""
-        if self.pipeline is not None:
-            self.pipeline.cancel(why)
-        elif self._main is not None:
-            self._early = why
-            self._main.cancel()
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first signal drains, the second cancels."""
-        loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number in before:
-            loop.add_signal_handler(number, self._on_signal, number.name)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self._early is None:
-                raise
-            raise StoppedEarly(self._early) from None
-        finally:
-            for number, earlier in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, earlier)
-
-    def _on_signal(self, name: str) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            self._drain(f"stopped by {name}")
-            return
-        self.cancel(f"stopped by {name}")
-        if self._signals == 2 and self._on_second_signal is not None:
-            self._on_second_signal()
-
-    def _drain(self, why: str) -> None:
-        if self.pipeline is not None:
-            self.pipeline.drain(why)
-        else:
-            self.cancel(why)
-
-
 @dataclass(frozen=True, slots=True)
 class Stages:
     """The stages of a run, in the order of the flow."""
@@ -97,11 +27,11 @@ class Stages:
 
 
 class Pipeline:
-    """Runs the stages to the end of the seeds, or to an early stop that a later run goes on from.
+    """Runs the stages to the end of the seeds, or to an early stop from which a later run resumes.
 
     Args:
         stages: The stages.
-        queue_size: Bound of each queue.
+        queue_size: Bound of each queue, in items.
         drain_timeout_s: How long requests in flight may take to finish after `drain`.
     """
 
@@ -115,15 +45,17 @@ class Pipeline:
         self._working: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._why_stopped: str | None = None
-        self._left_work = False
         self._unreadable: ConfigError | None = None
+        self._discarded = 0
+        """Items that a drain removed from the work queue."""
+        self._is_cancelled = False
 
     async def run(self) -> None:
         """Run to the end.
 
         Raises:
             ConfigError: A source of seeds could not be read to its end; what was read has outcomes.
-            StoppedEarly: `drain` or `cancel` left something to do, or the reader of stdout is gone.
+            StoppedEarly: `drain` or `cancel` left work to a later run, or the reader of stdout is gone.
             BaseExceptionGroup: A SinkError, or a bug.
         """
         async with asyncio.TaskGroup() as group:
@@ -138,29 +70,44 @@ class Pipeline:
             sinking.add_done_callback(lambda _: self._durable.close())
         if self._deadline is not None:
             self._deadline.cancel()
-        left_work = self._left_work or self._stages.workers.left_work
-        left_work = left_work or self._producing.cancelled() or self._working.cancelled()
-        if self._why_stopped is not None and left_work:
+        if self._why_stopped is not None and self.leaves_work:
             raise StoppedEarly(self._why_stopped)
         if self._unreadable is not None:
             raise self._unreadable
 
+    @property
+    def leaves_work(self) -> bool:
+        """Whether the run leaves anything to do for a later run.
+
+        The one place that decides this, from what each stage took and did not finish. A drain that finds
+        nothing left is the normal end of the run.
+        """
+        unread = self._producing is not None and self._producing.cancelled()
+        given_up = self._working is not None and self._working.cancelled()
+        return (
+            unread  # seeds that were not read, or not put on the work queue
+            or self._discarded > 0  # drafts that no worker had taken
+            or self._stages.workers.left_work  # drafts put down between two of their steps
+            or given_up  # drafts in flight
+            or self._is_cancelled  # at least samples that assembly did not make
+        )
+
     def drain(self, why: str) -> None:
-        """Start nothing new; let what is in flight finish, for `drain_timeout_s` at most."""
+        """Start nothing new; let what is in flight finish, for at most `drain_timeout_s`."""
         if self._why_stopped is not None or self._producing is None:
             return
         self._why_stopped = why
         self._producing.cancel()
-        self._left_work = self._work.discard() > 0
+        self._discarded = self._work.discard()
         self._stages.workers.drain()
         log.info("run.draining", why=why, timeout_s=self._drain_timeout_s)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._drain_timeout_s, self.cancel, "the drain took too long")
 
     def cancel(self, why: str) -> None:
-        """Give up what is in flight; what has been written stays, and is all that a resume needs."""
+        """Give up what is in flight. What has been written stays, and is all that a resume needs."""
         self.drain(why)
-        self._left_work = True  # at the least the samples that assembly will not make
+        self._is_cancelled = True
         if self._working is not None:
             self._working.cancel()
         self._stages.assembly.stop()
@@ -169,13 +116,12 @@ class Pipeline:
         try:
             await self._stages.producer.run(self._work)
         except ConfigError as error:
-            self._unreadable = error  # raised at the end: what has been read is finished first
+            self._unreadable = error  # raised at the end: the seeds that were read are finished first
 
     async def _assemble(self) -> None:
         try:
             await self._stages.assembly.run(self._durable)
         except StoppedEarly as error:
-            self._left_work = True
             self.cancel(str(error))
             async for _ in self._durable:
-                pass  # the log has them; the sink must not wait for us
+                pass  # they are in the log; the sink must not wait for assembly

@@ -1,103 +1,267 @@
-"""`streamsyn verify`: a run directory against its guarantees, and what can be repaired of it."""
+"""`streamsyn verify`: checks every guarantee of a run directory by reading all of it, and repairs it.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+`verify` finds problems and changes nothing. `Verification` is one reading of the directory: first contexts
+and rejects, then samples, which `Reassembly` makes again from the contexts to compare them byte for byte.
+`repair` cuts torn tails, lists unlisted shards, makes derived files again, and drops samples that are wrong.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
+import orjson
 import structlog
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
 from streamsyn.assembly.resources import AssemblyResources, ResourceMissing, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.durable import write_whole
+from streamsyn.sink import shards
+from streamsyn.sink.completed_keys import Claim, Claims, row_key
 from streamsyn.sink.log import RunLog, encode_row
+from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
-from streamsyn.sink.verification import Verification, drop_derived, drop_samples
+from streamsyn.sink.shards import KINDS
+from streamsyn.sink.snapshot import Part, Snapshot
 
 log = structlog.get_logger()
 
-_CALLED = {
+Row = dict[str, Any]
+Problems = Iterator[str]
+Reassemble: TypeAlias = Callable[[Iterator[Row], list[int]], Iterator[bytes]]
+
+_DIFFERS = "differs from what the log assembles to"
+_RESOURCES = {
     "assembly.prompts": "packaged templates",
     "assembly.tokenizer": "the tokenizer",
     "assembly.corpus": "the corpus",
 }
 
 
-def verify(root: Path) -> tuple[list[str], Verification]:
-    """What is wrong with a run directory, and what was read of it.
+def verify(root: Path) -> "tuple[list[str], Verification]":
+    """Check a run directory; returns the problems found, and the reading with its notes and counts.
 
     Raises:
-        ConfigError: It is no run directory.
+        ConfigError: It is not a run directory.
     """
-    verification = Verification(root)
     config, shaping = _saved(root)
+    verification = Verification(root)
     problems: list[str] = []
-    again = None
+    reassembly = None
     if config.assembly.write:
         try:
-            again = Reassembly(config, shaping)
+            reassembly = Reassembly(config, shaping)
         except ResourceMissing as error:
             verification.notes.append(f"samples are not compared with the log: {error}")
         except ConfigError as error:
             problems.append(f"samples cannot be compared with the log: {error}")
-    if again is not None and again.changed:
-        changed = ", ".join(again.changed)
+    if reassembly is not None and reassembly.changed:
+        changed = ", ".join(reassembly.changed)
         verification.notes.append(f"samples are not compared with the log: changed since: {changed}")
-        again = None
-    return [*problems, *verification.problems(again)], verification
+        reassembly = None
+    return [*problems, *verification.problems(reassembly)], verification
 
 
 def repair(root: Path) -> None:
-    """Cut torn ends off, list sealed shards that the manifest was not told of, make the index anew.
+    """Cut torn tails, list sealed shards that are missing from the manifest, and make the index again.
 
-    Samples are dropped from the first shard on that something is wrong with, when the log that they
-    are made of is sound: the next run makes them again.
+    When contexts and rejects are sound, samples are dropped from the first wrong shard on: the next run
+    makes them again.
 
     Raises:
         DirectoryInUse: A run is writing to it.
-        ConfigError: It is no run directory.
+        ConfigError: It is not a run directory.
         SinkError: It cannot be read or written.
     """
     config, _ = _saved(root)
     directory = RunDirectory(root)
     try:
         _, found = verify(root)
-        drop_derived(root)
+        _drop_derived(root)
         if found.log_is_sound and found.bad_samples is not None:
-            drop_samples(root, found.manifest, found.bad_samples)
-            log.warning("verify.samples_dropped", first=found.bad_samples, then="run again to make them anew")
+            _drop_samples(root, found.manifest, found.bad_samples)
+            log.warning(
+                "verify.samples_dropped", first=found.bad_samples, then="run again to make them again"
+            )
         RunLog(root, config.sink).close()
     finally:
         directory.close()
+
+
+class Verification:
+    """One reading of a run directory.
+
+    Attributes:
+        counts: Rows read, by kind.
+        notes: What is not wrong, but normal after a run was interrupted.
+        log_is_sound: Whether contexts and rejects have no problem; everything else can be made from them.
+        bad_samples: The path of the first shard of samples with a problem.
+
+    Raises:
+        ConfigError: The manifest has an invalid line.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.counts = dict.fromkeys(KINDS, 0)
+        self._next_seq = dict.fromkeys(KINDS, 0)
+        self.notes: list[str] = []
+        self.log_is_sound = True
+        self.bad_samples: str | None = None
+        try:
+            self._snapshot = Snapshot(root)
+        except SinkError as error:
+            raise ConfigError(str(error)) from error
+        self.manifest = self._snapshot.manifest
+
+    def problems(self, reassemble: Reassemble | None) -> Problems:
+        """Every problem, one line each.
+
+        Args:
+            reassemble: Makes the lines of samples again from the rows of contexts and the numbers of contexts
+                after which streams ended; None does not compare samples with the log.
+        """
+        if torn := self._snapshot.torn_bytes:
+            self.notes.append(f"manifest.jsonl: {torn} bytes of an unfinished last line")
+        for problem in self._check_log():
+            self.log_is_sound = False
+            yield problem
+        # Samples cannot be made from a log that is not sound.
+        yield from self._check_all_samples(reassemble if self.log_is_sound else None)
+        yield from self._check_spool()
+        final, sealed = self.manifest.final, self._sealed
+        if final and (differing := [kind for kind in KINDS if final.get(kind) != sealed[kind]]):
+            yield f"manifest.jsonl: its final line does not match the rows of {', '.join(differing)}"
+        elif not self._is_finished:
+            self.notes.append("manifest.jsonl: no final line after all rows: the run is not finished")
+
+    @property
+    def _sealed(self) -> dict[str, int]:
+        return {kind: sum(shard.rows for shard in self.manifest.of_kind(kind)) for kind in KINDS}
+
+    @property
+    def _is_finished(self) -> bool:
+        """Whether the final line covers all rows: a run may have resumed with more seeds since."""
+        return self.manifest.final is not None and self.counts == self._sealed
+
+    def _check_log(self) -> Problems:
+        for kind in ("contexts", "rejects"):
+            for part in self._snapshot.parts[kind]:
+                yield from self._check_part(part)
+        with tempfile.TemporaryDirectory() as folder:
+            claims = Claims(None, Path(folder) / "keys.sqlite")
+            try:
+                for kind in ("contexts", "rejects"):
+                    yield from self._check_rows(kind, claims)
+            finally:
+                claims.close()
+
+    def _check_part(self, part: Part) -> Problems:
+        path = self._root / part.name
+        if path.is_dir():
+            yield f"{part.name}: is a directory; a shard belongs here"
+        elif part.sealed is not None:
+            try:
+                yield from _check_sealed(self._root, part.sealed)
+            except OSError as error:
+                yield f"{part.name}: cannot be read: {error.strerror}"
+        elif part.is_open:
+            if torn := part.bytes - max((end for end, _ in part.scan()), default=0):
+                self.notes.append(f"{part.name}: {torn} bytes of an unfinished last row")
+        else:
+            self.notes.append(f"{part.name}: sealed, but not listed in manifest.jsonl")
+
+    def _check_rows(self, kind: str, claims: Claims) -> Problems:
+        for part in self._snapshot.parts[kind]:
+            with claims.batch():
+                for row in part.rows():
+                    yield from self._check_seq(kind, part, row)
+                    where = f"{part.name}: row {row.get('seq')}"
+                    try:
+                        key = row_key(row)
+                    except (KeyError, TypeError, ValueError, AttributeError):
+                        yield f"{where} does not name its seed"
+                        continue
+                    if claims.claim(key) is Claim.REPEATED:
+                        yield f"{where}: {row.get('id') or row.get('origin')} has more than one outcome"
+
+    def _check_all_samples(self, reassemble: Reassemble | None) -> Problems:
+        contexts = (row for part in self._snapshot.parts["contexts"] for row in part.rows())
+        again = reassemble(contexts, self.manifest.flushes) if reassemble is not None else None
+        for part in self._snapshot.parts["samples"]:
+            for problem in self._check_samples(part, again):
+                if problem.endswith(_DIFFERS):
+                    again = None  # all samples after it would differ as well
+                self.bad_samples = self.bad_samples or part.path
+                yield problem
+        if again is not None and self._is_finished and next(again, None) is not None:
+            yield "samples: fewer than the log assembles to"
+
+    def _check_samples(self, part: Part, again: Iterator[bytes] | None) -> Problems:
+        yield from self._check_part(part)
+        logged = range(self.counts["contexts"])
+        for row in part.rows():
+            yield from self._check_seq("samples", part, row)
+            where, seqs = f"{part.name}: sample {row.get('seq')}", row.get("context_seqs")
+            if not isinstance(seqs, list) or any(seq is not None and seq not in logged for seq in seqs):
+                yield f"{where} names contexts that are not in the log"
+            if again is not None and next(again, None) != shards.line(row):
+                yield f"{where} {_DIFFERS}"
+                again = None
+
+    def _check_seq(self, kind: str, part: Part, row: Row) -> Problems:
+        expected, seq = self._next_seq[kind], row.get("seq")
+        if seq != expected:
+            yield f"{part.name}: seq is {seq}, expected {expected}"
+        self._next_seq[kind] = (seq if isinstance(seq, int) else expected) + 1
+        self.counts[kind] += 1
+
+    def _check_spool(self) -> Problems:
+        path = self._root / "spool" / "stdin.jsonl"
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if _is_spooled(line):
+                    continue
+                if file.read(1):
+                    yield f"spool/stdin.jsonl:{number} is damaged: seeds after it would not be read again"
+                else:
+                    self.notes.append(f"spool/stdin.jsonl: {len(line)} bytes of an unfinished last line")
+                return
 
 
 class Reassembly:
     """Makes the lines of samples again from the contexts of a log.
 
     Args:
-        config: That of the run.
-        shaping: The run's fingerprint: it has the templates as they were, wherever they are now.
+        config: The run's configuration.
+        shaping: The run's fingerprint, which holds the templates as they were.
+
+    Attributes:
+        changed: Resources that have changed since the run used them; samples cannot be compared then.
 
     Raises:
         ConfigError: A template cannot be used.
-        MaterialGone: The tokenizer or the corpus cannot be had (any more).
+        ResourceMissing: The tokenizer or the corpus cannot be loaded.
     """
 
     def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
         self._config = config
-        with TemporaryDirectory() as folder:
-            self._materials = AssemblyResources(with_templates(config.assembly, shaping, Path(folder)))
-        now = self._materials.fingerprint()
-        self.changed = [_CALLED[key] for key, value in now.items() if shaping.get(key, value) != value]
-        """What samples are made with and is not as it was when the run used it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._resources = AssemblyResources(with_templates(config.assembly, shaping, Path(folder)))
+        now = self._resources.fingerprint()
+        self.changed = [_RESOURCES[key] for key, value in now.items() if shaping.get(key, value) != value]
         if "assembly.max_similarity" not in shaping:
-            self.changed.append("how samples are made, by a newer version")
+            self.changed.append("how samples are made, in this newer version")
 
     def __call__(self, contexts: Iterable[dict[str, Any]], flushes: Sequence[int]) -> Iterator[bytes]:
-        """The lines, in order; `flushes` are the numbers of contexts at which streams ended."""
-        assembler = self._materials.assembler(self._config.run.seed)
+        """The lines in order; `flushes` are the numbers of contexts after which streams ended."""
+        assembler = self._resources.assembler(self._config.run.seed)
         made = (one.sample() for some in self._batches(assembler, contexts, flushes) for one in some)
         return (encode_row(seq, sample) for seq, sample in enumerate(made))
 
@@ -113,8 +277,53 @@ class Reassembly:
 
 
 def _saved(root: Path) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the fingerprint that a directory was made with."""
+    """The configuration and the fingerprint of a run directory."""
     config, saved = saved_config(root), read_run_json(root)
     if config is None or saved is None:
-        raise ConfigError(f"{root} is no run directory: it has no run.json")
+        raise ConfigError(f"{root} is not a run directory: it has no run.json")
     return config, saved["fingerprint"]
+
+
+def _check_sealed(root: Path, shard: SealedShard) -> Problems:
+    path = root / shard.path
+    if not path.exists():
+        yield f"{shard.path}: is missing; restore it from a copy"
+        return
+    if (size := path.stat().st_size) != shard.bytes:
+        yield f"{shard.path}: {size} bytes, the manifest says {shard.bytes}; restore it from a copy"
+        return
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != shard.sha256:
+        yield f"{shard.path}: has changed since it was sealed (sha256); restore it from a copy"
+    rows = sum(1 for _ in shards.rows(path))
+    if rows != shard.rows:
+        yield f"{shard.path}: {rows} rows, the manifest says {shard.rows}"
+
+
+def _is_spooled(line: bytes) -> bool:
+    try:
+        spooled = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return line.endswith(b"\n") and isinstance(spooled, dict) and list(spooled) in (["seed"], ["bad"])
+
+
+def _drop_samples(root: Path, manifest: Manifest, first: str) -> None:
+    """Remove the shards of samples from `first` on, and the manifest's final line."""
+    # Files first: after a kill in between, the listed shards are found missing, and dropped again.
+    for path in (root / "samples").glob("part-*"):
+        if path.is_file() and str(path.relative_to(root)) >= first:
+            path.unlink()
+    kept = []
+    for line in (root / "manifest.jsonl").read_bytes()[: manifest.good_bytes].splitlines(keepends=True):
+        listed = orjson.loads(line)
+        if not listed.get("final") and not (listed.get("kind") == "samples" and listed["path"] >= first):
+            kept.append(line)
+    write_whole(root / "manifest.jsonl", b"".join(kept))
+
+
+def _drop_derived(root: Path) -> None:
+    """Remove what can be made from the log: the index, and the state of assembly."""
+    for path in (*(root / "index").glob("*.sqlite*"), root / "assembly.json"):
+        path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
-"""The log of one kind of record: a row of sealed shards and one that is open.
+"""The log of a run: contexts, rejects and samples, each a series of sealed shards and one open shard.
 
-The whole log of a run directory: contexts, rejects, samples, and what is known to be finished.
+`RunLog` is the whole log of a run directory, `ShardLog` the part of one kind of row. An append goes to the
+open shard; when that reaches `sink.shard_bytes` it is sealed, listed in the manifest and added to the index
+of completed keys, in this order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,21 +27,150 @@ log = structlog.get_logger()
 
 Record = Context | Reject | Sample
 
-
+_STATE = "assembly.json"
 _MAX_ROWS = 64
-"""Rows written at once: bounds the buffer for samples of many MB."""
+"""Rows in one append: bounds the buffer for samples of many MB."""
+
+
+class RunLog:
+    """The log of a run directory, opened to append. Every method may block on the disk.
+
+    Opening takes up what an earlier run left: it reads the manifest, the open shards, and those sealed shards
+    that a kill kept from being indexed (usually one), so its cost does not grow with the number of outcomes.
+
+    Args:
+        root: The run directory, which this process has locked.
+        sink: Size of a shard, and compression.
+
+    Raises (all methods):
+        SinkError: The disk failed, or a file of the log is damaged.
+    """
+
+    def __init__(self, root: Path, sink: SinkSection) -> None:
+        self.root = root
+        manifest = root / "manifest.jsonl"
+        if not manifest.exists():
+            manifest.touch()
+            sync_folder(root)
+        self.manifest = Manifest(manifest)
+        self.manifest.cut_torn_line()
+        self._completed = CompletedKeys(root / "index" / "finished.sqlite")
+        index = self._completed.add_shard
+        self.contexts = ShardLog(root, "contexts", self.manifest, sink, index)
+        self.rejects = ShardLog(root, "rejects", self.manifest, sink, index)
+        self.samples = ShardLog(root, "samples", self.manifest, sink)
+        self.samples.recover()
+        tail = [*self.contexts.recover(), *self.rejects.recover()]
+        self._completed.catch_up(self.manifest, root, [row_key(row) for row in tail])
+        self.journal = Journal(root / "journal.sqlite")
+        self._unsynced: list[bytes] = []
+        """Keys of drafts with steps in the journal whose outcome is written, but not yet synced."""
+
+    @property
+    def outcomes(self) -> int:
+        """Number of contexts and rejects in the log."""
+        return self.contexts.rows + self.rejects.rows
+
+    def claims(self) -> Claims:
+        """The set by which the producer knows what is already completed, or read earlier in this run."""
+        claims = Claims(self._completed.path, self.root / "index" / "read.sqlite")
+        # An earlier run may have been killed between syncing these outcomes and dropping their steps.
+        self.journal.drop(claims.finished(self.journal.keys()))
+        return claims
+
+    def append(self, outcomes: Sequence[Outcome]) -> list[tuple[int, Outcome]]:
+        """Write outcomes so that they survive a kill of this process; returns each with its seq."""
+        contexts = [outcome for outcome in outcomes if isinstance(outcome, Context)]
+        rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+        written: list[tuple[int, Outcome]] = []
+        if contexts:
+            written += zip(self.contexts.append(contexts), contexts, strict=True)
+        if rejects:
+            written += zip(self.rejects.append(rejects), rejects, strict=True)
+        self._unsynced += [outcome.key for outcome in outcomes if self.journal.holds(outcome.key)]
+        return written
+
+    def sync(self) -> None:
+        """Sync the outcomes written so far, so that they survive a loss of power."""
+        self.contexts.sync()
+        self.rejects.sync()
+        synced, self._unsynced = self._unsynced, []
+        self.journal.drop(synced)
+
+    def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
+        """Rows of contexts from `first_seq` up to, but not including, `end_seq`."""
+        return _read_rows(self.root, self.manifest, "contexts", first_seq, end_seq)
+
+    def read_sample_lines(self) -> Iterator[bytes]:
+        """The samples in the log, each as its line."""
+        return map(shards.line, _read_rows(self.root, self.manifest, "samples", 0, self.samples.rows))
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The assembly state saved last; None when there is none, or it is damaged."""
+        try:
+            state: dict[str, Any] = orjson.loads((self.root / _STATE).read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return None
+        return state
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Save the assembly state, after syncing the samples that it counts."""
+        self.samples.sync()
+        write_whole(self.root / _STATE, orjson.dumps(state))
+
+    def seal_outcomes(self) -> None:
+        """Seal contexts and rejects at the end of the stream, and record in the manifest where it ended."""
+        self.contexts.seal()
+        self.rejects.seal()
+        if not self.manifest.flushes or self.manifest.flushes[-1] != self.contexts.rows:
+            self.manifest.add_flush(self.contexts.rows)
+
+    def finish(self) -> None:
+        """Seal the samples and write the manifest's final line: every seed has its outcome."""
+        self.samples.seal()
+        if self.manifest.final is None:
+            totals = {
+                "contexts": self.contexts.rows,
+                "rejects": self.rejects.rows,
+                "samples": self.samples.rows,
+            }
+            self.manifest.add_final(totals)
+        self.journal.close(remove_empty=True)
+
+    def close(self, *, quietly: bool = False) -> None:
+        """Sync and leave the open shards for a later run. Closes everything, even when a sync fails.
+
+        Args:
+            quietly: Log failures instead of raising them: a different error is already being raised.
+
+        Raises:
+            SinkError: A shard cannot be synced.
+        """
+        failures = []
+        for shard_log in (self.contexts, self.rejects, self.samples):
+            try:
+                shard_log.close()
+            except SinkError as error:
+                failures.append(error)
+        self._completed.close()
+        self.journal.close()
+        if failures and not quietly:
+            raise failures[0]
+        for failure in failures:
+            log.warning("log.close_failed", why=str(failure))
 
 
 class ShardLog:
-    """Appends records of one kind, gives each its `seq`, and seals shards by size.
+    """The rows of one kind: numbered by `seq`, appended to the open shard, which is sealed when it is full.
 
-    Not for two threads at a time. Every method may block on the disk and may raise SinkError.
+    Not thread-safe. Every method may block on the disk and may raise SinkError.
 
     Args:
         root: The run directory.
         kind: One of KINDS; names the folder.
-        manifest: Told of each sealed shard.
-        on_sealed: Called with each sealed shard and the keys of its rows.
+        manifest: Gets an entry for each sealed shard.
+        sink: Size of a shard, and compression.
+        on_sealed: Called with each sealed shard and the keys of its rows, one after the other.
     """
 
     def __init__(
@@ -56,19 +187,20 @@ class ShardLog:
         self._sink = sink
         self._on_sealed = on_sealed
         self._keys = bytearray()
+        """Keys of the rows in the open shard."""
         self._shard: OpenShard | None = None
         sealed = manifest.of_kind(kind)
         self._number = len(sealed)
         self.rows = sealed[-1].last_seq + 1 if sealed else 0
-        """Rows in the log, sealed or not; also the seq of the next one."""
+        """Rows in the log, sealed or not; also the seq of the next row."""
 
     def recover(self) -> list[dict[str, Any]]:
-        """Take up the open shard that an earlier run left; the rows in it, less their long texts."""
-        with _translated(f"take up {self._kind} in {self._root}"):
+        """Take up the open shard of an earlier run; returns its rows without their long texts."""
+        with _disk_errors_as_sink_errors(f"take up {self._kind} in {self._root}"):
             path = self._path(self._number)
             open_path = path.with_name(path.name + OPEN_SUFFIX)
             self._refuse_unlisted(beyond=path)
-            if path.exists():  # killed between the new name and the manifest's line
+            if path.exists():  # the earlier run was killed between the rename and the manifest's line
                 path.rename(open_path)
             if not open_path.exists():
                 return []
@@ -80,25 +212,29 @@ class ShardLog:
                 self._keys += row_key(row)
         return kept
 
+    def encode(self, records: Sequence[Record]) -> Iterator[bytes]:
+        """The lines that `records` get in the log if they are appended next."""
+        return (encode_row(seq, record) for seq, record in enumerate(records, self.rows))
+
     def append(self, records: Sequence[Record]) -> list[int]:
-        """Write records, so that they survive a kill of this process; their seqs."""
-        with _translated(f"write {self._kind} to {self._root}"):
+        """Write records so that they survive a kill of this process; returns their seqs."""
+        with _disk_errors_as_sink_errors(f"write {self._kind} to {self._root}"):
             first = self.rows
             while (done := self.rows - first) < len(records):
-                self._append(records[done : done + _MAX_ROWS])
+                self._append_some(records[done : done + _MAX_ROWS])
         return list(range(first, self.rows))
 
     def sync(self) -> None:
-        """Have everything appended so far survive a loss of power."""
+        """Sync the rows appended so far, so that they survive a loss of power."""
         if self._shard is not None:
-            with _translated(f"sync {self._kind} in {self._root}"):
+            with _disk_errors_as_sink_errors(f"sync {self._kind} in {self._root}"):
                 self._shard.sync()
 
     def seal(self) -> None:
-        """Seal the open shard, if it holds anything."""
+        """Seal the open shard, if it has rows."""
         if self._shard is None or not self._shard.rows:
             return
-        with _translated(f"seal a shard of {self._kind} in {self._root}"):
+        with _disk_errors_as_sink_errors(f"seal a shard of {self._kind} in {self._root}"):
             sealed = self._shard.seal(self._root)
             self._shard = None
             self._manifest.add_shard(sealed)
@@ -111,12 +247,13 @@ class ShardLog:
         """Sync, and leave the open shard for a later run."""
         shard, self._shard = self._shard, None
         if shard is not None:
-            with _translated(f"sync {self._kind} in {self._root}"):
+            with _disk_errors_as_sink_errors(f"sync {self._kind} in {self._root}"):
                 shard.close()
 
-    def _append(self, records: Sequence[Record]) -> None:
-        """Write the first of `records`: as many as fill the shard, so that shards end at the same rows
-        however rows came together.
+    def _append_some(self, records: Sequence[Record]) -> None:
+        """Append as many of `records` as fill the shard, at least one.
+
+        So shards end at the same rows, however the rows were batched.
         """
         if self._shard is None:
             self._shard = OpenShard(self._path(self._number), self._kind, self.rows)
@@ -125,19 +262,18 @@ class ShardLog:
         while room > 0 and len(lines) < len(records):
             lines.append(encode_row(self.rows + len(lines), records[len(lines)]))
             room -= len(lines[-1])
-        # Nothing counts before it is written: after an error the log is as it was.
-        self._shard.append(b"".join(lines))
         records = records[: len(lines)]
+        self._shard.append(lines, map(_counted, records))
         self.rows += len(records)
-        for record in records:
-            self._shard.count(_figures(record))
-            if self._on_sealed is not None and not isinstance(record, Sample):
-                self._keys += record.key
+        if self._on_sealed is not None:
+            for record in records:
+                if not isinstance(record, Sample):
+                    self._keys += record.key
         if self._shard.bytes >= self._sink.shard_bytes:
             self.seal()
 
     def _refuse_unlisted(self, beyond: Path) -> None:
-        """Only the shard that comes next may be missing from the manifest, or the manifest has lost lines."""
+        """Only the newest shard may be missing from the manifest; more means that it has lost lines."""
         name = beyond.name + OPEN_SUFFIX
         unlisted = [path for path in beyond.parent.glob("part-*") if path.name > name]
         if unlisted:
@@ -157,7 +293,41 @@ def encode_row(seq: int, record: Record) -> bytes:
     return b'{"seq":%d,%s' % (seq, body[1:])
 
 
-def _figures(record: Record) -> dict[str, Any]:
+def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:
+    """The shards of a kind that hold rows from `first_seq` on, in order; the open one is the last."""
+    listed = manifest.of_kind(kind)
+    for shard in listed:
+        if shard.last_seq >= first_seq:
+            yield root / shard.path
+    # The rest: shards sealed since, one sealed by a run that was killed before it was listed, the open one.
+    known = {root / shard.path for shard in listed}
+    yield from sorted(path for path in (root / kind).glob("part-*") if path not in known)
+
+
+def _read_rows(
+    root: Path, manifest: Manifest, kind: str, first_seq: int, end_seq: int
+) -> Iterator[dict[str, Any]]:
+    """Rows from `first_seq` up to, but not including, `end_seq`, from sealed and open shards.
+
+    Raises:
+        SinkError: A shard is missing or damaged.
+    """
+    seq, tries = first_seq, 0
+    while seq < end_seq and tries < 3:
+        before = seq
+        for path in shard_paths(root, manifest, kind, seq):
+            with suppress(FileNotFoundError):  # a different thread has just sealed it: look again
+                for row in shards.rows(path):
+                    if row.get("seq") == seq < end_seq:
+                        yield row
+                        seq += 1
+        tries = 0 if seq > before else tries + 1
+    if seq < end_seq:
+        raise SinkError(f"row {seq} of {root / kind} cannot be read: run `streamsyn verify {root}`")
+
+
+def _counted(record: Record) -> dict[str, Any]:
+    """What the manifest adds up of a record."""
     if not isinstance(record, Context):
         return {}
     return {
@@ -169,168 +339,12 @@ def _figures(record: Record) -> dict[str, Any]:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Turn an OSError into a SinkError that says what was being done."""
+def _disk_errors_as_sink_errors(action: str) -> Iterator[None]:
+    """Raise an OSError of the block as a SinkError: "cannot `action`: why; what to do"."""
     try:
         yield
     except OSError as error:
         raise SinkError(
-            f"cannot {what}: {error.strerror}; what is on disk stays valid: make room and run again to go on"
+            f"cannot {action}: {error.strerror}; "
+            "what is on disk stays valid: make room and run again to resume"
         ) from error
-
-
-_STATE = "assembly.json"
-
-
-class RunLog:
-    """Opens the log of a run, taking up what an earlier one left. Every method may block.
-
-    Reads the manifest, the open shards, and those sealed shards that a kill kept from being
-    indexed (one, as a rule): what it costs does not grow with the number of outcomes.
-    """
-
-    def __init__(self, root: Path, sink: SinkSection) -> None:
-        self.root = root
-        manifest = root / "manifest.jsonl"
-        if not manifest.exists():
-            manifest.touch()
-            sync_folder(root)
-        self.manifest = Manifest(manifest)
-        self.manifest.cut_torn_line()
-        self._finished = CompletedKeys(root / "index" / "finished.sqlite")
-        indexed = self._finished.add_shard
-        self.contexts = ShardLog(root, "contexts", self.manifest, sink, indexed)
-        self.rejects = ShardLog(root, "rejects", self.manifest, sink, indexed)
-        self.samples = ShardLog(root, "samples", self.manifest, sink)
-        self.samples.recover()
-        tail = [*self.contexts.recover(), *self.rejects.recover()]
-        self._finished.catch_up(self.manifest, root, [row_key(row) for row in tail])
-        self.journal = Journal(root / "journal.sqlite")
-        self._settled: list[bytes] = []
-        """Drafts with steps in the journal whose outcome is written and not yet on disk."""
-
-    @property
-    def outcomes(self) -> int:
-        """Contexts and rejects in the log."""
-        return self.contexts.rows + self.rejects.rows
-
-    def claims(self) -> Claims:
-        """The set that tells the producer what need not be done again."""
-        claims = Claims(self._finished.path, self.root / "index" / "read.sqlite")
-        # Killed between the sync and the drop: their outcomes are in the log.
-        self.journal.drop(claims.finished(self.journal.keys()))
-        return claims
-
-    def append(self, outcomes: Sequence[Outcome]) -> list[tuple[int, Outcome]]:
-        """Write outcomes, so that they survive a kill of this process; each with its seq."""
-        contexts = [outcome for outcome in outcomes if isinstance(outcome, Context)]
-        rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
-        written: list[tuple[int, Outcome]] = []
-        if contexts:
-            written += zip(self.contexts.append(contexts), contexts, strict=True)
-        if rejects:
-            written += zip(self.rejects.append(rejects), rejects, strict=True)
-        self._settled += [outcome.key for outcome in outcomes if self.journal.holds(outcome.key)]
-        return written
-
-    def sync(self) -> None:
-        """Have all outcomes written so far survive a loss of power."""
-        self.contexts.sync()
-        self.rejects.sync()
-        settled, self._settled = self._settled, []
-        self.journal.drop(settled)
-
-    def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
-        """Rows of contexts from `first_seq` up to, not with, `end_seq`."""
-        return _read_rows(self.root, self.manifest, "contexts", first_seq, end_seq)
-
-    def read_samples(self) -> Iterator[dict[str, Any]]:
-        """Rows of the samples that are there by now."""
-        return _read_rows(self.root, self.manifest, "samples", 0, self.samples.rows)
-
-    def load_state(self) -> dict[str, Any] | None:
-        """Where assembly stood when it was last saved; None when that is lost."""
-        try:
-            state: dict[str, Any] = orjson.loads((self.root / _STATE).read_bytes())
-        except (OSError, orjson.JSONDecodeError):
-            return None
-        return state
-
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Keep where assembly stands. The samples made so far are on disk before it says so."""
-        self.samples.sync()
-        write_whole(self.root / _STATE, orjson.dumps(state))
-
-    def seal_outcomes(self) -> None:
-        """Seal what is open, at the end of the stream, and note where it ended."""
-        self.contexts.seal()
-        self.rejects.seal()
-        if not self.manifest.flushes or self.manifest.flushes[-1] != self.contexts.rows:
-            self.manifest.add_flush(self.contexts.rows)
-
-    def finish(self) -> None:
-        """Note that everything is done."""
-        self.samples.seal()
-        if self.manifest.final is None:
-            totals = {
-                "contexts": self.contexts.rows,
-                "rejects": self.rejects.rows,
-                "samples": self.samples.rows,
-            }
-            self.manifest.add_final(totals)
-        self.journal.close(remove_empty=True)
-
-    def close(self, *, quietly: bool = False) -> None:
-        """Sync and leave open shards for a later run. Closes all, even when one cannot be synced.
-
-        Args:
-            quietly: Log what goes wrong in place of raising it: another error is on its way already.
-
-        Raises:
-            SinkError: A shard cannot be synced.
-        """
-        failures = []
-        for shard_log in (self.contexts, self.rejects, self.samples):
-            try:
-                shard_log.close()
-            except SinkError as error:
-                failures.append(error)
-        self._finished.close()
-        self.journal.close()
-        if failures and not quietly:
-            raise failures[0]
-        for failure in failures:
-            log.warning("log.close_failed", why=str(failure))
-
-
-def _read_rows(
-    root: Path, manifest: Manifest, kind: str, first_seq: int, end_seq: int
-) -> Iterator[dict[str, Any]]:
-    """Rows from `first_seq` up to, not with, `end_seq`, sealed and open ones.
-
-    Raises:
-        SinkError: A shard is missing or damaged.
-    """
-    seq, tries = first_seq, 0
-    while seq < end_seq and tries < 3:
-        before = seq
-        for path in shard_paths(root, manifest, kind, seq):
-            with suppress(FileNotFoundError):  # another thread has just sealed it: look again
-                for row in shards.rows(path):
-                    if row.get("seq") == seq < end_seq:
-                        yield row
-                        seq += 1
-        tries = 0 if seq > before else tries + 1
-    if seq < end_seq:
-        raise SinkError(f"row {seq} of {root / kind} cannot be read; `streamsyn verify` says why")
-
-
-def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:
-    """The shards of a kind that hold rows from `first_seq` on, in order: the open one is the last."""
-    listed = manifest.of_kind(kind)
-    for shard in listed:
-        if shard.last_seq >= first_seq:
-            yield root / shard.path
-    # The rest: the open shard, and before it what has been sealed since, or by one who was killed.
-    known = {root / shard.path for shard in listed}
-    yield from sorted(path for path in (root / kind).glob("part-*") if path not in known)

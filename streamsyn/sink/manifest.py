@@ -1,7 +1,7 @@
-"""manifest.jsonl: one line a sealed shard, in the order of sealing; the last one says `final`.
+"""manifest.jsonl: one line for each sealed shard, in the order of sealing, and a final line at the end.
 
-A `flush` line stands where a stream of seeds came to its end: from there on, contexts that still
-waited for distractors were assembled with what there was. It is part of what samples are a function of.
+A `flush` line records that a stream of seeds ended after N contexts: there, contexts that still waited for
+distractors were assembled with what there was. So samples are a function of the log and of these lines.
 """
 
 import os
@@ -18,7 +18,7 @@ from streamsyn.errors import SinkError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedShard:
-    """What the manifest says of one sealed shard; `path` is relative to the run directory."""
+    """The manifest's entry for one sealed shard; `path` is relative to the run directory."""
 
     kind: str
     path: str
@@ -33,19 +33,23 @@ class SealedShard:
 
 
 class Manifest:
-    """The manifest of a run directory: read once, appended to line by line, each line synced."""
+    """The manifest of a run directory: read once, then appended to; each line is synced.
+
+    Raises:
+        SinkError: A line before the last one is invalid.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()  # contexts and samples are sealed by different threads
         self.shards: list[SealedShard] = []
         self.flushes: list[int] = []
-        """Numbers of contexts at which a stream ended."""
+        """Numbers of contexts after which a stream of seeds ended."""
         self.final: dict[str, Any] | None = None
         self.good_bytes = 0
-        """Bytes of whole lines."""
+        """Size of the whole lines, without a torn last line."""
         self.on_line: Callable[[Any], None] | None = None
-        """Called with each line that has been appended; must not block."""
+        """Called with each line after it was appended; must not block."""
         if path.exists():
             self._read()
 
@@ -55,37 +59,37 @@ class Manifest:
 
     @property
     def torn_bytes(self) -> int:
-        """Bytes of an unfinished last line."""
+        """Size of a torn last line."""
         return self._path.stat().st_size - self.good_bytes if self._path.exists() else 0
 
     def cut_torn_line(self) -> None:
-        """Remove what a kill left of a line that was being written."""
+        """Remove a torn last line, left by a kill."""
         if self.torn_bytes:
             os.truncate(self._path, self.good_bytes)
 
     def add_shard(self, shard: SealedShard) -> None:
-        """Append the line of a shard that has just been sealed."""
+        """Append the entry of a shard that has just been sealed."""
         with self._lock:
             self._append(shard)
             self.shards.append(shard)
             self.final = None
 
     def add_flush(self, contexts: int) -> None:
-        """Note that the stream ended after so many contexts."""
+        """Record that the stream of seeds ended after this number of contexts."""
         with self._lock:
             self._append({"flush": True, "contexts": contexts})
             self.flushes.append(contexts)
             self.final = None
 
     def add_final(self, line: dict[str, Any]) -> None:
-        """Note that every seed has its outcome and every sample is written."""
+        """Record that every seed has its outcome and every sample is written."""
         with self._lock:
             self._append({"final": True, **line})
             self.final = line
 
     def _append(self, line: Any) -> None:
         data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-        self.cut_torn_line()  # a disk that was full has room again: no line must join half a line
+        self.cut_torn_line()  # left by a disk that was full: no line may be joined to half a line
         with self._path.open("ab") as file:
             file.write(data)
             file.flush()
@@ -103,14 +107,14 @@ class Manifest:
                     self._take(orjson.loads(line))
                 except orjson.JSONDecodeError as error:
                     if not file.read(1):
-                        return  # a power loss may keep the end of the last line without its beginning
+                        return  # after a loss of power the last line may have its end and not its start
                     raise self._refuse(number, error) from error
                 except (AttributeError, ValueError, TypeError, KeyError) as error:
                     raise self._refuse(number, error) from error
                 self.good_bytes += len(line)
 
     def _refuse(self, number: int, error: Exception) -> SinkError:
-        return SinkError(f"{self._path}:{number} is no line of a manifest: {error}")
+        return SinkError(f"{self._path}:{number}: invalid manifest line: {error}")
 
     def _take(self, line: dict[str, Any]) -> None:
         self.final = None

@@ -1,9 +1,8 @@
-"""The far side of a mirror: files behind a URL, each read back after it was written.
+"""The mirror as a thread: it follows the manifest, copies what is sealed, and tries again after a failure.
 
-The mirror: sealed shards are copied to another place while the run goes on.
-
-Writing never waits for it. It has a thread of its own, and is no asyncio task: what hangs in a file system
-cannot be cancelled, and must not hold up the end of the run.
+What is copied, and in which order, is decided in `mirror_plan`. Writing the log never waits for the mirror.
+It is a thread and not an asyncio task: a call that hangs in a file system cannot be cancelled, and must not
+delay the end of the run.
 """
 
 import threading
@@ -24,26 +23,25 @@ from streamsyn.sink.mirror_plan import MirrorPlan
 
 log = structlog.get_logger()
 
-
 FIRST_CONTACT_S = 10.0
-"""A run begins after this, whether the mirror has answered or not."""
+"""A run waits this long at most for the mirror's first answer."""
 BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
-_NAMED = 8
-"""So many missing files are named."""
+_MAX_NAMED = 8
+"""Missing files named in the log."""
 
 
 @contextmanager
-def mirrored(root: Path, sink: SinkSection) -> Iterator["Mirror | NoMirror"]:
-    """A mirror of a run directory, if the section wants one, for as long as the block runs.
+def mirrored(root: Path, sink: SinkSection) -> Iterator["Mirror | None"]:
+    """Mirror a run directory while the block runs; yields None when `sink.mirror` is not set.
 
-    At the end of the block it may take `sink.mirror_timeout_s` to catch up; after an error it may not.
+    At the end of the block the mirror has `sink.mirror_timeout_s` to catch up; after an error it has no time.
 
     Raises:
-        ConfigError: The URL cannot be used, or another run is there.
+        ConfigError: The URL cannot be used, or the mirror holds a different run.
     """
-    if not sink.mirror:  # "" switches off what run.json remembers
-        yield NoMirror()
+    if not sink.mirror:  # "" switches off the mirror that run.json remembers
+        yield None
         return
     mirror = Mirror(root, sink.mirror)
     timeout_s = 0.0
@@ -55,20 +53,13 @@ def mirrored(root: Path, sink: SinkSection) -> Iterator["Mirror | NoMirror"]:
         mirror.finish(timeout_s)
 
 
-class NoMirror:
-    """Stands in where there is none."""
-
-    def follow(self, run_log: RunLog) -> None:
-        """There is nothing to copy to."""
-
-
 class Mirror:
-    """Copies what a log has sealed, in a thread. Methods are for the thread that runs the run.
+    """Copies what a log has sealed, in a thread. Its methods are for the thread that runs the run.
 
     Args:
         root: The run directory.
         url: Where to copy it to.
-        rng: For pauses between tries.
+        rng: For the pauses between tries.
 
     Raises:
         ConfigError: The URL cannot be used.
@@ -79,27 +70,27 @@ class Mirror:
         self._url = url
         self._rng = rng or Random()
         self._stopped = threading.Event()
-        self._copying = MirrorPlan(root, url, self._stopped)
+        self._plan = MirrorPlan(root, url, self._stopped)
         try:
-            self._copying.connect()
+            self._plan.connect()
         except OSError as error:  # it is down; the thread will try again
             log.warning("mirror.behind", url=url, why=reason(error))
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._changed = threading.Condition()
-        # from here on: what the condition guards
+        # All that follows is guarded by the condition.
         self._log: RunLog | None = None
         self._needed: dict[str, int] = {}
-        """Of shards of samples: the contexts that the log held when they were sealed, or more."""
+        """For each shard of samples, the contexts that the log held when it was sealed, or more."""
         self._has_news = False
         self._is_ending = False
         self._has_answered = False
         self._refusal: ConfigError | None = None
 
     def start(self) -> None:
-        """Begin, and wait a little for the first answer.
+        """Start the thread, and wait up to FIRST_CONTACT_S for the first answer.
 
         Raises:
-            ConfigError: Another run is there.
+            ConfigError: The mirror holds a different run.
         """
         self._thread.start()
         with self._changed:
@@ -113,71 +104,71 @@ class Mirror:
         with self._changed:
             self._log = run_log
             self._needed = {shard.path: run_log.contexts.rows for shard in samples}
-            self._tell()
+            self._wake()
         run_log.manifest.on_line = self._on_line
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for what is being copied, so long at most; say what is missing then."""
+        """Wait at most `timeout_s` for the mirror to catch up, and log what is then missing."""
         with self._changed:
             self._is_ending = True
-            self._tell()
+            self._wake()
             needed = dict(self._needed)
-        if timeout_s and self._log is not None and (missing := self._copying.missing(needed)):
+        if timeout_s and self._log is not None and (missing := self._plan.missing(needed)):
             log.info("mirror.catching_up", url=self._url, files=len(missing), at_most_s=timeout_s)
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         self._stopped.set()
         with self._changed:
-            self._tell()
-        if self._log is not None and (missing := self._copying.missing(needed)):
+            self._wake()
+        if self._log is not None and (missing := self._plan.missing(needed)):
             log.warning(
                 "mirror.behind",
                 url=self._url,
-                missing=", ".join(missing[:_NAMED]),
+                missing=", ".join(missing[:_MAX_NAMED]),
                 files=len(missing),
                 then="the next run on this directory copies them",
             )
 
     def _on_line(self, line: Any) -> None:
-        """A line has come to the manifest; called by whoever wrote it, who must not wait."""
+        """A line was appended to the manifest. Called by the thread that wrote it, which must not wait."""
         with self._changed:
             if isinstance(line, SealedShard) and line.kind == "samples" and self._log is not None:
                 self._needed[line.path] = self._log.contexts.rows
-            self._tell()
+            self._wake()
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         self._has_news = True
         self._changed.notify_all()
 
-    # the thread
+    # What follows runs in the mirror's thread.
 
     def _run(self) -> None:
         tries, copied, has_begun = 0, 0, False
         while self._wait(has_begun=has_begun):
             try:
                 if not has_begun:
-                    self._copying.begin()
+                    self._plan.begin()
                     has_begun = True
-                    self._answered(None)
+                    self._report_answer(None)
                 else:
                     self._copy()
                 tries = 0
             except ConfigError as error:
-                if self._has_answered:  # else it is raised where the run begins
+                if self._has_answered:  # otherwise `start` raises it
                     log.warning("mirror.refused", why=str(error))
-                self._answered(error)
+                self._report_answer(error)
                 return
             except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-                if self._copying.copied > copied:  # some of it has come through
-                    tries, copied = 0, self._copying.copied
+                if self._plan.copied > copied:  # some progress was made
+                    tries, copied = 0, self._plan.copied
                 pause_s = self._rng.uniform(0, min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** min(tries, 30)))
                 tries += 1
                 log.warning("mirror.behind", url=self._url, why=reason(error), again_in_s=round(pause_s, 1))
-                self._answered(None)
+                self._report_answer(None)
                 self._pause(pause_s)
 
     def _wait(self, *, has_begun: bool) -> bool:
-        """Whether there is something to do, once that is known."""
+        """Wait for something to do; False when the run has ended and there is nothing."""
         with self._changed:
             self._changed.wait_for(lambda: not has_begun or self._has_news or self._is_ending)
             if self._stopped.is_set() or not (self._has_news or not has_begun):
@@ -191,10 +182,10 @@ class Mirror:
             if self._log is None:
                 return
             needed = dict(self._needed)
-        self._copying.copy(needed)
+        self._plan.copy(needed)
 
     def _pause(self, seconds: float) -> None:
-        """Wait before the next try, less when the run ends meanwhile."""
+        """Wait before the next try; end the wait early when the run ends."""
         with self._changed:
             self._has_news = True
             was_ending = self._is_ending
@@ -202,7 +193,7 @@ class Mirror:
                 lambda: self._stopped.is_set() or self._is_ending != was_ending, timeout=seconds
             )
 
-    def _answered(self, refusal: ConfigError | None) -> None:
+    def _report_answer(self, refusal: ConfigError | None) -> None:
         with self._changed:
             self._has_answered = True
             self._refusal = refusal

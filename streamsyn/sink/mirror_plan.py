@@ -1,4 +1,8 @@
-"""What of a run directory is to be copied to its mirror, in which order, and what is there already."""
+"""What is copied to the mirror, in which order, and what is already there.
+
+The order makes the mirror a sound run directory at any time: a shard is copied and read back before the
+mirror's manifest lists it, and samples wait until all contexts that they may be made of are there.
+"""
 
 import hashlib
 import threading
@@ -17,41 +21,246 @@ from streamsyn.sink.shards import KINDS
 
 log = structlog.get_logger()
 
+Line = dict[str, Any]
+_MANIFEST = "manifest.jsonl"
+_RUN = "run.json"
+
+
+class MirrorPlan:
+    """Copies sealed shards to the mirror, and lists each once it is there.
+
+    For one thread, except `missing`, which is for any.
+
+    Args:
+        root: The run directory.
+        url: Where to copy it to.
+        stopped: Once this is set, no copy is started and nothing in `root` is written.
+
+    Raises (all methods):
+        ConfigError: The mirror can never be used.
+        Exception: Whatever its file system raises; try again.
+    """
+
+    def __init__(self, root: Path, url: str, stopped: threading.Event) -> None:
+        self._root = root
+        self._url = url
+        self._stopped = stopped
+        self._target: MirrorTarget | None = None
+        self._lines: list[tuple[bytes, Line]] = []
+        """The lines of our manifest, as bytes and decoded."""
+        self._read_bytes = 0
+        self._copied: dict[str, str] = {}
+        """The sha256 of each shard in the mirror."""
+        self._contexts = 0
+        """Contexts in the mirror's shards."""
+        self._listed: set[str] = set()
+        """Shards that the mirror's manifest listed when this run began."""
+        self._written: dict[str, bytes] = {}
+        """run.json and the manifest as this run wrote them to the mirror."""
+
+    def connect(self) -> "MirrorTarget":
+        """Open the mirror's file system, once."""
+        if self._target is None:
+            target = MirrorTarget(self._url)
+            target.refuse_inside(self._root)
+            self._target = target
+        return self._target
+
+    def begin(self) -> None:
+        """Compare the mirror with the run directory: refuse a different run, drop samples that a repair
+        dropped here, and find the shards that need not be copied again.
+        """
+        target = self.connect()
+        self._refuse_other_run(target)
+        there = [
+            raw for raw in (target.read(_MANIFEST) or b"").splitlines(keepends=True) if raw[-1:] == b"\n"
+        ]
+        self._read_manifest()
+        here = {raw for raw, _ in self._lines}
+        gone = [orjson.loads(raw) for raw in there if raw not in here]
+        if any(line.get("kind") in ("contexts", "rejects") for line in gone):
+            raise ConfigError(
+                f"sink.mirror: {self._url} holds shards that {self._root} does not: restore them from there"
+            )
+        if gone:  # `verify --repair` has dropped samples
+            target.put(_MANIFEST, b"".join(raw for raw in there if raw in here))
+            for path in filter(None, (line.get("path") for line in gone)):
+                target.remove(path)
+        listed = set(there)
+        self._listed = {line["path"] for raw, line in self._lines if "path" in line and raw in listed}
+        self._find_copied(target)
+
+    def copy(self, needed: Mapping[str, int]) -> None:
+        """Copy everything that may be copied now.
+
+        Args:
+            needed: For each shard of samples, the contexts that must be in the mirror first: those that the
+                log held when the shard was sealed. A shard of samples that is not in it waits.
+        """
+        target = self.connect()
+        self._read_manifest()
+        while self._copy_some(target, needed):  # copied contexts allow more samples to be copied
+            pass
+        self._update_lists(target)
+
+    @property
+    def copied(self) -> int:
+        """Number of shards in the mirror."""
+        return len(self._copied)
+
+    def missing(self, needed: Mapping[str, int]) -> list[str]:
+        """Files that may be copied now and are not in the mirror, by the manifest as it is now."""
+        copied, lines = dict(self._copied), _whole_lines(self._read_here(_MANIFEST))
+        listed = [line for _, line in lines if "path" in line]
+        missing = [
+            one["path"] for one in listed if one["path"] not in copied and self._is_allowed(one, needed)
+        ]
+        is_behind = bool(listed) and self._written.get(_MANIFEST) != self._mirror_manifest(lines)
+        return missing or ([_MANIFEST] if is_behind else [])
+
+    def _copy_some(self, target: "MirrorTarget", needed: Mapping[str, int]) -> bool:
+        """Copy what may be copied, in order; returns whether anything was."""
+        copied, held = False, False
+        for _, line in self._lines:
+            path = line.get("path")
+            if path is None or path in self._copied or (held and line["kind"] == "samples"):
+                continue
+            if not self._is_allowed(line, needed):
+                held = True  # later shards of samples wait as well: the mirror has no gaps
+                continue
+            if self._stopped.is_set():
+                return False
+            target.copy(self._root / path, path, line["bytes"], line["sha256"])
+            self._add_copied(line)
+            self._save_state()
+            log.debug("mirror.copied", path=path, bytes=line["bytes"])
+            self._update_lists(target)
+            copied = True
+        return copied
+
+    def _is_allowed(self, line: Line, needed: Mapping[str, int]) -> bool:
+        """Whether all contexts that a shard of samples may be made of are in the mirror."""
+        if line["kind"] != "samples" or line["path"] in self._listed:
+            return True
+        return needed.get(line["path"], self._contexts + 1) <= self._contexts
+
+    def _find_copied(self, target: "MirrorTarget") -> None:
+        """Find the shards that an earlier run has verified in the mirror, or that verify now."""
+        known = self._load_state()
+        sizes = {name: size for kind in KINDS for name, size in target.sizes(kind).items()}
+        for _, line in self._lines:
+            if self._stopped.is_set():
+                return
+            path = line.get("path")
+            if path is None or sizes.get(path) != line["bytes"]:
+                continue
+            if known.get(path) == line["sha256"] or target.holds(path, line["bytes"], line["sha256"]):
+                self._add_copied(line)
+        self._save_state()
+
+    def _add_copied(self, line: Line) -> None:
+        self._copied[line["path"]] = line["sha256"]
+        if line["kind"] == "contexts":
+            self._contexts += line["rows"]
+
+    def _refuse_other_run(self, target: "MirrorTarget") -> None:
+        there = target.read(_RUN)
+        if there is not None and _created_at(there) != _created_at(self._read_here(_RUN)):
+            raise ConfigError(
+                f"sink.mirror: {self._url} holds a different run than {self._root}; choose a different URL, "
+                "or copy the mirror back and resume that run"
+            )
+
+    def _update_lists(self, target: "MirrorTarget") -> None:
+        """Write run.json and the manifest to the mirror where they have changed, the manifest last."""
+        if _RUN not in self._written:
+            self._refuse_other_run(target)  # a different run may have begun at the same time
+        manifest = self._mirror_manifest(self._lines)
+        for name, data in ((_RUN, self._read_here(_RUN)), (_MANIFEST, manifest)):
+            if data and self._written.get(name) != data and not self._stopped.is_set():
+                target.put(name, data)
+                self._written[name] = data
+
+    def _mirror_manifest(self, lines: list[tuple[bytes, Line]]) -> bytes:
+        """The lines of the manifest that are true of the mirror."""
+        kept = []
+        for raw, line in lines:
+            if "path" in line:
+                is_true = line["path"] in self._copied
+            elif line.get("flush"):
+                is_true = line["contexts"] <= self._contexts
+            else:  # the final line: all shards must be there
+                is_true = all(one["path"] in self._copied for _, one in lines if "path" in one)
+            if is_true:
+                kept.append(raw)
+        return b"".join(kept)
+
+    def _read_manifest(self) -> None:
+        """Read the lines that were appended to our manifest since the last call."""
+        new = _whole_lines(self._read_here(_MANIFEST)[self._read_bytes :])
+        self._lines += new
+        self._read_bytes += sum(len(raw) for raw, _ in new)
+
+    def _read_here(self, name: str) -> bytes:
+        path = self._root / name
+        return path.read_bytes() if path.exists() else b""
+
+    @property
+    def _state_path(self) -> Path:
+        return self._root / "index" / "mirror.json"
+
+    def _load_state(self) -> dict[str, str]:
+        """The sha256 of each shard that earlier runs verified at this URL.
+
+        Empty when the file is lost or damaged: the shards are then verified again.
+        """
+        try:
+            state = orjson.loads(self._state_path.read_bytes())
+            return dict(state["shards"]) if state["url"] == self._url else {}
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            return {}
+
+    def _save_state(self) -> None:
+        if not self._stopped.is_set():
+            write_whole(self._state_path, orjson.dumps({"url": self._url, "shards": self._copied}))
+
 
 class CopyMismatch(SinkError):
-    """Raised when what is read back is not what was written."""
+    """Raised when a file in the mirror, read back, differs from what was written."""
 
 
 class MirrorTarget:
-    """A folder behind a URL. Every method may block, and may raise whatever its file system raises.
+    """The mirror's files, behind a URL. Every method may block, and raises whatever its file system raises.
+
+    Names are paths relative to the run directory.
 
     Raises:
-        ConfigError: There is no such protocol, or its package is missing.
+        ConfigError: The URL's protocol is unknown, or its package is not installed.
     """
 
     def __init__(self, url: str) -> None:
         self._filesystem, self._path = open_url(url, "sink.mirror")
 
     def refuse_inside(self, root: Path) -> None:
-        """A mirror within the directory that it is of would be no copy.
+        """Refuse a mirror inside the run directory that it copies.
 
         Raises:
-            ConfigError: It is there.
+            ConfigError: The mirror is inside `root`.
         """
         from fsspec.implementations.local import LocalFileSystem
 
         if isinstance(self._filesystem, LocalFileSystem):
             place = Path(self._path).resolve()
             if place.is_relative_to(root.resolve()):
-                raise ConfigError(f"sink.mirror: {place} lies in the run directory itself")
+                raise ConfigError(f"sink.mirror: {place} is inside the run directory: choose a place outside")
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Sizes of the files in a folder, by their path below the mirror."""
+        """Sizes in bytes of the files in a folder, by name."""
         below = names_below(self._filesystem, f"{self._path}/{folder}")
         return {f"{folder}/{name}": size for name, size in below.items()}
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None when there is none."""
+        """The content of a small file; None when it does not exist."""
         self._filesystem.invalidate_cache()
         try:
             return b"".join(self._chunks(name))
@@ -59,7 +268,7 @@ class MirrorTarget:
             return None
 
     def holds(self, name: str, size: int, sha256: str) -> bool:
-        """Whether a file is there and is this one, by reading it."""
+        """Whether a file exists with this size and sha256; reads all of it."""
         self._filesystem.invalidate_cache()
         hashed, found = hashlib.sha256(), 0
         try:
@@ -74,7 +283,7 @@ class MirrorTarget:
         """Copy a file, and read it back.
 
         Raises:
-            NotTheSame: What is there now is something else.
+            CopyMismatch: What was read back differs.
         """
         self._make_folder(name)
         self._filesystem.put_file(str(path), f"{self._path}/{name}")
@@ -85,7 +294,7 @@ class MirrorTarget:
         """Write a small file whole, and read it back.
 
         Raises:
-            NotTheSame: What is there now is something else.
+            CopyMismatch: What was read back differs.
         """
         self._make_folder(name)
         self._filesystem.pipe_file(f"{self._path}/{name}", data)
@@ -93,7 +302,7 @@ class MirrorTarget:
             raise CopyMismatch(f"{name} was not read back as it was written")
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         if self._filesystem.isfile(f"{self._path}/{name}"):
             self._filesystem.rm_file(f"{self._path}/{name}")
 
@@ -106,206 +315,13 @@ class MirrorTarget:
                 yield chunk
 
 
-Line = dict[str, Any]
-_MANIFEST = "manifest.jsonl"
-_RUN = "run.json"
-
-
-class MirrorPlan:
-    """Copies sealed shards, lists each once it is there. For one thread; `missing` for any.
-
-    At any time the mirror is a run directory that `verify` finds sound, of an earlier moment: its manifest
-    lists what is there, and of samples only those whose contexts are there.
-
-    Args:
-        root: The run directory.
-        url: Where to copy it to.
-        stopped: Once set, no more is begun, and nothing here is touched.
-
-    Raises (all methods):
-        ConfigError: The mirror cannot be used, ever.
-        Exception: Whatever its file system raises; to be tried again.
-    """
-
-    def __init__(self, root: Path, url: str, stopped: threading.Event) -> None:
-        self._root = root
-        self._url = url
-        self._stopped = stopped
-        self._replica: MirrorTarget | None = None
-        self._lines: list[tuple[bytes, Line]] = []
-        self._read_bytes = 0
-        self._copied: dict[str, str] = {}
-        """The sha256 of each shard that is there."""
-        self._contexts = 0
-        """Contexts in them."""
-        self._listed: set[str] = set()
-        """Shards that the mirror's manifest listed when we came."""
-        self._put: dict[str, bytes] = {}
-        """What we have written of run.json and the manifest."""
-
-    def connect(self) -> MirrorTarget:
-        """The mirror."""
-        if self._replica is None:
-            replica = MirrorTarget(self._url)
-            replica.refuse_inside(self._root)
-            self._replica = replica
-        return self._replica
-
-    def begin(self) -> None:
-        """Find out what is there."""
-        replica = self.connect()
-        self._refuse_other_run(replica)
-        far = [raw for raw in (replica.read(_MANIFEST) or b"").splitlines(keepends=True) if raw[-1:] == b"\n"]
-        self._read_lines()
-        here = {raw for raw, _ in self._lines}
-        gone = [orjson.loads(raw) for raw in far if raw not in here]
-        if any(line.get("kind") in ("contexts", "rejects") for line in gone):
-            raise ConfigError(
-                f"sink.mirror: {self._url} holds shards that {self._root} does not: restore them from there"
-            )
-        if gone:  # `verify --repair` has dropped samples
-            replica.put(_MANIFEST, b"".join(raw for raw in far if raw in here))
-            for path in filter(None, (line.get("path") for line in gone)):
-                replica.remove(path)
-        there = set(far)
-        self._listed = {line["path"] for raw, line in self._lines if "path" in line and raw in there}
-        self._recall(replica)
-
-    def copy(self, needed: Mapping[str, int]) -> None:
-        """Copy all that is due.
-
-        Args:
-            needed: Contexts that must be there before a shard of samples may be: those that the log held
-                when it was sealed. One that is not named waits.
-        """
-        replica = self.connect()
-        self._read_lines()
-        while self._copy_some(replica, needed):  # contexts that have come make samples due
-            pass
-        self._list(replica)
-
-    @property
-    def copied(self) -> int:
-        """Shards that are there."""
-        return len(self._copied)
-
-    def missing(self, needed: Mapping[str, int]) -> list[str]:
-        """What is due and not there; of a manifest that was read a while ago, what it says by now."""
-        copied, lines = dict(self._copied), _lines(self._here(_MANIFEST))
-        shards = [line for _, line in lines if "path" in line]
-        missing = [one["path"] for one in shards if one["path"] not in copied and self._is_due(one, needed)]
-        is_behind = bool(shards) and self._put.get(_MANIFEST) != self._due_lines(lines)
-        return missing or ([_MANIFEST] if is_behind else [])
-
-    def _copy_some(self, replica: MirrorTarget, needed: Mapping[str, int]) -> bool:
-        """Copy what is due, in order; whether that was anything."""
-        copied, held = False, False
-        for _, line in self._lines:
-            path = line.get("path")
-            if path is None or path in self._copied or (held and line["kind"] == "samples"):
-                continue
-            if not self._is_due(line, needed):
-                held = True  # and those behind it: the mirror has no gaps
-                continue
-            if self._stopped.is_set():
-                return False
-            replica.copy(self._root / path, path, line["bytes"], line["sha256"])
-            self._take(line)
-            self._remember()
-            log.debug("mirror.copied", path=path, bytes=line["bytes"])
-            self._list(replica)
-            copied = True
-        return copied
-
-    def _is_due(self, line: Line, needed: Mapping[str, int]) -> bool:
-        if line["kind"] != "samples" or line["path"] in self._listed:
-            return True
-        return needed.get(line["path"], self._contexts + 1) <= self._contexts
-
-    def _recall(self, replica: MirrorTarget) -> None:
-        """Take for copied what an earlier run has verified, or what is verified now."""
-        known = self._verified_before()
-        sizes = {name: size for kind in KINDS for name, size in replica.sizes(kind).items()}
-        for _, line in self._lines:
-            if self._stopped.is_set():
-                return
-            path = line.get("path")
-            if path is None or sizes.get(path) != line["bytes"]:
-                continue
-            if known.get(path) == line["sha256"] or replica.holds(path, line["bytes"], line["sha256"]):
-                self._take(line)
-        self._remember()
-
-    def _take(self, line: Line) -> None:
-        self._copied[line["path"]] = line["sha256"]
-        if line["kind"] == "contexts":
-            self._contexts += line["rows"]
-
-    def _refuse_other_run(self, replica: MirrorTarget) -> None:
-        far = replica.read(_RUN)
-        if far is not None and _created_at(far) != _created_at(self._here(_RUN)):
-            raise ConfigError(
-                f"sink.mirror: {self._url} holds another run than {self._root}; copy it back to go on with it"
-            )
-
-    def _list(self, replica: MirrorTarget) -> None:
-        """Bring run.json and the manifest up to what is there, the manifest last."""
-        if _RUN not in self._put:
-            self._refuse_other_run(replica)  # it may have begun when we did
-        due = self._due_lines(self._lines)
-        for name, data in ((_RUN, self._here(_RUN)), (_MANIFEST, due)):
-            if data and self._put.get(name) != data and not self._stopped.is_set():
-                replica.put(name, data)
-                self._put[name] = data
-
-    def _due_lines(self, lines: list[tuple[bytes, Line]]) -> bytes:
-        """The manifest, less what is not there."""
-        kept = []
-        for raw, line in lines:
-            if "path" in line:
-                is_there = line["path"] in self._copied
-            elif line.get("flush"):
-                is_there = line["contexts"] <= self._contexts
-            else:  # the final line: all that it counts must be there
-                is_there = all(one["path"] in self._copied for _, one in lines if "path" in one)
-            if is_there:
-                kept.append(raw)
-        return b"".join(kept)
-
-    def _read_lines(self) -> None:
-        """Read what has come to the manifest."""
-        new = _lines(self._here(_MANIFEST)[self._read_bytes :])
-        self._lines += new
-        self._read_bytes += sum(len(raw) for raw, _ in new)
-
-    def _here(self, name: str) -> bytes:
-        path = self._root / name
-        return path.read_bytes() if path.exists() else b""
-
-    @property
-    def _state(self) -> Path:
-        return self._root / "index" / "mirror.json"
-
-    def _verified_before(self) -> dict[str, str]:
-        """What an earlier run has verified at this place; nothing when that is lost: it is verified again."""
-        try:
-            state = orjson.loads(self._state.read_bytes())
-            return dict(state["shards"]) if state["url"] == self._url else {}
-        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-            return {}
-
-    def _remember(self) -> None:
-        if not self._stopped.is_set():
-            write_whole(self._state, orjson.dumps({"url": self._url, "shards": self._copied}))
-
-
-def _lines(data: bytes) -> list[tuple[bytes, Line]]:
-    """Whole lines of a manifest."""
+def _whole_lines(data: bytes) -> list[tuple[bytes, Line]]:
+    """The whole lines of a manifest, as bytes and decoded."""
     return [(raw, orjson.loads(raw)) for raw in data.splitlines(keepends=True) if raw.endswith(b"\n")]
 
 
 def _created_at(run_json: bytes) -> Any:
-    """By which a run is known; None when that is no run.json."""
+    """The time that identifies a run; None when this is not the content of a run.json."""
     try:
         return orjson.loads(run_json)["created_at"]
     except (orjson.JSONDecodeError, KeyError, TypeError):

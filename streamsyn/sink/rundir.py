@@ -1,6 +1,6 @@
-"""One writer a directory: DIR/.lock is locked for as long as it has it open, and says who it is.
+"""The run directory: its folders, its lock, and run.json with the configuration and fingerprint of the run.
 
-OUT/: the run directory, its lock, and run.json, which says how it came about.
+A directory has one writer at a time: whoever holds the lock of DIR/.lock, which names the process.
 """
 
 import fcntl
@@ -21,66 +21,21 @@ from streamsyn.errors import ConfigError, DirectoryInUse
 from streamsyn.io.durable import write_whole
 from streamsyn.sink.shards import KINDS
 
-_NAME = ".lock"
-
-
-class DirectoryLock:
-    """The lock of a directory, held until `close` or the end of the process.
-
-    Raises:
-        OSError: Its file cannot be opened.
-        DirectoryInUse: Another process holds it; the message says which.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._file = os.open(root / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(self._file)
-            os.close(self._file)
-            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
-
-    def close(self) -> None:
-        """Let go of it."""
-        os.close(self._file)
-
-
-def wait_until_free(root: Path, on_wait: Callable[[str], None]) -> None:
-    """Return when nobody holds the lock of `root`; `on_wait` is told who does, if one has to wait."""
-    try:
-        file = os.open(root / _NAME, os.O_RDWR)
-    except OSError:
-        return  # nobody was here before, or locking it will say what is wrong
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        on_wait(_holder(file))
-        fcntl.flock(file, fcntl.LOCK_EX)
-    finally:
-        os.close(file)
-
-
-def _holder(file: int) -> str:
-    return os.pread(file, 100, 0).decode(errors="replace").strip()
-
-
 FORMAT = 1
+_LOCK_NAME = ".lock"
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
 
 _LATE = frozenset({"model", "scoring.model", "scoring.prompt", "checks.eval_sets"})
-"""Keys of the fingerprint that are known only once servers, or large files, have been asked."""
+"""Keys of the fingerprint that are known only after servers have answered or large files were read."""
 _NO_DEFAULTS: Mapping[str, Any] = {}
 
 
 class RunDirectory:
-    """A run directory, locked against other writers for as long as it is open.
+    """A run directory, created if necessary and locked against other writers until `close`.
 
     Raises:
-        DirectoryInUse: Another process has it open.
-        ConfigError: It cannot be made, or is something else.
+        DirectoryInUse: A different process has it open.
+        ConfigError: It cannot be created.
     """
 
     def __init__(self, root: Path) -> None:
@@ -93,14 +48,16 @@ class RunDirectory:
             raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._lock.close()
 
     def check(self, fingerprint: dict[str, Any], defaults: Mapping[str, Any] = _NO_DEFAULTS) -> None:
-        """Refuse to go on with a run whose outputs were shaped otherwise.
+        """Refuse to resume a run under a different fingerprint.
 
-        A `fingerprint` without `model` is of a run that has not asked its servers yet. A key that was not
-        there yet when the run began had its value of `defaults`.
+        Args:
+            fingerprint: What shapes outputs now. Without `model` (the servers have not answered yet), the
+                keys that are known late are not compared.
+            defaults: Values of keys that did not exist yet when the run began.
 
         Raises:
             ConfigError: Keys differ; the message names each with both values.
@@ -109,19 +66,20 @@ class RunDirectory:
             return
         now = orjson.loads(orjson.dumps(fingerprint))
         before = saved["fingerprint"]
-        if "model" not in now:  # the servers have not been asked yet
+        if "model" not in now:  # the servers have not answered yet
             before, now = ({k: v for k, v in keys.items() if k not in _LATE} for keys in (before, now))
         if different := differences(before, now, defaults):
             raise ConfigError(
-                f"{self.root} holds a run of another configuration ({different}); use another --out"
+                f"{self.root} holds a run with a different configuration ({different}); "
+                "choose a different --out"
             )
 
     def saved(self) -> dict[str, Any] | None:
-        """What run.json says; None in a new directory."""
+        """The content of run.json; None in a new directory."""
         return read_run_json(self.root)
 
     def save(self, config: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-        """Write run.json, whole or not at all."""
+        """Replace run.json atomically, keeping the time of its creation."""
         before = self.saved() or {}
         data = {
             "format": FORMAT,
@@ -139,10 +97,10 @@ class RunDirectory:
 
 
 def read_run_json(root: Path) -> dict[str, Any] | None:
-    """What OUT/run.json says; None when there is none.
+    """The content of OUT/run.json; None when it does not exist.
 
     Raises:
-        ConfigError: It cannot be read, is of a newer format, or lacks what every run.json has.
+        ConfigError: It cannot be read, has a different format version, or lacks a key.
     """
     path = root / "run.json"
     try:
@@ -152,20 +110,20 @@ def read_run_json(root: Path) -> dict[str, Any] | None:
     except (OSError, orjson.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} is no run.json: it holds no object")
+        raise ConfigError(f"{path} is not a valid run.json: it is not a JSON object")
     if data.get("format") != FORMAT:
-        raise ConfigError(f"{path} is of format {data.get('format')!r}; this streamsyn reads format {FORMAT}")
+        raise ConfigError(f"{path} has format {data.get('format')!r}; this streamsyn reads format {FORMAT}")
     for key in ("config", "fingerprint"):
         if not isinstance(data.get(key), dict):
-            raise ConfigError(f"{path} is no run.json: it has no {key}")
+            raise ConfigError(f"{path} is not a valid run.json: it has no {key}")
     return data
 
 
 def saved_config(root: Path) -> Config | None:
-    """The configuration in OUT/run.json; None when there is none.
+    """The configuration in OUT/run.json; None when it does not exist.
 
     Raises:
-        ConfigError: It cannot be read, or a key or value is unknown to this version.
+        ConfigError: It cannot be read, or this version does not know a key or a value.
     """
     saved = read_run_json(root)
     if saved is None:
@@ -177,9 +135,52 @@ def saved_config(root: Path) -> Config | None:
 
 
 def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
-    """Null is what is not set, and what JSON makes of `inf`, which only operational keys can be."""
+    """Drop nulls: keys that are not set, or are `inf`, which JSON cannot hold."""
     return {
         key: _without_nulls(value) if isinstance(value, dict) else value
         for key, value in section.items()
         if value is not None
     }
+
+
+class DirectoryLock:
+    """The lock of a directory, held until `close` or the end of the process.
+
+    Raises:
+        OSError: The lock file cannot be opened.
+        DirectoryInUse: A different process holds the lock; the message names it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._file = os.open(root / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(self._file)
+            os.close(self._file)
+            raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._file)
+
+
+def wait_until_free(root: Path, on_wait: Callable[[str], None]) -> None:
+    """Wait until no process holds the lock of `root`; `on_wait` is called with its holder."""
+    try:
+        file = os.open(root / _LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return  # a new directory; or locking it will report the error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait(_holder(file))
+        fcntl.flock(file, fcntl.LOCK_EX)
+    finally:
+        os.close(file)
+
+
+def _holder(file: int) -> str:
+    return os.pread(file, 100, 0).decode(errors="replace").strip()

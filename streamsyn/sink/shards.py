@@ -1,15 +1,16 @@
-"""How rows lie in a shard, so that a torn end is found.
+"""The bytes of a shard on disk: written append by append, and read back up to the first torn part.
 
-Plain: a row is a line of JSON; one that does not end, or does not parse, is torn. zstd: each append
-is a frame of its own with a checksum; a frame that does not end or check is torn.
+Plain: a row is one line of JSON; a line that does not end or does not parse is torn. zstd: each append
+is one frame with a checksum; a frame that does not end or does not match its checksum is torn.
 
-One shard being written: append, sync, seal.
+A shard that still grows is named `part-NNNNNN.jsonl[.zst].open`. Sealing renames it to its final name;
+from then on it never changes.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,136 @@ from streamsyn.io.durable import sync_folder
 from streamsyn.sink.manifest import SealedShard
 
 KINDS = ("contexts", "rejects", "samples")
-
-
-CHUNK_BYTES = 1 << 20
+"""The kinds of rows, each with a folder of shards of its own."""
 SUFFIXES = {"none": ".jsonl", "zstd": ".jsonl.zst"}
+"""The suffix of a sealed shard, by `sink.compression`."""
+OPEN_SUFFIX = ".open"
+CHUNK_BYTES = 1 << 20
+"""Bytes read at a time."""
+_CLOSED = -1
+
+
+class OpenShard:
+    """A shard that still grows.
+
+    What `append` has returned from survives a kill of this process. What `sync` has returned from
+    survives a loss of power.
+
+    Args:
+        path: The final name; the file has OPEN_SUFFIX behind it until `seal`.
+        kind: One of KINDS.
+        first_seq: The seq of its first row.
+
+    Raises (all methods):
+        OSError: The disk failed.
+    """
+
+    def __init__(self, path: Path, kind: str, first_seq: int) -> None:
+        self.path = path
+        self.open_path = path.with_name(path.name + OPEN_SUFFIX)
+        self._kind = kind
+        self._compression = "zstd" if path.suffix == ".zst" else "none"
+        self._first_seq = first_seq
+        self.rows = 0
+        self.bytes = 0
+        self._sha256 = hashlib.sha256()
+        self._tokens = {"prompt": 0, "cached": 0, "completion": 0}
+        self._models: set[str] = set()
+        self._fd = os.open(self.open_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
+
+    @property
+    def next_seq(self) -> int:
+        """The seq of the next row."""
+        return self._first_seq + self.rows
+
+    def recover(self) -> list[dict[str, Any]]:
+        """Cut off a torn tail and resume behind it; returns the rows kept, without their long texts."""
+        good, kept = 0, []
+        for end, some in scan(self.open_path):
+            if [row.get("seq") for row in some] != list(range(self.next_seq, self.next_seq + len(some))):
+                break
+            good = end
+            self._count(some)
+            kept += [{name: row.get(name) for name in ("seq", "seed_id", "draft", "key")} for row in some]
+        os.ftruncate(self._fd, good)
+        os.fsync(self._fd)  # the earlier run may have been killed before it synced what was read here
+        self.bytes = good
+        with self.open_path.open("rb") as file:
+            self._sha256 = hashlib.file_digest(file, "sha256")
+        return kept
+
+    def append(self, lines: Sequence[bytes], counted: Iterable[Mapping[str, Any]]) -> None:
+        """Write whole rows with one append; after an error the shard is as it was.
+
+        Args:
+            lines: One line of JSON a row.
+            counted: Of each row, the token numbers and the model that the manifest adds up; may be empty.
+        """
+        data = encode(b"".join(lines), self._compression)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError:
+            with suppress(OSError):  # a torn tail that stays is cut by the next run
+                os.ftruncate(self._fd, self.bytes)
+            raise
+        self._sha256.update(data)
+        self.bytes += len(data)
+        self._count(counted)
+
+    def sync(self) -> None:
+        """Sync the file to disk."""
+        if self._fd != _CLOSED:
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Sync and close the file, which stays open to a later run under its present name."""
+        fd, self._fd = self._fd, _CLOSED  # the number may soon belong to a different file
+        if fd == _CLOSED:
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def seal(self, root: Path) -> SealedShard:
+        """Sync, close and rename to the final name; returns the entry to be added to the manifest."""
+        sealed = SealedShard(
+            kind=self._kind,
+            path=str(self.path.relative_to(root)),
+            rows=self.rows,
+            bytes=self.bytes,
+            sha256=self._sha256.hexdigest(),
+            first_seq=self._first_seq,
+            last_seq=self.next_seq - 1,
+            tokens=self._tokens,
+            model=",".join(sorted(self._models)),
+            sealed_at=time.time(),
+        )
+        orjson.dumps(sealed)  # an entry that cannot be encoded fails here, while the shard is still open
+        self.close()
+        self.open_path.rename(self.path)
+        sync_folder(self.path.parent)
+        return sealed
+
+    def _count(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self.rows += 1
+            for name in self._tokens:
+                self._tokens[name] += row.get(f"{name}_tokens") or 0
+            if model := row.get("model"):
+                self._models.add(str(model))  # servers may report anything as their model
 
 
 def line(row: dict[str, Any]) -> bytes:
-    """A row as the log has it."""
+    """A row as the line of JSON that the log holds."""
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def encode(lines: bytes, compression: str) -> bytes:
-    """The bytes to append for some whole lines."""
+    """Whole lines as the bytes of one append."""
     if compression == "none":
         return lines
     import zstandard
@@ -40,28 +158,32 @@ def encode(lines: bytes, compression: str) -> bytes:
     return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines)
 
 
-def scan(path: Path, start: int = 0) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Rows of a shard, open or sealed, with the offset behind them; ends before the first torn part.
-
-    Args:
-        path: The shard.
-        start: The offset at which a row, or a frame, begins.
-    """
-    parts = _zstd_frames(path, start) if ".zst" in path.suffixes else _lines(path, start)
-    for end, data in parts:
-        rows = _decode(data)
-        if rows is None:
-            return
-        yield end, rows
-
-
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a shard without their offsets."""
+    """The rows of a shard, open or sealed; ends before the first torn part."""
     for _, some in scan(path):
         yield from some
 
 
+def scan(path: Path, start: int = 0) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The rows of a shard, open or sealed, in groups; ends before the first torn part.
+
+    Args:
+        path: The shard.
+        start: Byte offset to begin at: the start of a line or of a zstd frame.
+
+    Yields:
+        The byte offset behind a line (plain) or a frame (zstd), and its rows.
+    """
+    parts = _zstd_frames(path, start) if ".zst" in path.suffixes else _lines(path, start)
+    for end, data in parts:
+        decoded = _decode(data)
+        if decoded is None:
+            return
+        yield end, decoded
+
+
 def _decode(data: bytes) -> list[dict[str, Any]] | None:
+    """The rows of some lines; None when one of them is not a JSON object."""
     try:
         decoded = [orjson.loads(line) for line in data.splitlines()]
     except orjson.JSONDecodeError:
@@ -100,117 +222,3 @@ def _zstd_frames(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
             end -= len(pending)
             yield end, b"".join(parts)
             pending = pending or file.read(CHUNK_BYTES)
-
-
-OPEN_SUFFIX = ".open"
-_CLOSED = -1
-
-
-class OpenShard:
-    """A shard that still grows, as `part-NNNNNN.jsonl.open`; sealing renames it to its name.
-
-    What `append` has returned from survives a kill of this process; what `sync` has returned from
-    survives a loss of power.
-    """
-
-    def __init__(self, path: Path, kind: str, first_seq: int) -> None:
-        self.path = path
-        self._kind = kind
-        self._compression = "zstd" if path.suffix == ".zst" else "none"
-        self._first_seq = first_seq
-        self.rows = 0
-        self.bytes = 0
-        self._sha256 = hashlib.sha256()
-        self._tokens = {"prompt": 0, "cached": 0, "completion": 0}
-        self._models: set[str] = set()
-        self._fd = os.open(self.open_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        sync_folder(path.parent)
-
-    @property
-    def open_path(self) -> Path:
-        """Where the shard lies until it is sealed."""
-        return self.path.with_name(self.path.name + OPEN_SUFFIX)
-
-    @property
-    def next_seq(self) -> int:
-        """The seq of the row that comes next."""
-        return self._first_seq + self.rows
-
-    def recover(self) -> list[dict[str, Any]]:
-        """Cut a torn end off and take up the rest; its rows, less their long texts."""
-        good, kept = 0, []
-        for end, some in scan(self.open_path):
-            if [row.get("seq") for row in some] != list(range(self.next_seq, self.next_seq + len(some))):
-                break
-            good = end
-            for row in some:
-                self.count(row)
-                kept.append({name: row.get(name) for name in ("seq", "seed_id", "draft", "key")})
-        os.ftruncate(self._fd, good)
-        os.fsync(self._fd)  # what was read back may not have been synced by the one who wrote it
-        self.bytes = good
-        self._sha256 = hashlib.sha256()
-        with self.open_path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                self._sha256.update(chunk)
-        return kept
-
-    def append(self, lines: bytes) -> None:
-        """Write whole lines."""
-        data = encode(lines, self._compression)
-        try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(self._fd, left) :]
-        except OSError:
-            with suppress(OSError):  # what stays is a torn end, which the next run cuts
-                os.ftruncate(self._fd, self.bytes)
-            raise
-        self._sha256.update(data)
-        self.bytes += len(data)
-
-    def count(self, row: dict[str, Any]) -> None:
-        """Add a row's figures to those of the shard."""
-        self.rows += 1
-        for name in self._tokens:
-            self._tokens[name] += row.get(f"{name}_tokens") or 0
-        if model := row.get("model"):
-            self._models.add(str(model))  # a server may call itself anything
-
-    def sync(self) -> None:
-        """Have the kernel put everything on disk."""
-        if self._fd != _CLOSED:
-            os.fsync(self._fd)
-
-    def close(self) -> None:
-        """Sync and leave the shard open on disk, for a later run to go on with."""
-        fd, self._fd = self._fd, _CLOSED  # the number may soon be that of another file
-        if fd == _CLOSED:
-            return
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def seal(self, root: Path) -> SealedShard:
-        """Give the shard its name; from now on it never changes."""
-        sealed = self._sealed(root)
-        orjson.dumps(sealed)  # what the manifest could not hold fails here, while the shard is open
-        self.close()
-        self.open_path.rename(self.path)
-        sync_folder(self.path.parent)
-        return sealed
-
-    def _sealed(self, root: Path) -> SealedShard:
-        return SealedShard(
-            kind=self._kind,
-            path=str(self.path.relative_to(root)),
-            rows=self.rows,
-            bytes=self.bytes,
-            sha256=self._sha256.hexdigest(),
-            first_seq=self._first_seq,
-            last_seq=self.next_seq - 1,
-            tokens=self._tokens,
-            model=",".join(sorted(self._models)),
-            sealed_at=time.time(),
-        )

@@ -1,4 +1,4 @@
-"""What a run directory held at one moment, so that it can be read while a run is writing to it."""
+"""What a run directory holds at one moment, so that it can be read while a run writes to it."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,13 +15,14 @@ _TRIES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A shard, and how much of it there was.
+    """A shard as it was at the time of the snapshot.
 
     Attributes:
-        path: Its name once it is sealed, relative to the run directory.
-        bytes: Those behind it have been written since.
-        sealed: What the manifest says of it; None for one that it does not list.
-        is_open: Whether it had its other name, that of an open shard.
+        root: The run directory.
+        path: Its final name, relative to the run directory.
+        bytes: Its size then; bytes behind it were written later.
+        sealed: The manifest's entry; None when the manifest does not list it.
+        is_open: Whether it had the name of an open shard.
     """
 
     root: Path
@@ -32,16 +33,16 @@ class Part:
 
     @property
     def name(self) -> str:
-        """How it was called."""
+        """Its name then, relative to the run directory."""
         return self.path + (OPEN_SUFFIX if self.is_open else "")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that were there; none of a shard that cannot be read."""
+        """The rows it had then; none when the shard cannot be read."""
         for _, some in self.scan():
             yield from some
 
     def scan(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """As `frames.scan`, under whichever name the shard has by now."""
+        """Its rows with their offsets, as `shards.scan`, under whichever name the shard has now."""
         names = (self.path,) if self.sealed else (self.path + OPEN_SUFFIX, self.path)
         for name in names:
             with suppress(OSError):
@@ -53,12 +54,12 @@ class Part:
 
 
 class Snapshot:
-    """The manifest of a run directory, and the shards of each kind, in order, as of one moment.
+    """The manifest of a run directory, and the shards of each kind in order, at one moment.
 
-    Samples are measured before contexts: those that they are made of are all there.
+    Samples are listed before contexts, so that all contexts they were made of are included.
 
     Raises:
-        SinkError: The manifest is broken.
+        SinkError: The manifest has an invalid line.
     """
 
     def __init__(self, root: Path) -> None:
@@ -69,7 +70,7 @@ class Snapshot:
             self.manifest = Manifest(path)
             self.torn_bytes = self.manifest.torn_bytes
             self.parts = {kind: self._parts(kind) for kind in reversed(KINDS)}
-            if _size(path) == size:  # else a shard was sealed meanwhile, and may be missing from the parts
+            if _size(path) == size:  # otherwise a shard was sealed meanwhile, and may be missing
                 return
 
     def _parts(self, kind: str) -> list[Part]:
@@ -80,7 +81,7 @@ class Snapshot:
     def _unlisted(self, kind: str) -> list[str]:
         listed = {Path(shard.path).name for shard in self.manifest.of_kind(kind)}
         names = {path.name.removesuffix(OPEN_SUFFIX) for path in (self._root / kind).glob("part-*")}
-        # A file that is renamed while its folder is listed may be missing from the list.
+        # A file that is renamed while its folder is listed can be missing from the listing.
         names |= {f"part-{len(listed):06d}{suffix}" for suffix in shards.SUFFIXES.values()}
         return sorted(names - listed)
 

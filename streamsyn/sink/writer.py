@@ -1,8 +1,8 @@
-"""The sink as a stage: outcomes in, durable contexts out.
+"""The sink stage: takes outcomes, writes them to the log, and passes contexts on once they are synced.
 
-What arrives is written at once, so that a kill loses nothing that has been written; the disk is
-synced every `sink.sync_interval_s`, and only then does a context go on to assembly. A slow assembly
-makes writing wait, and with it the workers; it never delays a sync.
+Outcomes are written as they arrive, so that a kill loses none that was written. The log is synced every
+`sink.sync_interval_s`, and only then does a context go to assembly. A slow assembly makes writing wait, and
+so the workers; it never delays a sync.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ DurableContext: TypeAlias = tuple[int, Context]
 
 _MAX_BATCH = 256
 _GATHER_S = 0.005
-"""Outcomes that come this close together are written by one call into a thread."""
+"""Outcomes that arrive within this time are written together, with one call into a thread."""
 
 
 class OutcomeWriter:
-    """Takes outcomes from `results` until its end; hands contexts on once they are on disk.
+    """Writes outcomes from `results` until its end; passes contexts to `durable` once they are synced.
 
     Raises (from `run`):
         SinkError: The log cannot be written.
@@ -38,22 +38,22 @@ class OutcomeWriter:
         self._counters = counters
         self._written: BoundedQueue[tuple[int, Outcome]] = BoundedQueue(sink.sync_rows)
         self._rows = 0
-        """Outcomes written so far."""
+        """Outcomes written."""
         self._synced = self._syncing = 0
-        """Those of them that are on disk; those that are, or will be when the present sync is done."""
+        """Outcomes synced; outcomes synced once the sync in progress is done."""
         self._ended = False
         self._sync_soon = asyncio.Event()
         self._sync_now = asyncio.Event()
         self._have_synced = asyncio.Event()
-        self._disk = asyncio.Lock()  # the log is for one thread at a time
+        self._disk = asyncio.Lock()  # the log is not thread-safe
 
     async def run(self, results: BoundedQueue[Outcome], durable: BoundedQueue[DurableContext]) -> None:
-        """Write until `results` ends, then sync what is left."""
+        """Write until `results` ends, then sync the rest."""
         async with asyncio.TaskGroup() as group:
             writing = group.create_task(self._write(results), name="sink-write")
             writing.add_done_callback(lambda _: self._end())
             group.create_task(self._sync(), name="sink-sync")
-            group.create_task(self._hand_on(durable), name="sink-hand-on")
+            group.create_task(self._pass_on(durable), name="sink-pass-on")
 
     async def _write(self, results: BoundedQueue[Outcome]) -> None:
         async for outcome in results:
@@ -68,7 +68,7 @@ class OutcomeWriter:
                 await self._written.put(one)
 
     async def _sync(self) -> None:
-        """Sync so long after the first row that is not on disk, or as soon as there are too many."""
+        """Sync `sync_interval_s` after the first unsynced row, or as soon as `sync_rows` are unsynced."""
         while not self._ended or self._synced < self._rows:
             await self._sync_soon.wait()
             with suppress(TimeoutError):
@@ -82,13 +82,13 @@ class OutcomeWriter:
             self._synced = self._syncing
             self._have_synced.set()
 
-    async def _hand_on(self, durable: BoundedQueue[DurableContext]) -> None:
-        handed_on = 0
+    async def _pass_on(self, durable: BoundedQueue[DurableContext]) -> None:
+        passed_on = 0
         async for seq, outcome in self._written:
-            while handed_on == self._synced:
+            while passed_on == self._synced:
                 self._have_synced.clear()
                 await self._have_synced.wait()
-            handed_on += 1
+            passed_on += 1
             self._counters.count_outcome(outcome)
             if isinstance(outcome, Context):
                 await durable.put((seq, outcome))

@@ -14,17 +14,16 @@ from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
-from streamsyn.pipeline.verify import repair, verify
+from streamsyn.pipeline.verify import Verification, repair, verify
 from streamsyn.records import Outcome, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.verification import Verification
 from tests.assembly.tokenizers_made import SUPPORTED, made, save
 from tests.builders import COMPRESSIONS, context, outcome, rows
 
-NOT_FINISHED = "manifest.jsonl: no final line behind all rows: the run is not finished"
+NOT_FINISHED = "manifest.jsonl: no final line after all rows: the run is not finished"
 
 
 class Outlet:
@@ -240,7 +239,7 @@ def test_a_missing_seq_is_found(interrupted: Path, kind: str) -> None:
 
     rewrite(path, shift)
 
-    assert [f"{path.relative_to(interrupted)}: seq {first} is next, not {first + 1}"] == [
+    assert [f"{path.relative_to(interrupted)}: seq is {first + 1}, expected {first}"] == [
         line for line in problems(interrupted) if "seq" in line
     ]
 
@@ -251,16 +250,14 @@ def test_a_row_of_no_seed_is_found(interrupted: Path) -> None:
     rewrite(path, lambda inside: inside[0].pop("seed_id"))
     seq = next(shards.rows(path))["seq"]
 
-    assert [f"{path.relative_to(interrupted)}: row {seq} does not say which seed it is of"] == problems(
-        interrupted
-    )
+    assert [f"{path.relative_to(interrupted)}: row {seq} does not name its seed"] == problems(interrupted)
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"messages": []}, "is not what the log assembles to"),
-        ({"relevant_index": 2, "n_tokens": 0}, "is not what the log assembles to"),
+        ({"messages": []}, "differs from what the log assembles to"),
+        ({"relevant_index": 2, "n_tokens": 0}, "differs from what the log assembles to"),
         ({"context_seqs": [999]}, "names contexts that are not in the log"),
         ({"context_seqs": None}, "names contexts that are not in the log"),
     ],
@@ -285,7 +282,7 @@ def test_samples_that_are_missing_at_the_end_are_found(tmp_path: Path) -> None:
     log.finish()
     log.close()
 
-    assert ["samples: there are fewer than the log assembles to"] == problems(tmp_path)
+    assert ["samples: fewer than the log assembles to"] == problems(tmp_path)
 
 
 def test_wrong_final_counts_are_found(finished: Path) -> None:
@@ -293,9 +290,9 @@ def test_wrong_final_counts_are_found(finished: Path) -> None:
     manifest = Manifest(finished / "manifest.jsonl")
     manifest.add_final({**(manifest.final or {}), "contexts": 31, "samples": 0})
 
-    assert [
-        "manifest.jsonl: its final line counts other rows than there are of contexts, samples"
-    ] == problems(finished)
+    assert ["manifest.jsonl: its final line does not match the rows of contexts, samples"] == problems(
+        finished
+    )
 
 
 def test_a_broken_manifest_is_named(finished: Path) -> None:
@@ -303,14 +300,14 @@ def test_a_broken_manifest_is_named(finished: Path) -> None:
     manifest = finished / "manifest.jsonl"
     manifest.write_bytes(b"{}\n" + manifest.read_bytes())
 
-    with pytest.raises(ConfigError, match=r"manifest\.jsonl:1 is no line of a manifest"):
+    with pytest.raises(ConfigError, match=r"manifest\.jsonl:1: invalid manifest line"):
         verify(finished)
 
 
 def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
     """It has no run.json, and nothing is made in it."""
     for call in (verify, repair):
-        with pytest.raises(ConfigError, match=r"is no run directory: it has no run\.json"):
+        with pytest.raises(ConfigError, match=r"is not a run directory: it has no run\.json"):
             call(tmp_path)
 
     assert [] == list(tmp_path.iterdir())
@@ -351,8 +348,8 @@ def test_torn_tails_are_notes(interrupted: Path) -> None:
     leave_torn_tails(interrupted)
 
     assert {
-        *(f"{name}: 6 bytes of an unfinished row at its end" for name in names),
-        "manifest.jsonl: 6 bytes of an unfinished line at its end",
+        *(f"{name}: 6 bytes of an unfinished last row" for name in names),
+        "manifest.jsonl: 6 bytes of an unfinished last line",
         NOT_FINISHED,
     } == set(notes(interrupted))
 
@@ -363,7 +360,7 @@ def test_a_shard_that_the_manifest_was_not_told_of_is_a_note(tmp_path: Path) -> 
     path = tmp_path / orjson.loads((tmp_path / "manifest.jsonl").read_bytes().splitlines()[-1])["path"]
     forget_last_shard(tmp_path)
 
-    assert f"{path.relative_to(tmp_path)}: sealed, but the manifest was not told" in notes(tmp_path)
+    assert f"{path.relative_to(tmp_path)}: sealed, but not listed in manifest.jsonl" in notes(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [leave_torn_tails, spoil_index, lose_derived])
@@ -470,8 +467,8 @@ def test_a_spool_that_was_cut_is_a_note(finished: Path) -> None:
     torn = notes(finished)
     spool.write_bytes(b'{"seed":{}}\n{"ba\n{"seed":{}}\n')
 
-    assert ["spool/stdin.jsonl: 4 bytes of an unfinished line at its end"] == torn
-    assert ["spool/stdin.jsonl:2 is damaged; seeds behind it would not be read again"] == problems(finished)
+    assert ["spool/stdin.jsonl: 4 bytes of an unfinished last line"] == torn
+    assert ["spool/stdin.jsonl:2 is damaged: seeds after it would not be read again"] == problems(finished)
 
 
 def test_a_key_of_a_newer_version_is_named(finished: Path) -> None:
@@ -606,4 +603,4 @@ def test_samples_of_an_older_version_are_not_compared(finished: Path) -> None:
     (finished / "run.json").write_bytes(orjson.dumps(saved))
 
     (note,) = notes(finished)
-    assert "by a newer version" in note
+    assert "newer version" in note

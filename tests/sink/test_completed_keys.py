@@ -160,8 +160,8 @@ def test_a_shard_that_was_not_indexed_is_caught_up_with(tmp_path: Path) -> None:
     with opened(tmp_path, sink()) as log:
         log.seal_outcomes()
         last = log.manifest.shards[-1].path
-        log._finished._db.execute("DELETE FROM shards WHERE path = ?", (last,))
-        log._finished._db.execute("DELETE FROM finished")
+        log._completed._db.execute("DELETE FROM shards WHERE path = ?", (last,))
+        log._completed._db.execute("DELETE FROM finished")
 
     finished = CompletedKeys(index)
     with opened(tmp_path, sink()) as log:

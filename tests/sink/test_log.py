@@ -386,7 +386,7 @@ def test_a_full_disk_stops_with_one_clear_line_and_resumes(tmp_path: Path, compr
 
     assert (
         f"cannot write contexts to {tmp_path}: File too large; what is on disk stays valid: "
-        "make room and run again to go on"
+        "make room and run again to resume"
     ) == message_of(raised)
     assert len(written) > 3
     assert len(written) == resumed_at
@@ -403,7 +403,7 @@ def test_a_disk_too_full_for_the_index_stops_with_one_clear_line(tmp_path: Path)
     log.close()
 
     assert "index/finished.sqlite" in message_of(raised)
-    assert "make room and run again to go on" in message_of(raised)
+    assert "make room and run again" in message_of(raised)
     with opened(tmp_path, section) as again:
         again.seal_outcomes()
         assert Counter({Claim.FINISHED: 20}) == claims_of(again, [outcome(number) for number in range(20)])

@@ -94,6 +94,6 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, line: bytes) -> 
     broken = b"".join([lines[0], line + b"\n", *lines[1:]])
     path.write_bytes(broken)
 
-    with pytest.raises(SinkError, match=re.escape(f"{path}:2 is no line of a manifest: ")):
+    with pytest.raises(SinkError, match=re.escape(f"{path}:2: invalid manifest line: ")):
         Manifest(path)
     assert broken == path.read_bytes()

@@ -139,7 +139,8 @@ def running(root: Path, url: str | None, timeout_s: float = 30) -> Iterator[Run]
     try:
         with mirrored(root, config.sink) as far:
             log = RunLog(root, config.sink)
-            far.follow(log)
+            if far is not None:
+                far.follow(log)
             try:
                 shaping = {**fingerprint(config), **AssemblyResources(config.assembly).fingerprint()}
                 directory.save(lasting(config), shaping)
@@ -231,7 +232,7 @@ def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
             assert [] == copying.missing(needed)
             if (far / "manifest.jsonl").exists():
                 assert [] == verify(far)[0]
-                assert all("not told" not in note for note in verify(far)[1].notes)
+                assert all("not listed" not in note for note in verify(far)[1].notes)
         copying.copy(needed)
         assert [] == verify(far)[0] if (far / "manifest.jsonl").exists() else sum(steps[:-1]) == 0
 
@@ -306,7 +307,7 @@ def test_half_a_shard_is_a_torn_end(tmp_path: Path, shaky: type[Shaky]) -> None:
         run.finish()
 
     assert [] == problems
-    assert any("part-000002.jsonl: sealed, but the manifest was not told" in note for note in found.notes)
+    assert any("part-000002.jsonl: sealed, but not listed" in note for note in found.notes)
     assert_same(copy, download("shaky://far", tmp_path / "copy"))
 
 
@@ -449,9 +450,9 @@ def test_samples_that_a_repair_dropped_go_from_the_mirror_too(tmp_path: Path) ->
     [
         ("nowhere://a", "sink.mirror: nowhere://a cannot be used: Protocol not known"),
         ("s3://bucket/a", "sink.mirror: s3://bucket/a needs a package that is not there"),
-        ("OUT", "lies in the run directory itself"),
-        ("file://OUT/mirror", "lies in the run directory itself"),
-        ("OUT/../OUT_NAME/x", "lies in the run directory itself"),
+        ("OUT", "is inside the run directory"),
+        ("file://OUT/mirror", "is inside the run directory"),
+        ("OUT/../OUT_NAME/x", "is inside the run directory"),
     ],
 )
 def test_a_mirror_that_cannot_be_is_refused(tmp_path: Path, url: str, says: str) -> None:
@@ -471,7 +472,7 @@ def test_the_mirror_of_another_run_is_refused(tmp_path: Path) -> None:
     with running(tmp_path / "b", None) as run:
         run.write(20)
     for other in ("b", "new"):
-        with pytest.raises(ConfigError, match="holds another run"), running(tmp_path / other, str(far)):
+        with pytest.raises(ConfigError, match="holds a different run"), running(tmp_path / other, str(far)):
             pass
 
     assert before == sealed_bytes(far)

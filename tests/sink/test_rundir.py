@@ -88,9 +88,9 @@ def test_keys_that_differ_are_named_with_both_values(directory: RunDirectory) ->
     with pytest.raises(ConfigError) as raised:
         directory.check({**fingerprint(changed), "model": "other"})
     assert (
-        f"{directory.root} holds a run of another configuration ("
+        f"{directory.root} holds a run with a different configuration ("
         "model: 'm' before, 'other' now; recipe.sampling.top_p: None before, 0.5 now; "
-        "recipe.target_words: 2000 before, 10 now; run.seed: 0 before, 7 now); use another --out"
+        "recipe.target_words: 2000 before, 10 now; run.seed: 0 before, 7 now); choose a different --out"
     ) == str(raised.value)
 
 
@@ -143,7 +143,7 @@ def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
     """A run directory that a later streamsyn wrote is not touched."""
     (tmp_path / "run.json").write_bytes(orjson.dumps({"format": 2}))
 
-    with pytest.raises(ConfigError, match=r"run\.json is of format 2; this streamsyn reads format 1"):
+    with pytest.raises(ConfigError, match=r"run\.json has format 2; this streamsyn reads format 1"):
         read_run_json(tmp_path)
 
 
@@ -159,10 +159,10 @@ def test_a_broken_run_json_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        ([], "is no run.json: it holds no object"),
-        ({"format": 1, "fingerprint": {}}, "is no run.json: it has no config"),
-        ({"format": 1, "config": {}, "fingerprint": 1}, "is no run.json: it has no fingerprint"),
-        ({"format": [1]}, "is of format [1]; this streamsyn reads format 1"),
+        ([], "is not a valid run.json: it is not a JSON object"),
+        ({"format": 1, "fingerprint": {}}, "is not a valid run.json: it has no config"),
+        ({"format": 1, "config": {}, "fingerprint": 1}, "is not a valid run.json: it has no fingerprint"),
+        ({"format": [1]}, "has format [1]; this streamsyn reads format 1"),
     ],
 )
 def test_what_is_no_run_json_is_named(tmp_path: Path, data: object, what: str) -> None:

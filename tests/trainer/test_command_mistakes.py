@@ -174,7 +174,7 @@ def test_a_run_of_another_format_is_refused(start: Start, tmp_path: Path) -> Non
     training = start(run, tmp_path / "out")
 
     assert 2 == training.wait(), training.stderr()
-    assert "is of format 99" in training.stderr().splitlines()[-1]
+    assert "format 99" in training.stderr().splitlines()[-1]
 
 
 def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:

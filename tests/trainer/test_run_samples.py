@@ -274,7 +274,7 @@ def test_rows_of_a_frame_are_not_decompressed_one_by_one(
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [('{"format": 99}', "is of format 99; this streamsyn reads"), ("{", "run.json cannot be read")],
+    [('{"format": 99}', "has format 99; this streamsyn reads"), ("{", "run.json cannot be read")],
 )
 def test_a_run_of_another_format_is_not_followed(text: str, why: str, tmp_path: Path) -> None:
     """As `verify` and `export` refuse it; also one that comes later."""
