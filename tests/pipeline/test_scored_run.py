@@ -146,7 +146,7 @@ def test_a_run_without_servers_that_score_stops(tmp_path: Path) -> None:
 
     stopped = ran(tmp_path, Fleet(), settings, gone, number=400)
     assert stopped.stopped is not None
-    assert "scores" in stopped.stopped
+    assert "scoring server" in stopped.stopped
     assert 0 < stopped.contexts < 400
     finished = ran(tmp_path, Fleet(), settings, number=400)
 
