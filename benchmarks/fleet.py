@@ -35,7 +35,7 @@ from benchmarks.common import seeds_file
 from streamsyn.config.loading import load
 from streamsyn.errors import ServerError
 from streamsyn.fleet.client import ServerClient
-from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run
 from streamsyn.recipes.registry import load_recipe

@@ -131,7 +131,7 @@ async def by_streamsyn(urls: Sequence[str], requests: Sequence[Request], concurr
 
         asked = await closed_loop(requests, concurrency, ask)
         planned = sum(server.planned_cached_tokens for server in fleet.servers)
-        moves = sum(pool.homes.moves for pool in fleet._roster.pools.values())  # noqa: SLF001 - no figure yet
+        moves = fleet.moves
         return replace(asked, planned=planned, moves=moves)
 
 

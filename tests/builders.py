@@ -14,7 +14,8 @@ from streamsyn.config.sections import SinkSection
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health
 from streamsyn.fleet.limiter import Limiter
-from streamsyn.fleet.server import Server, ServerSpec
+from streamsyn.fleet.server import Server
+from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.log import RunLog, shard_paths

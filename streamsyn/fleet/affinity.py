@@ -1,4 +1,4 @@
-"""Which server a prefix group is at home at: bounded-load rendezvous hashing.
+"""Session affinity: which server a prefix group goes to, by bounded-load rendezvous hashing.
 
 Sources: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998 (rendezvous);
 Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", arXiv 1608.01350.
@@ -9,84 +9,89 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
-from streamsyn.fleet.models import fair
 from streamsyn.fleet.server import Server
 
 PATIENCE_S = 2.0
-"""How long a server has to be over its share before groups leave it. A move costs their whole prefix, and
-requests come and go in bursts: what is over in a second costs less than to compute the prefix again."""
-_KNOWN = 65_536
+"""How long a server has to be overloaded before groups leave it. Requests come in bursts: a second over the
+share costs less than computing a group's whole prefix again elsewhere."""
+_MAX_GROUPS = 65_536
 """Groups remembered."""
 _CHANCE = 4.0
-"""A server may be over its share by so many times the square root of it: that is chance, not load."""
+"""Tolerance above the share, in units of its square root: within it the excess is chance, not load."""
 
 
 class Affinity:
-    """Gives each group a server, and another one when that is overloaded or out.
+    """Gives each group a server, and a different one when that is overloaded or unusable.
 
-    Hashing spreads groups evenly only where there are very many of them, so a new home is chosen more
-    strictly than an old one is kept: hashing decides among the servers that have no more than their share
-    of the load, and no server gets more than `balance_factor` times its share of groups.
+    Hashing spreads groups evenly only where there are many. So a new server is chosen more strictly than an
+    old one is kept: hashing decides among the servers that are within their share of the load, and no server
+    gets more than `balance_factor` times its share of groups.
 
     Args:
-        balance_factor: A server that has more than so many times its share of the load is over it.
+        balance_factor: A server with more than this times its share of the load is overloaded.
         clock: Seconds of the event loop.
     """
 
     def __init__(self, balance_factor: float, clock: Callable[[], float]) -> None:
         self._factor = balance_factor
         self._clock = clock
-        self._homes: OrderedDict[str, Server] = OrderedDict()
+        self._server_of: OrderedDict[str, Server] = OrderedDict()
         self._over_since: dict[Server, float] = {}
         self.moves = 0
         """How often a group changed its server."""
 
-    def home(self, group: str, servers: Sequence[Server], avoid: Server | None = None) -> Server:
-        """The server that a request of `group` goes to, out of `servers`, which are usable.
+    def server_for(self, group: str, servers: Sequence[Server], avoid: Server | None = None) -> Server:
+        """Return the server for a request of `group`, and remember it.
 
         Args:
             group: The group's key.
-            servers: At least one.
-            avoid: Where the request has just failed: another one, if there is.
+            servers: The usable servers; at least one.
+            avoid: Where the request has just failed; used only if there is no other server.
         """
-        at = self._homes.get(group)
-        shares = fair(servers, sum(server.assigned for server in servers) + 1)
-        share_of = dict(zip(servers, shares, strict=True))
-        if at in share_of and at is not avoid and not self._is_long_over(at, share_of[at]):
-            self._homes.move_to_end(group)
-            return at
+        current = self._server_of.get(group)
+        fair = fair_shares(servers, sum(server.assigned for server in servers) + 1)
+        share_of = dict(zip(servers, fair, strict=True))
+        if (
+            current in share_of
+            and current is not avoid
+            and not self._is_overloaded(current, share_of[current])
+        ):
+            self._server_of.move_to_end(group)
+            return current
         others = [server for server in servers if server is not avoid] or servers
         fit = [server for server in others if server.assigned < math.ceil(share_of[server])] or others
         weights = sum(server.weight for server in servers)
         ranked = sorted(fit, key=lambda server: _rank(group, server), reverse=True)
-        home = next((server for server in ranked if self._takes_group(server, server.weight / weights)), None)
-        home = home or min(ranked, key=lambda server: (server.homes + 1) / server.weight)
-        self.move(group, home)
-        return home
+        chosen = next(
+            (server for server in ranked if self._takes_group(server, server.weight / weights)), None
+        )
+        chosen = chosen or min(ranked, key=lambda server: (server.groups + 1) / server.weight)
+        self.assign(group, chosen)
+        return chosen
 
-    def move(self, group: str, home: Server) -> None:
-        """From now on `group` is at home there."""
-        before = self._homes.get(group)
-        if before is not home:
+    def assign(self, group: str, server: Server) -> None:
+        """Send `group` to `server` from now on."""
+        before = self._server_of.get(group)
+        if before is not server:
             if before is not None:
-                before.homes -= 1
+                before.groups -= 1
                 self.moves += 1
-            home.homes += 1
-            self._homes[group] = home
-        self._homes.move_to_end(group)
-        while len(self._homes) > _KNOWN:
-            _, forgotten = self._homes.popitem(last=False)
-            forgotten.homes -= 1
+            server.groups += 1
+            self._server_of[group] = server
+        self._server_of.move_to_end(group)
+        while len(self._server_of) > _MAX_GROUPS:
+            _, other = self._server_of.popitem(last=False)
+            other.groups -= 1
 
     def forget(self, server: Server) -> None:
-        """`server` is out: its groups find other homes when they are asked for."""
-        for group in [group for group, home in self._homes.items() if home is server]:
-            del self._homes[group]
+        """Release the groups of a server that is no longer usable; their next requests choose a new one."""
+        for group in [group for group, current in self._server_of.items() if current is server]:
+            del self._server_of[group]
         self._over_since.pop(server, None)
-        server.homes = 0
+        server.groups = 0
 
-    def _is_long_over(self, server: Server, share: float) -> bool:
-        """Whether it has had more than it should for a while, with one request more."""
+    def _is_overloaded(self, server: Server, share: float) -> bool:
+        """Whether one more request keeps it above its share, as it has been for `PATIENCE_S`."""
         if server.assigned + 1 <= max(1.0, self._factor * share, share + _CHANCE * math.sqrt(share)):
             self._over_since.pop(server, None)
             return False
@@ -94,8 +99,29 @@ class Affinity:
         return now - self._over_since.setdefault(server, now) >= PATIENCE_S
 
     def _takes_group(self, server: Server, share: float) -> bool:
-        mean = (len(self._homes) + 1) * share
-        return server.homes + 1 <= max(math.ceil(mean), int(self._factor * mean))
+        mean = (len(self._server_of) + 1) * share
+        return server.groups + 1 <= max(math.ceil(mean), int(self._factor * mean))
+
+
+def fair_shares(servers: Sequence[Server], total: int) -> list[float]:
+    """Return how many of `total` requests each server should have: by weight, but at most its cap.
+
+    Requests beyond all caps wait, and are spread by weight again. Caps alone would be a poor measure: while
+    they grow, and where nothing presses them, they differ by accident.
+    """
+    weights = sum(server.weight for server in servers)
+    beyond = total - sum(server.cap for server in servers)
+    if beyond >= 0:
+        return [server.cap + beyond * server.weight / weights for server in servers]
+    # Water filling: servers that are full at the lowest level first, the others share the rest.
+    level, rest = 0.0, float(total)
+    for server in sorted(servers, key=lambda server: server.cap / server.weight):
+        level = rest / weights
+        if server.cap >= level * server.weight:
+            break
+        rest -= server.cap
+        weights -= server.weight
+    return [min(server.cap, level * server.weight) for server in servers]
 
 
 def _rank(group: str, server: Server) -> float:

@@ -1,10 +1,10 @@
-"""One server, in its own words: requests out, completions and loads back, whatever carries them."""
+"""The client of one server: requests out; completions, load metrics and models back, over any transport."""
 
 from collections.abc import Callable
 
 from streamsyn.errors import ConfigError, ServerUnavailable
 from streamsyn.fleet import wire
-from streamsyn.fleet.scored import check_scores, score
+from streamsyn.fleet.logprobs import check_scores, score
 from streamsyn.fleet.transport import KEY_VARIABLE, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request
@@ -15,13 +15,13 @@ _ABORT_TIMEOUT_S = 2.0
 
 
 class ServerClient:
-    """Speaks to one server.
+    """Sends requests to one server.
 
     Args:
-        url: Its base URL, by which it is called.
-        transport: What carries requests to it.
-        request_timeout_s: Bound on one chat request.
-        key_name: Environment variable that its key came from, for messages.
+        url: Its base URL, which also names it in messages.
+        transport: Carries the requests.
+        request_timeout_s: Timeout of one chat request.
+        key_name: Environment variable of its key, for messages.
     """
 
     def __init__(
@@ -35,34 +35,34 @@ class ServerClient:
     async def complete(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
     ) -> Completion:
-        """What `request` is after: an answer, as `chat` gives it, or how likely one is.
+        """Return the answer to `request`, as `chat` does; if it is to be scored, the logprobs of its answer.
 
         Raises:
-            ServerError: No usable answer came; the kind says what to do next.
+            ServerError: No usable answer came; the subclass says what to do next.
         """
         if request.scored is None:
             return await self.chat(request, model, rid, on_first_token)
         return await score(self.transport, self.url, request, model, rid, self._request_timeout_s)
 
     async def check_scores(self, model: str, rid: str) -> None:
-        """Find out whether it can score.
+        """Check that the server can score.
 
         Raises:
             RequestRefused: It cannot.
-            ServerError: It gave no answer.
+            ServerError: It did not answer.
         """
         await check_scores(self.transport, self.url, model, rid, _CONTROL_TIMEOUT_S)
 
     async def chat(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
     ) -> Completion:
-        """Ask and wait for the whole answer.
+        """Send a chat request and return the whole answer.
 
-        With `on_first_token` the answer is streamed, and the call made when it begins: from then on the
-        prompt is in the server's prefix cache.
+        With `on_first_token` the answer is streamed, and the callback is called when it begins: from then on
+        the prompt is in the server's prefix cache.
 
         Raises:
-            ServerError: No usable answer came; the kind says what to do next.
+            ServerError: No usable answer came; the subclass says what to do next.
         """
         headers = {wire.ROUTING_KEY: request.group} if request.group else {}
         reply = await self.transport.exchange(
@@ -78,45 +78,45 @@ class ServerClient:
         return wire.parse_chat(reply.status, reply.body, self.url)
 
     async def abort(self, rid: str) -> None:
-        """Have the server drop the request of that rid.
+        """Abort the request with this rid.
 
         Raises:
-            ServerError: It could not be told; it will find out when it writes its answer.
+            ServerError: The server did not answer; it notices the lost connection when it writes its answer.
         """
         body = b'{"rid":"%s"}' % rid.encode()
         await self.transport.exchange("POST", wire.ABORT, body=body, timeout_s=_ABORT_TIMEOUT_S)
 
     async def load(self) -> Load | None:
-        """What it has to do just now; None when it does not say.
+        """Return its load metrics; None if it has no such route.
 
         Raises:
-            ServerError: It gave no answer.
+            ServerError: It did not answer.
         """
         reply = await self.transport.exchange("GET", wire.LOADS, timeout_s=_LOAD_TIMEOUT_S)
         if reply.status in (404, 405):
             return None
         if reply.status != 200:
-            raise wire.error_of(reply.status, "no load", self.url)
+            raise wire.error_for(reply.status, "no load metrics", self.url)
         return parse_load(reply.body)
 
     async def weight_version(self) -> str | None:
-        """Which weights it has, as it calls them; None when it does not say.
+        """Return the version of its weights; None if it does not report one.
 
         Raises:
-            ServerError: It gave no answer.
+            ServerError: It did not answer.
         """
         reply = await self.transport.exchange("GET", wire.MODEL_INFO, timeout_s=_CONTROL_TIMEOUT_S)
-        return wire.weight_version(reply.body) if reply.status == 200 else None
+        return wire.parse_weight_version(reply.body) if reply.status == 200 else None
 
     async def models(self) -> list[str]:
-        """What it serves, once it is healthy.
+        """Return the models it serves, if it is healthy.
 
         Raises:
-            ServerError: It is not up.
-            ConfigError: It does not accept our key.
+            ServerError: It is not healthy.
+            ConfigError: It does not accept the key.
         """
         reply = await self.transport.exchange("GET", wire.HEALTH, timeout_s=_CONTROL_TIMEOUT_S)
-        if reply.status in (200, 404):  # other servers than SGLang may lack the route
+        if reply.status in (200, 404):  # servers other than SGLang may lack the route
             reply = await self.transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
         elif reply.status not in (401, 403):
             raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
@@ -125,11 +125,11 @@ class ServerClient:
                 f"{self.url} does not accept the key (HTTP {reply.status}); set {self._key_name}"
             )
         if reply.status != 200:
-            raise wire.error_of(reply.status, "no list of models", self.url)
-        models = wire.served_models(reply.body)
-        return [await self._started_as(model) if model.startswith("/") else model for model in models]
+            raise wire.error_for(reply.status, "no list of models", self.url)
+        models = wire.parse_models(reply.body)
+        return [await self._served_name(model) if model.startswith("/") else model for model in models]
 
-    async def _started_as(self, model: str) -> str:
-        """What a model was called before its server read other weights, from the directory `model`."""
+    async def _served_name(self, model: str) -> str:
+        """Return the name of a model before a weight update from the directory `model`."""
         reply = await self.transport.exchange("GET", wire.SERVER_INFO, timeout_s=_CONTROL_TIMEOUT_S)
-        return (wire.started_as(reply.body) if reply.status == 200 else None) or model
+        return (wire.parse_served_name(reply.body) if reply.status == 200 else None) or model

@@ -1,45 +1,32 @@
-"""When to try again, and when to give up: plain decisions.
-
-Whether a server is used: in, or ejected until it answers a probe. A plain state machine.
-
-When a fleet that answers nothing is given up: no server in, or all of their queues full, for too long.
-"""
+"""What failures lead to: a retry, an ejected server, a run that gives up. Three plain state machines."""
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import RequestRefused, ServerBusy, ServerError, ServerUnreachable
 
 
-def full_jitter(base_s: float, longest_s: float, step: int, rng: Random) -> float:
-    """A pause drawn evenly from zero to an exponentially growing bound.
-
-    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    return rng.uniform(0, min(longest_s, base_s * 2 ** min(step, 30)))
-
-
 @dataclass(slots=True)
 class RetryBudget:
-    """What one request may use up: tries and seconds.
+    """The tries and seconds that one request may use.
 
-    A full queue costs no try, nor does a server that is not there: it was never asked. So a request
-    outlives a fleet that is gone for a while, and many servers that go one after the other.
+    A full queue or an unreachable server costs no try, since the request was not accepted. So a request
+    survives an outage of the whole fleet, and many servers that fail one after the other.
     """
 
     fleet: FleetSection
     rng: Random
     tries: int = 0
-    spent_s: float = field(default=0.0)
+    spent_s: float = 0.0
 
     def pause_after(self, error: ServerError, seconds: float) -> float | None:
-        """Seconds to wait before the next try, after one that took `seconds`; None to give up."""
+        """Return the pause in seconds before the next try, after one that took `seconds`; None to give up."""
         self.spent_s += seconds
         if isinstance(error, ServerBusy | ServerUnreachable):
-            return 0.0  # the waiting is done for a place: the server is held, or ejected
+            return 0.0  # placement does the waiting: the server is held or ejected
         self.tries += 1
         if isinstance(error, RequestRefused) or self.tries >= self.fleet.max_attempts:
             return None
@@ -48,41 +35,49 @@ class RetryBudget:
         return pause_s if self.spent_s < self.fleet.total_timeout_s else None
 
 
+def full_jitter(base_s: float, longest_s: float, step: int, rng: Random) -> float:
+    """Return a pause in seconds, drawn evenly from zero to an exponentially growing bound.
+
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    return rng.uniform(0, min(longest_s, base_s * 2 ** min(step, 30)))
+
+
 @dataclass(slots=True)
 class Health:
-    """Counts failures in a row; so many of them, or a connection not made, eject the server."""
+    """Whether a server is ejected: after `eject_after` failures in a row, or one failed connection."""
 
     eject_after: int
     ejected: bool = False
     failures: int = 0
     ejections: int = 0
-    """Since the last answer: a server may answer probes and nothing else."""
+    """Ejections since the last answer: a server may answer probes and nothing else."""
 
     def answered(self) -> None:
-        """An answer came, of whatever kind: the server is alive."""
+        """Record an answer of any kind: the server is alive."""
         self.failures = self.ejections = 0
 
-    def failed(self, *, is_there: bool = True) -> bool:
-        """No answer came, or the server `is_there` no longer. True when this ejects it."""
+    def failed(self, *, reachable: bool = True) -> bool:
+        """Record a request without an answer. Return True when this ejects the server."""
         self.failures += 1
-        if self.ejected or (is_there and self.failures < self.eject_after):
+        if self.ejected or (reachable and self.failures < self.eject_after):
             return False
         self.ejected = True
         self.ejections += 1
         return True
 
     def readmit(self) -> None:
-        """A probe was answered."""
+        """Record that a probe was answered."""
         self.ejected = False
         self.failures = 0
 
 
 class Outage:
-    """Counts the time since the last answer while no server is in, or while all only say they are busy.
+    """Gives up on a fleet that has had no usable server, or only full queues, for too long.
 
     Args:
-        section: Says how long that may last.
-        on_gone: Called when it has lasted so long.
+        section: Has `give_up_s` and `request_timeout_s`.
+        on_gone: Called when the fleet is given up.
     """
 
     def __init__(self, section: FleetSection, on_gone: Callable[[], None]) -> None:
@@ -93,12 +88,13 @@ class Outage:
         self._busy_since: float | None = None
 
     def answered(self) -> None:
-        """A request was answered."""
+        """Record that a request was answered."""
         self._busy_since = self._gone_since = None
 
-    def none_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        """No server is in, for a model at the least: the time counts from when it first was so since the
-        last answer.
+    def began(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Record that some model has no usable server.
+
+        The time counts from the first such moment since the last answer.
         """
         if self._timer is not None:
             return
@@ -106,17 +102,17 @@ class Outage:
             self._gone_since = loop.time()
         self._timer = loop.call_at(self._gone_since + self._section.give_up_s, self._on_gone)
 
-    def some_in(self) -> None:
-        """There are servers in again; whether it answers more than probes is to be seen."""
+    def ended(self) -> None:
+        """Record that each model has a usable server again; only an answer resets the time."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def busy(self, now: float) -> None:
-        """A queue was full. Full queues are waited for, but not for ever.
+        """Record a full queue at `now`, in seconds of the event loop.
 
-        What a server has accepted is answered, or late, within `request_timeout_s`: when all are only
-        busy for longer than that, nothing was accepted.
+        An accepted request is answered or times out within `request_timeout_s`. When all servers are busy
+        for longer than that, none has accepted anything.
         """
         if self._busy_since is None:
             self._busy_since = now

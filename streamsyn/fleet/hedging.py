@@ -1,6 +1,6 @@
-"""At the end of a run: stragglers are asked a second time elsewhere, and the first answer counts.
+"""Hedged requests: at the end of a run stragglers are sent to a second server, and the first answer counts.
 
-Idea: "hedged requests" of Dean and Barroso, "The Tail at Scale", 2013.
+Source: "hedged requests" of Dean and Barroso, "The Tail at Scale", 2013.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from streamsyn.records import Completion, Request
 
 log = structlog.get_logger()
 
-_TRUE = 0.05
-"""What `fleet.hedge_tail = true` stands for."""
+_DEFAULT_SHARE = 0.05
+"""Meaning of `fleet.hedge_tail = true`."""
 _LATE = 1.2
-"""A call is late when it takes so many times as long as others did on average."""
+"""A call is late when it takes this many times the average."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One try that is under way."""
+    """One try in flight."""
 
     request: Request
     place: Place
@@ -34,16 +34,16 @@ class Call:
     scope: asyncio.Timeout | None = None
     second: "asyncio.Task[None] | None" = None
     answer: Completion | None = None
-    """From the second server, if that was quicker."""
+    """The second server's answer, if that came first."""
 
 
 class Hedging:
-    """Asks again what takes long, once the run has nothing else to do.
+    """Sends late requests a second time, once few workers are still busy.
 
     Args:
-        share: `fleet.hedge_tail`: how few workers, of all, must be left at work; 0 or False for never.
-        tasks: Where second tries run.
-        ask: One try at one server.
+        share: `fleet.hedge_tail`: hedge when at most this share of the workers is busy; 0 or False for never.
+        tasks: Run the second tries.
+        ask: Makes one try at one server.
     """
 
     def __init__(
@@ -52,28 +52,28 @@ class Hedging:
         tasks: Background,
         ask: Callable[[Place, Placement, Request], Awaitable[Completion]],
     ) -> None:
-        self._share = _TRUE if share is True else float(share)
+        self._share = _DEFAULT_SHARE if share is True else float(share)
         self._tasks = tasks
         self._ask = ask
         self._calls: dict[Call, None] = {}
         self._answers = 0
-        self._seconds = 0.0
+        self._total_s = 0.0
 
     @property
     def is_on(self) -> bool:
-        """Whether tries have to go through `ask`."""
+        """Whether tries must go through `ask`."""
         return self._share > 0
 
     async def ask(self, call: Call) -> Completion:
-        """The answer to `call`, of its own server or of a second one.
+        """Return the answer to `call`, from its own server or from a second one.
 
         Raises:
-            ServerError: Neither gave one; that of its own server.
+            ServerError: Neither answered; the error is that of its own server.
         """
         self._calls[call] = None
         try:
-            # The scope has no end until the second answer sets one: then it cancels the first try,
-            # which aborts it at its server.
+            # The timeout is set only when the second answer comes: it then cancels the first try, which
+            # aborts the request at its server.
             async with asyncio.timeout(None) as call.scope:
                 completion = await self._ask(call.place, call.pool, call.request)
         except TimeoutError:
@@ -85,20 +85,20 @@ class Hedging:
             if call.second is not None:
                 call.second.cancel()
         self._answers += 1
-        self._seconds += asyncio.get_running_loop().time() - call.started
+        self._total_s += asyncio.get_running_loop().time() - call.started
         return completion
 
-    def tail(self, left: int, of: int) -> None:
-        """There is no more work to begin: `left` workers `of` so many are still at theirs."""
-        if not self.is_on or left > max(1.0, self._share * of) or not self._answers:
+    def tail(self, busy: int, workers: int) -> None:
+        """Record that there is no new work, and that `busy` of `workers` workers are still busy."""
+        if not self.is_on or busy > max(1.0, self._share * workers) or not self._answers:
             return
         for call in self._calls:
             if call.second is None:
-                call.second = self._tasks.start(self._again(call), name="hedge")
+                call.second = self._tasks.start(self._hedge(call), name="hedge")
 
-    async def _again(self, call: Call) -> None:
+    async def _hedge(self, call: Call) -> None:
         clock = asyncio.get_running_loop().time
-        late_at = call.started + _LATE * self._seconds / self._answers
+        late_at = call.started + _LATE * self._total_s / self._answers
         await asyncio.sleep(max(0.0, late_at - clock()))
         try:
             place = await call.pool.acquire(call.request, avoid=call.place.server)
@@ -106,7 +106,7 @@ class Hedging:
             return
         try:
             if place.server is call.place.server:
-                return  # there is no other
+                return  # there is no other server
             log.info("fleet.hedged", server=call.place.server.url, second=place.server.url)
             call.answer = await self._ask(place, call.pool, call.request)
         except ServerError as error:

@@ -1,4 +1,4 @@
-"""The servers there are: who comes and goes, what each serves, who is ejected, probed and readmitted."""
+"""Membership: servers are added and removed, ejected, probed and readmitted, and their load is watched."""
 
 import asyncio
 from collections import Counter
@@ -17,32 +17,33 @@ from streamsyn.fleet.affinity import Affinity
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
-from streamsyn.fleet.models import agreed_models, served_here
+from streamsyn.fleet.models import agreed_models, first_wanted
 from streamsyn.fleet.placement import Placement
-from streamsyn.fleet.routers import warn_of_router
-from streamsyn.fleet.server import Server, ServerSpec
+from streamsyn.fleet.routers import warn_about_router
+from streamsyn.fleet.server import Server
+from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import KEY_VARIABLE, Transport
 
 log = structlog.get_logger()
 
-_RAMP_LOOK = 0.25
-"""While a cap doubles, its server's load is looked at after this part of the interval."""
+_RAMP_INTERVAL = 0.25
+"""Part of the load interval after which load metrics are read while a cap ramps up."""
 
-_MOMENT_S = 2.0
-"""What other servers have to answer in, at the start, once one has."""
+_GRACE_S = 2.0
+"""Time that the other servers have to answer at the start, once one has."""
 
 Connect: TypeAlias = Callable[[ServerSpec], AbstractAsyncContextManager[Transport]]
-"""Opens what carries requests to a server."""
+"""Opens a transport to a server."""
 
 
 class Membership:
-    """All servers of a fleet, in one pool for each model.
+    """All servers of a fleet, in one pool per model.
 
     Args:
-        section: The section of the configuration.
-        connect: Opens what carries requests to a server.
-        tasks: Where probes and looks at the load run.
-        outage: Told when no server is in.
+        section: The `fleet` section of the configuration.
+        connect: Opens a transport to a server.
+        tasks: Runs probes and load watches.
+        outage: Informed when a model has no usable server.
         rng: For jitter.
     """
 
@@ -52,136 +53,138 @@ class Membership:
         self.servers: list[Server] = []
         self.pools: dict[str, Placement] = {}
         self.on_room: Callable[[], None] = lambda: None
-        """Called when the servers may have more in flight than before."""
+        """Called when more requests may be in flight than before."""
         self._section = section
         self._connect = connect
         self._tasks = tasks
         self._outage = outage
         self._rng = rng
         self._transports: dict[Server, AsyncExitStack] = {}
-        self._out: set[str] = set()
-        """Models that no server is in for."""
-        self.past: dict[str, Counter[str]] = {}
-        """What servers did that are gone, by URL."""
+        self._without_server: set[str] = set()
+        """Models without a usable server."""
+        self.removed_counts: dict[str, Counter[str]] = {}
+        """Counters of removed servers, by URL."""
 
     async def open(self, specs: Iterable[ServerSpec]) -> None:
-        """Take up servers; they are not asked before `agree`."""
+        """Add servers; they are first contacted by `agree_on_models`."""
         for spec in specs:
-            self.servers.append(await self._opened(spec))
+            self.servers.append(await self._open_server(spec))
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         for pool in self.pools.values():
             pool.close()
         for transport in self._transports.values():
             await transport.aclose()
 
-    async def agree(self) -> None:
-        """Find out which models are served; waits for one server, the others are probed from now on.
+    async def agree_on_models(self) -> None:
+        """Wait for one healthy server and agree on the models; probe servers that did not answer from now on.
 
         Raises:
-            ConfigError: Servers serve different models, or not those asked for.
-            FleetGone: None came up within `fleet.give_up_s`.
+            ConfigError: Servers serve different models, or not those of the configuration.
+            FleetGone: No server was healthy within `fleet.give_up_s`.
         """
         served: dict[str, list[str]] = {}
-        why: dict[str, str] = {}
+        failures: dict[str, str] = {}
         try:
             async with asyncio.timeout(self._section.give_up_s):
                 for step in count():
-                    await self._ask_each(served, why)
+                    await self._ask_all(served, failures)
                     if served:
                         break
                     if step == 0:
-                        log.warning("fleet.waiting", servers=why)
+                        log.warning("fleet.waiting", servers=failures)
                     await asyncio.sleep(self._probe_pause(step))
         except TimeoutError:
-            reasons = "; ".join(why.values())
-            raise FleetGone(f"no server came up within {self._section.give_up_s:g} s: {reasons}") from None
+            reasons = "; ".join(failures.values())
+            raise FleetGone(f"no healthy server within {self._section.give_up_s:g} s: {reasons}") from None
         clock = asyncio.get_running_loop().time
         for model in agreed_models(served, self._section):
-            homes = Affinity(self._section.balance_factor, clock)
-            self.pools[model] = Placement([], homes, self._section.leader_wait_s, clock)
+            affinity = Affinity(self._section.balance_factor, clock)
+            self.pools[model] = Placement([], affinity, self._section.leader_wait_s, clock)
         for server in self.servers:
             if server.url in served:
                 self._join(server, served[server.url])
                 self._tasks.start(self._watch(server), name=f"load-{server.url}")
             else:
                 self._start(server)
-        self.check_in()
+        self.check_usable()
 
     async def apply(self, wanted: Iterable[ServerSpec]) -> None:
-        """Go over to another set of servers: some are new, some are to finish what they have and go."""
-        await self._let_go()
-        left = {server.url: server for server in self.servers}
+        """Change to the `wanted` servers: add new ones; drain and later remove those not wanted any more."""
+        await self._close_removed()
+        unwanted = {server.url: server for server in self.servers}
         for spec in wanted:
-            server = left.pop(spec.url, None)
+            server = unwanted.pop(spec.url, None)
             if server is None:
-                server = await self._opened(spec)
+                server = await self._open_server(spec)
                 self.servers.append(server)
-                if self.pools:  # else it is asked with the others
+                if self.pools:  # else `agree_on_models` asks it
                     self._start(server)
             elif (server.spec.key_env, server.spec.server_name) != (spec.key_env, spec.server_name):
                 server.client = await self._client(server, spec)
-            server.spec, server.is_gone = spec, False
+            server.spec, server.is_removed = spec, False
             self._set_draining(server, draining=spec.draining)
-        for server in left.values():
-            server.is_gone = True
+        for server in unwanted.values():
+            server.is_removed = True
             self._set_draining(server, draining=True)
         if self.pools:
-            self.check_in()
+            self.check_usable()
 
     def _start(self, server: Server) -> None:
-        """A server that is not in yet: it is, once it has said what it serves."""
+        """Probe a new server; it becomes usable once it has said what it serves."""
         server.health.ejected = True
         self._tasks.start(self._probe(server), name=f"probe-{server.url}")
         self._tasks.start(self._watch(server), name=f"load-{server.url}")
 
     def eject(self, server: Server, error: ServerError) -> None:
-        """`server` gets nothing more until it answers a probe."""
+        """Send no requests to `server` until it answers a probe."""
         log.warning("fleet.ejected", server=server.url, error=str(error))
-        self._left(server)
+        self._withdraw(server)
         self._tasks.start(self._probe(server), name=f"probe-{server.url}")
-        self.check_in()
+        self.check_usable()
 
-    def check_in(self) -> None:
-        """See whether each model has a server that is in."""
-        out = {
-            model for model, pool in self.pools.items() if not any(server.is_in for server in pool.servers)
+    def check_usable(self) -> None:
+        """Check that each model has a usable server, and start or end the outage."""
+        without = {
+            model
+            for model, pool in self.pools.items()
+            if not any(server.is_usable for server in pool.servers)
         }
-        for model in sorted(out - self._out):
-            log.warning("fleet.none_in", model=model, gives_up_after_s=self._section.give_up_s)
-        self._out = out
-        if out:
-            self._outage.none_in(asyncio.get_running_loop())
+        for model in sorted(without - self._without_server):
+            log.warning("fleet.no_usable_server", model=model, gives_up_after_s=self._section.give_up_s)
+        self._without_server = without
+        if without:
+            self._outage.began(asyncio.get_running_loop())
         else:
-            self._outage.some_in()
+            self._outage.ended()
 
-    def _left(self, server: Server) -> None:
+    def _withdraw(self, server: Server) -> None:
         if server.model:
-            self.pools[server.model].left(server)
+            self.pools[server.model].withdraw(server)
 
     def _join(self, server: Server, models: list[str]) -> None:
-        """`server` is in, for the first of our models that it serves.
+        """Add `server` to the pool of the first wanted model that it serves.
 
         Raises:
             ServerUnavailable: It serves none of them.
         """
         if server.model:
             return
-        server.model = served_here(models, self.pools) or ""
+        server.model = first_wanted(models, self.pools) or ""
         if not server.model:
             raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {', '.join(self.pools)}")
         self.pools[server.model].servers.append(server)
 
     async def _models(self, server: Server) -> list[str]:
-        """What it serves; on the way the other things that are asked of a server once, when it comes up.
+        """Return the models it serves; also ask what is asked once per start: router or not, weight version.
 
         Raises:
-            ServerError: It is not up.
-            ConfigError: It does not accept our key.
+            ServerError: It is not healthy.
+            ConfigError: It does not accept the key.
         """
         models = await server.client.models()
-        await warn_of_router(server.url, server.client.transport)
+        await warn_about_router(server.url, server.client.transport)
         try:
             server.weight_version = await server.client.weight_version()
         except ServerError as error:
@@ -194,7 +197,7 @@ class Membership:
         server.draining = draining
         log.info("fleet.draining" if draining else "fleet.undrained", server=server.url)
         if draining:
-            self._left(server)
+            self._withdraw(server)
         elif server.model:
             server.limiter.readmitted(asyncio.get_running_loop().time())
             self._dispatch(server)
@@ -203,8 +206,8 @@ class Membership:
         self.pools[server.model].dispatch()
         self.on_room()
 
-    async def _opened(self, spec: ServerSpec) -> Server:
-        client: Any = None  # for a moment: connections are kept by server
+    async def _open_server(self, spec: ServerSpec) -> Server:
+        client: Any = None  # set below: transports are kept by server
         server = Server(spec, client, _limiter(self._section), Health(self._section.eject_after))
         server.draining = spec.draining
         server.client = await self._client(server, spec)
@@ -216,43 +219,43 @@ class Membership:
         key_name = spec.key_env or KEY_VARIABLE
         return ServerClient(spec.url, transport, self._section.request_timeout_s, key_name)
 
-    async def _let_go(self) -> None:
-        """Forget servers that are gone and have answered what they had."""
-        for server in [server for server in self.servers if server.is_gone]:
+    async def _close_removed(self) -> None:
+        """Close removed servers that have no request in flight."""
+        for server in [server for server in self.servers if server.is_removed]:
             if not server.limiter.in_flight:
                 self.servers.remove(server)
-                self.past.setdefault(server.url, Counter()).update(server.counts())
+                self.removed_counts.setdefault(server.url, Counter()).update(server.counts())
                 if server.model:
                     self.pools[server.model].servers.remove(server)
                 await self._transports.pop(server).aclose()
 
-    async def _ask_each(self, served: dict[str, list[str]], why: dict[str, str]) -> None:
-        """Ask all servers what they serve; `why` takes what those say that are not up.
+    async def _ask_all(self, served: dict[str, list[str]], failures: dict[str, str]) -> None:
+        """Ask all servers what they serve. Fill `served`, and `failures` with errors, by URL.
 
-        Once one has answered the others get a moment more: one that hangs need not hold up a run.
+        Once one has answered, the others get `_GRACE_S` more, so that a server that hangs cannot delay a run.
         """
         clock = asyncio.get_running_loop().time
 
-        async def ask(server: Server, moment: asyncio.Timeout) -> None:
+        async def ask(server: Server, grace: asyncio.Timeout) -> None:
             try:
                 served[server.url] = await self._models(server)
             except ServerError as error:
-                why[server.url] = str(error)
+                failures[server.url] = str(error)
             else:
-                if moment.when() is None:
-                    moment.reschedule(clock() + _MOMENT_S)
+                if grace.when() is None:
+                    grace.reschedule(clock() + _GRACE_S)
 
-        why.clear()
-        why |= {server.url: f"{server.url} is to be drained" for server in self.servers if server.draining}
+        failures.clear()
+        failures |= {server.url: f"{server.url} is draining" for server in self.servers if server.draining}
         with suppress(TimeoutError):
-            async with asyncio.timeout(None) as moment, asyncio.TaskGroup() as group:
+            async with asyncio.timeout(None) as grace, asyncio.TaskGroup() as group:
                 for server in self.servers:
                     if not server.draining:
-                        group.create_task(ask(server, moment), name=f"ask-{server.url}")
+                        group.create_task(ask(server, grace), name=f"ask-{server.url}")
 
     async def _probe(self, server: Server) -> None:
-        """Ask an ejected server, ever less often, until it answers; then use it again."""
-        if server.health.ejections > 1:  # the last time it answered probes only
+        """Probe an ejected server with growing pauses until it answers; then readmit it."""
+        if server.health.ejections > 1:  # the last time it answered only probes
             await asyncio.sleep(self._probe_pause(server.health.ejections))
         for step in count():
             if server not in self.servers:
@@ -263,8 +266,8 @@ class Membership:
                     raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {server.model}")
                 self._join(server, models)
             except (ServerError, ConfigError) as error:
-                say = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info
-                say("fleet.probe_failed", server=server.url, error=str(error))
+                log_it = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info
+                log_it("fleet.probe_failed", server=server.url, error=str(error))
                 await asyncio.sleep(self._probe_pause(step))
             else:
                 break
@@ -272,42 +275,42 @@ class Membership:
         server.health.readmit()
         server.limiter.readmitted(asyncio.get_running_loop().time())
         log.info("fleet.joined" if is_new else "fleet.readmitted", server=server.url, model=server.model)
-        self.check_in()
+        self.check_usable()
         self._dispatch(server)
 
     async def _watch(self, server: Server) -> None:
-        """Look at the server's load, again and again."""
+        """Read the server's load metrics at intervals."""
         clock = asyncio.get_running_loop().time
         while server in self.servers:
-            if server.is_in:
+            if server.is_usable:
                 try:
                     load = await server.client.load()
                 except (ServerError, ConfigError) as error:
                     log.debug("fleet.load_unknown", server=server.url, error=str(error))
                 else:
                     if load is None:
-                        log.info("fleet.tells_no_load", server=server.url)
+                        log.info("fleet.no_load_metrics", server=server.url)
                         return
                     server.load = load
                     if load.pool_tokens:
                         server.prefixes.resize(load.pool_tokens)
                     cap = server.limiter.cap
                     server.limiter.observe(load, clock())
-                    self.cap_moved(server, cap)
-            hurry = _RAMP_LOOK if server.limiter.is_looking else 1.0
-            await asyncio.sleep(hurry * self._section.load_interval_s)
+                    self.cap_changed(server, cap)
+            factor = _RAMP_INTERVAL if server.limiter.is_ramping else 1.0
+            await asyncio.sleep(factor * self._section.load_interval_s)
 
-    def cap_moved(self, server: Server, before: int) -> None:
-        """Say so, and use the room, if the server's cap is not what it was `before`."""
+    def cap_changed(self, server: Server, before: int) -> None:
+        """Log a change of the server's cap from `before`, and use the new room."""
         cap = server.limiter.cap
         if cap == before:
             return
-        is_news = abs(cap - server.told_cap) > server.told_cap / 4
+        is_news = abs(cap - server.logged_cap) > server.logged_cap / 4
         if is_news:
-            server.told_cap = cap
-        say = log.info if is_news else log.debug
-        say("fleet.cap", server=server.url, cap=cap, was=before, why=server.limiter.last_decision)
-        if cap > before and server.is_in:
+            server.logged_cap = cap
+        log_it = log.info if is_news else log.debug
+        log_it("fleet.cap", server=server.url, cap=cap, was=before, why=server.limiter.last_decision)
+        if cap > before and server.is_usable:
             self._dispatch(server)
 
     def _probe_pause(self, step: int) -> float:
@@ -317,13 +320,13 @@ class Membership:
 
 
 @asynccontextmanager
-async def open_membership(roster: Membership, specs: Iterable[ServerSpec]) -> AsyncIterator[Membership]:
-    """Opens the servers of `specs`; closes all that the roster has at the end."""
+async def open_membership(membership: Membership, specs: Iterable[ServerSpec]) -> AsyncIterator[Membership]:
+    """Open the servers of `specs`; at the end, close all servers of `membership`."""
     try:
-        await roster.open(specs)
-        yield roster
+        await membership.open(specs)
+        yield membership
     finally:
-        await roster.close()
+        await membership.close()
 
 
 def _limiter(section: FleetSection) -> Limiter:

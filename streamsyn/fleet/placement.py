@@ -1,8 +1,8 @@
-"""Which server a request goes to, and when: places in flight, given out in the order of asking.
+"""Placement: which server a request goes to and when, first come, first served.
 
-A request without a group goes to whichever server has the smallest load; one that belongs to a group
-waits for its group's server. While a beginning that it shares with others is just being brought into a
-server's cache, it waits for that too.
+A request without a group goes to the server with the lowest load. A request of a group waits for its group's
+server. A request whose prefix a leader is just bringing into a server's cache waits for the leader's first
+token.
 """
 
 import asyncio
@@ -16,52 +16,52 @@ from streamsyn.fleet.affinity import PATIENCE_S, Affinity
 from streamsyn.fleet.server import Place, Server, Waiter
 from streamsyn.records import Request
 
-_DRAINED = "the run is draining, and no server has a place"
+_DRAINED = "the run is draining, and no server has a free place"
 _IDLE = 0.8
-"""A server that uses less than this part of its cap takes over requests that wait for another one."""
-_NOTHING = Request([], {})
+"""A server that uses less than this part of its cap takes over requests that wait for other servers."""
+_NO_GROUP = Request([], {})
 
 
 class Placement:
-    """Hands out places in flight.
+    """Hands out places: one per request in flight.
 
-    Every change of state is a plain call that ends by giving free places to those who wait; nothing can
-    be interrupted half-way.
+    Every change of state is a synchronous call that ends by giving free places to waiters, so cancellation
+    cannot interrupt it.
 
     Args:
-        servers: May be added to later.
-        homes: Where groups are at home.
-        leader_wait_s: The longest wait for a leader.
+        servers: The servers of one model; more may be added later.
+        affinity: Maps groups to servers.
+        leader_wait_s: Longest wait for a leader's first token.
         clock: Seconds of the event loop.
     """
 
     def __init__(
-        self, servers: list[Server], homes: Affinity, leader_wait_s: float, clock: Callable[[], float]
+        self, servers: list[Server], affinity: Affinity, leader_wait_s: float, clock: Callable[[], float]
     ) -> None:
         self.servers = servers
-        self.homes = homes
+        self.affinity = affinity
         self._leader_wait_s = leader_wait_s
         self._clock = clock
-        self._common: deque[Waiter] = deque()
+        self._queue: deque[Waiter] = deque()
         self._numbers = count()
         self._timer: asyncio.TimerHandle | None = None
         self._wait_ends: dict[tuple[Server, str], asyncio.TimerHandle] = {}
         self._is_draining = False
 
-    async def acquire(self, request: Request = _NOTHING, avoid: Server | None = None) -> Place:
-        """Wait for a place, if possible at another server than `avoid`; `release` it after.
+    async def acquire(self, request: Request = _NO_GROUP, avoid: Server | None = None) -> Place:
+        """Wait for a place, if possible at a server other than `avoid`. Call `release` afterwards.
 
         Raises:
-            StoppedEarly: `drain` was called, and there is no place.
+            StoppedEarly: `drain` was called, and no place is free.
         """
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         waiter = Waiter(next(self._numbers), request, turn, avoid, self._clock())
         self._put(waiter)
         if not waiter.turn.done():
             if self._is_draining:
-                waiter.turn.cancel()  # whoever comes upon it in a queue skips it
+                waiter.turn.cancel()  # queues skip it
                 raise StoppedEarly(_DRAINED)
-            self._look_again_later()
+            self._schedule_dispatch()
         try:
             return await waiter.turn
         except asyncio.CancelledError:
@@ -74,106 +74,112 @@ class Placement:
         server = place.server
         server.limiter.in_flight -= 1
         if place.leads:  # no first token came
-            self._release(server, place.leads, warm=False)
+            self._release_followers(server, place.leads, warm=False)
         self._fill(server)
 
     def warmed(self, place: Place) -> None:
-        """The first token has come: what the request begins with is in the server's cache."""
+        """Record the first token: the request's prefixes are in the server's cache."""
         leads, place.leads = place.leads, ()
-        self._release(place.server, leads, warm=True)
+        self._release_followers(place.server, leads, warm=True)
 
     def dispatch(self) -> None:
-        """Give what is free to those who wait; to be called when a server has become usable."""
+        """Give free places to waiters; call it when a server has become usable."""
         for server in self.servers:
             self._fill(server)
-        self._look_again_later()
+        self._schedule_dispatch()
 
-    def left(self, server: Server) -> None:
-        """`server` is out: who waits for it goes elsewhere, and its groups find other homes."""
-        self.homes.forget(server)
+    def withdraw(self, server: Server) -> None:
+        """Stop using `server`: its waiters are placed elsewhere, and its groups choose other servers."""
+        self.affinity.forget(server)
         server.prefixes.clear()
-        waiters = [*server.queue, *server.leaders.clear()]
+        waiters = [*server.queue, *server.warm_up.clear()]
         server.queue.clear()
         for waiter in sorted(waiters, key=lambda waiter: waiter.number):
             if not waiter.turn.done():
                 self._put(waiter)
 
     def drain(self) -> None:
-        """Let nobody wait any longer: a drain is for what is in flight."""
+        """End all waits with StoppedEarly; requests in flight are not affected."""
         self._is_draining = True
-        for waiter in self._all_waiters():
-            if not waiter.turn.done():
-                waiter.turn.set_exception(StoppedEarly(_DRAINED))
-        self._common.clear()
+        for waiter in self.waiting():
+            waiter.turn.set_exception(StoppedEarly(_DRAINED))
+        self._queue.clear()
         for server in self.servers:
             server.queue.clear()
 
     def close(self) -> None:
-        """Stop the timers."""
+        """Cancel the timers."""
         for timer in (self._timer, *self._wait_ends.values()):
             if timer is not None:
                 timer.cancel()
         self._wait_ends.clear()
 
+    def waiting(self) -> list[Waiter]:
+        """Return all requests that wait for a place."""
+        waiters = list(self._queue)
+        for server in self.servers:
+            waiters += [*server.queue, *server.warm_up.waiting()]
+        return [waiter for waiter in waiters if not waiter.turn.done()]
+
     def _put(self, waiter: Waiter) -> None:
-        """Give it a place if there is one, else let it wait where it should."""
-        usable = [server for server in self.servers if server.is_in]
+        """Give it a free place, or put it into the queue where it belongs."""
+        usable = [server for server in self.servers if server.is_usable]
         if waiter.request.group and usable:
-            server = self.homes.home(waiter.request.group, usable, waiter.avoid)
-            _drop_cancelled(server.queue)
+            server = self.affinity.server_for(waiter.request.group, usable, waiter.avoid)
+            _drop_done(server.queue)
             if server.queue or not self._seat(waiter, server):
                 server.queue.append(waiter)
             return
-        _drop_cancelled(self._common)
-        if not self._common:
+        _drop_done(self._queue)
+        if not self._queue:
             now = self._clock()
             roomy = [server for server in usable if server.limiter.has_room(now)]
             others = [server for server in roomy if server is not waiter.avoid] or roomy
             if others and self._seat(waiter, min(others, key=_load)):
                 return
-        self._common.append(waiter)
+        self._queue.append(waiter)
 
     def _seat(self, waiter: Waiter, server: Server) -> bool:
-        """Give it a place at `server`, or have it follow a leader there; False when there is no room."""
+        """Give it a place at `server`, or have it follow a leader there. False if it has no room."""
         if not server.limiter.has_room(self._clock()):
             return False
-        beginnings = waiter.request.beginnings
-        if beginnings and (key := server.leaders.led(beginnings)) is not None:
-            server.leaders.follow(key, waiter)
+        shared = waiter.request.beginnings
+        if shared and (key := server.warm_up.find_leader(shared)) is not None:
+            server.warm_up.follow(key, waiter)
             return True
-        leads = server.leaders.lead(beginnings) if beginnings else ()
+        leads = server.warm_up.lead(shared) if shared else ()
         for key in leads:
-            self._bound_wait(server, key)
+            self._limit_wait(server, key)
         server.limiter.in_flight += 1
         waiter.turn.set_result(Place(server, leads))
         return True
 
     def _fill(self, server: Server) -> None:
-        """Give the server's free places to those who wait for it, then to those who wait for any."""
-        while server.is_in and server.limiter.has_room(self._clock()):
+        """Give the server's free places to its own waiters and to those of the common queue."""
+        while server.is_usable and server.limiter.has_room(self._clock()):
             waiter = self._next_for(server)
             if waiter is None:
                 return
             self._seat(waiter, server)
         if server.limiter.next_room_at(self._clock()) is not None:
-            self._look_again_later()
+            self._schedule_dispatch()
 
     def _next_for(self, server: Server) -> Waiter | None:
-        own, common = server.queue, self._common
-        _drop_cancelled(own)
-        _drop_cancelled(common)
+        own, common = server.queue, self._queue
+        _drop_done(own)
+        _drop_done(common)
         if own and (not common or own[0].number < common[0].number):
             return own.popleft()
         if common:
             return common.popleft()
         if server.assigned >= _IDLE * server.limiter.cap_at(self._clock()):
             return None
-        return self._taken_over(server)
+        return self._take_over(server)
 
-    def _taken_over(self, server: Server) -> Waiter | None:
-        """One who has waited long enough in the longest queue, with all of its group that waits there.
+    def _take_over(self, server: Server) -> Waiter | None:
+        """Move a group whose requests have waited long in the longest queue; return one of its requests.
 
-        The one with the shortest past: it loses least by moving.
+        The request with the shortest conversation is chosen: moving it costs least.
         """
         fullest = max(self.servers, key=lambda other: len(other.queue) / other.weight)
         since = self._clock() - PATIENCE_S
@@ -185,38 +191,39 @@ class Placement:
         moving = [waiter for waiter in fullest.queue if waiter.request.group == group]
         for waiter in moving:
             fullest.queue.remove(waiter)
-        self.homes.move(group, server)
+        self.affinity.assign(group, server)
         moving.remove(first)
         server.queue.extend(moving)
         return first
 
-    def _release(self, server: Server, keys: Iterable[str], *, warm: bool) -> None:
+    def _release_followers(self, server: Server, keys: Iterable[str], *, warm: bool) -> None:
         keys = tuple(keys)
         for key in keys:
             if timer := self._wait_ends.pop((server, key), None):
                 timer.cancel()
-        released = server.leaders.release(keys, warm=warm)
-        left = [
+        released = server.warm_up.release(keys, warm=warm)
+        unplaced = [
             waiter
             for waiter in released
-            if not waiter.turn.done() and not (server.is_in and self._seat(waiter, server))
+            if not waiter.turn.done() and not (server.is_usable and self._seat(waiter, server))
         ]
-        for waiter in reversed(left):
-            queue = server.queue if waiter.request.group and server.is_in else self._common
+        for waiter in reversed(unplaced):
+            queue = server.queue if waiter.request.group and server.is_usable else self._queue
             queue.appendleft(waiter)
 
-    def _bound_wait(self, server: Server, key: str) -> None:
-        end = partial(self._release, server, (key,), warm=True)
+    def _limit_wait(self, server: Server, key: str) -> None:
+        """Release the followers of `key` after `leader_wait_s`."""
+        end = partial(self._release_followers, server, (key,), warm=True)
         loop = asyncio.get_running_loop()
         self._wait_ends[server, key] = loop.call_later(self._leader_wait_s, end)
 
-    def _look_again_later(self) -> None:
-        """Look when a server that is held, or starts slowly, has room again, or someone has waited long."""
+    def _schedule_dispatch(self) -> None:
+        """Set a timer for when a held or slowly starting server has room, or a waiter may move."""
         now = self._clock()
         heads = [server.queue[0] for server in self.servers if server.queue]
-        if not heads and not self._common:
+        if not heads and not self._queue:
             return
-        ends = [server.limiter.next_room_at(now) for server in self.servers if server.is_in]
+        ends = [server.limiter.next_room_at(now) for server in self.servers if server.is_usable]
         ends += [head.since + PATIENCE_S for head in heads if head.since + PATIENCE_S > now]
         end = min((end for end in ends if end is not None), default=None)
         if end is None or (self._timer is not None and self._timer.when() <= end):
@@ -229,17 +236,11 @@ class Placement:
         self._timer = None
         self.dispatch()
 
-    def _all_waiters(self) -> list[Waiter]:
-        waiting = list(self._common)
-        for server in self.servers:
-            waiting += [*server.queue, *server.leaders.waiting()]
-        return waiting
-
 
 def _load(server: Server) -> tuple[float, int]:
     return server.assigned / server.weight, server.completions
 
 
-def _drop_cancelled(queue: deque[Waiter]) -> None:
+def _drop_done(queue: deque[Waiter]) -> None:
     while queue and queue[0].turn.done():
         queue.popleft()

@@ -1,11 +1,11 @@
-"""Whether a URL is that of an sglang-router, and what that means for prefix groups.
+"""Detects an sglang-router behind a URL, and warns if its policy is bad for prefix groups.
 
-A router in front of several servers chooses among them by its own policy, and the default one, `cache_aware`,
-takes the template that all prompts share for the prefix they share: nearly everything goes to one server.
+A router chooses among its servers by its own policy. The default one, `cache_aware`, compares prompt
+prefixes; all prompts of a run share a template, so nearly all requests go to one server.
 
-What tells (sglang-router 0.3.2; the Shepherd gateway it became has the same routes): a server answers
+Source: sglang-router 0.3.2; its successor, the Shepherd gateway, has the same routes. A server answers
 `GET /workers` with 404, a router with its workers. A worker that was added with the label `policy` shows it
-there; the policy of the command line is told nowhere but among the metrics, on a port of their own.
+there; a policy from the command line appears only in the metrics, on a separate port.
 """
 
 from dataclasses import dataclass
@@ -24,24 +24,24 @@ SERVER_INFO = "/get_server_info"
 
 _TIMEOUT_S = 5.0
 _REFUSED = (401, 403)
-_KEYED = frozenset({"manual", "consistent_hashing"})
-"""Policies that keep the requests of one routing key together."""
-_BY_BEGINNING = frozenset({"cache_aware", "prefix_hash"})
-"""Policies that go by how a prompt begins, and all prompts of a run begin alike."""
-_DO = (
-    "name the workers themselves with --server, or start it with --policy manual --assignment-mode min_group "
+_BY_KEY = frozenset({"manual", "consistent_hashing"})
+"""Policies that send all requests with one routing key to one server."""
+_BY_PREFIX = frozenset({"cache_aware", "prefix_hash"})
+"""Policies that compare prompt prefixes; all prompts of a run share one."""
+_ADVICE = (
+    "pass its workers with --server instead, or start it with --policy manual --assignment-mode min_group "
     "(or consistent_hashing): streamsyn sends X-SMG-Routing-Key"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class RouterFacts:
-    """What a router says of itself.
+class RouterInfo:
+    """What a router reports about itself.
 
     Attributes:
-        workers: How many servers it has.
-        urls: Theirs; none where it keeps them to itself.
-        policy: How it chooses among them; None when it does not say.
+        workers: Number of its servers.
+        urls: Their URLs; empty if it does not list them.
+        policy: How it chooses among them; None if it does not report that.
     """
 
     workers: int
@@ -50,53 +50,53 @@ class RouterFacts:
 
     @property
     def advice(self) -> str | None:
-        """What to do about it in one line; None when prefix groups are safe."""
-        if self.policy in _KEYED or self.workers == 1:
+        """One line on what to do; None if the policy keeps prefix groups together."""
+        if self.policy in _BY_KEY or self.workers == 1:
             return None
         if self.policy is None:
-            return f"it does not say by which policy it chooses; if that is cache_aware, its default, {_DO}"
-        what = "crowds them on one worker" if self.policy in _BY_BEGINNING else "splits prefix groups"
-        return f"its policy {self.policy} {what}; {_DO}"
+            return f"its policy is unknown; if it is cache_aware, the default, {_ADVICE}"
+        what = "sends most requests to one worker" if self.policy in _BY_PREFIX else "splits prefix groups"
+        return f"its policy {self.policy} {what}; {_ADVICE}"
 
 
-async def recognised(transport: Transport) -> RouterFacts | None:
-    """What the router at the other end says of itself; None when it is no router, or nothing of use comes.
+async def identify_router(transport: Transport) -> RouterInfo | None:
+    """Return what a router reports about itself; None if this is not a router or its answer is unusable.
 
-    Asks once; twice where the router lists its workers for its administrator only.
+    A second request is sent only if the router lists its workers to administrators only.
     """
-    status, told = await _asked(transport, WORKERS)
+    status, answer = await _get(transport, WORKERS)
     if status in _REFUSED:
-        _, told = await _asked(transport, SERVER_INFO)  # open to all
-        if not isinstance(told, dict) or told.get("router_manager") is not True:
+        _, answer = await _get(transport, SERVER_INFO)  # needs no credentials
+        if not isinstance(answer, dict) or answer.get("router_manager") is not True:
             return None
-        count = told.get("workers_count")
-        return RouterFacts(count if isinstance(count, int) else 0)
-    workers = told.get("workers") if status == 200 and isinstance(told, dict) else None
+        count = answer.get("workers_count")
+        return RouterInfo(count if isinstance(count, int) else 0)
+    workers = answer.get("workers") if status == 200 and isinstance(answer, dict) else None
     if not isinstance(workers, list) or not all(_is_worker(worker) for worker in workers):
         return None
     policies = {_policy(worker) for worker in workers}
-    return RouterFacts(
+    return RouterInfo(
         len(workers),
         tuple(worker["url"] for worker in workers),
         policies.pop() if len(policies) == 1 else None,
     )
 
 
-async def warn_of_router(url: str, transport: Transport) -> RouterFacts | None:
-    """See whether `url` is a router; log what to do if its policy is bad for prefix groups, or unknown."""
-    facts = await recognised(transport)
-    if facts is None:
+async def warn_about_router(url: str, transport: Transport) -> RouterInfo | None:
+    """Log whether `url` is a router, with advice if its policy is unknown or bad for prefix groups."""
+    info = await identify_router(transport)
+    if info is None:
         return None
-    policy = facts.policy or "unknown"
-    if facts.advice is None:
-        log.info("fleet.router", server=url, workers=facts.workers, policy=policy)
+    policy = info.policy or "unknown"
+    if info.advice is None:
+        log.info("fleet.router", server=url, workers=info.workers, policy=policy)
     else:
-        log.warning("fleet.router", server=url, workers=facts.workers, policy=policy, advice=facts.advice)
-    return facts
+        log.warning("fleet.router", server=url, workers=info.workers, policy=policy, advice=info.advice)
+    return info
 
 
-async def _asked(transport: Transport, path: str) -> tuple[int, Any]:
-    """The status and the JSON of an answer; status 0 when there was none, None for what is no JSON."""
+async def _get(transport: Transport, path: str) -> tuple[int, Any]:
+    """Return the status and the JSON of an answer: status 0 without an answer, None for invalid JSON."""
     try:
         reply = await transport.exchange("GET", path, timeout_s=_TIMEOUT_S)
     except (ServerError, ConfigError) as error:
@@ -113,7 +113,7 @@ def _is_worker(worker: Any) -> bool:
 
 
 def _policy(worker: dict[str, Any]) -> str | None:
-    """The policy that a worker's labels ask for: 0.3.2 shows them as metadata."""
+    """Return the policy in a worker's labels, which 0.3.2 shows as metadata."""
     for place in ("metadata", "labels"):
         labels = worker.get(place)
         if isinstance(labels, dict) and isinstance(labels.get("policy"), str):

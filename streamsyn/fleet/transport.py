@@ -1,8 +1,6 @@
-"""Which https servers are trusted, and who we are to them.
+"""How a request reaches a server: over HTTP and TLS. The simulator has a transport within the process.
 
-How a request reaches a server: over HTTP here; the simulator has one that stays in the process.
-
-The only place where aiohttp's errors are seen: they become ours.
+aiohttp is used only here, and its errors are translated into those of `streamsyn.errors`.
 """
 
 import asyncio
@@ -27,68 +25,20 @@ from streamsyn.errors import (
 )
 
 KEY_VARIABLE = "STREAMSYN_API_KEY"
-"""Environment variable of the key for servers that name no other."""
-
-
-def tls_context(section: FleetSection) -> ssl.SSLContext | None:
-    """What `fleet.tls_ca` and `fleet.tls_cert` say; None when neither is set: the system's way.
-
-    Reads files: to be called before the event loop runs, or in a thread.
-
-    Raises:
-        ConfigError: A file cannot be read, or does not hold what it should.
-    """
-    if section.tls_ca is None and section.tls_cert is None:
-        return None
-    context = _trusting(section.tls_ca)
-    context.set_alpn_protocols(["http/1.1"])  # as aiohttp's own do
-    if section.tls_cert is not None:
-        _identify(context, section.tls_cert)
-    return context
-
-
-def _trusting(authorities: Path | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=authorities)
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"fleet.tls_ca: {authorities} holds no PEM certificates ({error.reason})"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"fleet.tls_ca: cannot read {authorities}: {error.strerror}") from error
-
-
-def _identify(context: ssl.SSLContext, certificate: Path) -> None:
-    try:
-        # Without a password of ours OpenSSL would ask for one at the terminal.
-        context.load_cert_chain(certificate, password="")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"fleet.tls_cert: {certificate} must hold a PEM certificate and its key, without a pass phrase"
-            f"{_why(error)}"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"fleet.tls_cert: cannot read {certificate}: {error.strerror}") from error
-
-
-def _why(error: ssl.SSLError) -> str:
-    """OpenSSL's reason, where it has one."""
-    return f" ({error.reason})" if error.reason else ""
-
-
+"""Default environment variable of the servers' key."""
 KEEP_ALIVE_S = 4.0
-"""Shorter than the 5 s after which an SGLang server closes an idle connection (its default)."""
+"""Shorter than the default 5 s after which an SGLang server closes an idle connection."""
 _STALE_WITHIN_S = 1.0
-"""A dead connection shows this soon; one that breaks later had a request at work on it."""
+"""A stale connection fails within this time; one that fails later carried a request."""
 _FOREIGN = (aiohttp.ClientError, ConnectionError, TimeoutError, UnicodeError)
-"""What aiohttp raises; the last one when a host name cannot be looked up at all."""
+"""What aiohttp raises; UnicodeError if a host name is invalid."""
 _OK = 200
 _NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: its status and its whole body."""
+    """The HTTP status and the whole body of an answer."""
 
     status: int
     body: bytes
@@ -107,22 +57,30 @@ class Transport(Protocol):
         timeout_s: float,
         on_data: Callable[[], None] | None = None,
     ) -> Reply:
-        """Ask, and wait for the whole answer; `on_data` is called when the first byte of a good one has come.
+        """Send a request and return the whole answer.
+
+        Args:
+            method: HTTP method.
+            path: Path below the server's base URL.
+            body: JSON.
+            headers: Sent beside those of the transport.
+            timeout_s: Timeout of the whole exchange in seconds.
+            on_data: Called when the first byte of an answer with status 200 has come.
 
         Raises:
-            ServerError: No answer came; the kind says what to do next.
+            ServerError: No answer came; the subclass says what to do next.
         """
         ...
 
 
 class HttpTransport:
-    """Over HTTP, on connections that are kept.
+    """A transport over kept-alive HTTP connections. Made by `http_transport`.
 
     Args:
-        url: The server's base URL, without a path.
+        url: The server's base URL.
         session: Used for this server alone.
-        connect_timeout_s: Bound on opening a connection.
-        server_name: Name that its certificate is checked against, where that is not the URL's.
+        connect_timeout_s: Timeout of opening a connection.
+        server_name: Name that its certificate is checked against, if not the URL's.
     """
 
     def __init__(
@@ -150,8 +108,8 @@ class HttpTransport:
     ) -> Reply:
         """See Transport.
 
-        A connection that is gone at once and without a byte is most likely a kept-alive one that the
-        server was just closing, which says nothing about the server: once more, on another one.
+        A connection that is lost at once and without a byte is most likely a kept-alive one that the server
+        was closing. The request is then sent once more, on a new connection.
         """
         clock = asyncio.get_running_loop().time
         started = clock()
@@ -164,7 +122,7 @@ class HttpTransport:
                     raise
             return await self._once(method, path, body, headers, timeout_s, on_data)
         except _FOREIGN as error:
-            raise self._translated(error, timeout_s) from error
+            raise self._translate(error, timeout_s) from error
 
     async def _once(
         self,
@@ -187,26 +145,25 @@ class HttpTransport:
             if on_data is None:
                 return Reply(answer.status, await answer.read())
             whole = bytearray(await answer.content.readany())
-            if answer.status == _OK:  # a refusal is no first token
+            if answer.status == _OK:  # a refusal is not a first token
                 on_data()
             whole += await answer.content.read()
             return Reply(answer.status, bytes(whole))
 
-    def _translated(self, error: Exception, timeout_s: float) -> StreamsynError:
-        """What aiohttp's error means to us."""
+    def _translate(self, error: Exception, timeout_s: float) -> StreamsynError:
         match error:
             case aiohttp.InvalidURL() | UnicodeError():
-                return ConfigError(f"{self._url} is no URL")
+                return ConfigError(f"{self._url} is not a valid URL")
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
-                return ServerUnreachable(f"{self._url} cannot be reached: {error}")
+                return ServerUnreachable(f"cannot connect to {self._url}: {error}")
             case TimeoutError():
-                return ServerTimeout(f"{self._url} gave no answer within {timeout_s:g} s")
+                return ServerTimeout(f"{self._url} did not answer within {timeout_s:g} s")
             case aiohttp.ClientPayloadError():
-                return BrokenResponse(f"{self._url} cut its answer short: {error}")
+                return BrokenResponse(f"{self._url} ended its answer early: {error}")
             case aiohttp.ClientConnectionError() | ConnectionError():
-                return ServerUnavailable(f"{self._url} dropped the connection: {error}")
+                return ServerUnavailable(f"{self._url} closed the connection: {error}")
             case _:
-                return BrokenResponse(f"{self._url} speaks no proper HTTP: {error}")
+                return BrokenResponse(f"invalid HTTP response from {self._url}: {error}")
 
 
 @asynccontextmanager
@@ -218,14 +175,14 @@ async def http_transport(
     connect_timeout_s: float = 10.0,
     server_name: str | None = None,
 ) -> AsyncIterator[HttpTransport]:
-    """A transport with a session of its own: as many connections as there are requests, none kept too long.
+    """Open a transport with its own session and no limit on connections.
 
     Args:
         url: The server's base URL.
         headers: Sent with each request.
-        tls: How https servers are checked; None is the system's way.
-        connect_timeout_s: Bound on opening a connection.
-        server_name: The server's name where `url` has its address: for its certificate and the Host header.
+        tls: From `tls_context`; None uses the system's certificates.
+        connect_timeout_s: Timeout of opening a connection.
+        server_name: The server's name if `url` has its address: for its certificate and the Host header.
     """
     named = {} if server_name is None else {"Host": _authority(server_name, url)}
     async with aiohttp.ClientSession(
@@ -237,6 +194,46 @@ async def http_transport(
 
 
 def _authority(name: str, url: str) -> str:
-    """`name` with the port that `url` has."""
+    """Return `name` with the port of `url`."""
     port = urlsplit(url).port
     return name if port is None else f"{name}:{port}"
+
+
+def tls_context(section: FleetSection) -> ssl.SSLContext | None:
+    """Return the TLS settings of `fleet.tls_ca` and `fleet.tls_cert`; None when neither is set.
+
+    Reads files: call it before the event loop runs, or in a thread.
+
+    Raises:
+        ConfigError: A file cannot be read, or has no valid certificate or key.
+    """
+    if section.tls_ca is None and section.tls_cert is None:
+        return None
+    context = _context_trusting(section.tls_ca)
+    context.set_alpn_protocols(["http/1.1"])  # as in aiohttp's own contexts
+    if section.tls_cert is not None:
+        _load_certificate(context, section.tls_cert)
+    return context
+
+
+def _context_trusting(authorities: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except ssl.SSLError as error:
+        raise ConfigError(f"fleet.tls_ca: {authorities} has no PEM certificates ({error.reason})") from error
+    except OSError as error:
+        raise ConfigError(f"fleet.tls_ca: cannot read {authorities}: {error.strerror}") from error
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: Path) -> None:
+    try:
+        # Without a password OpenSSL would ask for one at the terminal.
+        context.load_cert_chain(certificate, password="")
+    except ssl.SSLError as error:
+        reason = f" ({error.reason})" if error.reason else ""
+        raise ConfigError(
+            f"fleet.tls_cert: {certificate} must hold a PEM certificate and its key, without a pass phrase"
+            f"{reason}"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"fleet.tls_cert: cannot read {certificate}: {error.strerror}") from error

@@ -1,8 +1,8 @@
-"""How a running server is given other weights: what goes over the wire, and what comes back.
+"""Weight updates: pause a running server, have it load new weights from a directory, resume it.
 
-As SGLang 0.5.23 does it: a request in flight hears nothing while its server is paused, and new ones wait. The
-update works at once on a server that is paused; elsewhere it would wait for all that runs. From then on the
-server calls its model by the directory it read (see `wire.started_as`).
+Behaviour of SGLang 0.5.23: while a server is paused, requests in flight get no answer and new ones wait. A
+paused server updates at once; otherwise it would first finish all running requests. After an update its model
+has the name of the directory (see `wire.parse_served_name`).
 """
 
 from pathlib import Path
@@ -20,14 +20,14 @@ CONTINUE = "/continue_generation"
 CONTROL_TIMEOUT_S = 15.0
 
 PauseMode: TypeAlias = Literal["retract", "in_place", "abort"]
-"""What becomes of requests in flight: computed again from their tokens, held as they are, given up."""
+"""What happens to requests in flight: computed again from their tokens, kept as they are, aborted."""
 
 
 async def pause(transport: Transport, url: str, mode: PauseMode, timeout_s: float) -> None:
-    """Make the server hold still. With `abort` it answers once nothing runs any more.
+    """Pause the server. With `abort` it answers when no request is running any more.
 
     Raises:
-        ServerError: It may be paused or not.
+        ServerError: It did not confirm, and may be paused or not.
     """
     body = orjson.dumps({"mode": mode})
     reply = await transport.exchange("POST", PAUSE, body=body, timeout_s=timeout_s)
@@ -37,14 +37,14 @@ async def pause(transport: Transport, url: str, mode: PauseMode, timeout_s: floa
 async def load_weights(
     transport: Transport, url: str, folder: Path, version: str, mode: PauseMode, timeout_s: float
 ) -> None:
-    """Have a paused server read its weights from `folder`, an absolute path there.
+    """Load the weights in `folder`, an absolute path on the server's machine, into a paused server.
 
-    What is in its prefix cache was computed by the old weights and is dropped, except with `in_place`: there
-    requests in flight go on with what they have, and the server would refuse.
+    The prefix cache is flushed, since the old weights computed it. With `in_place` it is kept: requests in
+    flight still use it, and the server would refuse.
 
     Raises:
-        RequestRefused: It has not loaded them: it has its old weights.
-        ServerError: It gave no answer.
+        RequestRefused: The server kept its old weights.
+        ServerError: It did not answer.
     """
     body = {
         "model_path": str(folder),
@@ -55,14 +55,14 @@ async def load_weights(
     reply = await transport.exchange("POST", UPDATE, body=orjson.dumps(body), timeout_s=timeout_s)
     answer = wire.parse_object(reply.status, reply.body, url)
     if not isinstance(answer, dict) or answer.get("success") is not True:
-        raise RequestRefused(f"{url} says of {folder}: {answer!r:.200}")
+        raise RequestRefused(f"{url} did not load {folder}: {answer!r:.200}")
 
 
 async def resume(transport: Transport, url: str) -> None:
-    """Let a paused server work again; nothing happens to another.
+    """Resume a paused server; a server that is not paused is unaffected.
 
     Raises:
-        ServerError: It may be paused still.
+        ServerError: It did not confirm, and may still be paused.
     """
     reply = await transport.exchange("POST", CONTINUE, body=b"{}", timeout_s=CONTROL_TIMEOUT_S)
     wire.parse_object(reply.status, reply.body, url)

@@ -1,10 +1,7 @@
-"""What goes over the wire to an SGLang server (0.5) and what comes back; no I/O here.
+"""The wire protocol of an SGLang server (0.5): request bodies, answers, errors and load metrics. No I/O.
 
-The chat route is OpenAI's, so any compatible server will do. Shapes of failures are SGLang's; two
-kinds of error object exist, `{"object": "error", "message": ...}` and `{"error": {"message": ...}}`,
-and either may come inside a 200.
-
-What a server says of its load: `GET /v1/loads?include=core,queues` of SGLang 0.5.
+The chat route is OpenAI's, so any compatible server works. Errors have SGLang's two forms,
+`{"object": "error", "message": ...}` and `{"error": {"message": ...}}`; either may come with status 200.
 """
 
 from dataclasses import dataclass
@@ -27,17 +24,17 @@ LOADS = "/v1/loads?include=core,queues"
 TOKENIZE = "/tokenize"
 GENERATE = "/generate"
 ROUTING_KEY = "X-SMG-Routing-Key"
-"""By which a router in front of servers keeps requests together; servers take it too."""
+"""Header by which a router sends requests of one group to one server; servers accept it too."""
 
 _MISCONFIGURED = frozenset({401, 403, 404, 405})
-"""Statuses that say something about the server or the key, not about the request."""
+"""Statuses that concern the server or the key, not the request."""
 _DUPLICATE = "Duplicate request ID"
-"""A server still has the request that a connection was lost with: the next try has another rid."""
-_SHOWN = 200
+"""A server still has the request of a lost connection; the next try has a new rid."""
+_PREVIEW_BYTES = 200
 
 
 def chat_body(request: Request, model: str, rid: str, *, stream: bool = False) -> bytes:
-    """The body of a chat request; with `stream`, for an answer that `parse_chat_stream` reads."""
+    """Return the body of a chat request; with `stream`, `parse_chat_stream` reads the answer."""
     body = {"model": model, "messages": request.messages, "rid": rid, **request.sampling}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -45,60 +42,60 @@ def chat_body(request: Request, model: str, rid: str, *, stream: bool = False) -
 
 
 def parse_chat(status: int, body: bytes, server: str) -> Completion:
-    """The completion in a chat answer.
+    """Return the completion in a chat answer.
 
     Raises:
-        ServerError: There is none; which one says what to do next.
+        ServerError: There is none; the subclass says what to do next.
     """
     return _completion(_parsed(status, body, server), body, server)
 
 
 def parse_object(status: int, body: bytes, server: str) -> Any:
-    """What an answer of another route holds.
+    """Return the JSON in an answer of any other route.
 
     Raises:
-        ServerError: It is none, or says that something is wrong.
+        ServerError: The answer is not JSON, or is an error.
     """
     answer = _parsed(status, body, server)
     if (message := _error_message(answer)) is not None:
-        raise error_of(_error_code(answer), message, server)
+        raise error_for(_error_code(answer), message, server)
     return answer
 
 
 def _parsed(status: int, body: bytes, server: str) -> Any:
     if status != 200:
-        raise error_of(status, _message(body), server)
+        raise error_for(status, _message(body), server)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise BrokenResponse(f"{server} answered no JSON: {_shown(body)}") from error
+        raise BrokenResponse(f"{server} did not answer JSON: {_preview(body)}") from error
 
 
 def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
-    """The completion in a streamed chat answer that has come to its end.
+    """Return the completion in a complete streamed chat answer.
 
     Raises:
-        ServerError: There is none; which one says what to do next.
+        ServerError: There is none; the subclass says what to do next.
     """
     if status != 200:
-        raise error_of(status, _message(body), server)
+        raise error_for(status, _message(body), server)
     events = [event.removeprefix(b"data: ") for event in body.replace(b"\r\n", b"\n").split(b"\n\n") if event]
     if not events or events.pop().strip() != b"[DONE]":
-        raise BrokenResponse(f"{server} cut its stream short: {_shown(body[-_SHOWN:])}")
+        raise BrokenResponse(f"{server} ended its stream early: {_preview(body[-_PREVIEW_BYTES:])}")
     answer: dict[str, Any] = {"choices": [{"message": {}, "finish_reason": None}]}
     choice, text = answer["choices"][0], []
     try:
         for event in map(orjson.loads, events):
             if (message := _error_message(event)) is not None:
-                raise error_of(_error_code(event), message, server)
+                raise error_for(_error_code(event), message, server)
             answer.update((name, event[name]) for name in ("model", "usage", "metadata") if event.get(name))
             for part in event["choices"]:
                 text.append(part["delta"].get("content") or "")
                 choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
     except orjson.JSONDecodeError as error:
-        raise BrokenResponse(f"{server} streamed no JSON: {_shown(body)}") from error
+        raise BrokenResponse(f"{server} streamed an event that is not JSON: {_preview(body)}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise BrokenResponse(f"{server} streamed an event without {error}: {_shown(body)}") from error
+        raise BrokenResponse(f"{server} streamed an invalid event ({error!r}): {_preview(body)}") from error
     choice["message"]["content"] = "".join(text)
     return _completion(answer, body, server)
 
@@ -106,78 +103,80 @@ def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
 def _completion(answer: Any, body: bytes, server: str) -> Completion:
     try:
         if (message := _error_message(answer)) is not None:
-            raise error_of(_error_code(answer), message, server)
+            raise error_for(_error_code(answer), message, server)
         choice, usage = answer["choices"][0], answer["usage"]
         details, metadata = usage.get("prompt_tokens_details"), answer.get("metadata")
         finish_reason = choice["finish_reason"]
         completion = Completion(
-            text=check_status(choice["message"]["content"] or "", str),
+            text=expect(choice["message"]["content"] or "", str),
             finish_reason=finish_reason,
-            prompt_tokens=count(usage["prompt_tokens"]),
-            cached_tokens=count((details or {}).get("cached_tokens") or 0),
-            completion_tokens=count(usage["completion_tokens"]),
-            model=check_status(answer["model"], str),
+            prompt_tokens=token_count(usage["prompt_tokens"]),
+            cached_tokens=token_count((details or {}).get("cached_tokens") or 0),
+            completion_tokens=token_count(usage["completion_tokens"]),
+            model=expect(answer["model"], str),
             server=server,
-            weight_version=weights_of(metadata or {}),
+            weight_version=weight_versions_of(metadata or {}),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BrokenResponse(f"{server} answered without {error}: {_shown(body)}") from error
+        raise BrokenResponse(f"{server} sent an invalid answer ({error!r}): {_preview(body)}") from error
     if finish_reason not in ("stop", "length"):
-        said = f"{server} ended its answer with {finish_reason!r}"
-        raise BrokenResponse(said, completion.completion_tokens)
+        message = f"{server} ended its answer with finish_reason {finish_reason!r}"
+        raise BrokenResponse(message, completion.completion_tokens)
     return completion
 
 
-def check_status(value: Any, kind: type[T]) -> T:
-    """`value`, which goes into the log as it is, and so has to be what readers of the log expect."""
+def expect(value: Any, kind: type[T]) -> T:
+    """Return `value`, or raise TypeError if it is not a `kind`: it is written to the run's log as it is."""
     if not isinstance(value, kind):
-        raise TypeError(f"a {kind.__name__} where there is {value!r:.40}")
+        raise TypeError(f"expected {kind.__name__}, got {value!r:.40}")
     return value
 
 
-def count(value: Any) -> int:
-    """`value`, which has to be a number of tokens."""
-    number = check_status(value, int)
+def token_count(value: Any) -> int:
+    """Return `value`, or raise TypeError if it is not a number of tokens."""
+    number = expect(value, int)
     if isinstance(value, bool) or not 0 <= number < 2**31:
-        raise TypeError(f"a count where there is {value!r:.40}")
+        raise TypeError(f"expected a token count, got {value!r:.40}")
     return number
 
 
-def error_of(status: int, message: str, server: str) -> ServerError:
-    """The error that an HTTP status (or the code of an error object) and its message stand for."""
-    said = f"{server} answered {status}: {message}"
+def error_for(status: int, message: str, server: str) -> ServerError:
+    """Return the error for an HTTP status, or for the code of an error object, and its message."""
+    text = f"{server} answered {status}: {message}"
     if status == 429 or (status == 503 and "queue is full" in message):
-        return ServerBusy(said)
+        return ServerBusy(text)
     if status >= 500 or status == 408 or status in _MISCONFIGURED:
-        return ServerUnavailable(said)
+        return ServerUnavailable(text)
     if 400 <= status < 500 and _DUPLICATE not in message:
-        return RequestRefused(said)
-    return BrokenResponse(said)
+        return RequestRefused(text)
+    return BrokenResponse(text)
 
 
-def served_models(body: bytes) -> list[str]:
-    """Names in an answer of /v1/models.
+def parse_models(body: bytes) -> list[str]:
+    """Return the model names in an answer of /v1/models.
 
     Raises:
-        BrokenResponse: It is no such answer.
+        BrokenResponse: The answer is invalid.
     """
     try:
         return [model["id"] for model in orjson.loads(body)["data"]]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise BrokenResponse(f"{MODELS} is not answered as expected: {_shown(body)}") from error
+        raise BrokenResponse(f"invalid answer of {MODELS}: {_preview(body)}") from error
 
 
-def weights_of(meta: dict[str, Any]) -> str | None:
-    """The version of the weights that wrote an answer, as `metadata` or `meta_info` has it; of several, which
-    wrote one after the other, all are named: `step_100+step_200`.
+def weight_versions_of(meta: dict[str, Any]) -> str | None:
+    """Return the version of the weights that wrote an answer, from its `metadata` or `meta_info`.
+
+    Several versions, which wrote one after the other, are joined: `step_100+step_200`.
     """
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version") or ""}]
-    return "+".join(dict.fromkeys(check_status(span["version"], str) for span in spans)) or None
+    return "+".join(dict.fromkeys(expect(span["version"], str) for span in spans)) or None
 
 
-def started_as(body: bytes) -> str | None:
-    """The name that a server was started with, in an answer of /server_info, if it is there. Once it has read
-    other weights, it calls its model by their directory everywhere else (SGLang 0.5.23).
+def parse_served_name(body: bytes) -> str | None:
+    """Return the model name that a server was started with, from an answer of /server_info, if present.
+
+    After a weight update SGLang 0.5.23 uses the directory as the model's name everywhere else.
     """
     try:
         name = orjson.loads(body)["served_model_name"]
@@ -186,8 +185,8 @@ def started_as(body: bytes) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def weight_version(body: bytes) -> str | None:
-    """The version of the weights in an answer of /model_info, if it is there."""
+def parse_weight_version(body: bytes) -> str | None:
+    """Return the version of the weights in an answer of /model_info, if present."""
     try:
         version = orjson.loads(body)["weight_version"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -196,7 +195,7 @@ def weight_version(body: bytes) -> str | None:
 
 
 def _error_message(answer: Any) -> str | None:
-    """The message, if `answer` is an error object of either kind."""
+    """Return the message if `answer` is an error object of either form."""
     if not isinstance(answer, dict):
         return None
     error = answer.get("error")
@@ -204,8 +203,8 @@ def _error_message(answer: Any) -> str | None:
         return str(error.get("message", error))
     if isinstance(error, str):
         return error
-    said = answer.get("object") == "error" or answer.get("success") is False
-    return str(answer.get("message")) if said else None
+    is_error = answer.get("object") == "error" or answer.get("success") is False
+    return str(answer.get("message")) if is_error else None
 
 
 def _error_code(answer: dict[str, Any]) -> int:
@@ -219,30 +218,27 @@ def _message(body: bytes) -> str:
         message = _error_message(orjson.loads(body))
     except orjson.JSONDecodeError:
         message = None
-    return message or _shown(body)
+    return message or _preview(body)
 
 
-def _shown(body: bytes) -> str:
-    return repr(body[:_SHOWN].decode(errors="replace")) if body else "(nothing)"
-
-
-_SHOWN_STAMP = 200
+def _preview(body: bytes) -> str:
+    return repr(body[:_PREVIEW_BYTES].decode(errors="replace")) if body else "(nothing)"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One reading, over all data-parallel ranks of a server.
+    """Load metrics of a server, over all its data-parallel ranks.
 
     Attributes:
         running: Requests in the running batch.
-        waiting: Requests that wait for a place in it.
-        waiting_uncached_tokens: Prompt tokens of those that no cache will spare.
-        token_usage: Share of the KV pool that running requests use, of the fullest rank.
+        waiting: Requests in the queue.
+        waiting_uncached_tokens: Prompt tokens in the queue that are not in the prefix cache.
+        token_usage: Share of the KV pool that running requests use, on the fullest rank.
         pool_tokens: Size of the KV pool.
-        max_running: Requests that the batch may hold.
-        generated_per_s: Tokens written a second, as the server counts it.
-        retracted: Requests taken out of the batch again for want of room in the KV pool, lately.
-        taken_at: The server's own stamps; a reading that has those of another one is that other one.
+        max_running: Maximum requests in the batch.
+        generated_per_s: Generated tokens per second, as the server measures them.
+        retracted: Requests recently moved back to the queue, since the KV pool was full.
+        taken_at: Time stamps of the ranks; two readings with the same stamps are the same reading.
     """
 
     running: int
@@ -257,10 +253,10 @@ class Load:
 
 
 def parse_load(body: bytes) -> Load:
-    """The reading in an answer of `/v1/loads`.
+    """Return the load metrics in an answer of `/v1/loads`.
 
     Raises:
-        BrokenResponse: It is no such answer.
+        BrokenResponse: The answer is invalid.
     """
     try:
         ranks: list[dict[str, Any]] = orjson.loads(body)["loads"]
@@ -276,8 +272,7 @@ def parse_load(body: bytes) -> Load:
             taken_at=_stamps(ranks),
         )
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        shown = body[:_SHOWN_STAMP].decode(errors="replace")
-        raise BrokenResponse(f"/v1/loads is not answered as expected ({error!r}): {shown!r}") from error
+        raise BrokenResponse(f"invalid answer of /v1/loads ({error!r}): {_preview(body)}") from error
 
 
 def _stamps(ranks: list[dict[str, Any]]) -> tuple[float, ...] | None:

@@ -16,7 +16,7 @@ from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
-from streamsyn.fleet.server import server_specs
+from streamsyn.fleet.server_spec import server_specs
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.request import RunRequest, RunSummary

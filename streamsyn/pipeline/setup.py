@@ -114,7 +114,7 @@ async def _open_writing(
     async with open_fleet(
         section, lambda: stopper.cancel(gone), request.environ, request.connect, request.rng
     ) as fleet:
-        parts.summary.servers = fleet.figures
+        parts.summary.servers = fleet.metrics
         await fleet.ask_models()
         yield fleet
 
@@ -143,17 +143,17 @@ async def _open_examination(
         parts.counters,
     ) as examination:
         if examination.fleet is not None and examination.fleet is not writing:
-            parts.summary.servers = partial(_server_figures, writing, examination.fleet)
+            parts.summary.servers = partial(_server_metrics, writing, examination.fleet)
         yield examination
 
 
-def _server_figures(writing: Fleet, scoring: Fleet) -> list[dict[str, Any]]:
+def _server_metrics(writing: Fleet, scoring: Fleet) -> list[dict[str, Any]]:
     """The metrics of the servers of both fleets; a server in both gets two entries with different names."""
-    writes = writing.figures()
+    writes = writing.metrics()
     names = {figures["server"] for figures in writes}
     scores = [
         figures | {"server": f"{figures['server']} (scoring)"} if figures["server"] in names else figures
-        for figures in scoring.figures()
+        for figures in scoring.metrics()
     ]
     return writes + scores
 

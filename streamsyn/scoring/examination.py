@@ -12,7 +12,7 @@ from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, FleetSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.fleet import Fleet
-from streamsyn.fleet.server import server_specs
+from streamsyn.fleet.server_spec import server_specs
 from streamsyn.scoring.examiner import Examiner, Scores
 from streamsyn.scoring.requests import AnswerPrompt
 from streamsyn.telemetry import Counters

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from streamsyn.background import background
 from streamsyn.errors import BrokenResponse, ServerTimeout, ServerUnavailable, ServerUnreachable
-from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Reply, Transport
 from streamsyn.simulator import protocol
 from streamsyn.simulator.app import Routes
@@ -118,20 +118,20 @@ class InProcessTransport:
         if call.broken and not call.begun and clock() - started <= _STALE_WITHIN_S:
             call = await self._once(asked, timeout_s, on_data)
         if call.broken and call.begun:
-            raise BrokenResponse(f"{self._url} cut its answer short")
+            raise BrokenResponse(f"{self._url} ended its answer early")
         if call.broken:
-            raise ServerUnavailable(f"{self._url} dropped the connection")
+            raise ServerUnavailable(f"{self._url} closed the connection")
         return Reply(call.status, bytes(call.body))
 
     async def _once(self, asked: Asked, timeout_s: float, on_data: Callable[[], None] | None) -> _Call:
         if self._simulation.gone:
-            raise ServerUnreachable(f"{self._url} cannot be reached: connection refused")
+            raise ServerUnreachable(f"cannot connect to {self._url}: connection refused")
         call = _Call(on_data)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._routes.serve(asked, call)
         except TimeoutError:
-            raise ServerTimeout(f"{self._url} gave no answer within {timeout_s:g} s") from None
+            raise ServerTimeout(f"{self._url} did not answer within {timeout_s:g} s") from None
         return call
 
 
@@ -194,4 +194,4 @@ class _Nobody:
         self._url = url
 
     async def exchange(self, *_: Any, **__: Any) -> Reply:
-        raise ServerUnreachable(f"{self._url} cannot be reached: connection refused")
+        raise ServerUnreachable(f"cannot connect to {self._url}: connection refused")

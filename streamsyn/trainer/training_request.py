@@ -10,7 +10,7 @@ from typing import Any
 from streamsyn.config.loading import Config, load, parse_override
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.server import base_url
+from streamsyn.fleet.server_spec import base_url
 from streamsyn.io.paths import find_rows
 from streamsyn.trainer.outdir import check_ours, check_shaping, remembered
 from streamsyn.trainer.sources.locate import folder_of_a_run, is_read_with, is_run, real_path

@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.discovery import MAX_FILE_BYTES, Discovery, LookUp, at_addresses, changes, system_look_up
-from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.discovery import Discovery, LookUp, changes, resolve, servers_at_addresses
+from streamsyn.fleet.server_spec import MAX_FILE_BYTES, ServerSpec
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 
@@ -40,7 +40,7 @@ def discovery(path: Path | None = None, names: Names | None = None, **given: obj
     fields: dict[str, object] = {"servers_file": path, "discover_interval_s": 0.01, **given}
     if names is not None:
         fields.setdefault("servers_dns", "http://pods:1")
-    look_up: LookUp = names or system_look_up
+    look_up: LookUp = names or resolve
     return Discovery(FleetSection.model_validate(fields), environ, look_up)
 
 
@@ -68,7 +68,7 @@ def write_unnoticed(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """As an editor does: a new file takes the name."""
+    """As an editor does: a new file needs the name."""
     new = path.with_suffix(".new")
     new.write_text(text)
     new.rename(path)
@@ -131,12 +131,12 @@ async def test_a_change_is_told_once(path: Path) -> None:
     found = discovery(path)
     await found.first()
 
-    assert await found.look() is None
+    assert await found.refresh() is None
     replace_file(path, "# the same\n\nhttp://one:1/v1 weight=1\nhttp://one:1\n")
-    assert await found.look() is None
+    assert await found.refresh() is None
     replace_file(path, "http://two:1\n")
-    assert [TWO] == await found.look()
-    assert await found.look() is None
+    assert [TWO] == await found.refresh()
+    assert await found.refresh() is None
 
 
 async def test_the_order_of_lines_says_nothing(path: Path) -> None:
@@ -146,7 +146,7 @@ async def test_the_order_of_lines_says_nothing(path: Path) -> None:
     await found.first()
     replace_file(path, "http://two:1\nhttp://one:1\n")
 
-    assert await found.look() is None
+    assert await found.refresh() is None
 
 
 async def test_two_changes_in_the_same_instant(path: Path) -> None:
@@ -155,17 +155,17 @@ async def test_two_changes_in_the_same_instant(path: Path) -> None:
     await found.first()
     write_unnoticed(path, "http://two:1\n")
 
-    assert [TWO] == await found.look()
+    assert [TWO] == await found.refresh()
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"http://two:1\nhttp://three:1 wieght=2\n", r"servers\.txt:2: cannot use 'wieght=2'"),
-        (b"", r"fleet\.servers_file: .*servers\.txt names no server"),
-        (b"# all gone\n", "names no server"),
-        (b"http://\xff\n", "no UTF-8"),
-        (b"#" * (MAX_FILE_BYTES + 1), "more than 1048576 bytes"),
+        (b"http://two:1\nhttp://three:1 wieght=2\n", r"servers\.txt:2: invalid option 'wieght=2'"),
+        (b"", r"fleet\.servers_file: .*servers\.txt lists no servers"),
+        (b"# all gone\n", "lists no servers"),
+        (b"http://\xff\n", "not UTF-8"),
+        (b"#" * (MAX_FILE_BYTES + 1), "larger than 1048576 bytes"),
         (b"http://two:1 key_env=NOT_SET\n", "NOT_SET is not set"),
         (None, r"fleet\.servers_file: cannot read .*servers\.txt: No such file"),
     ],
@@ -177,8 +177,8 @@ async def test_a_file_that_goes_wrong(path: Path, content: bytes | None, said: s
     write(path, content)
 
     with capture_logs() as logs:
-        assert await found.look() is None
-        assert await found.look() is None
+        assert await found.refresh() is None
+        assert await found.refresh() is None
     assert ["fleet.discovery_failed"] == [entry["event"] for entry in logs]
     assert "warning" == logs[0]["log_level"]
     with pytest.raises(ConfigError, match=said) as raised:
@@ -186,7 +186,7 @@ async def test_a_file_that_goes_wrong(path: Path, content: bytes | None, said: s
     assert logs[0]["error"] == str(raised.value)
 
     write(path, "http://two:1\n")
-    assert [TWO] == await found.look()
+    assert [TWO] == await found.refresh()
 
 
 async def test_a_file_that_is_empty_at_the_start(path: Path) -> None:
@@ -198,7 +198,7 @@ async def test_a_file_that_is_empty_at_the_start(path: Path) -> None:
     assert ["warning"] == [entry["log_level"] for entry in logs]
     write(path, "http://one:1")
 
-    assert [TWO, ONE] == await found.look()
+    assert [TWO, ONE] == await found.refresh()
 
 
 async def test_what_is_no_file(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ async def test_what_is_no_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (tmp_path, pipe):
-        with pytest.raises(ConfigError, match=f"fleet.servers_file: {path} is no file"):
+        with pytest.raises(ConfigError, match=f"fleet.servers_file: {path} is not a regular file"):
             async with asyncio.timeout(5):
                 await discovery(path).first()
 
@@ -228,7 +228,7 @@ async def test_one_server_an_address() -> None:
         ServerSpec("https://10.0.0.2:30000", server_name="pods.svc"),
     ]
     names.addresses = ["10.0.0.2", "10.0.0.3"]
-    wanted = await found.look()
+    wanted = await found.refresh()
     assert wanted is not None
     assert ["https://10.0.0.2:30000", "https://10.0.0.3:30000"] == [spec.url for spec in wanted]
     assert {("pods.svc", 30000)} == set(names.asked)
@@ -245,12 +245,12 @@ async def test_one_server_an_address() -> None:
 )
 def test_addresses_in_urls(url: str, address: str, expected: str) -> None:
     """The address stands for the name, and nothing else changes."""
-    assert [ServerSpec(expected, server_name="pods")] == at_addresses(url, [address])
+    assert [ServerSpec(expected, server_name="pods")] == servers_at_addresses(url, [address])
 
 
 def test_an_address_for_a_name() -> None:
     """There is no name then."""
-    assert [ServerSpec("http://[::1]:1")] == at_addresses("http://[::1]:1", ["::1"])
+    assert [ServerSpec("http://[::1]:1")] == servers_at_addresses("http://[::1]:1", ["::1"])
 
 
 @pytest.mark.parametrize(("url", "port"), [("http://pods", 80), ("https://pods", 443)])
@@ -270,9 +270,9 @@ async def test_a_name_that_is_lost() -> None:
     with capture_logs() as logs:
         for addresses in ((), (), ("10.0.0.1",), ()):
             names.addresses = addresses
-            assert await found.look() is None
+            assert await found.refresh() is None
 
-    said = "fleet.servers_dns: pods cannot be looked up: Name or service not known"
+    said = "fleet.servers_dns: cannot resolve pods: Name or service not known"
     assert [said, said] == [entry["error"] for entry in logs]
     assert {1} == {entry["kept"] for entry in logs}
 
@@ -280,20 +280,20 @@ async def test_a_name_that_is_lost() -> None:
 async def test_a_name_without_addresses_at_the_start() -> None:
     """An error, unless there are other servers; then its own may come later."""
     names = Names()
-    with pytest.raises(ConfigError, match=r"fleet\.servers_dns: pods cannot be looked up: Name or service"):
+    with pytest.raises(ConfigError, match=r"fleet\.servers_dns: cannot resolve pods: Name or service"):
         await discovery(names=names).first()
     found = discovery(names=names, servers=("http://one:1",))
 
     assert [ONE] == await found.first()
     names.addresses = ["10.0.0.1"]
-    assert [ONE, ServerSpec("http://10.0.0.1:1", server_name="pods")] == await found.look()
+    assert [ONE, ServerSpec("http://10.0.0.1:1", server_name="pods")] == await found.refresh()
 
 
 async def test_names_of_this_machine() -> None:
     """The system's resolver: a name that it has, and one that no resolver has."""
     async with asyncio.timeout(20):
         servers = await Discovery(FleetSection(servers_dns="http://localhost:1"), {}).first()
-        with pytest.raises(ConfigError, match=r"nowhere\.invalid cannot be looked up"):
+        with pytest.raises(ConfigError, match=r"cannot resolve nowhere\.invalid"):
             await Discovery(FleetSection(servers_dns="http://nowhere.invalid:1"), {}).first()
 
     assert {spec.url for spec in servers} <= {"http://127.0.0.1:1", "http://[::1]:1"}
@@ -311,7 +311,7 @@ async def test_one_server_in_several_places(path: Path) -> None:
         ServerSpec("http://10.0.0.1:1", 2.0, server_name="pods"),
     ]
     write(path, "http://one:1\nhttp://10.0.0.1:1 drain\n")
-    assert await found.look() == [
+    assert await found.refresh() == [
         ServerSpec("http://one:1", 3.0, "ONE_KEY"),
         ServerSpec("http://10.0.0.1:1", draining=True, server_name="pods"),
     ]

@@ -25,8 +25,8 @@ def test_an_answer_ends_the_row() -> None:
 def test_a_server_that_is_not_there_is_ejected_at_once() -> None:
     """A connection that cannot be made needs no second opinion."""
     health = Health(eject_after=3)
-    assert health.failed(is_there=False)
-    assert not health.failed(is_there=False)
+    assert health.failed(reachable=False)
+    assert not health.failed(reachable=False)
 
 
 def test_a_late_answer_does_not_readmit() -> None:

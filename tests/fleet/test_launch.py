@@ -270,7 +270,7 @@ def test_a_folder_that_is_called_sglang_is_not_sglang(
     (tmp_path / "site/sglang").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "site")
 
-    with pytest.raises(ConfigError, match="no SGLang found"):
+    with pytest.raises(ConfigError, match="SGLang not found"):
         find_python()
 
 
@@ -330,8 +330,7 @@ async def test_a_server_that_ends_while_starting_is_reported_with_its_log(
             pytest.fail("it never was healthy")
 
     assert str(caught.value) == (
-        f"SGLang exited with code 7 while starting; its log is {broken.log_path} "
-        "and says: ValueError: no such model"
+        f"SGLang exited with code 7 while starting; see {broken.log_path}: ValueError: no such model"
     )
 
 
@@ -349,7 +348,7 @@ async def test_a_log_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     server = LaunchedServer(LaunchCommand(("/absent",)), port=1, model="m", log_path=tmp_path / "file/log")
 
-    with pytest.raises(LaunchError, match=r"cannot be started: .*/file"):
+    with pytest.raises(LaunchError, match=r"cannot start SGLang: .*/file"):
         async with watched(server):
             pytest.fail("it never was healthy")
 

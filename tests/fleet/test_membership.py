@@ -47,7 +47,7 @@ async def test_groups_stay_together_and_find_their_prefix() -> None:
         servers = [await simulated.start(latency_ms=5) for _ in range(3)]
         async with fleet_of(*(server.url for server in servers), concurrency=64) as fleet:
             answers = await ask_groups(fleet, 12, 8)
-            figures = fleet.figures()
+            figures = fleet.metrics()
     where = Counter((group, answer.server) for group, answer in answers)
     assert 12 == len(where), "a group was split"
     assert max(Counter(url for _, url in where).values()) <= 5
@@ -94,7 +94,7 @@ async def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
             await fleet.ask_models()
             assert {first.url} == {answer.server for answer in await ask_many(fleet, 4)}
             await write(file, f"{first.url}\n{second.url} weight=2\n")
-            await until(lambda: len(fleet.servers) == 2 and fleet.servers[1].is_in)
+            await until(lambda: len(fleet.servers) == 2 and fleet.servers[1].is_usable)
             assert 2.0 == fleet.servers[1].weight
             assert {first.url, second.url} == {answer.server for answer in await ask_many(fleet, 12)}
             await write(file, f"{first.url} drain\n{second.url}\n")
@@ -104,7 +104,7 @@ async def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
             await until(lambda: not fleet.servers[0].draining and fleet.servers[1].draining)
             assert {first.url} == {answer.server for answer in await ask_many(fleet, 4)}
             await write(file, f"{first.url}\n{second.url}\n")
-            await until(lambda: len(fleet.servers) == 2 and all(server.is_in for server in fleet.servers))
+            await until(lambda: len(fleet.servers) == 2 and all(server.is_usable for server in fleet.servers))
             assert {first.url, second.url} == {answer.server for answer in await ask_many(fleet, 12)}
 
 
@@ -204,7 +204,7 @@ async def test_servers_that_are_all_to_be_drained_are_none(tmp_path: Path) -> No
         server = await simulated.start()
         await write(file, f"{server.url} drain\n")
         async with opened(servers_file=file, give_up_s=1.0) as fleet:
-            with pytest.raises(FleetGone, match="is to be drained"):
+            with pytest.raises(FleetGone, match="is draining"):
                 await fleet.ask_models()
 
 
@@ -263,7 +263,7 @@ async def test_a_server_that_comes_back_while_it_leaves_is_one(tmp_path: Path) -
             await until(lambda: fleet.servers[0].draining)
             await write(file, f"{other.url} weight=2\n")
             await until(lambda: len(fleet.servers) == 1)
-            told = {one["server"]: one["completions"] for one in fleet.figures()}
+            told = {one["server"]: one["completions"] for one in fleet.metrics()}
     assert {server.url: 2, other.url: 2} == told
 
 
@@ -290,7 +290,7 @@ def test_the_cap_grows_to_what_a_server_runs(slots: int) -> None:
     fleet, simulation = run_virtually(cap_after(20 * slots, tells_load=True, slots=slots, latency_ms=3000))
     assert slots <= fleet.capacity <= 1.25 * slots + 4
     assert simulation.stats.max_in_flight <= 2 * slots + 8
-    assert fleet.figures()[0]["decisions"]
+    assert fleet.metrics()[0]["decisions"]
 
 
 def test_a_server_without_loads_is_asked_all_the_same() -> None:

@@ -163,7 +163,7 @@ async def test_a_group_stays_at_its_server() -> None:
         assert given.server is homes.setdefault(group, given.server)
         placement.release(given)
     assert max(Counter(server.url for server in homes.values()).values()) <= 1.25 * 16 / 4
-    assert 0 == placement.homes.moves
+    assert 0 == placement.affinity.moves
 
 
 async def test_a_group_leaves_a_server_that_is_out() -> None:
@@ -176,7 +176,7 @@ async def test_a_group_leaves_a_server_that_is_out() -> None:
         await settle()
         assert not waiting.done()
         first.server.health.ejected = True
-        placement.left(first.server)
+        placement.withdraw(first.server)
     assert first.server is not waiting.result().server
 
 
@@ -291,7 +291,7 @@ class Crowd:
                 self.waiting[number % len(self.waiting)].cancel()
             case "eject":
                 server.health.ejected = True
-                self.placement.left(server)
+                self.placement.withdraw(server)
             case "readmit":
                 server.health.readmit()
                 self.placement.dispatch()
@@ -315,13 +315,13 @@ class Crowd:
     def check_settled(self) -> None:
         """True when all have run until they wait."""
         self.waiting = [task for task in self.waiting if not task.done()]
-        free = [server for server in self.servers if server.is_in and server.limiter.has_room(0.0)]
-        assert not free or not [waiter for waiter in self.placement._common if not waiter.turn.done()]
+        free = [server for server in self.servers if server.is_usable and server.limiter.has_room(0.0)]
+        assert not free or not [waiter for waiter in self.placement._queue if not waiter.turn.done()]
         for server in free:
             assert not [waiter for waiter in server.queue if not waiter.turn.done()], "beside a free place"
         leading = {(place.server, key) for place in self.holding for key in place.leads}
-        led = {(server, key) for server in self.servers for key in server.leaders._led}
-        assert led <= leading, "followers of nobody"
+        warming = {(server, key) for server in self.servers for key in server.warm_up.warming}
+        assert warming <= leading, "followers of nobody"
         assert len(self.holding) == sum(server.limiter.in_flight for server in self.servers)
 
     async def _acquire(self, request: Request, avoid: Server | None) -> None:

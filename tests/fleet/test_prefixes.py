@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.fleet.prefixes import BLOCK_CHARS, PrefixModel, answered, chain, rendered
+from streamsyn.fleet.prefixes import BLOCK_CHARS, PrefixModel, block_keys, conversation_text, with_answer
 from streamsyn.records import Request
 
 
@@ -16,29 +16,29 @@ def conversation(*texts: str) -> Request:
 def test_a_conversation_that_goes_on_begins_with_the_one_before() -> None:
     """A request, the answer to it, and the next request: one text is the beginning of the next."""
     first, answer = conversation("a" * 1000), "b" * 1000
-    so_far = answered(rendered(first), answer)
-    assert rendered(conversation("a" * 1000, answer, "go on")).startswith(so_far)
+    so_far = with_answer(conversation_text(first), answer)
+    assert conversation_text(conversation("a" * 1000, answer, "go on")).startswith(so_far)
 
 
 def test_what_was_sent_is_found_again() -> None:
     """In whole blocks, as far as the beginnings are the same; what another server was sent is not."""
     model, other = PrefixModel(), PrefixModel()
     first = "x" * (4 * BLOCK_CHARS)
-    model.add(chain(first))
+    model.add(block_keys(first))
     longer = first + "y" * (4 * BLOCK_CHARS)
-    assert 0.5 == model.share(longer, chain(longer))
-    assert 0.0 == other.share(longer, chain(longer))
+    assert 0.5 == model.cached_share(longer, block_keys(longer))
+    assert 0.0 == other.cached_share(longer, block_keys(longer))
     different = "z" + longer[1:]
-    assert 0.0 == model.share(different, chain(different))
+    assert 0.0 == model.cached_share(different, block_keys(different))
     model.clear()
-    assert 0.0 == model.share(longer, chain(longer))
+    assert 0.0 == model.cached_share(longer, block_keys(longer))
 
 
 @given(st.text(max_size=3000), st.text(max_size=3000))
 def test_a_chain_can_be_taken_up_where_it_ended(text: str, more: str) -> None:
     """The keys of a longer text begin with those of the shorter one, and need no second computing."""
-    assert chain(text + more) == chain(text + more, chain(text))
-    assert len(chain(text)) == len(text) // BLOCK_CHARS
+    assert block_keys(text + more) == block_keys(text + more, block_keys(text))
+    assert len(block_keys(text)) == len(text) // BLOCK_CHARS
 
 
 def test_what_was_used_last_is_forgotten_last() -> None:
@@ -47,6 +47,6 @@ def test_what_was_used_last_is_forgotten_last() -> None:
     shared = "s" * (2 * BLOCK_CHARS)
     texts = [shared + letter * (2 * BLOCK_CHARS) for letter in "abc"]
     for text in texts:
-        model.add(chain(text))
+        model.add(block_keys(text))
     assert 6 == len(model)
-    assert [0.5, 1.0, 1.0] == [model.share(text, chain(text)) for text in texts]
+    assert [0.5, 1.0, 1.0] == [model.cached_share(text, block_keys(text)) for text in texts]

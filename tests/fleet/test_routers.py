@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from streamsyn.fleet.routers import RouterFacts, recognised, warn_of_router
+from streamsyn.fleet.routers import RouterInfo, identify_router, warn_about_router
 from streamsyn.fleet.transport import Transport, http_transport
 from streamsyn.simulator.app import running
 from streamsyn.simulator.settings import SimulatorConfig
@@ -95,8 +95,8 @@ async def answering(answers: Mapping[str, Answer]) -> AsyncIterator[tuple[Transp
 async def test_a_router_that_does_not_tell_its_policy() -> None:
     """As the command line starts it, whatever its policy: one GET tells of its workers."""
     async with answering({"/workers": workers(*map(worker, SERVERS))}) as (transport, handler):
-        facts = await recognised(transport)
-    assert RouterFacts(2, SERVERS, None) == facts
+        facts = await identify_router(transport)
+    assert RouterInfo(2, SERVERS, None) == facts
     assert ["GET /workers"] == handler.asked
 
 
@@ -105,28 +105,28 @@ async def test_a_policy_that_workers_are_labelled_with(place: str) -> None:
     """By POST /workers with the label `policy`: 0.3.2 shows it as metadata, the newer gateway as a label."""
     entries = [worker(url) | {place: {"policy": "manual"}} for url in SERVERS]
     async with answering({"/workers": workers(*entries)}) as (transport, _):
-        assert RouterFacts(2, SERVERS, "manual") == await recognised(transport)
+        assert RouterInfo(2, SERVERS, "manual") == await identify_router(transport)
 
 
 async def test_workers_that_disagree_tell_no_policy() -> None:
     """The first one that came decides, and which that was is not told."""
     entries = [worker(SERVERS[0], policy="manual"), worker(SERVERS[1])]
     async with answering({"/workers": workers(*entries)}) as (transport, _):
-        assert RouterFacts(2, SERVERS, None) == await recognised(transport)
+        assert RouterInfo(2, SERVERS, None) == await identify_router(transport)
 
 
 @pytest.mark.parametrize("refusal", [(401, "", b""), (401, "text/plain", b"Invalid authentication token")])
 async def test_a_router_that_lists_its_workers_for_its_administrator(refusal: Answer) -> None:
     """With control-plane keys: its own facts are open to all."""
     async with answering({"/workers": refusal, "/get_server_info": SERVER_INFO}) as (transport, handler):
-        assert RouterFacts(2) == await recognised(transport)
+        assert RouterInfo(2) == await identify_router(transport)
     assert ["GET /workers", "GET /get_server_info"] == handler.asked
 
 
 async def test_a_router_without_workers() -> None:
     """One that was just started."""
     async with answering({"/workers": workers()}) as (transport, _):
-        assert RouterFacts(0) == await recognised(transport)
+        assert RouterInfo(0) == await identify_router(transport)
 
 
 @pytest.mark.parametrize(
@@ -148,23 +148,27 @@ async def test_what_is_no_router(answers: Mapping[str, Answer]) -> None:
     """Neither are other servers, whatever they have at that path, nor is it said of them."""
     async with answering(answers) as (transport, _):
         with capture_logs() as logs:
-            assert await warn_of_router("http://s", transport) is None
+            assert await warn_about_router("http://s", transport) is None
     assert [] == [entry for entry in logs if entry["event"] == "fleet.router"]
 
 
 async def test_a_server_is_no_router() -> None:
     """SGLang has no such route; nor is one recognised that cannot be reached."""
     async with running(SimulatorConfig()) as server, http_transport(server.url, {}) as transport:
-        assert await recognised(transport) is None
+        assert await identify_router(transport) is None
     async with http_transport(server.url, {}, connect_timeout_s=2.0) as transport:
-        assert await recognised(transport) is None
+        assert await identify_router(transport) is None
 
 
 @pytest.mark.parametrize(
     ("policy", "level", "says"),
     [
-        ("cache_aware", "warning", "its policy cache_aware crowds them on one worker; name the workers"),
-        ("round_robin", "warning", "its policy round_robin splits prefix groups; name the workers"),
+        (
+            "cache_aware",
+            "warning",
+            "its policy cache_aware sends most requests to one worker; pass its workers",
+        ),
+        ("round_robin", "warning", "its policy round_robin splits prefix groups; pass its workers"),
         ("manual", "info", None),
         ("consistent_hashing", "info", None),
     ],
@@ -174,7 +178,7 @@ async def test_what_is_said_of_a_router(policy: str, level: str, says: str | Non
     entries = [worker(url, policy=policy) for url in SERVERS]
     async with answering({"/workers": workers(*entries)}) as (transport, _):
         with capture_logs() as logs:
-            await warn_of_router("http://r", transport)
+            await warn_about_router("http://r", transport)
     (entry,) = logs
     assert ("fleet.router", level, "http://r", 2, policy) == tuple(
         entry[name] for name in ("event", "log_level", "server", "workers", "policy")
@@ -187,7 +191,7 @@ async def test_a_policy_that_is_not_told_is_warned_of() -> None:
     """It is cache_aware unless somebody chose another one; with one worker there is nothing to choose."""
     async with answering({"/workers": workers(*map(worker, SERVERS))}) as (transport, _):
         with capture_logs() as logs:
-            await warn_of_router("http://r", transport)
+            await warn_about_router("http://r", transport)
     assert [("warning", "unknown")] == [(entry["log_level"], entry["policy"]) for entry in logs]
-    assert "if that is cache_aware" in logs[0]["advice"]
-    assert RouterFacts(1, SERVERS[:1]).advice is None
+    assert "if it is cache_aware" in logs[0]["advice"]
+    assert RouterInfo(1, SERVERS[:1]).advice is None

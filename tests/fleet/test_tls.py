@@ -129,7 +129,7 @@ NO_PEM = Path(__file__)
     ("key", "path", "said"),
     [
         ("tls_ca", "absent.pem", "fleet.tls_ca: cannot read absent.pem: No such file"),
-        ("tls_ca", NO_PEM, f"fleet.tls_ca: {NO_PEM} holds no PEM certificates"),
+        ("tls_ca", NO_PEM, f"fleet.tls_ca: {NO_PEM} has no PEM certificates"),
         ("tls_cert", "absent.pem", "fleet.tls_cert: cannot read absent.pem: No such file"),
         ("tls_cert", NO_PEM, f"fleet.tls_cert: {NO_PEM} must hold a PEM certificate and its key"),
         ("tls_cert", PEM / "ca.pem", "fleet.tls_cert: .*/ca.pem must hold .* and its key"),

@@ -182,7 +182,7 @@ async def test_a_server_with_other_weights_comes_back_under_its_name(tmp_path: P
         assert [str(folder)] == [one["id"] for one in (await asked(transport, "GET", "/v1/models"))["data"]]
         simulation.engine.lose_all()
         (there,) = fleet.servers
-        fleet._roster.eject(there, ServerError("a try of ours"))
+        fleet._membership.eject(there, ServerError("a try of ours"))
         there.health.ejected = True
         again = await fleet.complete(ASKED, [])
     async with asyncio.timeout(10), a_fleet(simulation) as other:

@@ -12,7 +12,7 @@ import pytest
 from streamsyn.config.loading import load
 from streamsyn.config.sections import ChecksSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Reply, Transport
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run
@@ -227,8 +227,8 @@ def test_servers_that_cannot_score_are_found_at_the_start(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ([("scoring.servers", ["scorer"])], r"scoring\.servers: scorer is no URL"),
-        ([("scoring.servers", [SCORERS[0], WRITERS[0]])], r"do not agree .*scoring\.model"),
+        ([("scoring.servers", ["scorer"])], r"scoring\.servers: scorer is not a valid URL"),
+        ([("scoring.servers", [SCORERS[0], WRITERS[0]])], r"different models .*scoring\.model"),
         ([("scoring.servers", SCORERS), ("scoring.model", "x")], r"scoring\.model: .* not x"),
         ([("scoring.model", "x")], r"scoring\.model: .*simulated, not x"),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from streamsyn.errors import ConfigError, ServerError, ServerTimeout, ServerUnavailable, ServerUnreachable
 from streamsyn.fleet.client import ServerClient
-from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Transport, http_transport
 from streamsyn.records import Completion, Request
 from streamsyn.simulator.app import running

@@ -238,7 +238,7 @@ MISTAKES = [
     ),
     (["run", "--out", "OUT", "--seeds", "SEEDS"], "--server URL"),
     (["run", "--out", "OUT", "--server", "http://127.0.0.1:9"], "no seeds"),
-    (["run", "--out", "OUT", "--seeds", "SEEDS", "--server", "localhost:30000"], "is no URL"),
+    (["run", "--out", "OUT", "--seeds", "SEEDS", "--server", "localhost:30000"], "is not a valid URL"),
     (
         ["run", "--out", "OUT", "--seeds", "SEEDS", "--set", "recipe.target_word=3"],
         "nearest known one is recipe.target_words",

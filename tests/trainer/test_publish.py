@@ -148,7 +148,7 @@ async def test_a_hurry_bounds_what_is_under_way(tmp_path: Path, monkeypatch: pyt
 
 def test_what_is_no_url_is_said_at_once() -> None:
     """Before anything is trained."""
-    with pytest.raises(ConfigError, match=r"train\.publish\.servers: localhost:30000 is no URL"):
+    with pytest.raises(ConfigError, match=r"train\.publish\.servers: localhost:30000 is not a valid URL"):
         Servers(PublishSection(servers=("localhost:30000",)), FleetSection(), {})
 
 

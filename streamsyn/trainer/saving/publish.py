@@ -23,7 +23,7 @@ from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.config.train_section import PublishSection
 from streamsyn.errors import ServerTimeout, ServerUnreachable, SinkError, StreamsynError
 from streamsyn.fleet import weight_update
-from streamsyn.fleet.server import ServerSpec, base_url, headers_of
+from streamsyn.fleet.server_spec import ServerSpec, base_url, headers_of
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
 from streamsyn.io.durable import write_whole
 from streamsyn.trainer.model.adapters import merged

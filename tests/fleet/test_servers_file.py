@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.discovery import ServersFile, parse_servers
-from streamsyn.fleet.server import ServerSpec
+from streamsyn.fleet.server_spec import ServersFile, ServerSpec, parse_servers
 
 TEXT = """\
 # the first rack
@@ -84,22 +83,22 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("one:30000", "one:30000 is no URL"),
-        ("http://one wieght=2", r"cannot use 'wieght=2'; a line is URL \[weight=W\]"),
-        ("http://one http://two", "cannot use 'http://two'"),
-        ("http://one weight", "cannot use 'weight'"),
-        ("http://one drain=1", "cannot use 'drain=1'"),
-        ("http://one weight=1 weight=2", "cannot use 'weight=2'"),
-        ("http://one key_env=", "key_env= takes the name"),
+        ("one:30000", "one:30000 is not a valid URL"),
+        ("http://one wieght=2", r"invalid option 'wieght=2'; a line is URL \[weight=W\]"),
+        ("http://one http://two", "invalid option 'http://two'"),
+        ("http://one weight", "invalid option 'weight'"),
+        ("http://one drain=1", "invalid option 'drain=1'"),
+        ("http://one weight=1 weight=2", "invalid option 'weight=2'"),
+        ("http://one key_env=", "key_env= needs the name"),
         *(
-            (f"http://one weight={weight}", "weight= takes a number above 0")
+            (f"http://one weight={weight}", "weight= must be a number above 0")
             for weight in ("", "a", "0", "-1")
         ),
         *(
-            (f"http://one weight={weight}", "weight= takes a number above 0")
+            (f"http://one weight={weight}", "weight= must be a number above 0")
             for weight in ("inf", "nan", "1e999")
         ),
-        ("http://zero drain", "http://zero stands in a line before"),
+        ("http://zero drain", "http://zero is already listed"),
     ],
 )
 def test_wrong_lines(line: str, said: str) -> None:

@@ -14,7 +14,7 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import BrokenResponse, ConfigError, RequestRefused, ServerError
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.limiter import AdaptiveLimiter
-from streamsyn.fleet.scored import NoScores, score
+from streamsyn.fleet.logprobs import NoScores, score
 from streamsyn.fleet.transport import Reply
 from streamsyn.records import Attempt, Request
 from streamsyn.simulator.app import RunningSimulator, running
@@ -118,14 +118,14 @@ async def test_max_tokens_bounds_what_is_scored() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"input_token_logprobs": [[-1.0, 11, None]]}, BrokenResponse, "other tokens"),
+        ({"input_token_logprobs": [[-1.0, 11, None]]}, BrokenResponse, "different tokens"),
         (
             {"input_token_logprobs": [[None, 11, None], [-1, 12, None], [-1, 13, None]]},
             BrokenResponse,
             "logprob",
         ),
-        ({"input_token_logprobs": None}, BrokenResponse, "scored without"),
-        ({"prompt_tokens": "ten"}, BrokenResponse, "scored without"),
+        ({"input_token_logprobs": None}, BrokenResponse, "invalid score"),
+        ({"prompt_tokens": "ten"}, BrokenResponse, "invalid score"),
         ({"finish_reason": {"type": "abort", "message": "Aborted"}}, BrokenResponse, "aborted"),
     ],
 )
@@ -142,8 +142,8 @@ async def test_an_answer_that_makes_no_sense_is_broken(
     [
         ({}, NoScores, "scoring needs SGLang: http://server answered 404 to /tokenize"),
         ({"/tokenize": tokens}, NoScores, "scoring needs SGLang: http://server answered 404 to /generate"),
-        ({"/tokenize": {"count": 3}}, NoScores, "no token ids for messages"),
-        ({"/tokenize": {"tokens": [[1], [2]]}}, NoScores, "no token ids for messages"),
+        ({"/tokenize": {"count": 3}}, NoScores, "does not return token ids"),
+        ({"/tokenize": {"tokens": [[1], [2]]}}, NoScores, "does not return token ids"),
         ({"/tokenize": {"tokens": []}}, RequestRefused, "no token"),
     ],
 )
@@ -184,7 +184,7 @@ async def test_a_fleet_scores_and_answers_at_one_server() -> None:
         first = await fleet.complete(REQUEST, attempts)
         second = await fleet.complete(REQUEST, attempts)
         asked = await fleet.complete(Request(MESSAGES, {}, "group"), attempts)
-        figures = {server["server"]: server for server in fleet.figures()}
+        figures = {server["server"]: server for server in fleet.metrics()}
 
     assert len(first.logprobs) == -(-len(ANSWER) // 4)
     assert first.logprobs == second.logprobs

@@ -4,7 +4,7 @@ import pytest
 
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.server import ServerSpec, headers_of, server_specs
+from streamsyn.fleet.server_spec import ServerSpec, headers_of, server_specs
 
 
 def section(*servers: str | dict[str, object], **given: object) -> FleetSection:
@@ -38,7 +38,9 @@ def test_servers_may_be_found_elsewhere(given: dict[str, object]) -> None:
 
 def test_no_server_at_all() -> None:
     """The message says what to do."""
-    with pytest.raises(ConfigError, match=r"no server: pass --server URL, set fleet\.servers, or --launch"):
+    with pytest.raises(
+        ConfigError, match=r"no server: pass --server URL, set fleet\.servers, or use --launch"
+    ):
         server_specs(FleetSection())
 
 
@@ -60,18 +62,20 @@ def test_what_is_no_url(url: str) -> None:
     """The key and the entry are named, wherever the URL stands."""
     with pytest.raises(ConfigError) as raised:
         server_specs(section("http://one:1", url))
-    assert f"fleet.servers: {url} is no URL; it starts with http:// or https://" == str(raised.value)
+    assert f"fleet.servers: {url} is not a valid URL; it must start with http:// or https://" == str(
+        raised.value
+    )
     with pytest.raises(ConfigError) as raised:
         server_specs(FleetSection(servers=(ServerSection(url=url),)))
-    assert str(raised.value).startswith(f"fleet.servers: {url} is no URL")
+    assert str(raised.value).startswith(f"fleet.servers: {url} is not a valid URL")
     with pytest.raises(ConfigError) as raised:
         server_specs(section("http://one:1", servers_dns=url))
-    assert str(raised.value).startswith(f"fleet.servers_dns: {url} is no URL")
+    assert str(raised.value).startswith(f"fleet.servers_dns: {url} is not a valid URL")
 
 
 def test_a_message_is_one_line() -> None:
     """Whatever the entry holds."""
-    with pytest.raises(ConfigError, match=r"fleet.servers: 'http://one\\n:1' is no URL"):
+    with pytest.raises(ConfigError, match=r"fleet.servers: 'http://one\\n:1' is not a valid URL"):
         server_specs(section("http://one\n:1"))
 
 
