@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from streamsyn.scoring.duplicates import Duplicates, Match
+from tests.builders import disk_full_beyond
 from tests.examples import examples
 
 WORDS = [f"word{number}" for number in range(3000)]
@@ -311,12 +312,10 @@ def test_a_full_disk_ends_the_comparison_and_not_the_run(tmp_path: Path) -> None
     """One warning, and from then on nothing is a duplicate."""
     duplicates = Duplicates(tmp_path / "d.sqlite", 0.8)
     duplicates.check_and_add("a", text(1))
-    assert duplicates._db is not None
-    duplicates._db.execute("PRAGMA max_page_count = 12")
 
     with capture_logs() as logs:
-        for number in range(2, 300):
-            duplicates.check_and_add(f"{number}", text(number))
+        with disk_full_beyond(50_000):
+            assert duplicates.catch_up([row(seq) for seq in range(1, 600)])
 
         assert duplicates.check_and_add("again", text(1)) is None
         assert duplicates.catch_up([row(0)])

@@ -2,8 +2,10 @@
 
 import itertools
 import random
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,7 @@ def test_what_was_read_is_forgotten_between_runs(tmp_path: Path) -> None:
     assert Claim.NEW == claims.claim(KEYS[0])
     claims.close()
     assert not scratch.exists()
-    killed._db.close()
+    killed.close()
 
 
 def test_the_key_of_a_draft_is_found_in_its_row(tmp_path: Path) -> None:
@@ -160,17 +162,18 @@ def test_a_shard_that_was_not_indexed_is_caught_up_with(tmp_path: Path) -> None:
     with opened(tmp_path, sink()) as log:
         log.seal_outcomes()
         last = log.manifest.shards[-1].path
-        log._completed._db.execute("DELETE FROM shards WHERE path = ?", (last,))
-        log._completed._db.execute("DELETE FROM finished")
+        with closing(sqlite3.connect(index, isolation_level=None)) as db:
+            db.execute("DELETE FROM shards WHERE path = ?", (last,))
+            db.execute("DELETE FROM finished")
 
     finished = CompletedKeys(index)
     with opened(tmp_path, sink()) as log:
         finished.catch_up(log.manifest, tmp_path, [])
-    count, shards = (
-        finished._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-        for table in ("finished", "shards")
-    )
     finished.close()
+    with closing(sqlite3.connect(index)) as db:
+        count, shards = (
+            db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("finished", "shards")
+        )
 
     assert (
         next(shard.rows for shard in log.manifest.shards if shard.path == last),
