@@ -91,13 +91,13 @@ def test_a_cache_would_leak_and_is_not_made() -> None:
     assert not torch.allclose(leaking[0], leaking[1], atol=1e-3), "transformers leaks no more"
 
 
-def test_attention_without_bounds_is_refused() -> None:
-    """A model that loses the bounds on the way is refused: it would attend to something else."""
+def test_attention_without_boundaries_is_refused() -> None:
+    """A model that does not pass the boundaries to its attention is refused."""
     tuned = segments_model()
     arguments = batch_of(ROW).forward_arguments()
     del arguments["segments"]
 
-    with pytest.raises(ConfigError, match="bounds"):
+    with pytest.raises(ConfigError, match="boundaries"):
         tuned(**arguments)
 
 

@@ -1,7 +1,8 @@
-"""What must not change a training: how activations are kept, how rows are dealt out, how numbers are rounded.
+"""What must not change a training: activation checkpointing, the number of rows, precision.
 
-Elsewhere: 1 against 2 ranks and 1, 2 and 4 rows in passes (`test_loop`), packed against separate samples and
-attentions against each other (`test_attention`, `test_apart`), losses against references (`test_loss`).
+Elsewhere: 1 against 2 ranks and 1, 2 and 4 rows in passes (`test_loop`), packed against separate samples
+(`test_packing_isolation`), attentions against each other (`test_attention`), losses against references
+(`test_loss`).
 """
 
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_bf16_is_close(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["CP", "SP", "TP"])
 def test_a_row_is_never_split(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """What accelerate was told about splitting rows is refused: it would lose the samples' bounds."""
+    """A launcher that asks to split rows is refused: the samples' boundaries would be lost."""
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
     with pytest.raises(ConfigError, match=kind.lower()):
         start_accelerator(section())

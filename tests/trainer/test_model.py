@@ -94,7 +94,7 @@ def quantised(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (no_tokens, "no tokenizer can be read there: KeyError: 'added_tokens'"),
+        (no_tokens, "its tokenizer cannot be read: KeyError: 'added_tokens'"),
         (odd_heads, "not a multiple of the number of attention heads"),
         (wrong_kind, "hidden_size"),
         (unknown_rope, "cannot be read: KeyError: 'nonsense'"),
@@ -115,8 +115,8 @@ def test_a_file_of_any_content_is_one_line(tmp_path: Path, spoil: Callable[[Path
     [
         ("nope", "no module 'nope'"),
         ("proj", "no module 'proj'"),
-        ("input_layernorm", "input_layernorm is no linear module"),
-        ("embed_tokens", "model.embed_tokens is no linear module"),
+        ("input_layernorm", "input_layernorm is not a linear module"),
+        ("embed_tokens", "model.embed_tokens is not a linear module"),
         ("lm_head", "lm_head shares its weight with model.embed_tokens"),
     ],
 )

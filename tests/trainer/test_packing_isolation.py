@@ -82,7 +82,7 @@ def test_other_models_are_as_their_samples_apart(kind: str) -> None:
     ("kind", "says"),
     [
         ("gemma2", r"the model's attention has softcap.*flash_attention_2"),
-        ("bloom", r"does not keep the samples of a row apart: .* differ by"),
+        ("bloom", r"does not isolate the samples of a row: .* differ by"),
         ("mpt", r"cannot be called with packed samples: AttributeError"),
     ],
 )
@@ -113,8 +113,8 @@ class Careless(torch.nn.Module):
     ("lost", "says"),
     [
         ("logits_to_keep", "logits of chosen positions"),
-        ("position_ids", "samples of a row apart"),
-        ("bounds", "samples of a row apart"),
+        ("position_ids", "does not isolate the samples"),
+        ("bounds", "does not isolate the samples"),
     ],
 )
 @pytest.mark.parametrize("half", [False, True])

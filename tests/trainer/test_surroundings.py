@@ -36,11 +36,15 @@ def test_what_is_left_of_a_launcher_is_named(environ: dict[str, str], said: str)
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"gradient_checkpointing": True}, None, r"= 4096 tokens: try fewer, train\.lora, or more GPUs"),
+        (
+            {"gradient_checkpointing": True},
+            None,
+            r"= 4096 tokens: try a lower train.seq_len, train\.lora, or more GPUs",
+        ),
         (
             {"lora": LoraSection()},
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-            r"= 4096 tokens: try fewer, train\.gradient_checkpointing = true, or more GPUs",
+            r"= 4096 tokens: try a lower train.seq_len, train\.gradient_checkpointing = true, or more GPUs",
         ),
     ],
 )

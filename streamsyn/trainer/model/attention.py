@@ -1,14 +1,12 @@
-"""Attention that keeps the samples of a row apart, without a mask of T x T.
+"""Attention within the samples of a packed row, without a T x T mask, and the check that a model uses it.
 
-Two functions are made known to transformers under names of ours. For names that it does not know it makes
-no mask at all, so the bounds that come with each forward pass are all that keeps samples apart; both
-functions refuse to run without them.
+Two attention functions are registered with transformers under our own names. transformers builds no mask for
+names that it does not know, so the samples' boundaries, which are passed to each forward pass, are the only
+thing that isolates samples. Both functions refuse to run without them.
 
-Whether a model keeps the samples of a row apart: found out at the start, not believed.
-
-A model may ignore the bounds of the samples, the positions that begin again, or which logits are asked for
-(its own attention, a state that runs through the row, a forward of another kind). None of that is an error
-anywhere; the samples would be trained on wrongly without a word.
+A model may ignore the boundaries, the positions or the choice of logits: it has its own attention, a
+recurrent state, or a different forward signature. Nothing would fail; training would be silently wrong.
+Therefore `check_packing_isolation` compares logits at the start.
 """
 
 from importlib.util import find_spec
@@ -39,14 +37,19 @@ _FLASH = {
     "flash_attention_3": ("flash_attn_interface", is_flash_attn_3_available),
     "flash_attention_2": ("flash_attn", is_flash_attn_2_available),
 }
-"""Newest first: the package, and whether transformers takes it for what it is (4 is another `flash_attn`)."""
+"""Newest first: the package, and transformers' check of it (version 4 is a different `flash_attn`)."""
 
 
 def implementation(wanted: str, device: torch.device, *, half: bool) -> str:
-    """The name for transformers of what `train.attention` asks for; `half` with bf16.
+    """Register our attention functions, and return transformers' name of the one to use.
+
+    Args:
+        wanted: `train.attention`; `auto` takes the fastest that is available.
+        device: Where the model runs.
+        half: Whether it runs in bf16.
 
     Raises:
-        ConfigError: It cannot work here.
+        ConfigError: The device, the precision or the installed packages do not support it.
     """
     AttentionInterface.register(SEGMENTS, segments)
     AttentionInterface.register(VARLEN, varlen)
@@ -71,7 +74,7 @@ def _best(device: torch.device, *, half: bool) -> str:
 
 
 def _torch_has_varlen() -> bool:
-    """It came with torch 2.10, and windows and shared key heads later."""
+    """PyTorch 2.10 added it; sliding windows and grouped key heads came later."""
     if find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -90,17 +93,17 @@ def segments(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One causal call for each sample. Works on any device.
+    """Causal attention with one kernel call per sample. Works on any device.
 
     Args:
-        module: The layer; not used.
+        module: The attention layer; only its `is_causal` is read.
         query: `[1, heads, T, width]`.
-        key: `[1, key heads, T, width]`; query heads share them in groups.
+        key: `[1, key heads, T, width]`; groups of query heads share a key head.
         value: As `key`.
         attention_mask: None.
-        scaling: Of the products, by default one over the root of the width.
-        dropout: Share of the attention that is dropped.
-        more: `segments`, the bounds of the samples, and what else transformers hands on.
+        scaling: Factor of the products; default 1 / sqrt(width).
+        dropout: Dropout probability of attention weights.
+        more: `segments`, the boundaries of the samples, and whatever else transformers passes.
 
     Returns:
         `[1, T, heads, width]`, and None.
@@ -110,15 +113,15 @@ def segments(
     assert query.shape[2] == key.shape[2] == bounds[-1], "a cache was made: use_cache must be False"
     lengths = [end - begin for begin, end in pairwise(bounds)]
     window = more.get("sliding_window")
-    # Split, and not sliced: the gradient is then put together once, not added up from a full row a sample.
+    # split, not slices: the backward pass then concatenates once, instead of adding a full row per sample.
     parts = [
-        _one(*part, scaling, dropout, window).transpose(1, 2)
+        _sample_attention(*part, scaling, dropout, window).transpose(1, 2)
         for part in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(parts, dim=1), None
 
 
-def _one(
+def _sample_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -126,14 +129,14 @@ def _one(
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Causal attention within one sample; with a window, a token sees so many, itself among them."""
+    """Causal attention within one sample; a token sees the last `window` tokens, itself included."""
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
     if window is None or length <= window:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
     parts = []
-    for begin in range(0, length, window):  # no mask is larger than the window twice over
+    for begin in range(0, length, window):  # in blocks, so that a mask is at most window x 2 window
         end, first = min(begin + window, length), max(0, begin - window + 1)
         back = torch.arange(begin, end, device=query.device)[:, None]
         back = back - torch.arange(first, end, device=query.device)
@@ -162,18 +165,20 @@ def varlen(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One call for the row, by torch's own kernel for sequences of different lengths; as `segments`."""
+    """As `segments`, with one call per row to torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     _check(module, attention_mask, more)
     assert query.shape[2] == key.shape[2], "a cache was made: use_cache must be False"
     width = query.shape[-1]
-    if width > _WIDEST_HEAD or width % 8 or value.shape[-1] != width:  # the kernel has no such heads
+    if width > _WIDEST_HEAD or width % 8 or value.shape[-1] != width:  # not supported by the kernel
         return segments(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more)
     if dropout != 0.0:
-        raise ConfigError("train.attention: varlen has no dropout, and the model asks for it; use segments")
+        raise ConfigError(
+            "train.attention: varlen does not support the model's attention dropout; use segments"
+        )
     window = more.get("sliding_window")
-    # Rotary embeddings leave queries and keys in float32, and autocast does not know this kernel.
+    # Rotary embeddings leave queries and keys in float32, and autocast does not cover this kernel.
     queries, keys, values = (one[0].transpose(0, 1).to(torch.bfloat16) for one in (query, key, value))
     out: Any = varlen_attn(
         queries,
@@ -184,43 +189,44 @@ def varlen(
         more["max_length_q"],
         more["max_length_k"],
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # nothing that comes later
+        window_size=(-1 if window is None else window - 1, 0),  # causal: no later tokens
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[None], None
 
 
 def _check(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
-    """Nothing else is asked for than what is done here.
+    """Check that the model needs nothing that these functions leave out.
 
     Raises:
-        ConfigError: It is, by the model.
+        ConfigError: It does, or it does not pass the boundaries.
     """
-    assert mask is None, "samples are kept apart by their bounds; a mask would be ignored"
+    assert mask is None, "samples are isolated by their boundaries; a mask would be ignored"
     if "segments" not in more:
-        raise ConfigError("the model does not hand the bounds of the samples on to its attention")
+        raise ConfigError("the model does not pass the boundaries of the samples to its attention")
     if not getattr(module, "is_causal", True):
-        raise ConfigError("the model's attention looks ahead: it is not causal")
+        raise ConfigError("the model's attention is not causal")
     for name in ("softcap", "s_aux", "position_bias"):
         if more.get(name) is not None:
             raise ConfigError(
-                f"the model's attention has {name}, which train.attention = segments or varlen leaves out; "
-                "flash_attention_2 or flash_attention_3 may know it"
+                f"the model's attention has {name}, which train.attention = segments or varlen does not "
+                "support; try flash_attention_2 or flash_attention_3"
             )
 
 
 _SINGLE, _HALF = 1e-4, 5e-2
-"""How far logits may differ, over their size, in float32 and in bf16: kernels round by the length of a row.
-What a trained model sees of another sample changes them by as much as they are."""
+"""Largest relative difference of logits in float32 and in bf16, where rounding depends on the row's length. A
+model that sees the other sample differs by about 1."""
 
 
 @torch.no_grad()
 def check_packing_isolation(model: Any, device: torch.device, *, half: bool) -> None:
-    """Two forward passes: a sample behind another one has the logits that it has alone. All ranks call it.
+    """Compare the logits of a sample alone with those of the same sample packed behind another sample.
+
+    A collective: all ranks call it.
 
     Raises:
-        ConfigError: It has others, or some that are not finite, or the model cannot be called with packed
-            samples.
+        ConfigError: They differ or are not finite, or the model cannot be called with packed samples.
     """
     first, second = _sample(0, 37), _sample(1, 26)
     model.eval()
@@ -237,18 +243,18 @@ def check_packing_isolation(model: Any, device: torch.device, *, half: bool) -> 
         model.train()
     targets = second.target_tokens
     if len(alone) != targets or len(behind) != targets + first.target_tokens:
-        raise ConfigError("the model does not give the logits of chosen positions (logits_to_keep)")
+        raise ConfigError("the model does not return the logits of chosen positions (logits_to_keep)")
     if not (alone.isfinite().all() and behind.isfinite().all()):
         raise ConfigError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
     differ = float((behind[-targets:] - alone).norm() / alone.norm())
     if not differ <= (_HALF if half else _SINGLE):
         raise ConfigError(
-            f"the model does not keep the samples of a row apart: a sample's logits differ by {differ:.1%} "
-            "with another one before it, so it cannot be trained on packed samples"
+            f"the model does not isolate the samples of a row: a sample's logits differ by {differ:.1%} "
+            "behind a different sample, so it cannot be trained on packed samples"
         )
 
 
 def _sample(number: int, length: int) -> Example:
-    """Tokens that any vocabulary has; each but the first is a target."""
+    """Tokens that any vocabulary has; all but the first are targets."""
     tokens = (numpy.arange(length, dtype=numpy.int32) * (7 + 4 * number) + 3) % 61
-    return Example(Key("apart", 0, number), "", "", tokens, 1)
+    return Example(Key("isolation", 0, number), "", "", tokens, 1)

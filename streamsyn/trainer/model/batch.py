@@ -1,4 +1,4 @@
-"""A row of whole samples as the tensors of one forward pass: nothing is padded, nothing is masked."""
+"""A row of whole samples as the tensors of one forward pass, without padding and without a mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class Batch:
 
     Attributes:
         input_ids: `[1, T]`, int64.
-        position_ids: `[1, T]`, int64; they begin at 0 with each sample.
-        bounds: Where the samples begin, and T.
-        at: `[N]`, positions whose logits foretell a target: the ones before the targets.
+        position_ids: `[1, T]`, int64; they restart at 0 with each sample.
+        bounds: The start of each sample, and T.
+        at: `[N]`, the positions before the targets, whose logits predict them.
         labels: `[N]`, the targets.
-        weights: `[N]`, float32: what each target's loss is multiplied by before the sum.
-        owner: `[N]`, which sample of the row a target belongs to.
+        weights: `[N]`, float32: the factor of each target's loss in the sum.
+        owner: `[N]`, the index in the row of the sample that a target belongs to.
     """
 
     input_ids: torch.Tensor
@@ -38,10 +38,10 @@ class Batch:
         return max(end - begin for begin, end in pairwise(self.bounds))
 
     def forward_arguments(self) -> dict[str, Any]:
-        """What a model of transformers is called with.
+        """The keyword arguments for a model of transformers.
 
-        There is never a mask nor a cache. With a cache, transformers no longer sees from the positions
-        where samples begin, and lets them attend to each other without a word.
+        There is neither a mask nor a cache. With a cache, transformers no longer derives the samples'
+        boundaries from the positions, and silently lets samples attend to each other.
         """
         device = self.input_ids.device
         bounds = torch.tensor(self.bounds, dtype=torch.int32).to(device, non_blocking=True)
@@ -59,13 +59,16 @@ class Batch:
 
 
 def make_batch(row: Sequence[Example], weights: Sequence[float], device: torch.device) -> Batch:
-    """The tensors of `row`; `weights` holds one number for each sample, that of each of its targets.
+    """Make the tensors of a row.
 
-    A row without samples becomes one of two tokens that weigh nothing: every rank goes through the same
-    number of passes.
+    Args:
+        row: The samples. An empty row becomes two tokens of weight 0, because every rank has to make the
+            same number of passes.
+        weights: For each sample, the weight of each of its targets.
+        device: Where the tensors go.
     """
     if not row:
-        return _nothing(device)
+        return _empty_row(device)
     lengths = [len(example.tokens) for example in row]
     starts = [sum(lengths[:n]) for n in range(len(row))]
     tokens = torch.cat([torch.from_numpy(example.tokens).long() for example in row])
@@ -89,7 +92,7 @@ def make_batch(row: Sequence[Example], weights: Sequence[float], device: torch.d
     return batch
 
 
-def _nothing(device: torch.device) -> Batch:
+def _empty_row(device: torch.device) -> Batch:
     ids = torch.zeros((1, 2), dtype=torch.long, device=device)
     return Batch(
         input_ids=ids,

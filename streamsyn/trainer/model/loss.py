@@ -1,15 +1,13 @@
-"""What a step minimises: one weighted sum over the targets of all rows of all ranks.
+"""The loss of a step: a weighted sum over the targets of all rows of all ranks, and means per example.
 
-Every kind of loss is a weight for each target and one denominator for the whole step, so that neither
-packing, nor the number of ranks, nor the number of rows that a rank takes one after the other changes it:
+Every kind of loss is a weight for each target and one denominator for the whole step. So it does not depend
+on the packing, the number of ranks or the number of rows that a rank processes in sequence:
 
     sequence    1/M sum_i L_i / N_i over M samples, L_i the summed loss of a sample's N_i targets:
                 LongAlign, arXiv 2401.18058, eq. 4
     token       sum_i L_i / sum_i N_i
-    longwriter  the mean over rows of S/30 sum_i L_i / sum_i N_i, S samples in the row: what LongWriter's
-                code does, github.com/THUDM/LongWriter, train/; for comparison with models tuned by it
-
-The loss of each example of a row, for the record: nothing is trained by it.
+    longwriter  the mean over rows of S/30 sum_i L_i / sum_i N_i, S samples in the row: as LongWriter's
+                code, github.com/THUDM/LongWriter, train/; for comparison with models tuned by it
 """
 
 from collections.abc import Sequence
@@ -25,11 +23,11 @@ LossKind = Literal["sequence", "token", "longwriter"]
 Row = Sequence[Example]
 _LONGWRITER_SCALE = 30
 _CHUNK = 1024
-"""Targets whose probabilities are held at a time: with a vocabulary of 150,000, 0.6 GB."""
+"""Targets whose probabilities are in memory at a time: 0.6 GB with a vocabulary of 150,000."""
 
 
 def target_weights(row: Row, kind: LossKind) -> list[float]:
-    """What each target of each sample of a row weighs."""
+    """For each sample of a row, the weight of each of its targets."""
     match kind:
         case "sequence":
             return [1 / example.target_tokens for example in row]
@@ -41,7 +39,7 @@ def target_weights(row: Row, kind: LossKind) -> list[float]:
 
 
 def denominator(rows: Sequence[Row], kind: LossKind) -> float:
-    """What the weighted sum over all rows of a step is divided by."""
+    """The divisor of the weighted sum over all rows of a step."""
     match kind:
         case "sequence":
             return float(sum(map(len, rows)))
@@ -52,13 +50,17 @@ def denominator(rows: Sequence[Row], kind: LossKind) -> float:
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`[N]`: minus the log-probability of each label, in float32 whatever the logits are in.
+    """Return `[N]`: minus the log-probability of each label, computed in float32.
 
     With many targets, probabilities are computed chunk by chunk, and again in the backward pass.
-    The logits themselves and their gradient are whole: in bf16 with a vocabulary of 131,072, 0.5 MiB a target
+    The logits and their gradient are whole: 0.5 MiB per target in bf16 with a vocabulary of 131,072
     (measured: 1.0 GiB for 2,048 more). Rows of long samples have some hundred to a few thousand targets, rows
-    of chat data perhaps ten thousand. A head in chunks would need its weights outside of the model's forward
-    pass, where FSDP does not have them; rows of fewer targets would be half empty. So neither is done.
+    of chat data perhaps ten thousand. A chunked head would need its weights outside the model's forward
+    pass, where FSDP does not have them; a limit on the targets of a row would leave rows half empty.
+
+    Args:
+        logits: `[1, N, vocabulary]`.
+        labels: `[N]`.
     """
     flat = logits.flatten(0, -2)
     if len(labels) <= _CHUNK:
@@ -72,7 +74,13 @@ def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def example_means(losses: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
-    """`[count]`, float64: the mean of the losses `[N]` of each example's targets; `owner` as in a Batch."""
+    """Return `[count]`, float64: the mean loss per target of each example.
+
+    Args:
+        losses: `[N]`, of the targets.
+        owner: `[N]`, the example of each target, as in `Batch`.
+        count: Examples in the row.
+    """
     zeros = losses.new_zeros(max(count, 1), dtype=torch.float64)
     sums = zeros.index_add(0, owner, losses.double())
     targets = zeros.index_add(0, owner, torch.ones_like(losses, dtype=torch.float64))

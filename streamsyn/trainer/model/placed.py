@@ -1,8 +1,7 @@
-"""The model that is tuned: placed on its devices, with its optimizer, and written.
+"""The model on its devices, with its optimizer: placed, gathered for checkpoints, restored and written.
 
-What ranks share among them: brought together under names that hold at any number of ranks, and given back.
-
-It is the same for one process, DDP and FSDP2: each goes on from a checkpoint of any other.
+Under FSDP2 each rank holds a shard of every weight and moment. Checkpoints hold whole tensors under the
+model's own names, so that they are portable between one process, DDP and FSDP2, and between numbers of ranks.
 """
 
 from collections.abc import Iterator
@@ -27,11 +26,11 @@ class Placed:
     """A model on its devices.
 
     Attributes:
-        accelerator: Who placed it.
-        model: What is called; under several ranks a wrapper.
-        plain: The model itself.
-        optimizer: AdamW over what is trained.
-        dtype: That of the weights as they were found, in which the result is written.
+        accelerator: Its accelerator.
+        model: The callable: a wrapper when there are several ranks.
+        plain: The model of transformers or peft itself.
+        optimizer: AdamW over the trained parameters.
+        dtype: The precision of the weights as they were read; the result is written in it.
     """
 
     accelerator: Accelerator
@@ -42,10 +41,10 @@ class Placed:
 
 
 def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: torch.dtype) -> Placed:
-    """Put the model on its devices, with its optimizer.
+    """Put a model on its devices, make its optimizer, and check that packed samples stay isolated.
 
     Raises:
-        ConfigError: The model cannot be trained on packed samples, or not so.
+        ConfigError: The model cannot be trained on packed samples.
     """
     model.train()
     _freeze_towers(model)
@@ -64,13 +63,76 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     )
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
-    _leave_logits(plain, accelerator)
+    _keep_logits_dtype(plain, accelerator)
     check_packing_isolation(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
     return Placed(accelerator, prepared, plain, optimizer, dtype)
 
 
+def whole_weights(placed: Placed) -> dict[str, torch.Tensor]:
+    """Gather the model's whole state on rank 0. A collective: all ranks call it."""
+    weights: dict[str, torch.Tensor] = placed.accelerator.get_state_dict(placed.model)
+    return weights
+
+
+def optimizer_tensors(placed: Placed) -> dict[str, torch.Tensor]:
+    """Gather the optimizer's whole state on rank 0, on CPU, by names such as `exp_avg.lm_head.weight`.
+
+    A collective: all ranks call it. It is empty before the first step, and on other ranks.
+    """
+    found = {}
+    for name, parameter in _trained(placed):
+        for kind, value in placed.optimizer.state[parameter].items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if placed.accelerator.is_main_process:
+                found[f"{kind}.{name}"] = whole.detach().cpu().contiguous()
+    return found
+
+
+def load_optimizer(placed: Placed, path: Path) -> None:
+    """Restore what `optimizer_tensors` returned from a safetensors file. A collective: all ranks call it.
+
+    Tensors are read one at a time, so that no rank holds all of them in memory.
+    """
+    with safe_open(path, "pt") as tensors:
+        kinds: dict[str, list[str]] = {}
+        for key in tensors.keys():  # noqa: SIM118 - it cannot be iterated
+            kind, _, name = key.partition(".")
+            kinds.setdefault(name, []).append(kind)
+        for name, parameter in _trained(placed):
+            placed.optimizer.state[parameter] = {
+                kind: _placed_as(parameter, tensors.get_tensor(f"{kind}.{name}"))
+                for kind in kinds.get(name, ())
+            }
+
+
+def write_model(
+    placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write weights as given, configuration and tokenizer to a directory that `from_pretrained` reads."""
+    placed.plain.save_pretrained(folder, state_dict=weights)
+    _write_tokenizer(tokenizer, folder)
+
+
+def write_result(
+    placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """As `write_model`, in the precision in which the model was read."""
+    tied = placed.plain.all_tied_weights_keys  # converted copies would no longer be recognised as shared
+    lowered = {
+        name: value.to(placed.dtype) if value.is_floating_point() else value
+        for name, value in weights.items()
+        if name not in tied
+    }
+    placed.plain.save_pretrained(folder, state_dict=lowered)
+    # save_pretrained has recorded the precision of training.
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = placed.dtype
+    config.save_pretrained(folder)
+    _write_tokenizer(tokenizer, folder)
+
+
 def _freeze_towers(model: Any) -> None:
-    """Ask for no gradient of what is for pictures and sounds alone: there is none, and DDP waits for it."""
+    """Freeze what only serves images and audio: it gets no gradient, and DDP would wait for one."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     if plain.config.get_text_config() is plain.config:
         return
@@ -81,129 +143,55 @@ def _freeze_towers(model: Any) -> None:
 
 
 def _name_layers(model: Any, accelerator: Accelerator) -> None:
-    """Leave out layers that a model names and does not have, which accelerate refuses."""
+    """Name the layers to shard: those of `_no_split_modules` that exist; accelerate refuses missing ones."""
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
-        there = {type(one).__name__ for one in model.modules()}
+        existing = {type(one).__name__ for one in model.modules()}
         named = getattr(model, "_no_split_modules", None) or ()
-        plugin.transformer_cls_names_to_wrap = [name for name in named if name in there]
+        plugin.transformer_cls_names_to_wrap = [name for name in named if name in existing]
 
 
-def _leave_logits(plain: Any, accelerator: Accelerator) -> None:
-    """Take off what makes all that comes out of the model float32, and keep autocast.
+def _keep_logits_dtype(plain: Any, accelerator: Accelerator) -> None:
+    """Undo accelerate's conversion of all outputs to float32, but keep its autocast.
 
-    Logits would be there whole a second time, twice as large; losses go to float32 part by part. Under DDP
-    the wrapper around the model calls its forward pass, whatever that is. FSDP2 is not changed
-    so by accelerate. (`unwrap_model` can take it off too, with transformers' own decorators.)
+    The conversion would hold a second copy of the logits at twice the size; losses convert them chunk by
+    chunk. DDP's wrapper calls the model's `forward` attribute, whatever it is. accelerate does not change
+    FSDP2 models this way. (`unwrap_model` can undo it too, but removes transformers' own decorators.)
     """
     original = plain.__dict__.pop("_original_forward", None)
     if original is None:
         return
 
     @wraps(original)
-    def forward(*given: Any, **named: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with accelerator.autocast():
-            return original(*given, **named)
+            return original(*args, **kwargs)
 
     plain.forward = forward
 
 
-def write_model(
-    placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Write a directory that `from_pretrained` reads: weights as given, configuration, tokenizer."""
-    placed.plain.save_pretrained(folder, state_dict=weights)
-    _write_tokenizer(tokenizer, folder)
+def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters that the optimizer updates, by name.
+
+    After a forward pass without a backward pass, FSDP2 leaves weights gathered. The optimizer knows only
+    the shards, so state stored under the gathered ones would be lost.
+    """
+    for part in placed.plain.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return ((name, one) for name, one in placed.plain.named_parameters() if one.requires_grad)
 
 
-def write_result(
-    placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """As `write_model`, in the precision that the model had at first."""
-    tied = placed.plain.all_tied_weights_keys  # copies would no longer be known for the same
-    lowered = {
-        name: value.to(placed.dtype) if value.is_floating_point() else value
-        for name, value in weights.items()
-        if name not in tied
-    }
-    placed.plain.save_pretrained(folder, state_dict=lowered)
-    # It has noted the precision that the model was trained in.
-    config = AutoConfig.from_pretrained(folder)
-    config.dtype = placed.dtype
-    config.save_pretrained(folder)
-    _write_tokenizer(tokenizer, folder)
+def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as this rank keeps it beside a parameter: on its device, sharded like it."""
+    if value.ndim > 0 and isinstance(parameter, DTensor):  # the step count is a scalar, which is not sharded
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)  # with offload, host memory and not the mesh's devices
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
-        # tokenizers raises no other kind, whatever has happened; mostly the disk is full.
+        # tokenizers raises a bare Exception whatever the cause; usually the disk is full.
         raise OSError(f"the tokenizer cannot be written: {error}") from error
-
-
-def trained(plain: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The weights that have moments."""
-    return ((name, one) for name, one in plain.named_parameters() if one.requires_grad)
-
-
-def whole_weights(placed: Placed) -> dict[str, torch.Tensor]:
-    """The state of the model, whole, on rank 0. All ranks call it."""
-    weights: dict[str, torch.Tensor] = placed.accelerator.get_state_dict(placed.model)
-    return weights
-
-
-def optimizer_tensors(placed: Placed) -> dict[str, torch.Tensor]:
-    """The state of the optimizer, whole, on CPU, by kind and name of the weight, on rank 0.
-
-    All ranks call it. There is nothing before the first step.
-    """
-    found = {}
-    for kind, name, whole in _state(placed):
-        if placed.accelerator.is_main_process:
-            found[f"{kind}.{name}"] = whole.detach().cpu().contiguous()
-    return found
-
-
-def load_optimizer(placed: Placed, path: Path) -> None:
-    """Take up what `optimizer_tensors` gave, from a file of safetensors. All ranks call it.
-
-    Tensors are read one after the other: no rank has all of them in its memory.
-    """
-    with safe_open(path, "pt") as tensors:
-        kinds: dict[str, list[str]] = {}
-        for key in tensors.keys():  # noqa: SIM118 - it is no dict
-            kind, _, name = key.partition(".")
-            kinds.setdefault(name, []).append(kind)
-        for name, parameter in _trained(placed):
-            placed.optimizer.state[parameter] = {
-                kind: _placed_as(parameter, tensors.get_tensor(f"{kind}.{name}"))
-                for kind in kinds.get(name, ())
-            }
-
-
-def _state(placed: Placed) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for name, parameter in _trained(placed):
-        for kind, value in placed.optimizer.state[parameter].items():
-            yield kind, name, value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What the optimizer works on, by name.
-
-    Behind a forward pass that no backward pass follows, FSDP2 leaves weights whole. The optimizer knows
-    their shares alone: what is noted beside the whole ones it never sees.
-    """
-    for part in placed.plain.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-    return trained(placed.plain)
-
-
-def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    if value.ndim == 0:
-        return value.to(parameter.device)  # the number of steps, which fused AdamW keeps beside the weights
-    if isinstance(parameter, DTensor):
-        parts = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        return parts.to(parameter.device)  # with offload, host memory and not the mesh's devices
-    return value.to(parameter.device)

@@ -1,8 +1,7 @@
-"""Whether a tokenizer, a model and `train.seq_len` go together: asked before any weight is read.
+"""Reads the model to tune and its tokenizer, and refuses in one line what cannot be trained or saved.
 
-Memory that does not suffice: one line with the keys that need less.
-
-The model that is tuned, and its tokenizer: read, seen to be whole and savable, fitted with adapters.
+Cheap checks come first: the tokenizer, the configuration, `train.seq_len`. Then the weights are read, checked
+for completeness and given adapters.
 """
 
 import logging
@@ -29,31 +28,33 @@ _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
 def check_compatibility(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
-    """See whether the model has an embedding for each token, and a position for each place in a row.
+    """Check that the model has an embedding for each token, and positions for `train.seq_len`.
 
-    A model with rotary positions goes on beyond those it knows, more or less well: that is said, no more.
+    A model with rotary positions extrapolates beyond those it knows: that only logs a warning.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: The tokenizer has more tokens than the model, or the model has too few positions.
     """
     config = AutoConfig.from_pretrained(path).get_text_config()
     highest = max(tokenizer.get_vocab().values(), default=-1)
     embeddings = getattr(config, "vocab_size", None)
     if isinstance(embeddings, int) and highest >= embeddings:
         raise ConfigError(
-            f"--model {path}: its tokenizer has token {highest}, and the model embeddings for {embeddings} "
-            f"tokens: they do not belong together"
+            f"--model {path}: its tokenizer has token {highest}, but the model has embeddings for "
+            f"{embeddings} tokens: use the tokenizer that belongs to the model"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions >= seq_len:
         return
     if not _is_rotary(config):
-        raise ConfigError(f"train.seq_len: {seq_len} tokens, and --model {path} has {positions} positions")
+        raise ConfigError(
+            f"train.seq_len: {seq_len} is more than the {positions} positions of --model {path}"
+        )
     log.warning(
         "train.beyond_positions",
         seq_len=seq_len,
         known_positions=positions,
-        why="what lies beyond is extrapolated: set rope scaling in its config.json, or a lower train.seq_len",
+        why="later positions are extrapolated: set rope scaling in its config.json, or a lower train.seq_len",
     )
 
 
@@ -63,37 +64,40 @@ def _is_rotary(config: Any) -> bool:
 
 @contextmanager
 def memory_errors_explained(section: TrainSection) -> Iterator[None]:
-    """Turn what torch raises when memory is short into a line.
+    """Turn torch's out-of-memory errors into one line that names the keys to lower.
 
     Raises:
-        ConfigError: There was not enough.
+        ConfigError: There was not enough memory.
     """
     try:
         yield
     except RuntimeError as error:
-        # On CPU it is a RuntimeError like any other.
+        # On CPUs torch raises a plain RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         further = [] if section.gradient_checkpointing else ["train.gradient_checkpointing = true"]
         further += [] if section.lora is not None else ["train.lora"]
         raise ConfigError(
-            f"out of memory, with rows of train.seq_len = {section.seq_len} tokens: try fewer"
+            f"out of memory, with rows of train.seq_len = {section.seq_len} tokens: try a lower train.seq_len"
             f"{''.join(f', {one}' for one in further)}, or more GPUs (deploy/accelerate)"
         ) from error
 
 
 def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`; with a chat template, if one is given, in place of its own.
+    """Read the tokenizer of the model at `path`.
+
+    Args:
+        path: A directory, or a name on the Hugging Face hub.
+        template: A chat template to use instead of the tokenizer's own.
 
     Raises:
-        ConfigError: There is none, or it cannot be saved again.
+        ConfigError: There is no tokenizer, or it cannot be saved again.
     """
     transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # each try is told; our line says how it ended
+    # The hub logs each failed attempt; our error reports the outcome.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    with _refused(f"--model {path}: no tokenizer can be read there"):
+    with _refused(f"--model {path}: its tokenizer cannot be read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     if template is not None:
         tokenizer.chat_template = template
@@ -105,17 +109,17 @@ def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
 def read_model(
     path: str, section: TrainSection, accelerator: Accelerator, adapter: Path | None, *, seed: int
 ) -> Any:
-    """The model at `path`, in float32, with what `section` adds to it.
+    """Read the model at `path` in float32, with attention, checkpointing and adapters as configured.
 
     Args:
-        path: A directory as `save_pretrained` writes it, or a name on the hub.
-        section: Which attention, whether adapters.
-        accelerator: Says on which device it will run.
-        adapter: A directory of adapters to go on with.
-        seed: `run.seed`, from which adapters begin that go on from none.
+        path: A directory that `save_pretrained` wrote, or a name on the Hugging Face hub.
+        section: `train`.
+        accelerator: Knows the device and the precision.
+        adapter: Directory of adapters to continue from; None for new ones.
+        seed: `run.seed`, which initialises new adapters.
 
     Raises:
-        ConfigError: There is none, or it cannot be used, or not be saved again.
+        ConfigError: The model cannot be read, used or saved again.
     """
     half = accelerator.mixed_precision == "bf16"
     attention = implementation(section.attention, accelerator.device, half=half)
@@ -124,7 +128,7 @@ def read_model(
             path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     model, found = read
-    if missing := sorted(found["missing_keys"]):  # which would be random
+    if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random
         raise ConfigError(f"--model {path}: {len(missing)} of its weights are missing: {missing[0]}, ...")
     _check_savable(model, path)
     if section.gradient_checkpointing:
@@ -138,13 +142,13 @@ def read_model(
 
 
 def _check_savable(model: Any, path: str) -> None:
-    """See whether what goes beside the weights can be saved, before a checkpoint needs it.
+    """Check that config.json and generation_config.json can be saved, before a checkpoint needs them.
 
-    Many models have a temperature and no `do_sample`: that is read, and saved with `do_sample` alone. A
-    temperature of 0 cannot be sampled with.
+    Many generation configurations have a temperature without `do_sample`. transformers reads but does not
+    save those, so `do_sample` is set, except with a temperature of 0, which cannot be sampled with.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: One of them cannot be saved.
     """
     generation = getattr(model, "generation_config", None)
     with TemporaryDirectory() as folder:
@@ -158,23 +162,23 @@ def _check_savable(model: Any, path: str) -> None:
             with _refused(f"--model {path}: its generation_config.json cannot be saved again"):
                 generation.do_sample = True if generation.temperature != 0 else generation.do_sample
                 generation.save_pretrained(folder)
-            log.warning("train.generation_config", do_sample=True, why="it has values for sampling alone")
+            log.warning("train.generation_config", do_sample=True, why="it has values that need do_sample")
 
 
 def model_dtype(path: str) -> torch.dtype:
-    """In what the weights at `path` are kept.
+    """The precision of the weights at `path`; float32 if its config.json does not say.
 
     Raises:
-        ConfigError: It is no model.
+        ConfigError: It is not a model of transformers.
     """
-    with _refused(f"--model {path} is no model"):
+    with _refused(f"--model {path} is not a model that transformers reads"):
         dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Whatever is raised within is said of `what`: transformers raises errors of any kind over a bad file."""
+    """Turn any error into a ConfigError that begins with `what`: transformers raises all kinds."""
     try:
         yield
     except Exception as error:
@@ -182,9 +186,9 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _brief(error: Exception) -> str:
-    """The first line, and the next where it only announces that; the kind, where it may say too little."""
+    """The first line, and the next one after a colon; with the class if it is an unusual error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    if said and isinstance(error, OSError | ValueError | RuntimeError | ImportError):
-        return said
-    return f"{type(error).__name__}: {said}"
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    if text and isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        return text
+    return f"{type(error).__name__}: {text}"
