@@ -1,4 +1,8 @@
-"""Reads seeds and puts what has no outcome yet on the work queue, groups together and hard tasks first."""
+"""The producer: reads seeds, skips what already has an outcome, and puts the rest on the work queue.
+
+The order on the queue is that of `work_order`: prefix groups are kept together; with `seeds.task_losses`,
+hard tasks come first.
+"""
 
 import asyncio
 import math
@@ -7,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from streamsyn.config.loading import Config
-from streamsyn.pipeline.work_order import ByTask, Regroup, TaskLosses
+from streamsyn.pipeline.work_order import GroupOrder, TaskLosses, TaskOrder
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
 from streamsyn.seeds.reader import SeedReader
@@ -17,19 +21,19 @@ from streamsyn.telemetry import Counters
 _Batch: TypeAlias = list[tuple[str, Work]]
 _Reading: TypeAlias = asyncio.Future[_Batch | None]
 
-_LOOK_S = 1.0
-"""A trainer's losses are looked for at most so often."""
+_REFRESH_S = 1.0
+"""Shortest time between two looks at the trainer's losses."""
 
 
 class Producer:
-    """Feeds the work queue. Reading, parsing and looking up happen in one thread of its own.
+    """Feeds the work queue. Reading, parsing and looking up keys happen in one thread of its own.
 
     Args:
-        reader: Where entries come from.
-        claims: What has been read and what is finished.
-        config: Says how many drafts a seed gets, and how many seeds are taken.
-        counters: Told what is read.
-        group_of: The recipe's `group`; without it seeds stay in their order.
+        reader: Reads the sources of seeds.
+        claims: Knows which drafts are finished, and which seeds this run has read before.
+        config: Sets the drafts per seed, the limit of seeds, and the order.
+        counters: Counts what is read.
+        group_of: The recipe's `group`: returns the prefix group of a seed.
     """
 
     def __init__(
@@ -47,21 +51,21 @@ class Producer:
         self._counters = counters
         self._group_of = group_of
         self._has_groups = config.seeds.group_window > 0
-        self._held: Regroup[Work] | ByTask[Work] = Regroup(config.seeds.group_window)
+        self._order: GroupOrder[Work] | TaskOrder[Work] = GroupOrder(config.seeds.group_window)
         self._losses: TaskLosses | None = None
-        self._looked = -math.inf
+        self._refreshed = -math.inf
         if config.seeds.task_losses is not None:
             self._losses = TaskLosses(config.seeds.task_losses)
             window, exponent = config.seeds.task_window, config.seeds.task_exponent
-            self._held = ByTask(_task, self._losses, window, exponent, config.run.seed)
+            self._order = TaskOrder(_task, self._losses, window, exponent, config.run.seed)
         self._taken = 0
 
     async def run(self, work: BoundedQueue[Work]) -> None:
-        """Put everything there is to do on `work`.
+        """Put everything that has no outcome yet on `work`.
 
         Raises:
-            ConfigError: A source cannot be read any further; what was read is on the queue.
-            SinkError: What comes from a pipe cannot be spooled.
+            ConfigError: A source cannot be read to its end; what was read is on the queue.
+            SinkError: Seeds from a pipe cannot be spooled.
         """
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="seeds")
@@ -69,17 +73,17 @@ class Producer:
         reading: _Reading | None = None
         at_end = False
         try:
-            while not at_end or self._held:
-                if reading is None and not at_end and self._held.has_room:
+            while not at_end or self._order:
+                if reading is None and not at_end and self._order.has_room:
                     reading = loop.run_in_executor(thread, next, batches, None)
-                # What is held never waits for what is still to be read, and goes before an error.
-                if reading is not None and (not self._held or _is_good(reading)):
+                # Items that were read never wait for reading, and go on the queue before an error is raised.
+                if reading is not None and (not self._order or _has_batch(reading)):
                     batch, reading = await reading, None
-                    self._held.add(batch or ())
+                    self._order.add(batch or ())
                     at_end = batch is None
-                if self._held:
-                    await self._look()
-                    await work.put(self._held.take())
+                if self._order:
+                    await self._refresh_losses()
+                    await work.put(self._order.take())
             self._counters.reading_done = True
         finally:
             if reading is not None:
@@ -87,21 +91,21 @@ class Producer:
             self._reader.stop()  # ends a read that waits for stdin
             thread.shutdown(wait=False)
 
-    async def _look(self) -> None:
-        """See, now and then, whether a trainer has found out which tasks are hard."""
+    async def _refresh_losses(self) -> None:
+        """Read the trainer's losses again, at most every _REFRESH_S."""
         now = asyncio.get_running_loop().time()
-        if self._losses is not None and now - self._looked >= _LOOK_S:
-            self._looked = now
-            await asyncio.to_thread(self._losses.look)
+        if self._losses is not None and now - self._refreshed >= _REFRESH_S:
+            self._refreshed = now
+            await asyncio.to_thread(self._losses.refresh)
 
     def _batches(self) -> Iterator[_Batch]:
         for entries in self._reader.batches(self._is_known):
             items = [(entry, self._work_of(entry)) for entry in entries]
             finished = self._claims.finished([key for _, parts in items for key, _ in parts])
             with self._claims.batch():
-                left = [work for entry, parts in items for work in self._left(entry, parts, finished)]
-            grouped = [(self._group(item), item) for item in left]
-            yield grouped  # outside the transaction: it may be long until the next batch is wanted
+                new = [work for entry, parts in items for work in self._unfinished(entry, parts, finished)]
+            grouped = [(self._group(item), item) for item in new]
+            yield grouped  # outside the transaction: the next batch may be asked for much later
             if self._is_enough:
                 return
 
@@ -113,22 +117,24 @@ class Producer:
         return self._limit is not None and self._taken >= self._limit
 
     def _work_of(self, entry: Entry) -> list[tuple[bytes, Work]]:
-        """What an entry asks for, each with its key."""
+        """The drafts of a seed, or the one bad line, each with its key."""
         if isinstance(entry, BadSeed):
             return [(entry.key, entry)]
         drafts = [Draft(entry, number) for number in self._drafts]
         return [(draft.key, draft) for draft in drafts]
 
-    def _left(self, entry: Entry, parts: Sequence[tuple[bytes, Work]], finished: set[bytes]) -> list[Work]:
-        """What of it is still to be done, unless the entry has been read before in this run."""
+    def _unfinished(
+        self, entry: Entry, parts: Sequence[tuple[bytes, Work]], finished: set[bytes]
+    ) -> list[Work]:
+        """The parts of an entry without an outcome; none if this run has read the entry before."""
         if self._is_enough:
             return []
         self._counters.seeds_read += 1
         left = [work for key, work in parts if key not in finished]
-        # What is finished need not be noted as read, which makes a resume twice as quick; but a limit
-        # counts each seed once.
-        is_to_note = bool(left) or self._limit is not None
-        if is_to_note and self._claims.claim(parts[0][0]) is Claim.REPEATED:
+        # Finished entries need not be claimed, which makes a resume twice as fast; but a limit must count
+        # each seed once.
+        must_claim = bool(left) or self._limit is not None
+        if must_claim and self._claims.claim(parts[0][0]) is Claim.REPEATED:
             self._counters.repeated += 1
             return []
         self._taken += isinstance(entry, Seed)
@@ -145,6 +151,6 @@ def _task(item: Work) -> str:
     return "" if isinstance(item, BadSeed) else item.seed.task
 
 
-def _is_good(reading: _Reading) -> bool:
-    """Whether there is a batch, and no error."""
+def _has_batch(reading: _Reading) -> bool:
+    """Whether reading is done, without an error."""
     return reading.done() and reading.exception() is None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.pipeline.work_order import FLOOR, PATIENCE, ByTask, TaskLosses, shares
+from streamsyn.pipeline.work_order import FLOOR, PATIENCE, TaskLosses, TaskOrder, task_weights
 
 ITEMS = st.lists(st.tuples(st.sampled_from(["", "", "g", "h"]), st.sampled_from("abc")), max_size=80)
 LOSSES = st.dictionaries(st.sampled_from("abcd"), st.floats(0, 20), max_size=4)
@@ -17,14 +17,14 @@ Item = tuple[str, str, int]
 """Group, task, number."""
 
 
-def by_task(losses: dict[str, float], window: int, exponent: float = 1.0, seed: int = 0) -> ByTask[Item]:
+def by_task(losses: dict[str, float], window: int, exponent: float = 1.0, seed: int = 0) -> TaskOrder[Item]:
     """An order over items, as a trainer with these losses would have it."""
     known = TaskLosses(Path("none"))
     known.losses = losses
-    return ByTask[Item](lambda item: item[1], known, window, exponent, seed)
+    return TaskOrder[Item](lambda item: item[1], known, window, exponent, seed)
 
 
-def given_out(items: list[tuple[str, str]], held: ByTask[Item]) -> list[tuple[Item, int]]:
+def given_out(items: list[tuple[str, str]], held: TaskOrder[Item]) -> list[tuple[Item, int]]:
     """Items in the order in which they are given out, each with how many went while it was held; reads on,
     five at a time, while there is room.
     """
@@ -109,9 +109,9 @@ def test_shares_approach_the_losses() -> None:
 
 def test_no_task_starves() -> None:
     """The least of them weighs a tenth of the heaviest, whatever the losses; an exponent is a power."""
-    assert {"a": 1.0, "b": FLOOR} == shares("ab", {"a": 100.0, "b": 0.001}, 1.0)
-    assert {"a": 1.0, "b": 0.25} == shares("ab", {"a": 2.0, "b": 1.0}, 2.0)
-    assert {"a": 1.0, "b": 1.0} == shares("ab", {"a": 0.0, "b": 0.0}, 1.0)
+    assert {"a": 1.0, "b": FLOOR} == task_weights("ab", {"a": 100.0, "b": 0.001}, 1.0)
+    assert {"a": 1.0, "b": 0.25} == task_weights("ab", {"a": 2.0, "b": 1.0}, 2.0)
+    assert {"a": 1.0, "b": 1.0} == task_weights("ab", {"a": 0.0, "b": 0.0}, 1.0)
 
 
 def test_the_file_is_read_again_when_it_is_another(tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_the_file_is_read_again_when_it_is_another(tmp_path: Path) -> None:
         aside.write_text(text)
         aside.replace(path)
         with capture_logs() as logs:
-            losses.look()
-            losses.look()
+            losses.refresh()
+            losses.refresh()
         return dict(losses.losses), [line["event"] for line in logs]
 
-    losses.look()
+    losses.refresh()
     assert {} == losses.losses
     tasks = {"qa": {"loss": 2.0, "examples": 3}, "none": {"loss": None, "examples": 0}}
     assert ({"qa": 2.0}, ["seeds.task_losses"]) == written(json.dumps({"step": 1, "tasks": tasks}))

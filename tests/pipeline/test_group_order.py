@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.pipeline.work_order import Regroup
+from streamsyn.pipeline.work_order import GroupOrder
 
 GROUPS = st.lists(st.sampled_from(["", "a", "b", "c", "d"]), max_size=60)
 
 
 def given_out(groups: list[str], window: int, takes: list[int] | None = None) -> list[int]:
     """Numbers in the order in which they are given out, with so many taken between additions of five."""
-    held, out = Regroup[int](window), list[int]()
+    held, out = GroupOrder[int](window), list[int]()
     items = list(enumerate(groups))
     for step, start in enumerate(range(0, len(items), 5)):
         held.add((group, number) for number, group in items[start : start + 5])
@@ -52,7 +52,7 @@ def test_without_a_window_it_is_a_queue(groups: list[str], window: int) -> None:
 
 def test_a_group_without_end_does_not_hold_up_the_others() -> None:
     """An item goes at the latest when so many have gone before it as the window holds."""
-    held, out = Regroup[int](10), list[int]()
+    held, out = GroupOrder[int](10), list[int]()
     held.add([("a", 0), ("b", 1)])
     for number in range(2, 60):
         held.add([("a", number)])
@@ -62,7 +62,7 @@ def test_a_group_without_end_does_not_hold_up_the_others() -> None:
 
 def test_room() -> None:
     """Reading on pays while there are groups to be completed, and when nothing is left."""
-    held = Regroup[int](3)
+    held = GroupOrder[int](3)
     room = [held.has_room]
     for number, group in enumerate(["", "a", "a"]):
         held.add([(group, number)])
