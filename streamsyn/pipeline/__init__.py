@@ -1,0 +1,20 @@
+"""The flow of a run, from seeds to outcomes in the log and samples at the reader.
+
+    seeds -> producer -> [work] -> workers -> [results] -> sink -> [durable] -> assembly -> samples
+
+Modules in reading order:
+    request     what is to be run (`RunRequest`), and the summary of what was done (`RunSummary`)
+    run         the flow on one page: check, open, set up the stages, run them, seal the log, deliver
+    setup       opens the servers, and makes the workers and the assembly stage
+    stages      the stages and the bounded queues between them; decides whether a stop leaves work
+    stop        signals, a fleet that is gone, a training that ends: drain first, then cancel
+    producer    reads seeds, skips what has an outcome, feeds the work queue
+    work_order  prefix groups kept together; hard tasks first
+    workers     each turns one draft at a time into an outcome; the pool keeps them running
+    delivery    samples to the reader of stdout, then to the log
+    progress    the live table, or a log line every 10 s
+    metrics     the same numbers for Prometheus
+    summary     the summary at the end, as text and as JSON
+
+Beside the flow: `preview` renders requests without sending them, `verify` checks a run directory.
+"""

@@ -1,6 +1,6 @@
-"""What a running run has done, for Prometheus. Imported only where it is asked for.
+"""Metrics of a run for Prometheus, imported only when `run.metrics_listen` is set.
 
-The figures are those of progress and summary, read when somebody scrapes: counting costs nothing more.
+The numbers are those of progress and summary, read at each scrape, so they cost nothing in between.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,54 +18,54 @@ from streamsyn.telemetry import Counters
 log = structlog.get_logger()
 
 Figures = Callable[[], Sequence[Mapping[str, Any]]]
-"""The figures of each server, as `Fleet.figures` has them; a key that is absent or None is not known."""
+"""Returns the metrics of each server, as `Fleet.figures`; a key that is absent or None is unknown."""
 
 _SERVER_GAUGES = {
     "in_flight": "Requests in flight.",
-    "cap": "Requests that may be in flight.",
-    "waiting": "Requests in the server's queue, as it says.",
-    "waiting_uncached_tokens": "Prompt tokens in its queue that no cache spares it, as it says.",
-    "generated_per_s": "Tokens it writes a second, as it says.",
-    "running": "Requests in the server's batch, as it says.",
-    "token_usage": "Share of the server's KV cache in use, 0 to 1, as it says.",
-    "ejected": "1 while it gets no requests, for it failed.",
-    "draining": "1 while it gets no new requests, for it is to go.",
-    "weight": "Its share of the work beside the others'.",
+    "cap": "Most requests that may be in flight (the adaptive cap).",
+    "waiting": "Requests in the server's queue, as the server reports.",
+    "waiting_uncached_tokens": "Queued prompt tokens that are not cached, as the server reports.",
+    "generated_per_s": "Tokens generated per second, as the server reports.",
+    "running": "Requests in the server's batch, as the server reports.",
+    "token_usage": "Share of the server's KV cache in use, 0 to 1, as the server reports.",
+    "ejected": "1 while the server gets no requests because it failed.",
+    "draining": "1 while the server gets no new requests because it is being removed.",
+    "weight": "The server's weight in placement, relative to the others.",
 }
 _SERVER_COUNTERS = {
-    "completions": "Requests it answered.",
-    "completion_tokens": "Tokens it wrote.",
-    "prompt_tokens": "Prompt tokens it was sent.",
-    "cached_tokens": "Prompt tokens it had in its prefix cache.",
-    "planned_cached_tokens": "Prompt tokens that were planned to be in its prefix cache.",
+    "completions": "Requests answered.",
+    "completion_tokens": "Tokens generated.",
+    "prompt_tokens": "Prompt tokens sent.",
+    "cached_tokens": "Prompt tokens found in the prefix cache.",
+    "planned_cached_tokens": "Prompt tokens planned to be found in the prefix cache.",
 }
 
 
 class RunCollector(Collector):
-    """Turns counters and servers' figures into metrics, at each scrape, in the thread that scrapes."""
+    """Makes metrics of the counters and the servers at each scrape, in the thread that serves it."""
 
     def __init__(self, counters: Counters, figures: Figures) -> None:
         self._counters = counters
         self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
-        """All metrics as they are now."""
+        """All metrics, with their present values."""
         yield from _run_metrics(self._counters)
         yield from _server_metrics(self._figures())
 
 
 def _run_metrics(counters: Counters) -> Iterator[Metric]:
-    rejects = dict(counters.rejects)  # in one step: the run goes on counting
+    rejects = dict(counters.rejects)  # copied in one step: the run goes on counting
     for name, help_text, value in (
         ("seeds_read", "Lines read from the sources, good and bad.", counters.seeds_read),
-        ("drafts_read", "Outcomes that the lines read come to.", counters.drafts_read),
-        ("drafts_finished_before", "Drafts that an earlier run had finished.", counters.finished_before),
-        ("seeds_repeated", "Seeds skipped, their id had been read before.", counters.repeated),
+        ("drafts_read", "Drafts of the lines read; each ends as one outcome.", counters.drafts_read),
+        ("drafts_finished_before", "Drafts finished by an earlier run.", counters.finished_before),
+        ("seeds_repeated", "Seeds skipped because their id was read before.", counters.repeated),
         ("samples", "Samples assembled.", counters.samples),
-        ("retries", "Tries of requests that failed.", counters.retries),
-        ("contexts_scored", "Contexts that servers were asked about.", counters.scored),
-        ("contexts_unscored", "Those among them that servers failed to score.", counters.unscored),
-        ("scoring_retries", "Tries of scoring requests that failed.", counters.scoring_retries),
+        ("retries", "Failed tries of requests.", counters.retries),
+        ("contexts_scored", "Contexts sent to be scored.", counters.scored),
+        ("contexts_unscored", "Contexts that servers failed to score.", counters.unscored),
+        ("scoring_retries", "Failed tries of scoring requests.", counters.scoring_retries),
     ):
         yield CounterMetricFamily(f"streamsyn_{name}", help_text, value=value)
     yield _by_label(
@@ -77,7 +77,7 @@ def _run_metrics(counters: Counters) -> Iterator[Metric]:
     yield _by_label("rejects", "Rejects in the log.", "reason", rejects)
     yield _by_label(
         "tokens",
-        "Tokens: useful and wasted were written; prompt were read, cached are a part of those.",
+        "Tokens of writing: useful and wasted were generated; cached are a part of prompt.",
         "kind",
         {
             "useful": counters.useful_tokens,
@@ -88,7 +88,7 @@ def _run_metrics(counters: Counters) -> Iterator[Metric]:
     )
     yield _by_label(
         "scoring_tokens",
-        "Tokens of scoring requests, as those of streamsyn_tokens, which has none of them.",
+        "Tokens of scoring requests, which streamsyn_tokens does not include.",
         "kind",
         {
             "written": counters.scoring_tokens,
@@ -97,7 +97,7 @@ def _run_metrics(counters: Counters) -> Iterator[Metric]:
         },
     )
     yield GaugeMetricFamily(
-        "streamsyn_elapsed_seconds", "Time since the run was started.", value=counters.elapsed_s
+        "streamsyn_elapsed_seconds", "Seconds since the run started.", value=counters.elapsed_s
     )
     yield GaugeMetricFamily(
         "streamsyn_reading_done", "1 when all seeds have been read.", value=counters.reading_done
@@ -119,9 +119,13 @@ def _server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
                 if figures.get(key) is not None:
                     family.add_metric([figures["server"]], figures[key])
             yield family
-    info = GaugeMetricFamily("streamsyn_server_info", "Always 1: what it serves.", labels=["server", "model"])
+    info = GaugeMetricFamily(
+        "streamsyn_server_info",
+        "Always 1; the label is the model that the server serves.",
+        labels=["server", "model"],
+    )
     decisions = CounterMetricFamily(
-        "streamsyn_cap_decisions", "What was decided of its cap.", labels=["server", "decision"]
+        "streamsyn_cap_decisions", "Decisions of the adaptive cap.", labels=["server", "decision"]
     )
     for figures in servers:
         info.add_metric([figures["server"], figures.get("model") or ""], 1)
@@ -133,18 +137,18 @@ def _server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
 
 @contextmanager
 def serving_metrics(listen: str, counters: Counters, figures: Figures) -> Iterator[str]:
-    """Serve the metrics over HTTP until the block ends; yields the URL.
+    """Serve the metrics over HTTP while the block runs; yields the URL.
 
-    A thread of its own serves, and calls `figures`: that must not trip over what the event loop changes
-    meanwhile. To be entered outside of the event loop, as opening and closing block.
+    Enter it outside the event loop: opening and closing block.
 
     Args:
-        listen: `HOST:PORT`; port 0 takes a free one.
-        counters: Of the run.
-        figures: Of its servers.
+        listen: `HOST:PORT`; port 0 takes a free port.
+        counters: The counters of the run.
+        figures: Returns the metrics of its servers. Called in the serving thread, so it must tolerate what
+            the event loop changes meanwhile.
 
     Raises:
-        ConfigError: `listen` is malformed, or cannot be listened on.
+        ConfigError: `listen` is malformed, or the address cannot be used.
     """
     host, port = _host_and_port(listen)
     registry = CollectorRegistry(auto_describe=False)
@@ -170,5 +174,5 @@ def _host_and_port(listen: str) -> tuple[str, int]:
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 2**16
     bare = host[1:-1] if bracketed else host
     if not is_port or not bare or (":" in bare) != bracketed:
-        raise ConfigError(f"run.metrics_listen: {listen!r} is no HOST:PORT, such as 127.0.0.1:9100")
+        raise ConfigError(f"run.metrics_listen: {listen!r} is not HOST:PORT, such as 127.0.0.1:9100")
     return bare, int(port)

@@ -1,4 +1,4 @@
-"""`streamsyn preview`: what would be sent for the first seeds, without asking a server."""
+"""`streamsyn preview`: the requests for the first seeds, rendered without asking a server."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,10 +12,10 @@ from streamsyn.seeds.reader import SeedReader
 
 
 def preview(config: Config, limit: int) -> Iterator[str]:
-    """Readable pieces of text, one a seed.
+    """Yield one readable text for each of the first `limit` seeds.
 
     Raises:
-        ConfigError: The configuration or a source cannot be used.
+        ConfigError: The configuration or a source of seeds cannot be used.
     """
     recipe = load_recipe(config.recipe, config.checks)
     reader = SeedReader(
@@ -26,16 +26,16 @@ def preview(config: Config, limit: int) -> Iterator[str]:
     entries = (entry for batch in reader.batches(lambda _: False) for entry in batch)
     for entry in islice(entries, limit):
         if isinstance(entry, BadSeed):
-            yield _rejected(entry.origin, entry.reason, entry.detail)
+            yield _reject_text(entry.origin, entry.reason, entry.detail)
             continue
         try:
-            yield _shown(entry, next(recipe.steps(Draft(entry))), recipe.outlook())
+            yield _preview_text(entry, next(recipe.steps(Draft(entry))), recipe.outlook())
         except RejectedDraft as rejected:
-            yield _rejected(entry.origin, rejected.reason, rejected.detail)
+            yield _reject_text(entry.origin, rejected.reason, rejected.detail)
     reader.stop()
 
 
-def _shown(seed: Seed, request: Request, outlook: str) -> str:
+def _preview_text(seed: Seed, request: Request, outlook: str) -> str:
     sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
     document = f", a document of {len(seed.context.split())} words" if seed.context else ""
     parts = [f"=== {seed.origin}: seed {seed.id}, task {seed.task}{document} ({sampling})"]
@@ -45,5 +45,5 @@ def _shown(seed: Seed, request: Request, outlook: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _rejected(origin: str, reason: RejectReason, detail: str) -> str:
+def _reject_text(origin: str, reason: RejectReason, detail: str) -> str:
     return f"=== {origin}: would be rejected: {reason}: {detail}\n"

@@ -1,4 +1,4 @@
-"""Progress on stderr: a live table on a terminal, a log line now and then elsewhere."""
+"""Progress on stderr: a live table on a terminal, otherwise a log line every 10 s."""
 
 import asyncio
 import sys
@@ -17,14 +17,14 @@ from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()
 
-_LINE_EVERY_S = 10.0
+_LOG_EVERY_S = 10.0
 _DRAW_EVERY_S = 0.5
 _RATE_OVER_S = 30.0
 
 
 @dataclass(slots=True)
 class Progress:
-    """Turns counters into what a person wants to know. Rates are over the last half minute."""
+    """Computes progress from the counters. Rates are over the last 30 s."""
 
     counters: Counters
     reader: SeedReader
@@ -32,7 +32,7 @@ class Progress:
     _past: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def figures(self) -> dict[str, Any]:
-        """What there is to say now; a figure that is not known is None."""
+        """The present progress; what is unknown is None."""
         counters = self.counters
         outcomes_per_s, tokens_per_s = self._rates()
         done = counters.outcomes + counters.finished_before
@@ -55,7 +55,7 @@ class Progress:
         }
 
     def _total(self) -> tuple[int | None, bool]:
-        """Drafts in all: exact once all seeds have been read, before that by the share of bytes read."""
+        """The total of drafts, estimated from the bytes read until all are read; and whether it is exact."""
         counters = self.counters
         if counters.reading_done:
             return counters.drafts_read, True
@@ -77,7 +77,7 @@ class Progress:
 
 @asynccontextmanager
 async def reporting(progress: Progress, *, show: bool) -> AsyncIterator[None]:
-    """Report until the block ends; `show` allows the live table, if stderr is a terminal."""
+    """Report progress while the block runs; `show` allows the live table, if stderr is a terminal."""
     async with background() as tasks:
         if show and sys.stderr.isatty():
             tasks.start(_draw(progress), name="progress")
@@ -89,7 +89,7 @@ async def reporting(progress: Progress, *, show: bool) -> AsyncIterator[None]:
 async def _log(progress: Progress) -> None:
     while True:
         progress.figures()  # so that the first line has a rate
-        await asyncio.sleep(_LINE_EVERY_S)
+        await asyncio.sleep(_LOG_EVERY_S)
         log.info("run.progress", **progress.figures())
 
 
@@ -130,7 +130,7 @@ def _table(figures: dict[str, Any]) -> Any:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them; `?` when not known."""
+    """Seconds as hours, minutes and seconds for a person; `?` when unknown."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The closing words of a run: what it did, where it lies, how to go on."""
+"""The summary at the end of a run: what it did, where the directory is, how to resume."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from streamsyn.pipeline.progress import duration
 from streamsyn.pipeline.request import RunSummary
 
-_SERVERS = 8
-"""So many are told of one by one."""
+_MAX_SERVERS = 8
+"""Servers listed one by one."""
 
 
 def closing_lines(summary: RunSummary) -> Iterator[str]:
-    """Lines for a person."""
+    """The summary as lines of text."""
     counters, out = summary.counters, summary.out
     written = counters.useful_tokens + counters.wasted_tokens
     how = f"stopped early ({summary.stopped})" if summary.stopped else "done"
@@ -43,28 +43,28 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         f"{summary.samples:,} samples"
     )
     if summary.stopped:
-        yield f"  go on      run again with --out {out}"
+        yield f"  resume     run again with --out {out}"
     elif summary.samples:
         pattern = f"{out}/samples/*.jsonl*"
         yield f'  load       datasets.load_dataset("json", data_files="{pattern}", split="train")'
 
 
 def _server_lines(summary: RunSummary) -> Iterator[str]:
-    """What each server did, those that did most first, and whether its cache held what it should."""
+    """One line for each server, busiest first: its answers, cap, and cached tokens against the plan."""
     servers = sorted(summary.servers(), key=lambda server: -server["completions"])
-    for place, server in enumerate(servers[:_SERVERS]):
+    for place, server in enumerate(servers[:_MAX_SERVERS]):
         prompt = max(1, server["prompt_tokens"])
         yield (
             f"  {'servers' if place == 0 else '':10} {server['server']}: {server['completions']:,} answers, "
             f"cap {server['cap']}, cached {server['cached_tokens'] / prompt:.0%} of prompt tokens "
             f"({server['planned_cached_tokens'] / prompt:.0%} planned)"
         )
-    if len(servers) > _SERVERS:
-        yield f"  {'':10} and {len(servers) - _SERVERS} more"
+    if len(servers) > _MAX_SERVERS:
+        yield f"  {'':10} and {len(servers) - _MAX_SERVERS} more"
 
 
 def closing_figures(summary: RunSummary) -> dict[str, Any]:
-    """The same for a program: counts of this run, and below `directory` those of all runs into it."""
+    """The summary as JSON: counts of this run, and under `directory` those of all runs into it."""
     counters = summary.counters
     return {
         "out": str(summary.out),

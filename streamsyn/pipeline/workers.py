@@ -1,6 +1,6 @@
-"""Workers: each an actor that takes one draft at a time and turns it into exactly one outcome.
+"""Workers and their pool: a worker takes one draft at a time and turns it into exactly one outcome.
 
-Keeps workers going: as many as the fleet has places for, each replaced when it falls over a bug.
+The pool keeps as many workers as the fleet has places for, and replaces a worker that fails with a bug.
 """
 
 import asyncio
@@ -37,18 +37,18 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """Takes work until there is none. All of its state is its own, and dies with it.
+    """Takes work until there is none. It shares no state with other workers.
 
     Args:
-        recipe: What to ask.
-        fleet: Whom to ask.
-        journal: Keeps the finished steps of a draft that has more of them; without one a kill costs them.
-        is_draining: Whether nothing new is to be started; then a draft whose steps are kept is put down.
-        examiner: Looks at what was written, if that is wanted.
+        recipe: What to ask for a draft.
+        fleet: The servers to ask.
+        journal: Keeps the finished steps of drafts with several steps; without it, a kill loses them.
+        is_draining: Whether the run drains: then a draft is put down after a step that the journal keeps.
+        examiner: Examines what was written, if the configuration asks for it.
 
     Attributes:
-        current: What it is at; it has no outcome yet.
-        attempts: Tries at servers for it so far.
+        current: The item it works on; None between items.
+        attempts: Tries at servers for this item so far.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Worker:
 
     @property
     def _tokens(self) -> int:
-        """Completion tokens that servers have spent on it so far."""
+        """Completion tokens that servers have spent on the current item."""
         return sum(attempt.completion_tokens for attempt in self.attempts)
 
     async def _outcome(self, item: Work) -> Outcome:
@@ -97,17 +97,17 @@ class Worker:
         return self._context(item, document)
 
     async def _write(self, draft: Draft) -> Document:
-        """Drive the recipe's conversation: it yields requests and is sent their completions.
+        """Drive the recipe, which yields requests and is sent their completions.
 
-        Steps that an earlier run finished are played to it from the journal, tries and all; they are in
-        the figures as if they had been asked now, once.
+        Steps that an earlier run finished are answered from the journal, with their tries, and count as if
+        they had been asked now.
         """
         steps, model = self._recipe.steps(draft), self._fleet.model_of(draft.key)
         try:
             request, number = next(steps), 0
             for finished in await self._finished_steps(draft):
                 if finished.request_digest != request_digest(request):
-                    break  # the rest are answers to something else; the next step takes their place
+                    break  # the request has changed: this step and the later ones are asked again
                 self.attempts += finished.attempts
                 request, number = steps.send(finished.completion), number + 1
             while True:
@@ -116,7 +116,7 @@ class Worker:
                 asked, request = request, steps.send(completion)
                 is_kept = await self._keep(draft, number, asked, completion, self.attempts[before:])
                 if is_kept and self._is_draining():
-                    raise StoppedEarly("draining: the next run goes on with the next step")
+                    raise StoppedEarly("draining: the next run resumes with the next step")
                 number += 1
         except StopIteration as done:
             document: Document = done.value
@@ -130,7 +130,7 @@ class Worker:
     async def _keep(
         self, draft: Draft, number: int, asked: Request, answer: Completion, tries: list[Attempt]
     ) -> bool:
-        """Keep a step that is not the last, so that a kill does not cost it."""
+        """Keep a step in the journal, so that a kill does not lose it; returns whether it was kept."""
         journal = self._journal
         if journal is None:
             return False
@@ -158,7 +158,7 @@ class Worker:
             completion_tokens=tokens,
             wasted_tokens=self._tokens - tokens,
             attempts=self.attempts,
-            steps=[_figures(step) for step in steps],
+            steps=[_step_row(step) for step in steps],
             checks=document.checks,
             origin=seed.origin,
             metadata=seed.metadata,
@@ -166,13 +166,13 @@ class Worker:
         )
 
     def reject(self, reason: RejectReason, detail: str) -> Reject:
-        """The reject for what the worker is at."""
+        """The reject for the current item."""
         if isinstance(self.current, BadSeed):
             bad = self.current
             return Reject(
                 key=bad.key, reason=reason, detail=detail, origin=bad.origin, written_at=time.time()
             )
-        assert self.current is not None, "a worker rejects only what it is at"
+        assert self.current is not None, "a worker rejects only its current item"
         draft, seed = self.current, self.current.seed
         return Reject(
             key=draft.key,
@@ -204,7 +204,7 @@ def _reason(error: ServerError) -> RejectReason:
             return RejectReason.SERVER_UNAVAILABLE
 
 
-def _figures(step: Completion) -> dict[str, Any]:
+def _step_row(step: Completion) -> dict[str, Any]:
     return {
         "finish_reason": step.finish_reason,
         "prompt_tokens": step.prompt_tokens,
@@ -215,14 +215,18 @@ def _figures(step: Completion) -> dict[str, Any]:
 
 
 class WorkerPool:
-    """Keeps workers going. One that falls over a bug is replaced; a run of bugs ends the run.
+    """Keeps workers running. A worker that fails with a bug is replaced; bugs in a row end the run.
 
     Args:
         new_worker: Makes a worker.
-        size: How many should work at a time; asked at the start, and again by `grow`.
-        max_consecutive_bugs: So many bugs, with no outcome in between, are raised.
-        on_drain: Told when nothing new is to be started.
-        on_idle: Told when a worker finds no more work: how many are left, of how many at the most.
+        size: Returns how many workers there should be; called at the start, and by `grow`.
+        max_consecutive_bugs: Number of bugs, with no outcome in between, after which the bug is raised.
+        on_drain: Called when the run starts to drain.
+        on_idle: Called when a worker finds no more work, with the number of workers still at work and the
+            number that were started.
+
+    Attributes:
+        left_work: Whether workers put drafts down because of a drain.
     """
 
     def __init__(
@@ -242,24 +246,23 @@ class WorkerPool:
         self._start: Callable[[int], None] | None = None
         self._started = self._ended = 0
         self.left_work = False
-        """Whether a drain made workers put down what they were at."""
 
     def drain(self) -> None:
-        """Finish only what is in flight."""
+        """Start nothing new; finish only what is in flight."""
         self._start = None
         self._on_drain()
 
     def grow(self) -> None:
-        """Start as many workers as there should be now; a pool that should be smaller stays as it is.
+        """Start workers up to the present `size`; the pool never shrinks.
 
-        Workers that are too many wait for a place at a server, which costs nothing but the seed they hold.
+        Surplus workers wait for a place at a server, which costs only the draft that each holds.
         """
         while self._start is not None and self._started < self._size():
             self._started += 1
             self._start(self._started)
 
     async def run(self, work: BoundedQueue[Work], results: BoundedQueue[Outcome]) -> None:
-        """Work until `work` ends."""
+        """Run workers until `work` ends."""
         async with asyncio.TaskGroup() as pool:
 
             def start(number: int) -> None:
@@ -276,22 +279,22 @@ class WorkerPool:
         while True:
             worker = self._new_worker()
             try:
-                await worker.run(work, results, self._no_bug)
+                await worker.run(work, results, self._reset_bugs)
             except StoppedEarly:
                 self.left_work = True
                 return
-            except Exception as bug:  # noqa: BLE001 - whatever it is, it must not take the run with it
-                await self._replaced(worker, bug, results)
+            except Exception as bug:  # noqa: BLE001 - whatever it is, it must not end the run
+                await self._reject_after_bug(worker, bug, results)
             else:
-                self._start = None  # there is no work for more
+                self._start = None  # no work is left for further workers
                 self._ended += 1
                 self._on_idle(self._started - self._ended, self._started)
                 return
 
-    async def _replaced(self, worker: Worker, bug: Exception, results: BoundedQueue[Outcome]) -> None:
+    async def _reject_after_bug(self, worker: Worker, bug: Exception, results: BoundedQueue[Outcome]) -> None:
         if worker.current is None:
             self._start = None
-            raise bug  # not over a seed: the queues themselves are broken
+            raise bug  # not caused by a seed: the queues themselves are broken
         self._bugs += 1
         log.error("worker.bug", item=_name(worker.current), bug=repr(bug), in_a_row=self._bugs)
         if self._bugs >= self._max_bugs:
@@ -300,7 +303,7 @@ class WorkerPool:
         detail = "".join(traceback.format_exception(bug))
         await results.put(worker.reject(RejectReason.INTERNAL_ERROR, detail))
 
-    def _no_bug(self) -> None:
+    def _reset_bugs(self) -> None:
         self._bugs = 0
 
 

@@ -1,0 +1,20 @@
+"""The durable log of a run: each outcome is written once, and survives a kill or a loss of power.
+
+    outcomes -> writer -> log -> shards on disk, manifest.jsonl -> mirror
+                  |
+                  contexts, once they are synced -> assembly
+
+Modules in reading order:
+    rundir          the run directory: folders, lock, run.json with configuration and fingerprint
+    writer          the sink stage: writes outcomes as they arrive, syncs, passes contexts on
+    log             the log of a run: numbers rows, fills and seals shards, resumes after a kill
+    shards          the bytes of one shard: append, sync, seal; reading up to a torn tail
+    manifest        manifest.jsonl: one line for each sealed shard
+    completed_keys  the index of drafts with an outcome, so that a resume asks for nothing twice
+    journal         finished steps of unfinished drafts
+    snapshot        the directory at one moment, for readers beside a run that writes
+    mirror          copies sealed shards to a URL, in a thread
+    mirror_plan     what the mirror copies, in which order
+
+Files, guarantees and what a resume does: README.md in this folder. `pipeline.verify` checks all of it.
+"""

@@ -141,7 +141,7 @@ def test_nothing_listens_afterwards() -> None:
 def test_what_is_no_host_and_port(listen: str) -> None:
     """One line that names the key and says what is meant."""
     with (
-        pytest.raises(ConfigError, match=r"run\.metrics_listen: .* is no HOST:PORT"),
+        pytest.raises(ConfigError, match=r"run\.metrics_listen: .* is not HOST:PORT"),
         serving_metrics(listen, Counters(), list),
     ):
         pass

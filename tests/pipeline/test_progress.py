@@ -175,7 +175,7 @@ async def test_the_table(tmp_path: Path) -> None:
 
 async def test_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log line now and then, with all figures; it ends with the block."""
-    monkeypatch.setattr(progress_module, "_LINE_EVERY_S", 0.001)
+    monkeypatch.setattr(progress_module, "_LOG_EVERY_S", 0.001)
     async with progress_of(tmp_path) as (progress, _, _):
         with structlog.testing.capture_logs() as logged:
             async with asyncio.timeout(5), reporting(progress, show=False):

@@ -40,7 +40,7 @@ def test_a_run_that_was_stopped() -> None:
     """Why, and how to go on in place of how to load."""
     first, *_, last = closing_lines(summary(stopped="stopped by SIGTERM"))
     assert "stopped early (stopped by SIGTERM) after 2 min 00 s" == first
-    assert "  go on      run again with --out out" == last
+    assert "  resume     run again with --out out" == last
 
 
 def test_a_run_that_went_on_from_another() -> None:
