@@ -10,7 +10,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.io.paths import find_rows
 from streamsyn.records import Entry
 from streamsyn.seeds.files import FileSource, SeedSource
-from streamsyn.seeds.stdin import Spool, StdinSource
+from streamsyn.seeds.stdin import SeedSpool, StdinSource
 
 
 class SeedReader:
@@ -37,7 +37,7 @@ class SeedReader:
         self._seeds = seeds
         self._documents = takes_documents
         self._random = random.Random(run_seed)
-        self._spool = Spool(spool_folder) if spool_folder is not None else None
+        self._spool = SeedSpool(spool_folder) if spool_folder is not None else None
         self._stdin: StdinSource | None = None
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
 

@@ -2,24 +2,31 @@
 
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Final
 
 import orjson
 
 from streamsyn.config.sections import SeedsSection
-from streamsyn.errors import ConfigError, SinkError
-from streamsyn.io.lines import LineSplitter
+from streamsyn.errors import ConfigError
+from streamsyn.io.lines import Line, LineSplitter
+from streamsyn.io.spool import Spool
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
 from streamsyn.seeds.parse import SeedParser
 
-CHUNK_BYTES = 256 * 1024
-BATCH_LINES = 256
+_CHUNK_BYTES: Final = 256 * 1024
 
 
 class StdinSource:
-    """NDJSON on a file descriptor; `stop` ends a read that waits for more."""
+    """NDJSON on a file descriptor; `stop` ends a read that waits for more.
+
+    Args:
+        fd: The file descriptor.
+        task: The task of seeds that name none; by default `stdin`.
+        seeds: The section of the configuration.
+        takes_documents: Whether a seed is a document instead of a pair.
+    """
 
     def __init__(
         self, fd: int, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
@@ -35,7 +42,7 @@ class StdinSource:
         splitter = LineSplitter(self._max_line_bytes)
         while chunk := self._read():
             yield self._entries(splitter.feed(chunk))
-        if not self._stopped:  # else the last line may be half a one
+        if not self._stopped:  # otherwise the last line may be incomplete
             yield self._entries(splitter.finish())
 
     def fraction(self) -> float | None:
@@ -47,97 +54,58 @@ class StdinSource:
         os.write(self._wake_write, b"x")
 
     def _read(self) -> bytes:
-        # Waiting in `select` rather than in `read` is what lets `stop` through; and once it says
-        # that there is something, `read` returns at once with what there is.
+        # `select` waits for data or for `stop`; `read` then returns at once with what has arrived.
         ready, _, _ = select.select([self._fd, self._wake_read], [], [])
         try:
-            return b"" if self._wake_read in ready else os.read(self._fd, CHUNK_BYTES)
+            return b"" if self._wake_read in ready else os.read(self._fd, _CHUNK_BYTES)
         except OSError as error:
             raise ConfigError(f"stdin cannot be read: {error.strerror}") from error
 
-    def _entries(self, lines: Iterator[Any]) -> list[Entry]:
+    def _entries(self, lines: Iterable[Line]) -> list[Entry]:
         parsed = [self._parser.line(line, "-", self._task, self._max_line_bytes) for line in lines]
         return [entry for entry in parsed if entry is not None]
 
 
-class Spool:
-    """The file in OUT/spool/ that holds what was read from a pipe, in the order in which it came."""
+class SeedSpool:
+    """The entries that were read from a pipe, in OUT/spool/stdin.jsonl, in the order in which they came."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "stdin.jsonl"
+        self._spool = Spool(folder / "stdin.jsonl", _decode)
 
     def exists(self) -> bool:
         """Whether an earlier run has read a pipe."""
-        return self._path.exists()
+        return self._spool.exists()
 
     def replay(self) -> Iterator[list[Entry]]:
-        """What earlier runs have read. A torn last line was not acted on: it is cut off.
+        """The entries that earlier runs have read. A torn last line was not acted on: it is cut off.
 
         Raises:
             SinkError: A line is damaged that is not the last one; nothing is cut.
         """
-        if not self._path.exists():
-            return
-        batch: list[Entry] = []
-        end = begin = 0
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                entry = _decode(line)
-                if entry is None:
-                    if file.readline():  # what lies behind was acted on, and cannot be piped again
-                        raise SinkError(f"{self._path}:{number} is damaged; mend or delete that line")
-                    break
-                end += len(line)
-                batch.append(entry)
-                if len(batch) == BATCH_LINES or end - begin >= CHUNK_BYTES:
-                    yield batch
-                    batch, begin = [], end
-        if end < self._path.stat().st_size:
-            os.truncate(self._path, end)
-        yield batch
+        return self._spool.replay()
 
     def follow(
         self, batches: Iterator[list[Entry]], is_known: Callable[[Entry], bool]
     ) -> Iterator[list[Entry]]:
-        """Pass `batches` on, each one when those of its entries that are new are on disk."""
-        with self._open() as file:
+        """Pass `batches` on, each once its new entries are on disk.
+
+        Raises:
+            SinkError: They cannot be written.
+        """
+        with self._spool:
             for batch in batches:
                 new = b"".join(_encode(entry) for entry in batch if not is_known(entry))
                 if new:
-                    self._append(file.fileno(), new)
+                    self._spool.append(new)
                 yield batch
-
-    def _open(self) -> IO[bytes]:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("ab", buffering=0)
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)  # else a power cut may lose a new file, however well it is synced itself
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise SinkError(f"cannot write {self._path}: {error.strerror}") from error
-        return file
-
-    def _append(self, fd: int, data: bytes) -> None:
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        except OSError as error:
-            raise SinkError(f"cannot write {self._path}: {error.strerror}") from error
 
 
 def _encode(entry: Entry) -> bytes:
     kind = "seed" if isinstance(entry, Seed) else "bad"
-    return orjson.dumps({kind: entry}, default=bytes.hex) + b"\n"
+    return orjson.dumps({kind: entry}, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _decode(line: bytes) -> Entry | None:
-    if not line.endswith(b"\n"):
-        return None
     try:
         kind, fields = orjson.loads(line).popitem()
         if kind == "seed":

@@ -17,7 +17,7 @@ from streamsyn.io.lines import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.parse import SeedParser
 from streamsyn.seeds.reader import SeedReader
-from streamsyn.seeds.stdin import Spool, StdinSource
+from streamsyn.seeds.stdin import SeedSpool, StdinSource
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -108,7 +108,7 @@ def test_documents_through_a_pipe(tmp_path: Path) -> None:
     """They are spooled whole, and come back from there as they were, however long they are."""
     rows = [{**row, "context": row["context"] * 2000} for row in ROWS]
     reading, writing = os.pipe()
-    spool, path = Spool(tmp_path / "spool"), tmp_path / "rows"
+    spool, path = SeedSpool(tmp_path / "spool"), tmp_path / "rows"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = StdinSource(reading, None, SeedsSection(), takes_documents=True)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
-from streamsyn.seeds.stdin import Spool, StdinSource
+from streamsyn.seeds.stdin import SeedSpool, StdinSource
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -156,7 +156,7 @@ def test_stop_comes_before_what_could_still_be_read(pipe: Pipe) -> None:
 
 def test_entries_are_on_disk_before_they_are_yielded(tmp_path: Path) -> None:
     """A kill after any entry was seen finds it in the spool."""
-    spool = Spool(tmp_path / "spool")
+    spool = SeedSpool(tmp_path / "spool")
     path = tmp_path / "spool" / "stdin.jsonl"
     batches: list[list[Entry]] = [[seed(1), seed(2)], [], [bad(3)], [seed(4)]]
     seen: list[str] = []
@@ -177,9 +177,9 @@ def decoded(row: bytes) -> list[Entry]:
 def test_the_spool_gives_back_what_was_put_in(tmp_path: Path) -> None:
     """Seeds with all their fields, and bad lines with reason, detail and key, in order, in batches."""
     entries: list[Entry] = [bad(number) if number % 7 == 0 else seed(number) for number in range(1000)]
-    list(Spool(tmp_path).follow(iter([entries]), nothing_known))
+    list(SeedSpool(tmp_path).follow(iter([entries]), nothing_known))
 
-    batches = list(Spool(tmp_path).replay())
+    batches = list(SeedSpool(tmp_path).replay())
 
     assert entries == [entry for batch in batches for entry in batch]
     assert max(map(len, batches)) <= 256
@@ -192,15 +192,17 @@ def test_known_entries_are_not_spooled_again(tmp_path: Path) -> None:
     def is_known(entry: Entry) -> bool:
         return ids([[entry]])[0] in known
 
-    passed = ids(Spool(tmp_path).follow(iter([[seed(1), seed(2)], [bad(3), bad(4)], [seed(1)]]), is_known))
+    passed = ids(
+        SeedSpool(tmp_path).follow(iter([[seed(1), seed(2)], [bad(3), bad(4)], [seed(1)]]), is_known)
+    )
 
     assert ["1", "2", "-:3", "-:4", "1"] == passed
-    assert ["2", "-:4"] == ids(Spool(tmp_path).replay())
+    assert ["2", "-:4"] == ids(SeedSpool(tmp_path).replay())
 
 
 def test_without_a_spool_there_is_nothing_to_replay(tmp_path: Path) -> None:
     """Looking for one leaves no trace."""
-    assert [] == list(Spool(tmp_path / "spool").replay())
+    assert [] == list(SeedSpool(tmp_path / "spool").replay())
     assert not (tmp_path / "spool").exists()
 
 
@@ -211,7 +213,7 @@ ENTRIES: list[Entry] = [seed(1), bad(2), seed(3)]
 def spooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A spool with three entries; its folder."""
     folder = tmp_path_factory.mktemp("spooled")
-    list(Spool(folder).follow(iter([ENTRIES]), nothing_known))
+    list(SeedSpool(folder).follow(iter([ENTRIES]), nothing_known))
     return folder
 
 
@@ -225,17 +227,17 @@ def test_a_torn_last_line_is_cut_off(spooled: Path, data: st.DataObject) -> None
     path.write_bytes(whole[:end])
     kept = ENTRIES[: whole[:end].count(b"\n")]
 
-    replayed = [entry for batch in Spool(spooled).replay() for entry in batch]
-    list(Spool(spooled).follow(iter([[seed(9)]]), nothing_known))
+    replayed = [entry for batch in SeedSpool(spooled).replay() for entry in batch]
+    list(SeedSpool(spooled).follow(iter([[seed(9)]]), nothing_known))
 
     assert kept == replayed
-    assert [*kept, seed(9)] == [entry for batch in Spool(spooled).replay() for entry in batch]
+    assert [*kept, seed(9)] == [entry for batch in SeedSpool(spooled).replay() for entry in batch]
 
 
 def _lines(entries: list[Entry], folder: Path) -> list[bytes]:
     path = folder / "stdin.jsonl"
     if not path.exists():
-        list(Spool(folder).follow(iter([entries]), nothing_known))
+        list(SeedSpool(folder).follow(iter([entries]), nothing_known))
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -255,12 +257,12 @@ def _lines(entries: list[Entry], folder: Path) -> list[bytes]:
 )
 def test_a_last_line_that_makes_no_sense_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     """After a power cut a file may end in anything."""
-    list(Spool(tmp_path).follow(iter([ENTRIES]), nothing_known))
+    list(SeedSpool(tmp_path).follow(iter([ENTRIES]), nothing_known))
     path = tmp_path / "stdin.jsonl"
     good = path.read_bytes()
     path.write_bytes(good + tail)
 
-    replayed = [entry for batch in Spool(tmp_path).replay() for entry in batch]
+    replayed = [entry for batch in SeedSpool(tmp_path).replay() for entry in batch]
 
     assert ENTRIES == replayed
     assert good == path.read_bytes()
@@ -269,15 +271,15 @@ def test_a_last_line_that_makes_no_sense_is_cut_off(tmp_path: Path, tail: bytes)
 @pytest.mark.parametrize("damaged", [b"\0" * 100, b"{}\n", b"\n", b'{"seed":{"id":"1"}}\n'])
 def test_a_damaged_line_among_others_stops_the_run(tmp_path: Path, damaged: bytes) -> None:
     """What lies behind it was acted on and cannot be piped again: it is named, and nothing is cut."""
-    list(Spool(tmp_path).follow(iter([ENTRIES]), nothing_known))
+    list(SeedSpool(tmp_path).follow(iter([ENTRIES]), nothing_known))
     path = tmp_path / "stdin.jsonl"
     spoiled = path.read_bytes() + damaged + path.read_bytes()
     path.write_bytes(spoiled)
 
     with pytest.raises(SinkError) as raised:
-        list(Spool(tmp_path).replay())
+        list(SeedSpool(tmp_path).replay())
 
-    assert f"{path}:4 is damaged; mend or delete that line" == str(raised.value)
+    assert f"{path}:4 is damaged; repair or delete that line" == str(raised.value)
     assert spoiled == path.read_bytes()
 
 
@@ -307,7 +309,7 @@ def test_a_spool_that_cannot_be_written_stops_the_run(tmp_path: Path, spoil: Cal
     yielded: list[list[Entry]] = []
 
     with pytest.raises(SinkError) as raised:
-        yielded.extend(Spool(folder).follow(iter([[seed(1)]]), nothing_known))
+        yielded.extend(SeedSpool(folder).follow(iter([[seed(1)]]), nothing_known))
 
     assert [] == yielded
     assert str(raised.value).startswith(f"cannot write {folder / 'stdin.jsonl'}: ")

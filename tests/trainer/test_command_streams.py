@@ -104,7 +104,7 @@ def test_a_stream_that_is_cut_off_is_trained_on_up_to_there(start: Start, tmp_pa
 
     assert 0 == training.wait(), training.stderr()
     assert 20 == sum(line["examples"] for line in lines(out))
-    assert "line 21 of stdin is no JSON" in training.stderr()
+    assert "line 21 of stdin is not valid JSON" in training.stderr()
     assert {"bad_row": 1} == lines(out)[-1]["stream"]["dropped"]
 
 
