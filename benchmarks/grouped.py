@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from streamsyn.records import Request, digest
 from streamsyn.simulator.chat import render
-from streamsyn.simulator.radix_cache import BLOCK_TOKENS, CHARACTERS_A_TOKEN
+from streamsyn.simulator.radix_cache import BLOCK_TOKENS
+from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN
 
 TEMPLATE_CHARS = 4_000
 GROUP_CHARS = 1_500
@@ -62,4 +63,4 @@ def work(groups: int, per_group: int, max_tokens: int) -> Work:
 def _shared_tokens(one: str, other: str) -> int:
     """What a server finds of `other` when it has `one`: whole blocks."""
     chars = next(i for i, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its)
-    return chars // (BLOCK_TOKENS * CHARACTERS_A_TOKEN) * BLOCK_TOKENS
+    return chars // (BLOCK_TOKENS * CHARACTERS_PER_TOKEN) * BLOCK_TOKENS

@@ -1,37 +1,32 @@
+"""The simulator over HTTP: one aiohttp application, served in this event loop or as a process."""
+
 import asyncio
 import os
-import secrets
 import signal
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 from aiohttp import web
 
 from streamsyn.errors import ConfigError, root_cause
-from streamsyn.simulator import protocol
-from streamsyn.simulator.chat import Chat
-from streamsyn.simulator.control import Control
 from streamsyn.simulator.faults import Script
-from streamsyn.simulator.generation import Generation
-from streamsyn.simulator.native import Native
-from streamsyn.simulator.prose import Spelling
-from streamsyn.simulator.protocol import Asked, Line, Reply
+from streamsyn.simulator.protocol import RawRequest, Reply
+from streamsyn.simulator.routes import Routes
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Timeline, playing
-from streamsyn.simulator.weights import Steering
 
 LINGER_NOT: Final = struct.pack("ii", 1, 0)
 """SO_LINGER with no time: closing sends a reset, not an orderly end."""
 BACKLOG: Final = 4096
 
 
-class HttpLine:
+class HttpResponseWriter:
     """The way back over HTTP; `response` is what the web framework wants to have in the end."""
 
     def __init__(self, request: web.Request) -> None:
@@ -74,7 +69,7 @@ class HttpLine:
             await self.response.prepare(self._request)
 
 
-class Door:
+class Listener:
     """The address that a server listens at; while it is shut, connections to it are refused.
 
     Args:
@@ -105,7 +100,7 @@ class Door:
             raise ConfigError(said) from error
         self.port = self._listening.sockets[0].getsockname()[1]
 
-    def shut(self) -> None:
+    def close(self) -> None:
         """Listens no more; connections that exist live on."""
         if self._listening is None:
             return
@@ -116,89 +111,6 @@ class Door:
         # is closed by then.
         loop.call_soon(self._listening.close)
         self._listening = None
-
-
-OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics")
-"""Paths that begin so need no key (srt/utils/auth.py)."""
-
-Telling: TypeAlias = Callable[[Asked], protocol.Reply | Awaitable[protocol.Reply]]
-Route: TypeAlias = Generation | Telling
-
-
-class Routes:
-    """All that the server answers to, whatever carries requests to it: the key, counting, the routes."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation = simulation
-        key = simulation.config.api_key
-        self._key = key.encode() if key is not None else None
-        chat = Generation(simulation, Chat(), json_only=True)
-        spelling = Spelling()
-        generate = Generation(simulation, Native(spelling, simulation.weights), json_only=False)
-        self._routes: dict[str, dict[str, Route]] = {
-            "/v1/chat/completions": {"POST": chat},
-            "/generate": {"POST": generate, "PUT": generate},
-            **_telling(Control(simulation, spelling)),
-            **_steering(Steering(simulation.weights, simulation.engine, simulation.config.load_s)),
-        }
-
-    async def serve(self, asked: Asked, line: Line) -> None:
-        """Answers one request on its line."""
-        methods = self._routes.get(asked.path)
-        route = methods.get(asked.method) if methods else None
-        self._simulation.stats.by_route[asked.path if route else "unknown"] += 1
-        if not self._may(asked):
-            await line.send(protocol.reply({"error": "Unauthorized"}, 401))
-        elif isinstance(route, Generation):
-            await route.serve(asked, line)
-        elif route:
-            told = route(asked)
-            await line.send(told if isinstance(told, protocol.Reply) else await told)
-        elif methods:
-            await line.send(protocol.reply({"detail": "Method Not Allowed"}, 405))
-        else:
-            await line.send(protocol.reply({"detail": "Not Found"}, 404))
-
-    def _may(self, asked: Asked) -> bool:
-        if self._key is None or asked.path.startswith(OPEN_TO_ALL):
-            return True
-        scheme, _, token = asked.authorization.partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), self._key)
-
-
-def _telling(control: Control) -> dict[str, dict[str, Route]]:
-    """The routes that are answered at once."""
-    return {
-        "/v1/loads": _get(control.loads),
-        "/v1/models": _get(control.models),
-        "/server_info": _get(control.server_info),
-        "/get_server_info": _get(control.server_info),
-        "/model_info": _get(control.model_info),
-        "/get_model_info": _get(control.model_info),
-        "/tokenize": {"POST": control.tokenize},
-        "/v1/tokenize": {"POST": control.tokenize},
-        "/abort_request": {"POST": control.abort},
-        "/flush_cache": _get(control.flush) | {"POST": control.flush},
-        "/metrics": _get(control.metrics),
-        "/simulator/stats": _get(control.stats),
-        "/simulator/reset": {"POST": control.reset},
-    }
-
-
-def _steering(steering: Steering) -> dict[str, dict[str, Route]]:
-    """The routes that a pause and other weights are about."""
-    return {
-        "/health": _get(steering.health),
-        "/health_generate": _get(steering.health),
-        "/ready": _get(steering.ready),
-        "/pause_generation": {"POST": steering.pause},
-        "/continue_generation": {"POST": steering.go_on},
-        "/update_weights_from_disk": {"POST": steering.update},
-    }
-
-
-def _get(route: Telling) -> dict[str, Route]:
-    return {"GET": route, "HEAD": route}
 
 
 BODY_LIMIT_BYTES: Final = 256 * 2**20
@@ -222,14 +134,14 @@ def make_app(
     routes = Routes(simulation)
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        line = HttpLine(request)
+        writer = HttpResponseWriter(request)
         if simulation.gone:
-            line.reset()
-            return line.response
+            writer.reset()
+            return writer.response
         if request.transport is not None:
             simulation.connected(request.transport)
         headers = request.headers
-        asked = Asked(
+        raw = RawRequest(
             request.method,
             request.path,
             request.query if request.query_string else {},
@@ -237,8 +149,8 @@ def make_app(
             headers.get("Content-Type", ""),
             await request.read(),
         )
-        await routes.serve(asked, line)
-        return line.response
+        await routes.serve(raw, writer)
+        return writer.response
 
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     app[SIMULATION] = simulation
@@ -274,7 +186,7 @@ async def running(
     """
 
     def die() -> None:
-        door.shut()
+        listener.close()
         on_death()
 
     app = make_app(config, script=script, on_death=die)
@@ -286,14 +198,14 @@ async def running(
         shutdown_timeout=drain_s,
     )
     await runner.setup()
-    door = Door(runner, host, port)
+    listener = Listener(runner, host, port)
     try:
-        await door.open()
+        await listener.open()
         shown = f"[{host}]" if ":" in host else host
-        async with playing(timeline, app[SIMULATION], door):
-            yield RunningSimulator(f"http://{shown}:{door.port}", app[SIMULATION])
+        async with playing(timeline, app[SIMULATION], listener):
+            yield RunningSimulator(f"http://{shown}:{listener.port}", app[SIMULATION])
     finally:
-        door.shut()
+        listener.close()
         await runner.cleanup()
 
 

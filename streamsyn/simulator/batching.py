@@ -4,11 +4,10 @@ import asyncio
 import math
 from typing import Final
 
-from streamsyn.simulator.admission import Admission, KVPool, WaitingQueue, room_alone
 from streamsyn.simulator.costs import CostModel
 from streamsyn.simulator.engine import DuplicateRid, Load, QueueFull, ServerLost, Work, settle
-from streamsyn.simulator.plain_engine import Lockstep
 from streamsyn.simulator.radix_cache import BLOCK_TOKENS, RadixCache
+from streamsyn.simulator.scheduler import Admission, KVPool, RunningBatch, WaitingQueue, room_alone
 
 RECENT_STEPS: Final = 40
 """Retractions are told until the next report, one every so many steps (`--decode-log-interval`)."""
@@ -53,7 +52,7 @@ class Batching:
     def _empty(self) -> None:
         self.pool = KVPool(self.model.pool_tokens, caching=self._caching)
         self.waiting = WaitingQueue(self._policy)
-        self.decoding = Lockstep()
+        self.decoding = RunningBatch()
         self._admission = Admission(self.model, self.pool, self.waiting, self.decoding)
         self._stalled: dict[Work, None] = {}
         self._live: dict[str, Work] = {}

@@ -4,13 +4,20 @@ import time
 from typing import Any
 
 from streamsyn.simulator import protocol
-from streamsyn.simulator.ask import DEFAULT_MODEL, Answer, Ask, Malformed, Refused, whole_number
+from streamsyn.simulator.completion_request import (
+    DEFAULT_MODEL,
+    Answer,
+    CompletionRequest,
+    Malformed,
+    Refused,
+    whole_number,
+)
 
 
 class Chat:
     """How the chat route reads a body and words its answers."""
 
-    def ask(self, body: dict[str, Any], rid: str) -> Ask:
+    def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest:
         """What `body` asks for; `rid` stands in where it names none."""
         messages = body.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -21,7 +28,7 @@ class Chat:
             raise Refused("The simulator writes one choice a request: n must be 1.")
         options = body.get("stream_options")
         named = body.get("rid")
-        return Ask(
+        return CompletionRequest(
             rid=named if isinstance(named, str) else rid,
             model=str(body.get("model", DEFAULT_MODEL)),
             prompt=render(messages, goes_on=bool(body.get("continue_final_message"))),
@@ -36,13 +43,13 @@ class Chat:
         """400."""
         return protocol.reply(protocol.error(message, "BadRequestError", 400), 400)
 
-    def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]:
+    def whole(self, request: CompletionRequest, answer: Answer) -> dict[str, Any]:
         """A `chat.completion`."""
         return {
-            "id": ask.rid,
+            "id": request.rid,
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": ask.model,
+            "model": request.model,
             "choices": [
                 {
                     "index": 0,
@@ -56,17 +63,18 @@ class Chat:
             "metadata": {"weight_version": answer.weight_version, "weight_versions": answer.weights},
         }
 
-    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes:
+    def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes:
         """The next piece; the first one is empty and names the role."""
         delta: dict[str, Any] = {"reasoning_content": None}
         if not so_far and not piece:
             delta["role"] = "assistant"
         delta["content"] = piece
         return _chunk(
-            ask, {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "matched_stop": None}
+            request,
+            {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "matched_stop": None},
         )
 
-    def last(self, ask: Ask, answer: Answer) -> bytes:
+    def last(self, request: CompletionRequest, answer: Answer) -> bytes:
         """The finish reason, and the usage where it was asked for."""
         end = {
             "index": 0,
@@ -75,10 +83,10 @@ class Chat:
             "finish_reason": answer.finish["type"],
             "matched_stop": answer.finish.get("matched"),
         }
-        if not ask.include_usage:
-            return _chunk(ask, end)
-        usage = {**_head(ask), "choices": [], "usage": _usage(answer)}
-        return _chunk(ask, end) + protocol.event(usage)
+        if not request.include_usage:
+            return _chunk(request, end)
+        usage = {**_head(request), "choices": [], "usage": _usage(answer)}
+        return _chunk(request, end) + protocol.event(usage)
 
 
 def render(messages: list[dict[str, Any]], *, goes_on: bool) -> str:
@@ -114,9 +122,14 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _head(ask: Ask) -> dict[str, Any]:
-    return {"id": ask.rid, "object": "chat.completion.chunk", "created": int(time.time()), "model": ask.model}
+def _head(request: CompletionRequest) -> dict[str, Any]:
+    return {
+        "id": request.rid,
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": request.model,
+    }
 
 
-def _chunk(ask: Ask, choice: dict[str, Any]) -> bytes:
-    return protocol.event({**_head(ask), "choices": [choice]})
+def _chunk(request: CompletionRequest, choice: dict[str, Any]) -> bytes:
+    return protocol.event({**_head(request), "choices": [choice]})

@@ -2,7 +2,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from streamsyn.simulator.radix_cache import Node, chain, count_tokens
+from streamsyn.simulator.radix_cache import Node, block_keys
+from streamsyn.simulator.tokens import count_tokens
 
 
 class QueueFull(Exception):
@@ -70,7 +71,7 @@ class Work:
     def keys(self) -> list[int]:
         """One key for each whole block of the prompt; made at the first look."""
         if self._keys is None:
-            self._keys = chain(self.prompt)
+            self._keys = block_keys(self.prompt)
         return self._keys
 
     @property

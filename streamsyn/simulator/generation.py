@@ -4,29 +4,29 @@ from typing import Any, Protocol
 import orjson
 
 from streamsyn.simulator import protocol
-from streamsyn.simulator.ask import Answer, Ask, Malformed, Refused, check_length
+from streamsyn.simulator.completion_request import Answer, CompletionRequest, Malformed, Refused, check_length
 from streamsyn.simulator.engine import DuplicateRid, QueueFull, ServerLost
 from streamsyn.simulator.faults import BAD_CONTENT, Fault
 from streamsyn.simulator.native import UnknownField
-from streamsyn.simulator.protocol import Asked, EventStream, Line
+from streamsyn.simulator.protocol import EventStream, RawRequest, ResponseWriter
 from streamsyn.simulator.simulation import Simulation
 
 
 class Dialect(Protocol):
     """One of the two routes that write: how it reads a body and words its answers."""
 
-    def ask(self, body: dict[str, Any], rid: str) -> Ask: ...
+    def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest: ...
     def refusal(self, message: str) -> protocol.Reply: ...
-    def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]: ...
-    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes: ...
-    def last(self, ask: Ask, answer: Answer) -> bytes: ...
+    def whole(self, request: CompletionRequest, answer: Answer) -> dict[str, Any]: ...
+    def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes: ...
+    def last(self, request: CompletionRequest, answer: Answer) -> bytes: ...
 
 
 class Generation:
     """A route that writes or scores, with its faults.
 
     Args:
-        simulation: What is asked.
+        simulation: What is raw.
         dialect: The route's words.
         json_only: Refuse what does not call itself application/json, as the OpenAI routes do.
     """
@@ -36,25 +36,25 @@ class Generation:
         self._dialect = dialect
         self._json_only = json_only
 
-    async def serve(self, asked: Asked, line: Line) -> None:
-        """Answers one request on its line."""
+    async def serve(self, raw: RawRequest, writer: ResponseWriter) -> None:
+        """Answers one request on its writer."""
         simulation = self._simulation
         try:
-            if self._json_only and not asked.content_type.lower().startswith(protocol.JSON):
+            if self._json_only and not raw.content_type.lower().startswith(protocol.JSON):
                 raise Malformed("Unsupported Media Type: Only 'application/json' is allowed")
-            body = protocol.read_object(asked.body)
+            body = protocol.read_object(raw.body)
         except Malformed as error:
-            await line.send(protocol.malformed(str(error)))
+            await writer.send(protocol.malformed(str(error)))
             return
         if not simulation.arrive():
-            line.reset()
+            writer.reset()
             return
         fault = simulation.faults.decide(simulation.stats.requests, body)
         try:
-            await self._answer(body, fault, line)
+            await self._answer(body, fault, writer)
         except ServerLost:
             simulation.stats.disconnected += 1
-            line.reset()
+            writer.reset()
         except ConnectionError:  # the client left while its answer was being written
             simulation.stats.disconnected += 1
         except asyncio.CancelledError:
@@ -63,75 +63,77 @@ class Generation:
         finally:
             simulation.stats.in_flight -= 1
 
-    async def _answer(self, body: dict[str, Any], fault: Fault | None, line: Line) -> None:
+    async def _answer(self, body: dict[str, Any], fault: Fault | None, writer: ResponseWriter) -> None:
         try:
-            ask = check_length(self._dialect.ask(body, self._simulation.new_rid()), self._simulation.config)
-            await self._respond(ask, self._counted(fault, ask), line)
+            request = check_length(
+                self._dialect.parse(body, self._simulation.new_rid()), self._simulation.config
+            )
+            await self._respond(request, self._counted(fault, request), writer)
         except Malformed as error:
-            await line.send(protocol.malformed(str(error)))
+            await writer.send(protocol.malformed(str(error)))
         except UnknownField as error:
-            await line.send(protocol.reply({"error": str(error)}, 400))
+            await writer.send(protocol.reply({"error": str(error)}, 400))
         except Refused as error:
-            await line.send(self._dialect.refusal(str(error)))
+            await writer.send(self._dialect.refusal(str(error)))
 
-    def _counted(self, fault: Fault | None, ask: Ask) -> Fault | None:
-        if fault is None or (ask.max_tokens == 0 and fault in BAD_CONTENT):
+    def _counted(self, fault: Fault | None, request: CompletionRequest) -> Fault | None:
+        if fault is None or (request.max_tokens == 0 and fault in BAD_CONTENT):
             return None  # nothing is written, so there is no content to spoil
         self._simulation.stats.faults[fault] += 1
         return fault
 
-    async def _respond(self, ask: Ask, fault: Fault | None, line: Line) -> None:
+    async def _respond(self, request: CompletionRequest, fault: Fault | None, writer: ResponseWriter) -> None:
         match fault:
             case Fault.RESET:
-                line.reset()
+                writer.reset()
             case Fault.HTTP_500:
-                await line.send(protocol.internal_error())
+                await writer.send(protocol.internal_error())
             case Fault.REFUSE:
-                await line.send(self._dialect.refusal("The simulator refuses this request."))
-            case Fault.QUEUE_FULL if not ask.stream:
-                await line.send(protocol.queue_full())
-            case _ if ask.stream:
-                await self._stream(ask, fault, line)
+                await writer.send(self._dialect.refusal("The simulator refuses this request."))
+            case Fault.QUEUE_FULL if not request.stream:
+                await writer.send(protocol.queue_full())
+            case _ if request.stream:
+                await self._stream(request, fault, writer)
             case _:
-                await self._whole(ask, fault, line)
+                await self._whole(request, fault, writer)
 
-    async def _whole(self, ask: Ask, fault: Fault | None, line: Line) -> None:
+    async def _whole(self, request: CompletionRequest, fault: Fault | None, writer: ResponseWriter) -> None:
         try:
-            answer = await self._simulation.answer(ask, fault)
+            answer = await self._simulation.answer(request, fault)
         except QueueFull:
-            await line.send(protocol.queue_full())
+            await writer.send(protocol.queue_full())
             return
         except DuplicateRid:
-            raise Refused(f"Duplicate request ID detected: {ask.rid}") from None
+            raise Refused(f"Duplicate request ID detected: {request.rid}") from None
         if fault is Fault.ERROR_IN_200:
             error = protocol.error("Internal server error: simulated", "InternalServerError", 500)
-            await line.send(protocol.reply(error))
+            await writer.send(protocol.reply(error))
             return
-        body = orjson.dumps(self._dialect.whole(ask, answer))
+        body = orjson.dumps(self._dialect.whole(request, answer))
         if fault is Fault.BAD_JSON:
-            await line.send(protocol.Reply(200, body[: len(body) // 2], protocol.JSON))
+            await writer.send(protocol.Reply(200, body[: len(body) // 2], protocol.JSON))
         elif fault is Fault.CUT_BODY:
-            await line.cut(protocol.Reply(200, body, protocol.JSON))
+            await writer.cut(protocol.Reply(200, body, protocol.JSON))
         else:
-            await line.send(protocol.Reply(200, body, protocol.JSON))
+            await writer.send(protocol.Reply(200, body, protocol.JSON))
             self._simulation.sent(answer)
 
-    async def _stream(self, ask: Ask, fault: Fault | None, line: Line) -> None:
-        events = EventStream(line, self._dialect, ask, cut=fault is Fault.CUT_BODY)
+    async def _stream(self, request: CompletionRequest, fault: Fault | None, writer: ResponseWriter) -> None:
+        events = EventStream(writer, self._dialect, request, cut=fault is Fault.CUT_BODY)
         try:
             if fault is Fault.QUEUE_FULL:
                 raise QueueFull
-            answer = await self._simulation.answer(ask, fault, events.feed)
+            answer = await self._simulation.answer(request, fault, events.feed)
         except QueueFull:
             await events.fail(protocol.QUEUE_FULL, "SERVICE_UNAVAILABLE", 503)
             return
         except DuplicateRid:
-            raise Refused(f"Duplicate request ID detected: {ask.rid}") from None
+            raise Refused(f"Duplicate request ID detected: {request.rid}") from None
         if fault is Fault.ERROR_IN_200:
             await events.fail("Internal server error: simulated", "INTERNAL_SERVER_ERROR", 500)
         elif fault is Fault.BAD_JSON:
             await events.finish(b'data: {"id": "\n\n')
         else:
-            await events.finish(self._dialect.last(ask, answer))
+            await events.finish(self._dialect.last(request, answer))
             if fault is not Fault.CUT_BODY:
                 self._simulation.sent(answer)

@@ -16,8 +16,8 @@ from streamsyn.errors import BrokenResponse, ServerTimeout, ServerUnavailable, S
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Reply, Transport
 from streamsyn.simulator import protocol
-from streamsyn.simulator.app import Routes
-from streamsyn.simulator.protocol import Asked
+from streamsyn.simulator.protocol import RawRequest
+from streamsyn.simulator.routes import Routes
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Timeline
 from streamsyn.simulator.virtual_time import run_virtually
@@ -76,7 +76,7 @@ class InProcessTransport:
     """Carries requests to a simulation in this process; see `transport.Transport`.
 
     Args:
-        simulation: What is asked.
+        simulation: What is raw.
         url: What the server is called in errors.
         headers: Sent with each request; only Authorization means something to the simulator.
     """
@@ -104,7 +104,7 @@ class InProcessTransport:
     ) -> Reply:
         """See Transport."""
         path, _, query = path.partition("?")
-        asked = Asked(
+        raw = RawRequest(
             method,
             path,
             dict(parse_qsl(query)) if query else _NO_QUERY,
@@ -114,22 +114,22 @@ class InProcessTransport:
         )
         clock = asyncio.get_running_loop().time
         started = clock()
-        call = await self._once(asked, timeout_s, on_data)
+        call = await self._once(raw, timeout_s, on_data)
         if call.broken and not call.begun and clock() - started <= _STALE_WITHIN_S:
-            call = await self._once(asked, timeout_s, on_data)
+            call = await self._once(raw, timeout_s, on_data)
         if call.broken and call.begun:
             raise BrokenResponse(f"{self._url} ended its answer early")
         if call.broken:
             raise ServerUnavailable(f"{self._url} closed the connection")
         return Reply(call.status, bytes(call.body))
 
-    async def _once(self, asked: Asked, timeout_s: float, on_data: Callable[[], None] | None) -> _Call:
+    async def _once(self, raw: RawRequest, timeout_s: float, on_data: Callable[[], None] | None) -> _Call:
         if self._simulation.gone:
             raise ServerUnreachable(f"cannot connect to {self._url}: connection refused")
         call = _Call(on_data)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._routes.serve(asked, call)
+                await self._routes.serve(raw, call)
         except TimeoutError:
             raise ServerTimeout(f"{self._url} did not answer within {timeout_s:g} s") from None
         return call

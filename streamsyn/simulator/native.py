@@ -3,9 +3,22 @@
 from typing import Any, Final
 
 from streamsyn.simulator import protocol
-from streamsyn.simulator.ask import ABORTED_WAITING, Answer, Ask, Malformed, Refused, whole_number
-from streamsyn.simulator.prose import NEW, Spelling, surprise, token_ids
-from streamsyn.simulator.radix_cache import CHARACTERS_A_TOKEN, count_tokens
+from streamsyn.simulator.completion_request import (
+    ABORTED_WAITING,
+    Answer,
+    CompletionRequest,
+    Malformed,
+    Refused,
+    whole_number,
+)
+from streamsyn.simulator.tokens import (
+    CHARACTERS_PER_TOKEN,
+    NEW_WORD_LOSS,
+    Tokenizer,
+    count_tokens,
+    token_ids,
+    token_losses,
+)
 from streamsyn.simulator.weights import Weights
 
 DEFAULT_MAX_TOKENS: Final = 128
@@ -26,15 +39,15 @@ class Native:
     """How the native route reads a body and words its answers.
 
     Args:
-        spelling: Which texts token ids stand for.
+        tokenizer: Which texts token ids stand for.
         weights: Those that write.
     """
 
-    def __init__(self, spelling: Spelling, weights: Weights) -> None:
-        self._spelling = spelling
+    def __init__(self, tokenizer: Tokenizer, weights: Weights) -> None:
+        self._tokenizer = tokenizer
         self._weights = weights
 
-    def ask(self, body: dict[str, Any], rid: str) -> Ask:
+    def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest:
         """What `body` asks for; `rid` stands in where it names none."""
         sampling = body.get("sampling_params") or {}
         if not isinstance(sampling, dict):
@@ -46,10 +59,10 @@ class Native:
         given = _prompt(body)
         ids = given if isinstance(given, list) else None
         # As text, where that is known, it shares its prefix with what comes as text.
-        prompt = given if ids is None else self._spelling.text(ids) or ids
+        prompt = given if ids is None else self._tokenizer.decode(ids) or ids
         limit = whole_number(sampling, "max_new_tokens")
         named = body.get("rid")
-        return Ask(
+        return CompletionRequest(
             rid=named if isinstance(named, str) else rid,
             model="",
             prompt=prompt,
@@ -65,43 +78,43 @@ class Native:
         """400."""
         return protocol.reply({"error": {"message": message}}, 400)
 
-    def whole(self, ask: Ask, answer: Answer) -> dict[str, Any]:
+    def whole(self, request: CompletionRequest, answer: Answer) -> dict[str, Any]:
         """Text, output ids and `meta_info`."""
         if answer.finish is ABORTED_WAITING:  # shorter, as `TokenizerManager._handle_abort_req` makes it
-            waited: dict[str, Any] = {"id": ask.rid, "finish_reason": answer.finish}
+            waited: dict[str, Any] = {"id": request.rid, "finish_reason": answer.finish}
             waited |= {
                 "weight_version": answer.weight_version,
                 "e2e_latency": answer.seconds,
                 "completion_tokens": 0,
             }
             return {"text": "", "output_ids": [], "meta_info": waited}
-        meta = _meta(ask, answer.finish, answer.prompt_tokens, answer.weight_version)
+        meta = _meta(request, answer.finish, answer.prompt_tokens, answer.weight_version)
         meta |= {
             "reasoning_tokens": 0,
             "completion_tokens": answer.completion_tokens,
             "cached_tokens": answer.cached_tokens,
         }
         ids = token_ids(answer.text)
-        if ask.logprob_start is not None:
-            meta["input_token_logprobs"] = _input_logprobs(ask, ask.logprob_start)
+        if request.logprob_start is not None:
+            meta["input_token_logprobs"] = _input_logprobs(request, request.logprob_start)
             meta["output_token_logprobs"] = [[-0.5, token, None] for token in ids]
             meta["output_token_logprobs_length"] = len(ids)
         meta["weight_versions"] = answer.weights
         meta["e2e_latency"] = answer.seconds
         return {"text": answer.text, "output_ids": ids, "meta_info": meta}
 
-    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes:
+    def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes:
         """All that is written so far: without --incremental-streaming-output each event repeats it."""
         if not piece:
             return b""
         text = so_far + piece
-        meta = _meta(ask, None, count_tokens(ask.prompt), self._weights.version)
+        meta = _meta(request, None, count_tokens(request.prompt), self._weights.version)
         meta |= {"reasoning_tokens": 0, "completion_tokens": count_tokens(text), "cached_tokens": 0}
         return protocol.event({"text": text, "output_ids": token_ids(text), "meta_info": meta})
 
-    def last(self, ask: Ask, answer: Answer) -> bytes:
+    def last(self, request: CompletionRequest, answer: Answer) -> bytes:
         """The whole answer with its finish reason."""
-        return protocol.event(self.whole(ask, answer))
+        return protocol.event(self.whole(request, answer))
 
 
 def _prompt(body: dict[str, Any]) -> str | list[int]:
@@ -130,9 +143,11 @@ def _logprob_start(body: dict[str, Any], prompt: str | list[int]) -> int:
     return start
 
 
-def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int, version: str) -> dict[str, Any]:
+def _meta(
+    request: CompletionRequest, finish: dict[str, Any] | None, prompt_tokens: int, version: str
+) -> dict[str, Any]:
     return {
-        "id": ask.rid,
+        "id": request.rid,
         "finish_reason": finish,
         "prompt_tokens": prompt_tokens,
         "weight_version": version,
@@ -140,17 +155,17 @@ def _meta(ask: Ask, finish: dict[str, Any] | None, prompt_tokens: int, version: 
     }
 
 
-def _input_logprobs(ask: Ask, start: int) -> list[list[float | int | None]]:
+def _input_logprobs(request: CompletionRequest, start: int) -> list[list[float | int | None]]:
     """One entry a token from `start` on; the first has no logprob. What follows is likelier where its words
     have been met before; of ids that stand for no known text, nothing is.
     """
-    ids = token_ids(ask.prompt if ask.ids is None else ask.ids, start)
+    ids = token_ids(request.prompt if request.ids is None else request.ids, start)
     if not ids:
         return []
-    means = [NEW] * len(ids)
-    if isinstance(ask.prompt, str):
-        at = (start + 1) * CHARACTERS_A_TOKEN
-        means = surprise(ask.prompt[:at], ask.prompt[at:])
+    means = [NEW_WORD_LOSS] * len(ids)
+    if isinstance(request.prompt, str):
+        at = (start + 1) * CHARACTERS_PER_TOKEN
+        means = token_losses(request.prompt[:at], request.prompt[at:])
     rows: list[list[float | int | None]] = [[None, ids[0], None]]
     for mean, token in zip(means, ids[1:], strict=False):
         rows.append([-mean * (0.5 + token % 1024 / 1024), token, None])

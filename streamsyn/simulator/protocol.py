@@ -5,62 +5,12 @@ Shapes: srt/entrypoints/http_server.py, srt/entrypoints/openai/serving_base.py.
 What comes to the simulator and how its answer leaves, whatever carries them.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
 
-from streamsyn.simulator.ask import Answer, Ask, Malformed
-
-
-@dataclass(slots=True)
-class Statistics:
-    """What `/simulator/stats` tells. `requests` are those to write or score; `by_route` counts all."""
-
-    requests: int = 0
-    answered: int = 0
-    """Answers sent to the last byte, good or with bad content; tokens are counted for these."""
-    aborted: int = 0
-    """Requests that were answered with finish_reason "abort"."""
-    disconnected: int = 0
-    """Requests whose client went away first."""
-    connections: int = 0
-    """Connections on which at least one request came."""
-    retracted: int = 0
-    """How often a request was thrown out of the running batch to be computed again."""
-    in_flight: int = 0
-    max_in_flight: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    by_route: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def cache_hit_rate(self) -> float:
-        """Share of prompt tokens that came from the prefix cache."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """A plain copy, ready for JSON."""
-        return {
-            "requests": self.requests,
-            "by_route": dict(self.by_route),
-            "answered": self.answered,
-            "faults": {str(kind): count for kind, count in self.faults.items()},
-            "in_flight": self.in_flight,
-            "max_in_flight": self.max_in_flight,
-            "connections": self.connections,
-            "aborted": self.aborted,
-            "disconnected": self.disconnected,
-            "retracted": self.retracted,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "completion_tokens": self.completion_tokens,
-        }
-
+from streamsyn.simulator.completion_request import Answer, CompletionRequest, Malformed
 
 JSON: Final = "application/json"
 
@@ -125,7 +75,7 @@ def read_object(data: bytes) -> dict[str, Any]:
     return body
 
 
-class Asked(NamedTuple):
+class RawRequest(NamedTuple):
     """A request as it arrives."""
 
     method: str
@@ -136,7 +86,7 @@ class Asked(NamedTuple):
     body: bytes
 
 
-class Line(Protocol):
+class ResponseWriter(Protocol):
     """The way back to the client: a connection, or a call within the process.
 
     Sending raises ConnectionError, or the task is cancelled, when the client has gone.
@@ -166,29 +116,31 @@ class Line(Protocol):
 DONE: Final = b"data: [DONE]\n\n"
 
 
-class Wording(Protocol):
+class StreamFormat(Protocol):
     """How a dialect words the parts of a streamed answer."""
 
-    def piece(self, ask: Ask, so_far: str, piece: str) -> bytes: ...
-    def last(self, ask: Ask, answer: Answer) -> bytes: ...
+    def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes: ...
+    def last(self, request: CompletionRequest, answer: Answer) -> bytes: ...
 
 
 class EventStream:
     """A streamed answer. Nothing is sent, not even the status, before its first event."""
 
-    def __init__(self, line: Line, wording: Wording, ask: Ask, *, cut: bool) -> None:
-        self._line = line
-        self._wording = wording
-        self._ask = ask
+    def __init__(
+        self, writer: ResponseWriter, stream_format: StreamFormat, request: CompletionRequest, *, cut: bool
+    ) -> None:
+        self._writer = writer
+        self._stream_format = stream_format
+        self._request = request
         self._cut = cut
         self._so_far = ""
 
     async def feed(self, piece: str) -> None:
         """Sends the next piece of the text."""
-        event = self._wording.piece(self._ask, self._so_far, piece)
+        event = self._stream_format.piece(self._request, self._so_far, piece)
         self._so_far += piece
         if event:
-            await self._line.stream(event)
+            await self._writer.stream(event)
 
     async def fail(self, message: str, kind: str, code: int) -> None:
         """Ends the stream with an error in it."""
@@ -197,7 +149,7 @@ class EventStream:
     async def finish(self, event: bytes) -> None:
         """Ends the stream with its last event; one that is to be cut ends without it."""
         if self._cut:
-            await self._line.cut()
+            await self._writer.cut()
             return
-        await self._line.stream(event + DONE)
-        await self._line.end()
+        await self._writer.stream(event + DONE)
+        await self._writer.end()

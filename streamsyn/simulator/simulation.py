@@ -1,19 +1,30 @@
+"""One simulated server: its configuration, engine, texts, faults, weights and counters."""
+
 import asyncio
 import time
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from random import Random
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from streamsyn.simulator.ask import ABORTED, ABORTED_WAITING, Answer, Ask, Finish, compose, cut_short
 from streamsyn.simulator.batching import BatchedEngine, Batching
+from streamsyn.simulator.completion_request import (
+    ABORTED,
+    ABORTED_WAITING,
+    Answer,
+    CompletionRequest,
+    Finish,
+    compose,
+    cut_short,
+)
 from streamsyn.simulator.engine import Engine, ServerLost, Work
 from streamsyn.simulator.faults import Fault, FaultPlan, Script
 from streamsyn.simulator.plain_engine import PlainEngine
 from streamsyn.simulator.prose import Prose
-from streamsyn.simulator.protocol import Statistics
-from streamsyn.simulator.radix_cache import CHARACTERS_A_TOKEN, count_tokens
 from streamsyn.simulator.settings import PLAIN_CACHE_TOKENS, PLAIN_SLOTS, SimulatorConfig
+from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN, count_tokens
 from streamsyn.simulator.weights import Weights
 
 PIECE_TOKENS: Final = 8
@@ -161,7 +172,9 @@ class Simulation:
         """32 hexadecimal digits, as the real server makes them for a request without one."""
         return f"{self._random.getrandbits(128):032x}"
 
-    async def answer(self, ask: Ask, fault: Fault | None, feed: Feed | None = None) -> Answer:
+    async def answer(
+        self, request: CompletionRequest, fault: Fault | None, feed: Feed | None = None
+    ) -> Answer:
         """Runs one request: waits for its turn, takes its time, holds its place until it is complete.
 
         Raises:
@@ -176,17 +189,17 @@ class Simulation:
             if self.gone:
                 raise ServerLost
         work = Work(
-            ask.rid,
-            ask.prompt,
-            ask.reuse_limit,
-            max_new_tokens=ask.max_tokens,
+            request.rid,
+            request.prompt,
+            request.reuse_limit,
+            max_new_tokens=request.max_tokens,
             piece=PIECE_TOKENS if feed else 0,
             stalls=fault is Fault.STALL,
         )
         self.engine.enter(work)
         try:
             with weights.watched(work) as spans:
-                work.output, finish = compose(ask, fault, self._prose, self.config.words)
+                work.output, finish = compose(request, fault, self._prose, self.config.words)
                 work.target = count_tokens(work.output)
                 await self.engine.begin(work)
                 if not work.running:
@@ -220,7 +233,7 @@ class Simulation:
         else:
             written = await self._write_pieces(work, whole, feed)
         if written < whole:
-            text, finish = text[: written * CHARACTERS_A_TOKEN], cut_short(written)
+            text, finish = text[: written * CHARACTERS_PER_TOKEN], cut_short(written)
         return text, ABORTED if work.aborted else finish
 
     async def _write_pieces(self, work: Work, whole: int, feed: Feed) -> int:
@@ -235,7 +248,7 @@ class Simulation:
                 await self.weights.flow()
             if now < goal and work.aborted:
                 return written
-            await feed(text[written * CHARACTERS_A_TOKEN : now * CHARACTERS_A_TOKEN])
+            await feed(text[written * CHARACTERS_PER_TOKEN : now * CHARACTERS_PER_TOKEN])
             if now < goal:
                 return now
             written = now
@@ -245,3 +258,50 @@ class Simulation:
         jitter = self.config.jitter_ms
         moved = self._random.uniform(-jitter, jitter) if jitter else 0.0
         return max(0.0, self.config.latency_ms + moved) / 1000 / self.engine.speed
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What `/simulator/stats` tells. `requests` are those to write or score; `by_route` counts all."""
+
+    requests: int = 0
+    answered: int = 0
+    """Answers sent to the last byte, good or with bad content; tokens are counted for these."""
+    aborted: int = 0
+    """Requests that were answered with finish_reason "abort"."""
+    disconnected: int = 0
+    """Requests whose client went away first."""
+    connections: int = 0
+    """Connections on which at least one request came."""
+    retracted: int = 0
+    """How often a request was thrown out of the running batch to be computed again."""
+    in_flight: int = 0
+    max_in_flight: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    by_route: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of prompt tokens that came from the prefix cache."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain copy, ready for JSON."""
+        return {
+            "requests": self.requests,
+            "by_route": dict(self.by_route),
+            "answered": self.answered,
+            "faults": {str(kind): count for kind, count in self.faults.items()},
+            "in_flight": self.in_flight,
+            "max_in_flight": self.max_in_flight,
+            "connections": self.connections,
+            "aborted": self.aborted,
+            "disconnected": self.disconnected,
+            "retracted": self.retracted,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+        }

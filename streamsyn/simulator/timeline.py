@@ -58,11 +58,11 @@ class Change:
     die: bool = False
 
 
-class Door(Protocol):
+class Listener(Protocol):
     """Where a server takes connections."""
 
     async def open(self) -> None: ...
-    def shut(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Timeline:
@@ -99,11 +99,11 @@ class Timeline:
             if event.die:
                 return
 
-    async def play(self, simulation: Simulation, door: Door | None = None) -> None:
+    async def play(self, simulation: Simulation, listener: Listener | None = None) -> None:
         """Does all this to `simulation`, from now on; returns when nothing is left to happen.
 
         Raises:
-            ConfigError: The door does not open again.
+            ConfigError: The listener does not open again.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -116,27 +116,27 @@ class Timeline:
             if change.faults is not None:
                 simulation.faults.set_rates(change.faults)
             if change.down is True:
-                if door is not None:
-                    door.shut()
+                if listener is not None:
+                    listener.close()
                 simulation.go_down()
             elif change.down is False:
                 simulation.come_up()
-                if door is not None:
-                    await door.open()
+                if listener is not None:
+                    await listener.open()
             if change.die:
                 simulation.die()
 
 
 @asynccontextmanager
 async def playing(
-    timeline: Timeline | None, simulation: Simulation, door: Door | None = None
+    timeline: Timeline | None, simulation: Simulation, listener: Listener | None = None
 ) -> AsyncIterator[None]:
     """Plays `timeline`, if there is one, until the end of the block; its errors come in a group then."""
     if timeline is None:
         yield
         return
     async with background() as tasks:
-        tasks.start(timeline.play(simulation, door), name="timeline")
+        tasks.start(timeline.play(simulation, listener), name="timeline")
         yield
 
 

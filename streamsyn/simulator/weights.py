@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamsyn.simulator import protocol
-from streamsyn.simulator.ask import Malformed
+from streamsyn.simulator.completion_request import Malformed
 from streamsyn.simulator.engine import Engine, Work
-from streamsyn.simulator.protocol import Asked
+from streamsyn.simulator.protocol import RawRequest
 from streamsyn.simulator.settings import SimulatorConfig
 
 DEFAULT: Final = "default"
@@ -41,7 +41,7 @@ class Weights:
         """What it read its weights from; by that it calls its model."""
         self.version = DEFAULT
         """Of what it writes."""
-        self.told = DEFAULT
+        self.reported_version = DEFAULT
         """What it says on /model_info: not new when an update has failed half way."""
         self.mode: str | None = None
         """How it was paused; None when it is not."""
@@ -73,7 +73,7 @@ class Weights:
         self.mode = mode
         self._open.clear()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Hold nothing any more."""
         self.mode = None
         self._open.set()
@@ -104,7 +104,7 @@ class Weights:
         return found
 
 
-class Steering:
+class WeightRoutes:
     """The routes that pause a server and give it other weights (srt/managers/tokenizer_manager.py)."""
 
     def __init__(self, weights: Weights, engine: Engine, load_s: float) -> None:
@@ -112,11 +112,11 @@ class Steering:
         self._engine = engine
         self._load_s = load_s
 
-    async def pause(self, asked: Asked) -> protocol.Reply:
+    async def pause(self, raw: RawRequest) -> protocol.Reply:
         """POST /pause_generation; with `abort` it is answered when nothing is in flight any more."""
         weights = self._weights
         try:
-            mode = protocol.read_object(asked.body).get("mode", "abort")
+            mode = protocol.read_object(raw.body).get("mode", "abort")
             if mode not in MODES:
                 raise Malformed("body.mode: Input should be 'abort', 'retract' or 'in_place'")
         except Malformed as error:
@@ -127,20 +127,20 @@ class Steering:
             await weights.idle()
         return _said("paused")
 
-    async def go_on(self, asked: Asked) -> protocol.Reply:
+    async def resume(self, raw: RawRequest) -> protocol.Reply:
         """POST /continue_generation."""
         try:
-            protocol.read_object(asked.body)
+            protocol.read_object(raw.body)
         except Malformed as error:
             return protocol.malformed(str(error))
-        self._weights.go_on()
+        self._weights.resume()
         return _said("continued")
 
-    async def update(self, asked: Asked) -> protocol.Reply:
+    async def update(self, raw: RawRequest) -> protocol.Reply:
         """POST /update_weights_from_disk; unless it is paused, it waits for all that is in flight."""
         weights = self._weights
         try:
-            body = protocol.read_object(asked.body)
+            body = protocol.read_object(raw.body)
             path, version = body.get("model_path"), body.get("weight_version")
             if not isinstance(path, str) or not isinstance(version, str | None):
                 raise Malformed("body: Object missing required field `model_path`")
@@ -155,7 +155,7 @@ class Steering:
             await weights.idle()
             return await self._load(path, version, flush=body.get("flush_cache", True) is True)
         finally:
-            weights.go_on()
+            weights.resume()
 
     async def _load(self, path: str, version: str | None, *, flush: bool) -> protocol.Reply:
         weights = self._weights
@@ -167,11 +167,11 @@ class Steering:
             return _updated(NOT_FLUSHED, good=False)
         if flush:
             self._engine.cache.clear()
-        weights.told = weights.version
+        weights.reported_version = weights.version
         said = "Succeeded to update model weights."
         return _updated(f"{said} Weight version updated to {version}." if version else said, good=True)
 
-    async def health(self, _asked: Asked) -> protocol.Reply:
+    async def health(self, _raw: RawRequest) -> protocol.Reply:
         """GET /health: a token has to be generated for it, which a server that is paused does not."""
         with suppress(TimeoutError):
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
@@ -179,7 +179,7 @@ class Steering:
                 return protocol.Reply()
         return protocol.Reply(503)
 
-    async def ready(self, _asked: Asked) -> protocol.Reply:
+    async def ready(self, _raw: RawRequest) -> protocol.Reply:
         """GET /ready."""
         return protocol.Reply(200 if self._weights.mode is None else 503)
 

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
-from streamsyn.simulator.ask import Answer, Ask
-from streamsyn.simulator.control import load, metrics, server_info
+from streamsyn.simulator.completion_request import Answer, CompletionRequest
 from streamsyn.simulator.costs import CPU
 from streamsyn.simulator.engine import DuplicateRid, QueueFull, ServerLost
 from streamsyn.simulator.faults import Fault
+from streamsyn.simulator.routes import load, metrics, server_info
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.virtual_time import run_virtually
 
 
-def ask(rid: str, words: str = "geese ", times: int = 100, **fields: Any) -> Ask:
+def ask(rid: str, words: str = "geese ", times: int = 100, **fields: Any) -> CompletionRequest:
     """A request of 150 tokens, unless told otherwise."""
-    return Ask(rid, "m", f"{rid} {words * times}", words, **{"max_tokens": 64, "stream": False, **fields})
+    return CompletionRequest(
+        rid, "m", f"{rid} {words * times}", words, **{"max_tokens": 64, "stream": False, **fields}
+    )
 
 
 def virtually(
@@ -37,7 +39,9 @@ def virtually(
     return kept[0]
 
 
-async def all_of(simulation: Simulation, *asks: Ask, fault: Fault | None = None) -> list[Answer]:
+async def all_of(
+    simulation: Simulation, *asks: CompletionRequest, fault: Fault | None = None
+) -> list[Answer]:
     """The answers to several requests that come at the same time."""
     async with asyncio.TaskGroup() as group:
         asking = [group.create_task(simulation.answer(each, fault)) for each in asks]
@@ -230,7 +234,7 @@ def test_retractions_are_counted_and_lose_no_text() -> None:
 
 PROGRAM = """
 import asyncio
-from streamsyn.simulator.ask import Ask
+from streamsyn.simulator.completion_request import CompletionRequest
 from streamsyn.simulator.virtual_time import run_virtually
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -241,7 +245,7 @@ async def main():
     async def one(number):
         await asyncio.sleep(number % 7 * 0.9)
         prompt = "shared " * (100 * (number % 5)) + f"{number} " * 300
-        answer = await server.answer(Ask(f"{number}", "m", prompt, "", 300), None)
+        answer = await server.answer(CompletionRequest(f"{number}", "m", prompt, "", 300), None)
         print(number, answer.seconds, answer.cached_tokens, hash(answer.text) and answer.text[:40])
     async with asyncio.TaskGroup() as group:
         for number in range(60):

@@ -9,10 +9,11 @@ from streamsyn.errors import ConfigError
 from streamsyn.simulator.costs import H100
 from streamsyn.simulator.engine import Work
 from streamsyn.simulator.faults import Fault, FaultPlan
-from streamsyn.simulator.plain_engine import PlainEngine
-from streamsyn.simulator.prose import MET, NEW, Prose, Spelling, found, surprise, token_ids, told
-from streamsyn.simulator.radix_cache import PrefixCache, chain, extend
+from streamsyn.simulator.plain_engine import PlainEngine, PrefixCache
+from streamsyn.simulator.prose import Prose, answering_sentence, given_answer
+from streamsyn.simulator.radix_cache import block_keys, extend_keys
 from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.tokens import KNOWN_WORD_LOSS, NEW_WORD_LOSS, Tokenizer, token_ids, token_losses
 
 
 def test_rates_decide_the_same_way_for_a_seed() -> None:
@@ -93,7 +94,7 @@ def test_limits_override_those_of_the_cost_model() -> None:
 def test_the_cache_forgets_leaves_first() -> None:
     """Beyond its capacity the cache drops the ends of the least recently used prefixes."""
     cache = PrefixCache(4 * 64)
-    old, new = chain("a" * 256 * 3), chain("b" * 256 * 2)
+    old, new = block_keys("a" * 256 * 3), block_keys("b" * 256 * 2)
     cache.insert(old)
     cache.insert(new)
     assert cache.tokens == 4 * 64
@@ -106,7 +107,7 @@ def test_the_cache_forgets_leaves_first() -> None:
 def test_keys_of_a_longer_prompt_extend_those_of_the_shorter() -> None:
     """Extending gives the keys that the joined text has."""
     prompt, output = "geese " * 150, "fly south " * 90
-    assert extend(chain(prompt), prompt, output) == chain(prompt + output)
+    assert extend_keys(block_keys(prompt), prompt, output) == block_keys(prompt + output)
 
 
 def runs(text: str) -> set[tuple[str, ...]]:
@@ -142,36 +143,43 @@ def test_texts_are_fixed_by_the_seed() -> None:
 
 def test_ids_are_spelled_as_what_they_were_made_from() -> None:
     """Also two texts one after the other, the second cut; ids that were never made stand for nothing."""
-    spelling, first, second = Spelling(), "The geese fly south.!", "In autumn, when it is cold."
-    ids, more = spelling.learn(first), spelling.learn(second)
+    tokenizer, first, second = Tokenizer(), "The geese fly south.!", "In autumn, when it is cold."
+    ids, more = tokenizer.encode(first), tokenizer.encode(second)
     assert ids == token_ids(first)
-    assert spelling.text(ids + more[:3]) == first.ljust(24) + second[:12]
-    assert spelling.text([*ids, 7]) is None
+    assert tokenizer.decode(ids + more[:3]) == first.ljust(24) + second[:12]
+    assert tokenizer.decode([*ids, 7]) is None
 
 
 def test_words_that_were_met_are_likelier() -> None:
     """Token by token: one that holds part of a new word is as unlikely as a new word, case aside."""
-    assert surprise("the Geese fly", "Geese FLY") == [MET, MET, MET]
-    assert surprise("geese", "a goose. geese") == [NEW, NEW, MET, MET]
+    assert token_losses("the Geese fly", "Geese FLY") == [KNOWN_WORD_LOSS, KNOWN_WORD_LOSS, KNOWN_WORD_LOSS]
+    assert token_losses("geese", "a goose. geese") == [
+        NEW_WORD_LOSS,
+        NEW_WORD_LOSS,
+        KNOWN_WORD_LOSS,
+        KNOWN_WORD_LOSS,
+    ]
 
 
 def test_a_question_is_answered_with_the_sentence_that_has_most_of_its_words() -> None:
     """Sentences of all but the last two paragraphs; none where no word is met."""
     how = "Answer briefly."
     context = "Geese are loud. They fly south in autumn.\n\nDucks stay."
-    assert found(f"{context}\n\nWhen do geese fly south?\n\n{how}") == "They fly south in autumn."
-    assert found(f"{context}\n\nWho wrote it?\n\n{how}") == ""
-    assert found(f"When do geese fly south?\n\n{how}") == ""
+    assert (
+        answering_sentence(f"{context}\n\nWhen do geese fly south?\n\n{how}") == "They fly south in autumn."
+    )
+    assert answering_sentence(f"{context}\n\nWho wrote it?\n\n{how}") == ""
+    assert answering_sentence(f"When do geese fly south?\n\n{how}") == ""
 
 
 def test_faithful_texts_hold_the_answer() -> None:
     """What stands below `Answer:` in the prompt, in such a share of texts; the others stay as they are."""
     prompt = "Question:\nWho?\n\nAnswer:\nKeeper Amund\nTarn.\n\nNow write."
-    assert told(prompt) == "Keeper Amund Tarn."
-    assert told("Write.") == ""
+    assert given_answer(prompt) == "Keeper Amund Tarn."
+    assert given_answer("Write.") == ""
     faithful, half, plain = (Prose(0, share) for share in (1.0, 0.5, 0.0))
-    texts = [faithful.about(told(prompt), 100) for _ in range(100)]
+    texts = [faithful.about(given_answer(prompt), 100) for _ in range(100)]
     assert all("It is on record: Keeper Amund Tarn. " in text for text in texts)
-    assert 30 < sum("Amund" in half.about(told(prompt), 100) for _ in range(100)) < 70
+    assert 30 < sum("Amund" in half.about(given_answer(prompt), 100) for _ in range(100)) < 70
     same = Prose(0)
-    assert [plain.about(told(prompt), 60) for _ in range(9)] == [same.write(60) for _ in range(9)]
+    assert [plain.about(given_answer(prompt), 60) for _ in range(9)] == [same.write(60) for _ in range(9)]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from streamsyn.simulator.faults import Fault
-from streamsyn.simulator.prose import Prose, found, told
-from streamsyn.simulator.radix_cache import CHARACTERS_A_TOKEN, count_tokens
+from streamsyn.simulator.prose import Prose, answering_sentence, given_answer
 from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN, count_tokens
 
 EOS_ID: Final = 2
 
@@ -41,7 +41,7 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class CompletionRequest:
     """What a request asks for, whatever its dialect."""
 
     rid: str
@@ -77,31 +77,31 @@ def whole_number(body: Mapping[str, Any], name: str) -> int | None:
     raise Malformed(f"{name}: Input should be a valid integer")
 
 
-def check_length(ask: Ask, config: SimulatorConfig) -> Ask:
-    """The ask, if its prompt and answer fit the context (`TokenizerManager._validate_one_request`).
+def check_length(request: CompletionRequest, config: SimulatorConfig) -> CompletionRequest:
+    """The request, if its prompt and answer fit the context (`TokenizerManager._validate_one_request`).
 
     Raises:
         Refused: they do not.
     """
-    tokens = count_tokens(ask.prompt)
+    tokens = count_tokens(request.prompt)
     if tokens >= config.context_tokens:
         raise Refused(
             f"The input ({tokens} tokens) is longer than the model's context length "
             f"({config.context_tokens} tokens)."
         )
-    if ask.max_tokens is not None and tokens + ask.max_tokens > config.context_tokens:
+    if request.max_tokens is not None and tokens + request.max_tokens > config.context_tokens:
         raise Refused(
             f"Requested token count exceeds the model's maximum context length of {config.context_tokens} "
-            f"tokens. You requested a total of {tokens + ask.max_tokens} tokens: {tokens} tokens from the "
-            f"input messages and {ask.max_tokens} tokens for the completion. Please reduce the number of "
+            f"tokens. You requested a total of {tokens + request.max_tokens} tokens: {tokens} tokens from the "
+            f"input messages and {request.max_tokens} tokens for the completion. Please reduce the number of "
             "tokens in the input messages or the completion to fit within the limit."
         )
-    return ask
+    return request
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of an ask."""
+    """What came of an request."""
 
     text: str
     finish: Finish
@@ -130,20 +130,20 @@ def cut_short(tokens: int) -> Finish:
     return {"type": "length", "length": tokens}
 
 
-def compose(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> tuple[str, Finish]:
+def compose(request: CompletionRequest, fault: Fault | None, prose: Prose, words: int) -> tuple[str, Finish]:
     """What is to be written, and how it ends."""
-    if ask.max_tokens == 0:
+    if request.max_tokens == 0:
         return "", cut_short(0)
-    text = _content(ask, fault, prose, words)
+    text = _content(request, fault, prose, words)
     tokens = count_tokens(text)
-    if ask.max_tokens is not None and tokens > ask.max_tokens:
-        return text[: ask.max_tokens * CHARACTERS_A_TOKEN], cut_short(ask.max_tokens)
+    if request.max_tokens is not None and tokens > request.max_tokens:
+        return text[: request.max_tokens * CHARACTERS_PER_TOKEN], cut_short(request.max_tokens)
     if fault is Fault.TRUNCATED:
         return text, cut_short(tokens)
     return text, ABORTED if fault is Fault.ABORTED else STOPPED
 
 
-def _content(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> str:
+def _content(request: CompletionRequest, fault: Fault | None, prose: Prose, words: int) -> str:
     match fault:
         case Fault.EMPTY:
             return ""
@@ -155,17 +155,19 @@ def _content(ask: Ask, fault: Fault | None, prose: Prose, words: int) -> str:
             sentence = prose.write(16)
             return " ".join([sentence] * max(8, words // 16))
         case Fault.ECHO:
-            return ask.question
+            return request.question
         case Fault.QA:
-            last = ask.question.rstrip().rpartition("\n")[2]
-            return f"{prose.write(words)}\n\nQuestion: {ask.question}\nAnswer: {last}"
+            last = request.question.rstrip().rpartition("\n")[2]
+            return f"{prose.write(words)}\n\nQuestion: {request.question}\nAnswer: {last}"
         case Fault.TRUNCATED | Fault.ABORTED:
             text = prose.write(words)
             return text[: len(text) * 3 // 5]
-        case _ if PAIR_FORM in ask.question:
+        case _ if PAIR_FORM in request.question:
             return prose.pair()
         case _:
-            return (found(ask.question) if ask.is_exam else "") or prose.about(told(ask.question), words)
+            return (answering_sentence(request.question) if request.is_exam else "") or prose.about(
+                given_answer(request.question), words
+            )
 
 
 DEFAULT_MODEL: Final = "default"
