@@ -1,4 +1,4 @@
-"""Small charts as inline SVG. Places across are percentages, so that text keeps its size at any width."""
+"""Small charts as inline SVG. Horizontal positions are in per cent, so text keeps its size at any width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,91 +7,92 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 
 from streamsyn.pipeline.progress import duration
-from streamsyn.report.distributions import Bin, Histogram, ticks
+from streamsyn.report.histogram import Bin, Histogram, ticks
 from streamsyn.report.traffic import MEASURES, Stretch
 
 _TOP, _BASE, _HEIGHT = 16, 108, 126
 _NARROW = 14.0
-"""Text nearer than this (per cent) to an edge would not fit round its place."""
+"""Labels nearer than this to an edge (in per cent) are aligned to the edge."""
 _BREAK, _BREAKS = 4.0, 30.0
-"""Width of one stop, and of all of them at most, per cent."""
-_MOST_LABELS = 3
+"""Width of a stop, and maximum width of all stops, in per cent."""
+_MAX_LABELS = 3
 
 
 def number_text(value: float) -> str:
-    """A figure for people: as many digits as tell something."""
+    """Return a number as text, with fewer decimals the larger it is."""
     if value == 0 or abs(value) >= 100 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def histogram(
-    values: Histogram, title: str, unit: str, marks: Sequence[tuple[float, str]] = (), at_most: int = 32
+    values: Histogram, title: str, unit: str, markers: Sequence[tuple[float, str]] = (), at_most: int = 32
 ) -> Markup:
-    """Columns over a range; `marks` are values that get a line and a label, such as a target."""
-    told = (
+    """Return a histogram; `markers` are values with a line and a label, such as a target."""
+    description = (
         f"{values.count:,} values from {number_text(values.lowest)} to {number_text(values.highest)} {unit}, "
         f"median {number_text(values.median)}"
     )
-    return columns(values.bins(at_most, tuple(value for value, _ in marks)), title, unit, told, marks)
+    return columns(
+        values.bins(at_most, tuple(value for value, _ in markers)), title, unit, description, markers
+    )
 
 
 def columns(
-    bins: Sequence[Bin], title: str, unit: str, told: str, marks: Sequence[tuple[float, str]] = ()
+    bins: Sequence[Bin], title: str, unit: str, description: str, markers: Sequence[tuple[float, str]] = ()
 ) -> Markup:
-    """Columns of one width; nothing where there are none."""
+    """Return a chart of columns of one width; empty if there are none."""
     if not bins:
         return Markup()
     low, high, most = bins[0].low, bins[-1].high, max(one.count for one in bins)
     width = 100 / len(bins)
     body = []
-    for place, one in enumerate(bins):
+    for index, one in enumerate(bins):
         tall = (_BASE - _TOP) * one.count / most
         tip = f"{number_text(one.low)} to {number_text(one.high)} {unit}: {one.count:,.0f}"
-        body.append(_rect(place * width + width * 0.06, width * 0.88, _BASE - tall, tall, "col", tip))
+        body.append(_rect(index * width + width * 0.06, width * 0.88, _BASE - tall, tall, "col", tip))
     body.append(_line(0, 100, _BASE, _BASE, "axis"))
     body += [
-        _text(_place(value, low, high), _HEIGHT - 4, number_text(value), "tick")
-        for value in ticks(low, high, 4)
+        _text(_x(value, low, high), _HEIGHT - 4, number_text(value), "tick") for value in ticks(low, high, 4)
     ]
-    for value, label in marks:
-        x = _place(value, low, high)
+    for value, label in markers:
+        x = _x(value, low, high)
         body += [_line(x, x, _TOP - 2, _BASE, "mark"), _text(x, _TOP - 6, label, "marked")]
-    return _svg(_HEIGHT, title, told, body)
+    return _svg(_HEIGHT, title, description, body)
 
 
 def box(values: Histogram, low: float, high: float, title: str, style: str = "", line: float = 0.0) -> Markup:
-    """One row: the middle half as a box, the median, and a line over what holds 90 of 100 values."""
-    body = [_line(x, x, 0, 22, "zero") for x in [_place(line, low, high)]]
+    """Return a box plot: the median, a box over the middle 50 %, and whiskers over the middle 90 %."""
+    body = [_line(x, x, 0, 22, "zero") for x in [_x(line, low, high)]]
     if values.count:
         p5, p25, p50, p75, p95 = (
-            _place(values.quantile(share), low, high) for share in (0.05, 0.25, 0.5, 0.75, 0.95)
+            _x(values.quantile(share), low, high) for share in (0.05, 0.25, 0.5, 0.75, 0.95)
         )
         body.append(_line(p5, p95, 11, 11, "whisker"))
         body.append(_rect(p25, max(0.4, p75 - p25), 5, 12, f"box {style}"))
         body.append(_line(p50, p50, 3, 19, "median"))
-    told = (
+    description = (
         f"median {values.median:.2f}, middle half {values.quantile(0.25):.2f} to {values.quantile(0.75):.2f}"
     )
-    return _svg(22, title, told, body)
+    return _svg(22, title, description, body)
 
 
 def axis(low: float, high: float) -> Markup:
-    """The figures below rows of boxes."""
+    """Return the scale below box plots."""
     body = [_line(0, 100, 1, 1, "axis")]
-    body += [_text(_place(value, low, high), 16, number_text(value), "tick") for value in ticks(low, high, 4)]
+    body += [_text(_x(value, low, high), 16, number_text(value), "tick") for value in ticks(low, high, 4)]
     return _svg(20, "scale", f"from {number_text(low)} to {number_text(high)}", body)
 
 
 def bar(value: float, most: float, title: str, style: str = "") -> Markup:
-    """One bar, as long as its share of `most`."""
+    """Return a bar whose length is its share of `most`."""
     width = 100 * value / most if most else 0.0
     return _svg(14, title, "", [_rect(0, max(width, 0.4 if value else 0.0), 1, 12, f"col {style}")])
 
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A column of a time chart, and where it stands."""
+    """A column of a time chart with its position and width in per cent."""
 
     x: float
     width: float
@@ -100,7 +101,7 @@ class _Placed:
 
 
 def over_time(stretches: Sequence[Stretch], measure: str, per_s: float, title: str) -> Markup:
-    """A measure over time, a stop drawn as a narrow band. `per_s` seconds are the unit: 60 for a minute."""
+    """Return a chart of a measure over time, with stops as narrow bands. The rate is per `per_s` seconds."""
     columns, stops = _layout(stretches, MEASURES.index(measure), per_s)
     most = max((column.rate for column in columns), default=0.0)
     if not most:
@@ -115,20 +116,20 @@ def over_time(stretches: Sequence[Stretch], measure: str, per_s: float, title: s
 
 
 def highest_rate(stretches: Sequence[Stretch], measure: str, per_s: float) -> str:
-    """The highest column of a time chart."""
+    """Return the highest rate of a time chart."""
     columns, _ = _layout(stretches, MEASURES.index(measure), per_s)
     return number_text(max((column.rate for column in columns), default=0.0))
 
 
 def time_axis(stretches: Sequence[Stretch]) -> Markup:
-    """When the stretches began, and how long the stops between them were."""
+    """Return the time axis: start, end, and the longest stops."""
     columns, stops = _layout(stretches, 0, 1)
     if not columns:
         return Markup()
     body = [_text(0, 14, clock(columns[0].at), "tick")]
     last = stretches[-1].columns[-1]
     body.append(_text(100, 14, clock(last.at + last.seconds), "tick"))
-    longest = sorted(stops, key=lambda stop: -stop[2])[:_MOST_LABELS]
+    longest = sorted(stops, key=lambda stop: -stop[2])[:_MAX_LABELS]
     body += [
         _text(x + width / 2, 30, f"stopped {duration(seconds)}", "tick") for x, width, seconds in longest
     ]
@@ -138,20 +139,20 @@ def time_axis(stretches: Sequence[Stretch]) -> Markup:
 
 
 def clock(at: float) -> str:
-    """A time of day, in UTC."""
+    """Return a Unix time as date and time in UTC."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _layout(
     stretches: Sequence[Stretch], measure: int, per_s: float
 ) -> tuple[list[_Placed], list[tuple[float, float, float]]]:
-    """Columns, and stops as (x, width, seconds)."""
+    """Return columns, and stops as (x, width, seconds)."""
     gap = min(_BREAK, _BREAKS / max(1, len(stretches) - 1)) if len(stretches) > 1 else 0.0
     active = sum(column.seconds for stretch in stretches for column in stretch.columns)
     scale = (100 - gap * max(0, len(stretches) - 1)) / max(active, 1e-9)
     columns, stops, x = [], [], 0.0
-    for place, stretch in enumerate(stretches):
-        if place:
+    for index, stretch in enumerate(stretches):
+        if index:
             stops.append((x + 0.15 * gap, 0.7 * gap, stretch.stopped_s))
             x += gap
         for column in stretch.columns:
@@ -162,15 +163,15 @@ def _layout(
     return columns, stops
 
 
-def _place(value: float, low: float, high: float) -> float:
+def _x(value: float, low: float, high: float) -> float:
     return 100 * min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 50.0
 
 
-def _svg(height: int, title: str, told: str, body: Sequence[Markup]) -> Markup:
+def _svg(height: int, title: str, description: str, body: Sequence[Markup]) -> Markup:
     return Markup(
         '<svg class="plot" width="100%" height="{}" role="img" aria-label="{}">'
         "<title>{}</title><desc>{}</desc>{}</svg>"
-    ).format(height, title, title, told, Markup("").join(body))
+    ).format(height, title, title, description, Markup("").join(body))
 
 
 def _rect(x: float, width: float, y: float, height: float, style: str, tip: str = "") -> Markup:

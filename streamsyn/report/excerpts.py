@@ -1,29 +1,25 @@
-"""Texts to read: cut in the middle when they are long, with what matters in them marked.
-
-What is shown of single rejects, near-duplicates and leaks.
-"""
+"""Excerpts of texts for reading: long ones are cut in the middle, and the words of the answer are marked."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
-from streamsyn.report.log_rows import text
+from streamsyn.report.log_rows import Span
 
-Span = tuple[int, int]
 Kind = Literal["plain", "answer", "cut"]
 
 _LONG = 3600
-"""Characters; longer texts are cut."""
-_HEAD, _TAIL, _ROUND, _BEFORE = 900, 500, 900, 200
-"""Characters that are left of a long text: at its start, its end, and from a little before what matters."""
-_WORD = 40
-_NEAR = 300
-"""Nothing shorter is cut out."""
-_MOST_MARKS = 400
-_MOST_WORDS = 24
-"""Of a longer answer only names and numbers are looked for: the rest stands everywhere."""
+"""Longer texts are cut, in characters."""
+_HEAD, _TAIL, _AFTER, _BEFORE = 900, 500, 900, 200
+"""Characters kept of a long text: at its start and end, and after and before facts and the answer."""
+_MAX_WORD = 40
+_MIN_CUT = 300
+"""Shorter parts are not cut out."""
+_MAX_MARKS = 400
+_MAX_WORDS = 24
+"""Of answers with more words only names and numbers are marked, as the rest is common."""
 _COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -32,15 +28,15 @@ _COMMON = frozenset(
         would your""",
     )
 )
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
-_PICTURES |= dict.fromkeys((0x2028, 0x2029), 0x2424)
-_PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F), 0x2423)
+_SUBSTITUTES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_SUBSTITUTES |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
+_SUBSTITUTES |= dict.fromkeys((0x2028, 0x2029), 0x2424)
+_SUBSTITUTES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F), 0x2423)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of text of one kind; `in_facts` where the facts were asked for there."""
+class Segment:
+    """A part of a text of one kind; `in_facts` if its section was asked to hold the facts."""
 
     text: str
     kind: Kind = "plain"
@@ -48,145 +44,98 @@ class Piece:
 
 
 def visible(text: str) -> str:
-    """With signs for control characters, and for those that turn the direction of writing."""
-    return text.translate(_PICTURES)
+    """Return the text with visible substitutes for control and bidirectional characters."""
+    return text.translate(_SUBSTITUTES)
 
 
-def shortened(text: str, most_chars: int, *, is_told: bool = True) -> str:
-    """As it is, or its beginning and, if that is to be told, how much is missing."""
-    if len(text) <= most_chars:
+def shortened(text: str, max_chars: int, *, show_rest: bool = True) -> str:
+    """Return at most `max_chars` characters, and how many are left out if `show_rest` is set."""
+    if len(text) <= max_chars:
         return visible(text)
-    missing = f" ({len(text) - most_chars:,} characters left out)" if is_told else ""
-    return f"{visible(text[:most_chars])} \u2026{missing}"
+    missing = f" ({len(text) - max_chars:,} characters left out)" if show_rest else ""
+    return f"{visible(text[:max_chars])} \u2026{missing}"
 
 
-def excerpt(text: str, answer: str = "", facts: Sequence[Span] = (), long_chars: int = _LONG) -> list[Piece]:
-    """The text in pieces, cut in the middle where it is long.
+def excerpt(
+    text: str, answer: str = "", facts: Sequence[Span] = (), long_chars: int = _LONG
+) -> list[Segment]:
+    """Return the segments of a text, cut in the middle if it is long.
 
     Args:
         text: Any text.
-        answer: Its words are marked.
-        facts: Where the facts were asked for.
-        long_chars: Nothing is cut from a text of so many characters.
+        answer: The answer, whose words are marked.
+        facts: Spans of the sections that were asked to hold the facts.
+        long_chars: Length in characters above which a text is cut.
     """
     marks = answer_spans(text, answer)
     kept = [(0, len(text))]
     if len(text) > long_chars:
         share = long_chars / _LONG
-        head, tail, extent = (int(share * chars) for chars in (_HEAD, _TAIL, _ROUND))
+        head, tail, after = (int(share * chars) for chars in (_HEAD, _TAIL, _AFTER))
         shown = [(0, head), (len(text) - tail, len(text))]
-        shown += [(start - _BEFORE, start + extent) for start, _ in (*facts[:2], *marks[:1])]
+        shown += [(start - _BEFORE, start + after) for start, _ in (*facts[:2], *marks[:1])]
         kept = _joined(_at_words(text, max(0, start), min(end, len(text))) for start, end in shown)
-    pieces: list[Piece] = []
-    before = 0
+    segments: list[Segment] = []
+    last_end = 0
     for start, end in kept:
-        if start > before:
-            pieces.append(Piece(f"{start - before:,} characters left out", "cut"))
-        pieces += _marked(text, start, end, marks, facts)
-        before = end
-    return pieces
+        if start > last_end:
+            segments.append(Segment(f"{start - last_end:,} characters left out", "cut"))
+        segments += _marked(text, start, end, marks, facts)
+        last_end = end
+    return segments
 
 
 def answer_spans(text: str, answer: str) -> list[Span]:
-    """Where the answer stands in a text; where it does not as a whole, its telling words."""
+    """Return the spans of the answer in a text; if there are none, those of its distinctive words."""
     words = answer.split()
     if words and len(answer) <= 300:
         whole = _spans(text, r"\s+".join(map(re.escape, words)))
         if whole:
             return whole
-    telling = _telling(answer)
-    return _spans(text, "|".join(map(re.escape, telling))) if telling else []
+    distinctive = _distinctive_words(answer)
+    return _spans(text, "|".join(map(re.escape, distinctive))) if distinctive else []
 
 
-def _telling(answer: str) -> list[str]:
+def _distinctive_words(answer: str) -> list[str]:
     found = dict.fromkeys(
         word for word in re.findall(r"\w+", answer) if len(word) > 3 or any(map(str.isdigit, word))
     )
     words = [word for word in found if word.casefold() not in _COMMON]
-    if len(words) > _MOST_WORDS:
+    if len(words) > _MAX_WORDS:
         words = [word for word in words if word[0].isupper() or word[0].isdigit()]
-    return words[:_MOST_WORDS]
+    return words[:_MAX_WORDS]
 
 
 def _spans(text: str, pattern: str) -> list[Span]:
     found = re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE)
-    return [match.span() for _, match in zip(range(_MOST_MARKS), found, strict=False)]
+    return [match.span() for _, match in zip(range(_MAX_MARKS), found, strict=False)]
 
 
 def _at_words(text: str, start: int, end: int) -> Span:
-    """Nearly the same span, so that no word is cut at its ends."""
+    """Return nearly the same span, moved so that no word is cut."""
     if start > 0:
-        start = max(start, text.find(" ", start, start + _WORD) + 1)
+        start = max(start, text.find(" ", start, start + _MAX_WORD) + 1)
     if end < len(text):
-        end = max(text.rfind(" ", end - _WORD, end), end - _WORD)
+        end = max(text.rfind(" ", end - _MAX_WORD, end), end - _MAX_WORD)
     return start, max(start, end)
 
 
 def _joined(spans: Iterable[Span]) -> list[Span]:
-    """Spans in order, those that overlap or nearly touch made one."""
+    """Return the spans in order, with those joined that overlap or nearly touch."""
     joined: list[Span] = []
     for start, end in sorted(spans):
-        if joined and start - joined[-1][1] < _NEAR:
+        if joined and start - joined[-1][1] < _MIN_CUT:
             joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
         else:
             joined.append((start, end))
     return joined
 
 
-def _marked(text: str, start: int, end: int, marks: Sequence[Span], facts: Sequence[Span]) -> Iterator[Piece]:
-    """The pieces from `start` to `end`."""
+def _marked(
+    text: str, start: int, end: int, marks: Sequence[Span], facts: Sequence[Span]
+) -> Iterator[Segment]:
+    """Yield the segments from `start` to `end`."""
     edges = {start, end, *(edge for span in (*marks, *facts) for edge in span if start < edge < end)}
     for low, high in pairwise(sorted(edges)):
         kind: Kind = "answer" if any(left <= low < right for left, right in marks) else "plain"
-        yield Piece(visible(text[low:high]), kind, any(left <= low < right for left, right in facts))
-
-
-_SHORT, _PAIR = 400, 180
-
-
-@dataclass(frozen=True, slots=True)
-class RejectExample:
-    """One reject, cut to what a person reads."""
-
-    where: str
-    instruction: str
-    answer: str
-    detail: str
-    tries: int
-    errors: str
-
-    @classmethod
-    def of(cls, row: dict[str, Any], where: str) -> "RejectExample":
-        """From a row of rejects."""
-        attempts = row.get("attempts") or []
-        errors = [text(attempt, "error") for attempt in attempts if text(attempt, "error")]
-        return cls(
-            where=shortened(where, 200),
-            instruction=shortened(text(row, "instruction"), _SHORT),
-            answer=shortened(text(row, "answer"), _SHORT),
-            detail=shortened(text(row, "detail"), _SHORT),
-            tries=len(attempts),
-            errors=shortened("; ".join(errors), _SHORT),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A context and what it repeats."""
-
-    id: str
-    other: str
-    """Its id or file as the log has it; `other_id` is for reading."""
-    other_id: str
-    figure: str
-    words: str
-
-    @classmethod
-    def of(cls, name: str, other: str, figure: str, words: str) -> "Match":
-        """With names and words cut to what a person reads."""
-        return cls(shortened(name, 120), other, shortened(other, 200), figure, shortened(words, _SHORT))
-
-
-def opening(row: dict[str, Any]) -> str:
-    """How a context begins."""
-    return shortened(" ".join(text(row, "context")[: 2 * _SHORT].split()), _PAIR, is_told=False)
+        yield Segment(visible(text[low:high]), kind, any(left <= low < right for left, right in facts))

@@ -1,4 +1,4 @@
-"""The page: figures and verdict, as HTML that stands alone."""
+"""The report page: verdict, metrics and examples as one HTML file that loads nothing."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,30 +13,31 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.report import charts
 from streamsyn.report import verdict as thresholds
-from streamsyn.report.collection import DEPTHS, RunMetrics, tokens_target
-from streamsyn.report.distributions import Bin, Histogram, Scores
 from streamsyn.report.excerpts import shortened
-from streamsyn.report.reader_samples import ReaderSample
+from streamsyn.report.histogram import Bin, Histogram
+from streamsyn.report.report_examples import SampleExample
+from streamsyn.report.run_metrics import DEPTHS, RunMetrics, Scores, tokens_target
 from streamsyn.report.verdict import Verdict, percent, verdict
 
-_NAME = 60
-REASON_WORDS = {
+_MAX_NAME = 60
+"""Characters shown of names of runs, tasks, servers and models."""
+_REASONS = {
     "near_duplicate": "repeats an earlier context",
-    "contaminated": "shares words with evaluation data",
-    "low_context_gain": "does not make its answer likelier",
-    "not_answerable": "the answer is not found in it",
+    "contaminated": "shares text with evaluation data",
+    "low_context_gain": "does not make its answer more likely",
+    "not_answerable": "a model does not find the answer in it",
 }
 
 
 def write_report(directory: Path, path: Path | None = None) -> tuple[bytes, Verdict]:
-    """The page on a run directory, and the verdict in it; written to `path` where one is given.
+    """Return the page on a run directory and its verdict; write the page to `path` if one is given.
 
     Raises:
-        ConfigError: It is no run directory, or the page cannot be written.
+        ConfigError: The directory is not a run directory, or the page cannot be written.
     """
-    figures = RunMetrics(directory)
-    found = verdict(figures)
-    page = render(figures, found)
+    metrics = RunMetrics(directory)
+    found = verdict(metrics)
+    page = render(metrics, found)
     if path is not None:
         try:
             write_whole(path, page)
@@ -45,8 +46,8 @@ def write_report(directory: Path, path: Path | None = None) -> tuple[bytes, Verd
     return page, found
 
 
-def render(figures: RunMetrics, found: Verdict) -> bytes:
-    """The page as bytes of UTF-8."""
+def render(metrics: RunMetrics, found: Verdict) -> bytes:
+    """Return the page, encoded as UTF-8."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(files("streamsyn") / "data" / "report")),
         undefined=jinja2.StrictUndefined,
@@ -59,73 +60,70 @@ def render(figures: RunMetrics, found: Verdict) -> bytes:
     template = environment.get_template("page.html.j2")
     page = template.render(
         style=Markup(style),  # noqa: S704 - ours, from the package
-        figures=figures,
+        metrics=metrics,
         verdict=found,
         thresholds=thresholds,
         charts=charts,
         percent=percent,
-        name=partial(shortened, most_chars=_NAME),
-        reason_words=REASON_WORDS,
-        lengths=list(_lengths(figures)),
-        gain_range=_range(scores.gain for _, scores in _measured(figures)),
-        stretches=figures.traffic.timeline.stretches(),
-        tokens=_tokens(figures),
-        spread=figures.readings.spread(),
-        flagged=list(_flagged(figures)),
+        name=partial(shortened, max_chars=_MAX_NAME),
+        reason_words=_REASONS,
+        lengths=list(_lengths(metrics)),
+        gain_range=_range(scores.gain for _, scores in _measured(metrics)),
+        stretches=metrics.traffic.timeline.stretches(),
+        tokens=_tokens(metrics),
+        examples=metrics.samples_to_read.spread(),
+        flagged=list(_flagged(metrics)),
     )
     return page.encode("utf-8", "replace")
 
 
-def _lengths(figures: RunMetrics) -> Iterator[dict[str, Any]]:
-    """What is shown of each length."""
-    config = figures.config
-    asked = [(float(words), f"asked for {words:,}") for words, _ in figures.words_asked.most_common(1)]
-    yield _plotted(figures.all.words, "Words a context", "words", asked)
-    target = tokens_target(config.recipe)
-    asked = [(float(target), f"asked for {target:,}")] if target else []
-    yield _plotted(figures.context_tokens, "Tokens a context", "tokens", asked)
-    if figures.sample_target is not None:
-        low, high = figures.sample_target.low, figures.sample_target.high
-        asked = [(float(value), f"asked for {value:,}") for value in sorted({low, high})]
-    else:
-        asked = []
-    yield _plotted(figures.sample_tokens, "Tokens a sample, assembled", "tokens", asked)
-    if any(figures.depth):
-        tenths = [Bin(at / DEPTHS, (at + 1) / DEPTHS, count) for at, count in enumerate(figures.depth)]
+def _lengths(metrics: RunMetrics) -> Iterator[dict[str, Any]]:
+    """Yield the charts of lengths and positions."""
+    config = metrics.config
+    words = [words for words, _ in metrics.word_targets.most_common(1)]
+    yield _plotted(metrics.all.words, "Words per context", "words", words)
+    tokens = tokens_target(config.recipe)
+    yield _plotted(metrics.context_tokens, "Tokens per context", "tokens", [tokens] if tokens else [])
+    bounds = metrics.sample_target
+    targets = sorted({bounds.low, bounds.high}) if bounds is not None else []
+    yield _plotted(metrics.sample_tokens, "Tokens per assembled sample", "tokens", targets)
+    if any(metrics.depth):
+        tenths = [Bin(at / DEPTHS, (at + 1) / DEPTHS, count) for at, count in enumerate(metrics.depth)]
         yield {
-            "title": "Place of the relevant context",
-            "chart": charts.columns(tenths, "Place of the relevant context", "of the prompt", told=""),
-            "told": "0 is the start of the prompt's passages, 1 their end",
+            "title": "Position of the relevant context",
+            "chart": charts.columns(tenths, "Position of the relevant context", "of the prompt", ""),
+            "caption": "0 is the start of the prompt's passages, 1 their end",
         }
 
 
-def _plotted(values: Histogram, title: str, unit: str, marks: list[tuple[float, str]]) -> dict[str, Any]:
+def _plotted(values: Histogram, title: str, unit: str, targets: list[int]) -> dict[str, Any]:
+    markers = [(float(target), f"target {target:,}") for target in targets]
     p5, p50, p95 = (charts.number_text(values.quantile(share)) for share in (0.05, 0.5, 0.95))
-    told = f"median {p50}; 90 of 100 from {p5} to {p95}" if values.count else "none yet"
-    return {"title": title, "chart": charts.histogram(values, title, unit, marks), "told": told}
+    caption = f"median {p50}; 90 % from {p5} to {p95}" if values.count else "none yet"
+    return {"title": title, "chart": charts.histogram(values, title, unit, markers), "caption": caption}
 
 
-def _measured(figures: RunMetrics) -> list[tuple[str, Scores]]:
-    return [("all", figures.all), *figures.tasks.sorted()]
+def _measured(metrics: RunMetrics) -> list[tuple[str, Scores]]:
+    return [("all", metrics.all), *metrics.tasks.sorted()]
 
 
 def _range(histograms: Iterator[Histogram]) -> tuple[float, float]:
-    """A range for rows of boxes that are compared: all whiskers are on it, and zero."""
+    """Return a common range for box plots: it holds all whiskers, and zero."""
     ends = [(one.quantile(0.05), one.quantile(0.95)) for one in histograms if one.count]
     low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
     low, high = min(low, 0.0), max(high, 0.0, 0.1)
-    room = 0.03 * (high - low)
-    return low - room, high + room
+    margin = 0.03 * (high - low)
+    return low - margin, high + margin
 
 
-def _tokens(figures: RunMetrics) -> list[tuple[str, int, str]]:
-    """What tokens were used for: a name, how many, a style."""
-    used, scoring = figures.traffic.all, figures.traffic.scoring
+def _tokens(metrics: RunMetrics) -> list[tuple[str, int, str]]:
+    """Return what tokens were used for, as (label, number, CSS class)."""
+    used, scoring = metrics.traffic.all, metrics.traffic.scoring
     rows = [
         ("Prompts, computed", used.prompt - used.cached, ""),
         ("Prompts, from the cache", used.cached, "soft"),
         ("Written and kept", used.completion, ""),
-        ("Written and thrown away", figures.traffic.wasted, "wasted"),
+        ("Written and discarded", metrics.traffic.wasted, "wasted"),
     ]
     if scoring.answers:
         rows += [
@@ -136,7 +134,7 @@ def _tokens(figures: RunMetrics) -> list[tuple[str, int, str]]:
     return [(name, max(0, number), style) for name, number, style in rows]
 
 
-def _flagged(figures: RunMetrics) -> Iterator[ReaderSample]:
-    yield from figures.readings.lowest_gain.items
-    lowest = {reading.key for reading in figures.readings.lowest_gain.items}
-    yield from (one for one in figures.readings.unanswered.items if one.key not in lowest)
+def _flagged(metrics: RunMetrics) -> Iterator[SampleExample]:
+    yield from metrics.samples_to_read.lowest_gain.items
+    lowest = {example.key for example in metrics.samples_to_read.lowest_gain.items}
+    yield from (one for one in metrics.samples_to_read.unanswered.items if one.key not in lowest)

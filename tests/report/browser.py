@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging protocol."""
+"""A headless Chromium, controlled over its debugging protocol."""
 
 import asyncio
 import base64
@@ -26,7 +26,7 @@ _FLAGS = (
 
 
 class Page:
-    """One tab: what it says on its console, what it asks for, what it shows."""
+    """One tab, with its console messages and requests."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -37,7 +37,7 @@ class Page:
         self._loaded = False
 
     async def attach(self) -> None:
-        """Open a tab and listen to it."""
+        """Open a tab and subscribe to its events."""
         target = await self.call("Target.createTarget", url="about:blank")
         attached = await self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = attached["sessionId"]
@@ -45,7 +45,7 @@ class Page:
             await self.call(f"{domain}.enable")
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command and its result."""
+        """Send a command and return its result."""
         self._sent += 1
         message: dict[str, Any] = {"id": self._sent, "method": method, "params": params}
         if self._session is not None:
@@ -75,13 +75,13 @@ class Page:
             await self._receive()
 
     async def evaluate(self, expression: str) -> Any:
-        """The value of an expression in the page."""
+        """Evaluate an expression in the page."""
         answer = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     async def screenshot(self, width: int, height: int | None = None) -> bytes:
-        """A PNG of the whole page, or of its top."""
+        """Return a PNG of the whole page, or of its top."""
         tall = height or await self.evaluate("document.documentElement.scrollHeight")
         clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
         answer = await self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
@@ -105,15 +105,15 @@ class Page:
 
 
 def chromium() -> str | None:
-    """The browser's path; None where there is none."""
+    """Return the browser's path; None if there is none."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 @asynccontextmanager
 async def opened(profile: Path) -> AsyncIterator[Page]:
-    """A browser with one tab, closed at the end. What it says of itself on stderr is noise."""
+    """Open a browser with one tab; its stderr is discarded."""
     path = chromium()
-    assert path is not None, "there is no Chromium; deploy/chromium/install.sh installs it"
+    assert path is not None, "Chromium is missing; install it with deploy/chromium/install.sh"
     process = await asyncio.create_subprocess_exec(
         path,
         *_FLAGS,

@@ -15,7 +15,7 @@ HOSTILE = (
     '<iframe src="http://elsewhere.test/"></iframe>{{ 7 * 7 }}{% raw %} &amp; &lt; ]]> --> " \' ` '
     "\x00 \x01 \x1b[31m \x7f \x85 \u202e reversed \u2066 \u2028 \ufeff \ufffe 𝄞 👩‍👩‍👧 " + "longword" * 400
 )
-"""Everything that a text may do to a page."""
+"""A text that tries everything a text can do to a page."""
 
 
 def written(
@@ -26,7 +26,7 @@ def written(
     is_final: bool = True,
     **settings: Any,
 ) -> Path:
-    """A run directory with these outcomes and samples, made with these keys of the configuration."""
+    """Write a run directory with outcomes and samples; `settings` are keys of the configuration."""
     config = load(None, list(settings.items()))
     directory = RunDirectory(root)
     directory.save(config.model_dump(mode="json"), {})
@@ -45,7 +45,7 @@ def written(
 def scored(
     number: int, gain: float = 0.8, score: float = 0.9, closed_book: float = 0.1, **given: Any
 ) -> Context:
-    """A context with every figure that scoring leaves."""
+    """A context with all scores."""
     flags = [] if gain >= 0 else ["low_context_gain"]
     flags += [] if score >= 0.1 else ["not_answerable"]
     flags += given.pop("flags", [])
@@ -83,7 +83,7 @@ def rejected(number: int, reason: RejectReason = RejectReason.REFUSAL, **given: 
 
 
 def sample_of(context: Context, seq: int, others: Sequence[str] = ()) -> Sample:
-    """A sample in which a context stands last, behind others."""
+    """A sample whose last passage is the context."""
     texts = [*others, context.context]
     return Sample(
         id=context.id,
@@ -101,7 +101,7 @@ def sample_of(context: Context, seq: int, others: Sequence[str] = ()) -> Sample:
 
 
 def good_run(root: Path, number: int = 240, **settings: Any) -> Path:
-    """A run that nothing speaks against."""
+    """A run whose facts are all good."""
     contexts = [scored(one, task=("qa", "summary")[one % 2]) for one in range(number)]
     samples = [sample_of(context, seq, ["other"] * 9) for seq, context in enumerate(contexts)]
     measured = {

@@ -1,4 +1,4 @@
-"""The page as a browser shows it."""
+"""The report page in a real browser."""
 
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ _TOO_WIDE = """[...document.querySelectorAll('body *')].filter(one =>
 
 
 async def assert_fits(page: Page, width: int) -> None:
-    """Nothing is wider than the window, whatever is opened."""
+    """Assert that nothing is wider than the window, with all details open."""
     await page.evaluate(_OPEN_ALL)
 
     assert width >= await page.evaluate("document.documentElement.scrollWidth")
@@ -28,7 +28,7 @@ async def assert_fits(page: Page, width: int) -> None:
 
 
 def assert_not_blank(png: bytes) -> None:
-    """A picture with many colours, no one of which fills nearly all of it."""
+    """Assert that a picture has many colours, and none that fills nearly all of it."""
     from PIL import Image
 
     colours = Image.open(BytesIO(png)).convert("RGB").getcolors(1 << 24)
@@ -40,7 +40,7 @@ def assert_not_blank(png: bytes) -> None:
 
 @pytest.fixture
 def good_url(tmp_path: Path) -> str:
-    """Where the report on a good run is."""
+    """The URL of the report on a good run."""
     path = tmp_path / "report.html"
     write_report(good_run(tmp_path / "run"), path)
     return path.as_uri()
@@ -48,7 +48,7 @@ def good_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def hostile_url(tmp_path: Path) -> str:
-    """Where the report on a run with hostile texts is."""
+    """The URL of the report on a run with hostile texts."""
     hostile: dict[str, Any] = dict.fromkeys(
         ("instruction", "answer", "context", "task", "model", "server"), HOSTILE
     )
@@ -62,7 +62,7 @@ def hostile_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def bad_url(tmp_path: Path) -> str:
-    """Where a page is that does all that a report must not."""
+    """The URL of a page that does everything a report must not."""
     path = tmp_path / "bad.html"
     path.write_text(
         "<!doctype html><body><p style='width:3000px'>x</p><img src='http://elsewhere.test/x.png'>"
@@ -72,7 +72,7 @@ def bad_url(tmp_path: Path) -> str:
 
 
 async def test_a_report_in_a_browser(tmp_path: Path, good_url: str) -> None:
-    """Sections show, nothing is asked for, nothing complains, nothing is too wide, in light and dark."""
+    """Sections are visible, nothing is requested, logged or too wide, in light and dark mode."""
     async with opened(tmp_path / "profile") as page:
         grounds = []
         for width, dark in ((1280, False), (400, False), (1280, True)):
@@ -97,7 +97,7 @@ async def test_a_report_in_a_browser(tmp_path: Path, good_url: str) -> None:
 
 
 async def test_hostile_texts_in_a_browser(tmp_path: Path, hostile_url: str) -> None:
-    """Texts that try to run, load, hide or overflow do none of it, though the page has them."""
+    """Texts that try to run, load, hide or overflow are shown and do nothing."""
     async with opened(tmp_path / "profile") as page:
         for width in WIDTHS:
             await page.open(hostile_url, width)
@@ -111,8 +111,8 @@ async def test_hostile_texts_in_a_browser(tmp_path: Path, hostile_url: str) -> N
     assert {hostile_url} == set(page.requests)
 
 
-async def test_a_browser_tells_of_what_goes_wrong(tmp_path: Path, bad_url: str) -> None:
-    """What the tests above look for would be seen: errors, requests, overflow."""
+async def test_the_browser_checks_find_faults(tmp_path: Path, bad_url: str) -> None:
+    """The checks above detect errors, requests and overflow."""
     async with opened(tmp_path / "profile") as page:
         await page.open(bad_url, 400)
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.report.distributions import Histogram, round_width, ticks
+from streamsyn.report.histogram import Histogram, round_width, ticks
 
 values = st.lists(st.floats(-1e9, 1e9) | st.integers(-(10**6), 10**6), min_size=1, max_size=200)
 
 
 def filled(numbers: list[float], **given: float) -> Histogram:
-    histogram = Histogram(given.get("step", 1.0), int(given.get("most_cells", 64)))
+    histogram = Histogram(given.get("step", 1.0), int(given.get("max_cells", 64)))
     for number in numbers:
         histogram.add(number)
     return histogram
@@ -23,7 +23,7 @@ def filled(numbers: list[float], **given: float) -> Histogram:
 
 @given(values, st.randoms())
 def test_order_does_not_matter(numbers: list[float], rng: random.Random) -> None:
-    """The same values in another order give the same columns and quantiles."""
+    """The same values in a different order give the same columns and quantiles."""
     other = list(numbers)
     rng.shuffle(other)
     ours, theirs = filled(numbers), filled(other)
@@ -36,7 +36,7 @@ def test_order_does_not_matter(numbers: list[float], rng: random.Random) -> None
 
 @given(values)
 def test_every_value_is_in_a_column(numbers: list[float]) -> None:
-    """Columns hold all values, strays too; they are few, side by side, and of one width."""
+    """Columns hold all values, outliers too; they are few, adjacent, and of one width."""
     bins = filled(numbers).bins(at_most=20)
 
     assert len(numbers) == sum(one.count for one in bins)
@@ -47,7 +47,7 @@ def test_every_value_is_in_a_column(numbers: list[float]) -> None:
 @given(values)
 def test_memory_is_bounded(numbers: list[float]) -> None:
     """No more cells than allowed are kept, whatever the values are."""
-    assert len(filled(numbers, most_cells=16)._cells) <= 16
+    assert len(filled(numbers, max_cells=16)._cells) <= 16
 
 
 @given(st.lists(st.integers(-500, 500), min_size=1, max_size=300), st.floats(0, 1))
@@ -55,11 +55,11 @@ def test_quantiles_of_whole_numbers_are_exact(numbers: list[int], share: float) 
     """As long as cells have their first width, a quantile is one of the values, and the right one."""
     place = max(1, math.ceil(share * len(numbers))) - 1
 
-    assert sorted(numbers)[place] == filled(list(numbers), most_cells=4096).quantile(share)
+    assert sorted(numbers)[place] == filled(list(numbers), max_cells=4096).quantile(share)
 
 
-def test_what_is_no_number_is_passed_over() -> None:
-    """Nothing in the log makes a histogram fail."""
+def test_anything_but_a_finite_number_is_ignored() -> None:
+    """No value in the log makes a histogram fail."""
     histogram = Histogram()
     strange: list[Any] = [None, "5", True, float("nan"), float("inf"), [1], {}]
     for value in strange:
@@ -68,9 +68,9 @@ def test_what_is_no_number_is_passed_over() -> None:
     assert (0, [], 0.0) == (histogram.count, histogram.bins(), histogram.median)
 
 
-def test_a_stray_does_not_flatten_the_rest() -> None:
+def test_an_outlier_does_not_flatten_the_rest() -> None:
     """One value a thousand times as large does not put all others into one column."""
-    bins = filled([*map(float, range(1000)), 1e6], most_cells=4096).bins()
+    bins = filled([*map(float, range(1000)), 1e6], max_cells=4096).bins()
 
     assert len([one for one in bins if one.count]) > 10
     assert 1001 == sum(one.count for one in bins)

@@ -1,4 +1,4 @@
-"""The page as HTML."""
+"""The report page as HTML, and the metrics it shows."""
 
 import os
 import shutil
@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.report.collection import RunMetrics
-from streamsyn.report.distributions import MOST_TASKS, OTHER
+from streamsyn.report.log_rows import facts_spans
 from streamsyn.report.page import write_report
-from streamsyn.report.reader_samples import facts_spans
+from streamsyn.report.run_metrics import MAX_TASKS, OTHER, RunMetrics
 from tests import builders
 from tests.report.runs import HOSTILE, good_run, rejected, sample_of, scored, written
 
@@ -33,7 +32,7 @@ _SECTIONS = {
 
 
 class Parsed(HTMLParser):
-    """Elements that are open are closed again, in order; what there is of them."""
+    """Checks that open elements are closed in order, and collects tags and texts."""
 
     def __init__(self, page: bytes) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ def page_of(root: Path) -> Parsed:
 
 
 def assert_alone(page: Parsed) -> None:
-    """Nothing in it runs, loads or sends anything."""
+    """Assert that nothing on the page runs, loads or sends anything."""
     for tag, attributes in page.tags:
         assert tag not in {"script", "img", "link", "iframe", "object", "embed", "form", "base", "a", "use"}
         assert not [name for name in attributes if name.startswith("on") or name in {"src", "href", "srcset"}]
@@ -78,7 +77,7 @@ def assert_alone(page: Parsed) -> None:
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
-    """Every section is there, with figures and ten samples to read, and the page stands alone."""
+    """The page has every section and ten samples to read, and loads nothing."""
     page = page_of(good_run(tmp_path))
 
     assert page.ids == _SECTIONS
@@ -89,7 +88,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
-    """Whatever stands in any field of the log, it is shown and does nothing."""
+    """Whatever a field of the log contains is shown as text."""
     names = ("instruction", "answer", "context", "task", "model", "server", "seed_id", "origin")
     hostile: dict[str, Any] = dict.fromkeys(names, HOSTILE)
     checks = {
@@ -126,8 +125,8 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
         ([scored(1)], {"recipe.use": "instruction"}),
     ],
 )
-def test_runs_that_lack_something(tmp_path: Path, outcomes: list[Any], settings: dict[str, Any]) -> None:
-    """Without contexts, samples, scores or nearly anything there is a page all the same."""
+def test_incomplete_runs_have_a_page(tmp_path: Path, outcomes: list[Any], settings: dict[str, Any]) -> None:
+    """Without contexts, samples or scores the page still has all sections."""
     page = page_of(written(tmp_path, outcomes, **settings))
 
     assert page.ids == _SECTIONS
@@ -135,7 +134,7 @@ def test_runs_that_lack_something(tmp_path: Path, outcomes: list[Any], settings:
 
 
 def test_a_run_that_is_being_written(tmp_path: Path) -> None:
-    """Open shards count, up to what is whole of them; a page is no writer, so the run is not disturbed."""
+    """The whole rows of open shards count, and the run is not disturbed."""
     with builders.opened(
         written(tmp_path, [scored(1)], is_final=False), builders.sink(shard_bytes=10**6)
     ) as log:
@@ -143,13 +142,13 @@ def test_a_run_that_is_being_written(tmp_path: Path) -> None:
         (path,) = (tmp_path / "contexts").glob("*.open")
         with path.open("ab") as file:
             file.write(b'{"seq": 3, "torn')
-        figures = RunMetrics(tmp_path)
+        metrics = RunMetrics(tmp_path)
 
-    assert (3, False) == (figures.counts["contexts"], figures.is_complete)
+    assert (3, False) == (metrics.counts["contexts"], metrics.is_complete)
 
 
 def test_the_same_directory_gives_the_same_page(tmp_path: Path) -> None:
-    """In another process with other hashes, in another place, and a second time."""
+    """Also in another process with other hash seeds, in another place, and a second time."""
     first = good_run(tmp_path / "run")
     shutil.copytree(first, tmp_path / "elsewhere" / "run")
     pages = []
@@ -162,36 +161,36 @@ def test_the_same_directory_gives_the_same_page(tmp_path: Path) -> None:
     assert pages[0].startswith(b"<!doctype html>")
 
 
-def test_many_tasks_are_told_of_together(tmp_path: Path) -> None:
-    """Memory does not grow with the number of tasks, and no context is left out."""
-    figures = RunMetrics(written(tmp_path, [scored(one, task=f"task {one}") for one in range(100)]))
-    tasks = dict(figures.tasks.sorted())
+def test_further_tasks_are_counted_together(tmp_path: Path) -> None:
+    """Memory does not grow with the number of tasks, and every context is counted."""
+    metrics = RunMetrics(written(tmp_path, [scored(one, task=f"task {one}") for one in range(100)]))
+    tasks = dict(metrics.tasks.sorted())
 
-    assert (MOST_TASKS + 1, 100 - MOST_TASKS) == (len(tasks), tasks[OTHER].contexts)
-    assert 10 == len(figures.readings.spread())
+    assert (MAX_TASKS + 1, 100 - MAX_TASKS) == (len(tasks), tasks[OTHER].contexts)
+    assert 10 == len(metrics.samples_to_read.spread())
 
 
-def test_samples_to_read_show_where_the_context_stands(tmp_path: Path) -> None:
-    """The prompt is split at the relevant passage, found word for word behind others that begin alike."""
+def test_samples_to_read_show_the_position_of_the_context(tmp_path: Path) -> None:
+    """The prompt is split at the relevant passage, even after passages with the same beginning."""
     context = scored(
         1, context="Alike from the start. " * 20 + "And the answer 1 is here.", answer="answer 1"
     )
     others = ["Alike from the start. " * 20 + "But this is another.", "Something else."]
-    figures = RunMetrics(written(tmp_path, [context], [sample_of(context, 0, others)]))
-    (reading,) = figures.readings.spread()
+    metrics = RunMetrics(written(tmp_path, [context], [sample_of(context, 0, others)]))
+    (example,) = metrics.samples_to_read.spread()
 
-    assert (3, 3, True) == (reading.place, reading.passages, reading.is_in_prompt)
-    assert "Something else." in reading.before[-1].text
-    assert [] == reading.after
-    assert "Now: What is 1?" in reading.question[0].text
-    assert ["answer 1"] == [piece.text for piece in reading.passage if piece.kind == "answer"]
+    assert (3, 3, True) == (example.position, example.passages, example.is_in_prompt)
+    assert "Something else." in example.before[-1].text
+    assert [] == example.after
+    assert "Now: What is 1?" in example.question[0].text
+    assert ["answer 1"] == [segment.text for segment in example.passage if segment.kind == "answer"]
 
 
 def test_samples_are_spread_over_tasks(tmp_path: Path) -> None:
-    """A task with few contexts is read as well; the draw does not depend on the log's order."""
+    """A task with few contexts is included; the sample does not depend on the log's order."""
     contexts = [scored(one, task="rare" if one % 50 == 0 else "common") for one in range(100)]
-    forth = RunMetrics(written(tmp_path / "a", contexts)).readings.spread()
-    back = RunMetrics(written(tmp_path / "b", contexts[::-1])).readings.spread()
+    forth = RunMetrics(written(tmp_path / "a", contexts)).samples_to_read.spread()
+    back = RunMetrics(written(tmp_path / "b", contexts[::-1])).samples_to_read.spread()
 
     assert [one.id for one in forth] == [one.id for one in back]
     assert 2 == sum(one.task == "rare" for one in forth)
@@ -199,7 +198,7 @@ def test_samples_are_spread_over_tasks(tmp_path: Path) -> None:
 
 
 def test_the_section_with_the_facts_is_found() -> None:
-    """By its tokens, from one paragraph's beginning to another's."""
+    """By its tokens, from the start of a paragraph to the start of another."""
     sections = ["one " * 100, "two " * 300, "three " * 100]
     row: dict[str, Any] = {
         "context": "\n\n".join(sections),
@@ -213,7 +212,7 @@ def test_the_section_with_the_facts_is_found() -> None:
 
 
 def test_duplicates_are_shown_beside_what_they_repeat(tmp_path: Path) -> None:
-    """The most alike first, with the beginning of the earlier one."""
+    """The most similar come first, with the beginning of the earlier context."""
     twin = {"near_duplicate": {"id": "seed-1", "similarity": 0.93}}
     weak = {"near_duplicate": {"id": "gone", "similarity": 0.81}}
     contexts = [
@@ -221,14 +220,14 @@ def test_duplicates_are_shown_beside_what_they_repeat(tmp_path: Path) -> None:
         scored(2, checks=weak, flags=["near_duplicate"]),
         scored(3, checks=twin, flags=["near_duplicate"]),
     ]
-    figures = RunMetrics(written(tmp_path, contexts))
+    metrics = RunMetrics(written(tmp_path, contexts))
 
-    assert ["seed-3", "seed-2"] == [match.id for match in figures.duplicates.items]
-    assert {"seed-1": "The first words.", "gone": ""} == figures.openings
+    assert ["seed-3", "seed-2"] == [match.id for match in metrics.duplicates.items]
+    assert {"seed-1": "The first words.", "gone": ""} == metrics.openings
 
 
-def test_a_damaged_shard_is_told_of(tmp_path: Path) -> None:
-    """A page on what could be read says what could not."""
+def test_a_damaged_shard_is_reported(tmp_path: Path) -> None:
+    """The page shows what could be read, and says what could not."""
     root = good_run(tmp_path)
     path = root / "contexts" / "part-000001.jsonl"
     path.write_bytes(path.read_bytes()[:500])
@@ -236,15 +235,15 @@ def test_a_damaged_shard_is_told_of(tmp_path: Path) -> None:
     assert any("part-000001.jsonl" in text and "verify" in text for text in page_of(root).text)
 
 
-def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
-    """One line, no page."""
-    with pytest.raises(ConfigError, match="no run directory"):
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    """No page is written."""
+    with pytest.raises(ConfigError, match=r"run\.json"):
         write_report(tmp_path, tmp_path / "report.html")
     assert [] == list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """It writes into the directory, says the verdict in one line, and refuses with 2."""
+    """It writes into the directory, prints the verdict in one line, and exits with 2 on errors."""
     command = [sys.executable, "-m", "streamsyn", "report"]
     root = good_run(tmp_path / "run")
     done = subprocess.run([*command, root], check=True, capture_output=True, text=True)

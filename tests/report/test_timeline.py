@@ -1,4 +1,4 @@
-"""Sums over time."""
+"""Timelines: sums over time, with stops left out."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ def filled(moments: list[float]) -> Timeline:
 
 @given(times)
 def test_nothing_is_lost_and_columns_are_few(moments: list[float]) -> None:
-    """Whatever the times, all is counted once, in order, in a number of columns that can be drawn."""
+    """Everything is counted once, in order, in a bounded number of columns."""
     stretches = filled(moments).stretches()
     columns = [column for stretch in stretches for column in stretch.columns]
 
@@ -29,12 +29,12 @@ def test_nothing_is_lost_and_columns_are_few(moments: list[float]) -> None:
 
 @given(times)
 def test_order_does_not_matter(moments: list[float]) -> None:
-    """The same times backwards give the same."""
+    """The same times in reverse order give the same stretches."""
     assert filled(moments).stretches() == filled(moments[::-1]).stretches()
 
 
-def test_a_stop_is_told_and_squeezes_nothing() -> None:
-    """Two minutes of work with a week between them: two stretches of a column a second, and the week."""
+def test_a_stop_separates_stretches() -> None:
+    """Two minutes of work with a week between them: two stretches with a column per second, and the week."""
     first, week = list(range(1000, 1060)), 7 * 86400
     stretches = filled([float(at) for at in (*first, *(at + week for at in first))]).stretches()
 
@@ -42,13 +42,13 @@ def test_a_stop_is_told_and_squeezes_nothing() -> None:
     assert [0, week - 60] == [stretch.stopped_s for stretch in stretches]
 
 
-def test_a_slow_run_is_no_run_of_stops() -> None:
-    """Outcomes a minute apart are one stretch."""
+def test_a_slow_run_has_no_stops() -> None:
+    """Outcomes a minute apart form one stretch."""
     assert 1 == len(filled([1000.0 + 60 * number for number in range(100)]).stretches())
 
 
 def test_cells_are_bounded() -> None:
-    """A year of outcomes, one each hour, is held in few cells."""
+    """A year of hourly outcomes takes few cells."""
     timeline = filled([float(hour * 3600 + 5) for hour in range(1, 8760)])
 
     assert len(timeline._cells) <= 2048
@@ -56,7 +56,7 @@ def test_cells_are_bounded() -> None:
 
 
 def test_charts_of_time() -> None:
-    """Rates are drawn by the unit asked for, stops are named, and what never happened is not drawn."""
+    """Rates have the given unit, stops are labelled, and a measure without values is not drawn."""
     stretches = filled([1000.0, 1000.5, 1001.0, *(5000.0 + at for at in range(20))]).stretches()
 
     assert "at most 120" in over_time(stretches, "contexts", 60, "Contexts a minute")
