@@ -1,4 +1,4 @@
-"""Places behind a URL: opened by fsspec, with one line for each way in which that can fail."""
+"""Folders behind URLs, opened by fsspec; each failure becomes one line for the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
 
 
 def open_url(url: str, what: str) -> "tuple[AbstractFileSystem, str]":
-    """The file system that a URL or a path leads to, and the path in it, without a slash at its end.
+    """The file system of a URL or a path, and the path within it, without a slash at its end.
 
     Args:
         url: As the user gave it.
-        what: The option or key that it was given as.
+        what: The option or the configuration key that it was given as, for messages.
 
     Raises:
-        ConfigError: There is no such protocol, or its package is missing.
-        OSError: Whoever is behind it does not answer.
+        ConfigError: The protocol is unknown, or its package is not installed.
+        OSError: The server does not answer.
     """
     if not url.strip():
         raise ConfigError(f"{what} is empty")
-    from fsspec.core import url_to_fs  # a run without a mirror starts without it
+    from fsspec.core import url_to_fs  # imported here, so that a run without a mirror starts faster
 
     try:
         filesystem, path = url_to_fs(url)
     except ImportError as error:
-        raise ConfigError(f"{what}: {url} needs a package that is not there: {error}") from error
+        raise ConfigError(f"{what}: {url} needs a package that is not installed: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{what}: {url} cannot be used: {error}") from error
     return filesystem, path.rstrip("/")
@@ -36,7 +36,7 @@ def open_url(url: str, what: str) -> "tuple[AbstractFileSystem, str]":
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turn whatever a file system raises into a ConfigError: each has errors of its own."""
+    """Turn any error of a file system into a ConfigError: each file system has its own exceptions."""
     try:
         yield
     except ConfigError:
@@ -46,14 +46,14 @@ def translated(what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """One line for why a file system failed."""
+    """The reason why a file system failed, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def names_below(filesystem: "AbstractFileSystem", path: str) -> dict[str, int]:
-    """Names and sizes of what lies in a folder; none where there is no folder."""
+    """The names in a folder, with sizes in bytes; empty if there is no folder."""
     filesystem.invalidate_cache()
     try:
         listed: list[dict[str, Any]] = filesystem.ls(path, detail=True)

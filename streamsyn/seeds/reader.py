@@ -1,4 +1,4 @@
-"""All sources of a run as one stream: found, read in turn or interleaved."""
+"""All seed sources of a run as one stream: what was spooled, then the sources in turn or interleaved."""
 
 import random
 import sys
@@ -18,12 +18,12 @@ class SeedReader:
 
     Args:
         seeds: The section of the configuration.
-        run_seed: Seeds the order of interleaved sources.
-        spool_folder: Where to keep what is read from stdin; None keeps nothing (`preview`).
-        takes_documents: Whether seeds are documents rather than pairs: as the recipe says.
+        run_seed: The random seed of the order of interleaved sources.
+        spool_folder: The folder for what is read from stdin; None keeps nothing (`preview`).
+        takes_documents: Whether the recipe takes documents instead of pairs.
 
     Raises:
-        ConfigError: A source does not exist or is of no known kind.
+        ConfigError: A source does not exist or is of no known format.
     """
 
     def __init__(
@@ -43,11 +43,19 @@ class SeedReader:
 
     @property
     def has_sources(self) -> bool:
-        """Whether there is anything to read, be it what an earlier run spooled."""
+        """Whether there is anything to read: a source, or what an earlier run spooled."""
         return bool(self._sources) or (self._spool is not None and self._spool.exists())
 
     def batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
-        """Entries of all sources. `is_known` tells which ones need not be spooled again."""
+        """The entries of all sources, in batches.
+
+        Args:
+            is_known: Whether an entry of a pipe is spooled or finished already.
+
+        Raises:
+            ConfigError: A source cannot be read to its end.
+            SinkError: The spool cannot be written, or is damaged.
+        """
         if self._spool is not None:
             yield from self._spool.replay()
         streams = [(weight, self._stream(parts, is_known)) for weight, parts in self._sources]
@@ -58,7 +66,7 @@ class SeedReader:
                 yield from stream
 
     def fraction(self) -> float | None:
-        """Share of everything that has been read, by sources' sizes; None when one has none."""
+        """The share of all sources that has been read, 0..1; None if the size of one is not known."""
         parts = [part.fraction() for _, parts in self._sources for part in parts]
         known = [part for part in parts if part is not None]
         return sum(known) / len(parts) if parts and len(known) == len(parts) else None
@@ -71,8 +79,8 @@ class SeedReader:
     def _open(self, source: SourceSection) -> Sequence[SeedSource]:
         if source.path == "-":
             if self._stdin is not None:
-                raise ConfigError("seeds: stdin (`-`) is given twice; it can be read once")
-            if sys.stdin is None:  # Python found it closed; by now its number may be another file's
+                raise ConfigError("seeds: stdin (`-`) is given twice; it can only be read once")
+            if sys.stdin is None:  # closed when Python started; the number 0 may be a different file by now
                 raise ConfigError("seeds: stdin (`-`) is closed; pipe seeds in, or give --seeds a path")
             self._stdin = StdinSource(0, source.task, self._seeds, takes_documents=self._documents)
             return [self._stdin]
@@ -94,7 +102,7 @@ class SeedReader:
 def _interleaved(
     streams: list[tuple[float, Iterator[list[Entry]]]], rng: random.Random
 ) -> Iterator[list[Entry]]:
-    """One entry at a time from a source drawn by weight, until all are at their ends."""
+    """Draw a source by its weight for each entry, until all sources are at their ends."""
     live = [(weight, (entry for batch in stream for entry in batch)) for weight, stream in streams]
     batch: list[Entry] = []
     while live:

@@ -70,7 +70,7 @@ class SeedSpool:
     """The entries that were read from a pipe, in OUT/spool/stdin.jsonl, in the order in which they came."""
 
     def __init__(self, folder: Path) -> None:
-        self._spool = Spool(folder / "stdin.jsonl", _decode)
+        self._spool: Spool[Entry] = Spool(folder / "stdin.jsonl", _decode)
 
     def exists(self) -> bool:
         """Whether an earlier run has read a pipe."""

@@ -160,7 +160,7 @@ def test_an_earlier_card_is_removed_first(run: Path, full: type[FullFileSystem])
     ("url", "says"),
     [
         ("nowhere://a/b", "--to: nowhere://a/b cannot be used: Protocol not known: nowhere"),
-        ("s3://bucket/a", "--to: s3://bucket/a needs a package that is not there: Install s3fs"),
+        ("s3://bucket/a", "--to: s3://bucket/a needs a package that is not installed: Install s3fs"),
         ("", "--to is empty"),
         ("/proc/nothing/a", "cannot export to /proc/nothing/a: "),
     ],

@@ -61,7 +61,7 @@ def test_documents(tmp_path: Path) -> None:
     assert 60 == sum(word.startswith("word") for word in long.split("--- user")[1].split())
     fewer = "would be rejected: too_short: the document has 1 words, fewer than checks.min_words = 50"
     assert f"=== {path}:2: {fewer}\n" == short
-    assert f"=== {path}:3: would be rejected: not_a_seed: field 'context' is missing; there are text\n" == bad
+    assert f"=== {path}:3: would be rejected: not_a_seed: field 'context' is missing; fields: text\n" == bad
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:

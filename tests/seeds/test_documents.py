@@ -72,11 +72,11 @@ def test_the_field_may_have_another_name() -> None:
     [
         (
             {"instruction": "Who?", "answer": "Ada."},
-            "field 'context' is missing; there are answer, instruction",
+            "field 'context' is missing; fields: answer, instruction",
         ),
         ({"context": None}, "field 'context' is missing"),
         ({"context": " \n"}, "field 'context' is empty"),
-        ({"context": ["a", "b"]}, "field 'context' is no string but list"),
+        ({"context": ["a", "b"]}, "field 'context' is not a string but list"),
     ],
 )
 def test_a_line_without_a_document_is_said(row: dict[str, Any], detail: str) -> None:

@@ -449,7 +449,7 @@ def test_samples_that_a_repair_dropped_go_from_the_mirror_too(tmp_path: Path) ->
     ("url", "says"),
     [
         ("nowhere://a", "sink.mirror: nowhere://a cannot be used: Protocol not known"),
-        ("s3://bucket/a", "sink.mirror: s3://bucket/a needs a package that is not there"),
+        ("s3://bucket/a", "sink.mirror: s3://bucket/a needs a package that is not installed"),
         ("OUT", "is inside the run directory"),
         ("file://OUT/mirror", "is inside the run directory"),
         ("OUT/../OUT_NAME/x", "is inside the run directory"),

@@ -115,7 +115,7 @@ def test_documents_through_a_pipe(serve: Serve, tmp_path: Path) -> None:
     assert 30 == len(rows(out, "contexts"))
     rejects = {row["origin"]: (row["reason"], row["detail"]) for row in rows(out, "rejects")}
     assert {
-        "-:31": ("not_a_seed", "field 'context' is missing; there are answer, instruction"),
+        "-:31": ("not_a_seed", "field 'context' is missing; fields: answer, instruction"),
         "-:32": ("too_short", "the document has 2 words, fewer than checks.min_words = 50"),
     } == rejects
     assert_clean(out)
