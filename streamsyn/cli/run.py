@@ -63,11 +63,11 @@ def run(**given: Any) -> None:
         trained = 0 if training is None else training.finish(stopped=stopped)
     on_signals(signal.SIG_IGN)
     if training is not None and trained == EXIT_USAGE:
-        fail(f"the training cannot go on: {training.complaint}", EXIT_USAGE)
+        fail(f"the training cannot start or continue: {training.error}", EXIT_USAGE)
     if summary.stopped:
         sys.exit(EXIT_STOPPED)
     if training is not None and trained == EXIT_OTHER:
-        fail(f"the run has ended, but not its training: {training.complaint}", EXIT_OTHER)
+        fail(f"the run finished, but its training failed: {training.error}", EXIT_OTHER)
     if trained:
         sys.exit(EXIT_STOPPED)
     if summary.reject_fraction > config.run.max_reject_fraction:

@@ -1,4 +1,4 @@
-"""`streamsyn train`: the command line. Nothing heavy is imported before it is clear that it is there."""
+"""`streamsyn train`. Nothing heavy is imported before the command line is known to be complete."""
 
 import os
 import signal
@@ -11,26 +11,34 @@ import click
 
 from streamsyn.errors import ConfigError, StreamsynError, TrainingFailed
 
+_EXAMPLES = """\b
+Examples:
+  streamsyn train --from runs/first --model models/base --out tuned/first
+  streamsyn run run.toml --stdout | streamsyn train train.toml --from -
+  accelerate launch -m streamsyn train train.toml --from runs/first
+"""
 
-@click.command()
+
+@click.command(epilog=_EXAMPLES)
 @click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--from",
     "source",
     metavar="DIR|-",
-    help="Run directory to follow, live or finished; files of chat rows, or an export, of which `train` is "
-    "read; - for NDJSON on stdin.",
+    help="Run directory, live or finished; files of chat rows; an export (split `train`); - for stdin.",
 )
-@click.option("--model", metavar="PATH", help="Model to tune: a Hugging Face directory.")
 @click.option(
-    "--out",
-    metavar="PATH",
-    help="Where checkpoints and the tuned model go; an existing one is resumed.",
+    "--model", metavar="PATH", help="Model to tune: a Hugging Face directory. Default: train.model."
+)
+@click.option(
+    "--out", metavar="PATH", help="Directory of the training; an existing one is resumed. Default: train.out."
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key. Repeatable.")
-@click.option("--plot", is_flag=True, help="Draw OUT/training.png at the end; without --from, do only that.")
-@click.option("--log-json", is_flag=True, help="One JSON object a line on stderr, and nothing else.")
-@click.option("--tethered", is_flag=True, hidden=True)  # by `run --train`: see streamsyn.trainer.signals
+@click.option(
+    "--plot", is_flag=True, help="Draw OUT/training.png at the end; without --from, draw it and exit."
+)
+@click.option("--log-json", is_flag=True, help="Write only JSON objects to stderr, one per line.")
+@click.option("--tethered", is_flag=True, hidden=True)  # set by `run --train`: see streamsyn.trainer.signals
 def train(
     config: Path | None,
     source: str | None,
@@ -41,12 +49,11 @@ def train(
     log_json: bool,
     tethered: bool,
 ) -> None:
-    """Tune a model on samples as they are written. Resumes where an earlier training left off.
+    """Tune a model on samples while they are written. The same command resumes a training.
 
-    Starts as soon as there are samples for a step, waits when there are none, and ends when the stream
-    ends: OUT/model is then a directory that from_pretrained and SGLang load. A signal finishes the step,
-    saves and exits with 75. Run it under `accelerate launch -m streamsyn train ...` on several GPUs.
-    Without --model and --out, the keys train.model and train.out say them.
+    Starts as soon as there are samples for a step, waits when there are none, and ends when the stream ends.
+    OUT/model is then a directory that from_pretrained and SGLang load. A signal finishes the step, saves and
+    exits with 75.
     """
     from streamsyn.sink.rundir import wait_until_free
     from streamsyn.telemetry import configure_logs
@@ -54,50 +61,50 @@ def train(
     from streamsyn.trainer.training_request import check, resolve
 
     configure_logs(as_json=log_json)
-    if out is not None and not out:  # as a path it would be the folder one stands in
-        raise ConfigError("--out: the path is empty; give the directory that the training is to have")
+    if out is not None and not out:  # Path("") would be the working directory
+        raise ConfigError("--out: the path is empty; give the directory of the training")
     folder = None if out is None else Path(out)
     if source is None:
         if not plot:
             raise ConfigError("there is nothing to train on: pass --from DIR, a file of chat rows, or -")
         from streamsyn.trainer.metrics.plot import draw
 
-        click.echo(draw(_out_of(config, folder, settings)))
+        click.echo(draw(_existing_out(config, folder, settings)))
         return
-    tether = ParentLiveness.of_this_rank(wanted=tethered)
+    parent = ParentLiveness.of_this_rank(wanted=tethered)
     try:
         request = resolve(config, source, model, folder, settings)
         check(request)
-        if plot and find_spec("matplotlib") is None:  # to be said now, not in a week
+        if plot and find_spec("matplotlib") is None:  # found now rather than after a week of training
             raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
-        if tether is not None:
-            wait_until_free(request.out, partial(_say_waiting, request.out))
+        if parent is not None:
+            wait_until_free(request.out, partial(_log_waiting, request.out))
         from streamsyn.trainer.training import train as run_training
 
         code = run_training(request.config, request.source, request.model, request.out)
-        for number in (signal.SIGTERM, signal.SIGINT):  # the outcome stands: there is nothing left to stop
+        for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to stop
             signal.signal(number, signal.SIG_IGN)
         if plot and os.environ.get("RANK", "0") == "0":
             _draw(request.out)
-    except (ConfigError, TrainingFailed) as error:  # to start again would end the same
-        if tether is not None:
-            tether.say(2 if isinstance(error, ConfigError) else 1)
+    except (ConfigError, TrainingFailed) as error:  # a restart would end the same way
+        if parent is not None:
+            parent.send_exit_code(2 if isinstance(error, ConfigError) else 1)
         raise
-    if tether is not None:
-        tether.say(code)
+    if parent is not None:
+        parent.send_exit_code(code)
     _exit(code)
 
 
 def _exit(code: int) -> None:
-    """Leave at once: all that is to stay was synced, and to take torch apart takes seconds."""
-    if sys.stdout is not None:  # Python found it closed
+    """Exit at once: everything is synced, and shutting down torch takes seconds."""
+    if sys.stdout is not None:  # None if stdout was closed before Python started
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _say_waiting(out: Path, holder: str) -> None:
-    """A trainer whose run was killed may still be saving there."""
+def _log_waiting(out: Path, holder: str) -> None:
+    """Log that an earlier trainer, whose run was killed, may still be saving in OUT."""
     import structlog
 
     structlog.get_logger().warning(
@@ -105,8 +112,8 @@ def _say_waiting(out: Path, holder: str) -> None:
     )
 
 
-def _out_of(config: Path | None, out: Path | None, settings: tuple[str, ...]) -> Path:
-    """The directory of the training whose curve is to be drawn."""
+def _existing_out(config: Path | None, out: Path | None, settings: tuple[str, ...]) -> Path:
+    """OUT of the training to draw."""
     from streamsyn.config.loading import load, parse_override
 
     if out is None:
@@ -118,7 +125,7 @@ def _out_of(config: Path | None, out: Path | None, settings: tuple[str, ...]) ->
 
 
 def _draw(out: Path) -> None:
-    """Draw what was trained, if anything was; the training stands, whatever becomes of its picture."""
+    """Draw the finished training. A failure is logged: it does not fail the training."""
     import structlog
 
     from streamsyn.trainer.metrics.plot import draw

@@ -1,4 +1,4 @@
-"""OUT of a training: its lock, and train.json, which says what shapes the weights in it."""
+"""OUT of a training: its lock, and train.json, the record of what shapes the weights in it."""
 
 import os
 import time
@@ -19,20 +19,20 @@ from streamsyn.records import digest
 from streamsyn.sink.rundir import DirectoryLock
 from streamsyn.trainer.stream.render import read_template
 
-FORMAT = 1
+_FORMAT = 1
 _RECORD = "train.json"
 _WRITTEN = ("LATEST", "checkpoints", "model", "weights", "metrics.jsonl", "trained.jsonl", "task_losses.json")
-"""What a training writes in OUT."""
+"""What a training writes to OUT."""
 _OF_FLEET = ("servers", "tls_ca", "tls_cert")
-"""How weights reach the servers."""
+"""Keys of the section `fleet` that are recorded: how weights reach the servers."""
 
 
 class OutDirectory:
-    """OUT, locked against other trainings for as long as it is open.
+    """OUT, locked against other trainings until `close`.
 
     Raises:
-        DirectoryInUse: Another process has it open.
-        ConfigError: It cannot be made.
+        DirectoryInUse: A different process has it open.
+        ConfigError: The directory cannot be created.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,22 +41,26 @@ class OutDirectory:
             root.mkdir(parents=True, exist_ok=True)
             self._lock = DirectoryLock(root)
         except OSError as error:
-            raise ConfigError(f"cannot make {root}: {error.strerror}") from error
+            raise ConfigError(f"--out: cannot create {root}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._lock.close()
 
     def claim(self, config: Config, model: str) -> None:
-        """Note what this training is, or refuse to go on with another one.
+        """Write train.json, unless OUT holds a different training.
+
+        Args:
+            config: The resolved configuration.
+            model: The model to tune.
 
         Raises:
-            ConfigError: As `check_shaping` says.
+            ConfigError: See `check_shaping`.
         """
         check_shaping(self.root, config, model)
         saved, fleet = _read(self.root), lasting(config)["fleet"]
         data = {
-            "format": FORMAT,
+            "format": _FORMAT,
             "created_at": saved["created_at"] if saved else time.time(),
             "config": {
                 "run": {"seed": config.run.seed},
@@ -74,49 +78,52 @@ class OutDirectory:
         write_whole(self.root / _RECORD, orjson.dumps(data, option=orjson.OPT_INDENT_2))
 
 
-def check_ours(root: Path) -> None:
-    """Refuse a directory with what a training would replace, but without the record of one.
+def check_replaceable(root: Path) -> None:
+    """Refuse a directory that holds what a training would replace, but no train.json.
 
     Raises:
-        ConfigError: It is such a one; the message names what is there.
+        ConfigError: It does; the message names the files.
     """
     if (root / _RECORD).exists():
         return
     there = [name for name in _WRITTEN if os.path.lexists(root / name)]
     if there:
         raise ConfigError(
-            f"--out {root} holds {', '.join(there)}, but no {_RECORD} of a training: what is there would be "
-            "replaced; use another --out"
+            f"--out {root} holds {', '.join(there)}, but no {_RECORD} of a training, which would replace "
+            "them; "
+            "use another --out"
         )
 
 
 def check_shaping(root: Path, config: Config, model: str) -> None:
-    """Refuse to go on with a training whose weights were shaped otherwise, or in a run's directory.
+    """Refuse to resume a training under keys that shape the weights differently, or in a run directory.
 
-    Where no checkpoint is, nothing was shaped yet: a start that failed can be mended.
+    Without a checkpoint the keys may change: no weights were shaped yet.
 
     Raises:
-        ConfigError: Keys that shape the weights differ; the message names each with both values.
+        ConfigError: Keys differ; the message names each with both values.
     """
     if (root / "run.json").exists():
-        raise ConfigError(f"{root} is a run directory; give the training an --out of its own")
+        raise ConfigError(f"--out {root} is a run directory; give the training a directory of its own")
     saved = _read(root)
     if saved is None or not _has_checkpoint(root):
         return
     if different := differences(saved["shaping"], _shaping(config, model), _shaping(Config(), model)):
-        raise ConfigError(f"{root} holds a training of another kind ({different}); use another --out")
+        raise ConfigError(
+            f"--out {root} holds a training with different keys ({different}); use another --out"
+        )
 
 
-def remembered(root: Path) -> list[tuple[str, Any]]:
-    """The sections that a training was begun with, to go on without its configuration file.
+def recorded_sections(root: Path) -> list[tuple[str, Any]]:
+    """The sections in train.json, to resume a training without its configuration file; empty without one.
 
     Raises:
-        ConfigError: The record of it cannot be read.
+        ConfigError: The record cannot be read, or has keys that this version does not know.
     """
     saved = _read(root)
     if saved is None:
         return []
-    load(None, saved["config"].items())  # that this version knows each key
+    load(None, saved["config"].items())  # checks that this version knows each key
     found: list[tuple[str, Any]] = list(saved["config"].items())
     return found
 
@@ -135,21 +142,21 @@ def _shaping(config: Config, model: str) -> dict[str, Any]:
 
 
 def _lasting(config: Config, model: str) -> dict[str, Any]:
-    """The section as a later training can go on with it."""
+    """The section as it is recorded for a later start."""
     section = config.train.model_dump(mode="json", exclude_none=True) | {"model": _absolute(model)}
-    for key in ("out", "max_steps"):  # of one run only
+    for key in ("out", "max_steps"):  # for one start only
         section.pop(key, None)
     return section
 
 
 def _has_checkpoint(root: Path) -> bool:
-    """Looks at names alone: to read one takes what only a training needs."""
+    """Whether there is a checkpoint, by its name alone."""
     names = [path.name for path in (root / "checkpoints").glob("step-*")]
     return (root / "LATEST").exists() or any(not name.endswith(".tmp") for name in names)
 
 
 def _absolute(model: str) -> str:
-    """A directory by its whole path; a name on the hub as it is."""
+    """A directory as an absolute path; a name on the hub as it is."""
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
@@ -163,8 +170,10 @@ def _read(root: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if (
         not isinstance(data, dict)
-        or data.get("format") != FORMAT
+        or data.get("format") != _FORMAT
         or not isinstance(data.get("shaping"), dict)
     ):
-        raise ConfigError(f"{path} is no record of a training that this streamsyn can go on with")
+        raise ConfigError(
+            f"{path} is not a record of a training, or not in format {_FORMAT}; it cannot be resumed"
+        )
     return data

@@ -1,13 +1,13 @@
-"""SIGTERM and SIGINT: the first finishes the step, saves and ends; a later one ends at once.
+"""How a training is told to stop: by signals, and by the end of the run that started it.
 
-The line between a run and the trainer that it started: `run --train`.
+SIGTERM and SIGINT: the first one finishes the step, saves and ends; a later one ends at once.
 
-It is the trainer's stdin, one end of a pair of sockets. Its end says that the run is over or dead: save and
-exit. Back over it goes the exit code, if the training ends by its own decision.
-
-Why not signals: launchers hand stdin down to every rank, but torchrun puts its workers into sessions of
-their own, passes a SIGTERM on and kills whoever takes more than 30 s to save; `accelerate launch` of one
-process passes on nothing at all; and both turn every exit code but 0 into 1.
+A trainer that was started by `run --train` also ends with its run. Its stdin is one end of a socket pair: end
+of file means that the run has ended or died, so the trainer saves and exits. The exit code goes back over the
+same socket if the training ends by its own decision. Signals cannot do this. Launchers hand stdin down to
+every rank, but torchrun puts its workers into sessions of their own, passes a SIGTERM on and kills workers
+that take more than 30 s to save; `accelerate launch` of one process passes nothing on; and both turn every
+exit code except 0 into 1.
 """
 
 import os
@@ -24,18 +24,21 @@ from streamsyn.errors import ConfigError
 
 EXIT_STOPPED = 75
 END_OF_RUN = signal.SIGUSR1
-"""A tether's. It never ends at once: who ends a run has often told its trainer too, which is saving by the
-time the run has drained."""
-_SAME_S = 1.0
-"""What comes so soon is the first one again: launchers and service managers pass on what all have got."""
+"""Sent by `ParentLiveness`. It never ends a training at once: whoever ends a run has often signalled its
+trainer too, which is saving by the time the run has drained."""
+_SAME_SIGNAL_S = 1.0
+"""A signal within this time after the first one is the same one: launchers and service managers forward
+signals that all processes have received already."""
 
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Within, the first signal calls `stop`, a later one exits at once. One that is ignored stays so.
+    """A context in which the first signal calls `stop`, and a later one exits at once.
+
+    A signal that is ignored stays ignored.
 
     Args:
-        stop: Called in a signal's handler.
+        stop: Called in the signal handler.
         now: A clock, in seconds.
     """
     first: float | None = None
@@ -45,7 +48,7 @@ def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.mo
         if first is None:
             first = now()
             stop()
-        elif number != END_OF_RUN and now() - first > _SAME_S:
+        elif number != END_OF_RUN and now() - first > _SAME_SIGNAL_S:
             os._exit(EXIT_STOPPED)
 
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, END_OF_RUN)}
@@ -55,46 +58,48 @@ def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.mo
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ParentLiveness:
-    """The trainer's end. The end of the line comes as END_OF_RUN to this process; SIGINT is ignored: whoever
-    presses Ctrl-C means the run, which will tell us.
+    """The trainer's end of the socket to the run that started it.
+
+    When the run ends or dies, END_OF_RUN is sent to this process. SIGINT is ignored from now on: Ctrl-C is
+    meant for the run, which then stops its trainer.
 
     Raises:
-        ConfigError: Stdin is no such line.
+        ConfigError: Stdin is not a socket.
     """
 
     def __init__(self) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            self._line = socket.socket(fileno=os.dup(0))
+            self._socket = socket.socket(fileno=os.dup(0))
         except OSError as error:
             raise ConfigError(
-                f"--tethered is for `run --train`, whose launcher must hand stdin on: {error}"
+                f"--tethered is for `run --train`, whose launcher must pass stdin on: {error}"
             ) from error
 
     @classmethod
     def of_this_rank(cls, *, wanted: bool) -> Self | None:
-        """That of rank 0, which speaks for all of them, watched."""
+        """Start to watch the run; None if not `wanted`, and on all ranks but rank 0, which acts for all."""
         if not wanted:
             return None
-        tether = cls()
+        parent = cls()
         if os.environ.get("RANK", "0") != "0":
             return None
-        threading.Thread(target=tether._watch, name="tether", daemon=True).start()
-        return tether
+        threading.Thread(target=parent._watch, name="parent", daemon=True).start()
+        return parent
 
-    def say(self, code: int) -> None:
-        """Tell with what this training ends."""
+    def send_exit_code(self, code: int) -> None:
+        """Tell the run with which code this training ends."""
         try:
-            self._line.send(b"%d" % code)
+            self._socket.send(b"%d" % code)
         except OSError:
-            return  # nobody is there any more
+            return  # the run has ended
 
     def _watch(self) -> None:
-        while self._line.recv(16):
+        while self._socket.recv(16):
             continue
         os.kill(os.getpid(), END_OF_RUN)

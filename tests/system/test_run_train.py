@@ -222,7 +222,7 @@ def test_a_trainer_that_dies_again_and_again_is_given_up(tmp_path: Path, serve: 
 
     assert 1 == done.returncode, done.stderr
     assert 4 == done.stderr.count("trainer| no room")
-    assert "streamsyn: the run has ended, but not its training: no room\n" in done.stderr
+    assert "streamsyn: the run finished, but its training failed: no room\n" in done.stderr
     assert 12 == len(rows(out, "contexts"))
     assert_clean(out)
 
@@ -237,7 +237,9 @@ def test_a_trainer_that_refuses_its_configuration_stops_the_run(
 
     assert 2 == done.returncode, done.stderr
     assert "run.draining" in done.stderr
-    assert "streamsyn: the training cannot go on: that is no model" == done.stderr.splitlines()[-1]
+    assert (
+        "streamsyn: the training cannot start or continue: that is no model" == done.stderr.splitlines()[-1]
+    )
     assert len(rows(out, "contexts")) < 200
     assert_clean(out)
 

@@ -393,7 +393,7 @@ def test_another_training_in_the_same_directory_is_refused(
         ("--from http://host:1", "http://host:1", "out", []),
         ("odd", "odd", "out", []),
         ("no such directory", "run", "out", ["--model", "./nowhere"]),
-        ("is no model", "run", "out", ["--model", "odd"]),
+        ("is not a model", "run", "out", ["--model", "odd"]),
         ("train.rows_per_step", "run", "out", ["--set", "train.rows_per_step=0"]),
         ("is a run directory", "run", "other", []),
         ("the same directory", "run", "run", []),

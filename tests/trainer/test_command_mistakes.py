@@ -188,7 +188,7 @@ def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:
     assert "dropped=1 examples=9" in training.stderr()
 
 
-@pytest.mark.parametrize(("name", "named"), [("taken", "is a file"), ("/proc/nowhere", "cannot make")])
+@pytest.mark.parametrize(("name", "named"), [("taken", "is a file"), ("/proc/nowhere", "cannot create")])
 def test_an_out_that_cannot_be_is_refused(start: Start, tmp_path: Path, name: str, named: str) -> None:
     """One line, exit 2."""
     (tmp_path / "taken").write_text("")

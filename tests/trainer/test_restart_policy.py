@@ -18,7 +18,7 @@ def test_what_ends_as_it_should_is_left_at_that(code: int, stopping: bool) -> No
 
 def test_a_failure_by_its_own_decision_is_not_tried_again() -> None:
     """A stream without a sample is as empty the second time."""
-    assert GiveUp(1) == RestartPolicy(None).after(TrainerExit(1, said=True), None, stopping=False)
+    assert GiveUp(1) == RestartPolicy(None).after(TrainerExit(1, decided=True), None, stopping=False)
 
 
 def test_what_dies_is_started_again_three_times_in_a_row() -> None:
@@ -39,9 +39,9 @@ def test_a_new_checkpoint_begins_a_new_row() -> None:
 
 
 @given(st.integers(-64, 255), st.booleans())
-def test_what_was_told_to_stop_is_never_started_again(code: int, said: bool) -> None:
+def test_what_was_told_to_stop_is_never_started_again(code: int, decided: bool) -> None:
     """However it ended; a death while it stops leaves a training that can be resumed."""
-    found = RestartPolicy(None).after(TrainerExit(code, said=said), None, stopping=True)
+    found = RestartPolicy(None).after(TrainerExit(code, decided=decided), None, stopping=True)
 
     assert GiveUp(code if code in (0, 2, 75) else 75) == found
 

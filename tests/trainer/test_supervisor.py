@@ -1,4 +1,4 @@
-"""A companion that is ended at an awkward moment."""
+"""A trainer process that is ended, or cannot be started, at an awkward moment."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from streamsyn.trainer import supervisor
-from streamsyn.trainer.supervisor import EXIT_FAILED, EXIT_STOPPED, TrainerProcess, TrainerSupervisor
+from streamsyn.trainer.signals import EXIT_STOPPED
+from streamsyn.trainer.supervisor import EXIT_FAILED, TrainerProcess, TrainerSupervisor
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -45,4 +46,4 @@ def test_a_trainer_that_cannot_be_started_ends_no_run(
     kept.start(lambda _why: None)
 
     assert EXIT_FAILED == kept.finish(stopped=False)
-    assert "Resource temporarily unavailable" in kept.complaint
+    assert "Resource temporarily unavailable" in kept.error
