@@ -127,7 +127,7 @@ class Request:
     sampling: dict[str, Any]
     group: str = ""
     """Requests of one group share a long beginning, so they go to one server; "" where none is shared."""
-    beginnings: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
     """Keys of what it begins with like others do, outermost first: the template's, then the group's. The
     first request with a key brings it into a server's cache, the others wait for that."""
     scored: str | None = None

@@ -143,7 +143,7 @@ class Placement:
         """Give it a place at `server`, or have it follow a leader there. False if it has no room."""
         if not server.limiter.has_room(self._clock()):
             return False
-        shared = waiter.request.beginnings
+        shared = waiter.request.prefixes
         if shared and (key := server.warm_up.find_leader(shared)) is not None:
             server.warm_up.follow(key, waiter)
             return True

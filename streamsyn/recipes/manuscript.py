@@ -19,16 +19,16 @@ class Conversation:
     Args:
         opening: Its first messages; the last of them is the first question.
         group: As `Request.group`, for each request.
-        beginnings: As `Request.beginnings`, for each request.
+        prefixes: As `Request.prefixes`, for each request.
         tries: Answers asked for, in all, when one will not do.
     """
 
-    def __init__(self, opening: Opening, group: str, beginnings: tuple[str, ...], tries: int) -> None:
+    def __init__(self, opening: Opening, group: str, prefixes: tuple[str, ...], tries: int) -> None:
         *self._messages, first = opening.messages
         self.question = first["content"]
         """The first question, for `ask`."""
         self._group = group
-        self._beginnings = beginnings
+        self._beginnings = prefixes
         self._tries = tries
         self.tokens = 0
         """Tokens of all of it, as the server counted them at the last answer."""

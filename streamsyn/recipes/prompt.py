@@ -44,13 +44,13 @@ class Opening:
     Attributes:
         messages: System, if there is one, and the first of the user's.
         group: As `Request.group`, when the template names a text that several seeds share; else "".
-        beginnings: Keys of the texts in it that others begin with too, outermost first.
+        prefixes: Keys of the texts in it that others begin with too, outermost first.
         alike: The same, for requests that begin with all of it.
     """
 
     messages: list[dict[str, str]]
     group: str
-    beginnings: tuple[str, ...]
+    prefixes: tuple[str, ...]
     alike: tuple[str, ...]
 
 
@@ -110,13 +110,13 @@ def opening(system: str, group: str, own: str) -> Opening:
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": f"{group}\n\n{own}" if group else own})
     group_key = digest("group", system, group).hex() if group else ""
-    beginnings = (_template_key(system),) if len(system) >= _WORTH_WAITING_CHARS else ()
+    prefixes = (_template_key(system),) if len(system) >= _WORTH_WAITING_CHARS else ()
     if len(group) >= _WORTH_WAITING_CHARS:
-        beginnings = (*beginnings, group_key)
-    alike = beginnings
+        prefixes = (*prefixes, group_key)
+    alike = prefixes
     if len(own) >= _WORTH_WAITING_CHARS:
-        alike = (*beginnings, digest("own", system, group, own).hex())
-    return Opening(messages, group_key, beginnings, alike)
+        alike = (*prefixes, digest("own", system, group, own).hex())
+    return Opening(messages, group_key, prefixes, alike)
 
 
 @lru_cache(maxsize=256)

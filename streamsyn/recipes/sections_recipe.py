@@ -16,7 +16,7 @@ its whole past is a cached prefix: 32k tokens in 16 sections cost their length t
 A conversation that would outgrow `recipe.window_tokens` ends with a running summary, which is still a
 cached continuation. The next one begins as the first did, up to the outline, then come the summary and the
 last section. The plan learns of that by the text itself: what both begin with keeps its keys in
-`Request.beginnings`, what follows is new; group, and with it the server, stays the same.
+`Request.prefixes`, what follows is new; group, and with it the server, stays the same.
 
 A step whose answer fails a check is asked again alone. A document that fails as a whole is rejected: to
 start over would cost as much as all of it.
@@ -229,8 +229,8 @@ class SectionsRecipe:
 
     def _conversation(self, seed: Seed) -> Conversation:
         begins = self._opening(seed)
-        beginnings = begins.alike if self._recipe.contexts_per_seed > 1 else begins.beginnings
-        return Conversation(begins, begins.group or seed_group(seed), beginnings, self._recipe.tries)
+        prefixes = begins.alike if self._recipe.contexts_per_seed > 1 else begins.prefixes
+        return Conversation(begins, begins.group or seed_group(seed), prefixes, self._recipe.tries)
 
     def _opening(self, seed: Seed) -> Opening:
         planned = Manuscript(self._target_tokens(seed), self._recipe.section_tokens).planned

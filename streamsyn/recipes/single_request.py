@@ -50,10 +50,10 @@ class Asking:
 
     def request(self, begins: Opening, seed: Seed, *, asks_alike: bool) -> Request:
         """The question asked first, and afresh; `asks_alike` if the seed's other drafts ask the same."""
-        group, beginnings = begins.group, begins.alike if asks_alike else begins.beginnings
+        group, prefixes = begins.group, begins.alike if asks_alike else begins.prefixes
         if asks_alike or self._recipe.on_truncated == "continue":
             group = group or seed_group(seed)
-        return Request(begins.messages, self._sampling, group, beginnings)
+        return Request(begins.messages, self._sampling, group, prefixes)
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of the prompt, which may be the packaged one of another version."""
@@ -100,7 +100,7 @@ class Asking:
             if completions[-1].finish_reason != "length" or is_enough(so_far):
                 break
             messages = [*request.messages, {"role": "assistant", "content": so_far}]
-            completions.append((yield Request(messages, goes_on, request.group, request.beginnings)))
+            completions.append((yield Request(messages, goes_on, request.group, request.prefixes)))
         return completions
 
 

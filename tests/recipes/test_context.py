@@ -273,9 +273,9 @@ def test_the_keys_of_a_request() -> None:
     """One seed, one draft: what it shares with others is the system message alone."""
     made = recipe()
     request, other = made.request(Draft(SEED)), made.request(Draft(OTHER))
-    assert ("", 1) == (request.group, len(request.beginnings))
-    assert request.beginnings == other.beginnings
-    assert all(key.isalnum() and key.isascii() for key in request.beginnings)
+    assert ("", 1) == (request.group, len(request.prefixes))
+    assert request.prefixes == other.prefixes
+    assert all(key.isalnum() and key.isascii() for key in request.prefixes)
     assert "" == made.group(SEED) == made.outlook()
 
 
@@ -284,11 +284,11 @@ def test_drafts_of_a_seed_go_to_one_server() -> None:
     made = recipe(contexts_per_seed=2)
     request, other = made.request(Draft(SEED, 1)), made.request(Draft(OTHER, 1))
     assert request.group != other.group
-    assert request.beginnings == other.beginnings
+    assert request.prefixes == other.prefixes
     long, longer = replace(SEED, instruction="i" * 1000), replace(OTHER, instruction="i" * 1001)
     request, other = made.request(Draft(long, 1)), made.request(Draft(longer, 1))
-    assert request.beginnings[0] == other.beginnings[0]
-    assert request.beginnings[1] != other.beginnings[1]
+    assert request.prefixes[0] == other.prefixes[0]
+    assert request.prefixes[1] != other.prefixes[1]
     assert request.group == recipe(on_truncated="continue").request(Draft(SEED)).group
 
 
@@ -310,6 +310,6 @@ def test_a_text_that_several_seeds_share(tmp_path: Path) -> None:
     ]
     assert [request.group for request in requests] == [made.group(seed) for seed in seeds]
     assert requests[0].group == requests[1].group != requests[2].group
-    assert ("", 1) == (requests[3].group, len(requests[3].beginnings))
-    assert requests[0].beginnings == requests[1].beginnings == (requests[3].beginnings[0], requests[0].group)
+    assert ("", 1) == (requests[3].group, len(requests[3].prefixes))
+    assert requests[0].prefixes == requests[1].prefixes == (requests[3].prefixes[0], requests[0].group)
     assert "" == made.group(SEED)  # it has no passage: the worker that gets it will tell

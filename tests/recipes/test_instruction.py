@@ -98,12 +98,12 @@ def test_drafts_share_a_document_that_is_taken_whole() -> None:
     """They go to one server, the first leads; drafts about windows of their own share nothing."""
     whole = [recipe(contexts_per_seed=2).request(Draft(SEED, number)) for number in range(2)]
     assert whole[0] == whole[1]
-    assert [True, 1] == [bool(whole[0].group), len(whole[0].beginnings)]
+    assert [True, 1] == [bool(whole[0].group), len(whole[0].prefixes)]
     windows = [
         recipe(contexts_per_seed=2, window_words=50).request(Draft(SEED, number)) for number in range(2)
     ]
-    assert [("", ()), ("", ())] == [(request.group, request.beginnings) for request in windows]
-    assert ("", ()) == (recipe().request(Draft(SEED)).group, recipe().request(Draft(SEED)).beginnings)
+    assert [("", ()), ("", ())] == [(request.group, request.prefixes) for request in windows]
+    assert ("", ()) == (recipe().request(Draft(SEED)).group, recipe().request(Draft(SEED)).prefixes)
     assert "" == recipe().group(SEED) == recipe().outlook()
 
 
@@ -213,7 +213,7 @@ def test_a_template_of_its_own(tmp_path: Path) -> None:
     made = recipe(tasks={"books": {"template": path}}, contexts_per_seed=2)
     request = made.request(Draft(SEED))
     assert [{"role": "user", "content": f"{'Rivers' * 200}\n\nbooks: In year"}] == request.messages
-    assert made.group(SEED) == request.group == request.beginnings[0]
+    assert made.group(SEED) == request.group == request.prefixes[0]
     assert "Document:" in made.request(Draft(replace(SEED, task="other"))).messages[1]["content"]
     path.write_text("{{ instruction }}")
     with pytest.raises(ConfigError, match=r"instruction.*context, metadata, task"):

@@ -125,10 +125,10 @@ def test_every_step_begins_with_all_that_was_said() -> None:
     _, requests = drive(recipe(**SMALL), noted)
     for before, completion, after in zip(requests, given, requests[1:], strict=False):
         assert [*before.messages, {"role": "assistant", "content": completion.text}] == after.messages[:-1]
-        assert ("user", before.group, before.beginnings) == (
+        assert ("user", before.group, before.prefixes) == (
             after.messages[-1]["role"],
             after.group,
-            after.beginnings,
+            after.prefixes,
         )
 
 
@@ -137,9 +137,9 @@ def test_what_seeds_of_a_task_share_comes_first() -> None:
     made = recipe(**SMALL)
     one, other = next(made.steps(Draft(SEED))), next(made.steps(Draft(OTHER)))
     assert one.messages[0] == other.messages[0]
-    assert one.beginnings == other.beginnings
+    assert one.prefixes == other.prefixes
     assert one.group != other.group
-    assert all(key.isalnum() and key.isascii() for key in (one.group, *one.beginnings))
+    assert all(key.isalnum() and key.isascii() for key in (one.group, *one.prefixes))
 
 
 def test_drafts_of_a_seed_share_its_beginning() -> None:
@@ -149,7 +149,7 @@ def test_drafts_of_a_seed_share_its_beginning() -> None:
     assert one == two
     long = replace(SEED, instruction="i" * 1000)
     counts = [
-        len(next(recipe(**SMALL, contexts_per_seed=drafts).steps(Draft(seed))).beginnings)
+        len(next(recipe(**SMALL, contexts_per_seed=drafts).steps(Draft(seed))).prefixes)
         for seed in (SEED, long)
         for drafts in (1, 2)
     ]
@@ -342,7 +342,7 @@ def test_a_conversation_that_grows_too_long_begins_again() -> None:
         assert requests[number - 1].messages[-1]["content"] not in question(begun)
         assert prose(number) in question(begun)
         assert "Now write section" in question(begun)
-        assert (ended.group, ended.beginnings) == (begun.group, begun.beginnings)
+        assert (ended.group, ended.prefixes) == (begun.group, begun.prefixes)
     assert 4000 == document.checks["tokens"]
     assert 20 == document.checks["sections"] == len(requests) - 1 - len(summaries)
     for request in requests:
@@ -371,8 +371,8 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
         "A long passage." * 100 + "\n\nQuestion or instruction:\nWho?"
     )
     assert one.group == other.group == made.group(seed) != recipe(**SMALL).group(seed) == ""
-    assert one.beginnings == other.beginnings
-    assert 2 == len(one.beginnings)
+    assert one.prefixes == other.prefixes
+    assert 2 == len(one.prefixes)
     assert made.fingerprint() != recipe(**SMALL).fingerprint()
 
 
