@@ -1,7 +1,9 @@
 """Fixtures for all tests: nothing may block the event loop."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -27,3 +29,13 @@ async def no_task_left() -> AsyncIterator[None]:
     yield
     left = {task.get_name() for task in asyncio.all_tasks() - before if not task.done()}
     assert set() == left - {asyncio.current_task().get_name()}  # type: ignore[union-attr]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, by the seconds in tests/durations.json, so that both workers end together."""
+    seconds: dict[str, float] = json.loads((Path(__file__).parent / "durations.json").read_text())
+
+    def longest_first(item: pytest.Item) -> float:
+        return -seconds.get(str(item.path.relative_to(item.config.rootpath)), 0)
+
+    items.sort(key=longest_first)

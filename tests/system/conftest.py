@@ -13,21 +13,44 @@ from typing import Any
 
 import pytest
 
+from tests.system.fork_server import ForkedProcess, ForkServer
+
 COMMAND = [sys.executable, "-m", "streamsyn"]
 STARTED: list[subprocess.Popen[bytes]] = []
+FORKS = ForkServer("streamsyn.pipeline.run", "streamsyn.pipeline.verify", "streamsyn.simulator.app")
 
 
-def streamsyn(*arguments: object, timeout_s: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; output as text."""
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+def streamsyn(
+    *arguments: object,
+    timeout_s: float = 100,
+    input: str | None = None,  # noqa: A002 - as `subprocess.run` names it
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with `input` on its stdin; output as text."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    with _process(*arguments, text=True, **options) as process:
+        try:
+            stdout, stderr = process.communicate(input, timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Start a command. What a test that failed has left running is ended behind it."""
-    process = subprocess.Popen([*COMMAND, *map(str, arguments)], **{"stderr": subprocess.PIPE, **options})
+    process = _process(*arguments, **{"stderr": subprocess.PIPE, **options})
     STARTED.append(process)
     return process
+
+
+def _process(*arguments: object, **options: Any) -> subprocess.Popen[Any]:
+    given = list(map(str, arguments))
+    if "preexec_fn" in options:  # only a process of its own can be given limits
+        return subprocess.Popen([*COMMAND, *given], **options)
+    return ForkedProcess(FORKS, given, **options)
 
 
 def wait_for_line(process: subprocess.Popen[bytes], pattern: str) -> str:
@@ -60,6 +83,13 @@ class Server:
         self.process.wait(20)
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fork_server() -> Iterator[None]:
+    """The process that tests fork their commands from ends with the session."""
+    yield
+    FORKS.close()
 
 
 @pytest.fixture(autouse=True)

@@ -178,6 +178,7 @@ def test_a_trainer_outlives_its_run_only_to_save(tmp_path: Path, serve: Serve, s
     os.close(ended)
 
 
+@pytest.mark.crash
 def test_a_trainer_waits_for_the_one_before_it(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
     """One whose run was killed may still be saving: the next run is not stopped by that."""
     training = tmp_path / "out" / "training"
@@ -215,6 +216,7 @@ def test_a_training_goes_on_beside_a_run(tmp_path: Path, serve: Serve, seeds: Se
     assert 0 == streamsyn("run", "--out", out, *RUN).returncode
 
 
+@pytest.mark.crash
 def test_a_trainer_that_dies_again_and_again_is_given_up(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
     """Started three times more; the run goes on to its end without it, and exits with 1, saying why."""
     out, broken = tmp_path / "out", config(tmp_path, "import sys; print('no room'); sys.exit(1)")
@@ -244,6 +246,7 @@ def test_a_trainer_that_refuses_its_configuration_stops_the_run(
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_an_interrupted_training_is_resumed_with_its_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
     """With a real trainer: saved at the interrupt; the same command goes on with both, to the end."""
     out, training = tmp_path / "out", config(tmp_path)

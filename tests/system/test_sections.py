@@ -35,6 +35,7 @@ def stop_at(requests: int, server: Server, process: Popen[bytes], number: int) -
     process.communicate()
 
 
+@pytest.mark.crash
 @pytest.mark.timeout(120)
 def test_finished_steps_survive_a_kill(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """After three kills each seed has its context, and only what was being worked on was asked twice."""
@@ -74,6 +75,7 @@ def test_a_drain_ends_soon_and_loses_nothing(serve: Serve, seeds: Seeds, tmp_pat
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_a_damaged_journal_stops_nothing(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """It is said once, and its steps are asked again."""
     server, out = serve("--latency-ms", "100"), tmp_path / "out"

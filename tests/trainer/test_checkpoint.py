@@ -75,6 +75,7 @@ def prepared(out: Path) -> Path:
     return out
 
 
+@pytest.mark.crash
 def test_a_kill_at_any_file_leaves_a_whole_one(tmp_path: Path) -> None:
     """Killed before each change of a file in turn, while a third checkpoint replaces the first: the newest
     is the second or the third, whole; then nothing torn is left, and one more can be written."""

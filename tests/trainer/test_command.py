@@ -227,6 +227,7 @@ def test_a_finished_run_is_trained_on(start: Start, tmp_path: Path) -> None:
     assert len(steps) == len(lines(out))
 
 
+@pytest.mark.crash
 def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> None:
     """SIGKILL at random moments, resumed each time: over a complete log and with one thread, the final
     weights are those of a training that nobody disturbed, bit for bit."""
