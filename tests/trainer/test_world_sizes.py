@@ -9,7 +9,8 @@ from tests.trainer import tiny
 from tests.trainer.test_command import SETTINGS, lineage, result, write_run
 from tests.trainer.test_loop import run_ranks
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(180)]  # resumes: four trainings, each a process or two that import torch
+# Four trainings, each a process or two that import torch.
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(180)]
 
 
 def test_two_ranks_go_on_where_one_was_and_one_where_two_were(tmp_path: Path) -> None:
