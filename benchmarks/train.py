@@ -120,7 +120,7 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
     from tokenizers import Tokenizer, models
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from streamsyn.trainer.metrics.mfu import work_of
+    from streamsyn.trainer.metrics.mfu import model_flops
 
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(case.config())
@@ -129,7 +129,7 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
     PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>", pad_token="<e>").save_pretrained(folder)
     rows = samples(case.steps * case.per_step, case.length)
     measured: list[tuple[int, int]] = [*chain(*rows[WARM_UP * case.per_step :])]
-    work = work_of(model)
+    work = model_flops(model)
     assert work is not None
     plan = {
         **asdict(case),

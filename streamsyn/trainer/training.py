@@ -22,7 +22,7 @@ from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_bef
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loop import Loop, Progress
-from streamsyn.trainer.metrics.mfu import speed_of
+from streamsyn.trainer.metrics.mfu import mfu_of
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
 from streamsyn.trainer.model.accelerator import start_accelerator
@@ -250,8 +250,8 @@ def _open(
         section, held_out.rows, control, exam, ranks.world, done, info.get("evaluations")
     )
     track = start_tracking(placed.accelerator, section, out, progress.step)
-    speed = speed_of(placed.plain, placed.accelerator.device, ranks.world)
-    metrics = TrainingMetrics(out, kept, info.get("task_losses"), speed, track)
+    mfu = mfu_of(placed.plain, placed.accelerator.device, ranks.world)
+    metrics = TrainingMetrics(out, kept, info.get("task_losses"), mfu, track)
     schedule = Schedule(section, info.get("schedule"))
     totals = Totals(**info.get("totals", {}))
     controller = Controller(section, ranks, plans, progress, store, schedule, metrics, evaluations, totals)

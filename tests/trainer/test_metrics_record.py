@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Example, Key, StepPlan
-from streamsyn.trainer.metrics.mfu import Speed, Work, peak_flops, speed_of, work_of
+from streamsyn.trainer.metrics.mfu import Mfu, ModelFlops, mfu_of, model_flops, peak_flops
 from streamsyn.trainer.metrics.record import TrainingMetrics, verdict
 from streamsyn.trainer.metrics.trackers import start_tracking
 from streamsyn.trainer.model.accelerator import start_accelerator
@@ -86,7 +86,7 @@ def test_utilisation_is_of_the_time_it_did_not_wait(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(time, "monotonic", lambda: now)
     plan = StepPlan(((tiny.example(100, 50), tiny.example(10, 1)),), {})
     flops = 6.0 * 110 + 2.0 * 51 + 3.0 * (100**2 + 10**2)
-    figures = TrainingMetrics(tmp_path, 0, speed=Speed(Work(6.0, 2.0, 3.0), 2 * flops))
+    figures = TrainingMetrics(tmp_path, 0, mfu=Mfu(ModelFlops(6.0, 2.0, 3.0), 2 * flops))
     now += 2
     figures.lap()
     now += 1
@@ -96,7 +96,7 @@ def test_utilisation_is_of_the_time_it_did_not_wait(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     train(tmp_path, section(), plans(2))
     assert all("mfu" not in line for line in lines(tmp_path))
-    assert speed_of(tiny.model(), torch.device("cpu"), 1) is None
+    assert mfu_of(tiny.model(), torch.device("cpu"), 1) is None
 
 
 def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
@@ -104,16 +104,16 @@ def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
     tied, loose = tiny.model(), tiny.model(tie_word_embeddings=False)
     head = tiny.VOCABULARY * 32
     body = sum(one.numel() for one in tied.parameters()) - head
-    expected = Work(6.0 * body, 6.0 * head, 12 * 2 * 32)
+    expected = ModelFlops(6.0 * body, 6.0 * head, 12 * 2 * 32)
 
-    assert expected == work_of(tied) == work_of(loose)
+    assert expected == model_flops(tied) == model_flops(loose)
     for one in tied.model.layers.parameters():
         one.requires_grad_(False)
-    frozen = work_of(tied)
+    frozen = model_flops(tied)
     assert frozen is not None
     assert frozen.token == pytest.approx(4.0 * body, rel=0.01)
     loose.config.num_local_experts = 8
-    assert work_of(loose) is None
+    assert model_flops(loose) is None
 
 
 def test_the_work_of_layers_that_differ_is_their_sum() -> None:
@@ -132,7 +132,7 @@ def test_the_work_of_layers_that_differ_is_their_sum() -> None:
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         **given,
     )
-    work = work_of(AutoModelForCausalLM.from_config(config))
+    work = model_flops(AutoModelForCausalLM.from_config(config))
 
     assert work is not None
     assert 12 * 4 * (8 + 8 + 16) == work.squared

@@ -1,50 +1,52 @@
-"""What is written down of a training as it goes, and said on stderr; a verdict at the end.
+"""Records a training in OUT's metrics.jsonl, trained.jsonl and task_losses.json, and logs a summary.
 
-In OUT:
-
-    metrics.jsonl     a line a step, one an evaluation, and one when a process of the training ends
-    trained.jsonl     for each step the examples that it trained on, with their losses
-    task_losses.json  how hard each task is
+The last line of metrics.jsonl has a verdict: what limited the speed of the training.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import orjson
 import structlog
 
-from streamsyn.trainer.examples import StepPlan
-from streamsyn.trainer.metrics.mfu import Speed
-from streamsyn.trainer.metrics.step_log import StepLog, TaskLosses
+from streamsyn.io.durable import write_whole
+from streamsyn.trainer.examples import Example, StepPlan
+from streamsyn.trainer.metrics.mfu import Mfu
+from streamsyn.trainer.metrics.step_log import StepLog
 
 log = structlog.get_logger()
 
 _LOG_EVERY_S = 2.0
-_MUCH_WAITING = 0.1
-"""From this share of its time on, waiting is what bounds a training."""
-_WHOLE = 1000.0
-"""Beyond this nobody reads what is behind the point."""
-_SHOWN = ("step", "loss", "rate", "tokens_per_s", "target_tokens_per_s", "mfu", "queue", "read_ahead")
+_TASK_LOSSES_EVERY_S = 30.0
+_BOUND_BY_WAITING = 0.1
+"""From this share of its time on, waiting limits a training."""
+_ROUNDED_FROM = 1000.0
+"""Larger numbers are logged without decimals."""
+HALF_LIFE = 32
+"""The weight of a loss halves after this many further examples of its task."""
+_DECAY = 0.5 ** (1 / HALF_LIFE)
+_LOGGED = ("step", "loss", "rate", "tokens_per_s", "target_tokens_per_s", "mfu", "queue", "read_ahead")
 
 Track = Callable[[str, Mapping[str, Any], int], None]
-"""Takes figures of a kind, and the step they belong to, elsewhere."""
+"""Sends the figures of a line elsewhere. Arguments: the kind of line, its fields, the step."""
 
 
 class TrainingMetrics:
-    """Keeps OUT's figures. Lines of steps that come again are taken out first.
+    """Writes the metrics files of a training. Lines after the step where it resumes are cut off first.
 
     Args:
         out: OUT.
-        step: Where the training stands; below 0 nothing is kept.
-        tasks: What `tasks.state` gave at that step.
-        speed: What a step costs, and what the devices can do; None where that is not known.
-        track: Where figures go besides.
+        step: The step where the training resumes; below 0 no line is kept.
+        tasks: What `tasks.state` returned at that step.
+        mfu: Computes the utilisation of a step; None where model or device are unknown.
+        track: Receives the figures too.
 
     Raises:
-        SinkError: They cannot be written; so for each of its methods.
+        SinkError: A file cannot be written. Each method raises it too.
     """
 
     def __init__(
@@ -52,13 +54,13 @@ class TrainingMetrics:
         out: Path,
         step: int,
         tasks: Mapping[str, Mapping[str, float]] | None = None,
-        speed: Speed | None = None,
+        mfu: Mfu | None = None,
         track: Track | None = None,
     ) -> None:
         self._metrics = StepLog(out / "metrics.jsonl", step)
         self._trained = StepLog(out / "trained.jsonl", step)
         self.tasks = TaskLosses(out / "task_losses.json", tasks or {})
-        self._speed = speed
+        self._mfu = mfu
         self._track = track
         self._started = self._began = time.monotonic()
         self._logged = 0.0
@@ -66,21 +68,21 @@ class TrainingMetrics:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since this run began to train."""
+        """Seconds since this process began to train."""
         return time.monotonic() - self._started
 
     def lap(self) -> None:
-        """What went on up to now is no part of the next step's training."""
+        """Start the clock of the next step; time up to now does not count as its training."""
         self._began = time.monotonic()
 
     def step(self, line: dict[str, Any], plan: StepPlan, losses: Sequence[float], waited_s: float) -> None:
-        """Note a step, which took from the last `lap` to now, and before that waited for its plan.
+        """Record a step, which trained from the last `lap` to now, after waiting for its plan.
 
         Args:
-            line: What is known of it: its number, loss, tokens and more.
-            plan: What it trained on.
-            losses: Those of the plan's examples; not finite where a step was skipped.
-            waited_s: Time that the training has waited for plans so far.
+            line: The fields known to the caller: `step`, `loss`, `tokens`, `target_tokens` and others.
+            plan: The samples of the step.
+            losses: The loss of each of the plan's examples; not finite if the step was skipped.
+            waited_s: Total time so far that the training has waited for plans.
         """
         now, at = time.monotonic(), time.time()
         examples = list(plan.examples())
@@ -106,32 +108,32 @@ class TrainingMetrics:
             "age_median_s": round(median(ages), 3),
             "age_max_s": round(max(ages), 3),
         }
-        if self._speed is not None:
-            rates["mfu"] = round(self._speed.utilisation(plan, trained), 4)
+        if self._mfu is not None:
+            rates["mfu"] = round(self._mfu.utilisation(plan, trained), 4)
         whole = {**line, **rates}
         self._write("step", whole, at)
         if now - self._logged >= _LOG_EVERY_S:
             self._logged = now
-            _say(whole)
+            _log_step(whole)
 
     def evaluation(self, step: int, found: dict[str, Any]) -> None:
-        """Note an evaluation."""
+        """Record an evaluation."""
         self._write("evaluation", {"step": step, **found}, time.time())
-        log.info("train.evaluation", step=step, **{name: _short(value) for name, value in found.items()})
+        log.info("train.evaluation", step=step, **{name: _rounded(value) for name, value in found.items()})
 
     def sync(self, step: int) -> None:
-        """Return when all that was noted is on disk: what a checkpoint holds must not be missing here."""
+        """Flush everything to disk. Called before a checkpoint, whose steps must not be missing here."""
         self._trained.sync()
         self._metrics.sync()
         self.tasks.write(step, now=True)
 
     def end(self, line: Mapping[str, Any], waited_s: float, stream_waited_s: float) -> dict[str, Any]:
-        """Note that this process trains no more; the line with its verdict, None when it made no step.
+        """Record the end of this process, and return the line, with the verdict if there was a step.
 
         Args:
-            line: Why, and totals; `steps_of_run` among them.
-            waited_s: Time that the training has waited for plans.
-            stream_waited_s: What of it was because the stream had nothing more.
+            line: The reason and totals, `steps_of_run` among them.
+            waited_s: Total time that the training has waited for plans.
+            stream_waited_s: The part of it in which the stream had nothing to read.
         """
         elapsed = self.elapsed_s
         shares = waited_s / elapsed, stream_waited_s / elapsed
@@ -152,33 +154,75 @@ class TrainingMetrics:
             self._track(kind, line, line["step"])
 
 
-def verdict(wait_share: float, stream_wait_share: float) -> str:
-    """What bounds a training.
+class TaskLosses:
+    """An exponential moving average of the example losses of each task, kept in OUT/task_losses.json.
 
-        generation-bound    it waited much for samples to be written: more generators would speed it up
-        reading-bound       they were there, and it waited much for them to be read and put into tokens
-        training-bound      it hardly waited: the stream is ahead of it
+    After n examples, the i-th has a weight proportional to 0.5 ** ((n - i) / HALF_LIFE), without the bias
+    towards the first example of the usual recursive form.
 
     Args:
-        wait_share: Share of its time that it waited for plans.
-        stream_wait_share: What of it was because the stream had nothing more.
+        path: The file.
+        state: An earlier return value of `state`.
     """
-    if stream_wait_share >= _MUCH_WAITING:
+
+    def __init__(self, path: Path, state: Mapping[str, Mapping[str, float]]) -> None:
+        self._path = path
+        self._tasks = {task: dict(found) for task, found in state.items()}
+        self._written = time.monotonic()
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """For each task its `loss` and the number of `examples` in it."""
+        return {task: dict(found) for task, found in self._tasks.items()}
+
+    def add(self, examples: Iterable[Example], losses: Iterable[float]) -> None:
+        """Add the losses of examples; those that are not finite are skipped."""
+        for example, loss in zip(examples, losses, strict=True):
+            if math.isfinite(loss):
+                found = self._tasks.setdefault(example.task, {"loss": 0.0, "examples": 0})
+                found["examples"] += 1
+                share = (1 - _DECAY) / (1 - _DECAY ** found["examples"])
+                found["loss"] += share * (loss - found["loss"])
+
+    def write(self, step: int, *, now: bool = False) -> None:
+        """Replace the file, at most every 30 s unless `now`.
+
+        Raises:
+            SinkError: The file cannot be written.
+        """
+        if not now and time.monotonic() - self._written < _TASK_LOSSES_EVERY_S:
+            return
+        self._written = time.monotonic()
+        found: dict[str, Any] = {"step": step, "tasks": self._tasks}
+        write_whole(self._path, orjson.dumps(found, option=orjson.OPT_INDENT_2))
+
+
+def verdict(wait_share: float, stream_wait_share: float) -> str:
+    """What limits the speed of a training.
+
+        generation-bound    it waited for samples to be generated: more generation servers would help
+        reading-bound       samples were there, but it waited for them to be read and tokenised
+        training-bound      it hardly waited: generation is ahead of it
+
+    Args:
+        wait_share: Share of its time in which it waited for plans.
+        stream_wait_share: Share of its time in which the stream had nothing to read.
+    """
+    if stream_wait_share >= _BOUND_BY_WAITING:
         return "generation-bound"
-    return "reading-bound" if wait_share >= _MUCH_WAITING else "training-bound"
+    return "reading-bound" if wait_share >= _BOUND_BY_WAITING else "training-bound"
 
 
-def _say(line: Mapping[str, Any]) -> None:
+def _log_step(line: Mapping[str, Any]) -> None:
     log.info(
         "train.step",
-        **{name: _short(line[name]) for name in _SHOWN if line.get(name) is not None},
-        age_s=_short(line["age_median_s"]),
+        **{name: _rounded(line[name]) for name in _LOGGED if line.get(name) is not None},
+        age_s=_rounded(line["age_median_s"]),
         wait=f"{line['wait_share']:.0%}",
         dropped=line["dropped"],
     )
 
 
-def _short(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     if not isinstance(value, float):
         return value
-    return round(value) if _WHOLE <= abs(value) < math.inf else float(f"{value:.4g}")
+    return round(value) if _ROUNDED_FROM <= abs(value) < math.inf else float(f"{value:.4g}")

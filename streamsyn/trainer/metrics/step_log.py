@@ -1,28 +1,25 @@
-"""A file of JSON lines that each name their step, in order; those after a checkpoint are cut off again.
+"""A file of JSON lines in the order of their steps. Lines after the last checkpoint are cut off on resume."""
 
-OUT/task_losses.json: how hard each task is for the model now. A producer may weigh its seeds by it.
-"""
-
-import math
 import mmap
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from streamsyn.errors import SinkError
-from streamsyn.io.durable import write_whole
-from streamsyn.trainer.examples import Example
 
 
 class StepLog:
-    """Appends lines to `path`. Lines of steps after `step`, and a torn one, are cut off first.
+    """Appends lines to a file.
+
+    Args:
+        path: The file, which need not exist.
+        step: Later steps' lines are cut off first, as is a torn last line.
 
     Raises:
-        SinkError: It cannot be written; so for each of its methods.
+        SinkError: The file cannot be written. Each method raises it too.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -34,7 +31,7 @@ class StepLog:
             raise self._failed(error) from error
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line; no power cut is waited out."""
+        """Write one line, without fsync."""
         try:
             with self._path.open("ab") as file:
                 file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
@@ -42,7 +39,7 @@ class StepLog:
             raise self._failed(error) from error
 
     def sync(self) -> None:
-        """Return when all lines are on disk."""
+        """Flush all lines to disk (fsync)."""
         try:
             with self._path.open("ab") as file:
                 os.fsync(file.fileno())
@@ -54,10 +51,10 @@ class StepLog:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of this kind, but for a torn or a foreign one; none if there is no file.
+    """The lines of such a file. Lines that are not JSON objects are skipped; a missing file has no lines.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     if not path.exists():
         return
@@ -72,7 +69,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leave the lines up to `step`. The file is looked at from its end."""
+    """Cut off the lines after `step`, searching from the end of the file."""
     with path.open("r+b") as file:
         end = os.fstat(file.fileno()).st_size
         if end:
@@ -92,51 +89,3 @@ def _is_kept(line: bytes, step: int) -> bool:
         return bool(orjson.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError):
         return False
-
-
-HALF_LIFE = 32
-"""After so many examples of its task, a loss weighs half."""
-_KEPT = 0.5 ** (1 / HALF_LIFE)
-_WRITE_EVERY_S = 30.0
-
-
-class TaskLosses:
-    """An exponential mean, for each task, of the losses of its examples in the order of training.
-
-    After n examples, the i-th weighs in proportion to 0.5 ** ((n - i) / HALF_LIFE): the first one is no
-    more than one of them.
-
-    Args:
-        path: The file.
-        state: What `state` gave before.
-    """
-
-    def __init__(self, path: Path, state: Mapping[str, Mapping[str, float]]) -> None:
-        self._path = path
-        self._tasks = {task: dict(found) for task, found in state.items()}
-        self._written = time.monotonic()
-
-    def state(self) -> dict[str, dict[str, float]]:
-        """For each task its `loss` and how many `examples` it is of."""
-        return {task: dict(found) for task, found in self._tasks.items()}
-
-    def add(self, examples: Iterable[Example], losses: Iterable[float]) -> None:
-        """Take up the losses of examples; those that are not finite are passed over."""
-        for example, loss in zip(examples, losses, strict=True):
-            if math.isfinite(loss):
-                found = self._tasks.setdefault(example.task, {"loss": 0.0, "examples": 0})
-                found["examples"] += 1
-                share = (1 - _KEPT) / (1 - _KEPT ** found["examples"])
-                found["loss"] += share * (loss - found["loss"])
-
-    def write(self, step: int, *, now: bool = False) -> None:
-        """Replace the file, if it is to be `now` or the last time was long ago.
-
-        Raises:
-            SinkError: It cannot be written.
-        """
-        if not now and time.monotonic() - self._written < _WRITE_EVERY_S:
-            return
-        self._written = time.monotonic()
-        found: dict[str, Any] = {"step": step, "tasks": self._tasks}
-        write_whole(self._path, orjson.dumps(found, option=orjson.OPT_INDENT_2))

@@ -1,4 +1,4 @@
-"""Figures for tensorboard, trackio and wandb, by accelerate, besides what OUT keeps."""
+"""Sends the figures of metrics.jsonl to tensorboard, trackio and wandb, through accelerate."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,23 +15,27 @@ from streamsyn.trainer.metrics.record import Track
 log = structlog.get_logger()
 
 FOLDER = "tracking"
-"""OUT/tracking: where trackers that keep files keep them."""
+"""OUT/tracking: the files of trackers that write files."""
 _PROJECT = "streamsyn"
 _PREFIX = {"step": "train", "evaluation": "eval", "end": "end"}
-_NO_FIGURES = frozenset({"step", "at"})
+_NOT_FIGURES = frozenset({"step", "at"})
 
 
 def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int) -> Track | None:
-    """Open all trackers; None without any. For rank 0. `end_training` of the accelerator closes them.
+    """Open the trackers of `train.trackers`, on rank 0. The accelerator's `end_training` closes them.
 
     Args:
-        accelerator: One that was made with `log_with=section.trackers`.
+        accelerator: Created with `log_with=section.trackers`.
         section: `train`.
         out: OUT.
-        step: Where the training stands; tensorboard hides what an earlier run said of later steps.
+        step: The step where the training resumes; tensorboard hides later steps of earlier processes.
+
+    Returns:
+        The function that sends figures to them; None without trackers. If it fails once, it logs that and
+        sends nothing more.
 
     Raises:
-        ConfigError: One cannot be opened.
+        ConfigError: A tracker cannot be opened.
     """
     if not section.trackers:
         return None
@@ -43,14 +47,14 @@ def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int
     }
     try:
         folder.mkdir(exist_ok=True)
-        run, name = _one_run(out)
+        run, name = _run_identity(out)
         options = {
             "tensorboard": {"purge_step": step + 1 if step else None},
             "trackio": {"name": name, "resume": "allow"},
             "wandb": {"id": run, "name": name, "resume": "allow", "dir": str(folder)},
         }
         accelerator.init_trackers(_PROJECT, settings, options)
-    except Exception as error:  # whatever its package raises, it is not for us to mend
+    except Exception as error:  # each tracker raises its own kinds
         why = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigError(f"train.trackers: {', '.join(section.trackers)} cannot be opened: {why}") from error
 
@@ -62,28 +66,28 @@ def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int
             return
         try:
             accelerator.log(numbers(kind, line), step=at)
-        except Exception as error:  # noqa: BLE001 - no tracker is worth a training
+        except Exception as error:  # noqa: BLE001 - a tracker must not end a training
             working = False
             log.warning("train.tracking_ends", trackers=section.trackers, error=repr(error))
 
     return track
 
 
-def _one_run(out: Path) -> tuple[str, str]:
-    """An id and a name, the same for all starts of the training in OUT, and for no other one.
+def _run_identity(out: Path) -> tuple[str, str]:
+    """The id and name of the training in OUT, the same for all its processes.
 
-    Not for one that was begun anew in its place: wandb drops what is said of steps that it has had.
+    A training that replaced an earlier one in OUT has a different id: wandb drops steps that it has seen.
     """
     whole, record = out.resolve(), out / "train.json"
-    began = orjson.loads(record.read_bytes())["created_at"] if record.exists() else None
-    run = digest("training", str(whole), str(began)).hex()
+    created = orjson.loads(record.read_bytes())["created_at"] if record.exists() else None
+    run = digest("training", str(whole), str(created)).hex()
     return run, f"{whole.parent.name}-{whole.name}-{run[:6]}"
 
 
 def numbers(kind: str, line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a line of metrics.jsonl, by names such as `train/loss`; what is nested is left out."""
+    """The numbers in a line of metrics.jsonl, by names such as `train/loss`, without nested fields."""
     return {
         f"{_PREFIX[kind]}/{name}": value
         for name, value in line.items()
-        if name not in _NO_FIGURES and isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in _NOT_FIGURES and isinstance(value, int | float) and not isinstance(value, bool)
     }
