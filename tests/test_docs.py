@@ -1,4 +1,4 @@
-"""The README says what is there, and all that is there."""
+"""README, guides and package READMEs name only what exists, and the README names every command."""
 
 import re
 from pathlib import Path
@@ -11,50 +11,102 @@ from streamsyn.config.loading import known_keys
 
 ROOT = Path(streamsyn.__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [
+    ROOT / "README.md",
+    *sorted(
+        page for folder in ("streamsyn", "deploy", "benchmarks") for page in (ROOT / folder).rglob("*.md")
+    ),
+]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text("utf-8") for page in PAGES}
+FOLDERS = ("streamsyn", "deploy", "benchmarks", "tests")
+FILES = (".toml", ".py", ".md", ".json", ".jsonl")
+
+every_page = pytest.mark.parametrize("page", TEXTS)
+
+
+def without_code(page: str) -> str:
+    """The text of a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
-def test_every_command_stands_in_the_readme_and_has_help(name: str) -> None:
-    """A command that nobody reads of does not exist."""
-    assert f"`streamsyn {name}" in README
+def test_every_command_is_in_the_readme_and_has_help(name: str) -> None:
+    """Each command is named as `streamsyn NAME`."""
+    assert f"`streamsyn {name}`" in README
     assert cli.commands[name].help
 
 
-def test_every_command_in_the_readme_exists() -> None:
-    """The reverse."""
-    assert set(re.findall(r"`streamsyn (\w+)", README)) <= set(cli.commands)
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 75])
+def test_every_exit_code_is_in_the_readme(code: int) -> None:
+    """The table of exit codes has a row for each."""
+    assert re.search(rf"^\| {code} \|", README, re.MULTILINE)
 
 
-def test_every_key_in_the_readme_exists() -> None:
-    """Keys written as `section.name` are keys of the configuration."""
+@every_page
+def test_every_command_on_a_page_exists(page: str) -> None:
+    """Commands in backquotes, and at the start of a line of a block."""
+    blocks = "".join(re.findall(r"^```sh\n.*?^```$", TEXTS[page], re.MULTILINE | re.DOTALL))
+    named = re.findall(r"`streamsyn ([a-z]+)", TEXTS[page]) + re.findall(
+        r"^streamsyn ([a-z]+)", blocks, re.MULTILINE
+    )
+
+    assert set(named) <= set(cli.commands)
+
+
+@every_page
+def test_every_key_on_a_page_exists(page: str) -> None:
+    """Keys written as `section.name` and keys after `--set`; names of log events are allowed."""
+    named = set(re.findall(r"`([a-z_]+\.[a-z_.]+)(?: = [^`]*)?`", TEXTS[page]))
+    named |= set(re.findall(r"--set '?([a-z_]+\.[a-z_.]+)=", TEXTS[page]))
     sections = {key.split(".")[0] for key in known_keys()}
-    named = {key for key in re.findall(r"`(\w+\.\w+)`", README) if key.split(".")[0] in sections}
+    unknown = {key for key in named - set(known_keys()) if key.split(".")[0] in sections}
 
-    assert named
-    assert named <= set(known_keys())
-
-
-def test_every_path_in_the_tree_exists() -> None:
-    """Files and folders that the README names are there."""
-    tree = README.split("```\nstreamsyn/\n")[1].split("```")[0]
-    paths, folder = [], ROOT / "streamsyn"
-    for line in tree.splitlines():
-        if not line.startswith("  "):
-            break
-        parent = folder if line.startswith("    ") else ROOT / "streamsyn"
-        named = [name.rstrip(":;,") for name in line.split()]
-        found = [parent / name for name in named if re.fullmatch(r"\w+(\.py|/)", name)]
-        folder = found[0] if not line.startswith("    ") else folder
-        paths += found
-    paths += [ROOT / name for name in re.findall(r"`((?:tests|benchmarks|streamsyn)/[\w/.]+)`", README)]
-
-    assert len(paths) > 15
-    assert [] == [str(path) for path in paths if not path.exists()]
+    assert [] == sorted(key for key in unknown - logged_events() if not key.endswith(FILES))
 
 
-def test_targets_in_the_readme_exist() -> None:
-    """`make demo` and its like are targets."""
+def logged_events() -> set[str]:
+    """Dotted names of log events, such as `run.done`."""
+    sources = (path.read_text("utf-8") for path in (ROOT / "streamsyn").rglob("*.py"))
+    return {event for text in sources for event in re.findall(r'"([a-z_]+\.[a-z_.]+)"', text)}
+
+
+@every_page
+def test_every_path_on_a_page_exists(page: str) -> None:
+    """Paths that begin with a folder of the repository, and modules that a package's page names."""
+    text, folder = without_code(page), (ROOT / page).parent
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)(?:::\w+)?`", text)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    if folder.is_relative_to(ROOT / "streamsyn"):
+        modules = re.findall(r"`([\w/]+\.py)`", text)
+        places = (folder, ROOT / "streamsyn", ROOT)
+        missing += [path for path in modules if not any((place / path).exists() for place in places)]
+
+    assert [] == missing
+
+
+@every_page
+def test_every_relative_link_resolves(page: str) -> None:
+    """Links to files, and to headings of the same page."""
+    text = without_code(page)
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text)
+
+    assert [] == [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
+
+
+@every_page
+def test_every_target_on_a_page_exists(page: str) -> None:
+    """`make demo` and others are targets of the Makefile."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = re.findall(r"(?:`|^)make ([a-z][\w-]*)", TEXTS[page], re.MULTILINE)
 
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert [] == [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
+
+
+def test_the_readme_links_every_guide_and_package_page() -> None:
+    """A page that nothing links is not found; a link to a folder shows its README."""
+    linked = {
+        (ROOT / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", README) if "://" not in link
+    }
+    pages = {page for page in PAGES if (ROOT / "streamsyn") in page.parents or page.parent.name == "guides"}
+
+    assert [] == sorted(str(page) for page in pages if not {page, page.parent} & linked)
