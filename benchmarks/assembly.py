@@ -61,8 +61,8 @@ def main() -> None:
     section = AssemblySection.model_validate(
         {"tokenizer": args.tokenizer, "window_bytes": 2**30, **length, **mixed}
     )
-    materials = AssemblyResources(section)
-    assembler = materials.assembler(run_seed=0)
+    resources = AssemblyResources(section)
+    assembler = resources.assembler(run_seed=0)
     given = list(passages(args.contexts, args.words))
     size = samples = tokens = 0
     started, began_cpu = time.perf_counter(), time.process_time()

@@ -115,13 +115,30 @@ class AssemblyStage:
 
     async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
         """Catch up with the log, then follow `contexts` to their end."""
-        await asyncio.to_thread(self._catch_up)
+        await asyncio.to_thread(self.catch_up)
         async for first in contexts:
             batch = [first, *contexts.get_nowait(_BATCH - 1)]
             if self._stopped.is_set():
                 self._has_skipped = True  # consume them, so that the queue can drain
             else:
                 await asyncio.to_thread(self._take, [Passage.of_context(*one) for one in batch])
+
+    def catch_up(self) -> None:
+        """Make the samples of the contexts that the log held at the start. Blocks; `run` calls it first."""
+        if self._replay is not None:
+            self._replay()
+        self._restore()
+        behind = self._logged - self._assembler.consumed
+        if behind > 0:
+            log.info("assembly.catching_up", contexts=behind)
+        rows = self._store.read_contexts(self._assembler.consumed, self._logged)
+        passages = map(Passage.of_row, rows)
+        while batch := list(islice(passages, _BATCH)):
+            if self._stopped.is_set():
+                self._has_skipped = True
+                return
+            self._take(batch)
+        self._emit(self._flushed())
 
     def stop(self) -> None:
         """Stop making samples; a later run makes the missing ones from the log."""
@@ -145,22 +162,6 @@ class AssemblyStage:
         """Save the state, in a thread."""
         self._store.save_state(self._assembler.state().as_dict())
         self._unsaved_bytes = 0
-
-    def _catch_up(self) -> None:
-        if self._replay is not None:
-            self._replay()
-        self._restore()
-        behind = self._logged - self._assembler.consumed
-        if behind > 0:
-            log.info("assembly.catching_up", contexts=behind)
-        rows = self._store.read_contexts(self._assembler.consumed, self._logged)
-        passages = map(Passage.of_row, rows)
-        while batch := list(islice(passages, _BATCH)):
-            if self._stopped.is_set():
-                self._has_skipped = True
-                return
-            self._take(batch)
-        self._emit(self._flushed())
 
     def _restore(self) -> None:
         saved = self._store.load_state()

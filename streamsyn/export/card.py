@@ -58,21 +58,21 @@ class Distribution:
         """The mean; 0 if there are no numbers."""
         return self.total / self.number if self.number else 0.0
 
-    def add(self, value: float, bin_of: int) -> None:
+    def add(self, value: float, bin_start: int) -> None:
         """Count a number in its bin."""
-        self.counts[bin_of] += 1
+        self.counts[bin_start] += 1
         self.number += 1
         self.total += value
         self.highest = max(self.highest, value)
 
     def quantile(self, share: float) -> int:
         """Return the bin at or below which this share of the numbers lies; 0 if there are none."""
-        below, bin_of = 0, 0
-        for bin_of in sorted(self.counts):
-            below += self.counts[bin_of]
+        below, bin_start = 0, 0
+        for bin_start in sorted(self.counts):
+            below += self.counts[bin_start]
             if below >= share * self.number:
                 break
-        return bin_of
+        return bin_start
 
 
 def length_bin(length: int) -> int:
@@ -101,8 +101,8 @@ class RowMetrics:
         self.contexts.add(contexts, length_bin(contexts))
         for name in SCORES:
             if (value := row[name]) is not None:
-                bins = round(min(max(value, -_SCORE_BINS), _SCORE_BINS) * _SCORE_BINS)
-                self.scores.setdefault(name, Distribution()).add(value, bins)
+                score_bin = round(min(max(value, -_SCORE_BINS), _SCORE_BINS) * _SCORE_BINS)
+                self.scores.setdefault(name, Distribution()).add(value, score_bin)
         self.flags.update(row["flags"])
 
 
@@ -113,6 +113,7 @@ class CardMetrics:
         self.all = RowMetrics()
         self.tasks: dict[str, RowMetrics] = {}
         self.cells: Counter[tuple[str, str]] = Counter()
+        """Rows by task and split."""
 
     def add(self, row: Row, split: str) -> None:
         """Count a row."""
@@ -282,8 +283,8 @@ def _totals(facts: CardFacts) -> Iterator[tuple[str, str]]:
     for model, number in sorted(facts.contexts_by_model.items()):
         yield f"contexts written by {_cell(_name(model))}", f"{number:,}"
     yield "samples made of them", f"{facts.metrics.all.rows:,}"
-    for why, number in sorted(facts.summary.left_out.items()):
-        yield f"contexts left out: {_cell(why)}", f"{number:,}"
+    for reason, number in sorted(facts.summary.left_out.items()):
+        yield f"contexts left out: {_cell(reason)}", f"{number:,}"
     yield "seeds without a context", f"{facts.rejects.total():,}"
 
 

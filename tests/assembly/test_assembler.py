@@ -51,7 +51,7 @@ def assembler(run_seed: int = 0, **section: Any) -> Assembler:
 
 
 def assemble(given_assembler: Assembler, log: Sequence[Passage], flushes: Sequence[int] = ()) -> list[Sample]:
-    """The samples of a whole log, flushed at the end."""
+    """Return the samples of a whole log, with a flush at the end."""
     made = []
     for one in log:
         if one.seq in flushes:
@@ -61,7 +61,7 @@ def assemble(given_assembler: Assembler, log: Sequence[Passage], flushes: Sequen
 
 
 def seqs(sample: Sample) -> list[int]:
-    """Of a sample of contexts alone."""
+    """The `context_seqs` of a sample that has no corpus passages."""
     assert None not in sample.context_seqs
     return [seq for seq in sample.context_seqs if seq is not None]
 
@@ -124,7 +124,7 @@ def is_eligible(candidate: Passage, one: Passage) -> bool:
 @examples(200)
 @given(cases())
 def test_each_context_becomes_one_sample(case: Case) -> None:
-    """One sample a context, it at `relevant_index`; distractors: same task, other seeds, no answer."""
+    """The context is at `relevant_index`; distractors have the same task, other seeds, and not the answer."""
     log = case.log
     samples = assemble(assembler(**case.section), log, case.flushes)
 
@@ -151,8 +151,8 @@ def is_complete(sample: Sample, case: Case) -> bool:
 
 @examples(200)
 @given(cases())
-def test_a_sample_lacks_contexts_only_where_there_are_none(case: Case) -> None:
-    """At most n contexts; fewer only if all that fit, from the window as it was then, are in it."""
+def test_a_sample_has_fewer_contexts_only_if_there_are_no_more(case: Case) -> None:
+    """A sample with fewer than n contexts holds all eligible ones that were in the window."""
     log, single = case.log, case.section.get("contexts_per_sample") == 1
     one_by_one = assembler(**case.section)
     window: list[Passage] = []
@@ -213,7 +213,7 @@ def test_a_restored_assembler_continues_as_if_undisturbed(case: Case) -> None:
 
 
 def test_a_sample_is_made_as_soon_as_there_are_enough() -> None:
-    """The first n contexts of a task are enough for n samples; each later one brings its own at once."""
+    """The first n contexts of a task give n samples; each later context gives one at once."""
     one_by_one = assembler(contexts_per_sample=4)
     counts = [
         len(samples_of(one_by_one.add(passage(seq, task="qa" if seq % 2 else "sum")))) for seq in range(16)
@@ -223,8 +223,8 @@ def test_a_sample_is_made_as_soon_as_there_are_enough() -> None:
     assert [] == samples_of(one_by_one.flush())
 
 
-def test_a_flush_makes_what_waits() -> None:
-    """At the end of a stream samples are made of what there is, in the order of the log."""
+def test_a_flush_makes_the_waiting_samples() -> None:
+    """Waiting samples are made with the contexts there are, in the order of the log."""
     one_by_one = assembler(contexts_per_sample=5)
     waiting = [samples_of(one_by_one.add(passage(seq))) for seq in range(3)]
     flushed = samples_of(one_by_one.flush())
@@ -249,8 +249,8 @@ def test_target_tokens_replace_the_number_of_contexts() -> None:
 @pytest.mark.parametrize(
     ("answer", "contexts"), [("yes", 3), ("Paris", 1), ("  pARis\n", 1), ("Paris France", 1)]
 )
-def test_short_answers_may_stand_in_distractors(answer: str, contexts: int) -> None:
-    """A distractor must not hold the answer, whatever its case and spaces, unless it is as short as a yes."""
+def test_only_short_answers_may_be_in_distractors(answer: str, contexts: int) -> None:
+    """A distractor must not contain the answer, in any case and spacing, unless it is as short as "yes"."""
     text = "Oh yes, it is PARIS  \n France."
     log = [passage(0, answer=answer), passage(1, text=text), passage(2, text=text)]
     samples = assemble(assembler(contexts_per_sample=3, max_similarity=1), log)
@@ -267,7 +267,7 @@ def test_drafts_of_a_seed_are_never_in_one_sample() -> None:
 
 
 def test_the_relevant_position_is_uniform() -> None:
-    """Each place is as likely as any other, for samples made at once and for those that waited."""
+    """Each position is equally likely, for samples made at once and for those that waited."""
     samples = assemble(assembler(contexts_per_sample=5), [passage(seq) for seq in range(3000)])
     places = Counter(sample.relevant_index for sample in samples)
 
@@ -277,7 +277,7 @@ def test_the_relevant_position_is_uniform() -> None:
 
 
 def test_every_context_is_a_distractor_about_as_often() -> None:
-    """Distractors are drawn from all of the window alike."""
+    """Distractors are drawn uniformly from the window."""
     log = [passage(seq) for seq in range(40)]
     one_by_one = assembler(contexts_per_sample=5)
     for one in log:
@@ -347,7 +347,7 @@ def held(one: Assembler) -> int:
 )
 @pytest.mark.parametrize("length", [{"contexts_per_sample": 10}, {"target_tokens": 10**9}])
 def test_memory_is_bounded_by_the_window(log: Any, length: dict[str, int]) -> None:
-    """However long the log and whatever is in it, no more is held than fits the window."""
+    """Whatever the log, no more is held than fits the window."""
     one_by_one = assembler(window_bytes=50_000, **length)
     most = 0
     for seq in range(3000):

@@ -59,7 +59,7 @@ def assembler(section: AssemblySection, *, by_tokens: bool = False, run_seed: in
 
 
 def log_of(seed: int, count: int) -> list[Passage]:
-    """Contexts of two tasks; some are alike, some hold an answer, some have flags or a gain."""
+    """Contexts of two tasks; some are similar, some contain an answer, some have flags or a gain."""
     chance = random.Random(seed)
     words = " ".join(STORIES).split()
     log: list[Passage] = []
@@ -123,7 +123,7 @@ def sections(draw: st.DrawFn) -> AssemblySection:
 
 
 def texts_of(sample: Sample, log: Sequence[Passage]) -> list[str]:
-    """The passages of a sample; those of the corpus are found by their text."""
+    """Return the passages of a sample; those of the corpus are found by their text."""
     user = sample.messages[0]["content"]
     found = [log[seq].text for seq in sample.context_seqs if seq is not None]
     foreign = [text for text in (corpus()[n].text for n in range(len(corpus()))) if text in user]
@@ -133,7 +133,7 @@ def texts_of(sample: Sample, log: Sequence[Passage]) -> list[str]:
 @examples(120)
 @given(sections(), st.booleans(), st.integers(0, 99), st.integers(0, 30))
 def test_no_sample_breaks_a_rule(section: AssemblySection, by_tokens: bool, seed: int, count: int) -> None:
-    """Its own sources, no answer, no near-duplicate, one draft of a seed, no more tokens than are allowed."""
+    """Only configured sources, no answer, no near-duplicate, one draft per seed, at most `max_tokens`."""
     log = log_of(seed, count)
     one = assembler(section, by_tokens=by_tokens)
     samples = assemble(one, log)
@@ -256,7 +256,7 @@ def test_a_target_is_reached_within_one_distractor(seed: int, source: Any, targe
 
 
 def test_a_context_that_is_too_long_gets_no_sample() -> None:
-    """It is counted, and may not make another sample too long either."""
+    """It is counted as `too_long`, and does not make another sample too long either."""
     log = [passage(seq, tokens=500 if seq == 2 else 30) for seq in range(6)]
     one = assembler(AssemblySection(contexts_per_sample=3, max_tokens=100))
     samples = assemble(one, log)
@@ -267,7 +267,7 @@ def test_a_context_that_is_too_long_gets_no_sample() -> None:
 
 
 def test_flagged_contexts_are_distractors_only() -> None:
-    """Those with an excluded flag, and those of too little gain; what was not measured is kept."""
+    """Contexts with an excluded flag or too little gain get no sample; unmeasured ones do."""
     gains = [None, 0.1, 0.5, 0.9]
     log = [passage(seq, flags=("f",) if seq == 0 else (), context_gain=gains[seq % 4]) for seq in range(8)]
     one = assembler(AssemblySection(contexts_per_sample=8, exclude_flags=("f",), min_context_gain=0.5))
@@ -329,7 +329,7 @@ def test_epoch_0_draws_as_older_versions_did() -> None:
 
 
 def test_a_mix_is_drawn_by_weight() -> None:
-    """Three of four distractors are of the same task."""
+    """With weights 3 and 1, three of four distractors are of the same task."""
     section = AssemblySection.model_validate(
         {"contexts_per_sample": 9, "distractors": {"same_task": 3, "corpus": 1}, "max_similarity": 1}
     )
@@ -352,7 +352,7 @@ def test_an_exhausted_source_is_replaced_by_the_others() -> None:
 
 
 def test_a_corpus_never_waits() -> None:
-    """Each context has its sample at once."""
+    """Each context gets its sample at once."""
     one = assembler(AssemblySection(contexts_per_sample=5, distractors="corpus"))
     counts = [len(samples_of(one.add(passage(seq, answer="")))) for seq in range(4)]
 
@@ -361,7 +361,7 @@ def test_a_corpus_never_waits() -> None:
 
 @pytest.mark.parametrize("section", [{"distractors": "any_task"}, {"distractors": {"any_task": 1}}])
 def test_any_task_waits_for_contexts_of_all(section: dict[str, Any]) -> None:
-    """The first n contexts are enough, whatever their tasks."""
+    """The first n contexts give n samples, whatever their tasks."""
     one = assembler(AssemblySection.model_validate({"contexts_per_sample": 4, **section}))
     counts = [len(samples_of(one.add(passage(seq, task=f"task {seq}")))) for seq in range(7)]
 
@@ -402,7 +402,7 @@ print(digest(*map(repr, assemble(one, log_of(1, 60)))).hex(), one.left_out)
 
 
 def test_samples_do_not_depend_on_the_process() -> None:
-    """Other hash seeds, other numbers of threads in the tokenizer: the same bytes."""
+    """Hash seeds and the number of tokenizer threads do not change the bytes."""
     made_by = {
         subprocess.run(
             [sys.executable, "-c", SCRIPT],

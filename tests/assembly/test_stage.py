@@ -1,4 +1,4 @@
-"""Assembly as a stage: whatever a kill leaves unfinished is made again, each sample delivered once."""
+"""Assembly as a stage: what a kill leaves unfinished is made again, and each sample is delivered once."""
 
 import asyncio
 import threading
@@ -26,11 +26,11 @@ PROMPTS = SamplePrompts(SECTION)
 
 
 class Killed(Exception):
-    """Stands for a SIGKILL."""
+    """Raised in place of a SIGKILL."""
 
 
 class Disk:
-    """A log, a state and samples that outlive the stage. `deliveries` bounds those before the kill."""
+    """A log, a state and samples that outlive the stage; it is killed after `deliveries` deliveries."""
 
     def __init__(self, contexts: Sequence[Context], flushes: Sequence[int] = ()) -> None:
         self.rows = as_rows(contexts)
@@ -78,7 +78,7 @@ def contexts_of(count: int) -> list[Context]:
 
 
 def expected_samples(contexts: Sequence[Context], flushes: Sequence[int]) -> list[Sample]:
-    """What an assembler makes of the whole log, undisturbed."""
+    """The samples that an undisturbed assembler makes of the whole log."""
     assembler = Assembler(SECTION, 0, PROMPTS)
     made = []
     for seq, one in enumerate(contexts):
@@ -89,7 +89,7 @@ def expected_samples(contexts: Sequence[Context], flushes: Sequence[int]) -> lis
 
 
 async def run(stage: AssemblyStage, contexts: Sequence[tuple[int, Context]]) -> None:
-    """Run a stage over contexts that come after those that the log held."""
+    """Run a stage on contexts that are new to the log."""
     queue: BoundedQueue[tuple[int, Context]] = BoundedQueue(max(1, len(contexts)))
     for one in contexts:
         await queue.put(one)
@@ -110,10 +110,10 @@ async def run_and_finish(disk: Disk, contexts: Sequence[Context], logged: int) -
     kills=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12), st.booleans()), max_size=4),
     flushes=st.lists(st.integers(0, 60), max_size=2),
 )
-async def test_a_kill_anywhere_loses_and_doubles_no_sample(
+async def test_a_kill_anywhere_neither_loses_nor_repeats_a_sample(
     count: int, kills: list[tuple[int, int, bool]], flushes: list[int]
 ) -> None:
-    """However far the log was, after whichever delivery, with the state saved or not: each sample once."""
+    """Whatever the log held, after any delivery, with or without a saved state: each sample once."""
     contexts = contexts_of(count)
     disk = Disk(contexts, flushes)
     logged = 0
@@ -132,8 +132,8 @@ async def test_a_kill_anywhere_loses_and_doubles_no_sample(
     assert expected_samples(contexts, flushes) == disk.samples
 
 
-async def test_a_resume_reads_only_what_it_needs() -> None:
-    """With a saved state the log is read from the window on, not from its start."""
+async def test_a_resume_reads_the_log_from_the_window_on() -> None:
+    """A saved state means that the log is not read from its start."""
     contexts = contexts_of(200)
     disk = Disk(contexts)
     stage = disk.stage(0)
@@ -149,7 +149,7 @@ async def test_a_resume_reads_only_what_it_needs() -> None:
 
 @pytest.mark.parametrize("lost", ["contexts", "samples"])
 async def test_a_state_ahead_of_the_log_is_not_used(lost: str) -> None:
-    """Should the log have lost its end, samples are made from its start, and not delivered twice."""
+    """If the log has lost its end, samples are made from its start, and none is delivered twice."""
     contexts = contexts_of(40)
     disk = Disk(contexts)
     await run_and_finish(disk, contexts, 0)
@@ -168,8 +168,8 @@ async def test_a_state_ahead_of_the_log_is_not_used(lost: str) -> None:
     assert expected_samples(contexts, []) == disk.samples
 
 
-async def test_a_stream_that_goes_on_keeps_what_was_flushed() -> None:
-    """A run that ended and goes on with more seeds makes the samples of the log with its flush in it."""
+async def test_a_resumed_stream_keeps_the_samples_of_its_flush() -> None:
+    """A finished run that gets more seeds makes the samples of a log with a flush in it."""
     contexts = contexts_of(30)
     disk = Disk(contexts)
     await run_and_finish(disk, contexts[:5], 0)
@@ -201,7 +201,7 @@ class SlowReader(Disk):
 
 
 async def test_stop_ends_a_delivery_that_waits() -> None:
-    """A reader that is stuck does not keep the run from ending; a later one delivers what was left."""
+    """A stuck reader does not keep a run from ending; a later run delivers the rest."""
     contexts = contexts_of(150)
     slow = SlowReader(contexts)
     stage = slow.stage(0)
@@ -223,8 +223,8 @@ async def test_stop_ends_a_delivery_that_waits() -> None:
 
 
 @pytest.mark.parametrize("logged", [0, 30])
-async def test_after_stop_the_rest_is_left_to_a_later_run(logged: int) -> None:
-    """Contexts are still taken from the queue, but no sample is made, least of all with too few contexts."""
+async def test_after_stop_a_later_run_makes_the_rest(logged: int) -> None:
+    """The queue is still consumed, but no sample is made, not even with too few contexts."""
     contexts = contexts_of(30)
     disk = Disk(contexts)
     stopped = disk.stage(logged)
@@ -239,8 +239,8 @@ async def test_after_stop_the_rest_is_left_to_a_later_run(logged: int) -> None:
     assert expected_samples(contexts, []) == disk.samples
 
 
-async def test_without_assembly_contexts_pass() -> None:
-    """`assembly.write = false`: the queue is emptied, nothing else happens."""
+async def test_without_assembly_the_queue_is_consumed() -> None:
+    """With `assembly.write = false` nothing else happens."""
     queue: BoundedQueue[tuple[int, Context]] = BoundedQueue(3)
     for one in enumerate(contexts_of(3)):
         await queue.put(one)
@@ -255,7 +255,7 @@ async def test_without_assembly_contexts_pass() -> None:
 
 
 def test_many_samples_due_at_once_are_delivered_a_little_at_a_time() -> None:
-    """At the end of a stream everything may be due; its text is made and recorded piece by piece."""
+    """Many samples may be due at the end of a stream; they are rendered and recorded in small batches."""
     section = AssemblySection(contexts_per_sample=1000, window_bytes=10**9)
     disk = Disk([context(n, context=f"[{n}] " + "x" * 100_000) for n in range(40)])
     sizes: list[int] = []

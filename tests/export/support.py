@@ -68,7 +68,7 @@ def make_run(
         delivered=log.samples.rows,
         flushes=log.manifest.flushes,
     )
-    stage._catch_up()
+    stage.catch_up()
     if to_the_end:
         log.seal_outcomes()
         stage.finish()

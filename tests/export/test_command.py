@@ -159,10 +159,10 @@ def test_a_licence_is_the_users_to_choose(run: Path, tmp_path: Path) -> None:
 def test_an_unfinished_run_is_noted(tmp_path: Path) -> None:
     """The summary and the card say that it is not finished, and how many contexts wait."""
     root, _ = make_run(tmp_path / "run", [scored(n) for n in range(8)], to_the_end=False)
-    said = invoke(root, "--to", tmp_path / "out")
+    printed = invoke(root, "--to", tmp_path / "out")
 
-    assert "contexts wait for distractors" in said
-    assert "note: the run is not finished" in said
+    assert "contexts wait for distractors" in printed
+    assert "note: the run is not finished" in printed
     assert "was not finished when this was made" in (tmp_path / "out/README.md").read_text("utf-8")
 
 

@@ -65,7 +65,7 @@ def run(root: Path, config: Config, outcomes: Sequence[Outcome], *, to_the_end: 
         flushes=log.manifest.flushes,
     )
     if config.assembly.write:
-        stage._catch_up()
+        stage.catch_up()
     if to_the_end:
         log.seal_outcomes()
         if config.assembly.write:

@@ -104,7 +104,7 @@ class Run:
             delivered=log.samples.rows,
             flushes=log.manifest.flushes,
         )
-        self._stage._catch_up()
+        self._stage.catch_up()
         self._config = config
         self._root = root
 
