@@ -88,7 +88,7 @@ def _status_lines(summary: "RunSummary") -> Iterator[None]:
                 continue
             running = servers[0]["running"] or 0
             click.echo(
-                f"{seconds}  {counters.contexts} contexts, {counters.rejects.total()} rejects of {_SEEDS} seeds; "
+                f"{seconds}  {counters.contexts} contexts, {counters.rejects.total()} rejects of {_SEEDS}; "
                 f"server: {running} running, {servers[0]['generated_per_s'] or 0:.0f} tokens/s",
                 err=True,
             )
