@@ -1,4 +1,4 @@
-"""The order of work: groups together, nobody passed over for long, and nothing waited for."""
+"""The order of work: groups stay together, no item waits for long, and nothing is waited for."""
 
 from itertools import groupby
 
@@ -12,7 +12,7 @@ GROUPS = st.lists(st.sampled_from(["", "a", "b", "c", "d"]), max_size=60)
 
 
 def given_out(groups: list[str], window: int, takes: list[int] | None = None) -> list[int]:
-    """Numbers in the order in which they are given out, with so many taken between additions of five."""
+    """Numbers in the order in which they are handed out; `takes` are taken between additions of five."""
     held, out = GroupOrder[int](window), list[int]()
     items = list(enumerate(groups))
     for step, start in enumerate(range(0, len(items), 5)):
@@ -38,7 +38,7 @@ def test_a_bounded_permutation(groups: list[str], window: int, takes: list[int])
 
 @given(groups=GROUPS)
 def test_groups_that_fit_are_together(groups: list[str]) -> None:
-    """When all is held and the window holds it, each group stands in one piece, in the order of firsts."""
+    """When the window holds all items, each group is in one piece, in the order of its first item."""
     out = given_out(groups, window=max(2, len(groups)))
     pieces = [group for group, _ in groupby(groups[number] for number in out) if group]
     assert list(dict.fromkeys(group for group in groups if group)) == pieces
@@ -46,12 +46,12 @@ def test_groups_that_fit_are_together(groups: list[str]) -> None:
 
 @given(groups=GROUPS, window=st.integers(0, 1))
 def test_without_a_window_it_is_a_queue(groups: list[str], window: int) -> None:
-    """And without groups."""
+    """A window below 2, or items without groups, keep the order."""
     assert list(range(len(groups))) == given_out(groups, window) == given_out([""] * len(groups), 50)
 
 
 def test_a_group_without_end_does_not_hold_up_the_others() -> None:
-    """An item goes at the latest when so many have gone before it as the window holds."""
+    """An item is handed out after at most `window` others."""
     held, out = GroupOrder[int](10), list[int]()
     held.add([("a", 0), ("b", 1)])
     for number in range(2, 60):
@@ -61,7 +61,7 @@ def test_a_group_without_end_does_not_hold_up_the_others() -> None:
 
 
 def test_room() -> None:
-    """Reading on pays while there are groups to be completed, and when nothing is left."""
+    """It reads ahead while there are groups to complete, and when it is empty."""
     held = GroupOrder[int](3)
     room = [held.has_room]
     for number, group in enumerate(["", "a", "a"]):

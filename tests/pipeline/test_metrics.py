@@ -49,7 +49,7 @@ def scraped(url: str) -> dict[tuple[str, ...], float]:
 
 
 def test_what_the_run_has_done() -> None:
-    """The counters of the run, as they are when somebody asks."""
+    """The counters of the run, with their values at the time of the scrape."""
     counters = Counters(seeds_read=5, drafts_read=4, repeated=1, samples=2, finished_before=3)
     with serving_metrics("127.0.0.1:0", counters, list) as url:
         before = scraped(url)
@@ -85,7 +85,7 @@ def test_what_the_run_has_done() -> None:
 
 
 def test_what_the_servers_do() -> None:
-    """Each figure under its server; one that is not known is left out."""
+    """Each metric has the label of its server; an unknown one is left out."""
     with serving_metrics("127.0.0.1:0", Counters(), lambda: SERVERS) as url:
         samples = scraped(url)
 
@@ -117,7 +117,7 @@ def test_what_the_servers_do() -> None:
 
 
 def test_servers_that_come_and_go() -> None:
-    """A server that is gone is not reported for ever."""
+    """A server that is gone is not reported any more."""
     servers: list[Mapping[str, Any]] = list(SERVERS)
     with serving_metrics("127.0.0.1:0", Counters(), lambda: servers) as url:
         assert ("streamsyn_server_ejected", "http://two:2") in scraped(url)
@@ -138,8 +138,8 @@ def test_nothing_listens_afterwards() -> None:
     "listen",
     ["", "9100", ":9100", "localhost", "localhost:", "localhost:http", "localhost:65536", "::1:9100", "[]:1"],
 )
-def test_what_is_no_host_and_port(listen: str) -> None:
-    """One line that names the key and says what is meant."""
+def test_an_invalid_address(listen: str) -> None:
+    """One line that names the key and the expected form."""
     with (
         pytest.raises(ConfigError, match=r"run\.metrics_listen: .* is not HOST:PORT"),
         serving_metrics(listen, Counters(), list),
@@ -148,7 +148,7 @@ def test_what_is_no_host_and_port(listen: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a..b"])
-def test_a_name_that_is_not_ours(host: str) -> None:
+def test_a_host_that_is_not_local(host: str) -> None:
     """It cannot be listened on."""
     with (
         pytest.raises(ConfigError, match=rf"run\.metrics_listen: cannot listen on {host}:0: \w"),

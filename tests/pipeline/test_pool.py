@@ -1,4 +1,4 @@
-"""The pool of workers: it grows with the fleet, and tells when work runs out."""
+"""The pool of workers: it grows with the fleet, and reports when work runs out."""
 
 import asyncio
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def gate() -> asyncio.Event:
 
 
 async def test_it_grows_while_there_is_work(gate: asyncio.Event) -> None:
-    """As many as there should be now; when that becomes less, those that are there stay."""
+    """Up to the present size; when the size shrinks, the workers stay."""
     size, left = [2], []
     pool = WorkerPool(Idle, lambda: size[0], 3, on_idle=lambda at_work, of: left.append((at_work, of)))
     async with asyncio.TaskGroup() as group:
@@ -71,8 +71,8 @@ async def test_it_grows_while_there_is_work(gate: asyncio.Event) -> None:
     assert [(number, 6) for number in (5, 4, 3, 2, 1, 0)] == left
 
 
-async def test_it_does_not_grow_when_work_has_run_out(gate: asyncio.Event) -> None:
-    """Nor after it has ended, nor while it drains."""
+async def test_it_does_not_grow_without_work(gate: asyncio.Event) -> None:
+    """Nor after the pool has ended."""
     size = [2]
     pool = WorkerPool(Idle, lambda: size[0], 3)
     gate.set()

@@ -23,7 +23,7 @@ def config_of(folder: Path, *settings: tuple[str, object]) -> Config:
 
 
 def test_the_first_seeds(tmp_path: Path) -> None:
-    """Where each stands, what it is called, how it is sampled, and both messages."""
+    """File and line, id, sampling parameters and both messages of each."""
     one, bad = preview(config_of(tmp_path, ("recipe.target_words", 321)), 2)
     head, *rest = one.split("\n")
     assert f"=== {tmp_path}/seeds.jsonl:1: seed one, task qa (temperature=0.8, max_tokens=4096)" == head
@@ -33,12 +33,12 @@ def test_the_first_seeds(tmp_path: Path) -> None:
 
 
 def test_no_more_than_there_are(tmp_path: Path) -> None:
-    """A limit beyond the end is none."""
+    """A limit beyond the last seed gives all seeds."""
     assert 3 == len(list(preview(config_of(tmp_path), 99)))
 
 
 def test_what_follows_the_first_request(tmp_path: Path) -> None:
-    """The first request alone is known; of a recipe with more steps it is said what comes."""
+    """Only the first request is known; for a recipe with more steps, the later ones are described."""
     one, _ = preview(config_of(tmp_path, ("recipe.use", "sections")), 2)
     assert "First make an outline of the document: 8 short headings" in one
     assert one.endswith(
@@ -50,7 +50,7 @@ def test_what_follows_the_first_request(tmp_path: Path) -> None:
 
 
 def test_documents(tmp_path: Path) -> None:
-    """The window that would be sent, of how long a document; one that is too short would be rejected."""
+    """The window that would be sent and the document's length; a document that is too short is rejected."""
     path = tmp_path / "books.jsonl"
     text = " ".join(f"word{number}" for number in range(200))
     path.write_text(f'{{"context": "{text}", "id": "long"}}\n{{"context": "Short."}}\n{{"text": "x"}}\n')
@@ -65,7 +65,7 @@ def test_documents(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:
-    """The folder holds what it held."""
+    """The folder is unchanged."""
     config = config_of(tmp_path)
     list(preview(config, 99))
     assert ["seeds.jsonl"] == [path.name for path in tmp_path.iterdir()]
@@ -76,6 +76,6 @@ def test_nothing_is_written(tmp_path: Path) -> None:
     [("recipe.use", "none"), ("recipe.template", "no.j2"), ("seeds.sources", [{"path": "no"}])],
 )
 def test_what_cannot_be_used(tmp_path: Path, key: str, value: object) -> None:
-    """It is refused as `run` would refuse it."""
+    """Refused with the same error as by `run`."""
     with pytest.raises(ConfigError):
         list(preview(config_of(tmp_path, (key, value)), 1))

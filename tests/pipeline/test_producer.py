@@ -97,7 +97,7 @@ async def drained(producer: Producer, counters: Counters) -> Produced:
 
 
 def test_all_seeds_in_order(produce: Produce) -> None:
-    """Sources in turn; each seed once, and the end is noted."""
+    """Sources one after the other; each seed once, and the end is recorded."""
     done = produce(lines("a", "b"), lines("c"))
     assert ["a", "b", "c"] == done.names
     assert (3, 3, 0, 0, True) == figures(done)
@@ -116,14 +116,14 @@ def figures(done: Produced) -> tuple[int, int, int, int, bool]:
 
 
 def test_what_is_finished_is_skipped(produce: Produce) -> None:
-    """And counted: a resume knows how far it was."""
+    """And counted, so that a resume shows how far the run was."""
     done = produce(lines("a", "b", "c"), before=[outcome("a"), outcome("c")])
     assert ["b"] == done.names
     assert (3, 3, 2, 0, True) == figures(done)
 
 
 def test_a_repeated_id_is_skipped(produce: Produce) -> None:
-    """Within a source and across sources; one that is finished counts as that each time."""
+    """Within a source and across sources; a finished one counts as finished each time."""
     done = produce(lines("a", "b", "a"), lines("b", "c", "c"), before=[outcome("b")])
     assert ["a", "c"] == done.names
     assert (6, 4, 2, 2, True) == figures(done)
@@ -137,7 +137,7 @@ def test_drafts_of_a_seed(produce: Produce) -> None:
 
 
 def test_a_seed_that_is_finished_in_part(produce: Produce) -> None:
-    """Only the drafts that are left are done, whichever they are."""
+    """Only its unfinished drafts are put on the queue."""
     done = produce(
         lines("a", "b", "c"),
         recipe__contexts_per_seed=3,
@@ -148,14 +148,14 @@ def test_a_seed_that_is_finished_in_part(produce: Produce) -> None:
 
 
 def test_bad_lines_flow_through(produce: Produce) -> None:
-    """Each is one unit of work, however many drafts a seed has; blank lines are none."""
+    """Each is one item of work, however many drafts a seed has; blank lines are skipped."""
     done = produce(b"no json\n\n" + lines("a") + b'{"instruction": 1}\n', recipe__contexts_per_seed=2)
     assert ["seeds-0.jsonl:1", "a", "a#1", "seeds-0.jsonl:4"] == done.names
     assert (3, 4, 0, 0, True) == figures(done)
 
 
 def test_a_limit_counts_seeds(produce: Produce) -> None:
-    """Bad lines and repeated ids do not count; nothing behind the limit is taken."""
+    """Bad lines and repeated ids do not count; nothing after the limit is taken."""
     done = produce(b"bad\n" + lines("a", "a", "b", "c", "d"), seeds__limit=2)
     assert ["seeds-0.jsonl:1", "a", "b"] == done.names
     assert (4, 3, 0, 1, True) == figures(done)
@@ -167,7 +167,7 @@ def test_a_limit_counts_finished_seeds_too(produce: Produce) -> None:
 
 
 def test_a_source_that_breaks_half_way(produce: Produce) -> None:
-    """What was read is on the queue, the message names the file, and the end is not noted."""
+    """What was read is on the queue, the message names the file, and the end is not recorded."""
     names = [f"s{number}" for number in range(60_000)]
     whole = gzip.compress(lines(*names), compresslevel=1)
     done = produce(whole[: len(whole) // 2], suffix=".jsonl.gz")
@@ -214,7 +214,7 @@ def test_hard_tasks_come_first(produce: Produce, tmp_path: Path) -> None:
 
 
 async def test_groups_are_found_across_batches(tmp_path: Path) -> None:
-    """While the queue is full the producer reads on, a batch for each item that is taken."""
+    """While the queue is full the producer reads ahead, one batch for each item taken."""
     names: list[str] = []
 
     class Ahead(SeedReader):
@@ -247,7 +247,7 @@ async def test_groups_are_found_across_batches(tmp_path: Path) -> None:
 
 
 def test_a_source_that_breaks_gives_what_is_held_first(produce: Produce) -> None:
-    """What was read on before the error is on the queue too."""
+    """What was read ahead before the error is on the queue too."""
     names = [f"{'x' if number % 2 else 'a'}{number}" for number in range(60_000)]
     whole = gzip.compress(lines(*names), compresslevel=1)
     done = produce(whole[: len(whole) // 2], suffix=".jsonl.gz", group_of=grouped)

@@ -47,7 +47,7 @@ async def progress_of(folder: Path, *, lines: int = 100) -> AsyncIterator[tuple[
 
 
 async def test_nothing_yet(tmp_path: Path) -> None:
-    """What is not known is None, and nothing is divided by zero."""
+    """What is unknown is None, and nothing is divided by zero."""
     async with progress_of(tmp_path) as (progress, _, _):
         expected: dict[str, Any] = {
             "done": 0,
@@ -100,7 +100,7 @@ async def test_the_total_is_exact_at_the_end_of_the_seeds(tmp_path: Path) -> Non
 
 
 async def test_the_total_is_estimated_before_that(tmp_path: Path) -> None:
-    """By the share of bytes that have been read."""
+    """From the share of bytes read."""
     async with progress_of(tmp_path, lines=50_000) as (progress, counters, seeds):
         batches = seeds.batches(lambda _: False)
         counters.drafts_read = sum([len(await asyncio.to_thread(next, batches)) for _ in range(3)])
@@ -144,7 +144,7 @@ async def test_rates_and_time_left(tmp_path: Path) -> None:
     ],
 )
 def test_durations(seconds: float | None, expected: str) -> None:
-    """As a person says them."""
+    """Hours, minutes and seconds."""
     assert expected == duration(seconds)
 
 
@@ -159,7 +159,7 @@ def drawn(figures: dict[str, Any]) -> str:
 
 
 async def test_the_table(tmp_path: Path) -> None:
-    """An estimate is marked, an ejected server is named, rejects are told by reason."""
+    """An estimate is marked, an ejected server is named, rejects are listed by reason."""
     async with progress_of(tmp_path) as (progress, counters, _):
         assert "seeds 0 of ? ETA ?" in drawn(progress.figures())
         counters.reading_done, counters.drafts_read, counters.contexts = True, 2000, 1200
@@ -173,8 +173,8 @@ async def test_the_table(tmp_path: Path) -> None:
     assert "rejects empty 1, too_short 3" in text
 
 
-async def test_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log line now and then, with all figures; it ends with the block."""
+async def test_log_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log line at each interval, with all values; none after the block."""
     monkeypatch.setattr(progress_module, "_LOG_EVERY_S", 0.001)
     async with progress_of(tmp_path) as (progress, _, _):
         with structlog.testing.capture_logs() as logged:

@@ -82,7 +82,7 @@ def ran(
 
 
 def test_contexts_are_scored_where_they_are_written(tmp_path: Path) -> None:
-    """Each context has its scores; what they cost is told apart from what the contexts cost."""
+    """Each context has its scores; their cost is counted apart from that of writing."""
     fleet = Fleet()
     summary = ran(tmp_path, fleet, [*SCORED, ("recipe.contexts_per_seed", 2)])
 
@@ -110,7 +110,7 @@ def test_contexts_are_scored_where_they_are_written(tmp_path: Path) -> None:
 
 
 def test_other_servers_can_score(tmp_path: Path) -> None:
-    """Servers of their own, all that is asked about one context at one of them; the run notes by what."""
+    """All requests about one context go to one server of its fleet; run.json names the model."""
     fleet = Fleet()
     settings = [*SCORED, ("scoring.servers", SCORERS)]
     summary = ran(tmp_path, fleet, settings)
@@ -132,7 +132,7 @@ def test_other_servers_can_score(tmp_path: Path) -> None:
 
 
 def test_one_server_may_do_both(tmp_path: Path) -> None:
-    """A server in both fleets is told of twice, under two names."""
+    """A server in both fleets is reported twice, under two names."""
     summary = ran(tmp_path, Fleet(), [*SCORED, ("scoring.servers", WRITERS[:1])], number=8)
 
     names = [server["server"] for server in summary.servers()]
@@ -140,7 +140,7 @@ def test_one_server_may_do_both(tmp_path: Path) -> None:
 
 
 def test_a_run_without_servers_that_score_stops(tmp_path: Path) -> None:
-    """When those that score are gone for `fleet.give_up_s` the run stops, resumable, and ends later."""
+    """When the scoring servers are gone for `fleet.give_up_s` the run stops, and a later run finishes it."""
     settings = [*SCORED, ("scoring.servers", SCORERS), ("fleet.give_up_s", 20.0), ("fleet.max_in_flight", 4)]
     gone = {url: Timeline([Event(20.0, die=True)]) for url in SCORERS}
 
@@ -155,7 +155,7 @@ def test_a_run_without_servers_that_score_stops(tmp_path: Path) -> None:
 
 
 def test_rejects_by_score_have_their_reason(tmp_path: Path) -> None:
-    """A threshold makes rejects; their tokens are wasted, those of scoring are not among them."""
+    """A threshold makes rejects; their tokens count as wasted, without those of scoring."""
     summary = ran(tmp_path, Fleet(), [*SCORED, ("checks.reject_gain_below", 0.5)])
 
     rejects = rows(tmp_path / "out", "rejects")
@@ -203,7 +203,7 @@ class _Plain:
 
 
 def test_servers_that_cannot_score_are_found_at_the_start(tmp_path: Path) -> None:
-    """A mistake of the configuration's, before the first seed; answers alone need no such routes."""
+    """A configuration error before the first seed; `checks.answerable` alone does not need these routes."""
     servers = InProcessServers(Fleet().simulations)
 
     @asynccontextmanager
@@ -233,14 +233,14 @@ def test_servers_that_cannot_score_are_found_at_the_start(tmp_path: Path) -> Non
         ([("scoring.model", "x")], r"scoring\.model: .*simulated, not x"),
     ],
 )
-def test_mistakes_are_told_in_words_of_scoring(tmp_path: Path, settings: Settings, said: str) -> None:
-    """The key that is wrong is one of `scoring`."""
+def test_errors_name_a_key_of_scoring(tmp_path: Path, settings: Settings, said: str) -> None:
+    """Not the key of `fleet` with the same meaning."""
     with pytest.raises(ConfigError, match=said):
         ran(tmp_path, Fleet(), [*SCORED, *settings])
 
 
 def test_nothing_is_examined_by_default() -> None:
-    """Each check has to be asked for."""
+    """Each check must be turned on."""
     assert not is_examined(ChecksSection())
     for check in (
         {"context_gain": True},

@@ -1,4 +1,4 @@
-"""Our stdout as a stream of samples: real pipes, readers that are slow, stuck or gone."""
+"""Stdout as a stream of samples: real pipes, and readers that are slow, stuck or gone."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ stream.close()
 
 
 def test_each_line_is_there_at_once() -> None:
-    """A line has left us when `write` returns: the reader need not wait for more, or for the end."""
+    """A line is in the pipe when `write` returns: the reader need not wait for more, or for the end."""
     script = """
 stream = SampleStream()
 for line in sys.stdin.buffer:
@@ -141,7 +141,7 @@ report(lambda: stream.write([b"more\\n"]))
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
-    """Stdout that cannot be written is no bug of ours: a SinkError says why."""
+    """Stdout that cannot be written is not a bug: a SinkError with the reason."""
     with (
         Path("/dev/full").open("wb") as full,
         started('stream = SampleStream(); report(lambda: stream.write([b"x\\n"]))', full.fileno()) as process,
@@ -152,7 +152,7 @@ def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
 
 
 def test_a_closed_stdout_is_refused() -> None:
-    """Its number may be another file's by the time that samples come."""
+    """Its number may belong to a different file when samples come."""
     script = PRELUDE + "report(SampleStream)"
     command = ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, script]
     done = subprocess.run(command, stderr=subprocess.PIPE, timeout=20, check=False)
@@ -161,7 +161,7 @@ def test_a_closed_stdout_is_refused() -> None:
 
 
 def test_a_secured_stderr_never_fails() -> None:
-    """Also when nobody reads it: what is written is lost, and the exit code stays what it was."""
+    """Even when nobody reads it: what is written is lost, and the exit code does not change."""
     script = (
         PRELUDE
         + """

@@ -25,7 +25,7 @@ def summary(**fields: object) -> RunSummary:
 
 
 def test_a_run_that_is_done() -> None:
-    """What it did, what it cost, where it lies, how to load it."""
+    """What it did, what it cost, where the directory is, how to load it."""
     assert [
         "done after 2 min 00 s",
         "  this run   230 contexts, 10 rejects, 200 samples; 2.0 outcomes/s",
@@ -37,14 +37,14 @@ def test_a_run_that_is_done() -> None:
 
 
 def test_a_run_that_was_stopped() -> None:
-    """Why, and how to go on in place of how to load."""
+    """Why, and how to resume instead of how to load."""
     first, *_, last = closing_lines(summary(stopped="stopped by SIGTERM"))
     assert "stopped early (stopped by SIGTERM) after 2 min 00 s" == first
     assert "  resume     run again with --out out" == last
 
 
-def test_a_run_that_went_on_from_another() -> None:
-    """What was skipped is told, and why."""
+def test_a_run_that_resumed() -> None:
+    """What was skipped is listed, with the reason."""
     resumed = summary()
     resumed.counters.finished_before, resumed.counters.repeated = 1000, 2
     assert "  skipped    1,000 finished before, 2 repeated ids" in closing_lines(resumed)
@@ -83,7 +83,7 @@ def test_figures_for_a_program() -> None:
 
 
 def test_a_run_that_scored() -> None:
-    """What scoring took is told apart, to people and to programs."""
+    """The cost of scoring is listed apart, in the text and in the JSON."""
     scored = summary()
     assert not [line for line in closing_lines(scored) if line.startswith("  scoring")]
     figures = {"prompt_tokens": 2000, "cached_tokens": 500, "completion_tokens": 30}

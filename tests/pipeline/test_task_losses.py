@@ -1,4 +1,4 @@
-"""Hard tasks first: by their losses, without loss, and without end for none."""
+"""Hard tasks first, by their losses: nothing is lost, and no item waits without end."""
 
 import json
 from collections import Counter
@@ -45,7 +45,7 @@ def given_out(items: list[tuple[str, str]], held: TaskOrder[Item]) -> list[tuple
 def test_each_once_and_none_waits_without_end(
     items: list[tuple[str, str]], losses: dict[str, float], window: int, exponent: float
 ) -> None:
-    """Nothing is lost or doubled; none waits longer than the patience, and those before it that do too."""
+    """Nothing is lost or doubled, and the wait of every item is bounded."""
     out = given_out(items, by_task(losses, window, exponent))
 
     assert list(range(len(items))) == sorted(item[2] for item, _ in out)
@@ -56,7 +56,7 @@ def test_each_once_and_none_waits_without_end(
 def test_the_same_losses_and_seed_give_the_same_order(
     items: list[tuple[str, str]], losses: dict[str, float], seed: int
 ) -> None:
-    """And of one task and group each keeps its order."""
+    """And items of the same task and group keep their order."""
     first, again = (given_out(items, by_task(losses, 100, seed=seed)) for _ in range(2))
 
     assert first == again
@@ -67,7 +67,7 @@ def test_the_same_losses_and_seed_give_the_same_order(
 
 @given(items=ITEMS, losses=LOSSES)
 def test_groups_stay_together(items: list[tuple[str, str]], losses: dict[str, float]) -> None:
-    """A group that is held whole is given out in one piece."""
+    """A group that is held whole is handed out in one piece."""
     groups = [group for (group, _, _), _ in given_out(items, by_task(losses, 1000))]
 
     for name in ("g", "h"):
@@ -76,7 +76,7 @@ def test_groups_stay_together(items: list[tuple[str, str]], losses: dict[str, fl
 
 
 def test_a_group_without_end_does_not_hold_up_the_others() -> None:
-    """Who has waited while so many windows of others went is next."""
+    """An item that has waited for PATIENCE windows of others is next."""
     held = by_task({"a": 1.0, "b": 1.0}, 5)
     held.add([("g", ("g", "a", 0))])
     assert 0 == held.take()[2]
@@ -90,14 +90,14 @@ def test_a_group_without_end_does_not_hold_up_the_others() -> None:
 
 
 def test_without_losses_it_is_the_order_of_reading() -> None:
-    """As it is before a trainer has said anything."""
+    """As before a trainer has written any losses."""
     items = [("", task) for task in "abcabbca"]
 
     assert list(range(8)) == [item[2] for item, _ in given_out(items, by_task({}, 50))]
 
 
-def test_shares_approach_the_losses() -> None:
-    """While there are seeds of all tasks to choose from, each has the share of its loss."""
+def test_draws_follow_the_losses() -> None:
+    """While seeds of all tasks are held, each task is drawn in proportion to its loss."""
     items = [("", task) for task in "abc" * 1000]
 
     drawn = given_out(items, by_task({"a": 4.0, "b": 2.0}, 3000))[:1500]
@@ -108,14 +108,14 @@ def test_shares_approach_the_losses() -> None:
 
 
 def test_no_task_starves() -> None:
-    """The least of them weighs a tenth of the heaviest, whatever the losses; an exponent is a power."""
+    """The lightest task weighs a tenth of the heaviest, whatever the losses; the exponent is a power."""
     assert {"a": 1.0, "b": FLOOR} == task_weights("ab", {"a": 100.0, "b": 0.001}, 1.0)
     assert {"a": 1.0, "b": 0.25} == task_weights("ab", {"a": 2.0, "b": 1.0}, 2.0)
     assert {"a": 1.0, "b": 1.0} == task_weights("ab", {"a": 0.0, "b": 0.0}, 1.0)
 
 
-def test_the_file_is_read_again_when_it_is_another(tmp_path: Path) -> None:
-    """Not there: nothing is known; damaged: what was known stays, and one line says why; replaced: read."""
+def test_the_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    """Missing: no losses. Damaged: the old losses stay, and one line is logged. Replaced: read."""
     path = tmp_path / "task_losses.json"
     losses = TaskLosses(path)
 

@@ -131,19 +131,19 @@ def test_a_finished_run_is_sound(finished: Path) -> None:
 
 
 def test_an_interrupted_run_is_sound(interrupted: Path) -> None:
-    """That it is not finished is a note, no problem."""
+    """That it is not finished is a note, not a problem."""
     assert [NOT_FINISHED] == notes(interrupted)
 
 
 def test_a_run_without_samples_is_sound(tmp_path: Path) -> None:
-    """With `assembly.write = false` there are none, and none are missed."""
+    """With `assembly.write = false` no samples are expected."""
     run(tmp_path, config_of(write=False), [outcome(n) for n in range(9)], to_the_end=True)
 
     assert [] == notes(tmp_path)
 
 
-def test_a_run_that_goes_on_is_sound(finished: Path, compression: str) -> None:
-    """More seeds after the end: while they are written, and when they have come to an end as well."""
+def test_a_resumed_run_is_sound(finished: Path, compression: str) -> None:
+    """With more seeds after the end, while they are written and at their end."""
     more = [outcome(n) for n in range(40, 47)]
     run(finished, config_of(compression), more, to_the_end=False)
     on_the_way = notes(finished)
@@ -153,8 +153,8 @@ def test_a_run_that_goes_on_is_sound(finished: Path, compression: str) -> None:
     assert [] == notes(finished)
 
 
-def test_killed_before_a_sample_was_made_of_the_rest(finished: Path, compression: str) -> None:
-    """Outcomes of more seeds, whose samples are still to be made, are no reason to miss samples."""
+def test_killed_before_the_last_samples(finished: Path, compression: str) -> None:
+    """Outcomes whose samples are still to be made are not a problem."""
     log = RunLog(finished, config_of(compression).sink)
     log.append([context(n) for n in range(100, 110)])
     log.close()
@@ -215,7 +215,7 @@ def test_a_wrong_number_of_rows_is_found(finished: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["contexts", "rejects"])
 def test_a_second_outcome_of_a_draft_is_found(interrupted: Path, kind: str) -> None:
-    """G1: none twice. The draft is named, and the shard that its second outcome lies in."""
+    """G1: none twice. The draft is named, and the shard with its second outcome."""
     first = rows(interrupted, kind)[0]
     path = open_shard(interrupted, kind)
     rewrite(path, lambda inside: inside.append({**first, "seq": inside[-1]["seq"] + 1}))
@@ -245,7 +245,7 @@ def test_a_missing_seq_is_found(interrupted: Path, kind: str) -> None:
 
 
 def test_a_row_of_no_seed_is_found(interrupted: Path) -> None:
-    """A row that does not say what it is the outcome of."""
+    """A row that does not name its seed."""
     path = open_shard(interrupted, "contexts")
     rewrite(path, lambda inside: inside[0].pop("seed_id"))
     seq = next(shards.rows(path))["seq"]
@@ -272,7 +272,7 @@ def test_a_changed_sample_is_found(interrupted: Path, change: dict[str, Any], wh
 
 
 def test_samples_that_are_missing_at_the_end_are_found(tmp_path: Path) -> None:
-    """A run that says it is finished has a sample of each context."""
+    """A finished run has a sample for each context."""
     config = config_of()
     run(tmp_path, config, [outcome(n) for n in range(9)], to_the_end=False)
     log = RunLog(tmp_path, config.sink)
@@ -296,7 +296,7 @@ def test_wrong_final_counts_are_found(finished: Path) -> None:
 
 
 def test_a_broken_manifest_is_named(finished: Path) -> None:
-    """With file and line; nothing else can be said of the directory."""
+    """With file and line."""
     manifest = finished / "manifest.jsonl"
     manifest.write_bytes(b"{}\n" + manifest.read_bytes())
 
@@ -304,8 +304,8 @@ def test_a_broken_manifest_is_named(finished: Path) -> None:
         verify(finished)
 
 
-def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
-    """It has no run.json, and nothing is made in it."""
+def test_a_folder_without_run_json_is_refused(tmp_path: Path) -> None:
+    """And nothing is created in it."""
     for call in (verify, repair):
         with pytest.raises(ConfigError, match=r"is not a run directory: it has no run\.json"):
             call(tmp_path)
@@ -343,7 +343,7 @@ def lose_derived(root: Path) -> None:
 
 
 def test_torn_tails_are_notes(interrupted: Path) -> None:
-    """What a kill leaves is as it should be: each is noted with its file and its bytes."""
+    """A kill leaves them: each is noted with its file and its size."""
     names = [str(path.relative_to(interrupted)) for path in sorted(interrupted.glob("*/part-*.open"))]
     leave_torn_tails(interrupted)
 
@@ -354,7 +354,7 @@ def test_torn_tails_are_notes(interrupted: Path) -> None:
     } == set(notes(interrupted))
 
 
-def test_a_shard_that_the_manifest_was_not_told_of_is_a_note(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_listed_is_a_note(tmp_path: Path) -> None:
     """Killed while it was sealed: it is read, and noted."""
     run(tmp_path, config_of(write=False), [context(n) for n in range(20)], to_the_end=False)
     path = tmp_path / orjson.loads((tmp_path / "manifest.jsonl").read_bytes().splitlines()[-1])["path"]
@@ -364,7 +364,7 @@ def test_a_shard_that_the_manifest_was_not_told_of_is_a_note(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", [leave_torn_tails, spoil_index, lose_derived])
-def test_repair_mends_what_a_kill_leaves(interrupted: Path, damage: Callable[[Path], None]) -> None:
+def test_repair_after_a_kill(interrupted: Path, damage: Callable[[Path], None]) -> None:
     """Afterwards only the unfinished run is noted, no row is lost, and the run can go on to its end."""
     before = {kind: rows(interrupted, kind) for kind in ("contexts", "rejects", "samples")}
     saved = orjson.loads((interrupted / "run.json").read_bytes())["config"]
@@ -378,7 +378,7 @@ def test_repair_mends_what_a_kill_leaves(interrupted: Path, damage: Callable[[Pa
 
 
 def test_repair_lists_a_shard_that_was_just_sealed(tmp_path: Path) -> None:
-    """It is taken up again, as the open shard that it was."""
+    """It becomes the open shard again."""
     run(tmp_path, config_of(write=False), [context(n) for n in range(20)], to_the_end=False)
     forget_last_shard(tmp_path)
     left = rows(tmp_path, "contexts")
@@ -389,7 +389,7 @@ def test_repair_lists_a_shard_that_was_just_sealed(tmp_path: Path) -> None:
 
 
 def test_repair_leaves_a_damaged_shard_alone(finished: Path) -> None:
-    """What cannot be made again is named, and nothing that is left is touched."""
+    """A shard that cannot be made again is named, and nothing is changed."""
     path = shard(finished, "contexts")
     path.unlink()
 
@@ -400,8 +400,8 @@ def test_repair_leaves_a_damaged_shard_alone(finished: Path) -> None:
     assert f"{path.relative_to(finished)}: is missing; restore it from a copy" in problems(finished)
 
 
-def test_repair_waits_for_no_run(interrupted: Path) -> None:
-    """A directory that is being written to is refused."""
+def test_repair_is_refused_while_a_run_writes(interrupted: Path) -> None:
+    """The lock is held."""
     directory = RunDirectory(interrupted)
     with pytest.raises(DirectoryInUse):
         repair(interrupted)
@@ -410,7 +410,7 @@ def test_repair_waits_for_no_run(interrupted: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed", "open"])
 def test_repair_has_damaged_samples_made_again(finished: Path, compression: str, damage: str) -> None:
-    """They are derived: the next run makes the same samples, in the same bytes."""
+    """The next run makes the same samples, byte for byte."""
     before = {kind: rows(finished, kind) for kind in ("contexts", "rejects", "samples")}
     config = config_of(compression)
     path = shard(finished, "samples", 1)
@@ -483,7 +483,7 @@ def test_a_key_of_a_newer_version_is_named(finished: Path) -> None:
 
 
 def test_a_template_is_used_as_it_was(tmp_path: Path) -> None:
-    """Changed or gone, it is in run.json; without it there, that is a problem."""
+    """As run.json has it, when the file has changed or is gone; if run.json lacks it, that is a problem."""
     template, root = tmp_path / "own.j2", tmp_path / "out"
     template.write_bytes(b"{{ instruction }}\r\n{{ contexts | join }}")
     run(root, config_of(template=str(template)), [outcome(n) for n in range(9)], to_the_end=True)
@@ -502,8 +502,8 @@ def test_a_template_is_used_as_it_was(tmp_path: Path) -> None:
     )
 
 
-def test_templates_of_another_version_are_noted(finished: Path) -> None:
-    """Samples are not said to be wrong when it is this version that differs."""
+def test_templates_of_a_different_version_are_noted(finished: Path) -> None:
+    """Samples are not reported as wrong when the packaged templates have changed."""
     saved = orjson.loads((finished / "run.json").read_bytes())
     saved["fingerprint"]["assembly.prompts"] = "other"
     (finished / "run.json").write_bytes(orjson.dumps(saved))
@@ -516,7 +516,7 @@ def test_templates_of_another_version_are_noted(finished: Path) -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_a_run_that_is_writing_is_sound(tmp_path: Path, compression: str) -> None:
-    """However often it is looked at while shards grow and are sealed."""
+    """At any moment while shards grow and are sealed."""
     config = config_of(compression)
     run(tmp_path, config, [outcome(0)], to_the_end=False)
 
@@ -536,8 +536,8 @@ def test_a_run_that_is_writing_is_sound(tmp_path: Path, compression: str) -> Non
     assert [] == [found for found in looks if found]
 
 
-def test_a_shard_that_is_sealed_after_the_look_is_read(interrupted: Path, compression: str) -> None:
-    """Under its new name, up to where it was; what has come since does not count."""
+def test_a_shard_sealed_after_the_snapshot_is_read(interrupted: Path, compression: str) -> None:
+    """Under its new name, up to its size at the snapshot."""
     verification = Verification(interrupted)
     counts = {kind: len(rows(interrupted, kind)) for kind in ("contexts", "rejects", "samples")}
     run(interrupted, config_of(compression), [outcome(n) for n in range(40, 60)], to_the_end=True)
@@ -568,7 +568,7 @@ def measured(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_samples_are_compared_by_their_tokenizer_and_corpus(measured: tuple[Path, Path]) -> None:
-    """They are as the log and the files make them."""
+    """Samples match what the log and these files give."""
     root, _ = measured
     samples = rows(root, "samples")
 
@@ -581,8 +581,8 @@ def test_samples_are_compared_by_their_tokenizer_and_corpus(measured: tuple[Path
 @pytest.mark.parametrize(
     ("file", "what"), [("tokenizer/tokenizer_config.json", "the tokenizer"), ("corpus.txt", "the corpus")]
 )
-def test_materials_that_have_changed_are_noted(measured: tuple[Path, Path], file: str, what: str) -> None:
-    """Samples are not said to be wrong when it is the files that differ, or are gone."""
+def test_resources_that_have_changed_are_noted(measured: tuple[Path, Path], file: str, what: str) -> None:
+    """Samples are not reported as wrong when tokenizer or corpus have changed or are gone."""
     root, materials = measured
     path = materials / file
     path.write_text(
@@ -597,7 +597,7 @@ def test_materials_that_have_changed_are_noted(measured: tuple[Path, Path], file
 
 
 def test_samples_of_an_older_version_are_not_compared(finished: Path) -> None:
-    """They may lack what this version writes."""
+    """They may lack fields that this version writes."""
     saved = orjson.loads((finished / "run.json").read_bytes())
     del saved["fingerprint"]["assembly.max_similarity"]
     (finished / "run.json").write_bytes(orjson.dumps(saved))

@@ -96,7 +96,7 @@ async def worked(
 
 
 async def test_a_draft_becomes_a_context() -> None:
-    """It holds the pair, the document, where and how it was written, and what that cost."""
+    """It holds the pair, the document, the server, and the tokens."""
     item = Draft(Seed("a", "qa", "Who?", "Ada.", "f:1", {"year": 1843}), 2)
     async with fleet_at([]) as (fleet, server):
         [context] = await worked(fleet, [item])
@@ -126,8 +126,8 @@ async def test_a_draft_becomes_a_context() -> None:
     assert ([None], 1) == ([attempt.error for attempt in context.attempts], len(context.steps))
 
 
-async def test_tokens_of_answers_thrown_away_are_told() -> None:
-    """A short answer first, then a good one: the first is waste, and so is all of a draft that fails."""
+async def test_tokens_of_discarded_answers_are_counted() -> None:
+    """A short answer, then a good one: the first is wasted, and so are all tokens of a draft that fails."""
     async with fleet_at([Fault.SHORT]) as (fleet, server):
         [context] = await worked(fleet, drafts("a"))
         spent = server.simulation.stats.completion_tokens
@@ -173,7 +173,7 @@ async def test_a_failure_becomes_a_reject(fault: Fault) -> None:
 
 
 async def test_a_bad_line_flows_through() -> None:
-    """It becomes a reject without a question asked."""
+    """It becomes a reject without a request."""
     bad = BadSeed("f:7", RejectReason.INVALID_JSON, "unexpected end", b"k" * 16)
     async with fleet_at([]) as (fleet, server):
         [reject] = await worked(fleet, [bad])
@@ -195,7 +195,7 @@ def examiner_of(fleet: Fleet, **checks: float) -> Examiner:
 
 
 async def test_what_was_written_is_examined() -> None:
-    """What is found stands in the context's checks; the tries that took are not the context's."""
+    """The findings are in the context's checks; the scoring tries are not in its attempts."""
     async with fleet_at([]) as (fleet, server):
         [context] = await worked(fleet, drafts("a"), examiner=examiner_of(fleet))
         assert 3 == server.simulation.stats.requests
@@ -205,7 +205,7 @@ async def test_what_was_written_is_examined() -> None:
 
 
 async def test_what_fails_its_examination_is_rejected() -> None:
-    """With the reason, and with what writing it has cost."""
+    """With the reason, and with the tokens of writing it."""
     async with fleet_at([]) as (fleet, _):
         [reject] = await worked(fleet, drafts("a"), examiner=examiner_of(fleet, reject_gain_below=9))
     assert isinstance(reject, Reject)
@@ -215,7 +215,7 @@ async def test_what_fails_its_examination_is_rejected() -> None:
 
 
 async def test_a_context_that_cannot_be_scored_is_kept() -> None:
-    """A server's failure to score is neither the draft's nor the run's."""
+    """A server that fails to score fails neither the draft nor the run."""
     refuses: Script = lambda _, body: Fault.REFUSE if "input_ids" in body else None  # noqa: E731
     async with fleet_at(refuses) as (fleet, _):
         outcomes = await worked(fleet, drafts("a", "b"), examiner=examiner_of(fleet))
@@ -237,7 +237,7 @@ async def test_a_draft_that_drains_before_it_is_examined_is_put_down() -> None:
 
 
 async def test_a_bug_costs_one_draft() -> None:
-    """It becomes a reject with the traceback; another worker takes its place, the other drafts are fine."""
+    """It becomes a reject with the traceback; a new worker replaces the failed one."""
     async with fleet_at([]) as (fleet, _):
         outcomes = await worked(fleet, drafts("a", "b", "c", "d", "e"), Buggy(lambda name: name in "bd"))
     by_kind = [outcome.reason if isinstance(outcome, Reject) else "context" for outcome in outcomes]
@@ -249,7 +249,7 @@ async def test_a_bug_costs_one_draft() -> None:
 
 
 async def test_a_run_of_bugs_ends_the_run() -> None:
-    """So many in a row, with nothing done in between: what is raised is the bug itself."""
+    """After `max_consecutive_bugs` without an outcome in between, the bug itself is raised."""
     async with fleet_at([]) as (fleet, server):
         with pytest.raises(BaseExceptionGroup) as raised:
             await worked(fleet, drafts(*"abcdef"), Buggy(lambda _: True), max_bugs=3)
@@ -316,7 +316,7 @@ def sections_of(outcome: Outcome) -> Context:
 
 
 async def test_finished_steps_are_not_asked_again(journal: Journal) -> None:
-    """A draft that was given up after three steps goes on with the fourth; its figures are those of all."""
+    """A draft that stopped after three steps resumes with the fourth; its token counts include all steps."""
     refuse: Script = lambda number, _: Fault.REFUSE if number == 4 else None  # noqa: E731
     [item] = drafts("a")
     assert isinstance(item, Draft)
@@ -336,8 +336,8 @@ async def test_finished_steps_are_not_asked_again(journal: Journal) -> None:
     assert [kept[0].completion.server] == list({step["server"] for step in context.steps[:3]})
 
 
-async def test_tries_of_a_step_are_played_again_too(journal: Journal) -> None:
-    """What was thrown away in an earlier run is waste, once, and is not tried again."""
+async def test_tries_of_a_finished_step_are_kept(journal: Journal) -> None:
+    """Tokens discarded by an earlier run count as wasted once, and are not asked for again."""
     script = [None, Fault.EMPTY, Fault.SHORT, Fault.REFUSE]
     [item] = drafts("a")
     async with fleet_at(script) as (fleet, server):
@@ -352,8 +352,8 @@ async def test_tries_of_a_step_are_played_again_too(journal: Journal) -> None:
     assert len(context.attempts) - empty == len(context.steps)
 
 
-async def test_a_step_that_is_asked_otherwise_is_asked_again(journal: Journal) -> None:
-    """With another prompt nothing of the journal fits; what is finished now takes its place."""
+async def test_a_step_whose_request_has_changed_is_asked_again(journal: Journal) -> None:
+    """With a different prompt nothing in the journal matches; the new steps replace the old."""
     [item] = drafts("a")
     assert isinstance(item, Draft)
     async with fleet_at(lambda number, _: Fault.REFUSE if number == 5 else None) as (fleet, _):
@@ -368,7 +368,7 @@ async def test_a_step_that_is_asked_otherwise_is_asked_again(journal: Journal) -
 
 
 async def test_a_drain_puts_a_draft_down_between_two_steps(journal: Journal) -> None:
-    """Its steps are kept, so nothing is lost; one that is at its last step ends."""
+    """Its steps are kept, so nothing is lost; a draft at its last step is finished."""
     items = drafts("a", "b")
     async with fleet_at([]) as (fleet, server):
         stats = server.simulation.stats
@@ -382,14 +382,14 @@ async def test_a_drain_puts_a_draft_down_between_two_steps(journal: Journal) -> 
 
 
 async def test_a_single_step_is_not_kept(journal: Journal) -> None:
-    """Only what has more to come is worth it."""
+    """The journal is only for drafts with more steps to come."""
     async with fleet_at([]) as (fleet, _):
         await worked(fleet, drafts("a", "b"), journal=journal)
     assert not journal.path.exists()
 
 
 async def test_the_past_of_a_conversation_is_cached(journal: Journal) -> None:
-    """Each step finds what was said before in the server's cache: all of its prompt but the last question."""
+    """Each step finds all of its prompt but the last question in the server's cache."""
     async with fleet_at([]) as (fleet, _):
         context = sections_of((await worked(fleet, drafts("a"), SECTIONS, journal=journal))[0])
     for before, after in pairwise(context.steps):

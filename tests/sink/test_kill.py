@@ -40,7 +40,7 @@ while True:
 
 
 def write_and_kill(root: Path, compression: str, number: int, missing: list[int], lines: int) -> int:
-    """Write `missing`, and on from `number`; kill after so many lines of output. Where it has come to."""
+    """Write `missing`, then from `number` on; kill after `lines` of output; return the number reached."""
     command = [sys.executable, "-c", WRITER, str(root), compression, *map(str, [number, *missing])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None

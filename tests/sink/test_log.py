@@ -222,7 +222,7 @@ TAILS = {
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 def test_a_tail_that_was_never_synced_is_cut(tmp_path: Path, compression: str, tail: bytes) -> None:
-    """Whatever a loss of power leaves behind the last synced row goes; the rows stay."""
+    """Whatever a loss of power leaves after the last synced row is cut; the rows stay."""
     path, sizes = three_appends(tmp_path, compression)
     with path.open("ab") as file:
         file.write(tail)
@@ -247,7 +247,7 @@ FRAME_TAILS = {
 
 @pytest.mark.parametrize("tail", FRAME_TAILS.values(), ids=FRAME_TAILS)
 def test_a_frame_that_does_not_check_is_cut(tmp_path: Path, tail: bytes) -> None:
-    """A torn or foreign zstd frame goes; the frames before it stay."""
+    """A torn or foreign zstd frame is cut; the frames before it stay."""
     path, sizes = three_appends(tmp_path, "zstd")
     with path.open("ab") as file:
         file.write(tail)
@@ -257,7 +257,7 @@ def test_a_frame_that_does_not_check_is_cut(tmp_path: Path, tail: bytes) -> None
 
 
 def test_a_changed_byte_in_a_frame_is_found(tmp_path: Path) -> None:
-    """Whichever byte of a zstd append changes, no changed row is taken for good."""
+    """Whichever byte of a zstd append changes, no changed row is accepted."""
     path, sizes = three_appends(tmp_path, "zstd")
     whole, as_written = path.read_bytes(), list(shards.rows(path))
     for at in range(sizes[1], sizes[2]):
@@ -272,7 +272,7 @@ def test_a_changed_byte_in_a_frame_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_a_kill_within_sealing_loses_and_doubles_nothing(tmp_path: Path, compression: str) -> None:
-    """Killed before the new name, in the manifest's line, or before the index: all is there once."""
+    """Killed before the rename, in the manifest's line, or before the index: each row is there once."""
     section = sink(compression=compression, shard_bytes=10**6)
     done = [outcome(number) for number in range(11)]
     more = [outcome(number) for number in range(11, 19)]
@@ -315,7 +315,7 @@ def test_a_kill_within_sealing_loses_and_doubles_nothing(tmp_path: Path, compres
         assert as_rows(rejects) == rows(root, "rejects"), root
 
 
-def test_a_shard_sealed_anew_is_indexed_anew(tmp_path: Path) -> None:
+def test_a_shard_sealed_again_is_indexed_again(tmp_path: Path) -> None:
     """A shard whose line the manifest lost, sealed again with more rows, is read again for the index."""
     section = sink(shard_bytes=10**6)
     with opened(tmp_path, section) as log:
@@ -394,7 +394,7 @@ def test_a_full_disk_stops_with_one_clear_line_and_resumes(tmp_path: Path, compr
 
 
 def test_a_disk_too_full_for_the_index_stops_with_one_clear_line(tmp_path: Path) -> None:
-    """The index is derived: without room for it the run stops, and a later one makes good."""
+    """The index is derived: without room for it the run stops, and a later run catches up."""
     section = sink(shard_bytes=10**6)
     log = RunLog(new_run(tmp_path), section)
     log.append([outcome(number) for number in range(20)])
@@ -410,7 +410,7 @@ def test_a_disk_too_full_for_the_index_stops_with_one_clear_line(tmp_path: Path)
 
 
 def test_a_manifest_is_whole_again_after_the_disk_was_full(tmp_path: Path) -> None:
-    """Wherever in a line the room ends, the next line does not join the half of it; nothing is lost."""
+    """Wherever in a line the disk was full, the next line is not joined to half a line; nothing is lost."""
     section = sink(shard_bytes=1)
     full = tmp_path / "full"
     log = ShardLog(new_run(full), "contexts", Manifest(full / "manifest.jsonl"), section)
@@ -440,7 +440,7 @@ def test_a_manifest_is_whole_again_after_the_disk_was_full(tmp_path: Path) -> No
 
 
 def test_a_reader_follows_a_log_that_is_sealed_under_it(tmp_path: Path) -> None:
-    """Rows are read once and in order, though the shard they lie in gets its name meanwhile."""
+    """Rows are read once and in order, though their shard is renamed meanwhile."""
     with opened(tmp_path, sink(shard_bytes=10**6)) as log:
         log.append([context(number) for number in range(4)])
         log.contexts.seal()
@@ -456,7 +456,7 @@ def test_a_reader_follows_a_log_that_is_sealed_under_it(tmp_path: Path) -> None:
 
 
 def test_contexts_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
-    """A reader is not given fewer rows than it asked for without a word."""
+    """A reader never gets fewer rows than it asked for without an error."""
     with opened(tmp_path, sink(shard_bytes=1)) as log:
         log.append([context(number) for number in range(3)])
         log.append([context(number) for number in range(3, 6)])

@@ -45,7 +45,7 @@ def test_what_was_added_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_line_after_the_final_one_undoes_it(tmp_path: Path) -> None:
-    """A run that goes on with more seeds is not final any more, here and when read again."""
+    """A run that resumes with more seeds is not final any more, here and when read again."""
     path = tmp_path / "manifest.jsonl"
     manifest = written(path)
     manifest.add_shard(SHARD)
@@ -70,7 +70,7 @@ def test_a_last_line_cut_at_any_byte_is_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tail", [b"\0" * 4096, b"\0" * 40 + b"1.5}\n", b'{"kin', b"\xff\xfe\n"])
 def test_a_last_line_that_was_never_synced_is_cut_off(tmp_path: Path, tail: bytes) -> None:
-    """NULs or half a line, even one with its end, are what a loss of power leaves of the last line."""
+    """A loss of power may leave NULs or half a line, even with its end."""
     path = tmp_path / "manifest.jsonl"
     written(path)
     whole = path.read_bytes()

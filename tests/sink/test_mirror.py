@@ -1,4 +1,4 @@
-"""The mirror: what is sealed is there, verified, and listed last; a mirror that fails holds nobody up."""
+"""The mirror: sealed shards are copied, verified, then listed; a mirror that fails delays nothing."""
 
 import errno
 import shutil
@@ -189,8 +189,8 @@ def test_a_finished_run_is_there(tmp_path: Path, shaky: type[Shaky], scheme: str
     assert len(sealed_bytes(copy)) > 6
 
 
-def test_a_run_goes_on_from_its_mirror(tmp_path: Path) -> None:
-    """A machine is lost in the middle: the mirror, copied back, resumes and comes to the same end."""
+def test_a_run_resumes_from_its_mirror(tmp_path: Path) -> None:
+    """A machine is lost in the middle: the mirror, copied back, resumes and ends the same."""
     with running(tmp_path / "run", str(tmp_path / "far")) as run:
         run.write(30)
     shutil.rmtree(tmp_path / "run")
@@ -208,7 +208,7 @@ def test_a_run_goes_on_from_its_mirror(tmp_path: Path) -> None:
 @given(steps=st.lists(st.integers(0, 9), min_size=1, max_size=12), keep=st.booleans())
 @examples(15)
 def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
-    """However copying falls behind, and whether or not what it knew is lost: no problem in the mirror."""
+    """However far copying falls behind, with index/mirror.json or without: no problem in the mirror."""
     with tempfile.TemporaryDirectory() as name, running(Path(name) / "run", None) as run:
         root, far = Path(name) / "run", Path(name) / "far"
         needed: dict[str, int] = {}
@@ -241,7 +241,7 @@ def test_at_any_time_it_is_a_sound_run(steps: list[int], *, keep: bool) -> None:
 
 
 def test_a_copy_is_tried_until_it_works(tmp_path: Path, shaky: type[Shaky]) -> None:
-    """One in three files cannot be opened: all is there in the end, and each failure was said."""
+    """One in three files cannot be opened: all is copied in the end, and each failure is logged."""
     failed, rng = 0, Random(0)
 
     def before(mode: str, path: str) -> None:
@@ -261,7 +261,7 @@ def test_a_copy_is_tried_until_it_works(tmp_path: Path, shaky: type[Shaky]) -> N
     assert all("Input/output" in event["why"] or "no luck" in event["why"] for event in warnings(events))
 
 
-def test_tries_that_bring_something_are_not_delayed_ever_longer(tmp_path: Path, shaky: type[Shaky]) -> None:
+def test_tries_that_make_progress_are_not_delayed_ever_longer(tmp_path: Path, shaky: type[Shaky]) -> None:
     """A mirror that copies a file or two between failures catches up: pauses grow over those in a row."""
     finished, opened = threading.Event(), count()
 
@@ -293,7 +293,7 @@ def test_a_wrong_byte_is_found_and_copied_again(tmp_path: Path, shaky: type[Shak
 
 
 def test_half_a_shard_is_a_torn_end(tmp_path: Path, shaky: type[Shaky]) -> None:
-    """All is lost while a shard is being copied: what is in the mirror is sound, and resumes."""
+    """The run is lost while a shard is being copied: the mirror is sound, and resumes."""
     shaky.cut = {"part-000002.jsonl"}
     with running(tmp_path / "run", "shaky://far", timeout_s=2) as run:
         run.write(40)
@@ -311,7 +311,7 @@ def test_half_a_shard_is_a_torn_end(tmp_path: Path, shaky: type[Shaky]) -> None:
     assert_same(copy, download("shaky://far", tmp_path / "copy"))
 
 
-def test_a_mirror_that_hangs_holds_nobody_up(tmp_path: Path, shaky: type[Shaky]) -> None:
+def test_a_mirror_that_hangs_delays_nothing(tmp_path: Path, shaky: type[Shaky]) -> None:
     """The log is written and the run ends in time; what is missing is named, and copied by the next run."""
     hanging, release = threading.Event(), threading.Event()
 
@@ -362,7 +362,7 @@ def test_a_mirror_that_is_down_is_waited_for(tmp_path: Path, shaky: type[Shaky])
 
 
 def test_an_error_of_the_run_does_not_wait(tmp_path: Path, shaky: type[Shaky]) -> None:
-    """It is what is told, at once; the mirror is for the next run."""
+    """It is raised at once; the next run copies the rest."""
     release = threading.Event()
 
     def before(mode: str, path: str) -> None:
@@ -384,7 +384,7 @@ def test_an_error_of_the_run_does_not_wait(tmp_path: Path, shaky: type[Shaky]) -
 
 
 def test_what_was_verified_is_not_copied_again(tmp_path: Path, shaky: type[Shaky]) -> None:
-    """Nor read; with index/mirror.json lost, it is read and not copied."""
+    """Nor read; with index/mirror.json lost, it is read but not copied."""
     with running(tmp_path, "shaky://far") as run:
         run.write(40)
         run.finish()
@@ -424,7 +424,7 @@ def test_what_was_lost_there_is_copied_again(tmp_path: Path) -> None:
 
 
 def test_samples_that_a_repair_dropped_go_from_the_mirror_too(tmp_path: Path) -> None:
-    """The mirror follows, and holds no shard of them that is not listed."""
+    """The mirror holds no shard of samples that it does not list."""
     root, far = tmp_path / "run", tmp_path / "far"
     with running(root, str(far)) as run:
         run.write(40)
@@ -455,15 +455,15 @@ def test_samples_that_a_repair_dropped_go_from_the_mirror_too(tmp_path: Path) ->
         ("OUT/../OUT_NAME/x", "is inside the run directory"),
     ],
 )
-def test_a_mirror_that_cannot_be_is_refused(tmp_path: Path, url: str, says: str) -> None:
+def test_an_unusable_mirror_is_refused(tmp_path: Path, url: str, says: str) -> None:
     """One line, before anything is written to it."""
     url = url.replace("OUT_NAME", tmp_path.name).replace("OUT", str(tmp_path))
     with pytest.raises(ConfigError, match=says), running(tmp_path, url):
         pass
 
 
-def test_the_mirror_of_another_run_is_refused(tmp_path: Path) -> None:
-    """Also when we have written nothing yet; and nothing of it is touched."""
+def test_the_mirror_of_a_different_run_is_refused(tmp_path: Path) -> None:
+    """Even by a run that has written nothing yet; and nothing in the mirror is changed."""
     far = tmp_path / "far"
     with running(tmp_path / "a", str(far)) as run:
         run.write(20)
@@ -479,7 +479,7 @@ def test_the_mirror_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_mirror_that_holds_more_is_refused(tmp_path: Path) -> None:
-    """A directory from an older copy would write other contexts over those in the mirror."""
+    """A directory from an older copy would overwrite contexts in the mirror."""
     root, far = tmp_path / "run", tmp_path / "far"
     with running(root, str(far)) as run:
         run.write(10)
@@ -507,8 +507,8 @@ def test_without_a_mirror_nothing_happens(tmp_path: Path) -> None:
     assert SinkSection().mirror is None
 
 
-def test_a_sealed_context_is_enough(tmp_path: Path) -> None:
-    """Nothing is copied before it is sealed: an open shard still changes."""
+def test_an_open_shard_is_not_copied(tmp_path: Path) -> None:
+    """It still changes."""
     with running(tmp_path / "run", str(tmp_path / "far")) as run:
         run.log.append([context(0)])
 

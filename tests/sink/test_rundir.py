@@ -30,7 +30,7 @@ sys.stdin.read()
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    """Whoever holds the directory is named by its pid; SIGKILL lets go of it."""
+    """The process that holds the lock is named by its pid; SIGKILL releases the lock."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -57,7 +57,7 @@ def test_the_same_process_is_refused_as_well(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    """A file in its place is the user's to mend."""
+    """A file in its place is a configuration error."""
     (tmp_path / "file").write_text("")
 
     with pytest.raises(ConfigError, match=re.escape(f"cannot make the run directory {tmp_path / 'file'}: ")):
@@ -95,7 +95,7 @@ def test_keys_that_differ_are_named_with_both_values(directory: RunDirectory) ->
 
 
 def test_operational_keys_may_change(directory: RunDirectory) -> None:
-    """Servers, concurrency, timeouts and sizes of shards are no reason to refuse."""
+    """Servers, concurrency, timeouts and shard sizes may differ."""
     changed = [
         ("fleet.servers", ["http://elsewhere"]),
         ("fleet.max_in_flight", 7),
@@ -111,13 +111,13 @@ def test_operational_keys_may_change(directory: RunDirectory) -> None:
 
 
 def test_the_compression_may_not_change(directory: RunDirectory) -> None:
-    """It names the files of the log."""
+    """The names of the log's files depend on it."""
     with pytest.raises(ConfigError, match=r"sink\.compression: 'none' before, 'zstd' now"):
         directory.check(fingerprint(load(None, [("sink.compression", "zstd")])))
 
 
 def test_a_template_counts_by_its_text(tmp_path: Path) -> None:
-    """A long value is cut in the message; where the template lies does not matter."""
+    """A long value is cut in the message; the path of the template does not matter."""
     for name, text in (("a", "same {{ instruction }}"), ("b", "same {{ instruction }}"), ("c", "x" * 99)):
         (tmp_path / name).write_text(text)
     directory = RunDirectory(tmp_path / "out")
@@ -148,7 +148,7 @@ def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_broken_run_json_is_named(tmp_path: Path) -> None:
-    """What is no JSON is the user's to mend; nothing at all is a new directory."""
+    """Invalid JSON is a configuration error; no file means a new directory."""
     assert read_run_json(tmp_path) is None
     (tmp_path / "run.json").write_text("{")
 
@@ -165,7 +165,7 @@ def test_a_broken_run_json_is_named(tmp_path: Path) -> None:
         ({"format": [1]}, "has format [1]; this streamsyn reads format 1"),
     ],
 )
-def test_what_is_no_run_json_is_named(tmp_path: Path, data: object, what: str) -> None:
+def test_an_invalid_run_json_is_named(tmp_path: Path, data: object, what: str) -> None:
     """One line, whatever it holds."""
     path = tmp_path / "run.json"
     path.write_bytes(orjson.dumps(data))
@@ -176,7 +176,7 @@ def test_what_is_no_run_json_is_named(tmp_path: Path, data: object, what: str) -
 
 
 def test_the_saved_configuration_is_there_again(tmp_path: Path) -> None:
-    """Also one that JSON cannot hold whole: an operational `inf` is as good as not set."""
+    """Even if JSON cannot hold all of it: an operational `inf` counts as not set."""
     assert saved_config(tmp_path) is None
     config = load(None, [("fleet.give_up_s", float("inf")), ("recipe.target_words", 7)])
     directory = RunDirectory(tmp_path)
@@ -207,7 +207,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_key_that_is_newer_than_the_run(tmp_path: Path) -> None:
-    """It had its default then: a run goes on under a new version, unless the key is set to something else."""
+    """It had its default then: the run resumes under a newer version, unless the key is set differently."""
     directory = RunDirectory(tmp_path)
     try:
         directory.save({}, {"recipe.use": "context"})

@@ -1,4 +1,4 @@
-"""A shard, and a log of shards, in which something goes wrong: nothing is spoilt, and all can be closed."""
+"""A shard and a log when something fails: nothing is damaged, and everything can be closed."""
 
 import os
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def open_shard(tmp_path: Path) -> OpenShard:
 def test_a_closed_shard_leaves_other_files_alone(
     open_shard: OpenShard, tmp_path: Path, again: Callable[[OpenShard], None]
 ) -> None:
-    """Its descriptor may be that of another file by then."""
+    """Its descriptor may belong to a different file by then."""
     open_shard.close()
     with (tmp_path / "other").open("wb") as other:
         again(open_shard)
@@ -48,7 +48,7 @@ def test_a_closed_shard_leaves_other_files_alone(
 def test_a_shard_that_cannot_be_synced_is_closed(
     open_shard: OpenShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No descriptor is left, and closing it again is no error."""
+    """No descriptor is left open, and closing it again is not an error."""
     before = descriptors()
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="Input/output"):
@@ -62,7 +62,7 @@ def test_a_shard_that_cannot_be_synced_is_closed(
 def test_a_log_can_be_closed_after_sealing_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Wherever it failed, closing is no second error, and the next run has every row."""
+    """Wherever it failed, closing raises nothing, and the next run has every row."""
     log = RunLog(new_run(tmp_path), sink())
     log.append([context(0)])
     with monkeypatch.context() as patch:
@@ -79,7 +79,7 @@ def test_a_log_can_be_closed_after_sealing_failed(
 
 @pytest.mark.parametrize("model", [["a", "list"], {"a": 1}, 7, "ü\x00"])
 def test_a_server_may_call_itself_anything(tmp_path: Path, model: Any) -> None:
-    """What stands in `model` cannot keep a shard from being sealed."""
+    """No value of `model` can keep a shard from being sealed."""
     with opened(tmp_path, sink()) as log:
         log.append([context(0, model=model)])
         log.contexts.seal()
@@ -91,7 +91,7 @@ def test_a_server_may_call_itself_anything(tmp_path: Path, model: Any) -> None:
 def test_what_was_not_written_whole_is_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
-    """An append that fails half way leaves no half row, and does not count."""
+    """An append that fails half way leaves no half row, and is not counted."""
     write = os.write
     calls = []
 
@@ -115,7 +115,7 @@ def test_what_was_not_written_whole_is_taken_back(
 
 
 def test_a_record_that_cannot_be_encoded_does_not_count(tmp_path: Path) -> None:
-    """The log stays as it was: it can be closed, or gone on with."""
+    """The log stays as it was, and can be appended to."""
     with opened(tmp_path, sink()) as log:
         with pytest.raises(TypeError):
             log.append([context(0), context(1, metadata={"number": 2**70})])
@@ -128,7 +128,7 @@ def test_a_record_that_cannot_be_encoded_does_not_count(tmp_path: Path) -> None:
 def test_closing_quietly_hides_no_other_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quietly: bool
 ) -> None:
-    """All that is open gets closed; what goes wrong is raised, or logged where another is on its way."""
+    """Everything is closed; a failure is raised, or logged when a different error is being raised."""
     log = RunLog(new_run(tmp_path), sink())
     log.append([context(0)])
     before = descriptors()

@@ -1,4 +1,4 @@
-"""Shards are read by the tools that others have."""
+"""Shards can be read with common tools."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def lines_of(path: Path) -> bytes:
 
 
 def test_a_shard_is_many_frames(sealed: dict[str, Path]) -> None:
-    """Each append is a frame of its own, with a checksum: that is how a torn end is found."""
+    """Each append is one frame with a checksum, by which a torn tail is found."""
     ends = [end for end, _ in shards.scan(sealed["zstd"])]
     head = sealed["zstd"].read_bytes()[:18]
 
@@ -44,7 +44,7 @@ def test_a_shard_is_many_frames(sealed: dict[str, Path]) -> None:
 
 
 def test_plain_lines_are_json(sealed: dict[str, Path]) -> None:
-    """An uncompressed shard is read line by line by anything."""
+    """An uncompressed shard is JSON, line by line."""
     read = [orjson.loads(line) for line in sealed["none"].read_bytes().splitlines()]
 
     assert list(NUMBERS) == [row["seq"] for row in read]

@@ -74,7 +74,7 @@ class Stage:
 
 
 async def test_the_end_flushes_everything(tmp_path: Path) -> None:
-    """When the results end, all are synced, counted, and the contexts handed on in the order of the log."""
+    """When the results end, all are synced and counted, and contexts are passed on in log order."""
     stage = Stage(tmp_path)
     given = [outcome(number) for number in range(50)]
 
@@ -102,8 +102,8 @@ async def test_no_results_end_at_once(tmp_path: Path) -> None:
     assert [] == [one async for one in stage.durable]
 
 
-async def test_a_context_is_handed_on_only_once_it_is_on_disk(tmp_path: Path) -> None:
-    """Whatever reaches assembly has been synced before."""
+async def test_a_context_is_passed_on_only_after_a_sync(tmp_path: Path) -> None:
+    """Every context that reaches assembly is on disk."""
     stage = Stage(tmp_path, sync_rows=3, durable=1, results=100)
     on_disk = []
 
@@ -118,7 +118,7 @@ async def test_a_context_is_handed_on_only_once_it_is_on_disk(tmp_path: Path) ->
     assert [True] * 40 == on_disk
 
 
-async def test_nothing_is_handed_on_before_a_sync(tmp_path: Path) -> None:
+async def test_nothing_is_passed_on_before_a_sync(tmp_path: Path) -> None:
     """Fewer rows than `sync_rows` wait for `sync_interval_s`, here for the end."""
     stage = Stage(tmp_path, sync_rows=4)
     before_the_end = []
@@ -135,8 +135,8 @@ async def test_nothing_is_handed_on_before_a_sync(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync_rows", [1, 2, 3, 10])
-async def test_so_many_rows_are_synced_at_once(tmp_path: Path, sync_rows: int) -> None:
-    """`sync_rows` unsynced rows do not wait for the interval, time and again, however they come."""
+async def test_sync_rows_are_synced_at_once(tmp_path: Path, sync_rows: int) -> None:
+    """`sync_rows` unsynced rows never wait for the interval, however they arrive."""
     stage = Stage(tmp_path, sync_rows=sync_rows)
 
     async def play() -> None:
@@ -166,7 +166,7 @@ async def test_rows_are_synced_after_the_interval(tmp_path: Path) -> None:
 
 
 async def test_a_slow_assembly_makes_the_writer_wait(tmp_path: Path) -> None:
-    """With nobody taking contexts, memory is bounded: the results fill up and their putter waits."""
+    """When nobody takes contexts, memory is bounded: the results queue fills, and its writer waits."""
     stage = Stage(tmp_path, durable=1, results=1, sync_rows=4)
     put = []
 
@@ -205,7 +205,7 @@ async def test_a_slow_assembly_does_not_delay_the_sync(tmp_path: Path) -> None:
 
 
 async def test_a_full_disk_comes_out(tmp_path: Path) -> None:
-    """The stage ends with the SinkError; what it wrote before can be taken up again."""
+    """The stage ends with the SinkError; what it wrote before can be resumed."""
     stage = Stage(tmp_path, sync_rows=2)
 
     async def play() -> None:
