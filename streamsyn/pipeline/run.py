@@ -20,7 +20,14 @@ from streamsyn.fleet.server_spec import server_specs
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.request import RunRequest, RunSummary
-from streamsyn.pipeline.setup import Parts, make_assembly, make_workers, metrics_served, open_fleets, settle
+from streamsyn.pipeline.setup import (
+    Parts,
+    make_assembly,
+    make_workers,
+    metrics_served,
+    open_fleets,
+    record_fingerprint,
+)
 from streamsyn.pipeline.stages import Pipeline, Stages
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.recipes.recipe import Recipe
@@ -77,7 +84,7 @@ async def _run(parts: Parts) -> None:
     stopper = Stopper(None if supervisor is None else supervisor.end)
     with stopper.signals():  # the first signal drains the pipeline, the second cancels it
         async with open_fleets(parts, stopper) as fleets:
-            await settle(parts, fleets)
+            await record_fingerprint(parts, fleets)
             claims = await asyncio.to_thread(parts.log.claims)
             assembly = make_assembly(parts)
             try:

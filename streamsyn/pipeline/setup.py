@@ -165,7 +165,7 @@ def is_examined(checks: ChecksSection) -> bool:
     )
 
 
-async def settle(parts: Parts, fleets: Fleets) -> None:
+async def record_fingerprint(parts: Parts, fleets: Fleets) -> None:
     """Check the fingerprint again, now with the servers' models, and write run.json.
 
     Raises:

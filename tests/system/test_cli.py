@@ -157,7 +157,7 @@ def test_with_log_json_an_error_is_an_event(
     assert code == done.returncode
     if named is None:
         assert "run.done" == last["event"]
-        assert "no server came up" in last["stopped"]
+        assert "no healthy server within 0.2 s" in last["stopped"]
     else:
         assert ("run.failed", "error") == (last["event"], last["level"])
         assert named in last["error"]
