@@ -96,8 +96,6 @@ class ExportSummary:
     to: str
     contexts: int = 0
     """Contexts read from the log, counted once per epoch."""
-    all_contexts: int = 0
-    """Contexts to read, as far as that is known."""
     samples: int = 0
     bytes: int = 0
     """Size of the rows before compression."""

@@ -29,7 +29,6 @@ def export(request: ExportRequest) -> ExportSummary:
     splits = Splits(request.splits, request.split_seed)
     with open_log(request, summary) as log:
         summary.is_final = log.is_final
-        summary.all_contexts = log.sealed_contexts * request.epochs
         summary.notes += _notes(log, request)
         layout = Layout(request.format, splits)
         target = Target(request.to, overwrite=request.overwrite)

@@ -77,11 +77,6 @@ class LogReader:
             changed.append("the version of streamsyn, which chooses distractors differently")
         return changed
 
-    @property
-    def sealed_contexts(self) -> int:
-        """Contexts in sealed shards, which is nearly all of them."""
-        return sum(shard.rows for shard in self._manifest.of_kind("contexts"))
-
     def rows(self) -> Iterator[Row]:
         """Yield the rows of all epochs in the order of the log."""
         first = self.config.assembly.epoch
