@@ -20,9 +20,10 @@ class Schedule:
 
     def __init__(self, section: TrainSection, state: dict[str, Any] | None = None) -> None:
         self._section = section
-        self._span: int | None = (state or {}).get("span")
+        state = state or {"span": None, "share": 1.0}
+        self._span: int | None = state["span"]
         """Steps of the decay; None before it begins."""
-        self._share: float = (state or {}).get("share", 1.0)
+        self._share: float = state["share"]
         """What the decay leaves of the rate."""
 
     def state(self) -> dict[str, Any]:

@@ -92,19 +92,21 @@ time.sleep(1000)
 
 
 def interrupted(process: subprocess.Popen[bytes]) -> None:
-    """As a Ctrl-C at a terminal does it: to the whole group."""
+    """Send what Ctrl-C at a terminal sends: SIGINT to the whole group."""
     os.killpg(process.pid, signal.SIGINT)
 
 
 def said_after(process: subprocess.Popen[bytes], timeout_s: float = 30) -> str:
-    """What it still says until it has ended, it and all that it started."""
+    """The rest of stderr, until it and all that it started have ended."""
     return process.communicate(timeout=timeout_s)[1].decode()
 
 
 def test_one_interrupt_stops_the_run_and_then_the_training(
     tmp_path: Path, serve: Serve, seeds: Seeds
 ) -> None:
-    """The trainer does not hear it; it is told when the run has drained and let go of its directory. 75."""
+    """The trainer does not get the signal; it is told once the run has drained and released its directory.
+    Exit 75.
+    """
     out = tmp_path / "out"
     server = serve("--latency-ms", "200")
     given = command(server, seeds(100), out, config(tmp_path, OBEDIENT), "--set", "fleet.max_in_flight=4")
@@ -122,7 +124,8 @@ def test_one_interrupt_stops_the_run_and_then_the_training(
 def test_an_interrupt_that_leaves_a_run_nothing_to_do_stops_the_training(
     tmp_path: Path, serve: Serve, seeds: Seeds
 ) -> None:
-    """What was left was in flight, so the run comes to its end; nobody waits for the training to. 75."""
+    """The rest was in flight, so the run comes to its end; the training is stopped, not waited for. Exit
+    75."""
     server = serve("--latency-ms", "3000")
     process = start(
         *command(server, seeds(1), tmp_path / "out", config(tmp_path, OBEDIENT)), start_new_session=True
@@ -136,7 +139,7 @@ def test_an_interrupt_that_leaves_a_run_nothing_to_do_stops_the_training(
 
 
 def test_a_second_interrupt_ends_both_at_once(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """Neither what is in flight nor a trainer that does not listen is waited for."""
+    """Neither requests in flight nor a trainer that does not react are waited for."""
     server = serve("--latency-ms", "60000")
     process = start(
         *command(server, seeds(9), tmp_path / "out", config(tmp_path, DEAF)), start_new_session=True
@@ -166,7 +169,7 @@ def test_a_second_interrupt_ends_a_trainer_that_takes_too_long(
 
 
 def test_a_trainer_outlives_its_run_only_to_save(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """A run that is killed outright leaves no trainer: it hears of it, saves and exits."""
+    """The trainer of a run that is killed saves and exits."""
     server = serve("--latency-ms", "60000")
     process = start(*command(server, seeds(9), tmp_path / "out", config(tmp_path, OBEDIENT)))
     pid = int(wait_for_line(process, r"trainer\| here").split()[-1])
@@ -180,7 +183,7 @@ def test_a_trainer_outlives_its_run_only_to_save(tmp_path: Path, serve: Serve, s
 
 @pytest.mark.crash
 def test_a_trainer_waits_for_the_one_before_it(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """One whose run was killed may still be saving: the next run is not stopped by that."""
+    """A trainer whose run was killed may still be saving: the next one waits for it."""
     training = tmp_path / "out" / "training"
     training.mkdir(parents=True)
     given = command(serve("--words", "30"), seeds(9), tmp_path / "out", config(tmp_path))
@@ -194,10 +197,10 @@ def test_a_trainer_waits_for_the_one_before_it(tmp_path: Path, serve: Serve, see
     assert 9 == trained(training)
 
 
-def test_a_training_goes_on_beside_a_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """Killed, it is started again, which is said in one line. In the end each sample of the run has been
-    trained on once, in a run directory that is sound; what the trainer says is marked. Without --train the
-    run goes on, or has nothing left to do, as ever."""
+def test_a_training_runs_beside_a_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
+    """Killed, it is restarted, with one log line. In the end each sample of the run was trained on once, the
+    run directory is sound, and the trainer's lines are marked. Without --train the run works as ever.
+    """
     out = tmp_path / "out"
     given = command(serve("--words", "30"), seeds(40), out, config(tmp_path, every=1))
     process = start(*given, env=ONE_THREAD)
@@ -218,7 +221,7 @@ def test_a_training_goes_on_beside_a_run(tmp_path: Path, serve: Serve, seeds: Se
 
 @pytest.mark.crash
 def test_a_trainer_that_dies_again_and_again_is_given_up(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """Started three times more; the run goes on to its end without it, and exits with 1, saying why."""
+    """Restarted three times; the run goes on to its end without it, and exits with 1 and the reason."""
     out, broken = tmp_path / "out", config(tmp_path, "import sys; print('no room'); sys.exit(1)")
     done = streamsyn(*command(serve(), seeds(12), out, broken))
 
@@ -248,7 +251,7 @@ def test_a_trainer_that_refuses_its_configuration_stops_the_run(
 
 @pytest.mark.crash
 def test_an_interrupted_training_is_resumed_with_its_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """With a real trainer: saved at the interrupt; the same command goes on with both, to the end."""
+    """With a real trainer: saved at the interrupt; the same command resumes both, to the end."""
     out, training = tmp_path / "out", config(tmp_path)
     server = serve("--words", "30", "--latency-ms", "300")
     given = command(server, seeds(60), out, training, "--set", "fleet.max_in_flight=1")
@@ -266,7 +269,7 @@ def test_an_interrupted_training_is_resumed_with_its_run(tmp_path: Path, serve: 
 
 
 def test_json_lines_of_both_are_objects(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """With --log-json; those of the trainer say so, and whatever else it says is made one."""
+    """With --log-json, the trainer's lines are marked, and any other output of it becomes an object."""
     plain = "import sys; print('word'); print('{\"event\": \"train.step\"}'); sys.exit(0)"
     given = command(serve(), seeds(3), tmp_path / "out", config(tmp_path, plain), "--log-json")
     done = streamsyn(*given)
@@ -279,7 +282,7 @@ def test_json_lines_of_both_are_objects(tmp_path: Path, serve: Serve, seeds: See
 
 
 def test_samples_may_go_to_stdout_too(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
-    """The training follows the directory; nothing of it gets to stdout."""
+    """The training follows the directory; nothing of it is written to stdout."""
     chatty = "import sys; print('word'); sys.exit(0)"
     given = command(serve(), seeds(5), tmp_path / "out", config(tmp_path, chatty), "--stdout")
     done = streamsyn(*given)
@@ -305,7 +308,7 @@ def test_samples_may_go_to_stdout_too(tmp_path: Path, serve: Serve, seeds: Seeds
 def test_a_mistake_in_the_training_is_found_before_the_run(
     tmp_path: Path, seeds: Seeds, text: str | None, named: str
 ) -> None:
-    """One line that names the file and what is wrong; exit 2; nothing was begun."""
+    """One line that names the file and what is wrong; exit 2; nothing was started."""
     tiny.write_model(tmp_path / "base")
     (tmp_path / "empty").mkdir()
     if text is not None:

@@ -55,7 +55,7 @@ def sets(keys: dict[str, Any]) -> list[str]:
 
 
 class Writer:
-    """A run that gets its seeds by a pipe, so that it goes on for as long as it is to."""
+    """A run that reads its seeds from a pipe, so that it goes on for as long as needed."""
 
     def __init__(self, out: Path, server: Server) -> None:
         self._command = ["run", "--seeds", "-", "--server", server.url, "--out", out, "--no-progress"]
@@ -142,7 +142,7 @@ class Trainings:
         return int(self._read("ended")[1])
 
     def ends_within(self, timeout_s: float) -> bool:
-        """Wait for its end, no longer than that."""
+        """Wait for its end, at most this long."""
         assert self._server.stdout is not None
         return bool(select.select([self._server.stdout], [], [], timeout_s)[0])
 
@@ -177,7 +177,7 @@ class Trainings:
 
 
 def moment(rng: random.Random, trainings: Trainings) -> Callable[[], bool]:
-    """A random event to kill at: so many steps later, in the midst of a checkpoint, or behind one."""
+    """A random event to kill at: some steps later, during a checkpoint, or after one."""
     lines = trainings.record().count(b"\n")
     saved = (trainings.out / "LATEST").stat().st_mtime_ns if (trainings.out / "LATEST").exists() else 0
     match rng.choice(["steps", "torn", "saved"]):
@@ -199,7 +199,7 @@ def kill_once(rng: random.Random, trainings: Trainings, meanwhile: Callable[[], 
 
 
 def kill(rng: random.Random, trainings: Trainings, process: int) -> int:
-    """Kill it, at some moment from now; its exit code."""
+    """Kill it at some moment from now; its exit code."""
     if rng.random() < 1 / 3:
         trainings.ends_within(rng.uniform(0, 1.5))
     else:
@@ -240,7 +240,8 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
     serve: Callable[..., Server], trainings: Trainings, tmp_path: Path
 ) -> None:
     """After 30 kills of the training while the run goes on, some of the run too, and a few in the second
-    epoch: every sample that is not held out was trained on once an epoch, as far as the weights know."""
+    epoch: every sample that is not held out was trained on once per epoch, relative to the restored weights.
+    """
     rng = random.Random(SEED)
     server = serve("--words", "12", "--ms-per-token", "1", "--latency-ms", "40", "--jitter-ms", "30")
     writer = Writer(tmp_path / "run", server)
@@ -271,7 +272,7 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
 
 
 def assert_each_trained_on_once(trainings: Trainings, run: Path, seeds: int) -> None:
-    """An epoch, but for what is held out; and there is a sample for each seed."""
+    """Once per epoch, except for held-out samples; and there is a sample for each seed."""
     samples = rows(run, "samples")
     wanted = {row["id"] for row in samples if not is_held_out(row, SETTINGS["train.holdout"])}
     trained = [(epoch, name) for line in trainings.trained() for _, epoch, _, name, _ in line["examples"]]
@@ -282,14 +283,15 @@ def assert_each_trained_on_once(trainings: Trainings, run: Path, seeds: int) -> 
 
 
 @pytest.mark.timeout(180)
-def test_a_pipe_that_is_played_again_loses_nothing(
+def test_a_pipe_that_is_replayed_loses_nothing(
     serve: Callable[..., Server],
     seeds: Callable[..., Path],
     trainings: Trainings,
     tmp_path: Path,
 ) -> None:
-    """`run --stdout --replay | train --from -`: what lay in the pipe when the trainer was killed comes again,
-    what it had read is passed over."""
+    """`run --stdout --replay | train --from -`: what was in the pipe when the trainer was killed comes again,
+    what it had read is skipped.
+    """
     rng = random.Random(SEED)
     server = serve("--words", "12", "--ms-per-token", "1", "--latency-ms", "40", "--jitter-ms", "30")
     out, pipe = tmp_path / "run", tmp_path / "pipe"

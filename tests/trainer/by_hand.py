@@ -33,7 +33,7 @@ LENGTHS = ((30, 8), (12, 3), (50, 20), (9, 1), (25, 6), (40, 2), (18, 9))
 
 
 class Script:
-    """A planner that plays what it is given."""
+    """A planner that returns the given plans."""
 
     def __init__(self, moves: Sequence[StepPlan | Idle | End]) -> None:
         self._moves = list(moves)
@@ -68,7 +68,7 @@ def plans(steps: int, rows: int = 4) -> list[StepPlan | Idle | End]:
 
 @contextmanager
 def fresh() -> Iterator[None]:
-    """Accelerate keeps its state in the process; each training here has its own."""
+    """Reset the state that accelerate keeps in the process."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     yield
@@ -127,7 +127,7 @@ def train(
 
 
 def exam(out: Path) -> Exam:
-    """Five short questions in three parts; no answer of a random model is right but by chance."""
+    """Five short questions in three parts; a random model answers right only by chance."""
     asked = []
     for number, (part, length) in enumerate(
         [("needle_one", 30), ("needle_one", 70), ("needle_two", 50), ("longbench_a", 9), ("longbench_a", 20)]

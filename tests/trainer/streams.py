@@ -15,18 +15,18 @@ from streamsyn.trainer.stream.stream_reader import Rendering
 
 
 def row(number: int, length: int = 10, **more: Any) -> dict[str, Any]:
-    """A row that Lengths makes an example of, with `length` tokens."""
+    """A row of which Lengths makes an example of `length` tokens."""
     return {"id": f"row-{number}", "seed_id": f"seed-{number}", "task": "qa", "length": length, **more}
 
 
 def example(length: int, number: int = 0, answer: int = 1) -> Example:
-    """An example of so many tokens."""
+    """An example of this number of tokens."""
     tokens = numpy.arange(length, dtype=numpy.int32)
     return Example(Key("run", 0, number), f"row-{number}", "qa", tokens, length - answer)
 
 
 class Lengths:
-    """Rendering: as many tokens as the row says; none fit beyond `seq_len`."""
+    """Rendering: the number of tokens is in the row; more than `seq_len` is over-long."""
 
     def __init__(self, seq_len: int) -> None:
         self._seq_len = seq_len

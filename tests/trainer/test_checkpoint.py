@@ -49,7 +49,7 @@ for step in range(1, steps + 1):
 
 
 def write(out: Path, step: int) -> Path:
-    """The checkpoint of a step; every byte of it says which."""
+    """The checkpoint of a step; every byte of it depends on the step."""
 
     def fill(folder: Path) -> None:
         (folder / "model").mkdir()
@@ -60,7 +60,7 @@ def write(out: Path, step: int) -> Path:
 
 
 def assert_whole(out: Path, step: int) -> None:
-    """What a later run would go on from is the checkpoint of `step`, in all its parts."""
+    """A later run would resume from the checkpoint of `step`, which has all its parts."""
     found = Checkpoints(out, keep=2).newest()
 
     assert found is not None
@@ -77,8 +77,9 @@ def prepared(out: Path) -> Path:
 
 @pytest.mark.crash
 def test_a_kill_at_any_file_leaves_a_whole_one(tmp_path: Path) -> None:
-    """Killed before each change of a file in turn, while a third checkpoint replaces the first: the newest
-    is the second or the third, whole; then nothing torn is left, and one more can be written."""
+    """Killed before each change of a file in turn, while a third checkpoint replaces the first: the newest is
+    the second or the third, whole. Then nothing torn is left, and one more can be written.
+    """
     killed, newest = 0, set()
     for calls in range(1, 200):
         out = prepared(tmp_path / str(calls))
@@ -112,7 +113,7 @@ def test_a_kill_at_any_file_leaves_a_whole_one(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    """Older ones go, once a newer one is whole."""
+    """Older ones are removed once a newer one is whole."""
     out = prepared(tmp_path)
     for step in range(1, 5):
         write(out, step)
@@ -121,8 +122,8 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert "step-0000004\n" == (out / "LATEST").read_text()
 
 
-def test_one_that_is_not_the_last_by_its_step_stays(tmp_path: Path) -> None:
-    """Later ones are of a course that was given up: they go, not the one that was just written."""
+def test_later_steps_of_an_abandoned_course_are_removed(tmp_path: Path) -> None:
+    """They are removed, not the checkpoint that was just written."""
     out = prepared(tmp_path)
     for step in (3, 4, 1):
         write(out, step)
@@ -132,11 +133,11 @@ def test_one_that_is_not_the_last_by_its_step_stays(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Nothing that comes after it is done."""
+    """Raised in place of a kill."""
 
 
 def kill_at(change: int, patch: pytest.MonkeyPatch) -> None:
-    """Before the change of that number to a folder."""
+    """Kill before the change of this number."""
     left = iter(range(change - 1, -1, -1))
 
     def counted(call: Any, *given: Any, **more: Any) -> Any:
@@ -148,7 +149,7 @@ def kill_at(change: int, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(os, name, partial(counted, getattr(os, name)))
 
 
-def test_a_kill_while_the_only_one_is_written_again_costs_nothing(
+def test_a_kill_while_the_only_one_is_rewritten_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As at the end of a stream, at a step that was saved before: a later run finds one of the two, whole."""
@@ -168,8 +169,8 @@ def test_a_kill_while_the_only_one_is_written_again_costs_nothing(
 
 
 @pytest.mark.parametrize("damage", ["gone", "shorter", "no info", "no name", "name of nothing"])
-def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
-    """When the one in LATEST lacks a file or a byte, or LATEST is lost, the newest whole one is taken."""
+def test_a_damaged_one_is_skipped(tmp_path: Path, damage: str) -> None:
+    """If the checkpoint in LATEST lacks a file or a byte, or LATEST is lost, the newest whole one is used."""
     out = prepared(tmp_path)
     for step in (1, 2):
         folder = write(out, step)
@@ -188,8 +189,8 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert_whole(out, 2 if "name" in damage else 1)
 
 
-def test_none_that_is_whole_is_no_beginning(tmp_path: Path) -> None:
-    """What is left of the only one is not thrown away by a training that begins anew: it is refused."""
+def test_damaged_checkpoints_alone_are_refused(tmp_path: Path) -> None:
+    """A new start would overwrite what is left."""
     out = prepared(tmp_path)
     (write(out, 1) / "moments").unlink()
 
@@ -197,8 +198,8 @@ def test_none_that_is_whole_is_no_beginning(tmp_path: Path) -> None:
         Checkpoints(out, 3).newest()
 
 
-def test_what_cannot_be_removed_is_said_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new checkpoint is there all the same."""
+def test_what_cannot_be_removed_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new checkpoint is written all the same."""
     out = prepared(tmp_path)
     write(out, 1)
 
@@ -217,8 +218,8 @@ def test_what_cannot_be_removed_is_said_and_stays(tmp_path: Path, monkeypatch: p
     ]
 
 
-def test_what_is_not_ours_stays(tmp_path: Path) -> None:
-    """A user's own files and folders in OUT, whatever they are called."""
+def test_other_files_in_out_stay(tmp_path: Path) -> None:
+    """A user's own files and folders in OUT, whatever their names."""
     (tmp_path / "mine.tmp").mkdir()
     (tmp_path / "notes.tmp").write_text("")
     prepared(tmp_path)
@@ -226,8 +227,8 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert {"checkpoints", "mine.tmp", "notes.tmp"} == {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_full_disk_is_said_in_one_line_and_costs_nothing(tmp_path: Path) -> None:
-    """What was saved before stays; nothing half-written is left."""
+def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path: Path) -> None:
+    """Earlier checkpoints stay; nothing unfinished is left."""
     out = prepared(tmp_path)
     write(out, 1)
     with (
@@ -241,5 +242,5 @@ def test_a_full_disk_is_said_in_one_line_and_costs_nothing(tmp_path: Path) -> No
 
 
 def test_there_is_nothing_at_first(tmp_path: Path) -> None:
-    """No checkpoint, no mistake."""
+    """Without a checkpoint there is no error."""
     assert Checkpoints(prepared(tmp_path), keep=2).newest() is None

@@ -49,11 +49,11 @@ class Training:
         self.pid = int(self._read("started")[0])
 
     def stderr(self) -> str:
-        """What it has said so far."""
+        """What it has written so far."""
         return self._said.read_text() if self._said.exists() else ""
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for its exit code."""
         while self._code is None:
             pid, code = self._read("ended")
             assert self.pid == int(pid)
@@ -72,17 +72,17 @@ class Training:
             os.kill(self.pid, number)
 
     def end(self) -> None:
-        """Whatever it does, it is over."""
+        """Kill it if it is still running."""
         if self._code is None:
             self.kill()
             self.wait()
 
     def wait_for(self, pattern: str, timeout_s: float = 60) -> None:
-        """Until it says something. The one place that looks again and again: it is another process."""
+        """Wait until stderr matches. The one place that polls: it is a different process."""
         self._wait_until(lambda: re.search(pattern, self.stderr()) is not None, timeout_s)
 
     def wait_for_steps(self, out: Path, number: int, timeout_s: float = 60) -> None:
-        """Until so many steps stand in its metrics."""
+        """Wait until metrics.jsonl has this number of steps."""
         self._wait_until(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) >= number, timeout_s)
 
     def _wait_until(self, holds: Callable[[], bool], timeout_s: float) -> None:
@@ -180,13 +180,13 @@ def result(out: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(out: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """The steps in metrics.jsonl, or what else there is."""
+    """The steps in metrics.jsonl, or its lines of a different kind."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if line["kind"] == kind]
 
 
 def lineage(out: Path) -> list[tuple[int, list[Any]]]:
-    """What trained.jsonl says was trained on at which step, and with which losses."""
+    """For each step in trained.jsonl, its examples with their losses."""
     found = [json.loads(line) for line in (out / "trained.jsonl").read_text().splitlines()]
     return [(line["step"], line["examples"]) for line in found]
 
@@ -203,8 +203,9 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_finished_run_is_trained_on(start: Start, tmp_path: Path) -> None:
-    """Exit 0 at the end of the stream; the loss has fallen; held-out samples were measured with and without
-    their contexts; another start finds nothing left to do and changes nothing."""
+    """Exit 0 at the end of the stream, and the loss has fallen. Held-out samples were measured with their
+    contexts and without. A second start has nothing to do and changes nothing.
+    """
     run, out = write_run(tmp_path / "run", range(60)), tmp_path / "out"
     training = start(run, out)
 
@@ -230,7 +231,8 @@ def test_a_finished_run_is_trained_on(start: Start, tmp_path: Path) -> None:
 @pytest.mark.crash
 def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> None:
     """SIGKILL at random moments, resumed each time: over a complete log and with one thread, the final
-    weights are those of a training that nobody disturbed, bit for bit."""
+    weights are bit-equal to those of an undisturbed training.
+    """
     run = write_run(tmp_path / "run", range(160))
     whole = start(run, tmp_path / "whole")
     assert 0 == whole.wait(), whole.stderr()
@@ -252,8 +254,8 @@ def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> Non
     assert whole_losses == losses
 
 
-def test_a_kill_before_the_first_checkpoint_begins_anew(start: Start, tmp_path: Path) -> None:
-    """With the evaluation before the first step, too: later ones are compared with that."""
+def test_a_kill_before_the_first_checkpoint_starts_over(start: Start, tmp_path: Path) -> None:
+    """With the evaluation before the first step, too: later ones are compared with it."""
     run = write_run(tmp_path / "run", range(40))
     given = {"save_every_steps": 1000, "eval_every_steps": 4}
     undisturbed, killed = tmp_path / "whole", tmp_path / "killed"
@@ -273,7 +275,7 @@ def test_a_kill_before_the_first_checkpoint_begins_anew(start: Start, tmp_path: 
 
 
 def evaluations(out: Path) -> list[dict[str, Any]]:
-    """Those in metrics.jsonl, without their times."""
+    """The evaluations in metrics.jsonl, without their times."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name == "step" or name.startswith("nll_")}
@@ -282,9 +284,10 @@ def evaluations(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> None:
-    """SIGTERM ends a training after the step it is at, saved, with 75; resumed, the weights at the end are
-    those of a training that nobody stopped."""
+def test_a_signal_saves_and_the_training_resumes(start: Start, tmp_path: Path) -> None:
+    """SIGTERM ends a training after the current step, saved, with 75; resumed, the final weights are those of
+    an undisturbed training.
+    """
     run = write_run(tmp_path / "run", range(60))
     whole = start(run, tmp_path / "whole")
     assert 0 == whole.wait(), whole.stderr()
@@ -302,7 +305,7 @@ def test_a_signal_saves_and_the_rest_follows(start: Start, tmp_path: Path) -> No
 
 
 def test_two_signals_together_are_one(start: Start, tmp_path: Path) -> None:
-    """A service manager's, and the same passed on by a launcher: nothing is lost."""
+    """A signal from a service manager, and the same one forwarded by a launcher: nothing is lost."""
     run = write_run(tmp_path / "run", range(60), final=False)
     training = start(run, tmp_path / "out", save_every_steps=1000)
     training.wait_for_steps(tmp_path / "out", 2)
@@ -313,8 +316,8 @@ def test_two_signals_together_are_one(start: Start, tmp_path: Path) -> None:
     assert f"step-{len(lines(tmp_path / 'out')):07}" == (tmp_path / "out" / "LATEST").read_text().strip()
 
 
-def test_an_empty_stream_is_said(start: Start, tmp_path: Path) -> None:
-    """Nothing to train on is no success: exit 1, and no model."""
+def test_an_empty_stream_fails(start: Start, tmp_path: Path) -> None:
+    """Nothing to train on is a failure: exit 1, and no model."""
     training = start(write_run(tmp_path / "run", range(0)), tmp_path / "out")
 
     assert 1 == training.wait(), training.stderr()
@@ -322,9 +325,10 @@ def test_an_empty_stream_is_said(start: Start, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_a_stalled_stream_stops_when_told_to(start: Start, tmp_path: Path) -> None:
-    """With `on_stall` = stop: what is there is trained on and saved, exit 75; when the run has gone on, so
-    does the training."""
+def test_a_stalled_stream_stops_with_on_stall(start: Start, tmp_path: Path) -> None:
+    """With `on_stall` = stop, what is there is trained on and saved, exit 75; when the run continues, so does
+    the training.
+    """
     run = write_run(tmp_path / "run", range(20), final=False)
     training = start(run, tmp_path / "out", stall_s=0.5, on_stall="stop", max_wait_s=0.1)
 
@@ -339,7 +343,7 @@ def test_a_stalled_stream_stops_when_told_to(start: Start, tmp_path: Path) -> No
 
 
 def test_a_stalled_stream_is_waited_for(start: Start, tmp_path: Path) -> None:
-    """With `wait`, which is the default: said once, and trained on when the run goes on."""
+    """With `wait`, the default, the stall is logged once, and training continues when the run does."""
     run = write_run(tmp_path / "run", range(20), final=False)
     training = start(run, tmp_path / "out", stall_s=1.0)
     training.wait_for("train.stalled")
@@ -349,8 +353,10 @@ def test_a_stalled_stream_is_waited_for(start: Start, tmp_path: Path) -> None:
     assert 1 == training.stderr().count("train.stalled")
 
 
-def test_a_full_disk_stops_it_and_room_lets_it_go_on(start: Start, tmp_path: Path) -> None:
-    """One line, exit 1, what was saved before is whole; with room, the training ends as if it had had it."""
+def test_a_full_disk_stops_it_and_it_resumes_with_room(start: Start, tmp_path: Path) -> None:
+    """One line, exit 1, and earlier checkpoints are whole; with room, the training ends as if there had
+    always been room.
+    """
     run, out = write_run(tmp_path / "run", range(40)), tmp_path / "out"
     whole = start(run, tmp_path / "whole")
     assert 0 == whole.wait(), whole.stderr()
@@ -375,10 +381,10 @@ def test_a_full_disk_stops_it_and_room_lets_it_go_on(start: Start, tmp_path: Pat
         ({"learning_rate": 0.1}, "train.learning_rate"),
     ],
 )
-def test_another_training_in_the_same_directory_is_refused(
+def test_a_different_training_in_the_same_directory_is_refused(
     start: Start, tmp_path: Path, changed: dict[str, Any], named: str
 ) -> None:
-    """By the key that differs, with both values, exit 2; keys that shape nothing may differ."""
+    """Exit 2, and the key that differs with both values; operational keys may differ."""
     run, out = write_run(tmp_path / "run", range(6)), tmp_path / "out"
     assert 0 == start(run, out).wait()
     assert 0 == start(run, out, save_every_steps=7, keep_checkpoints=5, eval_every_steps=3).wait()
@@ -401,7 +407,7 @@ def test_another_training_in_the_same_directory_is_refused(
         ("unknown key train.seqlen", "run", "out", ["--set", "train.seqlen=3"]),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(
+def test_mistakes_are_one_line(
     start: Start, tmp_path: Path, named: str, source: str, out: str, more: list[str]
 ) -> None:
     """Exit 2 and one line that names what is wrong, without a traceback."""
@@ -430,7 +436,7 @@ def test_a_directory_in_use_is_refused(start: Start, server: subprocess.Popen[st
 
 
 def test_samples_on_stdin_are_trained_on_once(start: Start, tmp_path: Path) -> None:
-    """NDJSON on stdin, killed and resumed without it: the spool has what was read."""
+    """NDJSON on stdin, killed and resumed without stdin: the spool has what was read."""
     samples = tmp_path / "samples.jsonl"
     rows = [
         {"id": f"s{n}", "seed_id": f"s{n}", "task": "qa", "messages": written(n).messages} for n in range(30)
@@ -445,8 +451,8 @@ def test_samples_on_stdin_are_trained_on_once(start: Start, tmp_path: Path) -> N
     assert (out / "model" / "model.safetensors").exists()
 
 
-def test_it_says_what_is_missing(tmp_path: Path) -> None:
-    """Without torch, `--help` works, and a training says what to install: exit 2."""
+def test_missing_packages_are_named(tmp_path: Path) -> None:
+    """Without torch, `--help` works, and a training names what to install: exit 2."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "streamsyn", "train"]

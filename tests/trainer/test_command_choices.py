@@ -37,13 +37,13 @@ LORA = "{rank = 4, alpha = 16}"
 
 
 def asked(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A command that ends before torch is needed."""
+    """Run a command that ends before torch is needed."""
     given = [*COMMAND, *map(str, arguments)]
     return subprocess.run(given, capture_output=True, text=True, check=False, timeout=60, **options)
 
 
-def test_model_and_out_may_stand_in_the_configuration(start: Start, tmp_path: Path) -> None:
-    """Keys in place of flags; later, OUT alone says what was tuned."""
+def test_model_and_out_may_be_in_the_configuration(start: Start, tmp_path: Path) -> None:
+    """Keys instead of flags; later, OUT alone is enough to resume."""
     keys = {"model": tmp_path / "base", "out": tmp_path / "out"}
     text = "".join(f"{key} = '{value}'\n" for key, value in keys.items())
     (tmp_path / "train.toml").write_text(f"[train]\n{text}")
@@ -70,9 +70,7 @@ def test_model_and_out_may_stand_in_the_configuration(start: Start, tmp_path: Pa
         (["--from", "run", "--out", "o", "--model", "base", "--tethered"], "run --train"),
     ],
 )
-def test_what_is_missing_is_said_with_both_ways_to_give_it(
-    tmp_path: Path, given: list[str], named: str
-) -> None:
+def test_what_is_missing_is_named_with_flag_and_key(tmp_path: Path, given: list[str], named: str) -> None:
     """One line, exit 2, before anything heavy is imported."""
     tiny.write_model(tmp_path / "base")
     done = asked(*given, cwd=tmp_path, stdin=subprocess.DEVNULL)
@@ -82,9 +80,10 @@ def test_what_is_missing_is_said_with_both_ways_to_give_it(
     assert named in done.stderr
 
 
-def test_a_template_of_the_users_goes_with_the_model(start: Start, tmp_path: Path) -> None:
-    """It is in checkpoint and result; it counts by what it says: the same text elsewhere is the same
-    training, another text is another one."""
+def test_a_custom_template_is_saved_with_the_model(start: Start, tmp_path: Path) -> None:
+    """It is in checkpoint and result. Its text counts, not its path: the same text elsewhere is the same
+    training, a different text is not.
+    """
     for path in (tmp_path / "base").glob("chat_template*"):
         path.unlink()
     text = tiny.TEMPLATE.replace("<|end|>", "!<|end|>")
@@ -105,7 +104,7 @@ def test_a_template_of_the_users_goes_with_the_model(start: Start, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("text", "named"), [(None, "cannot read"), ("{% for m in %}", "template.jinja:1")])
-def test_a_template_that_is_none_is_refused(tmp_path: Path, text: str | None, named: str) -> None:
+def test_an_invalid_template_is_refused(tmp_path: Path, text: str | None, named: str) -> None:
     """With the key, the file and the line; exit 2."""
     tiny.write_model(tmp_path / "base")
     if text is not None:
@@ -128,8 +127,9 @@ def test_a_template_that_is_none_is_refused(tmp_path: Path, text: str | None, na
 
 
 def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -> None:
-    """A checkpoint holds adapters alone. Stopped and resumed, the result is that of a training that nobody
-    stopped; merged, it is a model of its own, in whose place the base does not stand."""
+    """A checkpoint holds adapters only. Stopped and resumed, the result is that of an undisturbed training;
+    merged, it does not need the base model.
+    """
     run, out = write_run(tmp_path / "run", range(60)), tmp_path / "out"
     whole = start(run, tmp_path / "whole", lora=LORA)
     assert 0 == whole.wait(), whole.stderr()
@@ -153,7 +153,7 @@ def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -
 
 
 def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -> None:
-    """With --plot; of a directory alone its path goes to stdout, and torch is not needed."""
+    """With --plot, at the end; for an existing OUT, its path goes to stdout and torch is not needed."""
     run, out = write_run(tmp_path / "run", range(20)), tmp_path / "out"
     training = start(run, out, "--plot")
     assert 0 == training.wait(), training.stderr()
@@ -168,8 +168,8 @@ def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -
     assert picture.exists()
 
 
-def test_a_training_remembers_where_its_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may go on from another folder, with the same configuration or without any."""
+def test_a_training_remembers_where_its_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be resumed from a different folder, with the same configuration file or without one."""
     config, out = tmp_path / "train.toml", tmp_path / "out"
     config.write_text(
         "[train]\nmodel = 'somebody/some-model'\ncontrol = 'chat.jsonl'\nmix = [{path = 'mixed'}]\n"
@@ -197,7 +197,7 @@ def test_a_training_remembers_where_its_files_lie(tmp_path: Path, monkeypatch: p
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a model as far as can be seen from outside, chat rows, and a run; one stands in it."""
+    """A working directory with something that looks like a model, chat rows, and a run."""
     (tmp_path / "base").mkdir()
     for name in ("base/config.json", "base/model.safetensors"):
         (tmp_path / name).write_text("{}")
@@ -210,7 +210,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def checked(source: str, out: str, *settings: str, model: str = "base") -> None:
-    """What can be said of a training before torch is needed."""
+    """The checks of a training that do not need torch."""
     check(resolve(None, source, model, Path(out), settings))
 
 
@@ -239,7 +239,7 @@ MIX, QUESTIONS = "train.mix=[{path='%s'}]", "train.longbench={path='%s'}"
 def test_an_out_whose_files_would_be_read_is_refused(
     folder: Path, source: str, out: str, setting: str, named: str
 ) -> None:
-    """The next start would take them for rows, or find a run with something else in it."""
+    """The next start would read them as rows, or find foreign files in a run."""
     with pytest.raises(ConfigError, match=r"^--out .* lies ") as refused:
         checked(source, out, *filter(None, [setting]))
 
@@ -260,8 +260,8 @@ def test_an_out_whose_files_would_be_read_is_refused(
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_an_out_beside_what_is_read_is_not(source: str, out: str) -> None:
-    """In a run's directory under a name of its own, or where a glob does not come."""
+def test_an_out_beside_what_is_read_is_allowed(source: str, out: str) -> None:
+    """In a run directory under a different name, or where a glob does not match."""
     checked(source, out, "train.control=data/rows.jsonl")
     (Path(out)).mkdir(parents=True, exist_ok=True)
     checked(source, out)
@@ -270,7 +270,7 @@ def test_an_out_beside_what_is_read_is_not(source: str, out: str) -> None:
 @pytest.mark.parametrize("flag", ["--from", "--out", "--model"])
 @pytest.mark.usefixtures("folder")
 def test_a_path_that_the_system_refuses_is_named(flag: str) -> None:
-    """Before anything is looked for in it."""
+    """Before anything is read from it."""
     given = {"--from": "run", "--out": "out", "--model": "base"} | {flag: "./" + "a" * 300}
 
     with pytest.raises(ConfigError, match=rf"^{flag} (\./)?a+: File name too long$"):
@@ -281,8 +281,8 @@ def test_a_path_that_the_system_refuses_is_named(flag: str) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_an_empty_path_is_not_the_folder_one_stands_in() -> None:
-    """It stays what it is, and is refused as such."""
+def test_an_empty_path_is_not_the_working_directory() -> None:
+    """It stays empty, and is refused."""
     section = resolve(None, "run", "base", Path("out"), ["train.control=", MIX % ""]).config.train
 
     assert ("", "") == (section.control, section.mix[0].path)
@@ -292,8 +292,8 @@ def test_an_empty_path_is_not_the_folder_one_stands_in() -> None:
         checked("", "out")
 
 
-def test_a_closed_stdout_is_no_failure() -> None:
-    """What is trained stands, wherever stdout leads."""
+def test_a_closed_stdout_is_not_a_failure() -> None:
+    """The training has succeeded whether or not stdout is open."""
     ending = "import sys; from streamsyn.cli import train; assert sys.stdout is None; train._exit(0)"
     done = subprocess.run(  # only a shell can close it
         f'{sys.executable} -c "{ending}" >&-', shell=True, capture_output=True, check=False, timeout=60

@@ -113,7 +113,7 @@ SILENT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "
     ],
 )
 def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, text: str, named: str) -> None:
-    """Seeds, a text, or nothing, given in place of chat rows: exit 2, and the commonest reason."""
+    """Seeds, plain text or nothing instead of chat rows: exit 2, and the most common reason."""
     (tmp_path / "rows.jsonl").write_text(text)
     training = start(tmp_path / "rows.jsonl", tmp_path / "out")
 
@@ -130,10 +130,10 @@ def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, t
         ({"warmup_steps": 10**23}, "train.warmup_steps: Input should be less than or equal to"),
     ],
 )
-def test_a_number_that_cannot_be_is_refused(
+def test_a_number_out_of_range_is_refused(
     start: Start, tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
-    """Before torch or JSON choke on it: one line with the key, exit 2."""
+    """Before torch or JSON fail on it: one line with the key, exit 2."""
     training = start(write_run(tmp_path / "run", range(4)), tmp_path / "out", **settings)
 
     assert 2 == training.wait(), training.stderr()
@@ -141,8 +141,8 @@ def test_a_number_that_cannot_be_is_refused(
     assert "Traceback" not in training.stderr()
 
 
-def test_nothing_but_held_out_samples_is_said(start: Start, tmp_path: Path) -> None:
-    """Exit 1, and where the samples are."""
+def test_nothing_but_held_out_samples_fails(start: Start, tmp_path: Path) -> None:
+    """Exit 1, with the number of held-out samples."""
     training = start(write_run(tmp_path / "run", range(3)), tmp_path / "out", holdout=0.999)
 
     assert 1 == training.wait(), training.stderr()
@@ -150,9 +150,8 @@ def test_nothing_but_held_out_samples_is_said(start: Start, tmp_path: Path) -> N
     assert "streamsyn: the stream ended without a sample to train on: of 3 rows, 3 held out" == said
 
 
-def test_a_start_that_failed_can_be_mended(start: Start, tmp_path: Path) -> None:
-    """It names the key; as nothing was trained, the next start may have another value. Once something was,
-    it may not."""
+def test_a_failed_start_can_be_corrected(start: Start, tmp_path: Path) -> None:
+    """The error names the key. The next start may have a different value as long as nothing was trained."""
     run, out = write_run(tmp_path / "run", range(20)), tmp_path / "out"
     failed = start(run, out, seq_len=32)
     assert 2 == failed.wait(), failed.stderr()
@@ -166,8 +165,8 @@ def test_a_start_that_failed_can_be_mended(start: Start, tmp_path: Path) -> None
     assert "train.seq_len: 256 before, 32 now" in other.stderr().splitlines()[-1]
 
 
-def test_a_run_of_another_format_is_refused(start: Start, tmp_path: Path) -> None:
-    """Not followed without a word: exit 2."""
+def test_a_run_of_an_unknown_format_is_refused(start: Start, tmp_path: Path) -> None:
+    """Exit 2."""
     run = write_run(tmp_path / "run", range(4))
     saved = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**saved, "format": 99}))
@@ -177,8 +176,8 @@ def test_a_run_of_another_format_is_refused(start: Start, tmp_path: Path) -> Non
     assert "format 99" in training.stderr().splitlines()[-1]
 
 
-def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:
-    """Said with its place, counted; the others are trained on."""
+def test_a_corrupt_line_is_skipped(start: Start, tmp_path: Path) -> None:
+    """It is logged with file and line, and counted; the others are trained on."""
     good = [json.dumps({"messages": written(n).messages}) for n in range(9)]
     (tmp_path / "rows.jsonl").write_text("\n".join([*good[:4], '{"messages": [', *good[4:]]) + "\n")
     training = start(tmp_path / "rows.jsonl", tmp_path / "out", holdout=0)
@@ -189,7 +188,9 @@ def test_a_corrupt_line_is_left_out(start: Start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "named"), [("taken", "is a file"), ("/proc/nowhere", "cannot create")])
-def test_an_out_that_cannot_be_is_refused(start: Start, tmp_path: Path, name: str, named: str) -> None:
+def test_an_out_that_cannot_be_created_is_refused(
+    start: Start, tmp_path: Path, name: str, named: str
+) -> None:
     """One line, exit 2."""
     (tmp_path / "taken").write_text("")
     training = start(write_run(tmp_path / "run", range(4)), tmp_path / name)
@@ -198,17 +199,18 @@ def test_an_out_that_cannot_be_is_refused(start: Start, tmp_path: Path, name: st
     assert named in training.stderr().splitlines()[-1]
 
 
-def test_more_than_the_positions_of_a_rotary_model_is_said(start: Start, tmp_path: Path) -> None:
-    """It is trained all the same: rotary positions go on, and who stretches them knows how."""
+def test_rows_beyond_the_positions_of_a_rotary_model_are_logged(start: Start, tmp_path: Path) -> None:
+    """It is trained all the same: rotary positions can be extended."""
     training = start(write_run(tmp_path / "run", range(4)), tmp_path / "out", seq_len=5000, holdout=0)
 
     assert 0 == training.wait(), training.stderr()
     assert "train.beyond_positions" in training.stderr()
 
 
-def test_another_run_in_the_place_of_the_one_trained_on_is_refused(start: Start, tmp_path: Path) -> None:
-    """The checkpoint knows the rows that it stands behind: exit 2, and the training can still go on with the
-    run that is its own."""
+def test_a_different_run_in_its_place_is_refused(start: Start, tmp_path: Path) -> None:
+    """The checkpoint knows the rows it was trained on: exit 2, and the training can still be resumed with its
+    own run.
+    """
     run, other, out = write_run(tmp_path / "run", range(40)), tmp_path / "other", tmp_path / "out"
     assert 0 == start(run, out, max_steps=2).wait()
     training = start(write_run(other, range(1, 41)), out)

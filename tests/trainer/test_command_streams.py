@@ -16,13 +16,13 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def row(number: int, **more: Any) -> bytes:
-    """A sample as it comes over a pipe."""
+    """A sample as it comes through a pipe."""
     named = {"id": f"s{number}", "seed_id": f"s{number}", "task": "qa"}
     return json.dumps({**named, "messages": written(number % 16).messages, **more}).encode() + b"\n"
 
 
 def write_slowly(pipe: BinaryIO, out: Path, training: Training) -> int:
-    """Samples that fill no step, each when the one before was trained on for want of others; how many."""
+    """Write samples that fill no step, each after the one before was trained on; returns their number."""
     for number in range(8):
         pipe.write(row(number))
         pipe.flush()
@@ -38,7 +38,7 @@ def fifo(tmp_path: Path) -> Path:
 
 
 def test_a_slow_generator_is_waited_for_and_named(start: Start, tmp_path: Path, fifo: Path) -> None:
-    """What comes is trained on when nothing more does; the last line says that it was generation-bound."""
+    """What is there is trained on when nothing more comes; the verdict is generation-bound."""
     out = tmp_path / "out"
     given = {"shuffle_min": 1, "holdout": 0.0, "max_wait_s": 0.3, "save_every_steps": 1000}
     training = start("-", out, stdin=fifo, **given)
@@ -72,8 +72,8 @@ def test_a_source_that_fails_costs_no_step(start: Start, tmp_path: Path, fifo: P
     assert f"step-{len(lines(out)):07}" == (out / "LATEST").read_text().strip()
 
 
-def test_a_slow_trainer_holds_the_writer_up(start: Start, tmp_path: Path, fifo: Path) -> None:
-    """A pipe is read as samples are used: its writer comes to its end long after training has begun."""
+def test_a_slow_trainer_slows_the_writer(start: Start, tmp_path: Path, fifo: Path) -> None:
+    """A pipe is read as samples are used: its writer ends long after training has begun."""
     out, many = tmp_path / "out", 700
     training = start("-", out, stdin=fifo, holdout=0.0, rows_per_step=1)
     rows = [row(number, note="-" * 20_000) for number in range(many)]  # 14 MB; 4 are read at once
@@ -95,7 +95,7 @@ def test_a_slow_trainer_holds_the_writer_up(start: Start, tmp_path: Path, fifo: 
     assert "generation-bound" not in training.stderr().splitlines()[-1]
 
 
-def test_a_stream_that_is_cut_off_is_trained_on_up_to_there(start: Start, tmp_path: Path, fifo: Path) -> None:
+def test_a_stream_that_is_cut_off_is_trained_on(start: Start, tmp_path: Path, fifo: Path) -> None:
     """A writer that dies in the middle of a line: that line is named, all others are trained on, exit 0."""
     out = tmp_path / "out"
     training = start("-", out, stdin=fifo, holdout=0.0)
@@ -108,8 +108,8 @@ def test_a_stream_that_is_cut_off_is_trained_on_up_to_there(start: Start, tmp_pa
     assert {"bad_row": 1} == lines(out)[-1]["stream"]["dropped"]
 
 
-def test_more_samples_than_were_declared_are_said(start: Start, tmp_path: Path) -> None:
-    """Behind `train.total_steps` the learning rate is 0: steps change nothing, which is said once."""
+def test_steps_beyond_the_declared_total_are_logged(start: Start, tmp_path: Path) -> None:
+    """After `train.total_steps` the learning rate is 0, which is logged once."""
     run, out = write_run(tmp_path / "run", range(60)), tmp_path / "out"
     training = start(run, out, total_steps=2, warmup_steps=1)
 
@@ -118,8 +118,8 @@ def test_more_samples_than_were_declared_are_said(start: Start, tmp_path: Path) 
     assert [True, True] + [False] * (len(lines(out)) - 2) == [bool(line["rate"]) for line in lines(out)]
 
 
-def test_samples_that_are_too_long_are_counted_and_said(start: Start, tmp_path: Path) -> None:
-    """Dropped with their length, or cut in the middle of the prompt: never a word of an answer is lost."""
+def test_samples_that_are_too_long_are_counted(start: Start, tmp_path: Path) -> None:
+    """Dropped with their length, or cut in the middle of the prompt: no word of an answer is ever lost."""
     run = write_run(tmp_path / "run", range(20))
     dropping = start(run, tmp_path / "dropped", seq_len=128, holdout=0.0)
     assert 0 == dropping.wait(), dropping.stderr()

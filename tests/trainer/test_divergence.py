@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def spoilt(steps: Collection[int]) -> Callable[[Loop, Placed], None]:
-    """Makes the gradient of these steps, counted from 1, not a number."""
+    """Makes the gradients of these steps, counted from 1, not a number."""
 
     def before(loop: Loop, placed: Placed) -> None:
         weight = next(placed.plain.parameters())
@@ -36,12 +36,12 @@ def spoilt(steps: Collection[int]) -> Callable[[Loop, Placed], None]:
 
 
 def saved(out: Path) -> list[str]:
-    """The checkpoints that are there."""
+    """The names of the checkpoints."""
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
 def test_a_training_that_diverges_is_stopped(tmp_path: Path) -> None:
-    """It is told at 1, 2, 4, ... steps in a row; after so many it ends, and checkpoints from before stay."""
+    """Warnings at 1, 2, 4, ... skipped steps in a row; then it ends, and checkpoints from before stay."""
     settings = section(save_every_steps=2)
     moves = plans(MAX_SKIPPED + 10)
     with capture_logs() as said, pytest.raises(TrainingFailed) as raised:
@@ -58,8 +58,8 @@ def test_a_training_that_diverges_is_stopped(tmp_path: Path) -> None:
     assert MAX_SKIPPED + 5 == lines(tmp_path)[-1]["step"]
 
 
-def test_a_stop_in_the_midst_of_it_pushes_nothing_out(tmp_path: Path) -> None:
-    """Who sees it and presses Ctrl-C has the checkpoint from before, also when only one is kept."""
+def test_a_stop_while_diverging_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """Also if only one checkpoint is kept."""
 
     def spoilt_and_stopped(loop: Loop, placed: Placed) -> None:
         def stop_at_8(_: object) -> None:
@@ -81,7 +81,7 @@ def test_a_stop_in_the_midst_of_it_pushes_nothing_out(tmp_path: Path) -> None:
 def test_steps_that_are_skipped_now_and_then_stop_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that is applied begins the count anew; a checkpoint that was due is written behind it."""
+    """An applied step resets the count; a checkpoint that was due is written after it."""
     monkeypatch.setattr("streamsyn.trainer.controller.MAX_SKIPPED", 3)
     settings = section(save_every_steps=3, keep_checkpoints=9)
     loop, controller, _ = train(tmp_path, settings, plans(8), before=spoilt({2, 3, 5, 6, 8}))
@@ -94,7 +94,7 @@ def test_steps_that_are_skipped_now_and_then_stop_nothing(
 
 
 def test_a_training_that_diverges_ends_with_1(start: Start, tmp_path: Path) -> None:
-    """One line that says so and what to try; the same command begins anew, and is told the same."""
+    """One line with what to try; the same command starts over, and ends the same."""
     run, out = write_run(tmp_path / "run", range(40)), tmp_path / "out"
     given = {"learning_rate": 1e30, "warmup_steps": 0, "epochs": 6, "save_every_steps": 2}
     for _ in range(2):
@@ -112,7 +112,7 @@ def test_a_training_that_diverges_ends_with_1(start: Start, tmp_path: Path) -> N
 
 
 def test_a_later_run_counts_anew(tmp_path: Path) -> None:
-    """Steps that were skipped before a checkpoint stand in its figures, and count to no row of them."""
+    """Steps skipped before a checkpoint are in its totals, and do not count to a row of them."""
 
     def resumed(loop: Loop, placed: Placed) -> None:
         loop.progress.step = loop.progress.skipped = MAX_SKIPPED - 1
@@ -127,6 +127,6 @@ def test_a_later_run_counts_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["weight_decay", "learning_rate", "max_grad_norm", "stall_s", "max_wait_s"])
 def test_numbers_are_finite(key: str) -> None:
-    """What is not spoils the weights at once, or cannot be written into the record of a training."""
+    """Infinite ones would spoil the weights, or cannot be written into train.json."""
     with pytest.raises(ValidationError, match="finite"):
         section(**{key: inf})

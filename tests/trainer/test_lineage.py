@@ -32,13 +32,13 @@ def lineage(out: Path) -> list[dict[str, Any]]:
 
 
 def planned(steps: int) -> list[list[list[Any]]]:
-    """What the plans say that each step trains on."""
+    """What the plans train on in each step."""
     made = [plan for plan in plans(steps) if isinstance(plan, StepPlan)]
     return [[[*one.key, one.id] for one in plan.examples()] for plan in made]
 
 
 def naive_losses() -> list[float]:
-    """Of the first step's examples, each by itself, before anything was learnt."""
+    """The losses of the first step's examples, each by itself, before anything was learnt."""
     plan, model = plans(STEPS)[0], tiny.model("eager")
     assert isinstance(plan, StepPlan)
     found = []
@@ -50,7 +50,7 @@ def naive_losses() -> list[float]:
     return found
 
 
-def test_the_lineage_is_what_the_plans_said(tmp_path: Path) -> None:
+def test_the_lineage_follows_the_plans(tmp_path: Path) -> None:
     """Each step's line names its examples in the order of the plan, each with its own mean loss."""
     train(tmp_path, section(), plans(STEPS))
     found = lineage(tmp_path)
@@ -81,7 +81,7 @@ def test_two_ranks_have_the_lineage_of_one(tmp_path: Path) -> None:
 
 
 def test_a_step_that_was_skipped_has_no_losses(tmp_path: Path) -> None:
-    """Its examples are named, with null; no task's loss takes them up."""
+    """Its examples are named, with null; the losses of tasks do not change."""
     settings = section(learning_rate=1e30, max_grad_norm=1e30)
     loop, _, _ = train(tmp_path, settings, plans(STEPS))
     found = lineage(tmp_path)
@@ -95,7 +95,7 @@ def test_a_step_that_was_skipped_has_no_losses(tmp_path: Path) -> None:
 
 
 def test_task_losses_are_written_with_each_checkpoint(tmp_path: Path) -> None:
-    """The file is of the last step; the checkpoint holds the same, so that a later run goes on from there."""
+    """The file is of the last step; the checkpoint holds the same, so that a later run resumes from it."""
     train(tmp_path, section(), plans(STEPS))
     found = orjson.loads((tmp_path / "task_losses.json").read_bytes())
     noted = orjson.loads((tmp_path / "checkpoints" / f"step-{STEPS:07d}" / "info.json").read_bytes())
@@ -116,8 +116,8 @@ def by_definition(losses: list[float]) -> float:
 
 
 @given(st.lists(st.floats(0, 20), min_size=1, max_size=120), st.integers(0, 120))
-def test_task_losses_go_on_where_they_stood(losses: list[float], stop: int) -> None:
-    """Stopped anywhere and taken up from their state, they come to the mean by its definition."""
+def test_task_losses_are_resumed(losses: list[float], stop: int) -> None:
+    """Stopped anywhere and resumed from their state, they equal the mean by its definition."""
     nowhere = Path()
     examples = [example(5, number) for number in range(len(losses))]
     first = TaskLosses(nowhere, {})
@@ -138,7 +138,7 @@ def test_task_losses_go_on_where_they_stood(losses: list[float], stop: int) -> N
 def test_lines_after_a_checkpoint_are_cut_off(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], step: int, torn: bytes
 ) -> None:
-    """Lines up to the step stay, byte for byte; later ones, and what a power cut left, go."""
+    """Lines up to the step stay, byte for byte; later lines, and what a power cut left, are removed."""
     path = tmp_path_factory.mktemp("log") / "lines"
     written = [orjson.dumps({"step": one, "filler": "x" * one}) + b"\n" for one in steps]
     path.write_bytes(b"".join(written) + torn)
@@ -150,8 +150,8 @@ def test_lines_after_a_checkpoint_are_cut_off(
     assert b"".join(kept) + b'{"step":9}\n' == path.read_bytes()
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
-    """What cannot be written is named."""
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """It names the file that cannot be written."""
     log = StepLog(tmp_path / "trained.jsonl", 0)
     with disk_full_beyond(10), pytest.raises(SinkError, match=r"cannot write .*trained\.jsonl"):
         log.append({"step": 1, "filler": "x" * 100})

@@ -30,13 +30,13 @@ STEPS = 4
 
 
 def lines(out: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """What metrics.jsonl says."""
+    """The lines of one kind in metrics.jsonl."""
     found = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     return [line for line in found if line["kind"] == kind]
 
 
-def test_a_training_is_as_one_written_down_plainly(tmp_path: Path) -> None:
-    """Weights after some steps are those of separate samples, one after the other, and torch's AdamW."""
+def test_a_training_equals_a_plain_loop(tmp_path: Path) -> None:
+    """The weights after some steps are those of separate samples, one at a time, with torch's AdamW."""
     loop, controller, placed = train(tmp_path, section(), plans(STEPS))
     plain = tiny.model("eager")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.001, betas=(0.9, 0.95), weight_decay=0.0)
@@ -60,7 +60,7 @@ def test_a_training_is_as_one_written_down_plainly(tmp_path: Path) -> None:
     assert tiny.furthest(expected, weights(placed)) < 1e-5
 
 
-def test_rows_taken_one_after_the_other_are_as_one_row(tmp_path: Path) -> None:
+def test_the_number_of_passes_does_not_matter(tmp_path: Path) -> None:
     """Four rows in four passes, two in two, or all in one: the same weights."""
     results = []
     for rows in (1, 2, 4):
@@ -74,7 +74,7 @@ def test_rows_taken_one_after_the_other_are_as_one_row(tmp_path: Path) -> None:
 
 
 def free_port() -> int:
-    """Below those that the system hands out: seconds go by until torch binds it."""
+    """A port below those that the system hands out, since seconds pass until torch binds it."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as found, suppress(OSError):
@@ -83,7 +83,7 @@ def free_port() -> int:
 
 
 def ranks_of(command: list[str], world: int, timeout_s: float = 120) -> list[tuple[int, str]]:
-    """Start a command as ranks of one training; how each of them ended, and what it said."""
+    """Start a command as ranks of one training; the exit code and stderr of each."""
     shared = {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -110,9 +110,10 @@ def run_ranks(command: list[str], world: int) -> None:
         assert code == 0, said
 
 
-def test_two_ranks_are_as_one(tmp_path: Path) -> None:
-    """The same rows, dealt to two processes over gloo: the same weights on both, those of one process; the
-    loss, the evaluation, the answers are told alike. A rank without a sample, or a question, takes part."""
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """The same rows on two processes over gloo: both have the weights of one process, and losses, evaluations
+    and answers are equal. A rank without a sample or question takes part.
+    """
     alone, both = tmp_path / "alone", tmp_path / "both"
     for folder in (alone, both):
         folder.mkdir()
@@ -140,7 +141,7 @@ def test_two_ranks_are_as_one(tmp_path: Path) -> None:
 
 
 def test_what_rank_0_refuses_is_one_line(tmp_path: Path) -> None:
-    """What is wrong with the data rank 0 alone sees: it says so, and the others end without a word."""
+    """Only rank 0 sees what is wrong with the data: it reports it, and the others end silently."""
     tiny.write_model(tmp_path / "base")
     for name in ("chat", "bad"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
@@ -154,8 +155,8 @@ def test_what_rank_0_refuses_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in said + other
 
 
-def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
-    """A step whose gradient is not finite changes nothing, is counted, and the next one goes on."""
+def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
+    """A step whose gradient is not finite changes nothing and is counted; the next one is made."""
     settings = section()
     loop, controller, placed = train(tmp_path, settings, plans(1))
     before = weights(placed)
@@ -172,8 +173,9 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_is_a_plain_directory(tmp_path: Path, dtype: torch.dtype) -> None:
-    """OUT/model is read by from_pretrained, in the precision that the model had, with tokenizer, template
-    and generation configuration, and computes what the trained model computes."""
+    """OUT/model is read by from_pretrained, in the model's precision, with tokenizer, template and generation
+    configuration, and computes what the trained model computes.
+    """
     base = tiny.write_model(tmp_path / "base", dtype)
     placed = train(tmp_path, section(), plans(2), base=base)[2]
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -204,8 +206,8 @@ def test_a_stall_is_waited_out(tmp_path: Path) -> None:
     assert (2, None) == (loop.progress.step, controller.stopped)
 
 
-def test_a_limit_that_is_behind_ends_it_at_once(tmp_path: Path) -> None:
-    """A training that goes on with fewer `max_steps` than it has made makes no more."""
+def test_a_limit_below_the_steps_made_ends_it_at_once(tmp_path: Path) -> None:
+    """A training resumed with fewer `max_steps` than it has made makes no more."""
 
     def stand_at_three(loop: Loop, _placed: Placed) -> None:
         loop.progress.step = 3
@@ -227,7 +229,7 @@ def test_nothing_to_train_on_leaves_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "LATEST").exists()
 
 
-def test_a_disk_that_is_full_at_a_checkpoint_stops_in_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path: Path) -> None:
     """The checkpoint before it is whole."""
     tiny.write_model(tmp_path / "base")
     settings = section(save_every_steps=1)

@@ -12,19 +12,19 @@ lengths = st.lists(st.integers(1, 100), max_size=60)
 
 
 def packed(packer: Packer, examples: Sequence[Example]) -> list[list[PackedRow]]:
-    """The steps that examples fill, and the rest as the last one."""
+    """The steps that examples fill; the last one is the rest."""
     steps = [full for one in examples if (full := packer.add(one))]
     return [*steps, packer.flush()]
 
 
 def numbers(steps: Sequence[Sequence[PackedRow]]) -> list[list[list[int]]]:
-    """Which examples lie in which row."""
+    """Which examples are in which row."""
     return [[[one.key.seq for one in row] for row in rows] for rows in steps]
 
 
 @given(lengths=lengths, rows=st.integers(1, 5))
 def test_rows_hold_whole_examples_and_no_more_than_their_length(lengths: list[int], rows: int) -> None:
-    """No row is over its length, none is empty in a full step, and each example lies in one row, whole."""
+    """No row is too long, none is empty in a full step, and each example is whole in one row."""
     steps = packed(Packer(rows, 100), [example(length, at) for at, length in enumerate(lengths)])
 
     assert all(rows == len(step) for step in steps)
@@ -38,8 +38,8 @@ def test_rows_hold_whole_examples_and_no_more_than_their_length(lengths: list[in
 
 
 @given(lengths=lengths, rows=st.integers(1, 5), at=st.integers(0, 60))
-def test_a_packer_is_restored_where_it_stood(lengths: list[int], rows: int, at: int) -> None:
-    """Stopped after any example, one that is given the same layout fills the same rows."""
+def test_a_packer_is_restored(lengths: list[int], rows: int, at: int) -> None:
+    """Stopped after any example, a packer with the same layout fills the same rows."""
     examples = [example(length, number) for number, length in enumerate(lengths)]
     stopped, other = Packer(rows, 100), Packer(rows, 100)
     before = [full for one in examples[:at] if (full := stopped.add(one))]
@@ -50,8 +50,8 @@ def test_a_packer_is_restored_where_it_stood(lengths: list[int], rows: int, at: 
 
 
 @pytest.mark.parametrize(("rows", "seq_len"), [(3, 100), (2, 50)])
-def test_another_shape_is_not_restored(rows: int, seq_len: int) -> None:
-    """A layout of other rows, or of longer ones, is refused and changes nothing."""
+def test_a_different_shape_is_not_restored(rows: int, seq_len: int) -> None:
+    """A layout with a different number of rows, or longer rows, is refused and changes nothing."""
     packer = Packer(rows, seq_len)
 
     assert not packer.restore([[example(60)], []])
@@ -59,7 +59,7 @@ def test_another_shape_is_not_restored(rows: int, seq_len: int) -> None:
 
 
 def test_an_example_goes_where_it_fits_best() -> None:
-    """Least room is left; between rows of the same room, the one with less attention gets it."""
+    """The row with the least room left gets it; between equals, the one with less attention."""
     best = Packer(2, 100)
     alike = Packer(2, 100)
     for length in (60, 70, 25):  # 25 fits behind either; behind 70 it leaves less
@@ -86,7 +86,7 @@ def test_balanced_rows_are_the_same_rows(lengths: list[int], ranks: int) -> None
 
 
 def test_ranks_share_heavy_rows() -> None:
-    """Two heavy rows and two light ones: each of two ranks gets one of either, at the same turn."""
+    """Two heavy rows and two light ones: each of two ranks gets one of each, at the same time."""
     rows = [[example(length, at)] for at, length in enumerate((90, 88, 10, 12))]
 
     assert [(90,), (88,), (10,), (12,)] == [tuple(one.length for one in row) for row in balanced(rows, 2)]

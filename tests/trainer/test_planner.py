@@ -39,7 +39,7 @@ def made(lengths: list[int | None]) -> list[dict[str, Any] | None]:
 
 
 def layout(steps: list[StepPlan]) -> list[Any]:
-    """All that matters to a step."""
+    """Everything that matters to a step."""
     return [
         ([[one.key for one in row] for row in step.rows], step.left_steps, step.flushed) for step in steps
     ]
@@ -52,10 +52,10 @@ def mixed(weight: float) -> list[Mixed]:
 
 @examples(40)
 @given(lengths=rows, options=options, weight=st.sampled_from([0.0, 0.5, 1.7]))
-def test_a_killed_trainer_goes_on_as_if_nothing_had_been(
+def test_a_killed_trainer_makes_the_same_plans(
     lengths: list[int | None], options: dict[str, Any], weight: float
 ) -> None:
-    """Over a complete log, from the state of any plan come exactly the plans that would have come."""
+    """Over a complete log, from the state of any plan exactly the plans follow that would have followed."""
 
     def sources() -> Sources:
         return Sources(Arriving(made(lengths)), mixed(weight) if weight else [])
@@ -81,7 +81,9 @@ def test_every_example_is_trained_on_exactly_once(
     kills: list[int],
     weight: float,
 ) -> None:
-    """Killed after any plan, as often as you like, with rows arriving as they like: none lost, none twice."""
+    """Killed after any plan, any number of times, with rows arriving in any way: none is lost, none comes
+    twice.
+    """
     trained: list[StepPlan] = []
     state: Any = None
     kept: set[Key] = set()
@@ -133,7 +135,7 @@ def test_how_rows_arrive_does_not_matter_to_a_trainer_behind() -> None:
 
 
 def test_training_begins_before_the_buffer_is_full() -> None:
-    """With `shuffle_min` there and nothing more, plans are made; with one less, none is."""
+    """With `shuffle_min` examples and nothing more, plans are made; with one example less, none is."""
 
     async def after(count: int) -> Any:
         source = Arriving(made([90] * 20), [(0.0, count), (1000.0, 0)])
@@ -166,7 +168,7 @@ def test_a_paused_stream_is_trained_on_as_it_is() -> None:
 
 
 def test_waiting_is_counted() -> None:
-    """The figures say for how long the stream was waited for, and what became of its rows."""
+    """The statistics have the time waited for the stream, and what its rows became."""
 
     async def watch() -> dict[str, Any]:
         lengths = [10, None, 300, *[10] * 17]
@@ -187,7 +189,7 @@ def test_waiting_is_counted() -> None:
 
 
 def test_an_empty_stream_ends_at_once() -> None:
-    """No row, no plan: the end, with a state that a later trainer can go on from."""
+    """Without a row there is no plan, but the end, with a state that a later trainer can resume from."""
 
     async def end() -> Any:
         return await planner(Sources(Arriving([]), mixed(1.0)), epochs=3).next(0)
@@ -198,7 +200,7 @@ def test_an_empty_stream_ends_at_once() -> None:
     assert [Key("run", 0, 0)] == keys(again)
 
 
-def test_the_steps_left_are_foretold() -> None:
+def test_the_steps_left_are_estimated() -> None:
     """Nothing is known while the stream goes on; at its end, the number falls to 0 step by step."""
     lengths: list[int | None] = [7 * n % 60 + 1 for n in range(300)]
     known = asyncio.run(plans(planner(Sources(Arriving(made(lengths)), mixed(0.5)), epochs=2)))
@@ -215,8 +217,8 @@ def test_the_steps_left_are_foretold() -> None:
     assert 0 == unknown[-1].left_steps
 
 
-def test_later_passes_are_shuffled_otherwise() -> None:
-    """The second pass brings everything again, in another order."""
+def test_later_passes_have_a_different_order() -> None:
+    """The second pass brings everything again, in a different order."""
     steps = asyncio.run(plans(planner(Sources(Arriving(made([10] * 100))), epochs=2)))
     order = [[key.seq for key in keys(steps) if key.epoch == epoch] for epoch in range(2)]
 
@@ -224,7 +226,7 @@ def test_later_passes_are_shuffled_otherwise() -> None:
     assert order[0] != order[1]
 
 
-def test_another_shape_of_rows_loses_nothing() -> None:
+def test_a_different_shape_of_rows_loses_nothing() -> None:
     """Resumed with more and longer rows: every example is still trained on once."""
     lengths: list[int | None] = [7 * n % 60 + 1 for n in range(100)]
     first = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))[:5]
@@ -236,7 +238,7 @@ def test_another_shape_of_rows_loses_nothing() -> None:
 
 
 def test_held_examples_that_no_longer_fit_are_dropped_and_counted() -> None:
-    """Resumed with shorter rows: what was held and is too long now is counted as over-long."""
+    """Resumed with shorter rows: held examples that are too long now are counted as over-long."""
     lengths: list[int | None] = [90, 10] * 20
     first = asyncio.run(plans(planner(Sources(Arriving(made(lengths))))))[:2]
     stream = planner(Sources(Arriving(made(lengths))), first[-1].state, seq_len=50)
@@ -249,7 +251,7 @@ def test_held_examples_that_no_longer_fit_are_dropped_and_counted() -> None:
 
 
 def test_held_out_seeds_are_kept_for_evaluation() -> None:
-    """The share is about what was asked for, the same in a later run, and never trained on."""
+    """The share is about as configured, the same in a later run, and never trained on."""
     source = Arriving(made([10] * 400))
     stream = planner(Sources(source), holdout=0.25, holdout_samples=20)
     steps = asyncio.run(plans(stream))
@@ -284,8 +286,9 @@ def test_a_mix_keeps_its_weight_step_by_step() -> None:
 
 @pytest.mark.parametrize("size", [2 * BATCH_ROWS - 1, 2 * BATCH_ROWS])
 def test_where_a_mix_ends_makes_no_difference(tmp_path: Path, size: int) -> None:
-    """Of a file it is not known how many rows it has before its end was met, which may be where a read ends:
-    what goes on from a state trains on the same as what began before it."""
+    """The number of rows of a file is known only at its end, which may be where a read ends. A resumed
+    training makes the same plans anyway.
+    """
     for name, number in (("stream", 300), ("mix", size)):
         lines = [orjson.dumps(row(n), option=orjson.OPT_APPEND_NEWLINE) for n in range(number)]
         (tmp_path / f"{name}.jsonl").write_bytes(b"".join(lines))
@@ -302,7 +305,7 @@ def test_where_a_mix_ends_makes_no_difference(tmp_path: Path, size: int) -> None
 
 
 def test_what_was_held_is_read_again_a_few_rows_at_a_time() -> None:
-    """A large buffer of long samples is not held as text, all of it at once."""
+    """A large buffer of long samples is never in memory as text all at once."""
     sizes: list[int] = []
 
     class Counting(Lengths):
@@ -320,7 +323,7 @@ def test_what_was_held_is_read_again_a_few_rows_at_a_time() -> None:
 
 
 def test_a_mix_that_holds_nothing_is_refused() -> None:
-    """Neither an empty file nor one without a usable row is read in a circle for ever."""
+    """An empty file, or one without a usable row, is not read in an endless cycle."""
     for general in ([], made([None, 500])):
         sources = Sources(Arriving(made([10] * 50)), [Mixed(Arriving(general, name="general.jsonl"), 1.0)])
 
@@ -328,8 +331,8 @@ def test_a_mix_that_holds_nothing_is_refused() -> None:
             asyncio.run(plans(planner(sources)))
 
 
-def test_the_state_of_another_stream_is_refused() -> None:
-    """A checkpoint that stands in a run is no place in a pipe; nor are its examples without their source."""
+def test_the_state_of_a_different_stream_is_refused() -> None:
+    """A checkpoint of a run is not one of a pipe; nor are its examples there without their source."""
     state = asyncio.run(plans(planner(Sources(Arriving(made([10] * 60)), mixed(1.0)))))[0].state
 
     with pytest.raises(ConfigError, match="kind 'run', not 'stdin'"):
@@ -338,7 +341,7 @@ def test_the_state_of_another_stream_is_refused() -> None:
         asyncio.run(plans(planner(Sources(Arriving(made([10] * 60))), state)))
 
 
-def test_rows_are_shared_out_among_ranks() -> None:
+def test_rows_are_divided_among_ranks() -> None:
     """The plans of two ranks are those of one, in an order in which row i is for rank i % 2."""
     lengths: list[int | None] = [7 * n % 60 + 1 for n in range(100)]
     one = asyncio.run(plans(planner(Sources(Arriving(made(lengths))), rows_per_step=4)))
@@ -349,7 +352,7 @@ def test_rows_are_shared_out_among_ranks() -> None:
 
 
 def test_a_cancelled_wait_loses_nothing() -> None:
-    """A caller that gives up while rows are read may ask again."""
+    """A caller that gives up while rows are read may call again."""
 
     async def impatient() -> list[StepPlan]:
         stream = planner(Sources(Arriving(made([10] * 60), [(1.0, 20), (1.0, 20), (1.0, 0)])))

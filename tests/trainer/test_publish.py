@@ -36,8 +36,8 @@ def folders(tmp_path: Path, *steps: int) -> list[Path]:
 
 
 @asynccontextmanager
-async def told(*there: RunningSimulator, **keys: Any) -> AsyncIterator[Servers]:
-    """Those that are told of weights; the simulators answer in this thread, the telling is another one."""
+async def publishing(*there: RunningSimulator, **keys: Any) -> AsyncIterator[Servers]:
+    """The servers to update; the simulators run in this thread, the updates in a different one."""
     urls = tuple(keys.pop("more", ())) + tuple(one.url for one in there)
     opened = Servers(PublishSection(servers=urls, **keys), FleetSection(connect_timeout_s=1), {})
     await asyncio.to_thread(opened.__enter__)
@@ -48,14 +48,14 @@ async def told(*there: RunningSimulator, **keys: Any) -> AsyncIterator[Servers]:
 
 
 async def loading(server: RunningSimulator) -> None:
-    """Wait until it has been told to load; the simulator tells of nothing by itself."""
+    """Wait until the server has been asked to load; the simulator has no event for it."""
     async with asyncio.timeout(5):
         while not server.simulation.stats.by_route["/update_weights_from_disk"]:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
 async def finished(servers: Servers, offered: Path | None = None) -> list[dict[str, Any]]:
-    """What is said until all is done, with what is offered last."""
+    """The log lines until the last offer is loaded."""
     with capture_logs() as logs:
         if offered is not None:
             servers.offer(offered)
@@ -65,10 +65,10 @@ async def finished(servers: Servers, offered: Path | None = None) -> list[dict[s
 
 
 async def test_all_servers_load_what_is_offered(tmp_path: Path) -> None:
-    """Each is paused, given the weights under their name, and works again."""
+    """Each is paused, loads the weights under their name, and works again."""
     (folder,) = await asyncio.to_thread(folders, tmp_path, 1)
     async with running(SimulatorConfig()) as one, running(SimulatorConfig()) as other:
-        async with told(one, other) as servers:
+        async with publishing(one, other) as servers:
             said = await finished(servers, folder)
         weights = [server.simulation.weights for server in (one, other)]
 
@@ -76,10 +76,10 @@ async def test_all_servers_load_what_is_offered(tmp_path: Path) -> None:
     assert [(str(folder), folder.name, None)] * 2 == [(w.path, w.version, w.mode) for w in weights]
 
 
-async def test_what_comes_while_one_is_loaded_replaces_what_waits(tmp_path: Path) -> None:
-    """Never two at once at a server, and never more than one that waits."""
+async def test_a_newer_offer_replaces_the_one_that_waits(tmp_path: Path) -> None:
+    """Never two updates at once on a server, and never more than one that waits."""
     made = await asyncio.to_thread(folders, tmp_path, 1, 2, 3)
-    async with running(SimulatorConfig(load_s=1.5)) as server, told(server) as servers:
+    async with running(SimulatorConfig(load_s=1.5)) as server, publishing(server) as servers:
         servers.offer(made[0])
         await loading(server)
         servers.offer(made[1])
@@ -95,13 +95,15 @@ async def test_what_comes_while_one_is_loaded_replaces_what_waits(tmp_path: Path
 
 
 async def test_a_server_that_does_not_load_holds_up_nobody(tmp_path: Path) -> None:
-    """Dead, slow or with another key: one line each, the others have the weights, and all of them go on."""
+    """Dead, slow or with a different key: one line each; the others have the weights, and all of them serve
+    again.
+    """
     (folder,) = await asyncio.to_thread(folders, tmp_path, 1)
     async with (
         running(SimulatorConfig()) as good,
         running(SimulatorConfig(load_s=60)) as slow,
         running(SimulatorConfig(api_key="secret")) as locked,
-        told(good, slow, locked, more=["http://127.0.0.1:9"], timeout_s=2) as servers,
+        publishing(good, slow, locked, more=["http://127.0.0.1:9"], timeout_s=2) as servers,
     ):
         said = await finished(servers, folder)
         modes = {server.simulation.weights.mode for server in (good, slow, locked)}
@@ -116,11 +118,11 @@ async def test_a_server_that_does_not_load_holds_up_nobody(tmp_path: Path) -> No
     } == events
 
 
-async def test_a_server_that_was_left_paused_goes_on(tmp_path: Path) -> None:
-    """By a training that was killed; and by weights that it refuses."""
+async def test_a_server_that_was_left_paused_is_resumed(tmp_path: Path) -> None:
+    """Paused by a training that was killed; and by weights that it refuses."""
     async with running(SimulatorConfig()) as server:
         server.simulation.weights.pause("retract")
-        async with told(server) as servers:
+        async with publishing(server) as servers:
             said = await finished(servers, tmp_path / "nothing")
         weights = server.simulation.weights
 
@@ -129,11 +131,11 @@ async def test_a_server_that_was_left_paused_goes_on(tmp_path: Path) -> None:
     assert (None, "default") == (weights.mode, weights.version)
 
 
-async def test_a_hurry_bounds_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is stopped does not wait for a server, nor leave it paused."""
+async def test_a_stop_limits_the_time_of_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that is stopped does not wait for a server, nor leave it paused."""
     made = await asyncio.to_thread(folders, tmp_path, 1, 2)
     monkeypatch.setattr(servers_module, "HURRY_S", 0.1)
-    async with running(SimulatorConfig(load_s=60)) as server, told(server) as servers:
+    async with running(SimulatorConfig(load_s=60)) as server, publishing(server) as servers:
         servers.offer(made[0])
         await loading(server)
         servers.offer(made[1])
@@ -146,14 +148,14 @@ async def test_a_hurry_bounds_what_is_under_way(tmp_path: Path, monkeypatch: pyt
     assert server.simulation.weights.mode is None
 
 
-def test_what_is_no_url_is_said_at_once() -> None:
+def test_an_invalid_url_is_refused() -> None:
     """Before anything is trained."""
     with pytest.raises(ConfigError, match=r"train\.publish\.servers: localhost:30000 is not a valid URL"):
         Servers(PublishSection(servers=("localhost:30000",)), FleetSection(), {})
 
 
 async def test_the_key_is_the_fleets(tmp_path: Path) -> None:
-    """From the variable that the server's table names, or the usual one."""
+    """From the variable that the server's table names, or the default one."""
     (folder,) = await asyncio.to_thread(folders, tmp_path, 1)
     async with running(SimulatorConfig(api_key="one")) as one, running(SimulatorConfig(api_key="two")) as two:
         fleet = FleetSection.model_validate({"servers": [{"url": f"{one.url}/v1", "key_env": "ONE"}]})
@@ -167,14 +169,14 @@ async def test_the_key_is_the_fleets(tmp_path: Path) -> None:
 
 @contextmanager
 def a_model(tmp_path: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> Iterator[Placed]:
-    """A tiny one, placed for training."""
+    """A tiny model, placed for training."""
     tiny.write_model(tmp_path / "base", dtype)
     with fresh():
         yield placed_model(tmp_path / "base", section(**keys))
 
 
 def test_weights_are_written_whole_and_the_newest_stay(tmp_path: Path) -> None:
-    """In the precision that the model had, under their steps; LATEST names the last; old ones go."""
+    """In the model's precision, named by step; LATEST names the last; old ones are removed."""
     root = tmp_path / "weights"
     with a_model(tmp_path, torch.bfloat16) as placed:
         publisher = Publisher(tmp_path, PublishSection(), FleetSection(), tiny.tokenizer(), 0)
@@ -189,8 +191,8 @@ def test_weights_are_written_whole_and_the_newest_stay(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(root / "step_3").dtype == torch.bfloat16
 
 
-def test_weights_of_steps_that_come_again_go(tmp_path: Path) -> None:
-    """A training that was killed and goes on from before them writes its own: those stay, however few."""
+def test_weights_of_an_abandoned_course_are_removed(tmp_path: Path) -> None:
+    """A training that was killed and resumed from before them writes its own, which stay, however few."""
     root = tmp_path / "weights"
     with a_model(tmp_path) as placed:
         for step in (280, 290, 210):
@@ -202,7 +204,7 @@ def test_weights_of_steps_that_come_again_go(tmp_path: Path) -> None:
 
 
 async def test_weights_that_are_being_loaded_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And those that wait for it, however many newer ones there are."""
+    """And the ones waiting to be loaded, however many newer ones there are."""
     monkeypatch.setattr(servers_module, "HURRY_S", 0.1)
     async with running(SimulatorConfig(load_s=60)) as server:
         publishing = PublishSection(keep=1, servers=(server.url,))
@@ -227,7 +229,7 @@ async def test_weights_that_are_being_loaded_stay(tmp_path: Path, monkeypatch: p
 
 
 def test_weights_that_cannot_be_written_end_nothing(tmp_path: Path) -> None:
-    """One line, and no server is told."""
+    """One line, and no server is updated."""
     (tmp_path / "weights").write_text("in the way")
     with a_model(tmp_path) as placed, capture_logs() as logs:
         publisher = Publisher(tmp_path, PublishSection(), FleetSection(), tiny.tokenizer(), 0)
@@ -237,8 +239,8 @@ def test_weights_that_cannot_be_written_end_nothing(tmp_path: Path) -> None:
 
 
 def test_adapters_are_merged_beside_a_model_that_trains_on(tmp_path: Path) -> None:
-    """What is written computes what the model computes, as peft's own merging does; the model keeps its
-    adapters, and they go on learning.
+    """The file computes what the model computes, as with peft's own merging; the model keeps its adapters,
+    and they keep learning.
     """
     ids = torch.arange(40)[None]
 

@@ -49,7 +49,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 def tokenizer(template: str | None = CHATML, eos: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """Bytes, with some that stand together often merged, across anything: `\\n\\n`, `: `."""
+    """Bytes, with some neighbours merged, across any boundary: `\\n\\n`, `: `."""
     made = Tokenizer(BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
@@ -95,8 +95,8 @@ def parts(example: Example) -> tuple[str, str]:
 
 
 @given(question=text, answer=text.filter(lambda it: bool(it.strip())))
-def test_targets_are_the_answer_and_what_ends_it(question: str, answer: str) -> None:
-    """The prompt is what the model will be asked with, token by token; nothing behind the end is learnt."""
+def test_targets_are_the_answer_and_its_stop_token(question: str, answer: str) -> None:
+    """The prompt is what the model will be given, token by token; nothing after the end is learnt."""
     made = rendered(chat(question, answer))
     prompt, target = parts(made)
     asked = f"<|start|>user\n{question}<|end|>\n<|start|>assistant\n"
@@ -106,8 +106,8 @@ def test_targets_are_the_answer_and_what_ends_it(question: str, answer: str) -> 
     assert tokenizer()(asked, add_special_tokens=False)["input_ids"] == made.tokens[: made.loss_from].tolist()
 
 
-def test_an_example_says_what_it_is_of() -> None:
-    """Id and task are the row's own, or stand for its place."""
+def test_an_example_has_id_and_task() -> None:
+    """Those of the row, or else its place and source."""
     named = rendered(chat("q", "a", id="seed-1", task="qa"))
     nameless = rendered(chat("q", "a", id=7, task=None))
 
@@ -116,13 +116,13 @@ def test_an_example_says_what_it_is_of() -> None:
     assert "int32" == named.tokens.dtype
 
 
-def test_a_template_that_ends_nothing_gets_an_end() -> None:
-    """Without an end of its own, an answer ends with the tokenizer's eos."""
+def test_a_template_without_an_end_gets_the_eos() -> None:
+    """The answer ends with the tokenizer's eos."""
     assert ("Q:why\nA:", "because</s>") == parts(rendered(chat("why", "because"), PLAIN))
 
 
 def test_only_the_first_end_is_learnt() -> None:
-    """Where a template ends the turn and the text, a model that ends its turn has ended."""
+    """If a template ends the turn and then the text, the end of the turn is the stop token."""
     assert ("because<|end|>") == parts(rendered(chat("why", "because"), TWO_ENDS))[1]
 
 
@@ -140,7 +140,7 @@ def test_only_the_first_end_is_learnt() -> None:
     ],
 )
 def test_an_answer_ends_where_the_template_ends_it(template: str, answer: str, target: str) -> None:
-    """Neither the opening of the next turn is learnt, nor does an answer end by what stands in it."""
+    """The opening of the next turn is not learnt, and text in the answer does not end it."""
     made = rendered(chat("why", answer), template)
     several = rendered(chat("why", "because", "why", answer), template)
 
@@ -149,15 +149,15 @@ def test_an_answer_ends_where_the_template_ends_it(template: str, answer: str, t
 
 
 def test_text_before_a_stop_token_may_be_one_token_with_the_answer() -> None:
-    """It is learnt, and the answer ends at the stop token all the same."""
+    """It is learnt, and the answer still ends at the stop token."""
     made = rendered(chat("why", "the: answer\n"), LINE_BEFORE)
 
     assert "the: answer\n\n<|end|>" == parts(made)[1]
     assert 2 == made.target_tokens
 
 
-def test_an_answer_that_ends_otherwise_is_dropped() -> None:
-    """Where its stop token stands would be a guess."""
+def test_an_answer_with_a_different_end_is_dropped() -> None:
+    """The place of its stop token would be a guess."""
     made = dropped(chat("one", "two", "three", "four"), SHORT_ENDED)
 
     assert "template" == made.reason
@@ -166,7 +166,8 @@ def test_an_answer_that_ends_otherwise_is_dropped() -> None:
 
 
 def test_a_token_across_the_boundary_is_split() -> None:
-    """Where prompt and answer share a token, they are encoded apart: the model gets the prompt alone."""
+    """If prompt and answer share a token, they are tokenized separately: the model is given the prompt
+    alone."""
     made = rendered(chat("why", "\n\nbecause"), PLAIN)
     prompt = tokenizer()("Q:why\nA:", add_special_tokens=False)["input_ids"]
     whole = tokenizer()("Q:why\nA:\n\nbecause", add_special_tokens=False)["input_ids"]
@@ -177,7 +178,7 @@ def test_a_token_across_the_boundary_is_split() -> None:
 
 
 def test_the_last_answer_of_a_conversation_is_learnt() -> None:
-    """Turns before it are prompt; what comes behind it, an open question, is left out."""
+    """Turns before it are prompt; an open question after it is left out."""
     made = rendered(chat("one", "two", "three", "four", "five"))
 
     assert "four<|end|>" == parts(made)[1]
@@ -197,8 +198,8 @@ def test_the_last_answer_of_a_conversation_is_learnt() -> None:
         (chat("why", " \n"), "empty_answer", "empty"),
     ],
 )
-def test_what_is_no_conversation_is_dropped(row: dict[str, Any], reason: str, why: str) -> None:
-    """The reason is told, and nothing is raised."""
+def test_rows_without_a_conversation_are_dropped(row: dict[str, Any], reason: str, why: str) -> None:
+    """With the reason, and no exception."""
     made = dropped(row)
 
     assert reason == made.reason
@@ -214,8 +215,9 @@ def test_what_is_no_conversation_is_dropped(row: dict[str, Any], reason: str, wh
         (CHATML + ENDLESS + "{% if messages | length == 3 %}{{ more() }}{% endif %}", "recursion"),
     ],
 )
-def test_what_the_template_refuses_is_dropped(refusing: str, why: str) -> None:
-    """A template may want roles to alternate, or fail in any way: such a row is counted, others go on."""
+def test_rows_on_which_the_template_fails_are_dropped(refusing: str, why: str) -> None:
+    """A template may require alternating roles, or fail in any way: the row is counted, others are
+    rendered."""
     renderer = Renderer(tokenizer(refusing), 4096, "drop")
     odd = {"messages": [*chat("a")["messages"], *chat("b", "c")["messages"]]}
     first, second, third = renderer.render_batch([(chat("q", "a"), KEY), (odd, KEY), (chat("q", "b"), KEY)])
@@ -229,8 +231,9 @@ def test_what_the_template_refuses_is_dropped(refusing: str, why: str) -> None:
 
 
 @given(length=st.integers(0, 400), seq_len=st.integers(40, 300))
-def test_too_long_a_prompt_is_cut_in_the_middle(length: int, seq_len: int) -> None:
-    """With `truncate`, head and tail of the prompt stay, the answer whole, and the row is filled exactly."""
+def test_a_long_prompt_is_cut_in_the_middle(length: int, seq_len: int) -> None:
+    """With `truncate`, head and tail of the prompt and the whole answer stay, and the row is filled
+    exactly."""
     row = chat("".join(chr(97 + at % 26) for at in range(length)), "the answer")
     whole = rendered(row)
     made = rendered(row, seq_len=seq_len)
@@ -245,7 +248,7 @@ def test_too_long_a_prompt_is_cut_in_the_middle(length: int, seq_len: int) -> No
 
 
 def test_over_long_samples_are_dropped_unless_they_may_be_cut() -> None:
-    """`drop` drops; `truncate` drops only what has too long an answer."""
+    """`drop` drops; `truncate` drops only samples with too long an answer."""
     long_prompt, long_answer = chat("x" * 200, "y"), chat("x", "y" * 200)
 
     assert "overlong" == dropped(long_prompt, seq_len=100).reason
@@ -271,13 +274,13 @@ def test_over_long_samples_are_dropped_unless_they_may_be_cut() -> None:
 def test_a_tokenizer_that_cannot_be_trained_with_is_refused(
     template: str | None, eos: str | None, why: str
 ) -> None:
-    """That is found before anything is read, and said in one line."""
+    """Before anything is read, in one line."""
     with pytest.raises(ConfigError, match=why):
         Renderer(tokenizer(template, eos), 4096, "drop")
 
 
 def test_two_threads_may_render_at_once() -> None:
-    """Evaluation renders beside the stream: a tokenizer alone would refuse that."""
+    """Evaluation renders beside the stream: a bare tokenizer would refuse that."""
     renderer = Renderer(tokenizer(), 4096, "drop")
     rows = [(chat("q" * number, "a"), KEY) for number in range(100)]
     made: list[list[Example | Dropped]] = []
@@ -290,8 +293,8 @@ def test_two_threads_may_render_at_once() -> None:
     assert [100] * 4 == [sum(isinstance(one, Example) for one in batch) for batch in made]
 
 
-async def test_a_run_is_trained_on_as_it_goes(tmp_path: Path) -> None:
-    """Samples of a run, written while the planner follows, come as plans: each once, and nothing blocks."""
+async def test_a_run_is_planned_while_it_is_written(tmp_path: Path) -> None:
+    """Samples that are written while the planner follows come as plans: each once, and nothing blocks."""
     renderer = Renderer(tokenizer(), 100, "drop")
     stream = planner(Sources(RunSamples(tmp_path)), rendering=renderer, max_wait_s=0.2, shuffle_min=8)
 

@@ -14,7 +14,7 @@ from streamsyn.trainer.training_request import TrainRequest, check, resolve
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with chat rows and what looks like a model; commands are given in it."""
+    """A working directory with chat rows and something that looks like a model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
@@ -24,13 +24,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(folder: Path, toml: str) -> TrainRequest:
-    """The training of a configuration file."""
+    """The request of a configuration file."""
     (folder / "train.toml").write_text(toml)
     return resolve(folder / "train.toml", "rows.jsonl", "model", folder / "out")
 
 
-def test_a_whole_request_passes(folder: Path) -> None:
-    """With everything that the cases below have wrong."""
+def test_a_valid_request_passes(folder: Path) -> None:
+    """With every key that the cases below get wrong."""
     (folder / "other.jsonl").write_text("{}\n")
     check(
         asked(
@@ -52,8 +52,8 @@ def test_a_whole_request_passes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl", "LATEST"])
-def test_what_is_somebody_elses_is_not_replaced(folder: Path, name: str) -> None:
-    """A folder that no training has written: `--out .` where a project has a package `model`, say."""
+def test_foreign_files_in_out_are_not_replaced(folder: Path, name: str) -> None:
+    """A folder that no training has written, for example `--out .` in a project with a package `model`."""
     (folder / "out").mkdir()
     (folder / "out" / name).touch()
     with pytest.raises(ConfigError, match=rf"^--out .*out holds {name}, but no train\.json"):
@@ -64,13 +64,13 @@ def test_what_is_somebody_elses_is_not_replaced(folder: Path, name: str) -> None
 
 
 def test_a_model_in_the_place_of_the_result_is_not_replaced(folder: Path) -> None:
-    """It would be overwritten by what it is tuned to."""
+    """The tuned model would overwrite it."""
     with pytest.raises(ConfigError, match=r"^--out \. holds model, but no train\.json"):
         check(resolve(None, "rows.jsonl", "model", Path()))
 
 
-def test_an_out_that_was_left_empty_is_refused(folder: Path) -> None:
-    """As a shell makes it of a variable that is not set; nothing is written where one stands."""
+def test_an_empty_out_is_refused(folder: Path) -> None:
+    """As a shell makes it of an unset variable; nothing is written to the working directory."""
     command = [
         sys.executable,
         "-m",
@@ -101,8 +101,8 @@ def test_an_out_that_was_left_empty_is_refused(folder: Path) -> None:
         ('publish = {servers = ["gpu-1:30000"]}', r"train\.publish\.servers: .*gpu-1:30000"),
     ],
 )
-def test_what_is_not_there_is_named_at_once(folder: Path, toml: str, said: str) -> None:
-    """By its key, as the user gave it."""
+def test_missing_paths_are_named_at_once(folder: Path, toml: str, said: str) -> None:
+    """By key, as the user gave it."""
     with pytest.raises(ConfigError, match=said):
         check(asked(folder, f"[train]\n{toml}"))
 

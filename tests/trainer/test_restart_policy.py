@@ -11,8 +11,8 @@ KILLED = TrainerExit(-9)
 
 @pytest.mark.parametrize("code", [0, 2, 75])
 @pytest.mark.parametrize("stopping", [True, False])
-def test_what_ends_as_it_should_is_left_at_that(code: int, stopping: bool) -> None:
-    """Trained to the end, refused, stopped: whoever says so and whoever wanted it."""
+def test_a_regular_end_is_final(code: int, stopping: bool) -> None:
+    """Finished, refused or stopped, by its own decision or not, told to stop or not."""
     assert GiveUp(code) == RestartPolicy(None).after(TrainerExit(code), None, stopping=stopping)
 
 
@@ -21,7 +21,7 @@ def test_a_failure_by_its_own_decision_is_not_tried_again() -> None:
     assert GiveUp(1) == RestartPolicy(None).after(TrainerExit(1, decided=True), None, stopping=False)
 
 
-def test_what_dies_is_started_again_three_times_in_a_row() -> None:
+def test_a_trainer_that_dies_is_restarted_three_times_in_a_row() -> None:
     """After pauses that double; then no more."""
     restarts = RestartPolicy(None, pause_s=0.5)
     found = [restarts.after(KILLED, None, stopping=False) for _ in range(4)]
@@ -29,8 +29,8 @@ def test_what_dies_is_started_again_three_times_in_a_row() -> None:
     assert [Restart(0.5, 1), Restart(1.0, 2), Restart(2.0, 3), GiveUp(1)] == found
 
 
-def test_a_new_checkpoint_begins_a_new_row() -> None:
-    """A trainer that gets on is kept up for as long as it does; one checkpoint counts once."""
+def test_a_new_checkpoint_resets_the_count() -> None:
+    """A trainer that makes progress is restarted for as long as it does; one checkpoint counts once."""
     restarts = RestartPolicy("step-1", most=1)
 
     assert Restart(1.0, 1) == restarts.after(KILLED, "step-2", stopping=False)
@@ -39,14 +39,14 @@ def test_a_new_checkpoint_begins_a_new_row() -> None:
 
 
 @given(st.integers(-64, 255), st.booleans())
-def test_what_was_told_to_stop_is_never_started_again(code: int, decided: bool) -> None:
+def test_a_trainer_that_was_told_to_stop_is_not_restarted(code: int, decided: bool) -> None:
     """However it ended; a death while it stops leaves a training that can be resumed."""
     found = RestartPolicy(None).after(TrainerExit(code, decided=decided), None, stopping=True)
 
     assert GiveUp(code if code in (0, 2, 75) else 75) == found
 
 
-def test_an_end_is_told_in_words() -> None:
+def test_an_end_is_described() -> None:
     """By its code or its signal."""
     assert "it was ended by signal 9" == KILLED.in_words
     assert "it exited with 1" == TrainerExit(1).in_words

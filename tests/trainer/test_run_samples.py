@@ -32,7 +32,7 @@ def written(first: int, end: int) -> list[Any]:
 
 
 def read_all(source: RunSamples, first: int = 0, limit: int = 7) -> list[int]:
-    """The numbers of the rows that are there from `first` on; what they hold is checked."""
+    """The numbers of the rows that are there from `first` on; their content is checked."""
     seqs: list[int] = []
     while rows := source.fetch(first + len(seqs), limit):
         assert len(rows) <= limit
@@ -50,12 +50,12 @@ def shard_files(root: Path) -> list[Path]:
 
 @pytest.fixture(params=COMPRESSIONS)
 def compression(request: pytest.FixtureRequest) -> str:
-    """How the run writes."""
+    """The compression of the run's log."""
     return str(request.param)
 
 
 class Alike(Lengths):
-    """Rendering: whatever the row, thirty tokens."""
+    """Rendering: every row has thirty tokens."""
 
     def __init__(self) -> None:
         super().__init__(100)
@@ -117,7 +117,7 @@ def test_each_row_is_read_once_whatever_the_run_does(
 
 
 def test_a_reader_beside_a_writer_loses_nothing(compression: str, tmp_path: Path) -> None:
-    """While another thread appends and seals as fast as it can, the rows read are dense, up to `final`."""
+    """While a thread appends and seals as fast as it can, the rows read are dense, up to `final`."""
     source = RunSamples(tmp_path)
     seqs: list[int] = []
 
@@ -137,8 +137,8 @@ def test_a_reader_beside_a_writer_loses_nothing(compression: str, tmp_path: Path
     assert len(shard_files(tmp_path)) > 25
 
 
-def test_only_the_last_line_of_the_manifest_tells_the_end(tmp_path: Path) -> None:
-    """A run that goes on has no end any more, until it is finished again."""
+def test_the_end_is_the_last_line_of_the_manifest(tmp_path: Path) -> None:
+    """A run that is continued has no end again until it is finished."""
     source = RunSamples(tmp_path)
     totals = [source.total()]
     with opened(tmp_path, sink()) as log:
@@ -155,7 +155,7 @@ def test_only_the_last_line_of_the_manifest_tells_the_end(tmp_path: Path) -> Non
 
 
 def test_a_torn_row_is_not_there_yet(compression: str, tmp_path: Path) -> None:
-    """Half a row is left alone; it is read when the rest of it has come."""
+    """Half a row is not read; it is read once the rest has come."""
     source = RunSamples(tmp_path)
     with opened(tmp_path, sink(compression=compression, shard_bytes=10**6)) as log:
         log.samples.append(written(0, 5))
@@ -173,7 +173,7 @@ def test_a_torn_row_is_not_there_yet(compression: str, tmp_path: Path) -> None:
 
 
 def damage(path: Path, what: str) -> None:
-    """Spoil a sealed shard."""
+    """Damage a sealed shard."""
     if what == "missing":
         path.unlink()
     elif what == "short":
@@ -192,7 +192,7 @@ def damage(path: Path, what: str) -> None:
     [(what, form) for what in ("missing", "short", "garbled") for form in COMPRESSIONS] + [("gap", "none")],
 )
 def test_a_damaged_sealed_shard_stops_the_reader(what: str, compression: str, tmp_path: Path) -> None:
-    """What a manifest lists must be there: the error names the shard and the row."""
+    """Whatever a manifest lists must be there: the error names the shard and the row."""
     with opened(tmp_path, sink(compression=compression)) as log:
         for first in range(0, 60, 3):
             log.samples.append(written(first, first + 3))
@@ -204,7 +204,7 @@ def test_a_damaged_sealed_shard_stops_the_reader(what: str, compression: str, tm
 
 
 def test_a_gap_in_the_open_shard_stops_the_reader(tmp_path: Path) -> None:
-    """A row that is missing between two that are there will not come any more."""
+    """A row that is missing between two others will never come."""
     with opened(tmp_path, sink(shard_bytes=10**6)) as log:
         log.samples.append(written(0, 6))
     [path] = shard_files(tmp_path)
@@ -221,7 +221,9 @@ def test_a_gap_in_the_open_shard_stops_the_reader(tmp_path: Path) -> None:
     ("lost", "why"), [(0, "row 0 is missing"), (2, "row {first_seq} is missing"), (-1, "does not list all")]
 )
 def test_a_manifest_that_lost_a_shard_is_refused(lost: int, why: str, tmp_path: Path) -> None:
-    """`final` counts the samples, and rows have no gaps: no row is passed over, and no end is waited for."""
+    """`final` counts the samples, and rows have no gaps: no row is skipped, and the reader does not wait for
+    ever.
+    """
     with opened(tmp_path, sink()) as log:
         log.samples.append(written(0, 40))
         log.finish()
@@ -235,7 +237,7 @@ def test_a_manifest_that_lost_a_shard_is_refused(lost: int, why: str, tmp_path: 
 
 
 def test_rows_are_found_again_by_number(compression: str, tmp_path: Path) -> None:
-    """Any rows, out of sealed shards and the open one; those that are not there are left out."""
+    """Any rows, from sealed shards and the open one; rows that do not exist are left out."""
     with opened(tmp_path, sink(compression=compression)) as log:
         for first in range(0, 100, 4):
             log.samples.append(written(first, first + 4))
@@ -249,7 +251,7 @@ def test_rows_are_found_again_by_number(compression: str, tmp_path: Path) -> Non
 def test_rows_of_a_frame_are_not_decompressed_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However they lie scattered in it: sealed or open, a frame is read once or twice."""
+    """However the rows are scattered, a frame is read once or twice, sealed or open."""
     with opened(tmp_path, sink(compression="zstd", shard_bytes=8000)) as log:
         for first in range(0, 400, 50):
             log.samples.append(written(first, first + 50))
@@ -276,8 +278,8 @@ def test_rows_of_a_frame_are_not_decompressed_one_by_one(
     ("text", "why"),
     [('{"format": 99}', "has format 99; this streamsyn reads"), ("{", "run.json cannot be read")],
 )
-def test_a_run_of_another_format_is_not_followed(text: str, why: str, tmp_path: Path) -> None:
-    """As `verify` and `export` refuse it; also one that comes later."""
+def test_a_run_of_an_unknown_format_is_not_followed(text: str, why: str, tmp_path: Path) -> None:
+    """It is refused, as `verify` and `export` do; also when it comes later."""
     source = RunSamples(tmp_path)
     assert [] == source.fetch(0, 5)
     with opened(tmp_path, sink()) as log:
@@ -291,7 +293,7 @@ def test_a_run_of_another_format_is_not_followed(text: str, why: str, tmp_path: 
 
 
 def test_a_directory_may_come_later(tmp_path: Path) -> None:
-    """A run that has not begun has no rows yet; when it has, they are found."""
+    """A run that has not started has no rows yet; once it has, they are found."""
     source = RunSamples(tmp_path / "run")
     before = source.fetch(0, 5)
     with opened(tmp_path / "run", sink()) as log:
@@ -310,8 +312,8 @@ def begin(root: Path, numbers: range) -> None:
         log.samples.append(written(numbers.start, numbers.stop))
 
 
-def test_another_run_in_its_place_is_not_followed(tmp_path: Path) -> None:
-    """A run that is resumed is the same; a new one in its directory is an error, until its own is back."""
+def test_a_different_run_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    """A resumed run is the same; a new one in its directory is an error, until the first one is back."""
     root, old = tmp_path / "run", tmp_path / "old"
     begin(root, range(5))
     source = RunSamples(root)
@@ -334,7 +336,7 @@ def test_another_run_in_its_place_is_not_followed(tmp_path: Path) -> None:
 def test_a_run_that_changes_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that were read after the directory had become another run's are not handed out."""
+    """Rows that were read after the directory became a different run's are not returned."""
     root = tmp_path / "run"
     begin(root, range(5))
     source = RunSamples(root)
@@ -352,8 +354,8 @@ def test_a_run_that_changes_while_it_is_read_is_noticed(
         source.fetch(5, 3)
 
 
-def test_a_run_that_is_deleted_is_said_once(tmp_path: Path) -> None:
-    """Once each time that it goes away; not of one that has not come yet."""
+def test_a_run_that_is_deleted_is_logged_once(tmp_path: Path) -> None:
+    """Once each time it disappears; not for a run that has not come yet."""
     root = tmp_path / "run"
     with structlog.testing.capture_logs() as said:
         source = RunSamples(root)
@@ -378,8 +380,8 @@ def following(tmp_path: Path) -> Iterator[tuple[RunSamples, RunLog]]:
     source.close()
 
 
-async def test_a_write_wakes_who_waits(following: tuple[RunSamples, RunLog]) -> None:
-    """Where the kernel tells of changes, nobody waits for the next look."""
+async def test_a_write_ends_the_wait(following: tuple[RunSamples, RunLog]) -> None:
+    """With notifications from the kernel, nothing waits for the next look."""
     source, log = following
     await asyncio.to_thread(log.samples.append, written(0, 1))
     await asyncio.to_thread(source.fetch, 0, 5)
@@ -402,8 +404,8 @@ async def test_a_write_wakes_who_waits(following: tuple[RunSamples, RunLog]) -> 
     assert woken[-1] - began < 5  # twenty looks without a hint take ten seconds
 
 
-async def test_who_waits_looks_again_anyway(tmp_path: Path) -> None:
-    """Without a hint, a wait ends soon; it never ends later than asked."""
+async def test_a_wait_ends_without_a_write(tmp_path: Path) -> None:
+    """Without a notification, a wait ends soon, and never later than asked."""
     source = RunSamples(tmp_path / "nowhere")
     loop = asyncio.get_running_loop()
     times = [loop.time()]
@@ -417,7 +419,8 @@ async def test_who_waits_looks_again_anyway(tmp_path: Path) -> None:
 
 
 def test_rows_that_a_kill_took_back_are_waited_for(tmp_path: Path) -> None:
-    """What a checkpoint holds, and the run's machine lost, is written again: the trainer goes on then."""
+    """Rows that a checkpoint holds and the run's machine lost are written again: the trainer continues
+    then."""
     with opened(tmp_path, sink(shard_bytes=10**6)) as log:
         log.samples.append(written(0, 60))
     first = planner(Sources(RunSamples(tmp_path)), rendering=Alike(), max_wait_s=1e6, shuffle_min=8)
@@ -446,7 +449,7 @@ def test_rows_that_a_kill_took_back_are_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_longer_run_is_refused(tmp_path: Path) -> None:
-    """A finished run with fewer rows than were read is not the one that was trained on."""
+    """A finished run with fewer rows than were read is a different run."""
     for name, count in (("a", 60), ("b", 5)):
         with opened(tmp_path / name, sink()) as log:
             log.samples.append(written(0, count))

@@ -15,7 +15,7 @@ def section(**given: object) -> TrainSection:
 
 
 def test_with_a_total_it_is_a_cosine() -> None:
-    """Up in equal parts, then down to nothing at `total_steps`, and nothing after."""
+    """Linear warm-up, then down to 0 at `total_steps`, and 0 after it."""
     schedule = Schedule(section(total_steps=14))
     rates = [schedule.rate(step, None) for step in range(16)]
 
@@ -26,7 +26,9 @@ def test_with_a_total_it_is_a_cosine() -> None:
 
 
 def test_an_open_stream_is_held_until_its_end_is_near() -> None:
-    """Held while nobody knows the end; from `decay_steps` on, down in equal parts, the last one above 0."""
+    """Constant while the end is not known; over the last `decay_steps` a linear decay, whose last rate is
+    above 0.
+    """
     schedule = Schedule(section())
     unknown = [schedule.rate(step, None) for step in range(10)]
     known = [schedule.rate(10 + done, 8 - done) for done in range(8)]
@@ -35,8 +37,8 @@ def test_an_open_stream_is_held_until_its_end_is_near() -> None:
     assert pytest.approx([1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]) == known
 
 
-def test_a_stream_that_goes_on_after_its_end_is_open_again() -> None:
-    """As a pipe whose writer died: the rate is what it was, and falls again at the next end."""
+def test_a_stream_that_continues_after_its_end_is_open_again() -> None:
+    """For example a pipe whose writer died: the rate is what it was, and falls again at the next end."""
     first = Schedule(section(warmup_steps=0))
     assert [1.0, 0.5] == [first.rate(step, left) for step, left in enumerate([2, 1])]
     first.reopen()
@@ -53,9 +55,10 @@ def test_an_end_that_comes_sooner_is_spread_over_what_is_left() -> None:
 
 
 @given(st.lists(st.none() | st.integers(1, 30), max_size=40), st.integers(0, 40))
-def test_it_goes_on_where_it_stood_and_never_rises_again(lefts: list[int | None], kill: int) -> None:
-    """From the state of any moment on, rates are as without the interruption; after warm-up none is higher
-    than the one before."""
+def test_it_resumes_and_never_rises_again(lefts: list[int | None], kill: int) -> None:
+    """From any state on, rates are as without an interruption; after warm-up none is higher than the one
+    before.
+    """
     whole, first = Schedule(section()), Schedule(section())
     expected = [whole.rate(step, left) for step, left in enumerate(lefts)]
     rates = [first.rate(step, left) for step, left in enumerate(lefts[:kill])]

@@ -26,7 +26,7 @@ def test_everything_comes_out_once(size: int, count: int, seed: int) -> None:
 
 
 def test_the_seed_decides_the_order() -> None:
-    """The same seed draws the same; another one draws otherwise; none keeps the order."""
+    """The same seed gives the same order, a different seed a different one; none keeps the order."""
     orders = [drawn(ShuffleBuffer(16, seed), list(range(64))) for seed in (1, 1, 2)]
 
     assert orders[0] == orders[1]
@@ -34,8 +34,8 @@ def test_the_seed_decides_the_order() -> None:
     assert orders[0] != list(range(64))
 
 
-def test_a_buffer_is_restored_where_it_stood() -> None:
-    """What is held, in its order, and the number of draws are all there is to it."""
+def test_a_buffer_is_restored() -> None:
+    """What is held, in its order, and the number of draws are the whole state."""
     buffer = ShuffleBuffer(8, 3)
     for number in range(8):
         buffer.put(example(5, number))
@@ -48,7 +48,7 @@ def test_a_buffer_is_restored_where_it_stood() -> None:
 
 
 def test_draws_are_even() -> None:
-    """Each of those that are held is drawn about as often as any other."""
+    """All examples held are drawn about equally often."""
     first = [0] * 4
     for seed in range(2000):
         buffer = ShuffleBuffer(4, seed)

@@ -28,9 +28,9 @@ print("saved")
         (["run:5", "run:7", "9"], 75, "stop\n"),
     ],
 )
-def test_what_comes_by_two_ways_is_the_same_signal(times: list[str], code: int, said: str) -> None:
-    """Processes of a service get a SIGTERM each, and their launcher's too; of a run's end, however late it
-    comes behind that, a trainer is told besides. Nobody wants to lose steps.
+def test_a_signal_that_is_forwarded_is_the_same_signal(times: list[str], code: int, said: str) -> None:
+    """The processes of a service get a SIGTERM each, and their launcher forwards one more. The end of the run
+    may follow at any time. Neither costs a step.
     """
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *times], capture_output=True, text=True, check=False, timeout=30

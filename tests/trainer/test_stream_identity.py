@@ -11,7 +11,7 @@ from tests.trainer.streams import Arriving, keys, planner, plans, row
 
 
 async def begun(sources: Sources, steps: int = 3) -> Any:
-    """Where a stream stands after a few steps."""
+    """The state of a stream after a few steps."""
     stream = planner(sources)
     made = [await stream.next(1000.0) for _ in range(steps)]
     stream.close()
@@ -20,12 +20,12 @@ async def begun(sources: Sources, steps: int = 3) -> Any:
 
 
 def rows(number: int, **more: Any) -> list[dict[str, Any] | None]:
-    """So many rows; `more` is in each of them."""
+    """This number of rows; `more` is in each of them."""
     return [row(at, length=30, **more) for at in range(number)]
 
 
-async def test_another_stream_is_refused() -> None:
-    """Rows of the same ids with other contents, as another run over the same seeds has them."""
+async def test_a_different_stream_is_refused() -> None:
+    """Rows with the same ids and different content, as a different run over the same seeds has them."""
     state = await begun(Sources(Arriving(rows(60))))
     other = planner(Sources(Arriving(rows(60, answer="another"))), state)
 
@@ -36,8 +36,8 @@ async def test_another_stream_is_refused() -> None:
     other.close()
 
 
-async def test_other_data_in_a_mix_is_refused() -> None:
-    """What is mixed in is looked at, too."""
+async def test_different_data_in_a_mix_is_refused() -> None:
+    """What is mixed in is checked, too."""
 
     def mixed(**more: Any) -> Sources:
         return Sources(Arriving(rows(60)), [Mixed(Arriving(rows(9, **more), name="mix:chat"), 1.0)])
@@ -51,7 +51,7 @@ async def test_other_data_in_a_mix_is_refused() -> None:
 
 
 async def test_a_stream_that_has_grown_is_the_same() -> None:
-    """It is looked at where the training stands, and nowhere else."""
+    """Only the last row trained on is compared."""
     state = await begun(Sources(Arriving(rows(60))))
     rest = await plans(planner(Sources(Arriving(rows(90))), state))
 
@@ -59,8 +59,7 @@ async def test_a_stream_that_has_grown_is_the_same() -> None:
 
 
 async def test_a_stream_that_is_not_there_yet_is_waited_for() -> None:
-    """A run that was begun anew in the directory has to come to where the training stands; then it counts
-    whether it is the same."""
+    """A run that was started anew in the directory must reach the checkpoint's row; then it is compared."""
     state = await begun(Sources(Arriving(rows(60))))
     chunks = [(0.01, 5), (0.01, 55)]
     same = planner(Sources(Arriving(rows(60), chunks)), state)

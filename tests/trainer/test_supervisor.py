@@ -14,13 +14,13 @@ pytestmark = pytest.mark.timeout(30)
 DEAF = (sys.executable, "-c", "import time; time.sleep(1000)")
 
 
-def test_a_trainer_is_ended_that_was_being_started_when_the_signal_came(
+def test_a_second_signal_ends_a_trainer_that_is_being_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not listen to being told to stop, so that alone would wait for it forever."""
+    """The trainer ignores requests to stop, so waiting for it would never end."""
 
     class StartedLate(TrainerProcess):
-        """The signal comes before anybody knows of it."""
+        """The signal comes before the supervisor has the process."""
 
         def __init__(self, *given: object) -> None:
             super().__init__(*given)  # type: ignore[arg-type]
@@ -33,10 +33,10 @@ def test_a_trainer_is_ended_that_was_being_started_when_the_signal_came(
     assert EXIT_STOPPED == kept.finish(stopped=False)
 
 
-def test_a_trainer_that_cannot_be_started_ends_no_run(
+def test_a_trainer_that_cannot_be_started_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system may have no process to give for a while; it is tried again, and in the end said."""
+    """The system may have no process to give for a while: it is tried again, and in the end reported."""
 
     def refused(*_given: object, **_more: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")

@@ -11,8 +11,8 @@ from streamsyn.trainer.model.pretrained import memory_errors_explained
 from streamsyn.trainer.training import place_among_ranks
 
 
-def test_a_launcher_says_which_rank_it_is() -> None:
-    """Without one there is a single one."""
+def test_the_launcher_sets_the_rank() -> None:
+    """Without a launcher there is a single rank."""
     launched = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}
 
     assert (0, 1) == place_among_ranks({})
@@ -27,8 +27,8 @@ def test_a_launcher_says_which_rank_it_is() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
     ],
 )
-def test_what_is_left_of_a_launcher_is_named(environ: dict[str, str], said: str) -> None:
-    """Variables that were exported once: a line, not what torch makes of them."""
+def test_stale_variables_of_a_launcher_are_named(environ: dict[str, str], said: str) -> None:
+    """Variables that were exported once: one line, not an error of torch."""
     with pytest.raises(ConfigError, match=said):
         place_among_ranks(environ)
 
@@ -48,10 +48,10 @@ def test_what_is_left_of_a_launcher_is_named(environ: dict[str, str], said: str)
         ),
     ],
 )
-def test_memory_that_is_short_is_a_line_with_keys(
+def test_out_of_memory_is_one_line_with_keys(
     given: dict[str, Any], error: Exception | None, said: str
 ) -> None:
-    """It names what needs less, and not what is set already; on a GPU, and really on the CPU."""
+    """It names keys that need less memory and are not set already; simulated for a GPU, real on the CPU."""
 
     def run_out() -> None:
         if error is not None:
@@ -63,7 +63,7 @@ def test_memory_that_is_short_is_a_line_with_keys(
         run_out()
 
 
-def test_other_errors_stay_what_they_are() -> None:
-    """They are ours to mend."""
+def test_other_errors_are_unchanged() -> None:
+    """They are bugs of ours."""
     with pytest.raises(RuntimeError, match="size mismatch"), memory_errors_explained(TrainSection()):
         raise RuntimeError("size mismatch")

@@ -275,16 +275,16 @@ class SourceReader:
         self.source = source
         self._epochs = epochs
         self._load = load
-        state = state or {}
-        self.epoch: int = state.get("epoch", 0)
+        state = state or {"epoch": 0, "next": 0, "examples": 0, "before": 0, "last": None}
+        self.epoch: int = state["epoch"]
         """The pass that the next row belongs to."""
-        self.next: int = state.get("next", 0)
+        self.next: int = state["next"]
         """The number of the next row."""
-        self.examples: int = state.get("examples", 0)
+        self.examples: int = state["examples"]
         """Examples taken so far."""
-        self._before: int = state.get("before", 0)
+        self._before: int = state["before"]
         """Examples taken in earlier passes."""
-        self._last: tuple[int, str] | None = tuple(state["last"]) if state.get("last") else None
+        self._last: tuple[int, str] | None = tuple(state["last"]) if state["last"] else None
         """The number and the content digest of the last row taken."""
         self.total: int | None = None
         """Rows of the source; None while that was not known at the last look."""
