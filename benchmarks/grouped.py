@@ -55,8 +55,8 @@ def work(groups: int, per_group: int, max_tokens: int) -> Work:
     requests = [request(text, _words(draw, OWN_CHARS)) for text in texts for _ in range(per_group)]
     draw.shuffle(requests)
     probes = [replace(request(text, "?"), sampling={"max_tokens": 1}) for text in texts]
-    prompts = [render(probe.messages, goes_on=False) for probe in probes]
-    again = render(request(texts[0], "!").messages, goes_on=False)
+    prompts = [render(probe.messages, continues=False) for probe in probes]
+    again = render(request(texts[0], "!").messages, continues=False)
     return Work(requests, probes, _shared_tokens(prompts[0], prompts[1]), _shared_tokens(prompts[0], again))
 
 

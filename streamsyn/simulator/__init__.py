@@ -1,0 +1,16 @@
+"""SGLang without a model, for tests, benchmarks and planning. README.md says what is simulated and what is not.
+
+In reading order:
+
+    settings, faults, timeline       what to simulate: configuration, faults, events in a server's life
+    app, in_process                  two ways in: HTTP, or calls within the process
+    protocol, routes                 requests, replies, and all routes over either way
+    generation, chat, native         the routes that generate or score
+    completion_request, prose, tokens    what is asked and what is answered
+    simulation                       one server's state; runs a request in its engine
+    engine                           the interface of the two engines
+    plain_engine                     each request on its own clock
+    costs, batching, scheduler, radix_cache    continuous batching as SGLang does it
+    weights                          pauses and weight updates
+    virtual_time                     an event loop whose clock jumps to the next timer
+"""

@@ -21,13 +21,13 @@ from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Timeline, playing
 
-LINGER_NOT: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER with no time: closing sends a reset, not an orderly end."""
+NO_LINGER: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER with no time: closing sends a reset."""
 BACKLOG: Final = 4096
 
 
 class HttpResponseWriter:
-    """The way back over HTTP; `response` is what the web framework wants to have in the end."""
+    """Writes the answer over HTTP; `response` is what the request handler returns to aiohttp."""
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
@@ -59,7 +59,7 @@ class HttpResponseWriter:
     def reset(self) -> None:
         transport = self._request.transport
         if transport is not None and not transport.is_closing():
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             transport.abort()
 
     async def _begin(self) -> None:
@@ -70,12 +70,12 @@ class HttpResponseWriter:
 
 
 class Listener:
-    """The address that a server listens at; while it is shut, connections to it are refused.
+    """Listens at the server's address; while it is closed, connections are refused.
 
     Args:
-        runner: What serves the connections; it is set up.
-        host: Where to listen.
-        port: 0 picks a free one, which is kept.
+        runner: Serves the connections; already set up.
+        host: Host to listen at.
+        port: 0 picks a free one, which is kept when it opens again.
     """
 
     def __init__(self, runner: web.AppRunner, host: str, port: int) -> None:
@@ -85,10 +85,10 @@ class Listener:
         self._listening: asyncio.Server | None = None
 
     async def open(self) -> None:
-        """Listens.
+        """Start to listen.
 
         Raises:
-            ConfigError: The address is taken, or is none of ours.
+            ConfigError: The address is in use, or not an address of this machine.
         """
         assert self._runner.server is not None
         try:
@@ -96,26 +96,26 @@ class Listener:
                 self._runner.server, self._host, self.port, backlog=BACKLOG
             )
         except OSError as error:
-            said = f"cannot listen at {self._host}:{self.port}: {error.strerror or error}"
-            raise ConfigError(said) from error
+            message = f"cannot listen at {self._host}:{self.port}: {error.strerror or error}"
+            raise ConfigError(message) from error
         self.port = self._listening.sockets[0].getsockname()[1]
 
     def close(self) -> None:
-        """Listens no more; connections that exist live on."""
+        """Stop listening; existing connections stay open."""
         if self._listening is None:
             return
         loop = asyncio.get_running_loop()
         for listener in self._listening.sockets:
             loop.remove_reader(listener.fileno())
-        # A connection that was just accepted becomes one in this turn of the loop, and fails if its server
-        # is closed by then.
+        # A connection that was just accepted is set up in this turn of the loop, and fails if its server is
+        # closed before.
         loop.call_soon(self._listening.close)
         self._listening = None
 
 
 BODY_LIMIT_BYTES: Final = 256 * 2**20
 DRAIN_S: Final = 30.0
-"""What runs at SIGTERM has this long to finish."""
+"""Time that running requests have to finish after SIGTERM."""
 KILLED: Final = 137
 
 SIMULATION: Final = web.AppKey("simulation", Simulation)
@@ -124,11 +124,11 @@ SIMULATION: Final = web.AppKey("simulation", Simulation)
 def make_app(
     config: SimulatorConfig, *, script: Script | None = None, on_death: Callable[[], None] = lambda: None
 ) -> web.Application:
-    """The simulator as an application; `running` and `serve` serve it as it is meant to be.
+    """Return the simulator as an aiohttp application; use `running` or `serve` to serve it.
 
-    Another runner must set `keepalive_timeout=config.keep_alive_s` and `handler_cancellation=True` (else a
-    client that goes away leaves its request running). `on_death` is called when `die_after` strikes; all
-    connections are reset then, and each new one at its first request.
+    Any other runner must set `keepalive_timeout=config.keep_alive_s` and `handler_cancellation=True`;
+    otherwise a request continues after its client has disconnected. `on_death` is called when the server
+    dies; then all connections are reset, and each new one at its first request.
     """
     simulation = Simulation(config, script, on_death)
     routes = Routes(simulation)
@@ -160,7 +160,7 @@ def make_app(
 
 @dataclass(frozen=True, slots=True)
 class RunningSimulator:
-    """A simulator that listens at `url`."""
+    """A simulator that listens at `url`, and its state."""
 
     url: str
     simulation: Simulation
@@ -177,12 +177,12 @@ async def running(
     on_death: Callable[[], None] = lambda: None,
     drain_s: float = 0.1,
 ) -> AsyncIterator[RunningSimulator]:
-    """Serves within this event loop; port 0 picks a free one. What runs at the end has `drain_s` to finish.
+    """Serve in this event loop; port 0 picks a free one. At the end, requests have `drain_s` to finish.
 
-    Connections are refused while it is down and once it is dead. With a timeline, errors come in a group.
+    Connections are refused while the server is down or dead. With a timeline, errors are raised in a group.
 
     Raises:
-        ConfigError: the address cannot be listened at.
+        ConfigError: It cannot listen at the address.
     """
 
     def die() -> None:
@@ -217,12 +217,12 @@ def serve(
     script: Script | None = None,
     timeline: Timeline | None = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then lets what runs finish; a second signal aborts it.
+    """Serve until SIGTERM or SIGINT, then let requests finish; a second signal aborts them.
 
-    Death, by `die_after` or the timeline, ends the process here, as abruptly as SIGKILL would.
+    When the server dies, by `die_after` or the timeline, the process exits at once, as if by SIGKILL.
 
     Raises:
-        ConfigError: the address cannot be listened at.
+        ConfigError: It cannot listen at the address.
     """
     try:
         asyncio.run(_serve(config, host, port, script, timeline))

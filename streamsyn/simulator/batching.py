@@ -1,4 +1,4 @@
-"""A server that batches continuously, as a state machine: no loop, no waiting, `now` is passed in."""
+"""The engine of the cost models: continuous batching as a state machine, and its adapter to asyncio."""
 
 import asyncio
 import math
@@ -10,23 +10,22 @@ from streamsyn.simulator.radix_cache import BLOCK_TOKENS, RadixCache
 from streamsyn.simulator.scheduler import Admission, KVPool, RunningBatch, WaitingQueue, room_alone
 
 RECENT_STEPS: Final = 40
-"""Retractions are told until the next report, one every so many steps (`--decode-log-interval`)."""
+"""Retractions are reported for this many steps (`--decode-log-interval`)."""
 
 
 class Batching:
-    """Continuous batching in discrete events, by the rules of SGLang's scheduler.
+    """Continuous batching in discrete events, by the rules of SGLang's scheduler. No I/O and no clock.
 
-    Prefill goes before decode, in batches of bounded size; a long prompt is cut, and its chunks follow each
-    other. A request is admitted if the pool has room for what it has to compute and for the new tokens that
-    it and, by an optimistic share, the running ones may still ask for (PrefillAdder.add_one_req). When
-    decode runs out of room, those that wrote least are retracted (ScheduleBatch.retract_decode).
+    Prefill goes before decode, in batches of bounded size; a long prompt is computed in consecutive chunks.
+    Admission reserves room for new tokens (PrefillAdder.add_one_req, see `Admission`). When decode runs out
+    of room, the requests that generated least are retracted (ScheduleBatch.retract_decode).
 
-    Between two events nothing happens but decode steps. An event is the end of a prefill batch, or the step
-    at which a request reaches a milestone, the pool is full or somebody arrives. All durations are those of
-    the cost model, in nominal seconds; `speed` maps them to the caller's clock.
+    Between two events there are only decode steps. An event is the end of a prefill batch, or a step at which
+    a request reaches a milestone, the pool is full or a request arrives. Durations come from the cost model,
+    in nominal seconds; `speed` maps them to the caller's clock.
 
-    Every method that takes `now` first lets time pass until just before then, so that who comes at the same
-    time shares a prefill; what is due at `now` itself happens in `advance`. `now` never goes back.
+    Every method with `now` first processes events before `now`, so that requests that arrive at the same time
+    share a prefill; events at `now` itself happen in `advance`. `now` never goes back.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Batching:
         self._policy = policy if caching else "fcfs"
         self._caching = caching
         self._speed = speed
-        self._clock = (0.0, 0.0)  # at the caller's first instant, the nominal second
+        self._clock = (0.0, 0.0)  # caller's second, and nominal second at that time
         self.retracted = 0
         self.generated = 0
         self._prefilled_before = 0
@@ -56,7 +55,7 @@ class Batching:
         self._admission = Admission(self.model, self.pool, self.waiting, self.decoding)
         self._stalled: dict[Work, None] = {}
         self._live: dict[str, Work] = {}
-        self._parting: list[Work] = []
+        self._leaving: list[Work] = []
         self._began = 0.0
         self._planned = 0
         self._until = math.inf  # nominal
@@ -64,37 +63,37 @@ class Batching:
         self._just_retracted = (-RECENT_STEPS, 0)
         self._woken: list[Work] = []
 
-    # ---- what the outside does
+    # ---- interface
 
     @property
     def running(self) -> int:
-        """Requests in the batch, those in a prefill included."""
+        """Requests in the batch, including those in a prefill."""
         return len(self.decoding) + len(self._stalled) + len(self._admission.parts)
 
     def next_event_at(self) -> float:
-        """When something will happen by itself; infinite if nothing will."""
+        """Return the time of the next event; infinite if there is none."""
         if self._until == math.inf:
             return math.inf
         start, nominal = self._clock
         return start + (self._until - nominal) / self._speed
 
     def advance(self, now: float) -> list[Work]:
-        """Lets everything happen that is due; says what `woken` says."""
+        """Process all events up to `now`. Return `woken()`."""
         while self.next_event_at() <= now:
-            self._pass()
+            self._process()
         return self.woken()
 
     def woken(self) -> list[Work]:
-        """Requests to which something happened since the last look, in order."""
+        """Return the requests that made progress since the last call, in order."""
         woken, self._woken = self._woken, []
         return woken
 
     def enter(self, work: Work, now: float) -> None:
-        """Takes a request into the queue; the next step boundary is the first that can admit it.
+        """Put a request into the queue; it can be admitted at the next step boundary.
 
         Raises:
-            DuplicateRid: its rid is alive.
-            QueueFull: as many wait as may; as in the real server, it does not matter whether one could run.
+            DuplicateRid: A live request has its rid.
+            QueueFull: The queue is full; as in the real server, even if the request could run at once.
         """
         self._catch_up(now)
         if work.rid in self._live:
@@ -102,7 +101,7 @@ class Batching:
         if self._queue_limit is not None and len(self.waiting) >= self._queue_limit:
             raise QueueFull
         self._live[work.rid] = work
-        if room_alone(self.model, work) < 0:  # the real server too refuses what can never run
+        if room_alone(self.model, work) < 0:  # the real server too aborts what can never run
             work.aborted = True
             self._end(work)
             return
@@ -111,27 +110,27 @@ class Batching:
             self._interrupt()
 
     def leave(self, work: Work, now: float) -> None:
-        """Forgets a request; one that is not over ends at the next step boundary."""
+        """Forget a request; if it is not over, it ends at the next step boundary."""
         self._catch_up(now)
         if self._live.get(work.rid) is work:
             del self._live[work.rid]
-            self._cut(work)
+            self._cancel(work)
 
     def abort(self, work: Work, now: float) -> None:
-        """Ends a request: at once where it waits, else at the next step boundary."""
+        """Abort a request: at once if it waits, else at the next step boundary."""
         self._catch_up(now)
-        self._cut(work)
+        self._cancel(work)
 
     def live(self) -> list[Work]:
-        """Requests that entered and have not left, in order of arrival."""
+        """Return requests that entered and have not left, in order of arrival."""
         return list(self._live.values())
 
     def find(self, rid: str) -> Work | None:
-        """The live request with this rid."""
+        """Return the live request with this rid."""
         return self._live.get(rid)
 
     def lose_all(self, now: float) -> list[Work]:
-        """Everything is gone, cache and all; who was alive."""
+        """Lose all requests and the cache. Return the requests."""
         self._catch_up(now)
         lost = self.live()
         steps = self.decoding.steps
@@ -145,21 +144,21 @@ class Batching:
 
     @property
     def speed(self) -> float:
-        """How fast nominal time passes."""
+        """Nominal seconds per second of the caller's clock."""
         return self._speed
 
     def set_speed(self, speed: float, now: float) -> None:
-        """From now on everything takes 1 / `speed` of its nominal time, what is under way included."""
+        """Change the speed from `now` on, also for the current batch."""
         self._catch_up(now)
         self._clock = (now, self._nominal(now))
         self._speed = speed
 
     def load(self, now: float) -> Load:
-        """What the server tells about itself."""
+        """Return the load metrics."""
         self._catch_up(now)
         steps = self._steps_done(now)
         growth = steps * len(self.decoding)
-        if self.waiting.sorts:  # else the real server has matched nothing, and goes by the recent hit rate
+        if self.waiting.sorts:  # else the real server has not matched prefixes, and uses the recent hit rate
             blocks = sum(self.pool.cache.measure(work.keys, touch=False) for work in self.waiting)
             uncached = self.waiting.tokens - blocks * BLOCK_TOKENS
         else:
@@ -189,11 +188,11 @@ class Batching:
 
     def _catch_up(self, now: float) -> None:
         while self.next_event_at() < now:
-            self._pass()
+            self._process()
         self._now = self._nominal(now)
 
     def _steps_done(self, now: float) -> int:
-        """Whole steps of the decode under way that are over by now."""
+        """Return the complete steps of the current decode."""
         if self._admission.parts or not self.decoding:
             return 0
         elapsed = self._nominal(now) - self._began
@@ -201,7 +200,7 @@ class Batching:
         return steps - 1 if steps and self.decoding.seconds(self.model, steps) > elapsed else steps
 
     def _interrupt(self) -> None:
-        """Ends the decode under way at the next step boundary; a prefill batch runs to its end."""
+        """End the current decode at the next step boundary; a prefill batch runs to its end."""
         if self._admission.parts:
             return
         if not self.decoding:
@@ -213,8 +212,8 @@ class Batching:
             self._planned = steps
             self._until = self._began + self.decoding.seconds(self.model, steps)
 
-    def _pass(self) -> None:
-        """Lets the next event happen and plans the one after it."""
+    def _process(self) -> None:
+        """Process the next event, and plan the one after it."""
         at = self._until
         if self._admission.parts:
             self._end_prefill()
@@ -241,14 +240,14 @@ class Batching:
 
     def _end_prefill(self) -> None:
         for work in self._admission.end(starting=not self.decoding):
-            if work in self._parting:
+            if work in self._leaving:
                 self._drop(work, work.private)
             else:
                 self._join(work)
-        self._let_part()
+        self._end_leaving()
 
     def _join(self, work: Work) -> None:
-        """The prompt is computed, and the first token with it."""
+        """Record that the prompt and the first token are computed."""
         self.pool.share(work)
         if work.stalls:
             self._stalled[work] = None
@@ -273,20 +272,20 @@ class Batching:
         self.pool.take(grown)
         for work in self.decoding.advance(steps):
             if work.written >= work.target:
-                self.pool.release(work, self.decoding.part(work), keep=True)
+                self.pool.release(work, self.decoding.remove(work), keep=True)
                 self._end(work)
             else:
                 self._woken.append(work)
-        self._let_part()
+        self._end_leaving()
 
     def _room_to_decode(self) -> int:
-        """Steps for which the pool has room, at least one: makes room by retracting requests."""
+        """Return the steps for which the pool has room; retract requests if there is none for one step."""
         if not self.decoding:
             return 0
         steps = self.pool.available // len(self.decoding)
         if steps:
             return steps
-        # Least written first, of these the longest prompt, of these the last that joined.
+        # Fewest generated tokens first, then the longest prompt, then the last to join.
         ranked = [*self._stalled, *self.decoding.batch]
         for work in self.decoding.batch:
             work.written = work.start + self.decoding.steps - work.joined
@@ -302,21 +301,21 @@ class Batching:
         return 1
 
     def _retract(self, work: Work) -> None:
-        """Back to the end of the queue with what it wrote; what it held is computed again later."""
+        """Move a request to the end of the queue; its tokens are computed again later."""
         if work in self._stalled:
             del self._stalled[work]
             private = work.private
         else:
-            private = self.decoding.part(work)
+            private = self.decoding.remove(work)
         self.pool.release(work, private, keep=False)
         work.retractions += 1
         self.waiting.add(work)
 
-    # ---- ends
+    # ---- end of requests
 
-    def _cut(self, work: Work) -> None:
-        """Ends a request before its end."""
-        if work.over or work in self._parting:
+    def _cancel(self, work: Work) -> None:
+        """End a request early."""
+        if work.over or work in self._leaving:
             return
         work.aborted = True
         if work in self.waiting:
@@ -327,14 +326,14 @@ class Batching:
             self._drop(work, work.private)
             self._interrupt()
         else:
-            self._parting.append(work)
+            self._leaving.append(work)
             self._interrupt()
 
-    def _let_part(self) -> None:
-        for work in self._parting:
+    def _end_leaving(self) -> None:
+        for work in self._leaving:
             if work in self.decoding.batch:
-                self._drop(work, self.decoding.part(work))
-        self._parting.clear()
+                self._drop(work, self.decoding.remove(work))
+        self._leaving.clear()
 
     def _drop(self, work: Work, private: int) -> None:
         self.pool.release(work, private, keep=False)
@@ -347,10 +346,7 @@ class Batching:
 
 
 class BatchedEngine:
-    """A `Batching` server on the clock of the running loop: one timer, and a future for each who waits.
-
-    `Engine` says what the methods do.
-    """
+    """Runs a `Batching` on the clock of the running event loop, with one timer. See `Engine`."""
 
     def __init__(self, machine: Batching) -> None:
         self.machine = machine
@@ -379,7 +375,7 @@ class BatchedEngine:
         return len(self.machine.waiting)
 
     def enter(self, work: Work) -> None:
-        # The timer, not this call, lets the next event happen: who comes at the same time shares a prefill.
+        # The timer processes the next event, so that requests of the same moment share a prefill.
         self.machine.enter(work, _now())
         self._update()
 
@@ -401,7 +397,7 @@ class BatchedEngine:
         self._update()
 
     async def begin(self, work: Work) -> None:
-        # Without a stream nobody looks at the first token: one trip through the loop less.
+        # Without a stream the first token is not awaited, which saves a turn of the loop.
         while not (work.over or (work.piece and work.written)):
             await self._wake(work)
         if work.lost:
@@ -415,9 +411,9 @@ class BatchedEngine:
         return min(tokens, work.written)
 
     def load(self) -> Load:
-        told = self.machine.load(_now())
+        load = self.machine.load(_now())
         self._update()
-        return told
+        return load
 
     async def _wake(self, work: Work) -> None:
         work.wake = asyncio.get_running_loop().create_future()
@@ -431,7 +427,7 @@ class BatchedEngine:
         return len(works)
 
     def _update(self) -> None:
-        """Wakes those to whom something happened, and sets the timer for what happens next."""
+        """Wake requests that made progress, and set the timer for the next event."""
         for work in self.machine.woken():
             settle(work)
         due = self.machine.next_event_at()
@@ -443,7 +439,7 @@ class BatchedEngine:
         self._set_for = due
 
     def _fire(self) -> None:
-        # A loop may run a timer early, by less than its clock can tell: what it was set for is due.
+        # A loop may run a timer early by less than its clock's resolution: the event is due.
         due = max(_now(), self._set_for)
         self._timer, self._set_for = None, math.inf
         for work in self.machine.advance(due):

@@ -15,10 +15,10 @@ from streamsyn.simulator.completion_request import (
 
 
 class Chat:
-    """How the chat route reads a body and words its answers."""
+    """Parses the bodies of the chat route, and formats its answers."""
 
     def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest:
-        """What `body` asks for; `rid` stands in where it names none."""
+        """Return the request in `body`; `rid` is used if it has none."""
         messages = body.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise Malformed("messages: Field required, a list of objects")
@@ -31,7 +31,7 @@ class Chat:
         return CompletionRequest(
             rid=named if isinstance(named, str) else rid,
             model=str(body.get("model", DEFAULT_MODEL)),
-            prompt=render(messages, goes_on=bool(body.get("continue_final_message"))),
+            prompt=render(messages, continues=bool(body.get("continue_final_message"))),
             question=next((_text(m) for m in reversed(messages) if m.get("role") == "user"), ""),
             max_tokens=whole_number(body, "max_completion_tokens") or whole_number(body, "max_tokens"),
             is_exam=len(messages) == 1 and body.get("temperature") == 0,
@@ -40,11 +40,11 @@ class Chat:
         )
 
     def refusal(self, message: str) -> protocol.Reply:
-        """400."""
+        """Return a refusal with 400."""
         return protocol.reply(protocol.error(message, "BadRequestError", 400), 400)
 
     def whole(self, request: CompletionRequest, answer: Answer) -> dict[str, Any]:
-        """A `chat.completion`."""
+        """Return a `chat.completion`."""
         return {
             "id": request.rid,
             "object": "chat.completion",
@@ -64,7 +64,7 @@ class Chat:
         }
 
     def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes:
-        """The next piece; the first one is empty and names the role."""
+        """Return the event of the next piece; the first one is empty and has the role."""
         delta: dict[str, Any] = {"reasoning_content": None}
         if not so_far and not piece:
             delta["role"] = "assistant"
@@ -75,7 +75,7 @@ class Chat:
         )
 
     def last(self, request: CompletionRequest, answer: Answer) -> bytes:
-        """The finish reason, and the usage where it was asked for."""
+        """Return the event with the finish reason, and one with the usage if requested."""
         end = {
             "index": 0,
             "delta": {"reasoning_content": None},
@@ -89,15 +89,15 @@ class Chat:
         return _chunk(request, end) + protocol.event(usage)
 
 
-def render(messages: list[dict[str, Any]], *, goes_on: bool) -> str:
-    """The messages under a ChatML-like template, open for the assistant.
+def render(messages: list[dict[str, Any]], *, continues: bool) -> str:
+    """Return the messages in a ChatML-like template that ends with an open assistant message.
 
-    With `goes_on` a last message of the assistant stays open, so that prompt and answer together begin the
-    prompt of the next step. Without, the real server makes a user message of it.
+    With `continues` a last assistant message stays open, so that prompt and answer together are a prefix of
+    the next step's prompt. Otherwise the real server turns it into a user message.
     """
     *before, last = messages
     parts = [f"<|{message.get('role')}|>\n{_text(message)}<|end|>\n" for message in before]
-    if last.get("role") == "assistant" and goes_on:
+    if last.get("role") == "assistant" and continues:
         return f"{''.join(parts)}<|assistant|>\n{_text(last)}"
     role = "user" if last.get("role") == "assistant" else last.get("role")
     return f"{''.join(parts)}<|{role}|>\n{_text(last)}<|end|>\n<|assistant|>\n"
@@ -105,7 +105,7 @@ def render(messages: list[dict[str, Any]], *, goes_on: bool) -> str:
 
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content")
-    if isinstance(content, list):  # content parts, of which only text is understood here
+    if isinstance(content, list):  # content parts, of which only text is supported
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
 
@@ -115,7 +115,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         "completion_tokens": answer.completion_tokens,
-        # What --enable-cache-report adds; without that flag the real server says null.
+        # Only with --enable-cache-report; otherwise the real server returns null.
         "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
         "reasoning_tokens": 0,
         "completion_tokens_details": None,

@@ -1,4 +1,4 @@
-"""What a client asks of the simulator, and what it answers."""
+"""A request to generate or score, and its answer, independent of the route."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ EOS_ID: Final = 2
 
 
 PAIR_FORM: Final = "Question: ...\nAnswer: ..."
-"""A question that holds this is answered in this form."""
+"""A question that contains this is answered in this form."""
 
 
 REFUSAL: Final = "I'm sorry, but I can't help with writing this document."
 
 
 Finish = dict[str, Any]
-"""A finish reason as `meta_info` has it; the chat route shows its `type` and `matched`."""
+"""A finish reason as in `meta_info`; the chat route shows its `type` and `matched`."""
 
 
 STOPPED: Final[Finish] = {"type": "stop", "matched": EOS_ID}
@@ -33,43 +33,43 @@ ABORTED_WAITING: Final[Finish] = {"type": "abort", "message": "Abort in waiting 
 
 
 class Refused(Exception):
-    """Raised when a request is answered with 400; the text is the message."""
+    """Raised when a request is refused with 400; the text is the message."""
 
 
 class Malformed(Exception):
-    """Raised when a body is no JSON object or lacks what its schema asks for."""
+    """Raised when a body is not a JSON object or does not match its schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """What a request asks for, whatever its dialect."""
+    """The parameters of a request, independent of the route."""
 
     rid: str
     model: str
     prompt: str | list[int]
     question: str
-    """What a fault may paste back: the last user message, or the prompt's text."""
+    """The last user message, or the prompt's text; the echo fault repeats it."""
     max_tokens: int | None
     stream: bool = False
     include_usage: bool = False
     is_exam: bool = False
-    """One message alone, to be answered greedily: taken for a question about the text before it."""
+    """A single message at temperature 0: answered as a question about the text in it."""
     ids: list[int] | None = None
-    """The prompt's token ids, where it came as such."""
+    """The prompt's token ids, if it was given as ids."""
     logprob_start: int | None = None
-    """Where input logprobs begin; None when none are asked for."""
+    """First token with an input logprob; None when no logprobs are requested."""
 
     @property
     def reuse_limit(self) -> int | None:
-        """Tokens before the first logprob may come from the cache; the others are computed."""
+        """Tokens that may come from the cache: those before the first logprob. None means no limit."""
         return self.logprob_start
 
 
 def whole_number(body: Mapping[str, Any], name: str) -> int | None:
-    """The integer under `name`, None if there is none.
+    """Return the integer `name`, None if it is missing.
 
     Raises:
-        Malformed: it is something else.
+        Malformed: It is not an integer.
     """
     value = body.get(name)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
@@ -78,10 +78,12 @@ def whole_number(body: Mapping[str, Any], name: str) -> int | None:
 
 
 def check_length(request: CompletionRequest, config: SimulatorConfig) -> CompletionRequest:
-    """The request, if its prompt and answer fit the context (`TokenizerManager._validate_one_request`).
+    """Return the request if its prompt and answer fit the context.
+
+    Source: `TokenizerManager._validate_one_request`.
 
     Raises:
-        Refused: they do not.
+        Refused: They do not fit.
     """
     tokens = count_tokens(request.prompt)
     if tokens >= config.context_tokens:
@@ -92,16 +94,16 @@ def check_length(request: CompletionRequest, config: SimulatorConfig) -> Complet
     if request.max_tokens is not None and tokens + request.max_tokens > config.context_tokens:
         raise Refused(
             f"Requested token count exceeds the model's maximum context length of {config.context_tokens} "
-            f"tokens. You requested a total of {tokens + request.max_tokens} tokens: {tokens} tokens from the "
-            f"input messages and {request.max_tokens} tokens for the completion. Please reduce the number of "
-            "tokens in the input messages or the completion to fit within the limit."
+            f"tokens. You requested a total of {tokens + request.max_tokens} tokens: {tokens} tokens from "
+            f"the input messages and {request.max_tokens} tokens for the completion. Please reduce the "
+            "number of tokens in the input messages or the completion to fit within the limit."
         )
     return request
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of an request."""
+    """The answer to a request."""
 
     text: str
     finish: Finish
@@ -110,28 +112,28 @@ class Answer:
     completion_tokens: int
     seconds: float
     retractions: int = 0
-    """How often it was thrown out of the running batch."""
+    """How often it was retracted from the running batch."""
     weights: list[dict[str, Any]] = field(default_factory=list)
-    """Which weights wrote it: `version`, and `start` and `end` in its tokens."""
+    """The weights that wrote it: `version`, with `start` and `end` in its tokens."""
 
     @property
     def aborted(self) -> bool:
-        """Whether it ended before its end."""
+        """Whether it was aborted."""
         return bool(self.finish["type"] == "abort")
 
     @property
     def weight_version(self) -> str:
-        """Of the weights that wrote its end."""
+        """Version of the weights that wrote its end."""
         return str(self.weights[-1]["version"])
 
 
 def cut_short(tokens: int) -> Finish:
-    """The end of an answer for whose other tokens there was no room."""
+    """Return the finish reason of an answer that reached its token limit."""
     return {"type": "length", "length": tokens}
 
 
 def compose(request: CompletionRequest, fault: Fault | None, prose: Prose, words: int) -> tuple[str, Finish]:
-    """What is to be written, and how it ends."""
+    """Return the text to write, and its finish reason."""
     if request.max_tokens == 0:
         return "", cut_short(0)
     text = _content(request, fault, prose, words)

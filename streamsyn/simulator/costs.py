@@ -1,4 +1,4 @@
-"""What prefill and decode cost on a server that batches continuously, and what that lets it do at most."""
+"""Cost models: the time of prefill and decode with continuous batching, and the resulting capacity."""
 
 import math
 from collections.abc import Iterable
@@ -8,37 +8,37 @@ from typing import Final
 from streamsyn.errors import ConfigError
 
 PLAIN: Final = "plain"
-"""The model without batching: each request on its own clock (`latency_ms`, `ms_per_token`)."""
+"""Name of the model without batching: each request on its own clock (`latency_ms`, `ms_per_token`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Times in seconds, sizes in tokens. Everything is linear but the attention of a prefill."""
+    """Times in seconds, sizes in tokens. All costs are linear except the attention of a prefill."""
 
     name: str
     prefill_s: float
-    """Each prefill batch, however small."""
+    """Per prefill batch of any size."""
     prompt_token_s: float
-    """Each prompt token that is computed."""
+    """Per computed prompt token."""
     cached_token_s: float
-    """Each token before those that a prefill computes: what reading them again costs, whatever follows."""
+    """Per cached token before the computed ones of a prefill: the cost of reading it."""
     attention_s: float
-    """Each pair of a computed prompt token and a token before it."""
+    """Per pair of a computed prompt token and a token before it."""
     padded_attention_s: float
-    """Each pair of tokens of a prefill's context: for attention that computes all, cached or not."""
+    """Per pair of tokens in a prefill's context: for attention that computes all, cached or not."""
     step_s: float
-    """Each decode step, however small the batch: the weights are read once."""
+    """Per decode step of any batch size: the weights are read once."""
     request_step_s: float
-    """Each running request, a decode step."""
+    """Per running request and decode step."""
     kv_token_step_s: float
-    """Each token in the running requests' contexts, a decode step."""
+    """Per token in the running requests' contexts and decode step."""
     pool_tokens: int
     """KV pool (`max_total_num_tokens`), shared by running requests and the prefix cache."""
     max_running_requests: int
     max_prefill_tokens: int
-    """Computed tokens in one prefill batch."""
+    """Maximum computed tokens in a prefill batch."""
     chunked_prefill_size: int
-    """Prompts are cut so that a prefill batch computes no more than this."""
+    """Prompts are split so that a prefill batch computes at most this many tokens."""
 
     def __post_init__(self) -> None:
         for name in ("pool_tokens", "max_running_requests", "max_prefill_tokens", "chunked_prefill_size"):
@@ -49,11 +49,11 @@ class CostModel:
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens that one prefill batch may compute."""
+        """Maximum tokens that a prefill batch computes."""
         return min(self.max_prefill_tokens, self.chunked_prefill_size)
 
     def prefill(self, parts: Iterable[tuple[int, int]]) -> float:
-        """Seconds for one prefill batch; each part computes `new` tokens that come after `before` others."""
+        """Return the seconds of a prefill batch; each part is (tokens before, new tokens)."""
         seconds = self.prefill_s
         for before, new in parts:
             pairs = new * before + new * new / 2
@@ -62,7 +62,7 @@ class CostModel:
         return seconds
 
     def decode(self, batch: int, context: int, steps: int) -> float:
-        """Seconds for `steps` decode steps of `batch` requests that hold `context` tokens before the first.
+        """Return the seconds of `steps` decode steps of `batch` requests with `context` tokens at the start.
 
         Exact, growth included: step j reads context + batch * j tokens.
         """
@@ -70,12 +70,12 @@ class CostModel:
         return steps * flat + self.kv_token_step_s * batch * (steps * (steps + 1) / 2)
 
     def steps_until(self, batch: int, context: int, seconds: float) -> int:
-        """The least number of decode steps that take at least `seconds`: the inverse of `decode`."""
+        """Return the least number of decode steps that take at least `seconds`: the inverse of `decode`."""
         if seconds <= 0:
             return 0
         growth = self.kv_token_step_s * batch / 2
         flat = self.step_s + self.request_step_s * batch + self.kv_token_step_s * context + growth
-        # growth * n * n + flat * n = seconds, in the form that does not cancel for small growth
+        # growth * n * n + flat * n = seconds, in the form without cancellation for small growth
         root = 2 * seconds / (flat + math.sqrt(flat * flat + 4 * growth * seconds))
         steps = max(0, math.ceil(root))
         while steps > 0 and self.decode(batch, context, steps - 1) >= seconds:
@@ -86,10 +86,10 @@ class CostModel:
 
 
 def largest_batch(model: CostModel, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
-    """Requests of one kind that run at once in the steady state.
+    """Return how many requests of one kind run at once in the steady state.
 
-    Their number is bounded by `max_running_requests`, and by the pool: the cached prefix lies there once, and
-    each request holds its own part of the prompt and, on average over its life, half of its answer.
+    The limit is `max_running_requests`, or the pool: it holds the cached prefix once, and for each request
+    its own part of the prompt and, on average, half of its answer.
     """
     held = prompt_tokens - cached_tokens + completion_tokens / 2
     room = int((model.pool_tokens - cached_tokens) / max(1.0, held))
@@ -97,21 +97,21 @@ def largest_batch(model: CostModel, prompt_tokens: int, cached_tokens: int, comp
 
 
 def capacity(model: CostModel, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:
-    """Requests a second of one server that never lacks requests of one kind.
+    """Return the requests per second of a server that always has requests of one kind.
 
     `cached_tokens` of each prompt come from the prefix cache. Derivation: let B requests run at once (see
-    `largest_batch`). While one of them writes its m tokens, m - 1 decode steps pass (prefill gives the first
-    token); in that time each of the B comes to its end once, and B others are prefilled in their places.
-    Prefill and decode take turns, so such a round takes
+    `largest_batch`). While one of them generates its m tokens, m - 1 decode steps pass, since prefill gives
+    the first token. In that time each of the B ends once, and B others are prefilled in their places. Prefill
+    and decode alternate, so such a round takes
 
         (m - 1) * step(B, mean context) + B * prefill of one + overhead * prefill batches
 
-    where the mean context of a request is its prompt and half of what it writes. Ends are spread over the
-    round, B / (m - 1) a step, and each step at which anything ends, a share of 1 - exp(-B / (m - 1)) of all
-    if they end independently of each other, is followed by a prefill batch; there are more of them where the
-    tokens do not fit. Two things that the scheduler does are not counted: it keeps room for new tokens, so
-    the pool is 90 to 97 per cent full, and it computes again what it had to retract. Where
-    `max_running_requests` bounds the batch this costs nothing, where the pool does up to 8 per cent.
+    where the mean context of a request is its prompt and half of its answer. B / (m - 1) requests end per
+    step. A prefill batch follows each step at which any request ends: a share of 1 - exp(-B / (m - 1)) of all
+    steps, if the ends are independent. There are more batches if the tokens do not fit into one. Two things
+    are not counted: the scheduler reserves room for new tokens, so the pool is 90 to 97 per cent full, and
+    retracted requests are computed again. Both cost nothing where `max_running_requests` limits the batch,
+    and up to 8 per cent where the pool does.
     """
     batch = largest_batch(model, prompt_tokens, cached_tokens, completion_tokens)
     new = prompt_tokens - cached_tokens
@@ -143,8 +143,8 @@ CPU: Final = CostModel(
 
 Medians of three rounds, fitted by least squares: 12 prefills of 128 to 2,304 tokens, off by at most 7 per
 cent, and 10 decode steps of 1 to 32 requests that hold 88 to 17,152 tokens, off by at most 6. SGLang's
-torch_native attention pads what is computed to the whole prompt, so a prompt of 1,024 tokens that is cached
-but for one takes 0.86 s, where all of it takes 2.2 s.
+torch_native attention pads the computed tokens to the whole prompt, so a prompt of 1,024 tokens, all cached
+except one, takes 0.86 s; without a cache it takes 2.2 s.
 """
 
 H100: Final = CostModel(
@@ -170,14 +170,14 @@ prefill at 55 % of 989 TFLOPS; in a decode step such work hides behind the weigh
 large ones, for which 18 us a request is the straight line. Attention is 4 * 4096 * 32 FLOP a pair at half the
 peak. Limits are those that the server printed at its start.
 
-Published, and what this model gives for the same (`tests/fleet/test_costs.py`):
+Published, and what this model gives for the same (`tests/simulator/test_costs.py`):
 - start-up log of the SGLang documentation (https://docs.sglang.ai/start/send_request.html, January 2025):
   444,500 tokens of KV pool, max_prefill_tokens 16,384, chunks of 8,192, 2,049 requests at most; one request
   decodes at 144.0 tokens/s. Model: 146.6.
 - https://github.com/sgl-project/sglang/pull/1060 (bench_serving, 1,000 prompts of 4,065 tokens on average, 4
   new tokens each): 27,670 prompt tokens/s. Model: 30,500.
-- https://research.aimultiple.com/inference-engines (offline, 1,000 ShareGPT prompts at once, lengths not
-  told): 16,215 new tokens/s. Model, with 220 tokens in and 200 out: 13,900.
+- https://research.aimultiple.com/inference-engines (offline, 1,000 ShareGPT prompts at once, unknown
+  lengths): 16,215 new tokens/s. Model, with 220 tokens in and 200 out: 13,900.
 Not used: https://github.com/sgl-project/sglang/issues/1639. All of its 453,502 prompt tokens were computed in
 8.6 s; that would be 85 % of the peak of one H100, so it was more than one, or not bf16.
 """

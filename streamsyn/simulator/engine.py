@@ -1,3 +1,5 @@
+"""What both engines share: the request in an engine, the engine's interface, and its load."""
+
 import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -7,61 +9,61 @@ from streamsyn.simulator.tokens import count_tokens
 
 
 class QueueFull(Exception):
-    """Raised when a request comes while as many wait as may."""
+    """Raised when a request arrives and the queue is full."""
 
 
 class DuplicateRid(Exception):
-    """Raised when a request comes with the rid of one that is still alive."""
+    """Raised when a request has the rid of a live request."""
 
 
 class ServerLost(ConnectionResetError):
-    """Raised for whatever runs or waits when the server goes down."""
+    """Raised for all live requests when the server goes down."""
 
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """One request in the engine: waiting, then running, then gone."""
+    """One request in an engine: waiting, then running, then over."""
 
     rid: str
     prompt: str | list[int]
     reuse_limit: int | None = None
-    """No more than this many tokens are taken from the cache (`logprob_start_len`)."""
+    """Maximum tokens taken from the cache (`logprob_start_len`); None for no limit."""
     target: int = 0
-    """Tokens that will be written."""
+    """Tokens that will be generated."""
     max_new_tokens: int | None = None
-    """Tokens that were asked for at most: what a scheduler that cannot look ahead reserves."""
+    """Maximum new tokens of the request, which the scheduler reserves."""
     piece: int = 0
-    """Tokens in one event of a streamed answer; 0: only the end is waited for."""
+    """Tokens in one event of a streamed answer; 0 if not streamed."""
     stalls: bool = False
-    """Runs, but never writes."""
+    """Whether it runs without ever generating a token."""
     tokens: int = 0
     cached_tokens: int = 0
     running: bool = False
-    """Has been given a place in the running batch (or a slot)."""
+    """Whether it has been admitted to the running batch, or to a slot."""
     aborted: bool = False
     lost: bool = False
-    """The server went down under it."""
+    """Whether the server went down while it was live."""
     over: bool = False
-    """The engine is done with it."""
+    """Whether the engine has finished it."""
     retractions: int = 0
     wake: asyncio.Future[None] | None = None
-    # What follows belongs to the batch.
+    # The fields below are used by `Batching` only.
     output: str = ""
-    """What will have been written at the end, for the prefix cache."""
+    """The complete answer, for the prefix cache."""
     written: int = 0
-    """Tokens written, up to the last event that touched this request."""
+    """Tokens generated, as of the last event of this request."""
     node: Node | None = None
-    """Where its locked prefix ends in the cache."""
+    """The node where its locked prefix ends in the cache."""
     locked: int = 0
     """Tokens of that prefix."""
     private: int = 0
-    """Tokens it holds beside that prefix; while it decodes, what it held when it joined."""
+    """Other tokens that it holds in the pool; while it decodes, as of when it joined the batch."""
     joined: int = 0
-    """Decode steps that had passed, and ..."""
+    """Decode steps of the server when it joined the running batch."""
     start: int = 0
-    """... tokens that were written when it joined the running batch."""
+    """Tokens generated when it joined the running batch."""
     entry: int = 0
-    """Number of its place in the heap of milestones."""
+    """Number of its entry in the heap of milestones."""
     _keys: list[int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,40 +71,40 @@ class Work:
 
     @property
     def keys(self) -> list[int]:
-        """One key for each whole block of the prompt; made at the first look."""
+        """One key per whole block of the prompt; computed once."""
         if self._keys is None:
             self._keys = block_keys(self.prompt)
         return self._keys
 
     @property
     def reusable(self) -> int:
-        """Tokens that may come from the cache: one at least is computed, as its logits are needed."""
+        """Maximum tokens from the cache: at least one is computed, since its logits are needed."""
         return self.tokens - 1 if self.reuse_limit is None else min(self.tokens - 1, self.reuse_limit)
 
 
 def settle(work: Work) -> None:
-    """Wakes who waits for `work`."""
+    """Wake the asyncio task that waits for `work`."""
     if work.wake is not None and not work.wake.done():
         work.wake.set_result(None)
 
 
 class Clearable(Protocol):
-    """A prefix cache, as far as a simulation is concerned."""
+    """A prefix cache that can be cleared."""
 
     def clear(self) -> None:
-        """Forgets all that nobody holds."""
+        """Evict everything that is not locked."""
 
 
 class Engine(Protocol):
-    """What a simulation needs from either engine: requests go in, time passes, tokens come out.
+    """The interface of both engines: requests go in, time passes, tokens come out.
 
-    `enter`, `leave` and the aborts are synchronous; `begin` and `write` only wait. All of them are called
-    within a running loop, whose clock is the only one that counts.
+    `enter`, `leave` and the aborts are synchronous; `begin` and `write` only wait. All are called within a
+    running event loop and use its clock.
     """
 
     @property
     def speed(self) -> float:
-        """1 is nominal, 0.5 half as fast."""
+        """Speed factor: 1 is nominal, 0.5 half as fast."""
         ...
 
     @speed.setter
@@ -115,71 +117,71 @@ class Engine(Protocol):
 
     @property
     def running(self) -> int:
-        """Requests that run."""
+        """Running requests."""
         ...
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place."""
+        """Waiting requests."""
         ...
 
     def enter(self, work: Work) -> None:
-        """Takes a request in.
+        """Accept a request.
 
         Raises:
-            DuplicateRid: as the real server refuses a rid that is alive.
-            QueueFull: there is no place for it.
+            DuplicateRid: A live request has its rid.
+            QueueFull: The queue is full.
         """
 
     async def begin(self, work: Work) -> None:
-        """Returns at the first token, or when it was aborted (in the queue: `running` is still False)."""
+        """Wait for the first token or an abort; after an abort in the queue `work.running` is False."""
 
     async def write(self, work: Work, tokens: int) -> int:
-        """Returns when so many tokens are written in all, or at an abort; says how many there are."""
+        """Wait until `tokens` tokens in all are generated, or for an abort. Return how many there are."""
         ...
 
     def leave(self, work: Work) -> None:
-        """Gives back whatever `work` holds; to be called once for each that entered."""
+        """Release what `work` holds; call it once for each request that entered."""
 
     def abort(self, rid: str, *, exact: bool) -> int:
-        """Aborts every live request whose rid begins with `rid` and says how many.
+        """Abort every live request whose rid starts with `rid`. Return how many there were.
 
-        With `exact`, nothing happens unless one of them has just this rid: SGLang 0.5.23 with one tokenizer
-        worker (the default) drops an abort for a rid that it does not know before the scheduler, which
-        matches prefixes, sees it (`TokenizerManager.abort_request`).
+        With `exact`, nothing happens unless one of them has exactly this rid. SGLang 0.5.23 with one
+        tokenizer worker (the default) drops aborts of unknown rids (`TokenizerManager.abort_request`) before
+        they reach the scheduler, which matches prefixes.
         """
         ...
 
     def abort_all(self) -> int:
-        """Aborts every live request and says how many."""
+        """Abort every live request. Return how many there were."""
         ...
 
     def lose_all(self) -> None:
-        """Everything alive is lost and the cache is empty, as when the process dies."""
+        """Lose all live requests and the cache, as when the process dies."""
 
     def load(self) -> "Load":
-        """What `/v1/loads` tells."""
+        """Return the load metrics for `/v1/loads`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an engine tells about itself; names are those of `/v1/loads`."""
+    """Load metrics of an engine, from which `/v1/loads` is made."""
 
     running: int
     waiting: int
     waiting_tokens: int
     waiting_uncached_tokens: int | None
-    """Prompt tokens that are still to be computed; None: to be estimated from the hit rate."""
+    """Prompt tokens still to compute; None: estimate them from the hit rate."""
     used_tokens: int
     pool_tokens: int
     max_running_requests: int
     cache_hit_rate: float | None = None
-    """Of the request that was admitted last; None: not known here."""
+    """Cache hit rate of the last admitted request; None: unknown to the engine."""
     generated_tokens: int | None = None
-    """Written since the start, less what was lost with the process; None: counted elsewhere."""
+    """Tokens generated since the start, without lost ones; None: use the answers sent."""
     prefilled_tokens: int | None = None
-    """Prompt tokens computed since the start; None: counted elsewhere."""
+    """Prompt tokens computed since the start; None: use the answers sent."""
     retracted: int = 0
-    """Requests thrown out of the batch just now."""
+    """Requests retracted from the batch just now."""
     retracted_in_all: int = 0

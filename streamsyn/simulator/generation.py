@@ -1,3 +1,5 @@
+"""A route that generates text or scores it, faults included: one request from its body to its last byte."""
+
 import asyncio
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ from streamsyn.simulator.simulation import Simulation
 
 
 class Dialect(Protocol):
-    """One of the two routes that write: how it reads a body and words its answers."""
+    """How one of the two generation routes parses a body and formats its answers."""
 
     def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest: ...
     def refusal(self, message: str) -> protocol.Reply: ...
@@ -23,12 +25,12 @@ class Dialect(Protocol):
 
 
 class Generation:
-    """A route that writes or scores, with its faults.
+    """A route that generates or scores, with injected faults.
 
     Args:
-        simulation: What is raw.
-        dialect: The route's words.
-        json_only: Refuse what does not call itself application/json, as the OpenAI routes do.
+        simulation: The simulated server.
+        dialect: Parses and formats for this route.
+        json_only: Refuse content types other than application/json, as the OpenAI routes do.
     """
 
     def __init__(self, simulation: Simulation, dialect: Dialect, *, json_only: bool) -> None:
@@ -37,7 +39,7 @@ class Generation:
         self._json_only = json_only
 
     async def serve(self, raw: RawRequest, writer: ResponseWriter) -> None:
-        """Answers one request on its writer."""
+        """Answer one request."""
         simulation = self._simulation
         try:
             if self._json_only and not raw.content_type.lower().startswith(protocol.JSON):
@@ -55,7 +57,7 @@ class Generation:
         except ServerLost:
             simulation.stats.disconnected += 1
             writer.reset()
-        except ConnectionError:  # the client left while its answer was being written
+        except ConnectionError:  # the client disconnected during the answer
             simulation.stats.disconnected += 1
         except asyncio.CancelledError:
             simulation.stats.disconnected += 1
@@ -78,7 +80,7 @@ class Generation:
 
     def _counted(self, fault: Fault | None, request: CompletionRequest) -> Fault | None:
         if fault is None or (request.max_tokens == 0 and fault in BAD_CONTENT):
-            return None  # nothing is written, so there is no content to spoil
+            return None  # there is no content to spoil
         self._simulation.stats.faults[fault] += 1
         return fault
 

@@ -1,7 +1,7 @@
-"""Simulated servers in the client's own process: a transport without sockets, HTTP or copies.
+"""Simulated servers in the client's process: a transport without sockets or HTTP.
 
-What a client sees is what it would see over HTTP, to the byte, and so is what the server counts. Together
-with `clock.run_virtually`, a fleet of them runs for days within minutes, and the same way each time.
+Answers and counters are the same as over HTTP, byte for byte. In virtual time (`run_virtually`) a fleet of
+such servers runs for days within minutes, and the same way each time.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from streamsyn.simulator.virtual_time import run_virtually
 T = TypeVar("T")
 
 _STALE_WITHIN_S: Final = 1.0
-"""HttpTransport asks once more when a connection is gone this soon, and so must we."""
+"""As in HttpTransport: a connection lost within this time is tried once more."""
 _OK: Final = 200
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _NO_QUERY: Final[Mapping[str, str]] = {}
@@ -33,7 +33,7 @@ _NO_TIMELINES: Final[Mapping[str, Timeline]] = {}
 
 
 class _Call:
-    """The way back to a caller in the same process."""
+    """Receives an answer for a caller in the same process."""
 
     __slots__ = ("_on_data", "begun", "body", "broken", "status")
 
@@ -42,7 +42,7 @@ class _Call:
         self.status = 200
         self.body: bytes | bytearray = b""
         self.begun = False
-        """Whether the client has had a byte."""
+        """Whether the client has received a byte."""
         self.broken = False
         """Whether the connection was lost before the end of the answer."""
 
@@ -59,7 +59,7 @@ class _Call:
     async def end(self) -> None:
         return
 
-    async def cut(self, reply: protocol.Reply | None = None) -> None:  # noqa: ARG002 - none of it is used
+    async def cut(self, reply: protocol.Reply | None = None) -> None:  # noqa: ARG002 - the client does not get it
         self.begun = self.broken = True
 
     def reset(self) -> None:
@@ -73,12 +73,12 @@ class _Call:
 
 
 class InProcessTransport:
-    """Carries requests to a simulation in this process; see `transport.Transport`.
+    """A transport to a simulation in this process; see `fleet.transport.Transport`.
 
     Args:
-        simulation: What is raw.
-        url: What the server is called in errors.
-        headers: Sent with each request; only Authorization means something to the simulator.
+        simulation: The simulated server.
+        url: Its URL, for messages.
+        headers: Sent with each request; the simulator reads only Authorization.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class InProcessTransport:
         path: str,
         *,
         body: bytes | None = None,
-        headers: Mapping[str, str] = _NO_HEADERS,  # noqa: ARG002 - the simulator reads none of these
+        headers: Mapping[str, str] = _NO_HEADERS,  # noqa: ARG002 - the simulator does not read them
         timeout_s: float,
         on_data: Callable[[], None] | None = None,
     ) -> Reply:
@@ -136,11 +136,11 @@ class InProcessTransport:
 
 
 class InProcessServers:
-    """Many servers, by their URLs; nobody listens at any other URL.
+    """Many simulated servers by URL; connections to any other URL are refused.
 
     Args:
         simulations: The servers.
-        timelines: What happens to some of them while `playing`.
+        timelines: Timelines of some of them, for `playing`.
         headers: Sent with each request.
     """
 
@@ -156,28 +156,28 @@ class InProcessServers:
 
     @asynccontextmanager
     async def connect(self, spec: ServerSpec) -> AsyncIterator[Transport]:
-        """What `open_fleet` takes to connect with."""
+        """Open a transport to a server; for `open_fleet`."""
         simulation = self.simulations.get(spec.url)
         if simulation is None:
-            yield _Nobody(spec.url)
+            yield _Unreachable(spec.url)
         else:
             yield InProcessTransport(simulation, spec.url, self._headers)
 
     @asynccontextmanager
     async def playing(self) -> AsyncIterator[None]:
-        """Plays the timelines from now to the end of the block; its errors come in a group."""
+        """Play the timelines from now to the end of the block; errors are raised in a group."""
         async with background() as tasks:
             for url, timeline in self._timelines.items():
                 tasks.start(timeline.play(self.simulations[url]), name=f"timeline-{url}")
             yield
 
     def run(self, main: Coroutine[Any, Any, T], *, limit_s: float = math.inf) -> T:
-        """Runs `main` in virtual time while the timelines play; see `run_virtually`.
+        """Run `main` in virtual time while the timelines play; see `run_virtually`.
 
         Raises:
-            BaseExceptionGroup: Whatever `main` raises, or a timeline.
-            Deadlock: All wait for each other.
-            OutOfTime: It takes longer than `limit_s` of virtual time.
+            BaseExceptionGroup: What `main` or a timeline raises.
+            Deadlock: All tasks wait and no timer is set.
+            OutOfTime: It takes longer than `limit_s` virtual seconds.
         """
 
         async def whole() -> T:
@@ -187,8 +187,8 @@ class InProcessServers:
         return run_virtually(whole(), limit_s=limit_s)
 
 
-class _Nobody:
-    """Leads to an address at which nobody listens."""
+class _Unreachable:
+    """A transport to an address that refuses connections."""
 
     def __init__(self, url: str) -> None:
         self._url = url

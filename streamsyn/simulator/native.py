@@ -32,15 +32,15 @@ SAMPLING_FIELDS: Final = (
 
 
 class UnknownField(Refused):
-    """Raised for a sampling parameter that SGLang does not know; its error is a plain string."""
+    """Raised for an unknown sampling parameter; SGLang's error for it is a plain string."""
 
 
 class Native:
-    """How the native route reads a body and words its answers.
+    """Parses the bodies of the native route, and formats its answers.
 
     Args:
-        tokenizer: Which texts token ids stand for.
-        weights: Those that write.
+        tokenizer: Decodes token ids.
+        weights: The server's weights.
     """
 
     def __init__(self, tokenizer: Tokenizer, weights: Weights) -> None:
@@ -48,7 +48,7 @@ class Native:
         self._weights = weights
 
     def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest:
-        """What `body` asks for; `rid` stands in where it names none."""
+        """Return the request in `body`; `rid` is used if it has none."""
         sampling = body.get("sampling_params") or {}
         if not isinstance(sampling, dict):
             raise Refused("The simulator takes one prompt a request: sampling_params must be an object.")
@@ -58,7 +58,7 @@ class Native:
                 raise UnknownField(f"unknown field `{name}`, expected one of {listed}")
         given = _prompt(body)
         ids = given if isinstance(given, list) else None
-        # As text, where that is known, it shares its prefix with what comes as text.
+        # Decoded if possible, so that it shares its prefix with prompts that come as text.
         prompt = given if ids is None else self._tokenizer.decode(ids) or ids
         limit = whole_number(sampling, "max_new_tokens")
         named = body.get("rid")
@@ -75,12 +75,12 @@ class Native:
         )
 
     def refusal(self, message: str) -> protocol.Reply:
-        """400."""
+        """Return a refusal with 400."""
         return protocol.reply({"error": {"message": message}}, 400)
 
     def whole(self, request: CompletionRequest, answer: Answer) -> dict[str, Any]:
-        """Text, output ids and `meta_info`."""
-        if answer.finish is ABORTED_WAITING:  # shorter, as `TokenizerManager._handle_abort_req` makes it
+        """Return text, output ids and `meta_info`."""
+        if answer.finish is ABORTED_WAITING:  # shorter, as in `TokenizerManager._handle_abort_req`
             waited: dict[str, Any] = {"id": request.rid, "finish_reason": answer.finish}
             waited |= {
                 "weight_version": answer.weight_version,
@@ -104,7 +104,7 @@ class Native:
         return {"text": answer.text, "output_ids": ids, "meta_info": meta}
 
     def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes:
-        """All that is written so far: without --incremental-streaming-output each event repeats it."""
+        """Return an event with the whole text so far, as without --incremental-streaming-output."""
         if not piece:
             return b""
         text = so_far + piece
@@ -113,7 +113,7 @@ class Native:
         return protocol.event({"text": text, "output_ids": token_ids(text), "meta_info": meta})
 
     def last(self, request: CompletionRequest, answer: Answer) -> bytes:
-        """The whole answer with its finish reason."""
+        """Return the whole answer with its finish reason."""
         return protocol.event(self.whole(request, answer))
 
 
@@ -156,8 +156,9 @@ def _meta(
 
 
 def _input_logprobs(request: CompletionRequest, start: int) -> list[list[float | int | None]]:
-    """One entry a token from `start` on; the first has no logprob. What follows is likelier where its words
-    have been met before; of ids that stand for no known text, nothing is.
+    """Return one row per token from `start` on; the first has no logprob.
+
+    Tokens of words that occurred before are likelier. Ids that cannot be decoded count as new words.
     """
     ids = token_ids(request.prompt if request.ids is None else request.ids, start)
     if not ids:

@@ -10,10 +10,14 @@ from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN
 
 
 class PlainEngine:
-    """Slots, a waiting queue in order of arrival, a prefix cache, and each request on its own clock.
+    """Slots, a FIFO queue and a prefix cache; requests do not slow each other down. See `Engine`.
 
-    What a request takes does not depend on what else runs: `first_token_s` tells the time to its first token,
-    and each token takes `token_s` more. `Engine` says what the methods do.
+    Args:
+        slots: Maximum running requests.
+        queue_limit: Maximum waiting requests; None for no limit.
+        cache_tokens: Size of the prefix cache.
+        first_token_s: Returns the seconds to the first token of the next request.
+        token_s: Seconds per token after that.
     """
 
     def __init__(
@@ -39,11 +43,11 @@ class PlainEngine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have no slot yet."""
+        """Requests without a slot."""
         return len(self._waiting)
 
     def enter(self, work: Work) -> None:
-        """Takes a slot if one is free, else a place in the queue; QueueFull means: no slot and no place."""
+        """See Engine. Takes a free slot, else a place in the queue."""
         if work.rid in self._live:
             raise DuplicateRid(work.rid)
         if self.running < self.slots:
@@ -57,7 +61,7 @@ class PlainEngine:
         self._live[work.rid] = work
 
     def leave(self, work: Work) -> None:
-        """Gives back whatever `work` holds; the first in the queue gets its slot."""
+        """See Engine. The first request in the queue gets the slot."""
         del self._live[work.rid]
         self._unqueue(work)
         if not work.running:
@@ -124,7 +128,7 @@ class PlainEngine:
         )
 
     async def _spend(self, work: Work, seconds: float | None) -> None:
-        """Lets time pass, for ever if None; an abort ends it at once. No time: no trip through the loop."""
+        """Sleep, for ever if `seconds` is None; an abort wakes it. Zero seconds do not yield to the loop."""
         if work.aborted or seconds == 0:
             return
         loop = asyncio.get_running_loop()
@@ -155,7 +159,7 @@ class PlainEngine:
 
 
 class PrefixCache:
-    """Which prefixes the server still holds, as a bounded set of chained block keys."""
+    """Cached prefixes, as a bounded set of chained block keys with LRU eviction."""
 
     def __init__(self, capacity_tokens: int) -> None:
         self._capacity = capacity_tokens // BLOCK_TOKENS
@@ -163,11 +167,11 @@ class PrefixCache:
 
     @property
     def tokens(self) -> int:
-        """Tokens held."""
+        """Tokens in the cache."""
         return len(self._blocks) * BLOCK_TOKENS
 
     def match(self, keys: list[int], limit_tokens: int) -> int:
-        """Tokens of the longest held prefix, at most `limit_tokens`; marks it as used."""
+        """Return the tokens of the longest cached prefix, at most `limit_tokens`; mark it as used."""
         held = 0
         for key in keys[: max(0, limit_tokens) // BLOCK_TOKENS]:
             if key not in self._blocks:
@@ -177,7 +181,7 @@ class PrefixCache:
         return held * BLOCK_TOKENS
 
     def insert(self, keys: list[int]) -> None:
-        """Holds the prefix that `keys` stand for; the least recently used blocks beyond the capacity go."""
+        """Add the prefix with these block keys; evict the least recently used blocks beyond the capacity."""
         for key in keys:
             self._blocks[key] = None
         self._touch(keys)
@@ -185,10 +189,10 @@ class PrefixCache:
             self._blocks.popitem(last=False)
 
     def clear(self) -> None:
-        """Holds nothing."""
+        """Empty the cache."""
         self._blocks.clear()
 
     def _touch(self, keys: list[int]) -> None:
-        # A prefix is always newer than what follows it: eviction takes leaves first, as in a radix tree.
+        # A prefix stays newer than its continuations: leaves are evicted first, as in a radix tree.
         for key in reversed(keys):
             self._blocks.move_to_end(key)

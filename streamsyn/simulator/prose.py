@@ -57,7 +57,7 @@ SENTENCES_A_PARAGRAPH: Final = 6
 
 @cache
 def _pools() -> tuple[list[str], list[str], float]:
-    """Openings, endings, and the mean length in words of a sentence made of one of each."""
+    """Return openings, endings, and the mean words of a sentence made of one of each."""
     rng = Random("pools")
     pick = rng.choice
     names = ["".join(parts) for parts in product(STARTS, MIDDLES, ENDS)]
@@ -77,15 +77,15 @@ def _pools() -> tuple[list[str], list[str], float]:
 
 
 class Prose:
-    """Writes plausible English of a wanted length, each text different from all others, at a few µs a text.
+    """Writes plausible English of a given length in a few µs per text; no two texts are alike.
 
-    A sentence joins one of 4,096 openings with one of 4,096 endings, each with a place name of its own. A
-    text walks through both with strides of its own: no half comes twice within 4,096 sentences, and two texts
-    share next to no sentence.
+    A sentence joins one of 4,096 openings with one of 4,096 endings, each with its own place name. A text
+    walks through both with its own strides: no half occurs twice within 4,096 sentences, and two texts share
+    almost no sentence.
 
     Args:
-        seed: Fixes the texts.
-        faithful: Share of texts that hold what they are to be about.
+        seed: Determines the texts.
+        faithful: Share of texts that contain their subject.
     """
 
     def __init__(self, seed: int, faithful: float = 0.0) -> None:
@@ -94,7 +94,7 @@ class Prose:
         self._openings, self._endings, self._words_a_sentence = _pools()
 
     def pair(self) -> str:
-        """A question and its answer, each with its label."""
+        """Return a question and its answer, each with its label."""
         bits = self._random.getrandbits(24)
         time, _, deed = self._openings[bits & 4095].partition(", ")
         ending = self._endings[bits >> 12]
@@ -102,7 +102,7 @@ class Prose:
         return f"Question: {asked}\nAnswer: {ending[0].upper()}{ending[1:]}"
 
     def about(self, what: str, words: int) -> str:
-        """A text of about `words` words; where it is to be faithful `what` stands in the middle of it."""
+        """Return a text of about `words` words; a faithful one has `what` in the middle."""
         text = self.write(words)
         if not what or not self._faithful or self._random.random() >= self._faithful:
             return text
@@ -113,7 +113,7 @@ class Prose:
         )
 
     def write(self, words: int) -> str:
-        """A text of about `words` words in paragraphs."""
+        """Return a text of about `words` words in paragraphs."""
         bits = self._random.getrandbits(64)
         vary = 0.9 + 0.2 * (bits >> 48) / 65536
         sentences = max(1, round(words * vary / self._words_a_sentence))
@@ -132,8 +132,9 @@ class Prose:
 
 
 def answering_sentence(message: str) -> str:
-    """The sentence that answers: of all but the last two paragraphs, which ask, the one that has most words
-    in common with these. "" where none has any.
+    """Return the sentence of the context that shares most words with the question; "" if none shares any.
+
+    The last two paragraphs of `message` are the question, those before are the context.
     """
     *context, question, how = ["", "", *message.split("\n\n")]
     words = {word.lower() for word in _WORD.findall(f"{question} {how}")}
@@ -143,6 +144,6 @@ def answering_sentence(message: str) -> str:
 
 
 def given_answer(prompt: str) -> str:
-    """What stands below `Answer:` in a prompt; "" where there is nothing."""
+    """Return the text after `Answer:` in a prompt; "" if there is none."""
     answer = _ANSWER.search(prompt)
     return " ".join(answer["answer"].split()) if answer else ""

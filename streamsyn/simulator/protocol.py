@@ -1,8 +1,6 @@
-"""The bodies that the routes of SGLang 0.5.23 share.
+"""What the routes of SGLang 0.5.23 share: requests, replies, error objects and event streams.
 
 Shapes: srt/entrypoints/http_server.py, srt/entrypoints/openai/serving_base.py.
-
-What comes to the simulator and how its answer leaves, whatever carries them.
 """
 
 from collections.abc import Mapping
@@ -18,7 +16,7 @@ QUEUE_FULL: Final = "The request queue is full."
 
 
 class Reply(NamedTuple):
-    """A whole answer, however it travels."""
+    """A whole answer: status, body and content type."""
 
     status: int = 200
     body: bytes = b""
@@ -26,45 +24,45 @@ class Reply(NamedTuple):
 
 
 def reply(body: Any, status: int = 200) -> Reply:
-    """A JSON answer."""
+    """Return a JSON answer."""
     return Reply(status, orjson.dumps(body), JSON)
 
 
 def error(message: str, kind: str, code: int) -> dict[str, Any]:
-    """The error object of the OpenAI routes, of refused HTTP and of bodies that are no JSON."""
+    """Return the error object of the OpenAI routes, of invalid HTTP and of invalid JSON."""
     return {"object": "error", "message": message, "type": kind, "param": None, "code": code}
 
 
 def malformed(message: str) -> Reply:
-    """400 for a body that does not fit its schema, on every route."""
+    """Return 400 for a body that does not match its schema; the same on every route."""
     return reply(error(message, "Bad Request", 400), 400)
 
 
 def queue_full() -> Reply:
-    """503, without Retry-After."""
+    """Return 503 without Retry-After."""
     return reply(error(QUEUE_FULL, "503", 503), 503)
 
 
 def internal_error() -> Reply:
-    """500."""
+    """Return 500."""
     return reply(error("Internal server error: simulated", "InternalServerError", 500), 500)
 
 
 def event(body: Any) -> bytes:
-    """One server-sent event."""
+    """Return a server-sent event."""
     return b"data: %s\n\n" % orjson.dumps(body)
 
 
 def stream_error(message: str, kind: str, code: int) -> bytes:
-    """An error inside a stream that began with 200 (`create_streaming_error_response`)."""
+    """Return an error event for a stream that began with 200 (`create_streaming_error_response`)."""
     return event({"error": error(message, kind, code)})
 
 
 def read_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`.
+    """Return the JSON object in `data`.
 
     Raises:
-        Malformed: It is none.
+        Malformed: It is not a JSON object.
     """
     try:
         body = orjson.loads(data)
@@ -76,7 +74,7 @@ def read_object(data: bytes) -> dict[str, Any]:
 
 
 class RawRequest(NamedTuple):
-    """A request as it arrives."""
+    """A request as it arrives, before its body is parsed."""
 
     method: str
     path: str
@@ -87,29 +85,29 @@ class RawRequest(NamedTuple):
 
 
 class ResponseWriter(Protocol):
-    """The way back to the client: a connection, or a call within the process.
+    """Writes the answer to the client: to a connection, or to a caller in the same process.
 
-    Sending raises ConnectionError, or the task is cancelled, when the client has gone.
+    If the client has disconnected, sending raises ConnectionError, or the task is cancelled.
     """
 
     async def send(self, reply: Reply) -> None:
-        """The whole answer."""
+        """Send a whole answer."""
         ...
 
     async def stream(self, data: bytes) -> None:
-        """The next part of a streamed answer; the first part brings the status, 200."""
+        """Send the next part of a streamed answer; the first part also sends status 200."""
         ...
 
     async def end(self) -> None:
-        """The streamed answer is complete."""
+        """Complete a streamed answer."""
         ...
 
     async def cut(self, reply: Reply | None = None) -> None:
-        """Closes before the answer is complete: half-way through `reply`, or in the stream where it is."""
+        """Close the connection early: half-way through `reply`, or in the middle of the stream."""
         ...
 
     def reset(self) -> None:
-        """Resets the connection, wherever the answer is."""
+        """Reset the connection."""
         ...
 
 
@@ -117,14 +115,14 @@ DONE: Final = b"data: [DONE]\n\n"
 
 
 class StreamFormat(Protocol):
-    """How a dialect words the parts of a streamed answer."""
+    """Formats the parts of a streamed answer."""
 
     def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes: ...
     def last(self, request: CompletionRequest, answer: Answer) -> bytes: ...
 
 
 class EventStream:
-    """A streamed answer. Nothing is sent, not even the status, before its first event."""
+    """A streamed answer. Nothing is sent, not even the status, before the first event."""
 
     def __init__(
         self, writer: ResponseWriter, stream_format: StreamFormat, request: CompletionRequest, *, cut: bool
@@ -136,18 +134,18 @@ class EventStream:
         self._so_far = ""
 
     async def feed(self, piece: str) -> None:
-        """Sends the next piece of the text."""
+        """Send the next piece of the text."""
         event = self._stream_format.piece(self._request, self._so_far, piece)
         self._so_far += piece
         if event:
             await self._writer.stream(event)
 
     async def fail(self, message: str, kind: str, code: int) -> None:
-        """Ends the stream with an error in it."""
+        """End the stream with an error event."""
         await self.finish(stream_error(message, kind, code))
 
     async def finish(self, event: bytes) -> None:
-        """Ends the stream with its last event; one that is to be cut ends without it."""
+        """End the stream with its last event; without it if the stream is to be cut."""
         if self._cut:
             await self._writer.cut()
             return

@@ -8,11 +8,11 @@ from typing import Final
 from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN
 
 BLOCK_TOKENS: Final = 64
-"""Prefixes are shared in whole blocks of this many tokens."""
+"""Prefixes are compared in whole blocks of this many tokens."""
 
 
 def block_keys(content: str | Sequence[int], after: int = 0) -> list[int]:
-    """One key for each whole block: it stands for that block and all before it (`after` for those)."""
+    """Return a key per whole block; it identifies that block and all before it, `after` included."""
     keys = []
     if isinstance(content, str):
         step = BLOCK_TOKENS * CHARACTERS_PER_TOKEN
@@ -27,14 +27,14 @@ def block_keys(content: str | Sequence[int], after: int = 0) -> list[int]:
 
 
 def extend_keys(keys: list[int], prompt: str, output: str) -> list[int]:
-    """The keys of `prompt + output`, where `keys` are those of `prompt`."""
+    """Return the block keys of `prompt + output`, given the `keys` of `prompt`."""
     rest = prompt[len(keys) * BLOCK_TOKENS * CHARACTERS_PER_TOKEN :] + output
     return keys + block_keys(rest, keys[-1] if keys else 0)
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A run of blocks that is held as one. Its keys stand for the whole prefix up to each block."""
+    """A run of blocks in the tree. Each key identifies the whole prefix up to its block."""
 
     keys: list[int]
     parent: "Node | None"
@@ -42,24 +42,24 @@ class Node:
     used: int = 0
     locks: int = 0
     queued: bool = False
-    """Whether it lies in the heap of leaves."""
+    """Whether it is in the heap of leaves."""
     children: "dict[int, Node]" = field(default_factory=dict)
 
 
 class RadixCache:
-    """Prefixes as a tree of token blocks: what running requests hold is locked, the rest can be evicted.
+    """Prefixes as a tree of token blocks; blocks of running requests are locked, the others can be evicted.
 
-    As SGLang's radix cache (srt/mem_cache/radix_cache.py): matching and inserting mark a path as used, a lock
-    counts on every node of its path, and eviction takes whole leaves, least recently used first. Keys are
-    chained (see `block_keys`), so that equal keys mean equal prefixes. All sizes are in blocks.
+    As in SGLang's radix cache (srt/mem_cache/radix_cache.py), matching and inserting mark a path as used, a
+    lock counts on every node of its path, and eviction takes whole leaves, least recently used first. Keys
+    are chained (see `block_keys`), so equal keys mean equal prefixes. All sizes are in blocks.
     """
 
     def __init__(self) -> None:
         self.root = Node([], None, 0)
         self.blocks = 0
-        """Held in all."""
+        """Blocks in the tree."""
         self.locked = 0
-        """Of these, held by somebody."""
+        """Locked blocks."""
         self._numbers = 0
         self._uses = 0
         self._leaves: list[tuple[int, int, Node]] = []
@@ -70,7 +70,7 @@ class RadixCache:
         return self.blocks - self.locked
 
     def match(self, keys: list[int], limit: int) -> tuple[Node, int]:
-        """The node where the longest held prefix of at most `limit` blocks ends, and its length."""
+        """Return the node where the longest cached prefix of at most `limit` blocks ends, and its length."""
         node, held, part = self._walk(keys, limit)
         if part is not None:
             child, common = part
@@ -78,12 +78,12 @@ class RadixCache:
         return node, held
 
     def measure(self, keys: list[int], *, touch: bool = True) -> int:
-        """Blocks of the longest held prefix; leaves the tree as it is, but for marking them as used."""
+        """Return the blocks of the longest cached prefix without splitting nodes; mark them as used."""
         _, held, part = self._walk(keys, len(keys), touch=touch)
         return held + (part[1] if part else 0)
 
     def insert(self, keys: list[int]) -> tuple[Node, int]:
-        """Holds the prefix that `keys` stand for; the node where it ends, and how many blocks are new."""
+        """Add the prefix with these keys. Return the node where it ends, and the number of new blocks."""
         node, held = self.match(keys, len(keys))
         new = len(keys) - held
         if new:
@@ -96,7 +96,7 @@ class RadixCache:
         return node, new
 
     def lock(self, node: Node) -> None:
-        """Keeps the path to `node` from being evicted, until `unlock`."""
+        """Protect the path to `node` from eviction until `unlock`."""
         at: Node | None = node
         while at is not None:
             if at.locks == 0:
@@ -105,7 +105,7 @@ class RadixCache:
             at = at.parent
 
     def unlock(self, node: Node) -> None:
-        """Takes back one `lock` of the same node."""
+        """Undo one `lock` of the same node."""
         at: Node | None = node
         while at is not None:
             at.locks -= 1
@@ -115,7 +115,7 @@ class RadixCache:
             at = at.parent
 
     def evict(self, blocks: int) -> int:
-        """Frees at least that many blocks, or all that nobody holds; says how many."""
+        """Free at least `blocks` blocks, or all that are not locked. Return how many were freed."""
         freed = 0
         while freed < blocks and self._leaves:
             used, _, leaf = heapq.heappop(self._leaves)
@@ -133,11 +133,11 @@ class RadixCache:
         return freed
 
     def clear(self) -> None:
-        """Forgets all that nobody holds."""
+        """Evict everything that is not locked."""
         self.evict(self.blocks)
 
     def nodes(self) -> Iterator[Node]:
-        """Every node but the root."""
+        """Yield every node except the root."""
         waiting = list(self.root.children.values())
         while waiting:
             node = waiting.pop()
@@ -147,7 +147,7 @@ class RadixCache:
     def _walk(
         self, keys: list[int], limit: int, *, touch: bool = True
     ) -> tuple[Node, int, tuple[Node, int] | None]:
-        """Down along `keys`: the last whole node, its depth, and a node of which only a part fits."""
+        """Follow `keys`. Return the last whole node, its depth, and a child that matches in part."""
         self._uses += touch
         node, held = self.root, 0
         limit = min(limit, len(keys))
@@ -164,7 +164,7 @@ class RadixCache:
         return node, held, None
 
     def _split(self, node: Node, size: int) -> Node:
-        """Cuts `node` behind its first `size` blocks; it stays the lower part, so who locked it still has."""
+        """Split `node` after its first `size` blocks. It becomes the lower part and keeps its locks."""
         assert node.parent is not None
         self._numbers += 1
         upper = Node(node.keys[:size], node.parent, self._numbers, node.used, node.locks)
@@ -175,14 +175,14 @@ class RadixCache:
         return upper
 
     def _offer(self, node: Node) -> None:
-        """Puts a leaf that nobody holds where `evict` finds it."""
+        """Add a leaf that is not locked to the heap of `evict`."""
         if not (node.locks or node.children or node.queued or node.parent is None):
             node.queued = True
             heapq.heappush(self._leaves, (node.used, node.number, node))
 
 
 def _common(held: list[int], keys: list[int], at: int, limit: int) -> int:
-    """How many of `held` stand in `keys` from `at` on, at least 1: chained keys differ from one point on."""
+    """Return how many of `held` match `keys` from `at` on, at least 1; binary search, as keys are chained."""
     low, high = 1, min(len(held), limit - at)
     while low < high:
         middle = (low + high + 1) // 2

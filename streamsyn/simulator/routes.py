@@ -1,4 +1,4 @@
-"""The routes of the server, whatever carries requests to them: generation, weights, state and control.
+"""All routes of the server, over any transport: generation, weight updates, state and aborts.
 
 Shapes: srt/managers/load_snapshot.py, srt/utils/common.py, srt/observability/metrics_collector.py.
 """
@@ -27,14 +27,14 @@ FLUSHED = (
     "(When there are running or waiting requests, the operation will not be performed.)\n"
 )
 OPEN_TO_ALL: Final = ("/health", "/ready", "/metrics")
-"""Paths that begin so need no key (srt/utils/auth.py)."""
+"""Paths with these prefixes need no key (srt/utils/auth.py)."""
 
 Handler: TypeAlias = Callable[[RawRequest], protocol.Reply | Awaitable[protocol.Reply]]
 Route: TypeAlias = Generation | Handler
 
 
 class Routes:
-    """All that the server answers to, whatever carries requests to it: the key, counting, the routes."""
+    """Checks the API key, counts requests, and calls the route for the path and method."""
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
@@ -51,11 +51,11 @@ class Routes:
         }
 
     async def serve(self, raw: RawRequest, writer: ResponseWriter) -> None:
-        """Answers one request on its writer."""
+        """Answer one request."""
         methods = self._routes.get(raw.path)
         route = methods.get(raw.method) if methods else None
         self._simulation.stats.by_route[raw.path if route else "unknown"] += 1
-        if not self._may(raw):
+        if not self._is_authorized(raw):
             await writer.send(protocol.reply({"error": "Unauthorized"}, 401))
         elif isinstance(route, Generation):
             await route.serve(raw, writer)
@@ -67,41 +67,39 @@ class Routes:
         else:
             await writer.send(protocol.reply({"detail": "Not Found"}, 404))
 
-    def _may(self, raw: RawRequest) -> bool:
+    def _is_authorized(self, raw: RawRequest) -> bool:
         if self._key is None or raw.path.startswith(OPEN_TO_ALL):
             return True
         scheme, _, token = raw.authorization.partition(" ")
         return scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), self._key)
 
 
-def _state_routes(control: "StateRoutes") -> dict[str, dict[str, Route]]:
-    """The routes that are answered at once."""
+def _state_routes(state: "StateRoutes") -> dict[str, dict[str, Route]]:
     return {
-        "/v1/loads": _get(control.loads),
-        "/v1/models": _get(control.models),
-        "/server_info": _get(control.server_info),
-        "/get_server_info": _get(control.server_info),
-        "/model_info": _get(control.model_info),
-        "/get_model_info": _get(control.model_info),
-        "/tokenize": {"POST": control.tokenize},
-        "/v1/tokenize": {"POST": control.tokenize},
-        "/abort_request": {"POST": control.abort},
-        "/flush_cache": _get(control.flush) | {"POST": control.flush},
-        "/metrics": _get(control.metrics),
-        "/simulator/stats": _get(control.stats),
-        "/simulator/reset": {"POST": control.reset},
+        "/v1/loads": _get(state.loads),
+        "/v1/models": _get(state.models),
+        "/server_info": _get(state.server_info),
+        "/get_server_info": _get(state.server_info),
+        "/model_info": _get(state.model_info),
+        "/get_model_info": _get(state.model_info),
+        "/tokenize": {"POST": state.tokenize},
+        "/v1/tokenize": {"POST": state.tokenize},
+        "/abort_request": {"POST": state.abort},
+        "/flush_cache": _get(state.flush) | {"POST": state.flush},
+        "/metrics": _get(state.metrics),
+        "/simulator/stats": _get(state.stats),
+        "/simulator/reset": {"POST": state.reset},
     }
 
 
-def _weight_routes(steering: WeightRoutes) -> dict[str, dict[str, Route]]:
-    """The routes that a pause and other weights are about."""
+def _weight_routes(weights: WeightRoutes) -> dict[str, dict[str, Route]]:
     return {
-        "/health": _get(steering.health),
-        "/health_generate": _get(steering.health),
-        "/ready": _get(steering.ready),
-        "/pause_generation": {"POST": steering.pause},
-        "/continue_generation": {"POST": steering.resume},
-        "/update_weights_from_disk": {"POST": steering.update},
+        "/health": _get(weights.health),
+        "/health_generate": _get(weights.health),
+        "/ready": _get(weights.ready),
+        "/pause_generation": {"POST": weights.pause},
+        "/continue_generation": {"POST": weights.resume},
+        "/update_weights_from_disk": {"POST": weights.update},
     }
 
 
@@ -110,7 +108,7 @@ def _get(route: Handler) -> dict[str, Route]:
 
 
 class StateRoutes:
-    """The routes that tell or steer: load, model, cache, aborts, and the simulator's own."""
+    """The routes for load, models, cache, tokenizer and aborts, and the simulator's own."""
 
     def __init__(self, simulation: Simulation, tokenizer: Tokenizer) -> None:
         self._simulation = simulation
@@ -158,7 +156,7 @@ class StateRoutes:
         return protocol.reply(body)
 
     def models(self, _raw: RawRequest) -> protocol.Reply:
-        """GET /v1/models: the name it was started with is gone once it has read other weights."""
+        """GET /v1/models: after a weight update the model has the name of the directory."""
         config, name = self._simulation.config, self._simulation.weights.path
         card = {
             "id": name,
@@ -221,7 +219,7 @@ class StateRoutes:
 def _tokenize(body: dict[str, Any], tokenizer: Tokenizer) -> list[Any]:
     prompt, messages = body.get("prompt"), body.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
-        return tokenizer.encode(render(messages, goes_on=bool(body.get("continue_final_message"))))
+        return tokenizer.encode(render(messages, continues=bool(body.get("continue_final_message"))))
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt):
@@ -230,7 +228,7 @@ def _tokenize(body: dict[str, Any], tokenizer: Tokenizer) -> list[Any]:
 
 
 def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
-    """The one entry of `/v1/loads` (there is one data-parallel rank)."""
+    """Return the entry of the only data-parallel rank in `/v1/loads`."""
     result, stats = simulation.engine.load(), simulation.stats
     uncached = result.waiting_uncached_tokens
     if uncached is None:
@@ -263,7 +261,7 @@ def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
 
 
 def server_info(simulation: Simulation) -> dict[str, Any]:
-    """The part of `/server_info` that a client may want: simulated flags and the scheduler's limits."""
+    """Return `/server_info`: simulated flags and the scheduler's limits."""
     config, result = simulation.config, simulation.engine.load()
     return {
         "model_path": config.model,
@@ -337,7 +335,7 @@ def _details(result: Load, sections: set[str]) -> Iterator[tuple[str, Any]]:
 
 
 def metrics(simulation: Simulation) -> str:
-    """Prometheus text with the main names of the real server's `--enable-metrics`."""
+    """Return Prometheus text with the main metrics of the real server's `--enable-metrics`."""
     core, stats, result = load(simulation, {"core"}), simulation.stats, simulation.engine.load()
     labels = f'model_name="{simulation.config.model}",engine_type="unified"'
     ranks = f'{labels},tp_rank="0",pp_rank="0",moe_ep_rank="0"'

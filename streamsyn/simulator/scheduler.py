@@ -1,4 +1,4 @@
-"""The parts of SGLang's scheduler: waiting queue, KV pool, running batch, and who is prefilled next."""
+"""The parts of SGLang's scheduler: running batch, KV pool, waiting queue, admission to a prefill."""
 
 import heapq
 from collections import OrderedDict, deque
@@ -16,14 +16,14 @@ DECAY: Final = (INITIAL - LEAST) / 600  # SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS
 AHEAD_STEPS: Final = 20  # SGLANG_RETRACT_DECODE_STEPS
 WINDOW_S: Final = 15.0  # SGLANG_CACHE_HIT_RATE_WINDOW_SECONDS
 RESERVE_LIMIT: Final = 4096
-"""No more new tokens than this are reserved for a request (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)."""
+"""Maximum new tokens reserved for a request (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)."""
 
 
 class NewTokenRatio:
-    """The share of the tokens that running requests may still write for which room is kept.
+    """The share of the running requests' possible new tokens that is reserved in the pool.
 
-    As NewTokenRatioTracker (srt/managers/scheduler_components): it sinks with every decode step, and rises to
-    what proved necessary when requests had to be retracted.
+    As in NewTokenRatioTracker (srt/managers/scheduler_components), it falls with every decode step, and after
+    a retraction it rises to what was needed.
     """
 
     def __init__(self) -> None:
@@ -31,24 +31,24 @@ class NewTokenRatio:
         self._since = 0
 
     def at(self, steps: int) -> float:
-        """The share after so many decode steps of the server."""
+        """Return the share after `steps` decode steps of the server."""
         return max(self._ratio - DECAY * (steps - self._since), LEAST)
 
     def retracted(self, steps: int, left: Collection[Work]) -> None:
-        """Some were retracted and these are left."""
+        """Record a retraction after which `left` are still running."""
         written = sum(work.written for work in left) + AHEAD_STEPS * len(left)
         self._ratio = min(1.0, written / (sum(work.max_new_tokens or 0 for work in left) + 1))
         self._since = steps
 
     def reset(self, steps: int) -> None:
-        """The server is idle."""
+        """Record that the server is idle."""
         self._ratio, self._since = INITIAL, steps
 
 
 class HitRate:
-    """Share of prompt tokens that came from the cache: in the last admission, and lately.
+    """Share of prompt tokens that came from the cache: of the last admission, and of recent ones.
 
-    Requests that come back after a retraction do not count.
+    Requests that are admitted again after a retraction do not count.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class HitRate:
         self._tokens = 0
 
     def add(self, now: float, hits: int, computed: int) -> None:
-        """A request was admitted at nominal second `now`."""
+        """Record an admission at nominal second `now`."""
         tokens = hits + computed
         self.last = hits / tokens if tokens else 0.0
         self._samples.append((now, hits, tokens))
@@ -67,7 +67,7 @@ class HitRate:
         self._expire(now)
 
     def recent(self, now: float) -> float:
-        """The share in the last 15 seconds."""
+        """Return the share of the last 15 seconds."""
         self._expire(now)
         return self._hits / self._tokens if self._tokens else 0.0
 
@@ -79,20 +79,20 @@ class HitRate:
 
 
 class RunningBatch:
-    """The running batch: at each step every request in it writes one token.
+    """The running batch: at each step every request in it generates one token.
 
-    Steps are not simulated one by one. A request's progress is the number of steps that passed since it
-    joined, and a heap holds the step counts at which somebody wants to know.
+    Steps are not simulated one by one. A request's progress is the number of steps since it joined, and a
+    heap holds the milestones: step counts at which a request ends or has to send an event.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self.context = 0
-        """Tokens in the contexts of all requests."""
+        """Tokens in the contexts of all its requests."""
         self.batch: dict[Work, None] = {}
         self._milestones: list[tuple[int, int, Work]] = []
         self._entries = 0
-        # What is reserved for new tokens shrinks by one a step for all but those that hit the limit.
+        # Reserved new tokens shrink by one per step, except for requests at RESERVE_LIMIT.
         self._shrinking = 0
         self._shrinking_reserve = 0
 
@@ -101,19 +101,19 @@ class RunningBatch:
 
     @property
     def reserve(self) -> int:
-        """New tokens that the requests may still ask for."""
+        """New tokens reserved for all requests."""
         return self._shrinking_reserve + (len(self.batch) - self._shrinking) * RESERVE_LIMIT
 
     def join(self, work: Work) -> None:
-        """Takes a request whose prefill is done and whose next token comes with the next step."""
+        """Add a request whose prefill is done; its next token comes with the next step."""
         self.batch[work] = None
         work.joined, work.start = self.steps, work.written
         self.context += work.tokens + work.start - 1
         self._count(work, 1, work.written)
         self._mark(work)
 
-    def part(self, work: Work) -> int:
-        """Lets a request go, as of now; says how many tokens it holds beside its locked prefix."""
+    def remove(self, work: Work) -> int:
+        """Remove a request. Return how many tokens it holds beside its locked prefix."""
         del self.batch[work]
         passed = self.steps - work.joined
         work.written = work.start + passed
@@ -123,7 +123,7 @@ class RunningBatch:
         return work.private + passed
 
     def advance(self, steps: int) -> list[Work]:
-        """Lets steps pass, no more than `next_milestone` of them; those that are where they wanted to be."""
+        """Let at most `next_milestone` steps pass. Return the requests that reached their milestone."""
         self.steps += steps
         self.context += steps * len(self.batch)
         self._shrinking_reserve -= steps * self._shrinking
@@ -139,18 +139,18 @@ class RunningBatch:
         return there
 
     def next_milestone(self) -> int:
-        """Steps until somebody is where it wanted to be."""
+        """Return the steps until the next milestone."""
         heap = self._milestones
         while heap[0][2].entry != heap[0][1]:
             heapq.heappop(heap)
         return heap[0][0] - self.steps
 
     def seconds(self, model: CostModel, steps: int) -> float:
-        """What so many steps take."""
+        """Return the seconds that `steps` steps take."""
         return model.decode(len(self.batch), self.context, steps)
 
     def steps_until(self, model: CostModel, seconds: float) -> int:
-        """Steps until the first step that ends after `seconds`, or just then."""
+        """Return the number of steps until the first one that ends at or after `seconds`."""
         return model.steps_until(len(self.batch), self.context, seconds)
 
     def _count(self, work: Work, sign: int, written: int) -> None:
@@ -169,14 +169,14 @@ class RunningBatch:
 
 
 def reserved_tokens(work: Work, written: int) -> int:
-    """New tokens to reserve for a request that has written so many."""
+    """Return the new tokens to reserve for a request that has generated `written`."""
     return min(max(0, (work.max_new_tokens or 0) - written), RESERVE_LIMIT)
 
 
 class KVPool:
-    """The tokens of a server's KV memory: the prefix cache, and what running requests hold beside it.
+    """The KV memory in tokens: the prefix cache, and private tokens of running requests.
 
-    At all times: cache + private <= size, and what running requests took from the cache is locked there.
+    Invariant: cache + private <= size. Cached prefixes of running requests are locked.
     """
 
     def __init__(self, size: int, *, caching: bool) -> None:
@@ -187,21 +187,21 @@ class KVPool:
 
     @property
     def free(self) -> int:
-        """Tokens that nothing lies in."""
+        """Unused tokens."""
         return self.size - self.cache.blocks * BLOCK_TOKENS - self.private
 
     @property
     def available(self) -> int:
-        """Tokens that are free or can be evicted."""
+        """Tokens that are unused or can be evicted."""
         return self.size - self.cache.locked * BLOCK_TOKENS - self.private
 
     @property
     def used(self) -> int:
-        """Tokens that running requests hold: the real server does not count what can be evicted."""
+        """Tokens that running requests hold; as in the real server, without what can be evicted."""
         return self.size - self.available
 
     def lock(self, work: Work) -> int:
-        """Locks the longest prefix of `work` that is held, and says how many tokens it spares."""
+        """Lock the longest cached prefix of `work`. Return its tokens."""
         blocks = 0
         if self.caching:
             node, blocks = self.cache.match(work.keys, max(0, work.reusable) // BLOCK_TOKENS)
@@ -211,20 +211,20 @@ class KVPool:
         return work.locked
 
     def unlock(self, work: Work) -> None:
-        """Takes back `lock`."""
+        """Undo `lock`."""
         if work.node is not None:
             self.cache.unlock(work.node)
             work.node = None
         work.locked = 0
 
     def take(self, tokens: int) -> None:
-        """Makes `tokens` private; evicts what must go for them. There must be as many available."""
+        """Make `tokens` private, with eviction if needed. At least that many must be available."""
         self.private += tokens
         if self.free < 0:
             self.cache.evict(-(self.free // BLOCK_TOKENS))
 
     def share(self, work: Work) -> None:
-        """Puts the prompt of `work`, now computed, into the cache; it stays locked."""
+        """Move the computed prompt of `work` into the cache, locked."""
         if not self.caching:
             return
         held = work.locked + work.private
@@ -239,7 +239,7 @@ class KVPool:
         self.private += work.private
 
     def release(self, work: Work, private: int, *, keep: bool) -> None:
-        """Frees what `work` holds, `private` tokens beside its prefix; `keep`: the cache takes its answer."""
+        """Free what `work` holds: its prefix and `private` tokens; with `keep`, cache prompt and answer."""
         held = work.locked + private
         self.private -= private
         if keep and self.caching and isinstance(work.prompt, str) and work.output:
@@ -249,22 +249,22 @@ class KVPool:
 
 
 SORT_LIMIT: Final = 128
-"""With more waiting, lpm leaves the queue as it is (WAITING_QUEUE_PREFIX_MATCH_MAX)."""
+"""With more waiting requests, lpm does not sort the queue (WAITING_QUEUE_PREFIX_MATCH_MAX)."""
 COLD_TOKENS: Final = 32
-"""A request that finds no more than this in the cache waits behind one with the same beginning
-(IN_BATCH_PREFIX_CACHING_CHECK_THRESHOLD and its twin)."""
+"""A request with at most this many cached tokens waits behind one with the same first block
+(IN_BATCH_PREFIX_CACHING_CHECK_THRESHOLD and IN_BATCH_PREFIX_CACHING_DEPRIORITIZE_THRESHOLD)."""
 
 
 class WaitingQueue:
-    """Requests that wait for a prefill: in order of arrival, or by what the cache holds of them.
+    """Requests that wait for a prefill: in order of arrival, or by their cached prefix.
 
-    As SchedulePolicy.calc_priority (srt/managers/schedule_policy.py): with lpm and at most 128 waiting, the
-    longest held prefix goes first, and of several that begin alike with nothing held all but one go last.
+    As in SchedulePolicy.calc_priority (srt/managers/schedule_policy.py): with lpm and at most 128 waiting,
+    the longest cached prefix goes first; of several with the same uncached first block, all but one go last.
     """
 
     def __init__(self, policy: str) -> None:
         self.tokens = 0
-        """What has to lie in the pool before all of them have their first token."""
+        """Tokens of all waiting requests: prompts, and answers from before a retraction."""
         self._policy = policy
         self._works: OrderedDict[Work, None] = OrderedDict()
 
@@ -279,26 +279,26 @@ class WaitingQueue:
 
     @property
     def sorts(self) -> bool:
-        """Whether prefixes decide, as things stand."""
+        """Whether the queue is sorted by prefix at its current length."""
         return self._policy == "lpm" and len(self._works) <= SORT_LIMIT
 
     @property
     def first(self) -> Work:
-        """Who is next."""
+        """The next request."""
         return next(iter(self._works))
 
     def add(self, work: Work) -> None:
-        """At the end; one that was retracted too."""
+        """Append a request, new or retracted."""
         self._works[work] = None
         self.tokens += work.tokens + work.written
 
     def remove(self, work: Work) -> None:
-        """Out of the queue, wherever it stands."""
+        """Remove a request from any position."""
         del self._works[work]
         self.tokens -= work.tokens + work.written
 
     def sort(self, cache: RadixCache) -> None:
-        """Puts the queue in order, where prefixes decide."""
+        """Sort the queue by cached prefix, if the policy does."""
         if not self.sorts:
             return
         leaders: set[int] = set()
@@ -316,7 +316,7 @@ class WaitingQueue:
 
 @dataclass(slots=True)
 class Part:
-    """What one prefill batch computes of a request: `new` tokens that follow `before` others."""
+    """The part of a request in one prefill batch: `new` tokens after `before` others."""
 
     work: Work
     before: int
@@ -324,29 +324,29 @@ class Part:
 
     @property
     def left(self) -> int:
-        """Tokens that are not computed when this part is."""
+        """Tokens still to compute after this part."""
         return self.work.tokens + self.work.written - self.before - self.new
 
 
 def room_alone(model: CostModel, work: Work) -> int:
-    """New tokens for which the pool has room when nobody else is in it."""
+    """Return the new tokens of a request that fit into an otherwise empty pool."""
     return model.pool_tokens - work.tokens - 2
 
 
 class Admission:
-    """Who of the waiting requests is prefilled next, and how much of it at once.
+    """Puts prefill batches together: which waiting requests are next, and how much of each.
 
-    As PrefillAdder (srt/managers/schedule_policy.py) without priorities: a request needs a seat in the batch
-    and room for what it has to compute and all that it may write, beside a share of what the running ones may
-    still write. The first that does not fit closes the listener for all until somebody leaves the batch.
+    As in PrefillAdder (srt/managers/schedule_policy.py) without priorities: a request needs a seat in the
+    batch, and room in the pool for the tokens to compute, all its new tokens, and a share of the new tokens
+    of running requests. After the first that does not fit, none is admitted until a request leaves the batch.
     """
 
     def __init__(self, model: CostModel, pool: KVPool, waiting: WaitingQueue, decoding: RunningBatch) -> None:
         self.parts: list[Part] = []
-        """The prefill batch under way."""
+        """The current prefill batch."""
         self.full = False
         self.prefilled = 0
-        """Tokens computed since the start."""
+        """Prompt tokens computed since the start."""
         self.ratio: Final = NewTokenRatio()
         self.hits: Final = HitRate()
         self._model = model
@@ -356,7 +356,7 @@ class Admission:
         self._chunked: Part | None = None
 
     def begin(self, now: float, stalled: int) -> float | None:
-        """Puts the next prefill batch together: how many seconds it takes, None if there is none."""
+        """Start the next prefill batch. Return its seconds, or None if there is none."""
         budget = self._model.prefill_tokens
         if self._chunked is not None:
             cut, self._chunked = self._chunked, None
@@ -369,17 +369,21 @@ class Admission:
         return self._model.prefill((part.before, part.new) for part in self.parts)
 
     def end(self, *, starting: bool) -> list[Work]:
-        """The prefill batch is computed; requests that are through. `starting`: nobody was decoding."""
+        """End the prefill batch. Return the requests whose prompt is complete.
+
+        Args:
+            starting: Whether no request was decoding.
+        """
         parts, self.parts = self.parts, []
-        if starting:  # it becomes the running batch, and that one is not full yet
+        if starting:  # it becomes the running batch, which is not full yet
             self.full = False
-        through = []
+        complete = []
         for part in parts:
             if part.left and not part.work.aborted:
                 self._chunked = part
             else:
-                through.append(part.work)
-        return through
+                complete.append(part.work)
+        return complete
 
     def _fill(self, budget: int, now: float, stalled: int) -> None:
         seats = self._model.max_running_requests - len(self._decoding) - stalled - len(self.parts)
@@ -406,13 +410,13 @@ class Admission:
             budget -= self._add(work, work.locked, budget)
 
     def _add(self, work: Work, before: int, budget: int) -> int:
-        """Adds as much of a request as fits to the batch; says how much that was."""
+        """Add as much of a request to the batch as fits. Return its tokens."""
         new = min(budget, work.tokens + work.written - before)
         self.parts.append(Part(work, before, new))
         return new
 
     def _clip(self, work: Work) -> None:
-        """No request may write more than fits when it is alone, as in the real server."""
+        """Limit its new tokens to what fits into an empty pool, as the real server does."""
         room = room_alone(self._model, work)
         work.target = min(work.target, room)
         asked = room if work.max_new_tokens is None else min(work.max_new_tokens, room)

@@ -1,3 +1,5 @@
+"""The configuration of a simulated server."""
+
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from streamsyn.simulator.costs import CostModel
 from streamsyn.simulator.faults import Fault
 
 SGLANG_VERSION: Final = "0.5.23"
-"""The release whose routes, bodies and manners are simulated."""
+"""The simulated release."""
 PLAIN_SLOTS: Final = 256
 PLAIN_CACHE_TOKENS: Final = 500_000
 POLICIES: Final = ("fcfs", "lpm")
@@ -19,62 +21,62 @@ _BATCHING_ONLY: Final = ("max_prefill_tokens", "chunked_prefill_size")
 
 @dataclass(frozen=True, slots=True)
 class SimulatorConfig:
-    """What is simulated. Defaults make a fast server without faults."""
+    """What to simulate. The defaults make a fast server without faults."""
 
     model: str = "simulated"
-    """Name under `/v1/models`; a request may name any other and gets that name back."""
+    """Name in `/v1/models`; a request may use any name and gets that name back."""
     cost_model: str = costs.PLAIN
-    """`plain`: each request on its own clock. `cpu`, `h100`: continuous batching at that machine's costs."""
+    """`plain`: each request on its own clock. `cpu`, `h100`: continuous batching at its costs."""
     slots: int | None = None
-    """Requests that run at once (`--max-running-requests`); the others wait. None: 256, or what the cost
-    model says."""
+    """Maximum running requests (`--max-running-requests`). None: 256, or the cost model's."""
     queue_limit: int | None = None
-    """Requests that may wait (`--max-queued-requests`); beyond it the answer is 503. None: no limit."""
+    """Maximum waiting requests (`--max-queued-requests`); beyond it the answer is 503. None: no limit."""
     schedule_policy: str = "fcfs"
-    """Who of those that wait goes first, with batching: `fcfs`, or `lpm` for the longest cached prefix."""
+    """Order of the queue, with batching: `fcfs`, or `lpm` for the longest cached prefix first."""
     max_prefill_tokens: int | None = None
-    """Prompt tokens computed in one prefill batch (`--max-prefill-tokens`). None: the cost model's."""
+    """Maximum prompt tokens computed in a prefill batch (`--max-prefill-tokens`). None: the cost model's."""
     chunked_prefill_size: int | None = None
-    """Longer prompts are computed in pieces (`--chunked-prefill-size`). None: the cost model's."""
+    """Longer prompts are computed in chunks (`--chunked-prefill-size`). None: the cost model's."""
     speed: float = 1.0
-    """1 is nominal, 0.5 half as fast."""
+    """Speed factor: 1 is nominal, 0.5 half as fast."""
     latency_ms: float = 0.0
-    """Time from the start of a request to its first token; plain only, as the next two."""
+    """Time from the start of a request to its first token; plain only, like the next two."""
     jitter_ms: float = 0.0
-    """Each latency is moved by a uniform draw from -jitter to +jitter."""
+    """A uniform draw from -jitter to +jitter is added to each latency."""
     ms_per_token: float = 0.0
-    """Time for each token after that."""
+    """Time per token after the first."""
     words: int = 150
-    """Length of a written text in words, give or take a tenth; `max_tokens` cuts it."""
+    """Length of a generated text in words, within a tenth; `max_tokens` cuts it."""
     faithful: float = 0.0
-    """Share of written texts that hold, word for word, what stands below `Answer:` in their prompt."""
+    """Share of generated texts that contain the text after `Answer:` in their prompt, word for word."""
     context_tokens: int = 131_072
     """Longest prompt (`--context-length`); a longer one is refused with 400."""
     keep_alive_s: float = 5.0
     """Idle connections are closed after this time; 5 s is SGLang's SGLANG_TIMEOUT_KEEP_ALIVE."""
     cache_tokens: int | None = None
-    """Size of the prefix cache; the least recently used blocks go first. With batching, size of the KV pool
-    that the cache shares with running requests. 0: no prefix caching. None: 500,000, or what the cost model
-    says."""
+    """Size of the prefix cache, with LRU eviction. With batching, size of the KV pool, which the cache shares
+    with running requests. 0: no prefix caching. None: 500,000, or the cost model's."""
     tokenizer_workers: int = 1
-    """`--tokenizer-worker-num`: with 1, `/abort_request` ignores a rid that no live request has exactly."""
+    """`--tokenizer-worker-num`: with 1, `/abort_request` ignores a rid that is only a prefix of live rids."""
     seed: int = 0
-    """Fixes texts, jitter and faults for a given order of arrival."""
+    """Determines texts, jitter and faults for a given order of arrival."""
     load_s: float = 0.0
-    """Time that other weights take to load (`/update_weights_from_disk`)."""
+    """Duration of a weight update (`/update_weights_from_disk`)."""
     api_key: str | None = field(default=None, repr=False)
-    """Bearer token asked for everywhere but on health, readiness and metrics. None: no authentication."""
+    """Bearer token, required except on health, readiness and metrics. None: no authentication."""
     faults: Mapping[str, float] = field(default_factory=dict)
-    """Share of requests that meet each kind of `Fault`; together at most 1."""
+    """Share of requests that meet each kind of `Fault`; in total at most 1."""
     die_after: int | None = None
-    """The process dies without a word when this many requests had come and another one comes."""
+    """The server dies when a request arrives after this many others."""
 
     def __post_init__(self) -> None:
         if self.cost_model not in costs.NAMES:
-            raise ConfigError(f"unknown cost_model {self.cost_model!r}; there are {', '.join(costs.NAMES)}")
+            raise ConfigError(
+                f"unknown cost_model {self.cost_model!r}; choose one of {', '.join(costs.NAMES)}"
+            )
         if self.schedule_policy not in POLICIES:
             raise ConfigError(
-                f"unknown schedule_policy {self.schedule_policy!r}; there are {', '.join(POLICIES)}"
+                f"unknown schedule_policy {self.schedule_policy!r}; choose one of {', '.join(POLICIES)}"
             )
         for name in ("slots", "words", "context_tokens", "tokenizer_workers", *_BATCHING_ONLY):
             number = getattr(self, name)
@@ -101,17 +103,17 @@ class SimulatorConfig:
         check_rates(self.faults)
 
     def _check_use(self) -> None:
-        """Refuses what would change nothing under this cost model."""
+        """Refuse settings that have no effect with this cost model."""
         plain = self.cost_model == costs.PLAIN
         for name in _BATCHING_ONLY if plain else _PLAIN_ONLY:
             if getattr(self, name):
-                raise ConfigError(f"{name} has no meaning with cost_model {self.cost_model!r}")
+                raise ConfigError(f"{name} has no effect with cost_model {self.cost_model!r}")
         if plain and self.schedule_policy != "fcfs":
-            raise ConfigError(f"schedule_policy has no meaning with cost_model {self.cost_model!r}")
+            raise ConfigError(f"schedule_policy has no effect with cost_model {self.cost_model!r}")
 
     @property
     def batching(self) -> CostModel | None:
-        """What batching costs and its limits, as far as they are not set here; None with `plain`."""
+        """The cost model, with the limits that are set here; None with `plain`."""
         if self.cost_model == costs.PLAIN:
             return None
         preset = costs.PRESETS[self.cost_model]
@@ -125,11 +127,15 @@ class SimulatorConfig:
 
 
 def check_rates(rates: Mapping[str, float]) -> None:
-    """Refuses unknown kinds of fault, rates outside 0..1 and rates that add up to more than 1."""
+    """Check fault kinds and rates.
+
+    Raises:
+        ConfigError: A kind is unknown, a rate is outside 0 to 1, or their sum is above 1.
+    """
     for kind, rate in rates.items():
         if kind not in list(Fault):
-            raise ConfigError(f"unknown fault {str(kind)!r}; there are {', '.join(Fault)}")
+            raise ConfigError(f"unknown fault {str(kind)!r}; choose from {', '.join(Fault)}")
         if not 0 <= rate <= 1:
-            raise ConfigError(f"the rate of fault {str(kind)!r} must lie between 0 and 1, not {rate}")
+            raise ConfigError(f"the rate of fault {str(kind)!r} must be between 0 and 1, not {rate}")
     if sum(rates.values()) > 1 + 1e-9:
-        raise ConfigError(f"the rates of the faults add up to {sum(rates.values()):g}, more than 1")
+        raise ConfigError(f"the fault rates sum to {sum(rates.values()):g}; they must not exceed 1")

@@ -31,13 +31,18 @@ PIECE_TOKENS: Final = 8
 """Tokens in one event of a streamed answer."""
 
 Feed: TypeAlias = Callable[[str], Awaitable[None]]
-"""Takes the pieces of a streamed answer as they are written; the first one is empty: the answer begins."""
+"""Receives the pieces of a streamed answer; the first one is empty and marks its beginning."""
 
 
 class Simulation:
-    """The server behind its routes: configuration, engine, texts, faults, counters.
+    """The state of a simulated server behind its routes.
 
-    Its clock is that of the running loop, which may be one whose time jumps.
+    It uses the clock of the running event loop, which may be virtual.
+
+    Args:
+        config: What to simulate.
+        script: Faults by hand.
+        on_death: Called when the server dies.
     """
 
     def __init__(
@@ -48,21 +53,20 @@ class Simulation:
     ) -> None:
         self.config = config
         self.dead = False
-        """For good."""
         self._down = False
         self._on_death = on_death
         self._connections: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        self.engine = self._engine()
+        self.engine = self._make_engine()
         self.weights = Weights(config)
         self.faults = FaultPlan(config.faults, config.seed, script)
         self.stats = Statistics()
         self.started_at = time.time()
-        self._looked: tuple[float, int] | None = None
+        self._last_sample: tuple[float, int] | None = None
         self._rate = 0.0
         self._prose = Prose(config.seed, config.faithful)
         self._random = Random(f"times {config.seed}")
 
-    def _engine(self) -> Engine:
+    def _make_engine(self) -> Engine:
         config, model = self.config, self.config.batching
         if model is not None:
             machine = Batching(
@@ -82,15 +86,15 @@ class Simulation:
 
     @property
     def speed(self) -> float:
-        """How fast it works: 1 is nominal, 0.5 half as fast."""
+        """Speed factor: 1 is nominal, 0.5 half as fast."""
         return self.engine.speed
 
     @speed.setter
     def speed(self, speed: float) -> None:
-        """At once with batching; with `plain` from the next token (streamed) or request (whole) on.
+        """Takes effect at once with batching; with `plain` from the next streamed piece or request on.
 
         Raises:
-            ValueError: it is not positive.
+            ValueError: It is not positive.
         """
         if not speed > 0:
             raise ValueError(f"speed must be positive, not {speed}")
@@ -98,11 +102,11 @@ class Simulation:
 
     @property
     def gone(self) -> bool:
-        """Dead or down: whoever connects is reset."""
+        """Whether it is down or dead: connections are reset."""
         return self.dead or self._down
 
     def go_down(self) -> None:
-        """As if the process had died: connections are reset, what runs is lost, and so is the cache."""
+        """Reset connections and lose requests and cache, as if the process had died."""
         self._down = True
         self.engine.lose_all()
         self.weights.restart()
@@ -110,17 +114,17 @@ class Simulation:
             transport.abort()
 
     def come_up(self) -> None:
-        """Serves again after `go_down`, with an empty cache."""
+        """Serve again after `go_down`, with an empty cache."""
         self._down = False
 
     def die(self) -> None:
-        """Goes down for good."""
+        """Go down for ever."""
         self.dead = True
         self._on_death()
         self.go_down()
 
     def arrive(self) -> bool:
-        """Counts a request as come and in flight; False when it finds the server dead."""
+        """Count a request as arrived and in flight. Return False if the server is down or dead."""
         stats, limit = self.stats, self.config.die_after
         if not self.gone and limit is not None and stats.requests >= limit:
             self.die()
@@ -132,13 +136,13 @@ class Simulation:
         return True
 
     def connected(self, transport: asyncio.Transport) -> None:
-        """Counts a connection once."""
+        """Count a connection, once."""
         if transport not in self._connections:
             self._connections.add(transport)
             self.stats.connections += 1
 
     def sent(self, answer: Answer) -> None:
-        """Counts an answer whose last byte is sent."""
+        """Count an answer whose last byte was sent."""
         if answer.aborted:
             self.stats.aborted += 1
             return
@@ -148,39 +152,45 @@ class Simulation:
         self.stats.completion_tokens += answer.completion_tokens
 
     def tokens_per_s(self, written: int | None = None) -> float:
-        """Tokens written a second since the last look that lies at least a second back.
+        """Return generated tokens per second, updated at most once a second.
 
-        `written` is the number so far; without it, answers that are sent count.
+        Args:
+            written: Tokens generated so far; None uses those of the answers sent.
         """
         now = asyncio.get_running_loop().time()
         written = self.stats.completion_tokens if written is None else written
-        if self._looked is None:
-            self._looked = now, written
-        at, before = self._looked
+        if self._last_sample is None:
+            self._last_sample = now, written
+        at, before = self._last_sample
         if now - at >= 1:
             self._rate = max(0, written - before) / (now - at)
-            self._looked = now, written
+            self._last_sample = now, written
         return self._rate
 
     def reset(self) -> None:
-        """Counters, prefix cache, script and faults start again; what is in flight goes on."""
+        """Reset counters, prefix cache and faults; requests in flight continue."""
         self.stats = Statistics(in_flight=self.stats.in_flight, max_in_flight=self.stats.in_flight)
         self.engine.cache.clear()
         self.faults.rewind()
 
     def new_rid(self) -> str:
-        """32 hexadecimal digits, as the real server makes them for a request without one."""
+        """Return 32 hexadecimal digits, as the real server does for a request without a rid."""
         return f"{self._random.getrandbits(128):032x}"
 
     async def answer(
         self, request: CompletionRequest, fault: Fault | None, feed: Feed | None = None
     ) -> Answer:
-        """Runs one request: waits for its turn, takes its time, holds its place until it is complete.
+        """Run one request from the queue to its complete answer.
+
+        Args:
+            request: The request.
+            fault: The fault that it meets.
+            feed: Receives the pieces of a streamed answer; None if not streamed.
 
         Raises:
-            QueueFull: there was no place for it.
-            DuplicateRid: its rid is alive.
-            ServerLost: the server went down meanwhile.
+            QueueFull: The queue is full.
+            DuplicateRid: A live request has its rid.
+            ServerLost: The server went down before the answer was complete.
         """
         clock = asyncio.get_running_loop().time
         began, weights = clock(), self.weights
@@ -224,7 +234,7 @@ class Simulation:
             self.stats.retracted += work.retractions
 
     async def _write(self, work: Work, finish: Finish, feed: Feed | None) -> tuple[str, Finish]:
-        """The text that was written until its end or an abort, and how it ended."""
+        """Return the text that was generated until its end or an abort, and its finish reason."""
         whole, text = count_tokens(work.output), work.output
         if feed is None:
             written = await self.engine.write(work, whole)
@@ -262,19 +272,19 @@ class Simulation:
 
 @dataclass(slots=True)
 class Statistics:
-    """What `/simulator/stats` tells. `requests` are those to write or score; `by_route` counts all."""
+    """The counters of `/simulator/stats`. `requests` counts generation and scoring, `by_route` everything."""
 
     requests: int = 0
     answered: int = 0
-    """Answers sent to the last byte, good or with bad content; tokens are counted for these."""
+    """Answers sent to the last byte, bad content included; tokens are counted for these."""
     aborted: int = 0
-    """Requests that were answered with finish_reason "abort"."""
+    """Requests answered with finish_reason "abort"."""
     disconnected: int = 0
-    """Requests whose client went away first."""
+    """Requests whose client disconnected first."""
     connections: int = 0
-    """Connections on which at least one request came."""
+    """Connections with at least one request."""
     retracted: int = 0
-    """How often a request was thrown out of the running batch to be computed again."""
+    """How often a request was retracted from the running batch."""
     in_flight: int = 0
     max_in_flight: int = 0
     prompt_tokens: int = 0
@@ -285,11 +295,11 @@ class Statistics:
 
     @property
     def cache_hit_rate(self) -> float:
-        """Share of prompt tokens that came from the prefix cache."""
+        """Share of prompt tokens from the prefix cache."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """A plain copy, ready for JSON."""
+        """Return a copy for JSON."""
         return {
             "requests": self.requests,
             "by_route": dict(self.by_route),

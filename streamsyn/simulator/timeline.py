@@ -1,4 +1,21 @@
-"""Faults and outages at set times of a simulated server's life, from a TOML file."""
+"""Timelines: faults and outages at given times of a simulated server, from a TOML file.
+
+    [[event]]
+    at_s = 60              # seconds after the server's start
+    speed = 0.5            # half as fast from here on
+    [[event]]
+    at_s = 120
+    every_s = 90           # repeats; without it, the event happens once
+    down_s = 30            # down this long: connections reset, then refused; the prefix cache is lost
+    [[event]]
+    at_s = 300
+    faults = {http_500 = 0.1}    # these rates from here on replace all earlier ones
+    [[event]]
+    at_s = 600
+    die = true             # dead for good
+
+An event has `at_s` and at least one of `speed`, `down_s`, `faults` and `die`.
+"""
 
 import asyncio
 import heapq
@@ -18,7 +35,7 @@ from streamsyn.simulator.simulation import Simulation
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happens at `at_s`, and every `every_s` after that."""
+    """What happens at `at_s`, and every `every_s` seconds after that."""
 
     at_s: float
     every_s: float | None = None
@@ -29,19 +46,19 @@ class Event:
     die: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Check the values.
 
         Raises:
-            ConfigError: A value is out of bounds, or nothing is to happen.
+            ConfigError: A value is out of bounds, or the event has no effect.
         """
         if self.at_s < 0:
-            raise ConfigError(f"at_s must not be negative, not {self.at_s:g}")
+            raise ConfigError(f"at_s must be at least 0, not {self.at_s:g}")
         for name in ("every_s", "speed", "down_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value:g}")
         if self.speed is None and self.down_s is None and self.faults is None and not self.die:
-            raise ConfigError("nothing happens: give speed, down_s, faults or die = true")
+            raise ConfigError("the event has no effect: set speed, down_s, faults or die = true")
         if self.every_s is not None and self.down_s is not None and self.down_s >= self.every_s:
             raise ConfigError(f"down_s must be less than every_s = {self.every_s:g}, not {self.down_s:g}")
         check_rates(self.faults or {})
@@ -49,7 +66,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that happens to the server; what is None stays as it is."""
+    """One change of the server's state; None means unchanged."""
 
     at_s: float
     speed: float | None = None
@@ -59,23 +76,22 @@ class Change:
 
 
 class Listener(Protocol):
-    """Where a server takes connections."""
+    """Accepts a server's connections."""
 
     async def open(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Timeline:
-    """A schedule of events."""
+    """A schedule of events in a server's life."""
 
     def __init__(self, events: list[Event]) -> None:
         self._events = events
 
     def changes(self) -> Iterator[Change]:
-        """All changes in order of time, without end if an event repeats.
+        """Yield all changes in order of time; endless if an event repeats.
 
-        Outages that touch or overlap are one; where one begins within another, nothing changes. Nothing
-        follows death.
+        Outages that touch or overlap are one outage. Nothing follows `die`.
         """
         # Entries are (time, whether an outage ends, number of the event).
         due = [(event.at_s, False, number) for number, event in enumerate(self._events)]
@@ -100,10 +116,10 @@ class Timeline:
                 return
 
     async def play(self, simulation: Simulation, listener: Listener | None = None) -> None:
-        """Does all this to `simulation`, from now on; returns when nothing is left to happen.
+        """Apply all changes to `simulation`, starting now. Return after the last one.
 
         Raises:
-            ConfigError: The listener does not open again.
+            ConfigError: The listener cannot be opened again.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -131,7 +147,7 @@ class Timeline:
 async def playing(
     timeline: Timeline | None, simulation: Simulation, listener: Listener | None = None
 ) -> AsyncIterator[None]:
-    """Plays `timeline`, if there is one, until the end of the block; its errors come in a group then."""
+    """Play `timeline`, if there is one, until the end of the block; errors are then raised in a group."""
     if timeline is None:
         yield
         return
@@ -147,17 +163,17 @@ _KEYS: Final = tuple(field.name for field in fields(Event))
 
 
 def load_timeline(path: Path) -> Timeline:
-    """The timeline in a TOML file.
+    """Return the timeline in a TOML file.
 
     Raises:
-        ConfigError: It cannot be read, or an entry makes no sense; the message names file and entry.
+        ConfigError: It cannot be read, or an event is invalid; the message names the file and the event.
     """
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the timeline {path}: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
     entries = tree.pop("event", [])
     if tree:
         raise ConfigError(f"{path}: unknown key {next(iter(tree))}; a timeline is a list of [[event]]")
@@ -177,7 +193,7 @@ def _event(entry: dict[str, Any]) -> Event:
         raise ConfigError("at_s is missing")
     for key, value in entry.items():
         if key not in _KEYS:
-            raise ConfigError(f"unknown key {key}; there are {', '.join(_KEYS)}")
+            raise ConfigError(f"unknown key {key}; known keys are {', '.join(_KEYS)}")
         if key in _NUMBERS and not _is_number(value):
             raise ConfigError(f"{key} must be a number, not {value!r}")
     if not isinstance(entry.get("die", False), bool):

@@ -1,3 +1,5 @@
+"""Weight updates: a server's weights and pauses, and the routes that control them."""
+
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +13,7 @@ from streamsyn.simulator.protocol import RawRequest
 from streamsyn.simulator.settings import SimulatorConfig
 
 DEFAULT: Final = "default"
-"""What weights are called that a server started with."""
+"""Version of the weights that a server starts with."""
 MODES: Final = ("abort", "retract", "in_place")
 HEALTH_TIMEOUT_S: Final = 20.0
 NOT_FLUSHED: Final = (
@@ -21,10 +23,10 @@ NOT_FLUSHED: Final = (
 
 
 class Weights:
-    """Which weights a server has, and whether it is paused.
+    """The weights of a server, and whether it is paused.
 
-    While it is, requests that come wait, and from those in flight nothing is heard: what they would have
-    written meanwhile comes at once afterwards. (The real server loses that time.)
+    During a pause new requests wait, and requests in flight get no output. What they would have generated
+    comes at once afterwards. (The real server loses that time.)
     """
 
     def __init__(self, config: SimulatorConfig) -> None:
@@ -36,29 +38,29 @@ class Weights:
         self.restart()
 
     def restart(self) -> None:
-        """As a new process: with what it was started with, and not paused."""
+        """Return to the state of a new process: first weights, not paused."""
         self.path = self._first
-        """What it read its weights from; by that it calls its model."""
+        """Where the weights were loaded from; also the model's name."""
         self.version = DEFAULT
-        """Of what it writes."""
+        """Version in answers."""
         self.reported_version = DEFAULT
-        """What it says on /model_info: not new when an update has failed half way."""
+        """Version in /model_info: still the old one after an update that failed half-way."""
         self.mode: str | None = None
-        """How it was paused; None when it is not."""
+        """Mode of the pause; None when not paused."""
         self._open.set()
 
     async def enter(self) -> None:
-        """Returns when requests are taken in."""
+        """Wait until new requests are accepted."""
         await self._open.wait()
 
     async def flow(self) -> None:
-        """Returns when requests in flight are heard: one that was given up is, in a pause too."""
+        """Wait until requests in flight may send output; aborted ones may during a pause."""
         if self.mode != "abort":
             await self._open.wait()
 
     @contextmanager
     def watched(self, work: Work) -> Iterator[list[dict[str, Any]]]:
-        """Within, what was written by earlier weights is noted in the list."""
+        """Within the block, record in the list what earlier weights generated."""
         spans = self._changes[work] = []
         self._idle.clear()
         try:
@@ -69,26 +71,26 @@ class Weights:
                 self._idle.set()
 
     def pause(self, mode: str) -> None:
-        """Hold everything."""
+        """Pause."""
         self.mode = mode
         self._open.clear()
 
     def resume(self) -> None:
-        """Hold nothing any more."""
+        """End the pause."""
         self.mode = None
         self._open.set()
 
     async def idle(self) -> None:
-        """Returns when nothing is in flight."""
+        """Wait until no request is in flight."""
         await self._idle.wait()
 
     @property
     def busy(self) -> bool:
-        """Whether something is in flight."""
+        """Whether a request is in flight."""
         return bool(self._changes)
 
     def change(self, path: str, version: str | None) -> None:
-        """Other weights from now on."""
+        """Change the weights from now on."""
         for work, spans in self._changes.items():
             if work.written:
                 start = spans[-1]["end"] if spans else 0
@@ -96,7 +98,7 @@ class Weights:
         self.path, self.version = path, version or self.version
 
     def spans(self, before: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-        """Which weights wrote which of so many tokens, after what is noted."""
+        """Return which weights generated which of `tokens` tokens, given the recorded spans."""
         found = [{**span, "end": min(span["end"], tokens)} for span in before if span["start"] < tokens]
         end = found[-1]["end"] if found else 0
         if end < tokens or not found:
@@ -105,7 +107,7 @@ class Weights:
 
 
 class WeightRoutes:
-    """The routes that pause a server and give it other weights (srt/managers/tokenizer_manager.py)."""
+    """The routes for pauses, weight updates and health (srt/managers/tokenizer_manager.py)."""
 
     def __init__(self, weights: Weights, engine: Engine, load_s: float) -> None:
         self._weights = weights
@@ -113,7 +115,7 @@ class WeightRoutes:
         self._load_s = load_s
 
     async def pause(self, raw: RawRequest) -> protocol.Reply:
-        """POST /pause_generation; with `abort` it is answered when nothing is in flight any more."""
+        """POST /pause_generation; with `abort` it answers when no request is in flight."""
         weights = self._weights
         try:
             mode = protocol.read_object(raw.body).get("mode", "abort")
@@ -125,7 +127,7 @@ class WeightRoutes:
         if mode == "abort":
             self._engine.abort_all()
             await weights.idle()
-        return _said("paused")
+        return _status("paused")
 
     async def resume(self, raw: RawRequest) -> protocol.Reply:
         """POST /continue_generation."""
@@ -134,10 +136,10 @@ class WeightRoutes:
         except Malformed as error:
             return protocol.malformed(str(error))
         self._weights.resume()
-        return _said("continued")
+        return _status("continued")
 
     async def update(self, raw: RawRequest) -> protocol.Reply:
-        """POST /update_weights_from_disk; unless it is paused, it waits for all that is in flight."""
+        """POST /update_weights_from_disk; unless paused, it first waits for requests in flight."""
         weights = self._weights
         try:
             body = protocol.read_object(raw.body)
@@ -150,7 +152,7 @@ class WeightRoutes:
             self._engine.abort_all()
         if weights.mode is not None:
             return await self._load(path, version, flush=body.get("flush_cache", True) is True)
-        weights.pause("abort")  # as the real server's lock: who is in flight goes on, who comes waits
+        weights.pause("abort")  # as the real server's lock: requests in flight continue, new ones wait
         try:
             await weights.idle()
             return await self._load(path, version, flush=body.get("flush_cache", True) is True)
@@ -168,11 +170,11 @@ class WeightRoutes:
         if flush:
             self._engine.cache.clear()
         weights.reported_version = weights.version
-        said = "Succeeded to update model weights."
-        return _updated(f"{said} Weight version updated to {version}." if version else said, good=True)
+        message = "Succeeded to update model weights."
+        return _updated(f"{message} Weight version updated to {version}." if version else message, good=True)
 
     async def health(self, _raw: RawRequest) -> protocol.Reply:
-        """GET /health: a token has to be generated for it, which a server that is paused does not."""
+        """GET /health: it generates a token, so it waits for the end of a pause."""
         with suppress(TimeoutError):
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 await self._weights.enter()
@@ -184,7 +186,7 @@ class WeightRoutes:
         return protocol.Reply(200 if self._weights.mode is None else 503)
 
 
-def _said(what: str) -> protocol.Reply:
+def _status(what: str) -> protocol.Reply:
     return protocol.reply({"message": f"Generation {what} successfully.", "status": "ok"})
 
 

@@ -54,13 +54,13 @@ def test_die_after_ends_the_process_without_an_answer() -> None:
     ("options", "named"),
     [
         (["--fault", "flood=0.1"], "unknown fault 'flood'"),
-        (["--fault", "reset=2"], "'reset' must lie between 0 and 1"),
+        (["--fault", "reset=2"], "'reset' must be between 0 and 1"),
         (["--fault", "reset"], "expected KIND=RATE"),
         (["--fault", "reset=often"], "'often' is no number"),
         (["--slots", "0"], "slots must be at least 1"),
         (["--cost-model", "tpu"], "unknown cost_model 'tpu'"),
-        (["--cost-model", "cpu", "--ms-per-token", "3"], "ms_per_token has no meaning"),
-        (["--schedule-policy", "lpm"], "schedule_policy has no meaning"),
+        (["--cost-model", "cpu", "--ms-per-token", "3"], "ms_per_token has no effect"),
+        (["--schedule-policy", "lpm"], "schedule_policy has no effect"),
         (["--speed", "-1"], "speed must be positive"),
     ],
 )
