@@ -1,4 +1,4 @@
-"""SGLang without a model, for tests, benchmarks and planning. README.md says what is simulated and what is not.
+"""SGLang without a model, for tests, benchmarks and planning. README.md says what is imitated, and what not.
 
 In reading order:
 

@@ -98,7 +98,7 @@ class SimulatorConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.faithful <= 1:
-            raise ConfigError(f"faithful must lie between 0 and 1, not {self.faithful}")
+            raise ConfigError(f"faithful must be between 0 and 1, not {self.faithful}")
         self._check_use()
         check_rates(self.faults)
 
