@@ -18,7 +18,7 @@ demo:  ## the main job on a real SGLang with a packaged model
 	.venv-core/bin/streamsyn demo
 
 test: .venv/stamp  ## all tests but those below: no real server, no browser, no crash loops
-	$(BIN)/pytest $(TWO) -m "$(HERMETIC)"
+	$(BIN)/pytest $(TWO) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term)
 
 test-crash: .venv/stamp  ## kills at random and at named points; property tests at length, asyncio in debug mode
 	$(BIN)/pytest $(TWO) -m "crash or (hypothesis and not real_sglang and not chromium)" \
@@ -35,8 +35,8 @@ test-all: test test-crash test-browser test-real  ## all four
 torture: .venv/stamp  ## many kills; STREAMSYN_KILLS and STREAMSYN_KILLS_SEED choose how many and which
 	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m crash -o timeout=1800
 
-coverage: .venv/stamp  ## line and branch coverage of the hermetic tests; fails below the floor in pyproject.toml
-	$(BIN)/pytest $(TWO) -m "$(HERMETIC)" --cov --cov-report=term:skip-covered
+coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml
+	@$(MAKE) --no-print-directory test COVERAGE=1
 
 lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
 	$(BIN)/ruff format --check .
