@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.resume import context_of
 from streamsyn.assembly.resources import AssemblyResources
-from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.records import Context, Seed
 from streamsyn.simulator.prose import Prose
@@ -38,7 +38,8 @@ def make(out: Path, contexts: int, words: int) -> int:
     config = Config()
     directory, prose = RunDirectory(out), Prose(0)
     directory.save(
-        lasting(config), {**fingerprint(config), **AssemblyResources(config.assembly).fingerprint()}
+        with_absolute_paths(config),
+        {**fingerprint(config), **AssemblyResources(config.assembly).fingerprint()},
     )
     log = RunLog(out, config.sink)
     batch: list[Context] = []

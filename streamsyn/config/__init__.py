@@ -1,0 +1,16 @@
+"""The configuration: one TOML file, one frozen section per stage, unknown keys refused by name.
+
+    TOML file + --set overrides -> loading -> Config -> every stage gets its section
+                                                     -> fingerprint (run.json), toml_text (`streamsyn config`)
+
+In reading order:
+    sections        all keys with their defaults; the docstring below a key is what `streamsyn config` prints
+    train_section   the keys of `streamsyn train`
+    fields          the base class of sections and the field types; `operational` marks keys that shape no output
+    loading         `load` and `parse_override`; errors name the key, the value and the nearest known key
+    fingerprint     the keys that a resumed run must have in common with the first one
+    toml_text       the configuration as commented TOML
+
+To add a key, add a field with a docstring to its section. Mark it as `operational` unless it shapes contexts or
+samples: all other keys become part of the fingerprint.
+"""

@@ -1,40 +1,40 @@
-"""What all sections are made of."""
+"""The base class of sections, and the types of their fields."""
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def _no_truth_value(value: Any) -> Any:
-    """To Python `true` is 1; to who wrote it, it is not."""
+def _refuse_bool(value: Any) -> Any:
+    """Refuse true and false where a number belongs: Python would take them as 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("Input should be a number, not true or false")  # noqa: TRY004 - what pydantic takes
+        raise ValueError("Input should be a number, not true or false")  # noqa: TRY004 - pydantic expects ValueError
     return value
 
 
 operational = Field(json_schema_extra={"operational": True})
-"""Marks a key that does not shape what is written."""
+"""Marks a key that does not shape outputs, and so is not part of the fingerprint."""
 
 
 def is_operational(field: Any) -> bool:
-    """Whether a field of a section is marked so."""
+    """Whether a field of a section is marked as operational."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and bool(extra.get("operational"))
 
 
-Seconds = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0)]
-Positive = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0)]
+Positive = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)]
 MAX_COUNT = 2**63 - 1
-"""JSON as it is written here has no larger numbers."""
-Count = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=MAX_COUNT)]
-CountOrZero = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, le=MAX_COUNT)]
-Unit = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0, le=1)]
-"""From 0 to 1."""
-NotNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0, allow_inf_nan=False)]
-Threshold = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)] | None
+"""Largest signed 64-bit integer; larger ones cannot be written to the log."""
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=MAX_COUNT)]
+Unit = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1)]
+"""A fraction from 0 to 1."""
+NotNegative = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
+Threshold = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)] | None
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, closed, documented by the text below each field."""
+    """A table of the configuration. It is frozen, refuses unknown keys, and takes each key's meaning from its docstring."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

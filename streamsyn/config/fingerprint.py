@@ -1,4 +1,4 @@
-"""What of a configuration shapes outputs: the fingerprint that a resume must match."""
+"""What a run keeps of its configuration: the fingerprint that a resume must match, and all keys to resume with."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,18 +10,20 @@ from streamsyn.errors import ConfigError
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """What shapes outputs, as dotted key -> value: all keys that are not operational.
+    """Return the keys that shape outputs, as dotted key -> value: all that are not operational.
+
+    A template counts by its text, not by its path.
 
     Raises:
-        ConfigError: A template cannot be read.
+        ConfigError: A template file cannot be read.
     """
     return dict(_shaping(config, ""))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The keys of two fingerprints that differ, each with both values; nothing when they are the same.
+    """Describe the keys that differ between two fingerprints, with both values; "" when none does.
 
-    A key that was not there yet `before` had its value of `defaults`.
+    A key that did not exist yet `before` counts with its value in `defaults`.
     """
     before = {key: value for key, value in defaults.items() if key in now} | dict(before)
     return "; ".join(
@@ -50,7 +52,6 @@ def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
                 else:
                     yield f"{prefix}{name}.{key}", below
         elif isinstance(value, Path):
-            # a template shapes outputs by its text, not by where it lies
             try:
                 yield prefix + name, value.read_text("utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -59,8 +60,8 @@ def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def lasting(config: Config) -> dict[str, Any]:
-    """The configuration as a later run, from wherever it is started, can go on with it."""
+def with_absolute_paths(config: Config) -> dict[str, Any]:
+    """Return the configuration as JSON values with absolute paths, to resume from any working directory."""
     saved = config.model_dump(mode="json")
     for source in saved["seeds"]["sources"]:
         if source["path"] != "-":
@@ -70,7 +71,7 @@ def lasting(config: Config) -> dict[str, Any]:
         settings[key] = [str(Path(path).absolute()) for path in settings[key]]
     if sink["mirror"] and "://" not in sink["mirror"]:
         sink["mirror"] = str(Path(sink["mirror"]).absolute())
-    if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else it is on the hub
+    if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else a name on the hub
         assembly["tokenizer"] = str(Path(assembly["tokenizer"]).absolute())
     templates = [recipe, assembly, saved["scoring"], *recipe["tasks"].values(), *assembly["tasks"].values()]
     paths = [(settings, "template") for settings in templates]

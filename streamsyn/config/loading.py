@@ -1,4 +1,4 @@
-"""The configuration: one TOML file, overrides laid over it, and what of it makes up a run's fingerprint."""
+"""Load the configuration: one TOML file, with overrides on top."""
 
 import difflib
 import tomllib
@@ -25,7 +25,7 @@ from streamsyn.errors import ConfigError
 
 
 class Config(Section):
-    """All sections."""
+    """The whole configuration: one section per stage."""
 
     run: RunSection = RunSection()
     seeds: SeedsSection = SeedsSection()
@@ -39,10 +39,10 @@ class Config(Section):
 
 
 def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config:
-    """The configuration in `path`, with `overrides` as (dotted key, value) laid over it.
+    """Load the TOML file `path`, or the defaults, and apply `overrides`: pairs of dotted key and value.
 
     Raises:
-        ConfigError: The file cannot be read, or a key or value is wrong; the message names it.
+        ConfigError: The file cannot be read, a key is unknown or a value invalid. The message names all of them.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -50,26 +50,26 @@ def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config
             tree = tomllib.loads(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-        except ValueError as error:  # that of tomllib, or that of a number with too many digits
-            raise ConfigError(f"{path} is no valid TOML: {error}") from error
+        except ValueError as error:  # from tomllib, or from int() for a number with too many digits
+            raise ConfigError(f"{path}: invalid TOML: {error}") from error
     for key, value in overrides:
         _put(tree, key, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
-        raise ConfigError(where + "; ".join(_explained(error.errors()))) from error
+        raise ConfigError(where + "; ".join(_describe(error.errors()))) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` of `--set`: the value is TOML where it parses as such, else plain text.
+    """Split the `key=value` of `--set`. The value is TOML if it parses as TOML, else plain text.
 
     Raises:
-        ConfigError: There is no `=`.
+        ConfigError: `text` has no key or no `=`.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set takes key=value, as in run.seed=1, not {text!r}")
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE, such as run.seed=1")
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
     except ValueError:
@@ -82,21 +82,24 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {section} is a value, it has no keys below it")
+            raise ConfigError(f"unknown key {key}: {section} is a value, not a table")
     tree[name] = value
 
 
-def _explained(problems: Iterable[Any]) -> Iterable[str]:
-    """One line a key. Where a value may be of several kinds, pydantic has a problem for each of them."""
+def _describe(problems: Iterable[Any]) -> Iterable[str]:
+    """Describe pydantic's problems, one text per key.
+
+    Where a value may have several types, pydantic reports a problem for each of them: they are joined.
+    """
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
-        key = ".".join(str(part) for part in problem["loc"] if not _names_a_kind(str(part)))
+        key = ".".join(str(part) for part in problem["loc"] if not _is_type_name(str(part)))
         by_key.setdefault(key, []).append(problem)
     for key, found in by_key.items():
         if any(longer.startswith(f"{key}.") for longer in by_key):
-            continue  # what stands below it says more
+            continue  # the problem of the longer key is more precise
         if found[0]["type"] == "extra_forbidden":
-            yield _unknown(key)
+            yield _describe_unknown(key)
         else:
             messages = " or ".join(
                 dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in found)
@@ -104,12 +107,12 @@ def _explained(problems: Iterable[Any]) -> Iterable[str]:
             yield f"{key}: {messages} (got {found[0]['input']!r})"
 
 
-def _names_a_kind(part: str) -> bool:
-    """Whether a part of pydantic's location is no key but one of the kinds that a value may be of."""
+def _is_type_name(part: str) -> bool:
+    """Whether a part of pydantic's location is one of the types of a value, not a key."""
     return part in ("str", "bool", "int", "float") or "[" in part or part.endswith(("-float", "Section"))
 
 
-def _unknown(key: str) -> str:
+def _describe_unknown(key: str) -> str:
     *level, name = key.split(".")
     known = [parts for parts in (key.split(".") for key in known_keys()) if len(parts) > len(level)]
     siblings = {
@@ -123,7 +126,7 @@ def _unknown(key: str) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every key there is, dotted; a `*` stands for a task's name or a source's number."""
+    """Return every key, dotted, with `*` for the name of a task or the number of a source."""
     return list(_keys(Config, ""))
 
 
@@ -139,7 +142,7 @@ def _keys(section: type[Section], prefix: str) -> Iterable[str]:
 
 
 def _sections_in(kind: Any) -> Iterator[type[Section]]:
-    """The sections that a value of `kind` may hold."""
+    """Yield the section classes in the annotation `kind`."""
     if isinstance(kind, type) and issubclass(kind, Section):
         yield kind
     for part in get_args(kind):

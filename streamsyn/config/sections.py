@@ -1,13 +1,4 @@
-"""The sections of what lies at both ends: the run, its seeds, its log.
-
-The sections of what is asked of the LLM.
-
-The sections of what a context is examined for.
-
-The sections of the servers.
-
-The sections of how contexts become samples.
-"""
+"""All sections of the configuration except `train`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,94 +12,95 @@ class RunSection(Section):
     """The run as a whole."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds everything drawn at random: the order of interleaved sources, distractors, positions."""
+    """Seed of all random choices: interleaved sources, distractors, lengths, positions."""
     max_reject_fraction: Annotated[float, Field(ge=0, le=1), operational] = 1.0
-    """Exit with 3 when more than this share of the outcomes are rejects."""
+    """Exit with code 3 when rejects are more than this fraction of the outcomes, from 0 to 1. The default 1
+    never does."""
     drain_timeout_s: Annotated[Seconds, operational] = 60.0
-    """After the first SIGTERM or SIGINT, how long requests in flight may take to finish."""
+    """Seconds that requests in flight may take to finish after the first SIGTERM or SIGINT."""
     max_consecutive_bugs: Annotated[Count, operational] = 16
-    """So many internal errors in a row, with nothing done in between, end the run."""
+    """Stop the run after this many internal errors in a row, with no outcome in between."""
     metrics_listen: Annotated[str | None, operational] = None
-    """`HOST:PORT` to serve Prometheus metrics at while the run goes on."""
+    """`HOST:PORT` to serve Prometheus metrics on during the run. By default they are not served."""
     queue_size: Annotated[Count, operational] = 256
-    """Items the queue between two stages holds at most."""
+    """Maximum number of items in the queue between two stages."""
 
 
 class SourceSection(Section):
-    """One place that seeds come from."""
+    """One source of seeds."""
 
     path: str
     """A file, a directory, a glob, or `-` for NDJSON on stdin."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source when sources are interleaved."""
+    """Relative weight of this source when sources are interleaved."""
     task: str | None = None
-    """The task of seeds that name none; by default the file's stem."""
+    """Task of seeds that have none of their own. By default the file's stem."""
 
 
 class FieldsSection(Section):
-    """Where a seed's parts stand in a line: the names of its fields."""
+    """Names of the fields that hold the parts of a seed."""
 
     instruction: str = "instruction"
-    """Field that holds the instruction."""
+    """Field with the instruction."""
     answer: str = "answer"
-    """Field that holds the gold answer."""
+    """Field with the gold answer."""
     id: str = "id"
-    """Optional field that holds the id."""
+    """Optional field with the id."""
     task: str = "task"
-    """Optional field that holds the task."""
+    """Optional field with the task."""
     messages: str = "messages"
-    """Field that holds a chat-format pair, used where instruction and answer are absent."""
+    """Field with a chat-format pair, used where instruction and answer are absent."""
     context: str = "context"
-    """Field that holds the document, for recipes that start from one."""
+    """Field with the document, for recipes that start from documents."""
 
 
 class SeedsSection(Section):
-    """Where seeds come from."""
+    """Where seeds come from, and in which order they are worked on."""
 
     sources: Annotated[tuple[SourceSection, ...], operational] = ()
-    """The sources; `--seeds PATH` on the command line replaces them."""
+    """The sources. `--seeds PATH` on the command line replaces them."""
     interleave: Annotated[bool, operational] = False
-    """Mix the sources by weight, instead of reading them in turn."""
+    """Mix the sources by weight instead of reading them one after the other."""
     fields: FieldsSection = FieldsSection()
-    """Names of the fields."""
+    """Names of the fields of a seed."""
     max_line_bytes: Annotated[Count, operational] = 8 * 2**20
-    """A longer line is rejected without being held in memory."""
+    """Longest line in bytes. A longer line is rejected and never held in memory."""
     limit: Annotated[Count | None, operational] = None
-    """Read at most so many seeds (`--limit`)."""
+    """Maximum number of seeds to read (`--limit`). By default all of them."""
     group_window: Annotated[int, Field(ge=0), operational] = 1024
-    """Of so many seeds read ahead, those that share a long text (the template's block `group`) are worked
-    on together; 0 keeps the order. No seed is passed over by more than this many."""
+    """Number of seeds read ahead to bring together those that share a long text (the template's block
+    `group`). 0 keeps the order of the input. At most this many other seeds overtake a seed."""
     task_losses: Annotated[Path | None, operational] = None
-    """A trainer's OUT/task_losses.json, which need not be there yet: tasks that it finds hard come first. It
-    is read again when it changes."""
+    """A trainer's OUT/task_losses.json. Seeds of tasks with a high loss come first. The file may appear
+    later, and is read again when it changes."""
     task_window: Annotated[Count, operational] = 4096
-    """With losses: so many seeds are read ahead, out of which the next is drawn, by task and then the oldest;
-    none lets more than four times as many others pass. `seeds.limit` counts what is read."""
+    """With `seeds.task_losses`: number of seeds read ahead. The next seed is the oldest of a task drawn by
+    loss. At most four times this many other seeds overtake a seed. `seeds.limit` counts seeds read."""
     task_exponent: Annotated[float, Field(ge=0), operational] = 1.0
-    """A task is drawn in proportion to its loss to this power; the least of them a tenth as often as the
-    heaviest."""
+    """A task is drawn in proportion to its loss to the power of this number, but never less than a tenth as
+    often as the most frequent task."""
 
 
 class SinkSection(Section):
-    """The log on disk. All of it is operational but the compression."""
+    """The durable log on disk: all keys are operational except the compression."""
 
     sync_interval_s: Annotated[Seconds, operational] = 1.0
-    """Outcomes are on disk (fsync) at most this long after they were written."""
+    """Longest time in seconds from writing an outcome to its fsync."""
     sync_rows: Annotated[Count, operational] = 1024
-    """So many unsynced rows are synced at once, however early."""
+    """Sync early when this many rows are unsynced."""
     shard_bytes: Annotated[Count, operational] = 128 * 2**20
-    """A shard is sealed when it has grown to this."""
+    """Size in bytes at which a shard is sealed."""
     compression: Literal["none", "zstd"] = "none"
-    """`zstd` writes `.jsonl.zst`."""
+    """`none` writes `.jsonl`, `zstd` writes `.jsonl.zst`."""
     mirror: Annotated[str | None, operational] = None
-    """A URL, such as s3://bucket/runs/first, that sealed shards are copied to while the run goes on."""
+    """A URL, such as s3://bucket/runs/first, that sealed shards are copied to during the run. By default they
+    are not copied."""
     mirror_timeout_s: Annotated[Seconds, operational] = 300.0
-    """How long a run waits at its end for copies that are under way; what is missing then is copied by the
-    next run."""
+    """Seconds that a run waits at its end for copies in progress. The next run copies what is missing."""
 
 
 class TaskRecipeSection(Section):
-    """What differs for one task; what is left out is as for all."""
+    """Overrides of the recipe for one task; absent keys keep the value for all tasks."""
 
     target_words: Count | None = None
     """As `recipe.target_words`."""
@@ -119,194 +111,203 @@ class TaskRecipeSection(Section):
 
 
 class RecipeSection(Section):
-    """What is asked of the LLM for a seed."""
+    """What the LLM is asked for a seed."""
 
     use: str = "context"
-    """The recipe: `context` asks for a document at once; `sections` for an outline, then for one section
-    after the other, for documents of 4k to 128k tokens; `instruction` takes documents and asks for a question
-    and its answer. `my_package.recipes:Mine` is a class of your own."""
+    """The recipe. `context` asks for one document in one request. `sections` asks for an outline and then
+    section by section, for documents of 4k to 128k tokens. `instruction` takes documents and asks for a
+    question and its answer. `my_package.recipes:Mine` is a class of your own."""
     options: dict[str, Any] = {}
-    """For a recipe of your own: whatever it needs."""
+    """Options of a recipe of your own. streamsyn does not read them."""
     window_words: Count | None = None
-    """Of a longer document the recipe `instruction` takes so many words, from a place that is drawn."""
+    """Recipe `instruction`: number of words in the window that is taken at a random place of a longer
+    document. By default the whole document."""
     target_words: Count = 2000
-    """Length that the LLM is asked for by the recipe `context`."""
+    """Recipe `context`: length to ask for, in words."""
     contexts_per_seed: Count = 1
-    """Drafts a seed: contexts written independently of each other."""
+    """Drafts per seed: contexts written independently of each other."""
     max_tokens: Count = 4096
-    """Longest answer of the recipes `context` and `instruction`, in tokens of the model that writes."""
+    """Recipes `context` and `instruction`: maximum tokens of an answer, by the tokenizer of the model that
+    writes."""
     target_tokens: Count = 8000
-    """Length that the recipe `sections` writes up to, as the servers count it: never beyond, and short of it
-    by less than a quarter of a section. `checks.max_words` does not reject what is asked for here."""
+    """Recipe `sections`: length of a document in tokens, as the servers count them. It is never exceeded, and
+    missed by less than a quarter of a section. `checks.max_words` does not reject documents of this
+    length."""
     section_tokens: Count = 1024
-    """Longest answer for one section, in tokens; there are about `target_tokens / section_tokens` of them."""
+    """Recipe `sections`: maximum tokens of one section. A document has about `target_tokens / section_tokens`
+    sections."""
     facts: Literal["one", "spread"] = "one"
-    """Where the facts that lead to the answer are placed: in `one` section, drawn evenly for each draft, or
-    `spread` over up to four."""
+    """Recipe `sections`: where the facts that lead to the answer stand. `one`: in one section, drawn
+    uniformly for each draft. `spread`: over up to four sections."""
     window_tokens: Count = 32768
-    """No conversation of the recipe `sections` grows beyond so many tokens, prompt and answer together (so it
-    should not exceed the model's context length): before it would, what has been written is summarised, and a
-    new conversation goes on from the summary and the last section. Where the seed itself is too long for that
-    the context has the flag `beyond_window`."""
+    """Recipe `sections`: maximum tokens of a conversation, prompt and answer together; at most the model's
+    context length. Before it is exceeded, the text so far is summarised, and a new conversation continues
+    from the summary and the last section. A context whose seed alone is too long for it gets the flag
+    `beyond_window`."""
     summary_tokens: Count = 512
-    """Longest running summary, in tokens."""
+    """Recipe `sections`: maximum tokens of the running summary."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """Sampling temperature."""
     sampling: dict[str, Any] = {}
-    """Any other sampling parameter, passed through to the server, such as `top_p`."""
+    """Other sampling parameters, passed to the server unchanged, such as `top_p`."""
     template: Path | None = None
-    """A Jinja2 file in place of the packaged prompt. For `context` and `instruction`: the blocks `user` and,
-    where wanted, `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the
-    others stay as packaged. For all: `group`, text that several seeds share, such as a passage; it stands
-    first in the user message, and its seeds are sent to one server, one after the other."""
+    """A Jinja2 file that replaces the packaged prompt. Blocks for `context` and `instruction`: `user`, and
+    optionally `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the
+    others stay as packaged. For all: `group`, a text that several seeds share, such as a passage. It comes
+    first in the user message, and its seeds go to one server, one after the other."""
     tasks: dict[str, TaskRecipeSection] = {}
     """Overrides for single tasks: `[recipe.tasks.NAME]`."""
     tries: Count = 3
-    """Fresh answers asked for, in all, when one fails a check; in `sections`, for each step."""
+    """Maximum number of fresh answers when answers fail a check; in `sections`, for each step."""
     on_truncated: Literal["keep", "continue", "reject"] = "keep"
-    """An answer cut at `max_tokens`: keep it with a flag, have it continued, or try afresh. In `sections` a
-    cut section is continued by the next one anyway: only `reject` differs, and only for the last section."""
+    """What to do with an answer cut at `max_tokens`: `keep` it with the flag `truncated`, `continue` it, or
+    `reject` it and try again. In `sections` the next section continues a cut one anyway: only `reject`
+    makes a difference, for the last section."""
     max_continuations: Count = 4
-    """How often one answer is continued at most."""
+    """Maximum number of continuations of one answer."""
 
 
 class ChecksSection(Section):
-    """What a context must satisfy; the first failure names the reject."""
+    """What a context must satisfy; the first failed check gives the reject its reason."""
 
     min_words: Annotated[int, Field(ge=0)] = 50
-    """Fewer words are `too_short`; for the recipe `instruction`, in the document."""
+    """Minimum number of words; fewer is `too_short`. Recipe `instruction`: of the document."""
     max_words: Count = 20_000
-    """More words are `too_long`; for the recipe `instruction`, in question or answer."""
+    """Maximum number of words; more is `too_long`. Recipe `instruction`: of the question and of the
+    answer."""
     refusal: bool = True
-    """Reject answers that decline (`refusal`)."""
+    """Reject answers in which the model declines (`refusal`)."""
     max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Largest share of repeated five-word runs; above it is `repetition`. 1 switches it off."""
+    """Maximum fraction of repeated five-word runs; more is `repetition`. 1 switches the check off."""
     prompt_echo: bool = True
-    """Reject answers that repeat our prompt (`prompt_echo`)."""
+    """Reject answers that repeat the prompt (`prompt_echo`)."""
     qa_pasted: bool = True
-    """Reject answers that are the question and its answer rather than a document (`qa_pasted`)."""
+    """Reject answers that are the question and its answer instead of a document (`qa_pasted`)."""
     near_duplicate: Literal["off", "flag", "reject"] = "off"
-    """What to do with a context that repeats one that was written before it: nothing, not even look; flag it
-    (`near_duplicate`); or reject it."""
+    """What to do with a context that is nearly the same as an earlier one (`near_duplicate`): `flag` or
+    `reject` it. `off` does not compare."""
     similarity: Unit = 0.8
-    """Two contexts repeat each other when so large a share of their runs of five words is the same (Jaccard
-    similarity, estimated by MinHash)."""
+    """Two contexts are near-duplicates from this Jaccard similarity of their five-word runs on, from 0 to 1.
+    It is estimated by MinHash."""
     eval_sets: Annotated[tuple[str, ...], operational] = ()
-    """Files, directories or globs of evaluation data: JSON lines as LongBench has them, Parquet or text. A
-    context that shares a run of `checks.eval_ngram_words` words with any text in them is `contaminated`."""
+    """Files, directories or globs of evaluation data: JSON lines in LongBench's format, Parquet or text. A
+    context that shares a run of `checks.eval_ngram_words` words with them is `contaminated`."""
     eval_ngram_words: Annotated[Count, Field(ge=4)] = 13
-    """Length of such a run in words, without case and punctuation."""
+    """Length of such a run in words, ignoring case and punctuation."""
     on_contaminated: Literal["flag", "reject"] = "reject"
-    """What to do with such a context."""
+    """What to do with a contaminated context: `flag` or `reject` it."""
     context_gain: bool = False
-    """Have servers measure how much likelier the gold answer is with the context: its mean log-likelihood a
-    token, in nats, given context and instruction, less that given the instruction alone."""
+    """Have the servers measure the context gain: the mean log-likelihood per token of the gold answer given
+    context and instruction, minus that given the instruction alone, in nats."""
     flag_gain_below: Threshold = 0.0
-    """A context with less gain gets the flag `low_context_gain`."""
+    """A context with a gain below this gets the flag `low_context_gain`."""
     reject_gain_below: Threshold = None
-    """A context with less gain is rejected (`low_context_gain`)."""
+    """A context with a gain below this is rejected (`low_context_gain`). By default none is."""
     answerable: bool = False
-    """Have servers answer the instruction with and without the context, and compare with the gold answer: F1
-    of words for questions, as LongBench does, ROUGE-L for summaries."""
+    """Have the servers answer the instruction with and without the context, and score both against the gold
+    answer from 0 to 1: word F1 for questions, as in LongBench, ROUGE-L for summaries."""
     flag_answer_below: Unit | None = 0.1
-    """A context whose answer scores less gets the flag `not_answerable`."""
+    """A context whose answer scores below this gets the flag `not_answerable`."""
     reject_answer_below: Unit | None = None
-    """A context whose answer scores less is rejected (`not_answerable`)."""
+    """A context whose answer scores below this is rejected (`not_answerable`). By default none is."""
     flag_known_above: Unit | None = 0.5
-    """A context gets the flag `known_answer` when the answer given without it scores more: the model knows
-    it anyway."""
+    """A context gets the flag `known_answer` when the answer without it scores above this: the model knows
+    the answer anyway."""
 
 
 class ServerSection(Section):
-    """One server of the fleet, where more is to be said of it than its URL."""
+    """One server, when it needs more than a URL."""
 
     url: str
     """Base URL."""
     weight: Positive = 1.0
-    """Its share of the work, beside the others'."""
+    """Relative share of the work."""
     key_env: str | None = None
-    """Environment variable that holds its key; by default STREAMSYN_API_KEY."""
+    """Environment variable that holds the server's API key. By default STREAMSYN_API_KEY."""
 
 
 class ScoringSection(Section):
-    """Who scores contexts, and how: for `checks.context_gain` and `checks.answerable`."""
+    """The servers and the prompt for `checks.context_gain` and `checks.answerable`."""
 
     servers: Annotated[tuple[str | ServerSection, ...], operational] = ()
-    """Servers that score, as in `fleet.servers`; by default those that write."""
+    """Servers that score, written as in `fleet.servers`. By default those that write."""
     model: str | None = None
-    """The model that scores; by default the one served, or of several the first by name."""
+    """The model that scores. By default the one that is served, or the first by name of several."""
     answer_tokens: Count = 256
-    """Of a longer gold answer only so many first tokens are scored."""
+    """Maximum tokens of a gold answer that are scored: the first ones."""
     max_answer_tokens: Count = 256
-    """Longest answer that `checks.answerable` asks for, in tokens."""
+    """Maximum tokens of an answer that `checks.answerable` asks for."""
     template: Path | None = None
-    """A Jinja2 file for the question, in place of the packaged one; `context` is empty when it is asked
-    without one."""
+    """A Jinja2 file for the question, in place of the packaged one. Its variable `context` is empty for the
+    question without context."""
 
 
 class FleetSection(Section):
-    """The servers and how they are asked. All of it is operational but the models."""
+    """The servers and how they are asked: all keys are operational except the models."""
 
     servers: Annotated[tuple[str | ServerSection, ...], operational] = ()
-    """Base URLs, or tables with `url`, `weight`, `key_env`; `--server URL` on the command line replaces
+    """Base URLs, or tables with `url`, `weight`, `key_env`. `--server URL` on the command line replaces
     them."""
     servers_file: Annotated[Path | None, operational] = None
-    """A file of servers, one a line: `URL [weight=W] [key_env=NAME] [drain]`. It is read again when it
-    changes: servers come, go, and are drained."""
+    """A file with one server a line: `URL [weight=W] [key_env=NAME] [drain]`. It is read again when it
+    changes, to add, remove and drain servers."""
     servers_dns: Annotated[str | None, operational] = None
-    """A URL whose host name stands for all addresses it has, as a headless Kubernetes service does; it is
-    looked up again now and then."""
+    """A URL whose host name resolves to the addresses of all servers, as a headless Kubernetes service does.
+    It is resolved again regularly."""
     discover_interval_s: Annotated[Seconds, operational] = 5.0
-    """Pause between looks at the file and the name."""
+    """Seconds between readings of `fleet.servers_file` and resolutions of `fleet.servers_dns`."""
     model: Annotated[str | None, operational] = None
-    """Model to ask for; by default what the servers say they serve."""
+    """Model to ask for. By default the one that the servers report."""
     models: dict[str, Positive] = {}
-    """Several models, each with its share of the drafts, such as 3 of one and 1 of another."""
+    """Several models, each with its relative share of the drafts, such as {a = 3, b = 1}."""
     concurrency: Annotated[Literal["auto"] | Count, operational] = "auto"
-    """Requests in flight at one server: `auto` finds what keeps its batch full, or a number."""
+    """Requests in flight per server: a number, or `auto` to find what keeps the server's batch full."""
     max_in_flight: Annotated[Count, operational] = 2048
-    """Requests at one server at a time, at most, whatever `fleet.concurrency` says."""
+    """Maximum number of requests in flight per server, whatever `fleet.concurrency` is."""
     load_interval_s: Annotated[Seconds, operational] = 1.0
-    """Pause between looks at a server's load."""
+    """Seconds between readings of a server's load."""
     slow_start_s: Annotated[Seconds, operational] = 10.0
-    """A server that was ejected gets its full share of requests only so long after it is back."""
+    """Seconds until a readmitted server gets its full share of requests again."""
     balance_factor: Annotated[float, Field(ge=1), operational] = 1.25
-    """A prefix group leaves its server when that one has more than this many times its share of the load."""
+    """A prefix group leaves its server when the server has more than this many times its share of the
+    load."""
     leader_wait_s: Annotated[Seconds, operational] = 5.0
-    """Requests wait at most so long for the first token of the one that brings their prefix into a cache."""
+    """Maximum seconds that requests wait for the first token of the request that brings their prefix into a
+    cache."""
     hedge_tail: Annotated[bool | Annotated[float, Field(ge=0, le=1)], operational] = False
-    """At the end of a run, when at most this share of the workers is left at work (true: 0.05), ask again
-    elsewhere; the first answer counts."""
+    """At the end of a run, when at most this fraction of the workers is still at work, send their requests to
+    a second server and take the first answer. `true` is 0.05, `false` is off."""
     tls_ca: Annotated[Path | None, operational] = None
-    """PEM file of the authorities that https servers are checked against; by default the system's."""
+    """PEM file with the authorities that https servers are verified against. By default the system's."""
     tls_cert: Annotated[Path | None, operational] = None
-    """PEM file with our certificate and its key, for servers that ask for one."""
+    """PEM file with the client certificate and its key, for servers that require one."""
     request_timeout_s: Annotated[Seconds, operational] = 600.0
-    """Bound on one try."""
+    """Maximum seconds of one attempt."""
     total_timeout_s: Annotated[Seconds, operational] = 3600.0
-    """Bound on all tries of one request; time spent waiting for a free server does not count."""
+    """Maximum seconds of all attempts of one request, without the time spent waiting for a free server."""
     connect_timeout_s: Annotated[Seconds, operational] = 10.0
-    """Bound on opening a connection."""
+    """Maximum seconds to open a connection."""
     max_attempts: Annotated[Count, operational] = 6
-    """Tries of one request. A full queue is no try, nor is a server that cannot be reached."""
+    """Maximum number of attempts of one request. A full queue or an unreachable server does not count."""
     backoff_base_s: Annotated[Seconds, operational] = 0.5
-    """First pause between tries is drawn from zero to this; it doubles each time."""
+    """Upper bound in seconds of the first pause between attempts, which is drawn from zero to it. It doubles
+    with each attempt."""
     backoff_max_s: Annotated[Seconds, operational] = 30.0
-    """Longest pause between tries."""
+    """Longest pause between attempts, in seconds."""
     eject_after: Annotated[Count, operational] = 3
-    """Failures in a row after which a server gets no more requests until it answers a probe. One that
-    cannot be reached gets none at once."""
+    """Failures in a row after which a server is ejected until it answers a probe. An unreachable server is
+    ejected at once."""
     probe_interval_s: Annotated[Seconds, operational] = 2.0
-    """Pause between the probes of an ejected server; it grows to ten times this."""
+    """Seconds between probes of an ejected server. The interval grows to ten times this."""
     give_up_s: Annotated[Seconds, operational] = 300.0
-    """When no server was usable for so long, the run stops with 75, resumable."""
+    """Stop the run with exit code 75, resumable, when no server was usable for this many seconds."""
 
 
 Source = Literal["same_task", "any_task", "corpus"]
 
 
 class TaskAssemblySection(Section):
-    """What differs for one task."""
+    """Overrides of assembly for one task."""
 
     family: str | None = None
     """Prompt family: single_doc_qa, multi_doc_qa, summary, meeting_query or general."""
@@ -315,33 +316,35 @@ class TaskAssemblySection(Section):
 
 
 class LengthsSection(Section):
-    """A distribution of lengths in tokens: one of its keys."""
+    """A distribution of sample lengths in tokens; exactly one of uniform, log_uniform, choices and
+    schedule.
+    """
 
     uniform: tuple[Count, Count] | None = None
-    """Lowest and highest; all between are as likely."""
+    """Lowest and highest length, drawn uniformly."""
     log_uniform: tuple[Count, Count] | None = None
-    """Lowest and highest; each doubling is as likely."""
+    """Lowest and highest length, drawn uniformly on a logarithmic scale."""
     choices: tuple[Count, ...] | None = None
-    """One of these."""
+    """Lengths to choose from."""
     weights: tuple[Positive, ...] | None = None
-    """How likely each of `choices` is, beside the others."""
+    """Relative weights of `choices`. By default all are equal."""
     schedule: tuple[tuple[Annotated[int, Field(ge=0)], Count], ...] | None = None
-    """Pairs of a number of contexts and the length from there on: the stream's samples grow."""
+    """Pairs of a number of contexts and the length from there on, so that samples grow with the stream."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         ways = [name for name in ("uniform", "log_uniform", "choices", "schedule") if getattr(self, name)]
         if len(ways) != 1:
-            raise ValueError("one of uniform, log_uniform, choices and schedule is wanted")
+            raise ValueError("needs exactly one of uniform, log_uniform, choices and schedule")
         for bounds in (self.uniform, self.log_uniform):
             if bounds is not None and bounds[0] > bounds[1]:
                 raise ValueError(f"the lowest length, {bounds[0]}, is above the highest, {bounds[1]}")
         if self.weights is not None and len(self.weights) != len(self.choices or ()):
-            raise ValueError("weights are as many as choices")
+            raise ValueError("weights and choices must have the same length")
         if self.schedule is not None:
             starts = [start for start, _ in self.schedule]
             if starts[0] != 0 or starts != sorted(set(starts)):
-                raise ValueError("a schedule begins at 0 contexts and rises")
+                raise ValueError("a schedule must start at 0 contexts and rise")
         return self
 
 
@@ -349,52 +352,54 @@ class AssemblySection(Section):
     """How contexts become samples."""
 
     write: bool = True
-    """False: contexts only."""
+    """Write samples. With `false` the run writes contexts only."""
     contexts_per_sample: Count = 10
-    """One relevant context and so many less one distractors."""
+    """Contexts in a sample: the relevant one and distractors."""
     target_tokens: Count | LengthsSection | None = None
-    """In place of a number of contexts: add distractors until the sample has so many tokens. A number, or a
-    distribution: {uniform = [8000, 32000]}, {log_uniform = [8000, 128000]}, {choices = [8000, 32000],
-    weights = [3, 1]}, or {schedule = [[0, 8000], [1000, 32000]]}, which grows with the stream."""
+    """Length of a sample in tokens, in place of a number of contexts: distractors are added up to it. A
+    number, or a distribution: {uniform = [8000, 32000]}, {log_uniform = [8000, 128000]}, {choices = [8000,
+    32000], weights = [3, 1]}, or {schedule = [[0, 8000], [1000, 32000]]}, which grows with the stream."""
     max_tokens: Count | None = None
-    """No sample is longer: a distractor that would make it so is left out, and so is a sample whose relevant
-    context alone is too long."""
+    """Maximum tokens per sample. Distractors that would exceed it are left out, and so is a sample whose
+    relevant context alone exceeds it. By default there is no maximum."""
     tokenizer: str | None = None
-    """The tokenizer of the model to be tuned, by which tokens are counted: a folder, or a name on the Hugging
-    Face hub. Samples are counted whole, under its chat template. Without one the counts are those of the
-    servers that wrote the contexts."""
+    """Tokenizer of the model to be tuned, used to count tokens: a directory, or a name on the Hugging Face
+    hub. Samples are counted whole, with its chat template. By default the counts of the servers that wrote
+    the contexts are used."""
     distractors: Source | Literal["none"] | dict[Source, Positive] = "same_task"
-    """Where distractors come from: contexts of the `same_task` or of `any_task`, passages of a `corpus`,
-    or `none`; or a mix, such as {same_task = 3, corpus = 1}, drawn for each distractor."""
+    """Where distractors come from: contexts of the `same_task` or of `any_task`, passages of a `corpus`, or
+    `none`. A mix, such as {same_task = 3, corpus = 1}, is drawn from for each distractor."""
     corpus: Annotated[tuple[str, ...], operational] = ()
     """Files, directories or globs of documents to take distractors from: text, JSON lines or Parquet."""
     corpus_field: str = "text"
-    """Field that holds the text, in JSON lines and Parquet."""
+    """Field with the text, in JSON lines and Parquet."""
     corpus_words: Count = 1500
-    """Longer documents are cut into passages of so many words."""
+    """Maximum words of a passage. Longer documents are split."""
     position: Literal["uniform"] | Unit | Annotated[tuple[Unit, ...], Field(min_length=1)] = "uniform"
-    """Where the relevant context stands: anywhere, at a depth from 0 (first) to 1 (last), or at each depth
-    of a list in turn."""
+    """Position of the relevant context: `uniform` for a random one, a depth from 0 (first) to 1 (last), or a
+    list of depths used in turn."""
     epoch: Annotated[int, Field(ge=0)] = 0
-    """Another number draws other distractors, lengths and positions for the same contexts."""
+    """A different number gives the same contexts different distractors, lengths and positions."""
     max_similarity: Unit = 0.8
-    """No sample holds two passages that are so similar, as `checks.similarity` has it. 1 switches it off."""
+    """Maximum similarity of two passages in a sample, measured as for `checks.similarity`. 1 switches the
+    check off."""
     exclude_flags: tuple[str, ...] = ()
-    """A context with one of these flags gets no sample of its own, such as `low_context_gain`."""
+    """Contexts with one of these flags, such as `low_context_gain`, get no sample of their own."""
     min_context_gain: Threshold = None
-    """Nor does one that was measured to have less gain."""
+    """Contexts with a measured gain below this get no sample of their own. By default all do."""
     min_answer_chars: Count = 5
-    """A distractor must not contain the answer, when the answer is at least this long."""
+    """A distractor must not contain the answer if the answer has at least this many characters."""
     window_bytes: Count = 16 * 2**20
-    """Distractors are drawn from this much of the most recent contexts: the memory that assembly uses."""
+    """Bytes of the most recent contexts that distractors are drawn from. This bounds the memory of
+    assembly."""
     template: Path | None = None
-    """A Jinja2 file for the user message in place of the packaged ones."""
+    """A Jinja2 file for the user message, in place of the packaged ones."""
     tasks: dict[str, TaskAssemblySection] = {}
     """Overrides for single tasks: `[assembly.tasks.NAME]`."""
 
     @property
     def source_weights(self) -> dict[Source, float]:
-        """How often each source is drawn from, beside the others; none where no distractors are wanted."""
+        """Relative weight of each source of distractors; empty where no distractors are wanted."""
         if self.distractors == "none" or (self.contexts_per_sample == 1 and self.target_tokens is None):
             return {}
         if isinstance(self.distractors, dict):

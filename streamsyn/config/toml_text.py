@@ -1,4 +1,4 @@
-"""The configuration as a TOML file that explains itself."""
+"""Print the configuration as TOML, with the meaning of each key as a comment."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from streamsyn.config.loading import Config
 
 
 def as_toml(config: Config) -> str:
-    """`config` with the meaning of each key above it; a key without a value stands as a comment."""
+    """Return `config` as TOML, each key below its meaning. A key without a value is commented out."""
     return "\n".join(_section(config, "")) + "\n"
 
 

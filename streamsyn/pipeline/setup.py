@@ -11,7 +11,7 @@ import structlog
 
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
-from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, ServerSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
@@ -175,7 +175,7 @@ async def record_fingerprint(parts: Parts, fleets: Fleets) -> None:
     model = ", ".join(sorted(fleets.writing.models))
     shaping = {**parts.shaping, "model": model, **(examination.shaping if examination else {})}
     await asyncio.to_thread(parts.directory.check, shaping, fingerprint(Config()))
-    await asyncio.to_thread(parts.directory.save, lasting(request.config), shaping)
+    await asyncio.to_thread(parts.directory.save, with_absolute_paths(request.config), shaping)
     log.info("run.started", model=model, servers=len(fleets.writing.servers), out=str(request.out))
 
 

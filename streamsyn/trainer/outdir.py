@@ -10,7 +10,7 @@ import orjson
 
 import streamsyn
 from streamsyn.config.fields import is_operational
-from streamsyn.config.fingerprint import differences, lasting
+from streamsyn.config.fingerprint import differences, with_absolute_paths
 from streamsyn.config.loading import Config, load
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
@@ -58,7 +58,7 @@ class OutDirectory:
             ConfigError: See `check_shaping`.
         """
         check_shaping(self.root, config, model)
-        saved, fleet = _read(self.root), lasting(config)["fleet"]
+        saved, fleet = _read(self.root), with_absolute_paths(config)["fleet"]
         data = {
             "format": _FORMAT,
             "created_at": saved["created_at"] if saved else time.time(),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from streamsyn.config.fields import Section
-from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config, known_keys, load, parse_override
 from streamsyn.errors import ConfigError
 
@@ -79,8 +79,8 @@ def test_the_keys_that_others_rely_on(key: str, default: Any) -> None:
 
 
 @pytest.mark.parametrize("section", sections(Config), ids=lambda section: section.__name__)
-def test_every_key_says_what_it_means(section: type[BaseModel]) -> None:
-    """`streamsyn config` prints the meaning of each key: none may lack it."""
+def test_every_key_has_a_description(section: type[BaseModel]) -> None:
+    """`streamsyn config` prints the description of each key."""
     undescribed = [
         name
         for name, field in section.model_fields.items()
@@ -158,7 +158,7 @@ def test_a_configuration_cannot_be_edited() -> None:
 def test_an_unknown_key_is_named_with_the_nearest_known_one(
     written: Written, text: str, unknown: str, nearest: str
 ) -> None:
-    """At every level a typing error is refused, and the message says what was probably meant."""
+    """At every level a typo is refused, and the message suggests the nearest key."""
     path = written(text)
 
     with pytest.raises(ConfigError) as raised:
@@ -207,8 +207,8 @@ def test_a_wrong_value_is_named_by_its_key(key: str, value: Any) -> None:
     assert "\n" not in message
 
 
-def test_all_that_is_wrong_is_said_at_once(written: Written) -> None:
-    """Nobody should have to start a run three times to find three mistakes."""
+def test_all_mistakes_are_reported_at_once(written: Written) -> None:
+    """One start is enough to find three mistakes."""
     path = written("[run]\nseed = 'x'\n[recipe]\ntarget_words = -1\nuze = 'context'\n")
 
     with pytest.raises(ConfigError) as raised:
@@ -219,11 +219,11 @@ def test_all_that_is_wrong_is_said_at_once(written: Written) -> None:
 
 
 def test_a_key_below_a_value_is_refused() -> None:
-    """`run.seed.x` makes no sense when `run.seed` is a number."""
+    """`run.seed.x` is unknown because `run.seed` is a number."""
     with pytest.raises(ConfigError) as raised:
         load(None, [("run.seed", 1), ("run.seed.x", 2)])
 
-    assert "run.seed.x: seed is a value, it has no keys below it" == str(raised.value)
+    assert str(raised.value).startswith("unknown key run.seed.x: ")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_key_below_a_value_is_refused() -> None:
     ],
 )
 def test_an_invalid_file_is_named(tmp_path: Path, content: bytes) -> None:
-    """What is no TOML is refused by the file's name."""
+    """The error for invalid TOML names the file."""
     path = tmp_path / "run.toml"
     path.write_bytes(content)
 
@@ -245,7 +245,7 @@ def test_an_invalid_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """A missing file, or a folder in its place, is the user's to mend."""
+    """A missing file, or a directory in its place, is a configuration error."""
     for path in (tmp_path / "missing.toml", tmp_path):
         with pytest.raises(ConfigError) as raised:
             load(path)
@@ -280,7 +280,7 @@ def test_an_override_without_key_or_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_override(text)
 
-    assert f"--set takes key=value, as in run.seed=1, not {text!r}" == str(raised.value)
+    assert str(raised.value).startswith(f"--set {text!r}: ")
 
 
 @settings(deadline=None)
@@ -384,7 +384,7 @@ def test_a_template_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, key:
     ],
 )
 def test_values_of_several_kinds(key: str, value: Any, said: str) -> None:
-    """One problem, said once, at the key that it is about."""
+    """Where a value may have several types, one problem is reported once, at its key."""
     with pytest.raises(ConfigError) as raised:
         load(None, [(key, value)])
     assert said in str(raised.value)
@@ -393,8 +393,8 @@ def test_values_of_several_kinds(key: str, value: Any, said: str) -> None:
 
 
 def test_paths_are_kept_so_that_they_hold_from_anywhere() -> None:
-    """A run that goes on from another folder looks where the first one did."""
-    saved = lasting(load(None, [("seeds.task_losses", "tuned/task_losses.json")]))
+    """A run resumed from a different working directory finds the same files."""
+    saved = with_absolute_paths(load(None, [("seeds.task_losses", "tuned/task_losses.json")]))
 
     assert str(Path("tuned/task_losses.json").absolute()) == saved["seeds"]["task_losses"]
-    assert lasting(Config())["seeds"]["task_losses"] is None
+    assert with_absolute_paths(Config())["seeds"]["task_losses"] is None

@@ -12,7 +12,7 @@ import zstandard
 
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
-from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.records import Context, Outcome, Sample
 from streamsyn.sink.log import RunLog
@@ -57,7 +57,7 @@ def make_run(
         }
     )
     directory, resources = RunDirectory(root), AssemblyResources(config.assembly)
-    directory.save(lasting(config), {**fingerprint(config), **resources.fingerprint()})
+    directory.save(with_absolute_paths(config), {**fingerprint(config), **resources.fingerprint()})
     log = RunLog(root, config.sink)
     log.append(outcomes)
     stage = AssemblyStage(

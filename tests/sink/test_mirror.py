@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.assembly.window import Passage
-from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import ConfigError
@@ -143,7 +143,7 @@ def running(root: Path, url: str | None, timeout_s: float = 30) -> Iterator[Run]
                 far.follow(log)
             try:
                 shaping = {**fingerprint(config), **AssemblyResources(config.assembly).fingerprint()}
-                directory.save(lasting(config), shaping)
+                directory.save(with_absolute_paths(config), shaping)
                 yield Run(root, log, config)
             finally:
                 log.close()

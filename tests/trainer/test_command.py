@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamsyn.config.fingerprint import fingerprint, lasting
+from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import context, opened, sample, sink
@@ -163,7 +163,7 @@ def write_run(root: Path, numbers: range, *, final: bool = True) -> Path:
     """A run directory with samples, finished or not."""
     config = Config()
     directory = RunDirectory(root)
-    directory.save(lasting(config), fingerprint(config))
+    directory.save(with_absolute_paths(config), fingerprint(config))
     directory.close()
     with opened(root, sink(shard_bytes=4000)) as log:
         log.append([context(n) for n in numbers])
