@@ -1,0 +1,12 @@
+"""The command line: one module per command.
+
+    main      the command group; turns errors into one line and an exit code
+    exits     the exit codes, and how a command ends with one
+    options   the options of `run`, which `preview` shares, and the configuration that they give
+    run, preview, train, demo         write contexts and samples; tune a model on them
+    export, report, verify            read a run directory
+    config, simulate                  print the configuration; serve the simulator
+
+Commands import what they need when they run, so that `streamsyn --help` takes 0.1 s. Results go to stdout;
+logs, progress and errors go to stderr.
+"""

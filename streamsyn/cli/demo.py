@@ -1,4 +1,4 @@
-"""`streamsyn demo`: the main job on a real SGLang server, from packaged seeds to a sample to read."""
+"""`streamsyn demo`: write contexts for packaged seeds on a real SGLang server and print a sample."""
 
 import logging
 import sys
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from streamsyn.cli.options import examples
 
 if TYPE_CHECKING:
     from streamsyn.pipeline.request import RunSummary
@@ -31,12 +33,23 @@ _EXCERPT_CHARS = 700
 _STATUS_EVERY_S = 5.0
 
 
-@click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True
+@click.command(
+    epilog=examples(
+        "streamsyn demo",
+        "streamsyn demo --model Qwen/Qwen3-0.6B --out /tmp/demo",
+    )
 )
-@click.option("--model", help="Model to serve; by default the packaged one.")
-@click.option("--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Directory for the run directory.",
+)
+@click.option("--model", help="Model to serve.  [default: the packaged one]")
+@click.option(
+    "--sglang-python", type=click.Path(path_type=Path), help="Python interpreter with sglang installed."
+)
 def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     """Start a real SGLang server, write contexts for 12 packaged seeds, print the best sample."""
     from streamsyn.config.loading import load
@@ -47,7 +60,7 @@ def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     from streamsyn.pipeline.verify import verify
     from streamsyn.telemetry import Counters, configure_logs
 
-    configure_logs(as_json=False, level=logging.WARNING)  # the status lines say the same in fewer words
+    configure_logs(as_json=False, level=logging.WARNING)  # the status lines replace the log
     python = find_python(sglang_python)
     model = model or str(find_packaged_model())
     folder = out / time.strftime("%Y%m%d-%H%M%S")
@@ -70,9 +83,9 @@ def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
 
 @contextmanager
 def _status_lines(summary: "RunSummary") -> Iterator[None]:
-    """Print what the server is doing, every 5 seconds while the block runs.
+    """Print the progress every 5 seconds while the block runs.
 
-    A thread, because the run has the event loop to itself.
+    In a thread, because the run blocks the event loop's thread.
     """
     ended = threading.Event()
 
@@ -103,7 +116,7 @@ def _status_lines(summary: "RunSummary") -> Iterator[None]:
 
 
 def _best_sample(folder: Path, model: str) -> list[str]:
-    """The sample whose relevant context has the highest context gain: its contexts, question and answer."""
+    """Describe the sample whose relevant context has the highest context gain."""
     contexts = {row["seq"]: row for row in _rows(folder / "contexts")}
 
     def relevant(sample: dict[str, Any]) -> dict[str, Any]:
@@ -112,17 +125,17 @@ def _best_sample(folder: Path, model: str) -> list[str]:
 
     samples = _rows(folder / "samples")
     if not samples:
-        return ["No sample was made: every seed was rejected. The reasons are in rejects/."]
+        return [f"No samples: every seed was rejected. The reasons are in {folder}/rejects/."]
     best = max(samples, key=lambda sample: relevant(sample)["checks"].get("context_gain") or float("-inf"))
     context = relevant(best)
     gain = context["checks"].get("context_gain")
     lines = [
         "",
-        f"The sample with the best context gain of {len(samples)}: {best['id']}, task {best['task']}.",
-        f"{model} wrote its contexts. A model of this size wanders off; yours will not.",
+        f"The sample with the highest context gain of {len(samples)}: {best['id']}, task {best['task']}.",
+        f"Its contexts were written by {model}. Expect better text from a larger model.",
     ]
     if gain is not None:
-        lines.append(f"With its context the gold answer is {gain:+.2f} nats a token likelier than without.")
+        lines.append(f"Context gain: {gain:+.2f} nats per token of the gold answer.")
     for place, seq in enumerate(best["context_seqs"]):
         kind = "relevant" if place == best["relevant_index"] else "distractor"
         lines += ["", f"  [context {place + 1}: {kind}, {contexts[seq]['checks']['words']} words]"]
@@ -134,11 +147,11 @@ def _best_sample(folder: Path, model: str) -> list[str]:
 
 
 def _directory(folder: Path) -> list[str]:
-    """The files of the run directory and what they hold."""
+    """Describe the files of the run directory."""
     contexts = _SETTINGS["assembly.contexts_per_sample"]
     return [
         "",
-        f"  {folder}/contexts/    what the LLM wrote, one line a seed, with tokens, tries and checks",
+        f"  {folder}/contexts/    what the LLM wrote: one line per seed, with tokens, attempts and checks",
         f"  {folder}/samples/     chat samples of {contexts} contexts each",
         f"  {folder}/rejects/     seeds that got no context, and why",
         f"  {folder}/manifest.jsonl, run.json, sglang.log",

@@ -1,4 +1,11 @@
-"""How a command ends: exit codes, its last line, and signals that come before a run handles them."""
+"""Exit codes, and the ways a command ends with one.
+
+0    every seed has an outcome
+1    any other error
+2    usage or configuration error; the message names the key, the option or the file
+3    rejects are more than run.max_reject_fraction of the outcomes
+75   stopped early (a signal, a closed pipe, no usable server); running again resumes
+"""
 
 import os
 import signal
@@ -15,6 +22,25 @@ EXIT_REJECTS = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+def fail(text: str, code: int, *, prefix: str = "streamsyn: ", **fields: Any) -> NoReturn:
+    """Print `text` to stderr, or log it as run.failed with --log-json, and exit with `code`."""
+    if as_json():
+        import structlog
+
+        from streamsyn.telemetry import configure_logs
+
+        configure_logs(as_json=True)
+        structlog.get_logger().error("run.failed", error=text, exit_code=code, **fields)
+    else:
+        click.echo(prefix + text, err=True)
+    sys.exit(code)
+
+
+def as_json() -> bool:
+    """Whether --log-json is given. Read from sys.argv, because parsing the options may be what failed."""
+    return "--log-json" in sys.argv
+
+
 def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     """Set one handler for SIGTERM and SIGINT."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -22,28 +48,9 @@ def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handler
 
 
 def stop_early(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Before a run has begun there is nothing to drain, nor to close.
+    """Handle a signal that arrives before the run has started: exit at once, nothing needs closing.
 
-    Not by SystemExit: it is raised wherever the imports are just then, and may be swallowed on its way.
-    Measured: one signal of a hundred was lost.
+    Not by SystemExit: it would be raised within whatever import is in progress, and may be swallowed there.
+    Measured: one signal in a hundred was lost.
     """
     os._exit(EXIT_STOPPED)
-
-
-def fail(text: str, code: int, *, prefix: str = "streamsyn: ", **more: Any) -> NoReturn:
-    """Say on stderr why, in the form in which the rest is there, and exit."""
-    if as_json():
-        import structlog
-
-        from streamsyn.telemetry import configure_logs
-
-        configure_logs(as_json=True)
-        structlog.get_logger().error("run.failed", error=text, exit_code=code, **more)
-    else:
-        click.echo(prefix + text, err=True)
-    sys.exit(code)
-
-
-def as_json() -> bool:
-    """Whether --log-json is given; asked of the arguments themselves, for they may be what is wrong."""
-    return "--log-json" in sys.argv

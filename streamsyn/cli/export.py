@@ -1,27 +1,29 @@
-"""`streamsyn export` on the command line; imports what it needs when it runs."""
+"""`streamsyn export`: assemble the contexts of a run into a data set."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamsyn.cli.options import examples
+
 if TYPE_CHECKING:
     from streamsyn.export.export_request import ExportSummary
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _ASSEMBLY = {
-    "contexts_per_sample": "Contexts in a sample, in place of a length.",
-    "target_tokens": "Length of a sample: tokens, or a distribution as in {uniform = [8000, 32000]}.",
-    "max_tokens": "No sample is longer.",
-    "tokenizer": "Folder or name of the tokenizer that counts.",
-    "distractors": "same_task, any_task, corpus, none, or a mix as in {same_task = 3, corpus = 1}.",
-    "position": "uniform, a depth from 0 to 1, or a list of them.",
-    "epoch": "Another number draws other distractors, lengths and positions.",
+    "contexts_per_sample": "Contexts per sample, in place of a length.",
+    "target_tokens": "Tokens per sample, or a distribution such as {uniform = [8000, 32000]}.",
+    "max_tokens": "Maximum tokens per sample.",
+    "tokenizer": "Tokenizer that counts tokens: directory or name on the hub.",
+    "distractors": "same_task, any_task, corpus, none, or a mix such as {same_task = 3, corpus = 1}.",
+    "position": "Of the relevant context: uniform, a depth from 0 to 1, or a list of depths.",
+    "epoch": "Different numbers draw different distractors, lengths and positions.",
 }
 
 
 class _Size(click.ParamType[int]):
-    """Bytes, as in 500MB or 1GiB."""
+    """A number of bytes, such as 500MB or 1GiB."""
 
     name = "SIZE"
 
@@ -35,7 +37,7 @@ class _Size(click.ParamType[int]):
         except (ValueError, KeyError):
             size = 0
         if not 1 <= size < 2**63:
-            self.fail(f"{value!r} is no size; give bytes, or such as 500MB or 1GiB", param, ctx)
+            self.fail(f"invalid size {value!r}; expected bytes, such as 500000, 500MB or 1GiB", param, ctx)
         return int(size)
 
 
@@ -48,64 +50,74 @@ def _assembly_options(command: Any) -> Any:
     return command
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "streamsyn export runs/first --to data",
+        "streamsyn export runs/first --to data --format parquet --split train=0.95,test=0.05",
+        "streamsyn export runs/first --to data --target-tokens '{uniform = [8000, 32000]}'",
+    )
+)
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False, exists=True))
-@click.option("--to", required=True, metavar="PATH|URL", help="Folder to write: new or empty.")
+@click.option("--to", required=True, metavar="PATH|URL", help="Directory to write; new or empty.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["jsonl", "parquet", "datasets"]),
     default="jsonl",
     show_default=True,
-    help="datasets: as by save_to_disk.",
+    help="File format; datasets is that of save_to_disk.",
 )
-@click.option("--compression", metavar="NAME", help="none, zstd; Parquet also snappy, gzip, lz4, brotli.")
+@click.option(
+    "--compression", metavar="NAME", help="none or zstd; for Parquet also snappy, gzip, lz4, brotli."
+)
 @click.option(
     "--split",
     "splits",
     multiple=True,
     metavar="task|NAME=SHARE,...",
-    help="A configuration a task, or splits at random by seed, as in train=0.95,test=0.05, or both.",
+    help="task: one configuration per task. train=0.95,test=0.05: random splits by seed. Repeatable.",
 )
-@click.option("--split-seed", default=0, show_default=True, help="Another one splits otherwise.")
+@click.option("--split-seed", default=0, show_default=True, help="Seed of the random splits.")
 @click.option(
     "--shard-bytes",
     type=_Size(),
     default=500_000_000,
     show_default=True,
-    help="Begin a new file after this much, before compression.",
+    help="Maximum bytes per shard, before compression.",
 )
-@click.option("--shard-rows", type=click.IntRange(min=1), metavar="N", help="Or after so many rows.")
+@click.option("--shard-rows", type=click.IntRange(min=1), metavar="N", help="Maximum rows per shard.")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Samples of each context, each with other distractors.",
+    help="Samples per context, each with different distractors.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N samples only.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Write only the first N samples.")
 @_assembly_options
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="assembly.KEY=VALUE",
-    help="Any key of assembly in place of the run's. Repeatable.",
+    help="Override a key of [assembly]. Repeatable.",
 )
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="A TOML file whose section [assembly] is laid over the run's, before the options.",
+    help="TOML file whose [assembly] overrides the run's. Options override it.",
 )
-@click.option("--flush", is_flag=True, help="Of an unfinished run, also samples that lack distractors yet.")
-@click.option("--license", "license_", metavar="ID", help="For the card.  [default: left to you]")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier export; nothing else is removed.")
-@click.option("--log-json", is_flag=True, help="One JSON object a line on stderr.")
+@click.option(
+    "--flush", is_flag=True, help="Include contexts of an unfinished run that still lack distractors."
+)
+@click.option("--license", "license_", metavar="ID", help="License to state in the dataset card.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export. Other files stay.")
+@click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr.")
 def export(directory: Path, **given: Any) -> None:
-    """Assemble a run's contexts again, and write data that others can load, with a dataset card.
+    """Assemble the contexts of a run into a data set with a dataset card.
 
-    With no options on assembly the rows are those of DIRECTORY/samples. A run may be writing to DIRECTORY.
-    The same command makes the same bytes.
+    Without assembly options the rows are those of DIRECTORY/samples. The run may still be going on. The same
+    command gives the same bytes.
     """
     import structlog
 
@@ -117,7 +129,7 @@ def export(directory: Path, **given: Any) -> None:
     configure_logs(as_json=given["log_json"])
     log = structlog.get_logger()
 
-    def say(so_far: "ExportSummary") -> None:
+    def log_progress(so_far: "ExportSummary") -> None:
         megabytes = round(so_far.bytes / 1e6)
         log.info("export.progress", contexts=so_far.contexts, samples=so_far.samples, megabytes=megabytes)
 
@@ -143,16 +155,16 @@ def export(directory: Path, **given: Any) -> None:
         overwrite=given["overwrite"],
         flush=given["flush"],
         license=given["license_"],
-        on_progress=say,
+        on_progress=log_progress,
     )
     for line in closing_lines(directory, export_run(request)):
         click.echo(line)
 
 
 def closing_lines(directory: Path, summary: "ExportSummary") -> list[str]:
-    """What has been exported, for a person."""
+    """Summarise an export in lines for the terminal."""
     if not summary.contexts:
-        lines = [f"{directory} -> {summary.to}: no context in the log yet, so there is only a card"]
+        lines = [f"{directory} -> {summary.to}: the log has no contexts yet; only a card was written"]
     else:
         made = f"{summary.samples:,} samples of {summary.contexts:,} contexts"
         size = f"{summary.written_bytes / 1e6:,.1f} MB in {summary.files:,} files"
@@ -161,7 +173,5 @@ def closing_lines(directory: Path, summary: "ExportSummary") -> list[str]:
         lines += [f"  {rows:>12,} {split}" for split, rows in sorted(summary.splits.items())]
     lines += [f"  {number:>12,} left out: {why}" for why, number in sorted(summary.left_out.items())]
     if summary.waiting:
-        lines.append(
-            f"  {summary.waiting:>12,} contexts wait for distractors; --flush makes samples of them, too"
-        )
+        lines.append(f"  {summary.waiting:>12,} contexts still lack distractors; --flush includes them")
     return lines + [f"note: {line}" for line in summary.notes]

@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+"""The command group. Commands import what they need when they run, so that `--help` is fast."""
 
 import signal
 import sys
@@ -23,12 +23,22 @@ from streamsyn.pipeline.delivery import secure_stdio
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(streamsyn.__version__)
 def cli() -> None:
-    """Write long contexts for short instruction-answer pairs, and make training samples of them.
+    """Write long contexts for short instruction-answer pairs, and assemble them into training samples.
 
     \b
-    Exit codes: 0 every seed has an outcome; 2 usage or configuration; 3 too many rejects;
-    75 stopped early, run again to go on; 1 anything else.
-    """  # noqa: D301 - click keeps the lines of a paragraph that begins with a backspace
+    Examples:
+      streamsyn demo
+      streamsyn run --seeds pairs.jsonl --server http://gpu-1:30000 --out runs/first
+      streamsyn export runs/first --to data --format parquet
+
+    \b
+    Exit codes:
+      0   every seed has an outcome
+      1   any other error
+      2   usage or configuration error
+      3   too many rejects
+      75  stopped early; run again to resume
+    """  # noqa: D301 - click keeps the line breaks of a paragraph that starts with \b
 
 
 for _command in (run, preview, verify, export, report, train, show_config, demo, simulate):
@@ -36,11 +46,13 @@ for _command in (run, preview, verify, export, report, train, show_config, demo,
 
 
 def main() -> None:
-    """Run the command line; errors that are the user's to mend are one line each."""
+    """Run the command line. Expected errors are printed as one line, without a traceback."""
     if sys.argv[1:2] in (["run"], ["demo"], ["train"]):
-        on_signals(stop_early)  # until the run has handlers of its own
+        on_signals(stop_early)  # until the run sets its own handlers
         if "--tethered" in sys.argv:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it means the run, which will tell us
+            signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # the terminal sends it to the run too, which stops us
     secure_stdio()
     try:
         cli.main(standalone_mode=False)

@@ -1,4 +1,4 @@
-"""The command line of a run, which several commands take, and the configuration that it makes up."""
+"""The options of `run`, which `preview` shares, and the configuration that they give."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,13 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 
+def examples(*commands: str) -> str:
+    """Return the epilog of a command: its examples, one per line."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
 def run_options(command: Command) -> Command:
-    """The options of `run`, and of what takes the command line of a run; only `run` insists on --out."""
+    """Add the options of `run` to a command. Only `run` requires --out."""
     options = [
         click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False)),
         click.option(
@@ -22,14 +27,14 @@ def run_options(command: Command) -> Command:
             metavar="PATH|-",
             help="File, directory, glob, or - for NDJSON on stdin. Repeatable.",
         ),
-        click.option("--server", multiple=True, metavar="URL", help="An SGLang server. Repeatable."),
-        click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take at most N seeds."),
+        click.option("--server", multiple=True, metavar="URL", help="URL of an SGLang server. Repeatable."),
+        click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Read at most N seeds."),
         click.option(
             "--set",
             "settings",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Override a key of the configuration. Repeatable.",
+            help="Override a configuration key. Repeatable.",
         ),
         click.option(
             "--out",
@@ -41,30 +46,34 @@ def run_options(command: Command) -> Command:
             "--stdout",
             "to_stdout",
             is_flag=True,
-            help="Print samples as NDJSON; nothing else gets to stdout.",
+            help="Write samples to stdout as NDJSON, and nothing else.",
         ),
         click.option(
             "--replay",
             is_flag=True,
-            help="With --stdout: begin with the samples that earlier runs have printed.",
+            help="With --stdout: start with the samples that earlier runs wrote.",
         ),
-        click.option("--no-progress", is_flag=True, help="Plain log lines, even on a terminal."),
-        click.option("--log-json", is_flag=True, help="One JSON object a line on stderr, and nothing else."),
+        click.option("--no-progress", is_flag=True, help="Log lines instead of a progress display."),
+        click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr."),
         click.option(
             "--train",
             metavar="CONFIG",
             type=click.Path(path_type=Path, dir_okay=False),
-            help="Tune a model on the samples as they come: a TOML file with train.model.",
+            help="Train during the run, with the [train] section of this TOML file.",
         ),
-        click.option("--launch", metavar="MODEL", help="Start an SGLang server for MODEL, for this run."),
         click.option(
-            "--sglang-python", type=click.Path(path_type=Path), help="Python that has sglang, for --launch."
+            "--launch", metavar="MODEL", help="Start a local SGLang server with MODEL for this run."
+        ),
+        click.option(
+            "--sglang-python",
+            type=click.Path(path_type=Path),
+            help="For --launch: Python interpreter with sglang.",
         ),
         click.option(
             "--sglang-arg",
             multiple=True,
             metavar="FLAG",
-            help="A further flag for the launched server. Repeatable.",
+            help="For --launch: further flag of the server. Repeatable.",
         ),
     ]
     for option in reversed(options):
@@ -73,12 +82,12 @@ def run_options(command: Command) -> Command:
 
 
 def resolve(given: dict[str, Any], out: Path | None) -> "Config":
-    """The configuration: the file, or what the directory was made with; flags and --set over it."""
+    """Return the configuration: the file, or the one saved in `out`; options and --set override it."""
     from streamsyn.config.loading import load, parse_override
 
     overrides: list[tuple[str, Any]] = []
     if given["config"] is None and out is not None:
-        overrides += _remembered(out)
+        overrides += _saved_sections(out)
     if given["seeds"]:
         overrides.append(("seeds.sources", [{"path": path} for path in given["seeds"]]))
     if given["server"]:
@@ -90,8 +99,8 @@ def resolve(given: dict[str, Any], out: Path | None) -> "Config":
     return load(given["config"], overrides)
 
 
-def _remembered(out: Path) -> list[tuple[str, Any]]:
-    """The sections that a run directory was made with, but for what holds for one run only."""
+def _saved_sections(out: Path) -> list[tuple[str, Any]]:
+    """Return the sections saved in a run directory, without the keys of a single run (limit, stdin)."""
     from streamsyn.sink.rundir import saved_config
 
     saved = saved_config(out)

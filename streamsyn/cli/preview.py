@@ -1,19 +1,24 @@
-"""`streamsyn preview`."""
+"""`streamsyn preview`: print the prompts of the first seeds."""
 
 import os
 from typing import Any
 
 import click
 
-from streamsyn.cli.options import resolve, run_options
+from streamsyn.cli.options import examples, resolve, run_options
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "streamsyn preview --seeds pairs.jsonl",
+        "streamsyn preview run.toml --limit 1 --set recipe.use=sections",
+    )
+)
 @run_options
 def preview(**given: Any) -> None:
-    """Print what would be sent for the first seeds (3, or --limit); asks no server, writes nothing.
+    """Print what would be sent for the first seeds (3, or --limit). Contacts no server, writes nothing.
 
-    Takes the command line of a run; options that shape no prompt have no effect.
+    Takes the same options as `run`; those that do not shape prompts have no effect.
     """
     from streamsyn.pipeline.preview import preview as preview_seeds
 
@@ -22,5 +27,5 @@ def preview(**given: Any) -> None:
         for text in preview_seeds(config, given["limit"] or 3):
             click.echo(text)
     except BrokenPipeError:
-        # Whoever reads (`head`, a pager) has seen enough. What is still buffered has to go somewhere.
+        # The reader (`head`, a pager) has closed the pipe. Discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,4 @@
-"""`streamsyn report`."""
+"""`streamsyn report`: one HTML page about a run."""
 
 import os
 import sys
@@ -6,19 +6,25 @@ from pathlib import Path
 
 import click
 
+from streamsyn.cli.options import examples
 
-@click.command()
+
+@click.command(
+    epilog=examples(
+        "streamsyn report runs/first",
+        "streamsyn report runs/first --to - > page.html",
+    )
+)
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option(
     "--to",
     metavar="FILE|-",
-    help="Where the page is written; - is stdout.  [default: DIRECTORY/report.html]",
+    help="File to write, or - for stdout.  [default: DIRECTORY/report.html]",
 )
 def report(directory: Path, to: str | None) -> None:
-    """Write one HTML page on a run: whether it is fit for training, figures, samples to read.
+    """Write one HTML page about a run: whether it is fit for training, statistics, samples to read.
 
-    The page is a file of its own and loads nothing. A run may be writing to the directory; the same
-    directory gives the same page.
+    The page is self-contained. The run may still be going on. The same directory gives the same page.
     """
     from streamsyn.report.page import write_report
 
@@ -28,7 +34,7 @@ def report(directory: Path, to: str | None) -> None:
             sys.stdout.buffer.write(page)
             sys.stdout.flush()
         except BrokenPipeError:
-            # Whoever reads has seen enough. What is still buffered has to go somewhere.
+            # The reader has closed the pipe. Discard what is still buffered.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return
     path = Path(to) if to is not None else directory / "report.html"

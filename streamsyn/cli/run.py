@@ -1,4 +1,4 @@
-"""`streamsyn run`."""
+"""`streamsyn run`: write contexts for seeds and assemble samples."""
 
 import signal
 import sys
@@ -8,19 +8,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, EXIT_USAGE, fail, on_signals
-from streamsyn.cli.options import resolve, run_options
+from streamsyn.cli.options import examples, resolve, run_options
 from streamsyn.errors import ConfigError
 
 if TYPE_CHECKING:
     from streamsyn.pipeline.request import RunSummary
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "streamsyn run --seeds pairs.jsonl --server http://gpu-1:30000 --out runs/first",
+        "streamsyn run run.toml --launch Qwen/Qwen3-8B --limit 100 --out runs/trial",
+        "cat pairs.jsonl | streamsyn run --seeds - --server http://gpu-1:30000 --out runs/piped --stdout",
+    )
+)
 @run_options
 def run(**given: Any) -> None:
-    """Write contexts for seeds, and assemble samples. Resumes where an earlier run left off.
+    """Write contexts for seeds and assemble samples. An existing --out is resumed.
 
-    With --train, a training follows the run; one signal stops first the run, then the training.
+    With --train a model is tuned on the samples during the run. A signal stops the run first, then the
+    training.
     """
     from streamsyn.pipeline.delivery import SampleStream
     from streamsyn.pipeline.request import RunRequest
@@ -31,9 +38,9 @@ def run(**given: Any) -> None:
     configure_logs(as_json=given["log_json"])
     config = resolve(given, given["out"])
     if given["launch"] and given["server"]:
-        raise ConfigError("--launch starts a server; give it or --server, not both")
+        raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
     if given["replay"] and not given["to_stdout"]:
-        raise ConfigError("--replay prints samples once more; give --stdout, too")
+        raise ConfigError("--replay needs --stdout: it writes earlier samples to stdout again")
     training = None
     if given["train"]:
         training = training_beside(given["train"], given["out"], as_json=given["log_json"])
@@ -54,11 +61,11 @@ def run(**given: Any) -> None:
             summary = run_pipeline(request)
         finally:
             if training is None:
-                # The outcome stands: a signal that comes now has nothing left to stop.
+                # The outcome is final: a signal has nothing left to stop.
                 on_signals(signal.SIG_IGN)
             if stream is not None:
                 stream.close()
-        _close(summary, as_json=given["log_json"])
+        _summarise(summary, as_json=given["log_json"])
         stopped = summary.stopped is not None or summary.interrupted
         trained = 0 if training is None else training.finish(stopped=stopped)
     on_signals(signal.SIG_IGN)
@@ -79,8 +86,8 @@ def run(**given: Any) -> None:
         )
 
 
-def _close(summary: "RunSummary", *, as_json: bool) -> None:
-    """Say what came of a run."""
+def _summarise(summary: "RunSummary", *, as_json: bool) -> None:
+    """Print the summary of a run, or log it as run.done."""
     import structlog
 
     from streamsyn.pipeline.summary import closing_figures, closing_lines

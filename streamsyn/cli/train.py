@@ -33,7 +33,9 @@ Examples:
 @click.option(
     "--out", metavar="PATH", help="Directory of the training; an existing one is resumed. Default: train.out."
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key. Repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a configuration key. Repeatable."
+)
 @click.option(
     "--plot", is_flag=True, help="Draw OUT/training.png at the end; without --from, draw it and exit."
 )
@@ -66,7 +68,9 @@ def train(
     folder = None if out is None else Path(out)
     if source is None:
         if not plot:
-            raise ConfigError("there is nothing to train on: pass --from DIR, a file of chat rows, or -")
+            raise ConfigError(
+                "--from is missing: expected a run directory, a file of chat rows, or - for stdin"
+            )
         from streamsyn.trainer.metrics.plot import draw
 
         click.echo(draw(_existing_out(config, folder, settings)))
@@ -85,7 +89,7 @@ def train(
         for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to stop
             signal.signal(number, signal.SIG_IGN)
         if plot and os.environ.get("RANK", "0") == "0":
-            _draw(request.out)
+            _plot(request.out)
     except (ConfigError, TrainingFailed) as error:  # a restart would end the same way
         if parent is not None:
             parent.send_exit_code(2 if isinstance(error, ConfigError) else 1)
@@ -119,12 +123,12 @@ def _existing_out(config: Path | None, out: Path | None, settings: tuple[str, ..
     if out is None:
         named = load(config, map(parse_override, settings)).train.out
         if named is None:
-            raise ConfigError("there is no training to draw: pass --out DIR, or set train.out")
+            raise ConfigError("no training to plot: pass --out DIR, or set train.out")
         out = Path(named)
     return out
 
 
-def _draw(out: Path) -> None:
+def _plot(out: Path) -> None:
     """Draw the finished training. A failure is logged: it does not fail the training."""
     import structlog
 

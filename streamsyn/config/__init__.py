@@ -4,13 +4,13 @@
                                                      -> fingerprint (run.json), toml_text (`streamsyn config`)
 
 In reading order:
-    sections        all keys with their defaults; the docstring below a key is what `streamsyn config` prints
+    sections        all keys with their defaults; `streamsyn config` prints the docstring below a key
     train_section   the keys of `streamsyn train`
-    fields          the base class of sections and the field types; `operational` marks keys that shape no output
+    fields          base class and field types; `operational` marks keys that shape no outputs
     loading         `load` and `parse_override`; errors name the key, the value and the nearest known key
     fingerprint     the keys that a resumed run must have in common with the first one
     toml_text       the configuration as commented TOML
 
-To add a key, add a field with a docstring to its section. Mark it as `operational` unless it shapes contexts or
-samples: all other keys become part of the fingerprint.
+To add a key, add a field with a docstring to its section. Mark it as `operational` unless it shapes contexts
+or samples: all other keys become part of the fingerprint.
 """

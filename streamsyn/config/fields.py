@@ -35,6 +35,6 @@ Threshold = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=
 
 
 class Section(BaseModel):
-    """A table of the configuration. It is frozen, refuses unknown keys, and takes each key's meaning from its docstring."""
+    """A table of the configuration: frozen, without unknown keys, each key described by its docstring."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

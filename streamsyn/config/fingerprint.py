@@ -1,4 +1,4 @@
-"""What a run keeps of its configuration: the fingerprint that a resume must match, and all keys to resume with."""
+"""The fingerprint that a resumed run must match, and the configuration that it resumes with."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

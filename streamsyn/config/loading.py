@@ -42,7 +42,7 @@ def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config
     """Load the TOML file `path`, or the defaults, and apply `overrides`: pairs of dotted key and value.
 
     Raises:
-        ConfigError: The file cannot be read, a key is unknown or a value invalid. The message names all of them.
+        ConfigError: The file cannot be read, a key is unknown or a value invalid; the message names each.
     """
     tree: dict[str, Any] = {}
     if path is not None:

@@ -62,7 +62,7 @@ def test_the_summary_is_printed_on_stdout(run: Path, tmp_path: Path) -> None:
         (["--to", "TMP/out", "--position", "2"], "assembly.position"),
         (["--to", "TMP/out", "--compression", "lz4"], "--compression"),
         (["--to", "TMP/out", "--split", "train=0.5"], "add up to 0.5"),
-        (["--to", "TMP/out", "--shard-bytes", "12 parsecs"], "is no size"),
+        (["--to", "TMP/out", "--shard-bytes", "12 parsecs"], "invalid size"),
         (["--to", "TMP/out", "--config", "TMP/none.toml"], "none.toml"),
         (["--to", "TMP"], "is not empty"),
         ([], "--to"),
@@ -161,7 +161,7 @@ def test_an_unfinished_run_is_noted(tmp_path: Path) -> None:
     root, _ = make_run(tmp_path / "run", [scored(n) for n in range(8)], to_the_end=False)
     printed = invoke(root, "--to", tmp_path / "out")
 
-    assert "contexts wait for distractors" in printed
+    assert "contexts still lack distractors" in printed
     assert "note: the run is not finished" in printed
     assert "was not finished when this was made" in (tmp_path / "out/README.md").read_text("utf-8")
 
