@@ -1,4 +1,4 @@
-"""Asyncio tasks that have no end of their own: probes, aborts."""
+"""Background asyncio tasks, such as probes and aborts, that end with the block that opened them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Background:
-    """Tasks of a group that end with the block that opened it: cancelled, or finished if they must be."""
+    """Starts background tasks. At the end of the block they are cancelled, or awaited if they must finish."""
 
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self._group = group
@@ -18,16 +18,22 @@ class Background:
     def start(
         self, work: Coroutine[Any, Any, None], name: str, *, finish: bool = False
     ) -> asyncio.Task[None] | None:
-        """Run `work` beside everything else; not at all, and None, when the block is ending.
+        """Run `work` as a background task.
 
-        With `finish`, the block waits for it at its end: it must be bounded in time.
+        Args:
+            work: The coroutine to run.
+            name: Name of the asyncio task.
+            finish: Await the task at the end of the block instead of cancelling it. Its time must be bounded.
+
+        Returns:
+            The task, or None if the block is ending: then `work` is not run.
         """
         if self._closing:
             work.close()
             return None
         try:
             task = self._group.create_task(work, name=name)
-        except RuntimeError:  # a bug in another one is ending the block
+        except RuntimeError:  # a bug in a different task is ending the block
             work.close()
             return None
         tasks = self._finishing if finish else self._tasks
@@ -36,7 +42,7 @@ class Background:
         return task
 
     async def close(self) -> None:
-        """Cancel what has no end; wait for what has one, which the group would cancel after an error."""
+        """Cancel the tasks, and await those that must finish, which the group would cancel after an error."""
         self._closing = True
         for task in self._tasks:
             task.cancel()
@@ -46,7 +52,7 @@ class Background:
 
 @asynccontextmanager
 async def background() -> AsyncIterator[Background]:
-    """Open a Background; a bug in one of its tasks ends the block."""
+    """Open a Background. An exception in one of its tasks cancels the block."""
     async with asyncio.TaskGroup() as group:
         tasks = Background(group)
         try:

@@ -1,32 +1,32 @@
-"""Every error streamsyn raises on purpose, split by what the caller does next.
+"""All errors that streamsyn raises on purpose, grouped by what the caller does next.
 
     StreamsynError
-    ├── ConfigError            the user's to mend: one line naming the key or the file, exit 2
+    ├── ConfigError            the user has to fix something: names the key or the file, exit 2
     │   └── DirectoryInUse     another process holds the run directory
     ├── StoppedEarly           resumable: exit 75
-    │   ├── FleetGone          no server answered for `fleet.give_up_s`
-    │   └── ReaderGone         whoever read our stdout went away
-    ├── ServerError            one request failed; carries the server and what was tried
+    │   ├── FleetGone          no server was usable for `fleet.give_up_s`
+    │   └── ReaderGone         the reader of stdout closed the pipe
+    ├── ServerError            one attempt of a request failed
     │   ├── ServerUnavailable  connection reset, 5xx: try another server
     │   │   └── ServerUnreachable  no connection could be made: the request was never sent
-    │   ├── ServerBusy         queue full: backpressure, wait and try again, not a failure
-    │   ├── ServerTimeout      no answer in time: abort by rid, try again
-    │   ├── BrokenResponse     an answer that makes no sense: try again, then reject
+    │   ├── ServerBusy         queue full: wait and try again; not a failure (backpressure)
+    │   ├── ServerTimeout      no answer in time: abort by request id, try again
+    │   ├── BrokenResponse     an invalid answer: try again, then reject
     │   └── RequestRefused     any other 4xx: reject, never retried
-    ├── LaunchError            a server that we were to start did not come up
+    ├── LaunchError            a server started for this run did not come up
     ├── SinkError              the log cannot be written (disk full, I/O error): stops the run
-    └── TrainingFailed         a training has come to nothing, and would again
+    └── TrainingFailed         a training failed and would fail again
 
-Foreign errors become one of these at the border where they arise, once.
+Errors of libraries are translated to one of these once, where the library is called.
 """
 
 
 class StreamsynError(Exception):
-    """Base of every error raised on purpose; its text is one line fit for a user."""
+    """Base class. The text is one line for the user."""
 
 
 class ConfigError(StreamsynError):
-    """Raised when something the user gave cannot be used; names the key, the flag or the file."""
+    """Raised when a key, an option or a file of the user is invalid; the text names it."""
 
 
 class DirectoryInUse(ConfigError):
@@ -34,7 +34,7 @@ class DirectoryInUse(ConfigError):
 
 
 class StoppedEarly(StreamsynError):
-    """Raised when a run cannot go on but can be resumed."""
+    """Raised when a run cannot continue now but can be resumed."""
 
 
 class FleetGone(StoppedEarly):
@@ -42,14 +42,14 @@ class FleetGone(StoppedEarly):
 
 
 class ReaderGone(StoppedEarly):
-    """Raised when the reader of our stdout closed its end."""
+    """Raised when the reader of stdout closed the pipe."""
 
 
 class ServerError(StreamsynError):
-    """Raised when one try at one server brought no usable answer.
+    """Raised when one attempt at one server gave no usable answer.
 
     Attributes:
-        completion_tokens: What the server had written, as far as it said; it is lost.
+        completion_tokens: Tokens that the server reported as written before the failure; they are lost.
     """
 
     def __init__(self, message: str, completion_tokens: int = 0) -> None:
@@ -62,7 +62,7 @@ class ServerUnavailable(ServerError):
 
 
 class ServerUnreachable(ServerUnavailable):
-    """Raised when no connection to the server could be made; that says nothing about the request."""
+    """Raised when no connection to the server could be made, so the request was not sent."""
 
 
 class ServerBusy(ServerError):
@@ -74,15 +74,15 @@ class ServerTimeout(ServerError):
 
 
 class BrokenResponse(ServerError):
-    """Raised when an answer is cut short, is no JSON, lacks what was asked for or was aborted."""
+    """Raised when an answer is cut short, invalid JSON, incomplete or aborted."""
 
 
 class RequestRefused(ServerError):
-    """Raised when the server says that the request itself is wrong; asking again cannot help."""
+    """Raised when the server refuses the request as invalid; a retry cannot help."""
 
 
 class LaunchError(StreamsynError):
-    """Raised when a server that was to be started for this run did not come up."""
+    """Raised when a server started for this run did not come up."""
 
 
 class SinkError(StreamsynError):
@@ -90,13 +90,13 @@ class SinkError(StreamsynError):
 
 
 class TrainingFailed(StreamsynError):
-    """Raised when a training has diverged, or had nothing to train on; what was saved before stays."""
+    """Raised when a training diverged or had nothing to train on; earlier checkpoints stay valid."""
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The one error to tell of, out of a group of asyncio tasks that failed together.
+    """Return the one error to report of a group of asyncio tasks that failed together.
 
-    A bug before a log that cannot be written, that before a mistake of the user's, that before a stop.
+    Bugs come first, then other StreamsynErrors, then ConfigError, then StoppedEarly.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error

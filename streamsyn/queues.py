@@ -1,4 +1,4 @@
-"""The bounded queue between two stages."""
+"""The bounded queue between two stages: a full queue makes the stage before it wait (backpressure)."""
 
 import asyncio
 from collections import deque
@@ -10,15 +10,18 @@ T = TypeVar("T")
 
 
 class BoundedQueue(Generic[T]):
-    """A FIFO that holds at most `maxsize` items; the stage that puts closes it, with a plain call.
+    """A FIFO of at most `maxsize` items, closed by the stage that puts. Read it with `async for`.
 
-    `close` never waits, so it can stand in a task's done-callback: a queue is closed even when the
-    stage that puts was cancelled before its first step. Readers get what is left, then the end.
+    `close` does not wait, so a done-callback can call it: the queue is closed even when the putting stage was
+    cancelled before its first step. Readers get the remaining items, then the iteration ends.
+
+    Raises:
+        ValueError: `maxsize` is below 1.
     """
 
     def __init__(self, maxsize: int) -> None:
         if maxsize < 1:
-            raise ValueError(f"a bounded queue holds at least one item, not {maxsize}")
+            raise ValueError(f"maxsize must be at least 1, not {maxsize}")
         self.maxsize = maxsize
         self._items: deque[T] = deque()
         self._readers: deque[asyncio.Future[None]] = deque()
@@ -27,7 +30,7 @@ class BoundedQueue(Generic[T]):
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more will be put; there may be items left."""
+        """Whether `close` was called; items may be left."""
         return self._closed
 
     def __len__(self) -> int:
@@ -38,31 +41,31 @@ class BoundedQueue(Generic[T]):
         return f"<BoundedQueue {len(self._items)}/{self.maxsize} {state}>"
 
     async def put(self, item: T) -> None:
-        """Wait for room, then add `item`.
+        """Wait until the queue is not full, then add `item`.
 
         Raises:
             RuntimeError: The queue is closed; only the stage that puts may close it.
         """
         while len(self._items) >= self.maxsize and not self._closed:
-            await _turn(self._writers, lambda: len(self._items) < self.maxsize)
+            await _wait_to_be_woken(self._writers, lambda: len(self._items) < self.maxsize)
         if self._closed:
             raise RuntimeError("put on a closed queue")
         self._items.append(item)
         _wake_one(self._readers)
 
     def get_nowait(self, limit: int) -> list[T]:
-        """What is there now, at most `limit` items; possibly none."""
+        """Remove and return at most `limit` items without waiting; possibly none."""
         return [self._pop() for _ in range(min(limit, len(self._items)))]
 
     def close(self) -> None:
-        """Say that nothing more will be put. Closing twice is harmless."""
+        """Mark the end: nothing more will be put. May be called more than once."""
         self._closed = True
         while self._readers or self._writers:
             _wake_one(self._readers)
             _wake_one(self._writers)
 
     def discard(self) -> int:
-        """Drop what waits and say how much it was: for a drain, which starts nothing new."""
+        """Remove all items and return their number. Used by a drain, which starts nothing new."""
         dropped = len(self._items)
         while self._items:
             self._pop()
@@ -75,7 +78,7 @@ class BoundedQueue(Generic[T]):
         while not self._items:
             if self._closed:
                 raise StopAsyncIteration
-            await _turn(self._readers, lambda: bool(self._items))
+            await _wait_to_be_woken(self._readers, lambda: bool(self._items))
         return self._pop()
 
     def _pop(self) -> T:
@@ -84,17 +87,17 @@ class BoundedQueue(Generic[T]):
         return item
 
 
-async def _turn(waiters: deque[asyncio.Future[None]], can_go_on: Callable[[], bool]) -> None:
-    """Wait to be woken. One who is cancelled after being woken passes the turn on."""
+async def _wait_to_be_woken(waiters: deque[asyncio.Future[None]], can_proceed: Callable[[], bool]) -> None:
+    """Wait until woken. A waiter cancelled after it was woken wakes the next one instead."""
     waiter = asyncio.get_running_loop().create_future()
     waiters.append(waiter)
     try:
         await waiter
     except asyncio.CancelledError:
         if waiter.cancelled():
-            with suppress(ValueError):  # a wake-up that came later may have dropped it already
+            with suppress(ValueError):  # a later wake-up may have removed it already
                 waiters.remove(waiter)
-        elif can_go_on():
+        elif can_proceed():
             _wake_one(waiters)
         raise
 

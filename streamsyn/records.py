@@ -1,8 +1,8 @@
-"""What flows through the stages, in the order in which it arises.
+"""The records that pass between stages, in the order of the flow.
 
     Seed -> Draft -> Request -> Completion -> Context | Reject -> Sample
 
-All of them are frozen: a stage hands on a new record, it never edits another's.
+All are frozen: a stage passes on a new record and never edits one it received.
 """
 
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from typing import Any, TypeAlias
 
 
 def digest(*parts: str | bytes) -> bytes:
-    """16 bytes that stand for `parts`; the same on every machine and in every process."""
+    """Return a 16-byte BLAKE2b hash of `parts`, the same on every machine and in every process."""
     encoded = [part.encode() if isinstance(part, str) else part for part in parts]
     # The lengths make ("ab", "c") differ from ("a", "bc").
     return blake2b(b"".join([b"%d:%b" % (len(part), part) for part in encoded]), digest_size=16).digest()
 
 
 class RejectReason(StrEnum):
-    """Why a seed got no context. The set is closed: readers of the log may switch over it."""
+    """Why a seed got no context. The set is closed, so readers of the log can list all cases."""
 
-    # the line is no seed
+    # the line is not a valid seed
     INVALID_UTF8 = "invalid_utf8"
     INVALID_JSON = "invalid_json"
     NOT_A_SEED = "not_a_seed"
     LINE_TOO_LONG = "line_too_long"
-    # the answers failed a check, each time
+    # every answer failed a check
     EMPTY = "empty"
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
@@ -36,7 +36,7 @@ class RejectReason(StrEnum):
     PROMPT_ECHO = "prompt_echo"
     QA_PASTED = "qa_pasted"
     NO_PAIR = "no_pair"
-    # the context was no good to train on
+    # the context is not fit for training
     NEAR_DUPLICATE = "near_duplicate"
     CONTAMINATED = "contaminated"
     LOW_CONTEXT_GAIN = "low_context_gain"
@@ -46,22 +46,22 @@ class RejectReason(StrEnum):
     TIMEOUT = "timeout"
     BROKEN_RESPONSE = "broken_response"
     SERVER_UNAVAILABLE = "server_unavailable"
-    # we failed
+    # a bug in streamsyn or in a plug-in recipe
     INTERNAL_ERROR = "internal_error"
 
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A trusted instruction-answer pair, or a document for which a recipe has the pair written.
+    """A trusted instruction-answer pair, or a document for which a recipe writes the pair.
 
     Attributes:
-        id: Its own, or a hash of what it holds.
-        task: Its kind of task.
-        instruction: What is asked; "" with a document.
-        answer: The gold answer; "" with a document.
-        origin: Where it stood, as `file:line`.
-        metadata: Its other fields.
-        context: The document; "" with a pair.
+        id: The seed's own id, or a hash of its content.
+        task: Name of its task, such as a data set.
+        instruction: The instruction; "" if the seed is a document.
+        answer: The gold answer; "" if the seed is a document.
+        origin: Where it was read, as `file:line`.
+        metadata: All other fields.
+        context: The document; "" if the seed is a pair.
     """
 
     id: str
@@ -75,68 +75,84 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class BadSeed:
-    """A line (or row) that is no seed; it goes through the stages like one and ends as a Reject."""
+    """An invalid line (or row). It passes through the stages like a seed and ends as a Reject.
+
+    Attributes:
+        key: 16-byte hash of place and content, by which the same line is recognised when read again.
+    """
 
     origin: str
     reason: RejectReason
     detail: str
     key: bytes
-    """Stands for the place and the bytes, so that reading the same line again is noticed."""
 
 
 Entry: TypeAlias = Seed | BadSeed
-"""What a seed source yields."""
+"""An item that a seed source yields."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The unit of work: one context to be written for a seed (`recipe.contexts_per_seed` of them)."""
+    """The unit of work: one context to write for a seed, which has `recipe.contexts_per_seed` drafts."""
 
     seed: Seed
     number: int = 0
 
     @property
     def id(self) -> str:
-        """The seed's own id for its first draft, `id#1`, `id#2`, ... for the others.
+        """The seed's id for draft 0, then `id#1`, `id#2`, ...
 
-        A `#` in a seed's own id is doubled, so that no two drafts share an id.
+        A `#` in the seed's id is doubled, so that ids of drafts are unique.
         """
         own = self.seed.id.replace("#", "##")
         return f"{own}#{self.number}" if self.number else own
 
     @property
     def key(self) -> bytes:
-        """16 bytes by which a finished draft is known again."""
+        """The 16 bytes by which the log recognises a finished draft."""
         return draft_key(self.seed.id, self.number)
 
 
 def draft_key(seed_id: str, number: int) -> bytes:
-    """The key of a draft, from what its outcome in the log holds."""
+    """Return the key of a draft from the fields of its outcome in the log."""
     return blake2b(f"draft {number} {seed_id}".encode(), digest_size=16).digest()
 
 
 Work: TypeAlias = Draft | BadSeed
-"""What a worker takes: each ends as exactly one Outcome."""
+"""An item of the work queue. Each ends as exactly one Outcome."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question to an LLM: chat `messages` and the sampling parameters that go with them."""
+    """One request to an LLM.
+
+    Attributes:
+        messages: The chat messages: [{role, content}, ...].
+        sampling: Sampling parameters, such as temperature and max_tokens.
+        group: Key of its prefix group, whose requests go to one server; "" for none.
+        prefixes: Keys of the prefixes shared with other requests, shortest first: the template's, then the
+            group's. The first request with a key warms a server's cache; the others wait for that.
+        scored: If given, nothing is generated: the server scores this text as the answer.
+    """
 
     messages: list[dict[str, str]]
     sampling: dict[str, Any]
     group: str = ""
-    """Requests of one group share a long beginning, so they go to one server; "" where none is shared."""
     prefixes: tuple[str, ...] = ()
-    """Keys of what it begins with like others do, outermost first: the template's, then the group's. The
-    first request with a key brings it into a server's cache, the others wait for that."""
     scored: str | None = None
-    """If given, nothing is to be written: how likely is this as the answer to `messages`?"""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at one server. `at` is in Unix seconds; `error` is None when an answer came."""
+    """One attempt of a request at one server.
+
+    Attributes:
+        server: Base URL of the server.
+        at: Start, in Unix seconds.
+        seconds: Duration.
+        error: What went wrong; None if an answer came.
+        completion_tokens: Tokens that were generated.
+    """
 
     server: str
     at: float
@@ -147,7 +163,11 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer of an LLM, with what the server counted."""
+    """One answer of an LLM, with the token counts of the server.
+
+    Attributes:
+        logprobs: Log-likelihood of each token of `Request.scored`, in nats.
+    """
 
     text: str
     finish_reason: str
@@ -158,14 +178,18 @@ class Completion:
     server: str
     weight_version: str | None = None
     logprobs: tuple[float, ...] = ()
-    """Of the tokens of `Request.scored`, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a recipe makes of its completions: the context's text and what the checks measured.
+    """What a recipe returns for a draft.
 
-    `instruction` and `answer` are those of the seed, unless the recipe wrote them.
+    Attributes:
+        text: The context.
+        checks: What the checks measured, and `flags`: a list of names.
+        steps: The completions that it was made of.
+        instruction: The instruction, if the recipe wrote it; None keeps the seed's.
+        answer: The answer, if the recipe wrote it; None keeps the seed's.
     """
 
     text: str
@@ -177,7 +201,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The document an LLM wrote for a seed: one line of `contexts/`, in this order after `seq`."""
+    """The document an LLM wrote for a seed: one line of `contexts/`, fields in this order."""
 
     id: str
     seed_id: str
@@ -194,7 +218,7 @@ class Context:
     cached_tokens: int
     completion_tokens: int
     wasted_tokens: int
-    """Completion tokens of answers that were thrown away on the way."""
+    """Completion tokens of the discarded answers of this draft."""
     attempts: list[Attempt]
     steps: list[dict[str, Any]]
     checks: dict[str, Any]
@@ -204,13 +228,13 @@ class Context:
 
     @property
     def key(self) -> bytes:
-        """The key of the draft that this finishes."""
+        """The key of its draft."""
         return draft_key(self.seed_id, self.draft)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reject:
-    """A draft that got no context, or a line that is no seed: one line of `rejects/`."""
+    """A draft that got no context, or an invalid line: one line of `rejects/`."""
 
     key: bytes
     reason: RejectReason
@@ -233,20 +257,20 @@ Outcome: TypeAlias = Context | Reject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A chat example to train on: one line of `samples/`, in this order after `seq`."""
+    """A chat example for training: one line of `samples/`, fields in this order."""
 
     id: str
     seed_id: str
     task: str
     instruction: str
-    """What is asked, as it stands among the contexts' text in `messages`."""
+    """The instruction as it appears in `messages`."""
     messages: list[dict[str, str]]
     context_seqs: list[int | None]
-    """The `seq` of each passage in the prompt, in order; null for one that is no context but of a corpus."""
+    """The `seq` of each passage in the prompt, in order; null for a passage of a corpus."""
     relevant_index: int
-    """Which of the passages is the relevant one, from 0."""
+    """Index of the relevant passage, from 0."""
     n_tokens: int
-    """Of the whole chat, by the tokenizer of the model to be tuned (`assembly.tokenizer`); without one, of
-    the passages alone, as counted by the servers that wrote them."""
+    """Tokens of the whole chat by `assembly.tokenizer`; without one, the sum of the passages' tokens by the
+    counts of the servers that wrote them."""
     target_tokens: int | None = None
-    """How many were wanted; null where a number of contexts was."""
+    """Target length in tokens; null if a number of contexts was configured."""

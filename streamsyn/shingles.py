@@ -1,13 +1,11 @@
-"""Runs of n words in a text as 64-bit numbers, at tens of megabytes a second.
+"""Text similarity: MinHash signatures over word n-grams (shingles), and the word hashes below them.
 
-Words are what stands between spaces and punctuation, in lower case and compatibility form (NFKC): "It's" and
-"ITS" are one. In scripts that put no spaces between words each character counts as one. The numbers are the
-same on every machine and in every process.
+`signature` keeps 128 numbers per text. From two of them `similarity` estimates the Jaccard similarity of the
+texts' 5-grams, with a standard error of at most 0.045. `split_words` hashes tens of megabytes a second.
 
-How alike two texts are, from 128 numbers of each: MinHash over their runs of five words.
-
-Estimates the Jaccard similarity of the two sets of runs: the share of runs in either that is in both. The
-standard error is at most 0.045. Pure, and the same on every machine.
+Words are separated by spaces and punctuation, and compared in lower case, in compatibility form (NFKC) and
+without apostrophes: "It's" and "ITS" are the same. In scripts without spaces each character is a word.
+All hashes are the same on every machine and in every process.
 """
 
 import unicodedata
@@ -22,9 +20,16 @@ from numpy.typing import NDArray
 
 Hashes: TypeAlias = NDArray[numpy.uint64]
 
-_SPACE, _LETTER, _ALONE, _DROPPED = range(4)
+SHINGLE_WORDS = 5
+PERMUTATIONS = 128
+BAND_ROWS = 6
+"""Values per band, so 21 bands. Texts share a band with probability 0.998 at similarity 0.8, 3e-7 at 0.05."""
+VERSION = f"{rensa.RMinHash.ALGORITHM_VERSION}.1"
+"""Signatures of different versions cannot be compared."""
+
+_SPACE, _LETTER, _UNSPACED_LETTER, _DROPPED = range(4)
 _CLASSIFIED = 0x20000
-"""Characters behind it are rare ideographs."""
+"""Number of code points with a kind of their own. Those after it are rare ideographs."""
 _APOSTROPHES = (0x27, 0x60, 0x2018, 0x2019, 0x2BC)
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -37,13 +42,70 @@ _UNSPACED = (
     (0xF900, 0xFAFF),
 )
 _PLACES = 64
-"""Letters further apart in one word than this share a factor."""
+"""Number of factors for the positions of letters in a word. Longer words use them again."""
 _FACTOR = numpy.uint64(0x9E3779B97F4A7C15)
+
+
+def mix_bits(numbers: Hashes) -> Hashes:
+    """Mix the bits of each number, so that each depends on all (the finaliser of SplitMix64)."""
+    numbers = (numbers ^ (numbers >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
+    result: Hashes = numbers ^ (numbers >> numpy.uint64(31))
+    return result
+
+
+_SEED = 20_250_215
+_FACTORS: Hashes = mix_bits(numpy.arange(1, PERMUTATIONS + 1, dtype=numpy.uint64)) | numpy.uint64(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The MinHash signature of a text.
+
+    Attributes:
+        values: 128 numbers of 4 bytes, little-endian.
+        bands: Keys to look it up by: signed 64-bit numbers. Texts that share none are not similar.
+    """
+
+    values: bytes
+    bands: tuple[int, ...]
+
+
+def signature(text: str) -> Signature:
+    """Return the signature of a text, in about 0.2 ms for 2,000 words.
+
+    A text of fewer than five words is one n-gram. All texts without words have the same signature.
+    """
+    words = split_words(text)
+    ngrams = words.ngrams(min(SHINGLE_WORDS, len(words)))
+    rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(ngrams, [0, len(ngrams)], PERMUTATIONS, _SEED)
+    values = numpy.array(rows.to_rows()[0], "<u4").tobytes()
+    return Signature(values, band_keys(values, BAND_ROWS))
+
+
+def similarity(a: Signature, b: Signature) -> float:
+    """Estimate the Jaccard similarity of two texts, from 0 to 1."""
+    equal = numpy.frombuffer(a.values, "<u4") == numpy.frombuffer(b.values, "<u4")
+    return int(numpy.count_nonzero(equal)) / PERMUTATIONS
+
+
+def band_keys(values: bytes, rows: int) -> tuple[int, ...]:
+    """Return one key for every `rows` values of a signature. A remainder at the end is not used."""
+    bands = PERMUTATIONS // rows
+    numbers = numpy.frombuffer(values, "<u4", bands * rows).astype(numpy.uint64) * _FACTORS[: bands * rows]
+    keys = mix_bits(numbers.reshape(bands, rows).sum(axis=1, dtype=numpy.uint64))
+    return tuple(keys.view(numpy.int64).tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The words of a text: their letters one after the other, where each begins, and a number for each."""
+    """The words of a text.
+
+    Attributes:
+        letters: Code points of all words, without separators; shape (letters,).
+        starts: Index in `letters` of the first letter of each word; shape (words,).
+        hashes: Hash of each word; shape (words,).
+    """
 
     letters: NDArray[numpy.uint32]
     starts: NDArray[numpy.intp]
@@ -53,13 +115,13 @@ class Words:
         return len(self.starts)
 
     def text(self, first: int, end: int) -> str:
-        """Words `first` to before `end`, with spaces between them."""
+        """Return the words from `first` up to, without, `end`, joined by spaces."""
         bounds = [*self.starts.tolist(), len(self.letters)][first : end + 1]
         cut = (self.letters[start:stop] for start, stop in pairwise(bounds))
         return " ".join(letters.astype("<u4").tobytes().decode("utf-32-le") for letters in cut)
 
-    def runs(self, words: int) -> Hashes:
-        """A number for each run of so many words, in their order; none if there are not so many."""
+    def ngrams(self, words: int) -> Hashes:
+        """Return the hash of each n-gram of `words` words, in order; none if the text is shorter."""
         count = len(self) - words + 1
         if count <= 0:
             return numpy.empty(0, numpy.uint64)
@@ -71,7 +133,7 @@ class Words:
 
 
 def split_words(text: str) -> Words:
-    """The words of a text of any length; takes some 25 bytes of memory a character while it works."""
+    """Split and hash the words of a text. Takes about 25 bytes of memory per character."""
     folded = (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
     letters = numpy.frombuffer(folded.encode("utf-32-le", "replace"), "<u4").astype(numpy.uint32, copy=False)
     kinds = _kinds().take(letters, mode="clip")
@@ -80,14 +142,14 @@ def split_words(text: str) -> Words:
         letters, kinds = letters[kept], kinds[kept]
     is_letter = kinds != _SPACE
     is_start = is_letter.copy()
-    is_start[1:] &= (kinds[1:] == _ALONE) | (kinds[:-1] != _LETTER)
+    is_start[1:] &= (kinds[1:] == _UNSPACED_LETTER) | (kinds[:-1] != _LETTER)
     letters = letters[is_letter]
     starts = numpy.flatnonzero(is_start[is_letter])
     return Words(letters, starts, _hashes(letters, starts))
 
 
 def _hashes(letters: NDArray[numpy.uint32], starts: NDArray[numpy.intp]) -> Hashes:
-    """A sum of letters times factors for their places in the word, well mixed."""
+    """Hash each word: the sum of its letters times factors for their positions, mixed."""
     if not len(starts):
         return numpy.empty(0, numpy.uint64)
     lengths = numpy.diff(starts, append=len(letters))
@@ -95,83 +157,28 @@ def _hashes(letters: NDArray[numpy.uint32], starts: NDArray[numpy.intp]) -> Hash
     places -= numpy.repeat(starts.astype(numpy.int32), lengths)
     terms = _factors().take(places & (_PLACES - 1))
     terms *= letters
-    return mixed(numpy.add.reduceat(terms, starts))
-
-
-def mixed(numbers: Hashes) -> Hashes:
-    """Each number with all its bits depending on all its bits (the finish of SplitMix64)."""
-    numbers = (numbers ^ (numbers >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-    mixed: Hashes = numbers ^ (numbers >> numpy.uint64(31))
-    return mixed
+    return mix_bits(numpy.add.reduceat(terms, starts))
 
 
 @cache
 def _factors() -> Hashes:
-    """An odd number for each place in a word."""
-    return mixed(numpy.arange(1, _PLACES + 1, dtype=numpy.uint64) * _FACTOR) | numpy.uint64(1)
+    """Return an odd factor for each position in a word."""
+    return mix_bits(numpy.arange(1, _PLACES + 1, dtype=numpy.uint64) * _FACTOR) | numpy.uint64(1)
 
 
 @cache
 def _kinds() -> NDArray[numpy.uint8]:
-    """What each character is, by its code point."""
+    """Return the kind of each character, indexed by code point."""
     kinds = numpy.full(_CLASSIFIED + 1, _LETTER, numpy.uint8)
-    kinds[_CLASSIFIED] = _ALONE
+    kinds[_CLASSIFIED] = _UNSPACED_LETTER
     for code in range(_CLASSIFIED):
         category = unicodedata.category(chr(code))
         if category[0] in "PSZ" or category == "Cc":
             kinds[code] = _SPACE
         elif category == "Cf":
-            kinds[code] = _DROPPED  # soft hyphens and other marks that are not seen
+            kinds[code] = _DROPPED  # soft hyphens and other invisible marks
     for first, last in _UNSPACED:
         unspaced = kinds[first : last + 1]
-        unspaced[unspaced == _LETTER] = _ALONE
+        unspaced[unspaced == _LETTER] = _UNSPACED_LETTER
     kinds[list(_APOSTROPHES)] = _DROPPED
     return kinds
-
-
-SHINGLE_WORDS = 5
-PERMUTATIONS = 128
-BAND_ROWS = 6
-"""Of two texts with similarity 0.8, 99.8 % share one of 21 bands; with 0.05, one in three million does."""
-VERSION = f"{rensa.RMinHash.ALGORITHM_VERSION}.1"
-"""Signatures of other versions cannot be compared with these."""
-
-_SEED = 20_250_215
-_FACTORS: Hashes = mixed(numpy.arange(1, PERMUTATIONS + 1, dtype=numpy.uint64)) | numpy.uint64(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """What is kept of a text: its 128 numbers, 4 bytes each, and the keys under which to look it up."""
-
-    values: bytes
-    bands: tuple[int, ...]
-    """Signed 64-bit numbers. Two texts that share none are not similar."""
-
-
-def signature(text: str) -> Signature:
-    """The signature of a text: some 0.2 ms for 2,000 words.
-
-    Case and punctuation do not count (see wordruns). A text of fewer than five words is one run; all texts
-    without words are alike.
-    """
-    words = split_words(text)
-    runs = words.runs(min(SHINGLE_WORDS, len(words)))
-    rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(runs, [0, len(runs)], PERMUTATIONS, _SEED)
-    values = numpy.array(rows.to_rows()[0], "<u4").tobytes()
-    return Signature(values, band_keys(values, BAND_ROWS))
-
-
-def similarity(a: Signature, b: Signature) -> float:
-    """The estimated Jaccard similarity of two texts, from 0 to 1."""
-    equal = numpy.frombuffer(a.values, "<u4") == numpy.frombuffer(b.values, "<u4")
-    return int(numpy.count_nonzero(equal)) / PERMUTATIONS
-
-
-def band_keys(values: bytes, rows: int) -> tuple[int, ...]:
-    """One key for every `rows` numbers of a signature; what is left over at the end is not used."""
-    bands = PERMUTATIONS // rows
-    numbers = numpy.frombuffer(values, "<u4", bands * rows).astype(numpy.uint64) * _FACTORS[: bands * rows]
-    keys = mixed(numbers.reshape(bands, rows).sum(axis=1, dtype=numpy.uint64))
-    return tuple(keys.view(numpy.int64).tolist())

@@ -1,4 +1,4 @@
-"""Logs and counters: what a run says of itself. Everything goes to stderr."""
+"""Log configuration and the counters of a run. Logs go to stderr."""
 
 import logging
 import sys
@@ -29,13 +29,13 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    if as_json:  # then what libraries have to say is an object too
+    if as_json:  # log records of libraries become JSON too
         logging.captureWarnings(True)
         logging.basicConfig(handlers=[_Forward()])
 
 
 class _Forward(logging.Handler):
-    """Makes events of what comes through the standard library's logging."""
+    """Forwards records of the standard library's logging to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger()
@@ -44,17 +44,17 @@ class _Forward(logging.Handler):
 
 @dataclass(slots=True)
 class Counters:
-    """What this process has done so far; stages add to it, progress and summary read it."""
+    """What this process has done so far. Stages add to it; progress, metrics and summary read it."""
 
     started_at: float = field(default_factory=time.monotonic)
     seeds_read: int = 0
-    """Lines that were read, good and bad."""
+    """Lines read, valid and invalid."""
     drafts_read: int = 0
-    """Outcomes that they come to: one a bad line, `recipe.contexts_per_seed` a seed."""
+    """Outcomes that these lines will have: one per invalid line, `recipe.contexts_per_seed` per seed."""
     finished_before: int = 0
-    """Drafts that an earlier run had finished."""
+    """Drafts skipped because an earlier run finished them."""
     repeated: int = 0
-    """Seeds skipped because their id had been read before."""
+    """Seeds skipped because their id was read before."""
     reading_done: bool = False
     contexts: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
@@ -64,16 +64,16 @@ class Counters:
     useful_tokens: int = 0
     """Completion tokens of contexts."""
     wasted_tokens: int = 0
-    """Completion tokens of answers that were thrown away: failed checks, retries, rejects."""
+    """Completion tokens of discarded answers: failed checks, retries, rejects."""
     retries: int = 0
     scored: int = 0
-    """Contexts that servers were asked about."""
+    """Contexts sent to servers for scoring."""
     unscored: int = 0
-    """Those among them that servers failed to score."""
+    """Contexts among these that servers failed to score."""
     scoring_prompt_tokens: int = 0
     scoring_cached_tokens: int = 0
     scoring_tokens: int = 0
-    """Completion tokens of answers that were asked for to score contexts; no others count them."""
+    """Completion tokens of answers requested for scoring; not counted elsewhere."""
     scoring_retries: int = 0
 
     @property
@@ -100,7 +100,7 @@ class Counters:
                 self.rejects[outcome.reason] += 1
 
     def count_scoring(self, figures: Mapping[str, int], retries: int, *, failed: bool) -> None:
-        """Add what it took to score one context."""
+        """Add the token counts and retries of scoring one context."""
         self.scored += 1
         self.unscored += failed
         self.scoring_prompt_tokens += figures["prompt_tokens"]

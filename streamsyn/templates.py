@@ -1,4 +1,4 @@
-"""Jinja2 templates: the packaged ones and the user's, checked before anything is sent."""
+"""Jinja2 templates, packaged or the user's; errors show when one is loaded, before anything is sent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +11,19 @@ import jinja2
 
 from streamsyn.errors import ConfigError
 
-_UNRENDERABLE = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
 class PromptTemplate:
-    """A template file; its blocks, where it has any, are rendered one by one.
+    """A template that can be rendered as a whole or block by block.
 
     Args:
-        name: How it is called in messages: a path.
-        source: Its text.
-        example: Variables it may use, with values to try it on.
+        name: Its name in error messages, such as a path.
+        source: The text of the template.
+        example: The variables it may use, with values for a trial rendering.
 
     Raises:
-        ConfigError: It is no valid template, or uses a variable that there is not.
+        ConfigError: The syntax is invalid, or the trial rendering fails, as with an unknown variable.
     """
 
     def __init__(self, name: str, source: str, example: dict[str, Any]) -> None:
@@ -39,56 +39,56 @@ class PromptTemplate:
 
     @property
     def block_names(self) -> frozenset[str]:
-        """Names of its blocks."""
+        """The names of its blocks."""
         return frozenset(self._template.blocks)
 
     @property
     def fixed_lines(self) -> list[str]:
-        """Lines that stand in every text rendered from it."""
+        """Lines without variables or tags: they appear in every rendered text."""
         return [line.strip() for line in self.source.splitlines() if not {"{", "}"} & set(line)]
 
     def render(self, **variables: Any) -> str:
-        """The text of the whole file.
+        """Render the whole file.
 
         Raises:
-            ConfigError: It cannot be rendered with these values.
+            ConfigError: Rendering fails with these values.
         """
         context = self._context(variables)
-        with self._translated(variables):
+        with self._naming_the_template(variables):
             return "".join(self._template.root_render_func(context)).strip()
 
     def render_blocks(self, **variables: Any) -> dict[str, str]:
-        """The text of each block, by its name; none for a file that has no blocks.
+        """Render each block, by name; {} for a template without blocks.
 
         Raises:
-            ConfigError: They cannot be rendered with these values.
+            ConfigError: Rendering fails with these values.
         """
         context = self._context(variables)
-        with self._translated(variables):
+        with self._naming_the_template(variables):
             return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
 
     def _context(self, variables: dict[str, Any]) -> jinja2.runtime.Context:
-        # What `new_context` does, less walking through the globals for each text.
+        # As `Template.new_context`, without its pass over the globals for each text.
         template = self._template
         return template.environment.context_class(
             template.environment, {**self._globals, **variables}, template.name, template.blocks
         )
 
     @contextmanager
-    def _translated(self, variables: dict[str, Any]) -> Iterator[None]:
-        """Name the template in what goes wrong in it."""
+    def _naming_the_template(self, variables: dict[str, Any]) -> Iterator[None]:
+        """Translate errors of rendering to ConfigError, with the name of the template."""
         try:
             yield
-        except _UNRENDERABLE as error:
-            there_are = ", ".join(sorted(variables))
-            raise ConfigError(f"template {self._name}: {error}; the variables are {there_are}") from error
+        except _RENDER_ERRORS as error:
+            known = ", ".join(sorted(variables))
+            raise ConfigError(f"template {self._name}: {error}; the variables are {known}") from error
 
 
 def packaged(folder: str, name: str) -> str:
-    """The text of a template that comes with the package.
+    """Return the text of a packaged template.
 
     Raises:
-        ConfigError: There is no such template.
+        ConfigError: There is no template of this name.
     """
     path = files("streamsyn") / "data" / folder / f"{name}.j2"
     if not path.is_file():
@@ -97,10 +97,10 @@ def packaged(folder: str, name: str) -> str:
 
 
 def read(path: Path) -> str:
-    """The text of a user's template.
+    """Return the text of a user's template.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: The file cannot be read.
     """
     try:
         return path.read_text("utf-8")

@@ -129,7 +129,7 @@ async def test_a_full_queue_makes_the_writer_wait() -> None:
 @pytest.mark.parametrize("maxsize", [0, -1])
 def test_a_queue_without_room_is_refused(maxsize: int) -> None:
     """A queue holds at least one item."""
-    with pytest.raises(ValueError, match="at least one item"):
+    with pytest.raises(ValueError, match="at least 1"):
         BoundedQueue(maxsize)
 
 

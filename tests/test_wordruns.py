@@ -37,8 +37,8 @@ def test_what_stands_between_words_does_not_change_their_runs(words: list[str], 
     mixed = "".join(data.draw(GAPS) + data.draw(st.sampled_from([word, word.upper()])) for word in words)
 
     for length in (1, 3, 13):
-        expected = split_words(" ".join(words)).runs(length).tolist()
-        assert expected == split_words(mixed).runs(length).tolist()
+        expected = split_words(" ".join(words)).ngrams(length).tolist()
+        assert expected == split_words(mixed).ngrams(length).tolist()
         assert max(0, len(words) - length + 1) == len(expected)
 
 
@@ -48,7 +48,7 @@ def test_different_words_have_different_numbers(first: list[str], second: list[s
 
     def numbers(words: list[str]) -> dict[int, tuple[str, ...]]:
         folded = [word.casefold() for word in words]
-        runs = split_words(" ".join(words)).runs(2).tolist()
+        runs = split_words(" ".join(words)).ngrams(2).tolist()
         return dict(zip(runs, pairwise(folded), strict=True))
 
     one, other = numbers(first), numbers(second)
@@ -67,13 +67,13 @@ def test_any_text_can_be_split(text: str) -> None:
     assert all(texts)
     assert not any(" " in word for word in texts)
     assert " ".join(texts) == words.text(0, len(words))
-    assert words.hashes.tolist() == words.runs(1).tolist()
+    assert words.hashes.tolist() == words.ngrams(1).tolist()
 
 
 def test_numbers_are_the_same_everywhere() -> None:
     """No process-wide hash seed and no machine plays a part: these numbers are fixed."""
     text = "The quick brown fox jumps over \u4e2d\u6587 and the na\u00efve dog"
-    code = f"from streamsyn.shingles import split_words; print(split_words({text!r}).runs(5).tolist())"
+    code = f"from streamsyn.shingles import split_words; print(split_words({text!r}).ngrams(5).tolist())"
     said = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
@@ -81,5 +81,5 @@ def test_numbers_are_the_same_everywhere() -> None:
         for seed in ("1", "2")
     }
 
-    assert {f"{split_words(text).runs(5).tolist()}\n"} == said
-    assert 2675416862814903473 == split_words(text).runs(5).tolist()[0]
+    assert {f"{split_words(text).ngrams(5).tolist()}\n"} == said
+    assert 2675416862814903473 == split_words(text).ngrams(5).tolist()[0]

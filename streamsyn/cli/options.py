@@ -11,6 +11,58 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+_INPUT_OPTIONS = [
+    click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False)),
+    click.option(
+        "--seeds",
+        multiple=True,
+        metavar="PATH|-",
+        help="File, directory, glob, or - for NDJSON on stdin. Repeatable.",
+    ),
+    click.option("--server", multiple=True, metavar="URL", help="URL of an SGLang server. Repeatable."),
+    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Read at most N seeds."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a configuration key. Repeatable.",
+    ),
+]
+_OUTPUT_OPTIONS = [
+    click.option(
+        "--stdout",
+        "to_stdout",
+        is_flag=True,
+        help="Write samples to stdout as NDJSON, and nothing else.",
+    ),
+    click.option(
+        "--replay",
+        is_flag=True,
+        help="With --stdout: start with the samples that earlier runs wrote.",
+    ),
+    click.option("--no-progress", is_flag=True, help="Log lines instead of a progress display."),
+    click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr."),
+    click.option(
+        "--train",
+        metavar="CONFIG",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Train during the run, with the [train] section of this TOML file.",
+    ),
+    click.option("--launch", metavar="MODEL", help="Start a local SGLang server with MODEL for this run."),
+    click.option(
+        "--sglang-python",
+        type=click.Path(path_type=Path),
+        help="For --launch: Python interpreter with sglang.",
+    ),
+    click.option(
+        "--sglang-arg",
+        multiple=True,
+        metavar="FLAG",
+        help="For --launch: further flag of the server. Repeatable.",
+    ),
+]
+
 
 def examples(*commands: str) -> str:
     """Return the epilog of a command: its examples, one per line."""
@@ -19,63 +71,13 @@ def examples(*commands: str) -> str:
 
 def run_options(command: Command) -> Command:
     """Add the options of `run` to a command. Only `run` requires --out."""
-    options = [
-        click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False)),
-        click.option(
-            "--seeds",
-            multiple=True,
-            metavar="PATH|-",
-            help="File, directory, glob, or - for NDJSON on stdin. Repeatable.",
-        ),
-        click.option("--server", multiple=True, metavar="URL", help="URL of an SGLang server. Repeatable."),
-        click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Read at most N seeds."),
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override a configuration key. Repeatable.",
-        ),
-        click.option(
-            "--out",
-            type=click.Path(path_type=Path, file_okay=False),
-            required=command.__name__ == "run",
-            help="Run directory; an existing one is resumed.",
-        ),
-        click.option(
-            "--stdout",
-            "to_stdout",
-            is_flag=True,
-            help="Write samples to stdout as NDJSON, and nothing else.",
-        ),
-        click.option(
-            "--replay",
-            is_flag=True,
-            help="With --stdout: start with the samples that earlier runs wrote.",
-        ),
-        click.option("--no-progress", is_flag=True, help="Log lines instead of a progress display."),
-        click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr."),
-        click.option(
-            "--train",
-            metavar="CONFIG",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="Train during the run, with the [train] section of this TOML file.",
-        ),
-        click.option(
-            "--launch", metavar="MODEL", help="Start a local SGLang server with MODEL for this run."
-        ),
-        click.option(
-            "--sglang-python",
-            type=click.Path(path_type=Path),
-            help="For --launch: Python interpreter with sglang.",
-        ),
-        click.option(
-            "--sglang-arg",
-            multiple=True,
-            metavar="FLAG",
-            help="For --launch: further flag of the server. Repeatable.",
-        ),
-    ]
+    out = click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        required=command.__name__ == "run",
+        help="Run directory; an existing one is resumed.",
+    )
+    options = [*_INPUT_OPTIONS, out, *_OUTPUT_OPTIONS]
     for option in reversed(options):
         command = option(command)
     return command

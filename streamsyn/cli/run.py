@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 def run(**given: Any) -> None:
     """Write contexts for seeds and assemble samples. An existing --out is resumed.
 
-    With --train a model is tuned on the samples during the run. A signal stops the run first, then the
-    training.
+    With --train a model is tuned on the samples during the run. A signal stops both, the run first.
     """
     from streamsyn.pipeline.delivery import SampleStream
     from streamsyn.pipeline.request import RunRequest
@@ -61,8 +60,7 @@ def run(**given: Any) -> None:
             summary = run_pipeline(request)
         finally:
             if training is None:
-                # The outcome is final: a signal has nothing left to stop.
-                on_signals(signal.SIG_IGN)
+                on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
             if stream is not None:
                 stream.close()
         _summarise(summary, as_json=given["log_json"])

@@ -94,7 +94,7 @@ class EvalSets:
     def overlap(self, text: str) -> Overlap | None:
         """What a text has in common with the sets, None if nothing. Any number of threads may call it."""
         words = split_words(text)
-        where, owners = self._runs.find(words.runs(self._words))
+        where, owners = self._runs.find(words.ngrams(self._words))
         if not len(where):
             return None
         first = int(where[0])
@@ -109,7 +109,7 @@ class EvalSets:
         for text in texts(file):
             count += 1
             if len(text) >= self._words:
-                hashes = split_words(text).runs(self._words)
+                hashes = split_words(text).ngrams(self._words)
                 runs.add(hashes, number)
                 found += len(hashes)
         return count, found
