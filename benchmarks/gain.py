@@ -36,7 +36,7 @@ from streamsyn.config.sections import FleetSection, ScoringSection
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.launch import find_packaged_model, launched
 from streamsyn.scoring.measures import Gain
-from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
 
 Row = dict[str, Any]
 
@@ -92,9 +92,9 @@ async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> li
         gain = Gain(AnswerPrompt(), ScoringSection().answer_tokens)
 
         async def pair(row: Row, others: Sequence[Row]) -> Pair:
-            asking = Asking(fleet, fleet.models[0])
+            client = ScoringClient(fleet, fleet.models[0])
             question = Question(row["instruction"], row["answer"], row["task"])
-            found = [await gain.measure(asking, question, other["context"]) for other in others]
+            found = [await gain.measure(client, question, other["context"]) for other in others]
             return Pair(row["task"], row, tuple(one["context_gain"] for one in found))
 
         async with asyncio.TaskGroup() as group:

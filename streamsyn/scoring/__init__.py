@@ -1,0 +1,14 @@
+"""What a context is worth: checks of written contexts before they reach the log.
+
+A worker passes each draft to the `Examiner`. It looks for text of evaluation sets, then for near-duplicates,
+then asks a fleet of servers how much the context helps to find the gold answer. The findings become
+`Context.checks` and its flags, or the draft is rejected with a reason.
+
+    examination      from the configuration to an examiner, its index and its fleet
+    examiner         the order of the checks, thresholds, flags and rejects
+    measures         context gain (likelihood of the gold answer) and answerability
+    requests         questions, prompts and requests to the scoring fleet; results shared by drafts
+    answer_metrics   F1 and ROUGE-L
+    contamination    n-grams shared with evaluation sets
+    duplicates       near-duplicates among the contexts so far (MinHash)
+"""

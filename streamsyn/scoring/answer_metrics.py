@@ -1,4 +1,10 @@
-"""How well a text answers a question: F1 of words, ROUGE-L."""
+"""How close an answer is to the gold answer, from 0 to 1: F1 of words, or ROUGE-L.
+
+Sources: the normalisation and F1 are those of SQuAD's evaluation script (Rajpurkar et al., arXiv 1606.05250),
+which LongBench (arXiv 2308.14508) uses for its questions. ROUGE-L is from Lin, "ROUGE: A Package for
+Automatic Evaluation of Summaries", 2004; words and F-measure are those of the package `rouge_score` without
+stemming.
+"""
 
 import re
 import string
@@ -12,59 +18,48 @@ from streamsyn.assembly.sample_prompts import KNOWN_TASKS
 
 Metric: TypeAlias = Literal["f1", "rouge_l"]
 
-
 _FAMILIES: Final[dict[str, Metric]] = {
     "single_doc_qa": "f1",
     "multi_doc_qa": "f1",
     "summary": "rouge_l",
     "meeting_query": "rouge_l",
 }
-
-
 _SHORT_WORDS: Final = 30
-"""A gold answer of an unknown task is compared as one to a question when it has no more words."""
-
-
+"""Gold answers of unknown tasks with at most this many words are compared by F1."""
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
-
-
 _ARTICLE: Final = re.compile(r"\b(?:a|an|the)\b")
-
-
 _ASCII_WORD: Final = re.compile(r"[a-z0-9]+")
-
-
 _WORD: Final = re.compile(r"\w+")
 
 
 def metric_of(task: str, gold: str) -> Metric:
-    """What answers of a task are measured by; for an unknown one the gold answer's length decides."""
+    """The metric for answers of a task. For unknown tasks the length of the gold answer decides."""
     family = KNOWN_TASKS.get(task.lower(), "general")
     return _FAMILIES.get(family) or ("f1" if len(gold.split()) <= _SHORT_WORDS else "rouge_l")
 
 
-def measured(metric: Metric, said: str, gold: str) -> float:
-    """`said` beside `gold` by the metric of that name."""
-    return _METRICS[metric](said, gold)
+def answer_score(metric: Metric, answer: str, gold: str) -> float:
+    """The score of an answer against the gold answer."""
+    return _METRICS[metric](answer, gold)
 
 
-def f1(said: str, gold: str) -> float:
-    """F1 of the words that both have, each as often as both have it; case, articles and punctuation aside."""
-    words, golden = _plain_words(said), _plain_words(gold)
-    common = (Counter(words) & Counter(golden)).total()
-    return 2 * common / (len(words) + len(golden)) if common else 0.0
+def f1(answer: str, gold: str) -> float:
+    """F1 of the multisets of words, ignoring case, articles and punctuation."""
+    words, gold_words = _plain_words(answer), _plain_words(gold)
+    common = (Counter(words) & Counter(gold_words)).total()
+    return 2 * common / (len(words) + len(gold_words)) if common else 0.0
 
 
-def rouge_l(said: str, gold: str) -> float:
-    """F-measure of the longest run of words that both have in this order, gaps allowed.
+def rouge_l(answer: str, gold: str) -> float:
+    """F-measure of the longest common subsequence of words.
 
-    Words are of the letters a to z and of digits; where `gold` has none of these, of any letters.
+    Words consist of ASCII letters and digits; if `gold` has none of these, of any letters.
     """
     word = _ASCII_WORD if _ASCII_WORD.search(gold.lower()) else _WORD
-    words, golden = word.findall(said.lower()), word.findall(gold.lower())
-    if not words or not golden:
+    words, gold_words = word.findall(answer.lower()), word.findall(gold.lower())
+    if not words or not gold_words:
         return 0.0
-    return 2 * LCSseq.similarity(words, golden) / (len(words) + len(golden))
+    return 2 * LCSseq.similarity(words, gold_words) / (len(words) + len(gold_words))
 
 
 def _plain_words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""From the configuration to an examiner, and to the fleet that scores for it."""
+"""Opens what the configuration asks contexts to be examined by: index, evaluation sets, scoring fleet."""
 
 import asyncio
 import re
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from streamsyn.scoring.duplicates import Duplicates
 
 INDEX = Path("index") / "duplicates.sqlite"
-"""Below the run directory: what is known of the contexts so far. Derived from the log."""
+"""In the run directory: the index of the contexts so far, derived from the log."""
 
 Opening = Callable[[FleetSection], AbstractAsyncContextManager[Fleet]]
 Rows = Callable[[int], Iterable[dict[str, Any]]]
@@ -30,12 +30,12 @@ Rows = Callable[[int], Iterable[dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What contexts are examined by.
+    """An open examiner.
 
     Attributes:
-        examiner: Does it.
-        fleet: What it asks: a fleet of its own, or the one that writes; None where it asks nobody.
-        shaping: What shapes its findings, besides the configuration.
+        examiner: The examiner.
+        fleet: The fleet that scores: its own, or the one that writes; None if no check asks servers.
+        shaping: Values besides the configuration that shape the findings; part of the fingerprint.
     """
 
     examiner: Examiner
@@ -47,19 +47,19 @@ class Examination:
 async def open_examination(
     config: Config, root: Path, contexts: Rows, writing: Fleet, opening: Opening, counters: Counters
 ) -> AsyncIterator[Examination]:
-    """Everything that the configuration wants contexts examined by.
+    """Open an examiner, and close its index and its own fleet afterwards.
 
     Args:
-        config: Says what is wanted.
+        config: The configuration; `checks` and `scoring` are used.
         root: The run directory.
-        contexts: Reads the contexts in its log, from a row on.
-        writing: The fleet that writes; it has been asked for its models.
-        opening: Opens a fleet that only scores.
-        counters: Told what scoring costs.
+        contexts: Reads the contexts in the log from a `seq` on.
+        writing: The fleet that writes, whose models are known.
+        opening: Opens a fleet of servers that only score.
+        counters: Counts the cost of scoring.
 
     Raises:
-        ConfigError: Something that it takes cannot be used.
-        FleetGone: None of the servers that are to score came up.
+        ConfigError: A file, a server or a model of these sections cannot be used.
+        FleetGone: No scoring server became ready.
     """
     checks, scoring = config.checks, config.scoring
     shaping: dict[str, Any] = {}
@@ -75,7 +75,7 @@ async def open_examination(
             model = _model(fleet, scoring.model)
             prompt = await asyncio.to_thread(AnswerPrompt, scoring.template)
             if checks.context_gain:
-                await _check(fleet, model)
+                await _check_logprobs(fleet, model)
             scores = Scores(checks, scoring, prompt, fleet, model, counters)
             shaping |= {"scoring.model": model, "scoring.prompt": prompt.digest}
         yield Examination(Examiner(checks, eval_sets, duplicates, scores), fleet, shaping)
@@ -83,26 +83,26 @@ async def open_examination(
 
 @asynccontextmanager
 async def _scoring_fleet(config: Config, writing: Fleet, opening: Opening) -> AsyncIterator[Fleet | None]:
-    """The fleet that scores, once it is known which models it serves."""
+    """The fleet that scores, after its models are known; None if no check asks servers."""
     checks, scoring = config.checks, config.scoring
     if not (checks.context_gain or checks.answerable):
         yield None
     elif not scoring.servers:
         yield writing
     else:
-        ours: dict[str, Any] = {"servers": scoring.servers, "model": scoring.model, "models": {}}
-        section = config.fleet.model_copy(update={**ours, "servers_file": None, "servers_dns": None})
-        with _in_words_of_scoring():
+        own: dict[str, Any] = {"servers": scoring.servers, "model": scoring.model, "models": {}}
+        section = config.fleet.model_copy(update={**own, "servers_file": None, "servers_dns": None})
+        with _errors_name_scoring():
             server_specs(section)
         async with opening(section) as fleet:
-            with _in_words_of_scoring():
+            with _errors_name_scoring():
                 await fleet.ask_models()
             yield fleet
 
 
 @contextmanager
-def _in_words_of_scoring() -> Iterator[None]:
-    """What is wrong with servers is told with the keys of `fleet`; here, others name them."""
+def _errors_name_scoring() -> Iterator[None]:
+    """Make errors name the keys of `scoring`: fleets name those of `fleet`."""
     try:
         yield
     except ConfigError as error:
@@ -121,7 +121,7 @@ def _eval_sets(checks: ChecksSection) -> "EvalSets | None":
 async def _duplicates(
     checks: ChecksSection, path: Path, contexts: Rows
 ) -> AsyncIterator["Duplicates | None"]:
-    """The index of contexts so far, where one is wanted."""
+    """The index of the contexts so far; None if `checks.near_duplicate` is off."""
     if checks.near_duplicate == "off":
         yield None
         return
@@ -143,12 +143,12 @@ def _catch_up(duplicates: "Duplicates", contexts: Rows) -> None:
 def _model(fleet: Fleet, wanted: str | None) -> str:
     """The model that scores: `scoring.model`, else the first by name."""
     if wanted is not None and wanted not in fleet.models:
-        there_are = ", ".join(sorted(fleet.models))
-        raise ConfigError(f"scoring.model: the servers are asked for {there_are}, not {wanted}")
+        configured = ", ".join(sorted(fleet.models))
+        raise ConfigError(f"scoring.model: {wanted!r} is not among the models of the servers: {configured}")
     return wanted or min(fleet.models)
 
 
-async def _check(fleet: Fleet, model: str) -> None:
+async def _check_logprobs(fleet: Fleet, model: str) -> None:
     try:
         await fleet.check_scores(model)
     except ConfigError as error:

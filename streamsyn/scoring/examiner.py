@@ -1,6 +1,6 @@
-"""What several drafts of one seed need is worked out once.
+"""Examines written drafts: no text of evaluation sets, not a near-duplicate, and helpful for the answer.
 
-Examines what a recipe has written: is it clean and new, and does it help to find the answer?
+Cheap checks come first. A finding becomes a field or a flag of `Context.checks`, or rejects the draft.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from streamsyn.fleet.fleet import Fleet
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Document, Draft, RejectReason
 from streamsyn.scoring.measures import Answers, Gain
-from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ log = structlog.get_logger()
 
 
 class Scores:
-    """What servers are asked about a context, as far as the configuration wants it.
+    """Runs the checks that ask servers: `checks.context_gain` and `checks.answerable`.
 
     Args:
-        checks: Says what is wanted.
-        scoring: Says how much of it.
-        prompt: How the question is put.
-        fleet: Whom to ask.
-        model: Who is to answer.
-        counters: Told what it costs.
+        checks: Which of them are on.
+        scoring: Token limits.
+        prompt: Renders the question.
+        fleet: The servers that score.
+        model: The model that scores.
+        counters: Counts the cost.
     """
 
     def __init__(
@@ -53,39 +53,39 @@ class Scores:
         self._counters = counters
 
     async def measure(self, findings: "Findings", question: Question, context: str) -> None:
-        """Ask, and put down what is found. What a server fails to say is no fault of the context's.
+        """Ask the servers and add the findings. If they fail, the context is kept and flagged `unscored`.
 
         Raises:
-            RejectedDraft: The context is not worth keeping.
+            RejectedDraft: A score is below its threshold.
             StoppedEarly: The run is draining.
         """
-        asking = Asking(self._fleet, self._model)
+        client = ScoringClient(self._fleet, self._model)
         error: str | None = None
         try:
-            # One after the other: the second finds the context in the server's cache.
+            # In sequence: the second measure finds the context in the server's cache.
             if self.gain is not None:
-                findings.add_gain(await self.gain.measure(asking, question, context))
+                findings.add_gain(await self.gain.measure(client, question, context))
             if self.answers is not None:
-                findings.add_answer(await self.answers.measure(asking, question, context))
+                findings.add_answer(await self.answers.measure(client, question, context))
         except ServerError as failure:
             error = str(failure)
             findings.flags.append("unscored")
             log.warning("scoring.failed", error=error)
         finally:
-            self._counters.count_scoring(asking.figures(), asking.retries, failed=error is not None)
-            findings.checks["scoring"] = asking.figures() | ({"error": error} if error else {})
+            self._counters.count_scoring(client.figures(), client.retries, failed=error is not None)
+            findings.checks["scoring"] = client.figures() | ({"error": error} if error else {})
 
 
 class Findings:
-    """What was found of one context, and what follows from it.
+    """The findings about one context, compared with the thresholds.
 
     Args:
         section: The thresholds.
-        checks: What the recipe measured.
+        checks: The checks that the recipe made.
 
     Attributes:
-        checks: As `Context.checks`, but for the flags.
-        flags: As `checks.flags`.
+        checks: `Context.checks` without its flags.
+        flags: The flags.
     """
 
     def __init__(self, section: ChecksSection, checks: dict[str, Any]) -> None:
@@ -94,10 +94,10 @@ class Findings:
         self.flags: list[str] = list(checks.get("flags", ()))
 
     def add_gain(self, found: dict[str, Any]) -> None:
-        """Put down what `Gain` measured.
+        """Add the fields that `Gain.measure` returned.
 
         Raises:
-            RejectedDraft: It is too little.
+            RejectedDraft: The gain is below `checks.reject_gain_below`.
         """
         self.checks |= found
         gain, section = found["context_gain"], self._section
@@ -111,10 +111,10 @@ class Findings:
             self.flags.append("low_context_gain")
 
     def add_answer(self, found: dict[str, Any]) -> None:
-        """Put down what `Answers` measured.
+        """Add the fields that `Answers.measure` returned.
 
         Raises:
-            RejectedDraft: The answer is too far from the gold one.
+            RejectedDraft: The score is below `checks.reject_answer_below`.
         """
         self.checks |= found
         score, section = found["answer_score"], self._section
@@ -126,19 +126,19 @@ class Findings:
             )
         if section.flag_answer_below is not None and score < section.flag_answer_below:
             self.flags.append("not_answerable")
-        knows = section.flag_known_above
-        if knows is not None and found["closed_book_score"] > knows:
+        known_above = section.flag_known_above
+        if known_above is not None and found["closed_book_score"] > known_above:
             self.flags.append("known_answer")
 
 
 class Examiner:
-    """Examines drafts one by one; workers share it.
+    """Examines drafts one by one. All workers share it.
 
     Args:
-        section: What is wanted, and the thresholds.
-        eval_sets: Texts that no context may hold parts of.
-        duplicates: The contexts so far.
-        scores: What servers are asked.
+        section: What to do about findings, and the thresholds.
+        eval_sets: Evaluation sets whose text must not occur in contexts; None without any.
+        duplicates: The index of the contexts so far; None if duplicates are not looked for.
+        scores: The checks that ask servers; None if they are off.
     """
 
     def __init__(
@@ -154,29 +154,30 @@ class Examiner:
         self._scores = scores
 
     async def examine(self, draft: Draft, document: Document) -> Document:
-        """The document with what was found in its checks; the cheap looks come first.
+        """Return the document with the findings in its checks.
 
         Raises:
-            RejectedDraft: It is not fit to be a context.
+            RejectedDraft: It must not become a context.
             StoppedEarly: The run is draining.
         """
         findings = Findings(self._section, document.checks)
         if self._eval_sets is not None:
             written = (document.text, document.instruction, document.answer)
-            await self._look_for_leaks(self._eval_sets, findings, "\n\n".join(filter(None, written)))
-        is_shared = bool(draft.seed.context) and draft.number > 0  # the drafts of a document are about it
+            await self._check_contamination(self._eval_sets, findings, "\n\n".join(filter(None, written)))
+        # The drafts of a seed with a document share that document.
+        is_shared = bool(draft.seed.context) and draft.number > 0
         if self._duplicates is not None and not is_shared:
-            await self._look_for_repeats(self._duplicates, findings, draft.id, document.text)
+            await self._check_duplicates(self._duplicates, findings, draft.id, document.text)
         if self._scores is not None:
             try:
                 await self._scores.measure(findings, _question(draft, document), document.text)
             except RejectedDraft:
-                if self._duplicates is not None:  # what is in no log can be repeated
+                if self._duplicates is not None:  # it will not be in the log
                     await asyncio.to_thread(self._duplicates.forget, draft.id)
                 raise
         return replace(document, checks={**findings.checks, "flags": findings.flags})
 
-    async def _look_for_leaks(self, eval_sets: "EvalSets", findings: Findings, text: str) -> None:
+    async def _check_contamination(self, eval_sets: "EvalSets", findings: Findings, text: str) -> None:
         overlap = await asyncio.to_thread(eval_sets.overlap, text)
         if overlap is None:
             return
@@ -190,7 +191,7 @@ class Examiner:
         findings.checks["contaminated"] = found
         findings.flags.append("contaminated")
 
-    async def _look_for_repeats(
+    async def _check_duplicates(
         self, duplicates: "Duplicates", findings: Findings, draft_id: str, text: str
     ) -> None:
         match = await asyncio.to_thread(duplicates.check_and_add, draft_id, text)

@@ -1,12 +1,7 @@
-"""How much likelier the gold answer is with the context: what makes it worth training on.
+"""The two measures of a context that ask a model: context gain and answerability.
 
-How near an answer is to the gold one: F1 of words, and ROUGE-L. Both from 0 to 1.
-
-Sources: the normalisation and F1 are those of SQuAD's evaluation script (Rajpurkar et al., arXiv 1606.05250),
-which LongBench (arXiv 2308.14508) uses for its questions; ROUGE-L is of Lin, "ROUGE: A Package for Automatic
-Evaluation of Summaries", 2004, words and F-measure as in the package `rouge_score` without stemming.
-
-Whether a model finds the answer in the context, and whether it knows it anyway.
+`Gain`: how much likelier the gold answer becomes with the context. `Answers`: whether a model finds the
+answer in the context, and whether it already knows it without one (closed-book).
 """
 
 from dataclasses import dataclass
@@ -14,24 +9,24 @@ from typing import Any
 
 from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.records import Request
-from streamsyn.scoring.answer_metrics import measured
-from streamsyn.scoring.requests import AnswerPrompt, Asking, Question, SingleFlight, context_group
+from streamsyn.scoring.answer_metrics import answer_score
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, SingleFlight, context_group
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Mean negative log-likelihood of an answer, in nats a token, and how many tokens that is of."""
+    """Mean negative log-likelihood of an answer in nats per token, and the number of tokens."""
 
     nll: float
     tokens: int
 
 
 class Gain:
-    """Measures the gain of contexts. What the answer costs without one is asked once a question.
+    """Measures the gain of contexts. The likelihood without a context is requested once per question.
 
     Args:
-        prompt: How the question is put.
-        answer_tokens: Of a longer gold answer only so many first tokens count.
+        prompt: Renders the question.
+        answer_tokens: Only the first `answer_tokens` tokens of the gold answer count.
     """
 
     def __init__(self, prompt: AnswerPrompt, answer_tokens: int) -> None:
@@ -39,14 +34,14 @@ class Gain:
         self._sampling = {"max_tokens": answer_tokens}
         self._without: SingleFlight[Likelihood] = SingleFlight()
 
-    async def measure(self, asking: Asking, question: Question, context: str) -> dict[str, Any]:
-        """`context_gain`, `nll_with`, `nll_without` and `scored_tokens`.
+    async def measure(self, client: ScoringClient, question: Question, context: str) -> dict[str, Any]:
+        """Return `context_gain`, `nll_with`, `nll_without` and `scored_tokens`.
 
         Raises:
-            ServerError: It could not be found out.
+            ServerError: A request failed.
         """
-        given = await self.likelihood(asking, question, context)
-        bare = await self._without.get(question.key, lambda: self.likelihood(asking, question))
+        given = await self.likelihood(client, question, context)
+        bare = await self._without.get(question.key, lambda: self.likelihood(client, question))
         return {
             "context_gain": round(bare.nll - given.nll, 4),
             "nll_with": round(given.nll, 4),
@@ -54,14 +49,14 @@ class Gain:
             "scored_tokens": given.tokens,
         }
 
-    async def likelihood(self, asking: Asking, question: Question, context: str = "") -> Likelihood:
-        """How likely the gold answer is, given a context or none.
+    async def likelihood(self, client: ScoringClient, question: Question, context: str = "") -> Likelihood:
+        """The likelihood of the gold answer with a context, or without one.
 
         Raises:
-            ServerError: It could not be found out.
+            ServerError: The request failed.
         """
         messages = self._prompt.messages(question, context)
-        completion = await asking.ask(
+        completion = await client.complete(
             Request(messages, self._sampling, context_group(context), scored=question.answer)
         )
         tokens = len(completion.logprobs)
@@ -69,11 +64,11 @@ class Gain:
 
 
 class Answers:
-    """Has questions answered and compares the answers with the gold ones. Closed-book, once a question.
+    """Has questions answered and compares the answers with the gold ones; closed-book once per question.
 
     Args:
-        prompt: How the question is put: as `Gain` puts it, so that servers have its prefix in their caches.
-        max_tokens: Longest answer.
+        prompt: Renders the question; the same as for `Gain`, so that servers have its prefix in their caches.
+        max_tokens: Maximum tokens of an answer.
     """
 
     def __init__(self, prompt: AnswerPrompt, max_tokens: int) -> None:
@@ -81,29 +76,29 @@ class Answers:
         self._sampling = {"temperature": 0, "max_tokens": max_tokens}
         self._closed_book: SingleFlight[str] = SingleFlight()
 
-    async def measure(self, asking: Asking, question: Question, context: str) -> dict[str, Any]:
-        """`answer_metric`, `answer_score`, `closed_book_score`, `model_answer`, `closed_book_answer`.
+    async def measure(self, client: ScoringClient, question: Question, context: str) -> dict[str, Any]:
+        """Return `answer_metric`, `answer_score`, `closed_book_score`, `model_answer`, `closed_book_answer`.
 
         Raises:
-            ServerError: It could not be found out.
+            ServerError: A request failed.
         """
-        said = await self.answer(asking, question, context)
-        knew = await self._closed_book.get(question.key, lambda: self.answer(asking, question))
+        answer = await self.answer(client, question, context)
+        closed_book = await self._closed_book.get(question.key, lambda: self.answer(client, question))
         metric = question.metric
         return {
             "answer_metric": metric,
-            "answer_score": round(measured(metric, said, question.answer), 4),
-            "closed_book_score": round(measured(metric, knew, question.answer), 4),
-            "model_answer": said,
-            "closed_book_answer": knew,
+            "answer_score": round(answer_score(metric, answer, question.answer), 4),
+            "closed_book_score": round(answer_score(metric, closed_book, question.answer), 4),
+            "model_answer": answer,
+            "closed_book_answer": closed_book,
         }
 
-    async def answer(self, asking: Asking, question: Question, context: str = "") -> str:
-        """What the model answers, given a context or none; its thoughts are left out.
+    async def answer(self, client: ScoringClient, question: Question, context: str = "") -> str:
+        """The model's answer with a context, or without one. Reasoning in front of it is left out.
 
         Raises:
-            ServerError: It gave no answer.
+            ServerError: The request failed.
         """
         messages = self._prompt.messages(question, context)
-        completion = await asking.ask(Request(messages, self._sampling, context_group(context)))
+        completion = await client.complete(Request(messages, self._sampling, context_group(context)))
         return without_thoughts(completion.text)

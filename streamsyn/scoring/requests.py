@@ -1,7 +1,4 @@
-"""Asks the fleet that scores, and adds up what that costs.
-
-What is asked of the model that scores: the instruction, with a context before it or without.
-"""
+"""Requests to the scoring fleet: questions, their prompts, their cost, and results shared by drafts."""
 
 import asyncio
 from collections import OrderedDict
@@ -19,32 +16,32 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
-    """Results by key. Who asks for one that is being worked out waits for it.
+    """A cache of results by key. Concurrent callers with the same key share one computation.
 
     Args:
-        most: So many are remembered; those asked for least recently go first.
+        max_results: Maximum number of results; the least recently used are dropped first.
     """
 
-    def __init__(self, most: int = 16_384) -> None:
-        self._most = most
+    def __init__(self, max_results: int = 16_384) -> None:
+        self._max_results = max_results
         self._results: OrderedDict[bytes, asyncio.Future[T]] = OrderedDict()
 
     async def get(self, key: bytes, work: Callable[[], Awaitable[T]]) -> T:
-        """The result for `key`: a remembered one, or what `work` gives.
+        """Return the result for `key`, from the cache or from `work`.
 
-        When it fails that is for its caller alone: the next one who waits works it out again.
+        If `work` fails, only its own caller gets the error. The next waiting caller computes again.
         """
         while (result := self._results.get(key)) is not None:
             self._results.move_to_end(key)
-            await asyncio.wait([result])  # unlike `await result`, this leaves it alone when we are cancelled
+            await asyncio.wait([result])  # unlike `await result`, it does not cancel the result with us
             if not result.cancelled():
                 return result.result()
-        return await self._work_out(key, work)
+        return await self._compute(key, work)
 
-    async def _work_out(self, key: bytes, work: Callable[[], Awaitable[T]]) -> T:
+    async def _compute(self, key: bytes, work: Callable[[], Awaitable[T]]) -> T:
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._results[key] = result
-        while len(self._results) > self._most:
+        while len(self._results) > self._max_results:
             self._results.popitem(last=False)
         try:
             result.set_result(await work())
@@ -56,16 +53,16 @@ class SingleFlight(Generic[T]):
         return result.result()
 
 
-class Asking:
-    """The requests that score one context: none of them is one of the context's own.
+class ScoringClient:
+    """Sends the requests that score one context, and counts their cost apart from that of writing it.
 
     Args:
-        fleet: Whom to ask.
-        model: Who is to answer.
+        fleet: The servers.
+        model: The model that scores.
 
     Attributes:
-        prompt_tokens: Of all answers.
-        cached_tokens: Those among them that servers had in their caches.
+        prompt_tokens: Prompt tokens of all requests.
+        cached_tokens: Those of them that servers had in their caches.
     """
 
     def __init__(self, fleet: Fleet, model: str) -> None:
@@ -77,19 +74,19 @@ class Asking:
 
     @property
     def completion_tokens(self) -> int:
-        """What servers wrote, that of tries that failed too."""
+        """Tokens that servers generated, including failed attempts."""
         return sum(attempt.completion_tokens for attempt in self._attempts)
 
     @property
     def retries(self) -> int:
-        """Tries that brought no answer."""
+        """The number of failed attempts."""
         return sum(attempt.error is not None for attempt in self._attempts)
 
-    async def ask(self, request: Request) -> Completion:
-        """The answer to `request`.
+    async def complete(self, request: Request) -> Completion:
+        """Send a request.
 
         Raises:
-            ServerError: There is none.
+            ServerError: It failed, after retries.
             StoppedEarly: The run is draining.
         """
         completion = await self._fleet.complete(request, self._attempts, self._model)
@@ -98,7 +95,7 @@ class Asking:
         return completion
 
     def figures(self) -> dict[str, int]:
-        """What stays with the context."""
+        """The cost, as it is stored in the context's checks."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -107,7 +104,7 @@ class Asking:
 
 
 def context_group(context: str) -> str:
-    """The group of all requests about one context: they go to one server, and share its prefix there."""
+    """The prefix group of all requests about one context, which keeps them on one server."""
     return digest("scored", context).hex() if context else ""
 
 
@@ -116,7 +113,7 @@ _EXAMPLE: dict[str, Any] = {"context": "c", "instruction": "i", "task": "t", "ki
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An instruction and its gold answer, whoever wrote them."""
+    """An instruction and its gold answer, from the seed or written with the context."""
 
     instruction: str
     answer: str
@@ -124,38 +121,38 @@ class Question:
 
     @property
     def metric(self) -> Metric:
-        """By what an answer to it is compared with the gold one."""
+        """The metric that compares an answer with the gold answer."""
         return metric_of(self.task, self.answer)
 
     @property
     def kind(self) -> Literal["question", "summary"]:
-        """What the template is told."""
+        """The `kind` variable of the template."""
         return "question" if self.metric == "f1" else "summary"
 
     @property
     def key(self) -> bytes:
-        """Stands for it: drafts of one seed have it in common."""
+        """A digest, the same for all drafts of one seed."""
         return digest("question", self.task, self.instruction, self.answer)
 
 
 class AnswerPrompt:
-    """Renders the question.
+    """Renders a question, with or without a context, as chat messages.
 
     Args:
-        path: The user's template; None for the packaged one.
+        path: The user's template (`scoring.template`); None for the packaged one.
 
     Raises:
-        ConfigError: It cannot be used.
+        ConfigError: The template cannot be read or rendered.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         source = packaged("prompts", "answer") if path is None else read(path)
         self._template = PromptTemplate("answer" if path is None else str(path), source, _EXAMPLE)
         self.digest = digest(source).hex()
-        """Stands for its text."""
+        """Digest of the template's text."""
 
     def messages(self, question: Question, context: str = "") -> list[dict[str, str]]:
-        """One message of the user's; without `context` the model has only the question."""
+        """One user message; without `context` it has only the question."""
         text = self._template.render(
             context=context, instruction=question.instruction, task=question.task, kind=question.kind
         )

@@ -230,7 +230,7 @@ def test_servers_that_cannot_score_are_found_at_the_start(tmp_path: Path) -> Non
         ([("scoring.servers", ["scorer"])], r"scoring\.servers: scorer is not a valid URL"),
         ([("scoring.servers", [SCORERS[0], WRITERS[0]])], r"different models .*scoring\.model"),
         ([("scoring.servers", SCORERS), ("scoring.model", "x")], r"scoring\.model: .* not x"),
-        ([("scoring.model", "x")], r"scoring\.model: .*simulated, not x"),
+        ([("scoring.model", "x")], r"scoring\.model: 'x' is not among .*simulated"),
     ],
 )
 def test_errors_name_a_key_of_scoring(tmp_path: Path, settings: Settings, said: str) -> None:

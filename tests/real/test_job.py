@@ -13,7 +13,7 @@ import pytest
 from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.scoring.measures import Answers, Gain
-from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
 from tests.real.conftest import RealServer
 from tests.system.conftest import assert_clean, rows, streamsyn
 
@@ -132,19 +132,19 @@ async def test_scoring_on_a_real_server(real_server: RealServer) -> None:
     async with open_fleet(section, lambda: None) as fleet:
         await fleet.ask_models()
         await fleet.check_scores(real_server.model)
-        gain, asking = Gain(PROMPT, 256), Asking(fleet, real_server.model)
-        helps = await gain.measure(asking, QUESTION, HELPS)
-        first_cached, first_tokens = asking.cached_tokens, asking.prompt_tokens
-        again = await Gain(PROMPT, 256).measure(asking, QUESTION, HELPS)
-        unrelated = await gain.measure(asking, QUESTION, UNRELATED)
-        few = await Gain(PROMPT, 3).measure(asking, QUESTION, HELPS)
-        answer = await Answers(PROMPT, 32).answer(asking, QUESTION, HELPS)
+        gain, client = Gain(PROMPT, 256), ScoringClient(fleet, real_server.model)
+        helps = await gain.measure(client, QUESTION, HELPS)
+        first_cached, first_tokens = client.cached_tokens, client.prompt_tokens
+        again = await Gain(PROMPT, 256).measure(client, QUESTION, HELPS)
+        unrelated = await gain.measure(client, QUESTION, UNRELATED)
+        few = await Gain(PROMPT, 3).measure(client, QUESTION, HELPS)
+        answer = await Answers(PROMPT, 32).answer(client, QUESTION, HELPS)
         tokens = await server_tokens(real_server.url, QUESTION.answer)
 
     assert tokens == helps["scored_tokens"]
     assert 3 == few["scored_tokens"]
     assert helps["context_gain"] == pytest.approx(again["context_gain"], abs=0.02)
-    assert asking.cached_tokens - first_cached > 0.5 * first_tokens
+    assert client.cached_tokens - first_cached > 0.5 * first_tokens
     assert helps["context_gain"] > 0.3
     assert helps["context_gain"] > unrelated["context_gain"] + 0.3
     assert answer

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
-from streamsyn.scoring.answer_metrics import f1, measured, metric_of, rouge_l
+from streamsyn.scoring.answer_metrics import answer_score, f1, metric_of, rouge_l
 
 TEXTS = st.one_of(
     st.lists(st.sampled_from(["the", "A", "cat", "Cat.", "sat", "on", "1915", "mat,", "an"])).map(" ".join),
@@ -83,7 +83,7 @@ def test_rouge_l_of_other_scripts() -> None:
 )
 def test_f1_worked_by_hand(said: str, gold: str, expected: float) -> None:
     """Small cases whose outcome can be seen."""
-    assert expected == pytest.approx(measured("f1", said, gold))
+    assert expected == pytest.approx(answer_score("f1", said, gold))
 
 
 def test_the_metric_goes_by_the_task() -> None:

@@ -10,7 +10,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.scoring.answer_metrics import f1
 from streamsyn.scoring.measures import Answers
-from streamsyn.scoring.requests import AnswerPrompt, Asking, Question
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
 from streamsyn.simulator.faults import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
@@ -18,9 +18,9 @@ from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 async def test_an_answer_is_found_in_the_context_that_holds_it() -> None:
     """Its score is the metric of what the model said; without the context it does not know."""
     async with fleet_at() as (fleet, _):
-        answers, asking = Answers(PROMPT, 64), Asking(fleet, fleet.models[0])
-        found = await answers.measure(asking, QUESTION, HELPS)
-        lost = await answers.measure(asking, QUESTION, UNRELATED)
+        answers, client = Answers(PROMPT, 64), ScoringClient(fleet, fleet.models[0])
+        found = await answers.measure(client, QUESTION, HELPS)
+        lost = await answers.measure(client, QUESTION, UNRELATED)
 
     assert "f1" == found["answer_metric"]
     assert "Amund Tarn" in found["model_answer"]
@@ -42,8 +42,8 @@ async def test_closed_book_is_asked_once_and_greedily() -> None:
         answers = Answers(PROMPT, 12)
         async with asyncio.TaskGroup() as group:
             for number in range(4):
-                asking = Asking(fleet, fleet.models[0])
-                group.create_task(answers.measure(asking, QUESTION, f"{number}. {HELPS}"))
+                client = ScoringClient(fleet, fleet.models[0])
+                group.create_task(answers.measure(client, QUESTION, f"{number}. {HELPS}"))
 
     assert 5 == len(asked)
     assert {(0, 12)} == {(body["temperature"], body["max_tokens"]) for body in asked}

@@ -8,7 +8,7 @@ import pytest
 from streamsyn.errors import ServerError
 from streamsyn.records import Request
 from streamsyn.scoring.measures import Gain
-from streamsyn.scoring.requests import Asking, Question, SingleFlight
+from streamsyn.scoring.requests import Question, ScoringClient, SingleFlight
 from streamsyn.simulator.faults import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
@@ -21,7 +21,7 @@ async def test_gain_is_the_difference_of_mean_nlls() -> None:
             request = Request(PROMPT.messages(QUESTION, context), {}, scored=QUESTION.answer)
             scored = await fleet.complete(request, [])
             nlls.append(-mean(scored.logprobs))
-        found = await Gain(PROMPT, 256).measure(Asking(fleet, fleet.models[0]), QUESTION, HELPS)
+        found = await Gain(PROMPT, 256).measure(ScoringClient(fleet, fleet.models[0]), QUESTION, HELPS)
 
     assert nlls[0] - nlls[1] == pytest.approx(found["context_gain"], abs=1e-4)
     assert (nlls[1], nlls[0]) == pytest.approx((found["nll_with"], found["nll_without"]), abs=1e-4)
@@ -31,9 +31,9 @@ async def test_gain_is_the_difference_of_mean_nlls() -> None:
 async def test_a_context_that_holds_the_answer_gains_more() -> None:
     """The context that the answer follows from, beside one that it does not follow from."""
     async with fleet_at() as (fleet, _):
-        gain, asking = Gain(PROMPT, 256), Asking(fleet, fleet.models[0])
-        helps = await gain.measure(asking, QUESTION, HELPS)
-        unrelated = await gain.measure(asking, QUESTION, UNRELATED)
+        gain, client = Gain(PROMPT, 256), ScoringClient(fleet, fleet.models[0])
+        helps = await gain.measure(client, QUESTION, HELPS)
+        unrelated = await gain.measure(client, QUESTION, UNRELATED)
 
     assert helps["context_gain"] > 0.5
     assert unrelated["context_gain"] < 0.2
@@ -43,7 +43,7 @@ async def test_only_the_first_tokens_of_a_long_answer_count() -> None:
     """`scoring.answer_tokens` bounds what is scored."""
     question = Question("What is it?", "word " * 400, "govreport")
     async with fleet_at() as (fleet, _):
-        found = await Gain(PROMPT, 16).measure(Asking(fleet, fleet.models[0]), question, HELPS)
+        found = await Gain(PROMPT, 16).measure(ScoringClient(fleet, fleet.models[0]), question, HELPS)
 
     assert 16 == found["scored_tokens"]
 
@@ -52,20 +52,20 @@ async def test_the_answer_alone_is_scored_once_a_question() -> None:
     """Eight drafts of one seed at the same time: eight requests with a context, one without."""
     async with fleet_at() as (fleet, server):
         gain = Gain(PROMPT, 256)
-        askings = [Asking(fleet, fleet.models[0]) for _ in range(8)]
+        clients = [ScoringClient(fleet, fleet.models[0]) for _ in range(8)]
         async with asyncio.TaskGroup() as group:
-            for number, asking in enumerate(askings):
-                group.create_task(gain.measure(asking, QUESTION, f"{number}. {HELPS}"))
+            for number, client in enumerate(clients):
+                group.create_task(gain.measure(client, QUESTION, f"{number}. {HELPS}"))
         other = Question(QUESTION.instruction, "Nobody.", QUESTION.task)
-        await gain.measure(askings[0], other, HELPS)
+        await gain.measure(clients[0], other, HELPS)
 
         assert 9 + 2 == server.simulation.stats.by_route["/generate"]
-        assert sum(asking.prompt_tokens for asking in askings) == server.simulation.stats.prompt_tokens
+        assert sum(client.prompt_tokens for client in clients) == server.simulation.stats.prompt_tokens
 
 
 async def test_a_failure_is_for_its_caller_alone() -> None:
     """Whoever waits for a result that fails works it out again; what is cancelled harms nobody who waits."""
-    once: SingleFlight[int] = SingleFlight(most=2)
+    flights: SingleFlight[int] = SingleFlight(max_results=2)
     begun, turns = asyncio.Event(), iter(["hang", "fail", "good"])
     asked: list[str] = []
 
@@ -79,9 +79,9 @@ async def test_a_failure_is_for_its_caller_alone() -> None:
         return 7
 
     async with asyncio.timeout(5):
-        first = asyncio.create_task(once.get(b"k", work))
+        first = asyncio.create_task(flights.get(b"k", work))
         await begun.wait()
-        waiting = [asyncio.create_task(once.get(b"k", work)) for _ in range(3)]
+        waiting = [asyncio.create_task(flights.get(b"k", work)) for _ in range(3)]
         await asyncio.sleep(0)
         first.cancel()
         results = await asyncio.gather(first, *waiting, return_exceptions=True)
@@ -90,12 +90,12 @@ async def test_a_failure_is_for_its_caller_alone() -> None:
     assert isinstance(results[0], asyncio.CancelledError)
     assert 1 == sum(isinstance(result, ServerError) for result in results)
     assert [7, 7] == [result for result in results if isinstance(result, int)]
-    assert 7 == await once.get(b"k", work)
+    assert 7 == await flights.get(b"k", work)
 
 
 async def test_what_is_remembered_is_bounded() -> None:
     """The results asked for least recently are worked out again."""
-    once: SingleFlight[int] = SingleFlight(most=2)
+    flights: SingleFlight[int] = SingleFlight(max_results=2)
     worked: list[int] = []
 
     async def get(number: int) -> int:
@@ -103,7 +103,7 @@ async def test_what_is_remembered_is_bounded() -> None:
             worked.append(number)
             return number
 
-        return await once.get(b"%d" % number, work)
+        return await flights.get(b"%d" % number, work)
 
     for number in (1, 2, 1, 3, 1, 2):
         assert number == await get(number)
@@ -118,18 +118,18 @@ async def test_the_context_is_a_prefix_that_all_requests_about_it_share() -> Non
     assert given["content"] == f"{long}\n\n{bare['content']}"
 
     async with fleet_at() as (fleet, _):
-        gain, asking = Gain(PROMPT, 256), Asking(fleet, fleet.models[0])
-        await gain.likelihood(asking, QUESTION, long)
-        assert 0 == asking.cached_tokens
-        await gain.likelihood(asking, QUESTION, long)
+        gain, client = Gain(PROMPT, 256), ScoringClient(fleet, fleet.models[0])
+        await gain.likelihood(client, QUESTION, long)
+        assert 0 == client.cached_tokens
+        await gain.likelihood(client, QUESTION, long)
 
-    assert asking.cached_tokens > 0.4 * asking.prompt_tokens
+    assert client.cached_tokens > 0.4 * client.prompt_tokens
 
 
 async def test_retries_are_counted_apart() -> None:
     """A try that fails is one of scoring's own."""
     async with fleet_at([Fault.HTTP_500]) as (fleet, _):
-        asking = Asking(fleet, fleet.models[0])
-        await Gain(PROMPT, 256).measure(asking, QUESTION, HELPS)
+        client = ScoringClient(fleet, fleet.models[0])
+        await Gain(PROMPT, 256).measure(client, QUESTION, HELPS)
 
-    assert 1 == asking.retries
+    assert 1 == client.retries

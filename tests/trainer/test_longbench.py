@@ -178,7 +178,9 @@ def test_a_bad_row_is_left_out_and_said(tmp_path: Path, bad: Any) -> None:
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     """By the key, the path, and what is wrong; so is one that is not there."""
-    with pytest.raises(ConfigError, match=r"train\.longbench\.path: .*test\.jsonl.* it has no answer \(2\)"):
+    with pytest.raises(
+        ConfigError, match=r"train\.longbench\.path: .*test\.jsonl.* there is no answer \(2\)"
+    ):
         read(tmp_path, row(answers=[]), row(answers=[]))
     with pytest.raises(ConfigError, match=r"train\.longbench\.path"):
         longbench_questions(LongBenchSection(path=str(tmp_path / "none.jsonl")), chat(), 8192)

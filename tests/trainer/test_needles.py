@@ -115,7 +115,7 @@ def test_the_answer_has_positions_left() -> None:
     ("more", "lengths", "said"),
     [
         ({"positions": 2048}, (4096,), r"train\.needles\.lengths: 4096 is more than the 2048 positions"),
-        ({}, (300,), r"train\.needles\.lengths: 300 tokens have no room for the needles of multi_key"),
+        ({}, (300,), r"train\.needles\.lengths: 300 tokens are too few for the needles of multi_key"),
     ],
 )
 def test_a_length_that_cannot_be_is_refused(

@@ -1,8 +1,6 @@
-"""A user's message as tokens, as the tuned model is given it; and its answer as text.
+"""Greedy answers of the model in training: prompts from chat messages, decoding with a cache, answer texts.
 
-Answers of the model that is being tuned, word for word the likeliest: no chance has a part in them.
-
-The attention that trains rows of samples knows no cache, so another one takes its place meanwhile.
+Training attention does not support a cache, so transformers' `sdpa` replaces it while answers are decoded.
 """
 
 import time
@@ -25,14 +23,14 @@ log = structlog.get_logger()
 
 
 class Chat:
-    """Prompts and answers of one model. Not for two threads at a time.
+    """Converts messages to prompts and tokens to text, for one model. Not thread-safe.
 
     Args:
-        tokenizer: The model's; nobody else may be using it.
-        more_stops: Tokens that end an answer besides the ones that the model is trained to end it with.
+        tokenizer: The model's tokenizer, not shared with anything else.
+        more_stops: Further stop tokens besides those that the chat template puts after an answer.
 
     Raises:
-        ConfigError: The model's chat template is of no use.
+        ConfigError: The model's chat template cannot be used.
 
     Attributes:
         stop: Tokens that end an answer.
@@ -40,13 +38,12 @@ class Chat:
 
     def __init__(self, tokenizer: ChatTokenizer, more_stops: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        taught = Renderer(tokenizer, 0, "drop").stop
+        trained_stop = Renderer(tokenizer, 0, "drop").stop
         eos = tokenizer.eos_token_id
-        ends = (taught, *more_stops, *(() if eos is None else (eos,)))
-        self.stop = frozenset(ends)
+        self.stop = frozenset((trained_stop, *more_stops, *(() if eos is None else (eos,))))
 
     def prompt(self, message: str, max_new_tokens: int) -> Prompt:
-        """The prompt that asks the model for an answer to a message.
+        """The prompt for an answer to a user message.
 
         Raises:
             ConfigError: The chat template refuses the message.
@@ -54,7 +51,7 @@ class Chat:
         return Prompt(numpy.array(self._tokens(message), dtype=numpy.int32), max_new_tokens, self.stop)
 
     def length(self, message: str) -> int:
-        """Tokens of the prompt of a message.
+        """The number of tokens of the prompt for a message.
 
         Raises:
             ConfigError: The chat template refuses the message.
@@ -62,17 +59,17 @@ class Chat:
         return len(self._tokens(message))
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text by itself."""
+        """The tokens of a text, without special tokens."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens of a text."""
+        """The text of tokens that `encode` returned."""
         text: str = self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
 
     def answer(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, without what is no text."""
+        """The text of an answer, without special tokens."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text.strip()
 
@@ -80,43 +77,50 @@ class Chat:
         try:
             text = chat_text(self._tokenizer, [{"role": "user", "content": message}], asks=True)
         except Unrenderable as error:
-            why = f"train.needles or train.longbench: a question cannot be asked: {error}"
+            why = f"train.needles or train.longbench: a question cannot be rendered: {error}"
             raise ConfigError(why) from error
         return self.encode(text)
 
 
 Answer = tuple[int, ...]
-_SAY_EVERY_S = 30.0
+_LOG_EVERY_S = 30.0
 _ATTENTION = "_attn_implementation"
-"""What transformers looks up at each pass; the setter that it makes public looks for kernels on the hub."""
+"""transformers reads it at each forward pass. Its public setter would look for kernels on the hub."""
 
 
 def answer_all(
     placed: Placed, prompts: Sequence[Prompt | None], ranks: Ranks, wants_to_stop: Callable[[], bool]
 ) -> list[Answer]:
-    """The answers of this rank, in tokens, stop tokens left out; fewer of them when a rank wants to stop.
+    """Answer the prompts of this rank. A collective: all ranks call it with the same number of prompts.
 
-    Every rank calls it with as many prompts; None is one that has no answer. After it the model is as it was.
+    Args:
+        placed: The model; it is unchanged afterwards.
+        prompts: Prompts of this rank; None stands for padding, whose answer is empty.
+        ranks: All ranks.
+        wants_to_stop: Whether this rank has to stop. All ranks then stop before the next prompt.
+
+    Returns:
+        The tokens of each answer without the stop token; fewer than prompts if a rank wanted to stop.
     """
-    # Where weights are sharded, each pass needs all ranks.
-    together = placed.accelerator.distributed_type == DistributedType.FSDP
+    # Under FSDP2 each forward pass needs all ranks.
+    sharded = placed.accelerator.distributed_type == DistributedType.FSDP
     answers: list[Answer] = []
-    said_at = time.monotonic()
+    logged_at = time.monotonic()
     with torch.no_grad(), answering(placed):
         for prompt in prompts:
             if ranks.any(wants_to_stop()):
                 break
-            if ranks.rank == 0 and time.monotonic() - said_at > _SAY_EVERY_S:
+            if ranks.rank == 0 and time.monotonic() - logged_at > _LOG_EVERY_S:
                 log.info("train.answering", done=len(answers) * ranks.world, of=len(prompts) * ranks.world)
-                said_at = time.monotonic()
-            goes_on = ranks.any if together else bool
-            answers.append(_answer(placed.plain, prompt, placed.accelerator.device, goes_on))
+                logged_at = time.monotonic()
+            any_wants_more = ranks.any if sharded else bool
+            answers.append(_answer(placed.plain, prompt, placed.accelerator.device, any_wants_more))
     return answers
 
 
 @contextmanager
 def answering(placed: Placed) -> Iterator[None]:
-    """Within, the model is in evaluation mode and its attention takes caches; afterwards all is as before."""
+    """Inside this context the model is in evaluation mode and its attention supports a cache."""
     config = placed.plain.config
     before = getattr(config, _ATTENTION)
     try:
@@ -130,26 +134,28 @@ def answering(placed: Placed) -> Iterator[None]:
 
 
 def _answer(
-    model: Any, prompt: Prompt | None, device: torch.device, goes_on: Callable[[bool], bool]
+    model: Any, prompt: Prompt | None, device: torch.device, any_wants_more: Callable[[bool], bool]
 ) -> Answer:
-    """One answer. `goes_on` is told whether this rank wants another token, and says whether any rank does."""
-    said: list[int] = []
-    wanting = prompt is not None
-    fed = torch.zeros((1, 1), dtype=torch.long, device=device)
+    """One answer. `any_wants_more` takes whether this rank wants a further token, and returns whether any
+    rank does.
+    """
+    answer: list[int] = []
+    wants_more = prompt is not None
+    inputs = torch.zeros((1, 1), dtype=torch.long, device=device)
     if prompt is not None:
-        fed = torch.from_numpy(prompt.tokens).long()[None].to(device)
+        inputs = torch.from_numpy(prompt.tokens).long()[None].to(device)
     cache: Any = None
-    while goes_on(wanting):
-        if prompt is None or not wanting:  # the others need this rank's share of the weights
-            model(input_ids=fed[:, -1:], use_cache=False, logits_to_keep=1)
+    while any_wants_more(wants_more):
+        if prompt is None or not wants_more:  # other ranks need this rank's shards of the weights
+            model(input_ids=inputs[:, -1:], use_cache=False, logits_to_keep=1)
             continue
-        out = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
-        fed = out.logits[:, -1].argmax(-1, keepdim=True)
-        token = int(fed)
+        inputs = out.logits[:, -1].argmax(-1, keepdim=True)
+        token = int(inputs)
         if token in prompt.stop:
-            wanting = False
+            wants_more = False
         else:
-            said.append(token)
-            wanting = len(said) < prompt.max_new_tokens
-    return tuple(said)
+            answer.append(token)
+            wants_more = len(answer) < prompt.max_new_tokens
+    return tuple(answer)

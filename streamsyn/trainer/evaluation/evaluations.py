@@ -1,7 +1,4 @@
-"""From the configuration to the questions that are asked while training.
-
-What is evaluated when: losses, and the questions of an exam. Decided on rank 0.
-"""
+"""Plans evaluations on rank 0: when they are due, commands for the ranks, figures from the results."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,21 +24,21 @@ log = structlog.get_logger()
 
 
 def open_exam(config: Config, tokenizer: Any, model: Any, out: Path) -> Exam | None:
-    """The questions of `train.needles` and `train.longbench`; None when neither is given.
+    """Make the questions of `train.needles` and `train.longbench`; None if neither is configured.
 
     Args:
         config: The whole configuration.
-        tokenizer: That of `model`; a copy of it is used.
-        model: Says how many positions it knows, and what ends its answers.
-        out: Where the training keeps its files.
+        tokenizer: The model's tokenizer, which is copied.
+        model: Its configuration has the number of positions and the stop tokens.
+        out: OUT.
 
     Raises:
-        ConfigError: They cannot be asked, or there are none.
+        ConfigError: A section does not fit the model, or there are no questions.
     """
     section = config.train
     if section.needles is None and section.longbench is None:
         return None
-    chat = Chat(copy.deepcopy(tokenizer), _ends(model))
+    chat = Chat(copy.deepcopy(tokenizer), _stop_tokens(model))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     questions: list[Question] = []
     if section.needles is not None:
@@ -54,37 +51,37 @@ def open_exam(config: Config, tokenizer: Any, model: Any, out: Path) -> Exam | N
     return Exam(questions, chat, out)
 
 
-def _ends(model: Any) -> list[int]:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+def _stop_tokens(model: Any) -> list[int]:
+    tokens = getattr(model.generation_config, "eos_token_id", None)
+    return list(tokens) if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
 HeldOutRows = Callable[[], dict[str, list[Rows]]]
-"""The held-out rows to evaluate now, for each kind and rank; none when nothing is held out so far."""
+"""Returns the held-out rows to evaluate now, for each kind and rank; empty while none are held out."""
 
 
 @dataclass(slots=True)
 class Done:
-    """The last steps at which losses were measured, and at which an exam was finished."""
+    """The last steps at which losses were measured and the exam was finished."""
 
     measured: int | None = None
     examined: int | None = None
 
 
 class Evaluations:
-    """Makes the orders of evaluations, and figures of what came of them.
+    """Decides what to evaluate, and turns results into the fields of a line of metrics.jsonl.
 
-    There is one before the first step, one every `train.eval_every_steps`, one at the end; the exam, which
-    takes its time, may come at other steps in between, and then losses are measured with it.
+    Losses are measured before the first step, every `train.eval_every_steps` and at the end. The exam, which
+    takes longer, has its own interval (`train.tests_every_steps`); losses are measured with it too.
 
     Args:
         section: `train`.
-        held_out: The rows that are held out of the stream by now.
-        control: Short chat data.
-        exam: Questions to be answered.
-        world: How many ranks there are.
-        done: What an earlier run did at the step where this one begins.
-        state: What `state` gave there.
+        held_out: Returns the held-out rows.
+        control: Control data.
+        exam: The exam; None without one.
+        world: Number of ranks.
+        done: What was done before at the step where the training resumes.
+        state: The return value of `state` at that step.
     """
 
     def __init__(
@@ -106,15 +103,15 @@ class Evaluations:
         self._changes = Changes(state)
 
     def state(self) -> dict[str, Any]:
-        """What a later run goes on from."""
+        """The state to resume from, as JSON values."""
         return self._changes.state()
 
     def due(self, step: int, *, last: bool = False) -> list[Evaluate] | None:
-        """An order for each rank, of what is due at a step and not done; None when nothing is.
+        """The command for each rank of what is due at a step and not yet done; None if nothing is.
 
         Args:
             step: Steps trained so far.
-            last: Whether no more come.
+            last: Whether it is the last step.
         """
         section = self._section
         always = last or step == 0
@@ -139,30 +136,30 @@ class Evaluations:
     def figures(
         self,
         step: int,
-        orders: Sequence[Evaluate],
+        commands: Sequence[Evaluate],
         measured: Mapping[str, Sequence[Sequence[float]]],
         answers: Sequence[Sequence[int]],
     ) -> dict[str, Any]:
-        """What an evaluation has found; `partial` in it when it was stopped before its end.
+        """The fields of an evaluation, with `partial` if the exam was stopped before its end.
 
         Args:
             step: Steps trained so far.
-            orders: What each rank was told to do.
-            measured: The losses of each kind of samples, rank by rank, in the order of the rank's rows.
-            answers: What was answered to the first questions, or to all.
+            commands: The command of each rank.
+            measured: The losses of each kind of samples, by rank, in the order of the rank's rows.
+            answers: Tokens of the answers; fewer than there are questions if the exam was stopped.
 
         Raises:
             SinkError: The answers cannot be written.
         """
         found: dict[str, Any] = {}
-        if orders[0].rows:
+        if commands[0].rows:
             self._done.measured = step
             losses = {
-                kind: dict(zip(_keys(orders, kind), chain.from_iterable(by_rank), strict=True))
+                kind: dict(zip(_keys(commands, kind), chain.from_iterable(by_rank), strict=True))
                 for kind, by_rank in measured.items()
             }
-            found = {**summary(losses), **self._changes.take(losses)}
-        if orders[0].prompts and self._exam is not None:
+            found = {**summary(losses), **self._changes.update(losses)}
+        if commands[0].prompts and self._exam is not None:
             found |= self._exam.grade(step, answers)
             if len(answers) < len(self._exam.questions):
                 found["partial"] = True
@@ -175,14 +172,14 @@ class Evaluations:
         return rows if self._control is None else {**rows, CONTROL: self._control}
 
 
-def _keys(orders: Sequence[Evaluate], kind: str) -> Iterator[Key]:
-    for order in orders:
-        for row in order.rows[kind]:
+def _keys(commands: Sequence[Evaluate], kind: str) -> Iterator[Key]:
+    for command in commands:
+        for row in command.rows[kind]:
             yield from (example.key for example in row)
 
 
 def done_before(metrics: Path, step: int, exam: Exam | None) -> Done:
-    """What OUT/metrics.jsonl says was done at the step where a run goes on."""
+    """Read from OUT/metrics.jsonl what was done at the step where a training resumes."""
     done = Done()
     for found in read_lines(metrics):
         if (found.get("kind"), found.get("step")) != ("evaluation", step):

@@ -1,7 +1,4 @@
-"""A question that the tuned model answers while it is trained, and how its answer is graded.
-
-From answers to figures, and to a file that a person can read.
-"""
+"""Questions that the tuned model answers during training: grading, figures, and the files OUT/answers/."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ import orjson
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.recipes.parsing import without_thoughts
-from streamsyn.scoring.answer_metrics import measured
+from streamsyn.scoring.answer_metrics import answer_score
 from streamsyn.trainer.commands import Prompt
 from streamsyn.trainer.evaluation.answering import Chat
 
@@ -24,13 +21,15 @@ Grading: TypeAlias = Literal["recall", "f1", "rouge_l"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """A prompt, and what is known of its answer.
+    """A prompt and its expected answer.
 
     Attributes:
-        exam: What it belongs to: `needles` or `longbench`.
-        part: Questions of the same part have a figure together: `needle_single_2048`.
-        id: Tells it from others of its part.
-        wanted: With `recall`, texts that ought all to stand in the answer; else answers, each of them right.
+        exam: The exam that it belongs to: `needles` or `longbench`.
+        part: The part of the exam, which has a figure of its own, such as `needle_single_2048`.
+        id: Unique within the part.
+        prompt: The prompt, in tokens.
+        wanted: With `recall`, texts that should all occur in the answer; otherwise alternative right answers.
+        grading: The metric.
     """
 
     exam: str
@@ -41,17 +40,17 @@ class Question:
     grading: Grading
 
     def score(self, answer: str) -> float:
-        """How good an answer is, from 0 to 1."""
-        said = without_thoughts(answer)
+        """The score of an answer, from 0 to 1. Reasoning in front of the answer is left out."""
+        answer = without_thoughts(answer)
         if self.grading == "recall":
-            return recall(said, self.wanted)
+            return recall(answer, self.wanted)
         metric = self.grading
-        return max(measured(metric, said, gold) for gold in self.wanted)
+        return max(answer_score(metric, answer, gold) for gold in self.wanted)
 
 
-def recall(said: str, wanted: Sequence[str]) -> float:
-    """The share of `wanted` that stands in what was said; case aside (RULER, arXiv 2404.06654)."""
-    lowered = said.lower()
+def recall(answer: str, wanted: Sequence[str]) -> float:
+    """The share of the texts `wanted` that occur in the answer, ignoring case (RULER, arXiv 2404.06654)."""
+    lowered = answer.lower()
     return sum(one.lower() in lowered for one in wanted) / len(wanted)
 
 
@@ -62,9 +61,9 @@ class Exam:
     """All questions of a training.
 
     Args:
-        questions: Those of a part stand together, as do the parts of an exam.
-        chat: Turns answers into text.
-        out: Where the training keeps its files.
+        questions: Grouped by exam, and within an exam by part.
+        chat: Decodes answers.
+        out: OUT.
     """
 
     def __init__(self, questions: Sequence[Question], chat: Chat, out: Path) -> None:
@@ -74,20 +73,20 @@ class Exam:
 
     @property
     def names(self) -> frozenset[str]:
-        """The figures that say that an exam was finished."""
+        """The names of the exams. A figure of that name means that the exam was finished."""
         return frozenset(question.exam for question in self.questions)
 
     def grade(self, step: int, answers: Sequence[Sequence[int]]) -> dict[str, float]:
-        """The mean score of each part, and that of the parts of each exam, as far as they are finished.
+        """Return the mean score of each finished part, and the mean over the parts of each finished exam.
 
-        The answers, those of unfinished parts too, are written to OUT/answers/step-0000100.jsonl.
+        All answers are written to a file such as OUT/answers/step-0000100.jsonl.
 
         Args:
-            step: Of the training.
-            answers: Tokens, to the first questions or to all.
+            step: Step of the training.
+            answers: Tokens of the answers; fewer than there are questions if the exam was stopped.
 
         Raises:
-            SinkError: They cannot be written.
+            SinkError: The file cannot be written.
         """
         scores: list[float] = []
         lines = []

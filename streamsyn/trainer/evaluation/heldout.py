@@ -1,11 +1,8 @@
-"""The loss on samples that are kept out of training, with their contexts and without; and on short chat data.
+"""Losses on samples that are not trained on: held-out samples with and without contexts, and control data.
 
-Without its contexts, a sample is its instruction alone. The difference is what the model gains by reading;
-a model that answers from memory gains nothing. The short chat data shows what it forgets meanwhile.
-
-Short chat data whose loss shows what a model forgets while it learns to read long contexts.
-
-Held-out samples as they are, and as their instruction alone.
+Without its contexts, a held-out sample is its instruction alone. The difference of the losses is what the
+model gains by reading; a model that answers from memory gains nothing. Control data is short chat data, whose
+loss shows what the model forgets while it learns to read long contexts.
 """
 
 from collections import Counter
@@ -28,154 +25,35 @@ log = structlog.get_logger()
 
 WITH, WITHOUT, CONTROL = "with_context", "without_context", "control"
 Rows = tuple[tuple[Example, ...], ...]
-
-
-def deal_rows(examples: Iterable[Example], seq_len: int, world: int) -> list[Rows]:
-    """Rows of whole examples for each rank, as many for each; the last ones may be empty."""
-    rows: list[list[Example]] = []
-    room = 0
-    for example in examples:
-        if not rows or example.length > room:
-            rows.append([])
-            room = seq_len
-        rows[-1].append(example)
-        room -= example.length
-    rows += [[] for _ in range(-len(rows) % world)]
-    return [tuple(tuple(row) for row in rows[rank::world]) for rank in range(world)]
-
-
-@torch.no_grad()
-def measure(model: torch.nn.Module, rows: Rows, device: torch.device) -> list[float]:
-    """The mean loss of a target, in nats, of each sample of `rows`, one row after the other."""
-    means: list[float] = []
-    model.eval()
-    try:
-        for row in rows:
-            batch = make_batch(row, [1.0] * len(row), device)
-            losses = token_losses(model(**batch.forward_arguments()).logits, batch.labels)
-            means += example_means(losses, batch.owner, len(row)).tolist()
-    finally:
-        model.train()
-    return means
-
-
 Losses = Mapping[Key, float]
-"""The mean loss of a target of each sample."""
+"""For each sample, its mean loss per target in nats."""
+_BATCH = 64
+_LOGGED = 5
+"""Dropped rows that are logged one by one; the rest is counted."""
 
 
-def summary(losses: Mapping[str, Losses]) -> dict[str, float]:
-    """Mean loss of a target in nats, a sample weighing the same as any other, of each kind; and the gain."""
-    means = {kind: fmean(of_kind.values()) for kind, of_kind in losses.items() if of_kind}
-    found = {f"nll_{kind}": mean for kind, mean in means.items()}
-    with_context, without = losses.get(WITH, {}), losses.get(WITHOUT, {})
-    if both := with_context.keys() & without.keys():
-        found["context_gain"] = fmean(without[key] - with_context[key] for key in both)
-    if WITH in losses:
-        found["held_out"] = len(losses[WITH])
-    return found
-
-
-class Changes:
-    """How losses have changed since the first evaluation, while samples join those that are measured.
-
-    What joins may be harder, so that the mean of all would jump. An evaluation is compared with the one
-    before over the samples of both, and these changes are added up: a chained index. As long as none join it
-    is the difference of the means.
-
-    Args:
-        state: What `state` gave before.
-    """
-
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        state = state or {}
-        self._before: dict[str, dict[Key, float]] = {
-            kind: {Key(*key): loss for key, loss in losses}
-            for kind, losses in state.get("before", {}).items()
-        }
-        self._changes: dict[str, float] = dict(state.get("changes", {}))
-
-    def state(self) -> dict[str, Any]:
-        """What a later run goes on from; can be written as JSON."""
-        before = {kind: [[list(key), loss] for key, loss in of.items()] for kind, of in self._before.items()}
-        return {"before": before, "changes": dict(self._changes)}
-
-    def take(self, losses: Mapping[str, Losses]) -> dict[str, float]:
-        """The change of each kind up to this evaluation: negative is better."""
-        for kind, now in losses.items():
-            before = self._before.get(kind, {})
-            both = now.keys() & before.keys()
-            change = fmean(now[key] - before[key] for key in both) if both else 0.0
-            self._changes[kind] = self._changes.get(kind, 0.0) + change
-            self._before[kind] = dict(now)
-        return {f"nll_{kind}_change": self._changes[kind] for kind in losses}
-
-
-_AT_ONCE = 64
-_SHOWN = 5
-"""Dropped rows that are logged one by one."""
-
-
-def control_examples(path: str, samples: int, renderer: Rendering) -> list[Example]:
-    """The first examples of the rows in `path`, so many at most. A row that makes none is counted and said.
-
-    Raises:
-        ConfigError: No row makes an example, or there is nothing to read.
-    """
-    found: list[Example] = []
-    dropped: Counter[str] = Counter()
-    for where, made in _made(path, renderer):
-        if len(found) == samples:
-            break
-        if isinstance(made, Example):
-            found.append(made)
-            continue
-        dropped[made.reason] += 1
-        if dropped.total() <= _SHOWN:
-            log.warning("control.dropped", at=where, reason=made.reason, why=made.detail)
-    if dropped:
-        log.warning("control.dropped_rows", count=dropped.total(), samples=len(found))
-    if not found:
-        why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "it is empty"
-        raise ConfigError(f"train.control: {path}: no row of it can be evaluated ({why})")
-    return found
-
-
-def _made(path: str, renderer: Rendering) -> Iterator[tuple[str, Example | Dropped]]:
-    rows = FileRows(path, "control", "train.control", count=False).placed()
-    while some := list(islice(rows, _AT_ONCE)):
-        good = [(row.value, _key(row)) for _, row in some if row.value is not None]
-        made = iter(renderer.render_batch(good))
-        for where, row in some:
-            yield where, Dropped("bad_row", row.problem) if row.value is None else next(made)
-
-
-def _key(row: Row) -> Key:
-    """By what it holds: another file is not compared with this one when a training goes on."""
-    return Key(f"control:{row_digest(row)}", 0, row.seq)
-
-
-class HoldingOut(Protocol):
-    """Who knows what is held out."""
+class HoldsOut(Protocol):
+    """Something that holds samples out of the stream."""
 
     @property
     def held_out(self) -> Sequence[HeldOut]:
-        """What is held out so far, in the order of the stream."""
+        """The samples held out so far, in the order of the stream."""
         ...
 
 
 class HeldOutSet:
-    """The rows that an evaluation measures.
+    """The held-out samples as rows for an evaluation, with contexts and without.
 
-    Of a row that does not say what its instruction is, only the loss with contexts is measured.
+    A sample without an `instruction` field is only measured with contexts.
 
     Args:
         planner: Holds samples out.
-        renderer: Makes examples.
-        seq_len: Tokens of a row at most.
-        world: Ranks to deal rows to.
+        renderer: Renders samples without contexts.
+        seq_len: Maximum tokens per row.
+        world: Number of ranks.
     """
 
-    def __init__(self, planner: HoldingOut, renderer: Rendering, seq_len: int, world: int) -> None:
+    def __init__(self, planner: HoldsOut, renderer: Rendering, seq_len: int, world: int) -> None:
         self._planner = planner
         self._renderer = renderer
         self._seq_len = seq_len
@@ -183,7 +61,7 @@ class HeldOutSet:
         self._bare: dict[Key, Example | None] = {}
 
     def rows(self) -> dict[str, list[Rows]]:
-        """Rows for each rank, by whether they hold contexts; nothing when nothing is held out so far."""
+        """The rows of each rank, by `WITH` and `WITHOUT`; empty while no sample is held out."""
         held = self._planner.held_out
         if not held:
             return {}
@@ -204,10 +82,125 @@ class HeldOutSet:
             self._bare[one.example.key] = made if isinstance(made, Example) else None
 
 
+def control_examples(path: str, samples: int, renderer: Rendering) -> list[Example]:
+    """Read the first `samples` examples of the rows in `path`. Unusable rows are counted and logged.
+
+    Raises:
+        ConfigError: No row is usable, or `path` cannot be read.
+    """
+    found: list[Example] = []
+    dropped: Counter[str] = Counter()
+    for where, made in _made(path, renderer):
+        if len(found) == samples:
+            break
+        if isinstance(made, Example):
+            found.append(made)
+            continue
+        dropped[made.reason] += 1
+        if dropped.total() <= _LOGGED:
+            log.warning("control.dropped", at=where, reason=made.reason, why=made.detail)
+    if dropped:
+        log.warning("control.dropped_rows", count=dropped.total(), samples=len(found))
+    if not found:
+        why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "it is empty"
+        raise ConfigError(f"train.control: {path}: no row can be evaluated ({why})")
+    return found
+
+
+def deal_rows(examples: Iterable[Example], seq_len: int, world: int) -> list[Rows]:
+    """Pack whole examples into rows, and deal these to ranks. All get equally many; some may be empty."""
+    rows: list[list[Example]] = []
+    room = 0
+    for example in examples:
+        if not rows or example.length > room:
+            rows.append([])
+            room = seq_len
+        rows[-1].append(example)
+        room -= example.length
+    rows += [[] for _ in range(-len(rows) % world)]
+    return [tuple(tuple(row) for row in rows[rank::world]) for rank in range(world)]
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, rows: Rows, device: torch.device) -> list[float]:
+    """The mean loss per target, in nats, of each sample of `rows` in order."""
+    means: list[float] = []
+    model.eval()
+    try:
+        for row in rows:
+            batch = make_batch(row, [1.0] * len(row), device)
+            losses = token_losses(model(**batch.forward_arguments()).logits, batch.labels)
+            means += example_means(losses, batch.owner, len(row)).tolist()
+    finally:
+        model.train()
+    return means
+
+
+def summary(losses: Mapping[str, Losses]) -> dict[str, float]:
+    """The fields of an evaluation: mean losses over samples, the context gain, the number held out."""
+    means = {kind: fmean(of_kind.values()) for kind, of_kind in losses.items() if of_kind}
+    found = {f"nll_{kind}": mean for kind, mean in means.items()}
+    with_context, without = losses.get(WITH, {}), losses.get(WITHOUT, {})
+    if both := with_context.keys() & without.keys():
+        found["context_gain"] = fmean(without[key] - with_context[key] for key in both)
+    if WITH in losses:
+        found["held_out"] = len(losses[WITH])
+    return found
+
+
+class Changes:
+    """The change of losses since the first evaluation, while the set of samples grows.
+
+    New samples may be harder, so that the mean over all would jump. Each evaluation is compared with the one
+    before over the samples of both, and these changes are added up, as in a chained index. Without new
+    samples it is the difference of the means.
+
+    Args:
+        state: An earlier return value of `state`.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {}
+        self._before: dict[str, dict[Key, float]] = {
+            kind: {Key(*key): loss for key, loss in losses}
+            for kind, losses in state.get("before", {}).items()
+        }
+        self._changes: dict[str, float] = dict(state.get("changes", {}))
+
+    def state(self) -> dict[str, Any]:
+        """The state to resume from, as JSON values."""
+        before = {kind: [[list(key), loss] for key, loss in of.items()] for kind, of in self._before.items()}
+        return {"before": before, "changes": dict(self._changes)}
+
+    def update(self, losses: Mapping[str, Losses]) -> dict[str, float]:
+        """Add an evaluation, and return the change of each kind since the first: negative is better."""
+        for kind, now in losses.items():
+            before = self._before.get(kind, {})
+            both = now.keys() & before.keys()
+            change = fmean(now[key] - before[key] for key in both) if both else 0.0
+            self._changes[kind] = self._changes.get(kind, 0.0) + change
+            self._before[kind] = dict(now)
+        return {f"nll_{kind}_change": self._changes[kind] for kind in losses}
+
+
 def _without_contexts(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row with its instruction as all that is asked; None when it does not say what that is."""
+    """The row with its instruction as the only user message; None if it has no instruction."""
     instruction = row.get("instruction")
     if not instruction or not isinstance(instruction, str):
         return None
-    answer = next(said for said in reversed(row["messages"]) if said["role"] == "assistant")
+    answer = next(one for one in reversed(row["messages"]) if one["role"] == "assistant")
     return {**row, "messages": [{"role": "user", "content": instruction}, answer]}
+
+
+def _made(path: str, renderer: Rendering) -> Iterator[tuple[str, Example | Dropped]]:
+    rows = FileRows(path, "control", "train.control", count=False).placed()
+    while some := list(islice(rows, _BATCH)):
+        good = [(row.value, _key(row)) for _, row in some if row.value is not None]
+        made = iter(renderer.render_batch(good))
+        for where, row in some:
+            yield where, Dropped("bad_row", row.problem) if row.value is None else next(made)
+
+
+def _key(row: Row) -> Key:
+    """The row's content is part of the key, so that a changed file is not compared with the earlier one."""
+    return Key(f"control:{row_digest(row)}", 0, row.seq)

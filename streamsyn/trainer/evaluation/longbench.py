@@ -1,4 +1,4 @@
-"""Questions about long contexts in LongBench's format (arXiv 2308.14508), asked in our own words."""
+"""Questions from files in LongBench's format (arXiv 2308.14508), with the prompts of our own samples."""
 
 import re
 from collections import Counter
@@ -23,16 +23,16 @@ _MAX_NEW_TOKENS: Final = {
     **dict.fromkeys(("hotpotqa", "2wikimqa", "2wikiqa", "musique"), 32),
     **dict.fromkeys(("gov_report", "govreport", "qmsum", "multi_news", "multinews"), 512),
 }
-_OTHERS_MAX_NEW_TOKENS: Final = 128
+_DEFAULT_MAX_NEW_TOKENS: Final = 128
 _SUMMARY: Final = "Write a summary of it, of one page at most."
 _PASSAGE: Final = re.compile(r"^Passage \d+:\s*", re.MULTILINE)
 _MIN_CONTEXT_TOKENS: Final = 16
-_SHOWN: Final = 5
-"""Bad rows that are logged one by one."""
+_LOGGED: Final = 5
+"""Bad rows that are logged one by one; the rest is counted."""
 
 
 class _BadRow(Exception):
-    """Raised when a row is no question; its text says why."""
+    """Raised when a row cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Item:
     """A row of LongBench.
 
     Attributes:
-        dataset: Its name in small letters, without the ending of LongBench-E.
-        id: What the file calls it, or its number there.
-        request: The row's `input`; may be empty where a summary is asked for.
-        context: What is to be read.
-        answers: Right answers, one at least.
+        dataset: The name in lower case, without the suffix of LongBench-E.
+        id: The row's id, or else its number in the file.
+        request: The row's `input`; may be empty for summaries.
+        context: The text to read.
+        answers: Alternative right answers, at least one.
     """
 
     dataset: str
@@ -55,80 +55,82 @@ class Item:
 
     @property
     def family(self) -> str:
-        """How it is asked. A data set that is not known: a question if there is one, else for a summary."""
+        """The family of the prompt. Unknown data sets are a question if there is one, otherwise a summary."""
         return KNOWN_TASKS.get(self.dataset, "single_doc_qa" if self.request else "summary")
 
     @property
     def max_new_tokens(self) -> int:
-        """The longest answer."""
-        return _MAX_NEW_TOKENS.get(self.dataset, _OTHERS_MAX_NEW_TOKENS)
+        """Maximum tokens of the answer."""
+        return _MAX_NEW_TOKENS.get(self.dataset, _DEFAULT_MAX_NEW_TOKENS)
 
 
 def longbench_questions(section: LongBenchSection, chat: Chat, longest: int) -> list[Question]:
-    """The questions of all files, data set by data set. A row that makes none is counted and said.
+    """Make the questions of all files, grouped by data set. Bad rows are counted and logged.
 
     Args:
         section: `train.longbench`.
         chat: Makes prompts.
-        longest: Tokens of a prompt with its answer at most.
+        longest: Maximum tokens of a prompt and its answer together.
 
     Raises:
-        ConfigError: There is no row that makes a question, or nothing to read.
+        ConfigError: No row can be used, or the files cannot be read.
     """
-    asking = _Asking(chat, section.prompt_tokens, longest)
+    prompts = _Prompts(chat, section.prompt_tokens, longest)
     found: dict[str, list[Question]] = {}
     bad: Counter[str] = Counter()
     for where, row in FileRows(section.path, "longbench", "train.longbench.path", count=False).placed():
         try:
             if row.value is None:
-                raise _BadRow("it is no row")
+                raise _BadRow("it is not an object")
             item = item_of(row.value, row.seq)
             some = found.setdefault(item.dataset, [])
             if section.samples is None or len(some) < section.samples:
-                some.append(asking.question(item))
+                some.append(prompts.question(item))
         except _BadRow as error:
             bad[str(error)] += 1
-            if bad.total() <= _SHOWN:
+            if bad.total() <= _LOGGED:
                 log.warning("longbench.bad_row", at=where, why=row.problem or str(error))
     questions = [question for name in sorted(found) for question in found[name]]
     if bad:
         log.warning("longbench.bad_rows", count=bad.total(), questions=len(questions))
     if not questions:
         why = "; ".join(f"{reason} ({count})" for reason, count in bad.most_common(3)) or "it is empty"
-        raise ConfigError(f"train.longbench.path: {section.path}: no row of it is a question: {why}")
+        raise ConfigError(f"train.longbench.path: {section.path}: no row can be used: {why}")
     unknown = sorted(name for name, some in found.items() if some and name not in KNOWN_TASKS)
     if unknown:
-        log.warning("longbench.unknown_datasets", names=unknown, asked="as a question, or for a summary")
+        log.warning(
+            "longbench.unknown_datasets", names=unknown, asked="as a question, or for a summary without one"
+        )
     return questions
 
 
 def item_of(row: Mapping[str, Any], number: int) -> Item:
-    """What a row says.
+    """Read a row.
 
     Raises:
-        _BadRow: Something is missing.
+        _BadRow: A field is missing or invalid.
     """
     for name in ("input", "context", "dataset"):
         if not isinstance(row.get(name), str):
-            raise _BadRow(f"there is no text `{name}`")
+            raise _BadRow(f"the field `{name}` is missing or not a string")
     if not row["context"].strip():
-        raise _BadRow("its context is empty")
+        raise _BadRow("the context is empty")
     dataset = row["dataset"].strip().lower().removesuffix("_e")
     if not re.fullmatch(r"[\w.-]+", dataset):
-        raise _BadRow("its dataset has no plain name")
+        raise _BadRow("the dataset name has characters other than letters, digits, _, - and .")
     answers = row.get("answers")
     if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
-        raise _BadRow("there is no list `answers` of texts")
+        raise _BadRow("the field `answers` is missing or not a list of strings")
     right = tuple(one for one in answers if one.strip())
     if not right:
-        raise _BadRow("it has no answer")
+        raise _BadRow("there is no answer")
     named = row.get("_id", row.get("id"))
-    shown = str(named) if isinstance(named, str | int) else str(number)
-    return Item(dataset, shown, row["input"].strip(), row["context"], right)
+    item_id = str(named) if isinstance(named, str | int) else str(number)
+    return Item(dataset, item_id, row["input"].strip(), row["context"], right)
 
 
-class _Asking:
-    """Puts items into words, and cuts the middle out of contexts that are too long."""
+class _Prompts:
+    """Renders items, and cuts the middle out of contexts that are too long."""
 
     def __init__(self, chat: Chat, prompt_tokens: int | None, longest: int) -> None:
         self._chat = chat
@@ -140,10 +142,10 @@ class _Asking:
         }
 
     def question(self, item: Item) -> Question:
-        """The question that an item asks.
+        """Make the question of an item.
 
         Raises:
-            _BadRow: Its question alone is too long.
+            _BadRow: The prompt has no room for the context.
         """
         room = self._longest - item.max_new_tokens
         room = room if self._prompt_tokens is None else min(room, self._prompt_tokens)
@@ -166,7 +168,7 @@ class _Asking:
         while tokens > room:
             kept -= tokens - room
             if kept < _MIN_CONTEXT_TOKENS:
-                raise _BadRow(f"a prompt of {max(room, 0)} tokens has no room for its context")
+                raise _BadRow(f"a prompt of {max(room, 0)} tokens has no room for the context")
             head = kept // 2
             ends = self._chat.decode(context[:head]), self._chat.decode(context[head - kept :])
             text = self._message(item, "".join(ends))
@@ -175,7 +177,7 @@ class _Asking:
 
     def _message(self, item: Item, context: str) -> str:
         contexts = [context]
-        if item.family == "multi_doc_qa":  # the template counts passages by itself
+        if item.family == "multi_doc_qa":  # the template numbers passages itself
             contexts = [part for one in _PASSAGE.split(context) if (part := one.strip())]
         return self._templates[item.family].render(
             contexts=contexts, instruction=item.request or _SUMMARY, task=item.dataset

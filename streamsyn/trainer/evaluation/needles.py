@@ -1,13 +1,11 @@
-"""Text in which something can be hidden: plain sentences of village life. There are no digits in them.
+"""Needle questions: numbers hidden in long synthetic text, after RULER (Hsieh et al., arXiv 2404.06654).
 
-Retrieval from synthetic long texts, after RULER (Hsieh et al., arXiv 2404.06654): numbers in a haystack.
+The haystack is made of plain sentences without digits. The kinds of questions:
 
-What is hidden, and asked for:
-
-    single       one key with one number
-    multi_key    other keys have numbers too, and only one is asked for
-    multi_value  the key has several numbers, all of them asked for
-    multi_query  several keys are asked for, each with its number
+    single       one key has one number
+    multi_key    several keys have a number each; one of them is asked for
+    multi_value  one key has several numbers; all of them are asked for
+    multi_query  several keys have a number each; all of them are asked for
 """
 
 import random
@@ -29,21 +27,21 @@ from streamsyn.trainer.evaluation.exam import Question
 
 @cache
 def words(kind: str) -> tuple[str, ...]:
-    """Words that come with the package: `who`, `did`, `where`, `when`, `and`, `colours`, `things`."""
+    """The packaged words of a kind: `who`, `did`, `where`, `when`, `and`, `colours`, `things`."""
     packaged = files("streamsyn") / "data" / "needles" / "words.json"
     return tuple(orjson.loads(packaged.read_bytes())[kind])
 
 
-def sentences(chance: random.Random) -> Iterator[str]:
-    """Sentences without end, each with a capital letter and a full stop; no two in a row are alike."""
+def sentences(rng: random.Random) -> Iterator[str]:
+    """Yield random sentences forever, never the same one twice in a row."""
     before = ""
     while True:
-        parts = [chance.choice(words(kind)) for kind in ("who", "did", "where")]
-        if chance.random() < 0.6:
-            parts.append(chance.choice(words("when")))
-        if chance.random() < 0.4:
+        parts = [rng.choice(words(kind)) for kind in ("who", "did", "where")]
+        if rng.random() < 0.6:
+            parts.append(rng.choice(words("when")))
+        if rng.random() < 0.4:
             parts[-1] += ","
-            parts.append(chance.choice(words("and")))
+            parts.append(rng.choice(words("and")))
         text = " ".join(parts)
         if text != before:
             yield text[0].upper() + text[1:] + "."
@@ -51,23 +49,23 @@ def sentences(chance: random.Random) -> Iterator[str]:
 
 
 ANSWER_TOKENS: Final = 128
-"""The longest answer, as in RULER."""
+"""Maximum tokens of an answer, as in RULER."""
 _MANY: Final = 4
-"""Keys, or values of a key, where there are several."""
-_NEAR: Final = 0.01
-"""A prompt that is shorter by less than this is long enough."""
+"""Number of keys, or of values of a key, where there are several."""
+_TOLERANCE: Final = 0.01
+"""A prompt may be shorter than its length by this share."""
 _TRIES: Final = 12
 _PROBE_WORDS: Final = 400
-"""So many words of filler tell how many tokens a word has."""
+"""Words of filler from which tokens per word are estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What a haystack hides.
+    """The needles of one question.
 
     Attributes:
-        needles: Sentences, each with its depth from 0 to 1: the share of the haystack before it.
-        request: What is asked.
+        needles: Sentences with their depths; a depth from 0 to 1 is the share of the haystack before it.
+        request: The question.
         wanted: The numbers that answer it.
     """
 
@@ -79,16 +77,16 @@ class Hidden:
 def needle_questions(
     section: NeedlesSection, run_seed: int, chat: Chat, positions: int | None
 ) -> list[Question]:
-    """All questions, part by part; the same for the same seed and tokenizer.
+    """Make all questions, grouped by part. They are the same for the same seed and tokenizer.
 
     Args:
         section: `train.needles`.
-        run_seed: Seeds keys, numbers and haystacks.
+        run_seed: `run.seed`, which seeds keys, numbers and haystacks.
         chat: Makes prompts.
-        positions: Tokens that the model knows positions for; None when it does not say.
+        positions: Number of positions of the model; None if its configuration has none.
 
     Raises:
-        ConfigError: A length is more than can be, or has no room for what is hidden.
+        ConfigError: A length exceeds the model's positions, or is too short for the needles.
     """
     for length in section.lengths:
         if positions is not None and length > positions:
@@ -103,12 +101,12 @@ def needle_questions(
     ]
 
 
-def hide(kind: NeedleKind, depth: float, chance: random.Random) -> Hidden:
-    """What to hide, the first needle at `depth`, and others at even distances from it."""
-    names = chance.sample(
+def hide(kind: NeedleKind, depth: float, rng: random.Random) -> Hidden:
+    """Make the needles of a question: the first at `depth`, the others at equal distances from it."""
+    names = rng.sample(
         [f"{colour}-{thing}" for colour in words("colours") for thing in words("things")], _MANY
     )
-    values = [str(value) for value in chance.sample(range(1_000_000, 10_000_000), _MANY)]
+    values = [str(value) for value in rng.sample(range(1_000_000, 10_000_000), _MANY)]
     count = 1 if kind == "single" else _MANY
     keys = [names[0]] * count if kind == "multi_value" else names[:count]
     depths = [depth, *((depth + n / count) % 1 for n in range(1, count))]
@@ -128,9 +126,9 @@ def hide(kind: NeedleKind, depth: float, chance: random.Random) -> Hidden:
 
 
 def message(filler: Sequence[str], hidden: Hidden) -> str:
-    """The user's message: words of filler with the needles among them, at the ends of sentences."""
+    """The user message: words of filler, with the needles inserted between sentences."""
     if filler and not filler[-1].endswith("."):
-        filler = [*filler[:-1], f"{filler[-1]}..."]  # it breaks off here
+        filler = [*filler[:-1], f"{filler[-1]}..."]  # cut off in the middle of a sentence
     ends = [0, *(n for n, word in enumerate(filler, 1) if word.endswith("."))]
     placed = sorted((round(at * (len(ends) - 1)), text) for at, text in hidden.needles)
     parts, begin = [], 0
@@ -148,39 +146,39 @@ def message(filler: Sequence[str], hidden: Hidden) -> str:
 def _question(
     kind: NeedleKind, length: int, number: int, samples: int, run_seed: int, chat: Chat, positions: int | None
 ) -> Question:
-    chance = random.Random(digest("needles", str(run_seed), kind, str(length), str(number)))
-    hidden = hide(kind, number / (samples - 1) if samples > 1 else 0.5, chance)
-    # The last positions are for the answer.
+    rng = random.Random(digest("needles", str(run_seed), kind, str(length), str(number)))
+    hidden = hide(kind, number / (samples - 1) if samples > 1 else 0.5, rng)
+    # Leave positions for the answer.
     room = length if positions is None else min(length, positions - ANSWER_TOKENS)
-    text = _filled(hidden, _filler(chance), room, chat)
+    text = _filled(hidden, _filler(rng), room, chat)
     if text is None:
-        raise ConfigError(f"train.needles.lengths: {length} tokens have no room for the needles of {kind}")
+        raise ConfigError(f"train.needles.lengths: {length} tokens are too few for the needles of {kind}")
     part = f"needle_{kind}_{length}"
     return Question("needles", part, str(number), chat.prompt(text, ANSWER_TOKENS), hidden.wanted, "recall")
 
 
-def _filler(chance: random.Random) -> Iterator[str]:
-    for sentence in sentences(chance):
+def _filler(rng: random.Random) -> Iterator[str]:
+    for sentence in sentences(rng):
         yield from sentence.split()
 
 
 def _filled(hidden: Hidden, supply: Iterator[str], room: int, chat: Chat) -> str | None:
-    """The message whose prompt has `room` tokens or hardly less, found by trying; None without room."""
+    """Search for the message whose prompt has `room` tokens or slightly fewer; None if there is none."""
     filler = list(islice(supply, _PROBE_WORDS))
-    tokens_a_word = len(chat.encode(" ".join(filler))) / len(filler)
+    tokens_per_word = len(chat.encode(" ".join(filler))) / len(filler)
     best = message((), hidden)
     low, low_tokens = 0, chat.length(best)
     if low_tokens > room:
         return None
     high, high_tokens = 0, 0
-    """The fewest words that were found to be too many; 0 when none were."""
+    """The smallest number of words known to be too many; 0 while none is known."""
     for _ in range(_TRIES):
-        if room - low_tokens <= _NEAR * room or high == low + 1:
+        if room - low_tokens <= _TOLERANCE * room or high == low + 1:
             break
         if high:
-            tokens_a_word = (high_tokens - low_tokens) / (high - low)
-        missing = room * (1 - _NEAR / 2) - low_tokens
-        tried = low + max(1, int(missing / tokens_a_word))
+            tokens_per_word = (high_tokens - low_tokens) / (high - low)
+        missing = room * (1 - _TOLERANCE / 2) - low_tokens
+        tried = low + max(1, int(missing / tokens_per_word))
         tried = min(tried, high - 1) if high else tried
         filler += islice(supply, max(0, tried - len(filler)))
         text = message(filler[:tried], hidden)

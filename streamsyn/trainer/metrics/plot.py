@@ -1,7 +1,4 @@
-"""What there is to draw of a training: OUT/metrics.jsonl, by what is drawn together.
-
-A training as a picture: OUT/training.png, drawn from OUT/metrics.jsonl. Needs matplotlib, not torch.
-"""
+"""Draws OUT/training.png from OUT/metrics.jsonl. Needs matplotlib, but not torch."""
 
 import math
 import re
@@ -29,32 +26,33 @@ _LOSSES = {
 
 @dataclass(slots=True)
 class Line:
-    """One curve: values at places; NaN where there is none."""
+    """One curve: values over steps or seconds; NaN where a value is missing."""
 
     at: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
     def add(self, at: float, value: Any) -> None:
-        """One more point."""
+        """Add a point."""
         self.at.append(at)
         self.values.append(math.nan if value is None else float(value))
 
 
 @dataclass(slots=True)
 class Curves:
-    """Curves over steps; `tokens`, `target_tokens` and `waits` over seconds of training.
+    """The curves of a training.
 
-    Time between two runs of a training is left out.
+    They are over steps, except `tokens`, `target_tokens` and `waits`: those are over seconds of training,
+    without the time between two processes.
 
     Attributes:
-        waits: The share of a step's time that it waited for its plan; nothing in evaluations and checkpoints.
+        waits: The share of each step's time that it waited for its plan; 0 in evaluations and checkpoints.
         skipped: Steps without an update.
-        resumed: Seconds at which a run went on where another one had stopped.
-        losses: Of evaluations, by name: the last mean, and before it what it would have been on the same
-            samples, as far as changes were measured (samples may have joined).
-        scores: Of tests, by name.
-        last: The last step's line, or nothing.
-        end: The last line that says why a run ended, if no step came after it.
+        resumed: Seconds at which a process resumed the training.
+        losses: Evaluation losses by name. The last value is the mean of all samples; earlier values are
+            reconstructed from the measured changes, because samples may have been added since.
+        scores: Test scores by name.
+        last: The last step's line; empty without steps.
+        end: The last line of kind `end`, if no step follows it.
     """
 
     loss: Line = field(default_factory=Line)
@@ -66,13 +64,13 @@ class Curves:
     resumed: list[float] = field(default_factory=list)
     losses: dict[str, Line] = field(default_factory=dict)
     _anchors: dict[str, float] = field(default_factory=dict)
-    """For each of them the last mean without its change."""
+    """For each of the losses, the last mean minus its change since the first evaluation."""
     scores: dict[str, Line] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] | None = None
 
     def add_step(self, line: dict[str, Any], before_s: float) -> None:
-        """Take up a step, of a run that began after so many seconds of training."""
+        """Add a step of a process that began after `before_s` seconds of training."""
         step, second = line["step"], before_s + line["wall_s"]
         self.loss.add(step, line["loss"])
         self.rate.add(step, line["rate"])
@@ -86,7 +84,7 @@ class Curves:
         self.last, self.end = line, None
 
     def add_evaluation(self, line: dict[str, Any]) -> None:
-        """Take up an evaluation: needles by their length, the mean over their kinds."""
+        """Add an evaluation. Needle scores are averaged over kinds, for each length."""
         needles: dict[int, list[float]] = {}
         for key, value in line.items():
             if key in _LOSSES:
@@ -106,10 +104,10 @@ class Curves:
 
 
 def read_curves(out: Path) -> Curves:
-    """The curves of the training in `out`.
+    """Read the curves of the training in `out`.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There are no metrics, or they cannot be read.
     """
     curves, before_s, wall_s = Curves(), 0.0, 0.0
     for line in _lines(out):
@@ -138,7 +136,7 @@ def _lines(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """For each value the mean of itself and `reach` on either side; NaN is passed over."""
+    """For each value, the mean of it and `reach` values on either side, without NaN."""
     sums = list(accumulate((0.0 if math.isnan(one) else one for one in values), initial=0.0))
     counts = list(accumulate((not math.isnan(one) for one in values), initial=0))
     found = []
@@ -154,17 +152,17 @@ _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _GREY = (
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"),
     "#666666",
 )
-"""Of Okabe and Ito's palette, which people of any colour vision tell apart."""
+"""From the palette of Okabe and Ito, which is safe for colour-blind readers."""
 _NAMES_A_LINE = 3
 _MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw(out: Path) -> Path:
-    """Draw the training in `out`; where the picture lies.
+    """Draw the training in `out`, and return the path of the image.
 
     Raises:
-        ConfigError: matplotlib is missing, or nothing has been trained in `out`.
-        SinkError: The picture cannot be written.
+        ConfigError: matplotlib is not installed, or `out` has no metrics.
+        SinkError: The image cannot be written.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib")
@@ -192,18 +190,18 @@ def draw(out: Path) -> Path:
     panels["waits"].sharex(panels["speed"])
     panels["speed"].tick_params(labelbottom=False)
     path = out / PLOT
-    aside = path.with_name(PLOT + ".new")
+    temporary = path.with_name(PLOT + ".new")
     try:
-        figure.savefig(aside, format="png")
-        aside.replace(path)
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
     except OSError as error:
         raise SinkError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
 def _layout(curves: Curves) -> tuple[list[list[str]], list[float]]:
-    """Which panels there are, row by row, and the heights of the rows."""
-    right = [name for name, there in (("held_out", curves.losses), ("scores", curves.scores)) if there]
+    """The panels, row by row, and the heights of the rows."""
+    right = [name for name, found in (("held_out", curves.losses), ("scores", curves.scores)) if found]
     upper = [["loss"], ["rate"]]
     if right:
         upper = [["loss", right[0]], ["rate", right[-1]]]
@@ -218,7 +216,7 @@ def _title(out: Path, curves: Curves) -> str:
     if curves.end is not None:
         parts.append(f"{curves.end['examples']:,} samples, {curves.end['tokens']:,} tokens")
         if curves.end["verdict"]:
-            parts.append(f"{curves.end['verdict']} (waited {curves.end['wait_share']:.0%} of its time)")
+            parts.append(f"{curves.end['verdict']} (waited {curves.end['wait_share']:.0%} of the time)")
         parts.append(f"ended: {curves.end['why']}")
     return "   |   ".join(parts)
 
@@ -232,18 +230,18 @@ def _loss(axes: "Axes", curves: Curves) -> None:
     if curves.skipped:
         low = [axes.get_ylim()[0]] * len(curves.skipped)
         axes.plot(curves.skipped, low, "x", color=_RED, clip_on=False, label="skipped: gradient not finite")
-    _name(axes, "Training loss", "nats", "step")
+    _label(axes, "Training loss", "nats", "step")
 
 
 def _held_out(axes: "Axes", curves: Curves) -> None:
     _over_steps(axes, curves.losses)
-    _name(axes, "Evaluation loss", "nats a target token", "step")
+    _label(axes, "Evaluation loss", "nats per target token", "step")
 
 
 def _scores(axes: "Axes", curves: Curves) -> None:
     _over_steps(axes, curves.scores)
     axes.set_ylim(-0.02, 1.02)
-    _name(axes, "Tests", "score", "step")
+    _label(axes, "Tests", "score", "step")
 
 
 def _over_steps(axes: "Axes", lines: dict[str, Line]) -> None:
@@ -256,7 +254,7 @@ def _rate(axes: "Axes", curves: Curves) -> None:
     axes.plot(curves.rate.at, curves.rate.values, color=_GREY, linewidth=1.6)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _name(axes, "Learning rate", "", "step")
+    _label(axes, "Learning rate", "", "step")
 
 
 def _speed(axes: "Axes", curves: Curves) -> None:
@@ -275,7 +273,7 @@ def _speed(axes: "Axes", curves: Curves) -> None:
     axes.yaxis.set_minor_formatter("")
     axes.set_xlim(left=0)
     _resumed(axes, curves)
-    _name(axes, "Throughput (evaluations and checkpoints left out)", "tokens/s", "")
+    _label(axes, "Throughput (evaluations and checkpoints left out)", "tokens/s", "")
 
 
 def _waits(axes: "Axes", curves: Curves) -> None:
@@ -286,7 +284,7 @@ def _waits(axes: "Axes", curves: Curves) -> None:
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _resumed(axes, curves)
-    _name(axes, "Waiting for samples, share of each step's time", "", f"{_scale(curves)[0]} of training")
+    _label(axes, "Waiting for samples, share of each step's time", "", f"{_scale(curves)[0]} of training")
 
 
 def _resumed(axes: "Axes", curves: Curves) -> None:
@@ -297,7 +295,7 @@ def _resumed(axes: "Axes", curves: Curves) -> None:
 
 
 def _scale(curves: Curves) -> tuple[str, float]:
-    """The unit of time, and its seconds."""
+    """The unit of the time axis, and its seconds."""
     seconds = curves.tokens.at[-1] if curves.tokens.at else 0.0
     units = (("hours", 3600.0), ("minutes", 60.0))
     return next((unit for unit in units if seconds > 3 * unit[1]), ("seconds", 1.0))
@@ -308,12 +306,12 @@ def _times(line: Line, curves: Curves) -> list[float]:
 
 
 def _reach(line: Line) -> int:
-    """Steps on either side over which a curve is smoothed."""
+    """Number of steps on either side over which a curve is smoothed."""
     return max(2, len(line.at) // 60)
 
 
-def _name(axes: Any, title: str, unit: str, below: str) -> None:
-    """Title and legend stand above the curves, so that they hide none."""
+def _label(axes: Any, title: str, unit: str, below: str) -> None:
+    """Set title and labels. Title and legend go above the axes, so that they hide no curve."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_ylabel(unit)
