@@ -7,7 +7,8 @@ import pytest
 
 import streamsyn
 from streamsyn.cli.main import cli
-from streamsyn.config.loading import known_keys
+from streamsyn.config.loading import known_keys, load
+from streamsyn.simulator.timeline import load_timeline
 
 ROOT = Path(streamsyn.__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -91,6 +92,18 @@ def test_every_relative_link_resolves(page: str) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text)
 
     assert [] == [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
+
+
+@every_page
+def test_every_toml_block_is_a_configuration(page: str, tmp_path: Path) -> None:
+    """Blocks of TOML load as a configuration; those with events are timelines of the simulator."""
+    for block in re.findall(r"^```toml\n(.*?)^```$", TEXTS[page], re.MULTILINE | re.DOTALL):
+        path = tmp_path / "block.toml"
+        path.write_text(block)
+        if "[[event]]" in block:
+            load_timeline(path)
+        else:
+            load(path)
 
 
 @every_page
