@@ -372,13 +372,13 @@ class RestartPolicy:
 
     Args:
         checkpoint: The newest checkpoint before the first start.
-        most: Maximum restarts in a row without a new checkpoint.
+        max_restarts: Maximum restarts in a row without a new checkpoint.
         pause_s: Seconds before the first of these restarts; doubled for each further one.
     """
 
-    def __init__(self, checkpoint: str | None, *, most: int = 3, pause_s: float = 1.0) -> None:
+    def __init__(self, checkpoint: str | None, *, max_restarts: int = 3, pause_s: float = 1.0) -> None:
         self._checkpoint = checkpoint
-        self._most = most
+        self._max_restarts = max_restarts
         self._pause_s = pause_s
         self._in_a_row = 0
 
@@ -398,7 +398,7 @@ class RestartPolicy:
             return GiveUp(EXIT_FAILED)
         if checkpoint != self._checkpoint:
             self._checkpoint, self._in_a_row = checkpoint, 0
-        if self._in_a_row == self._most:
+        if self._in_a_row == self._max_restarts:
             return GiveUp(EXIT_FAILED)
         self._in_a_row += 1
         return Restart(self._pause_s * 2.0 ** (self._in_a_row - 1), self._in_a_row)

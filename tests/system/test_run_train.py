@@ -96,7 +96,7 @@ def interrupted(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-def said_after(process: subprocess.Popen[bytes], timeout_s: float = 30) -> str:
+def stderr_after(process: subprocess.Popen[bytes], timeout_s: float = 30) -> str:
     """The rest of stderr, until it and all that it started have ended."""
     return process.communicate(timeout=timeout_s)[1].decode()
 
@@ -113,11 +113,11 @@ def test_one_interrupt_stops_the_run_and_then_the_training(
     process = start(*given, start_new_session=True)
     wait_for_line(process, r"trainer\| here")
     interrupted(process)
-    said = said_after(process)
+    stderr = stderr_after(process)
 
-    assert 75 == process.returncode, said
-    assert "trainer| saved behind the run" in said
-    assert said.index("run.draining") < said.index("trainer| saved")
+    assert 75 == process.returncode, stderr
+    assert "trainer| saved behind the run" in stderr
+    assert stderr.index("run.draining") < stderr.index("trainer| saved")
     assert_clean(out)
 
 
@@ -132,10 +132,10 @@ def test_an_interrupt_that_leaves_a_run_nothing_to_do_stops_the_training(
     )
     wait_for_line(process, r"trainer\| here")
     interrupted(process)
-    said = said_after(process)
+    stderr = stderr_after(process)
 
-    assert 75 == process.returncode, said
-    assert "trainer| saved behind the run" in said
+    assert 75 == process.returncode, stderr
+    assert "trainer| saved behind the run" in stderr
 
 
 def test_a_second_interrupt_ends_both_at_once(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
@@ -148,7 +148,7 @@ def test_a_second_interrupt_ends_both_at_once(tmp_path: Path, serve: Serve, seed
     interrupted(process)
     wait_for_line(process, "run.draining")
     interrupted(process)
-    said_after(process, 15)
+    stderr_after(process, 15)
 
     assert 75 == process.returncode
 
@@ -163,7 +163,7 @@ def test_a_second_interrupt_ends_a_trainer_that_takes_too_long(
     wait_for_line(process, "run.waits_for_training")
     interrupted(process)
     process.terminate()  # another signal: of two that are the same, one may be all that comes
-    said_after(process, 15)
+    stderr_after(process, 15)
 
     assert 75 == process.returncode
 
@@ -175,7 +175,7 @@ def test_a_trainer_outlives_its_run_only_to_save(tmp_path: Path, serve: Serve, s
     pid = int(wait_for_line(process, r"trainer\| here").split()[-1])
     ended = os.pidfd_open(pid)
     process.kill()
-    said_after(process)
+    stderr_after(process)
 
     assert [ended] == select.select([ended], [], [], 20)[0]
     os.close(ended)
@@ -191,9 +191,9 @@ def test_a_trainer_waits_for_the_one_before_it(tmp_path: Path, serve: Serve, see
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(*given, env=ONE_THREAD)
         wait_for_line(process, r"trainer\|.*train.waits")
-    said = said_after(process, 60)
+    stderr = stderr_after(process, 60)
 
-    assert 0 == process.returncode, said
+    assert 0 == process.returncode, stderr
     assert 9 == trained(training)
 
 
@@ -208,11 +208,11 @@ def test_a_training_runs_beside_a_run(tmp_path: Path, serve: Serve, seeds: Seeds
     assert found is not None
     wait_for_line(process, r"^trainer\|.*train.saved")
     os.kill(int(found.group(1)), signal.SIGKILL)
-    said = said_after(process, 60)
+    stderr = stderr_after(process, 60)
 
-    assert 0 == process.returncode, said
-    assert 1 == said.count("trainer.restarts")
-    assert re.search(r"trainer.restarts +because='it was ended by signal 9'", said)
+    assert 0 == process.returncode, stderr
+    assert 1 == stderr.count("trainer.restarts")
+    assert re.search(r"trainer.restarts +because='it was ended by signal 9'", stderr)
     assert 40 == trained(out / "training")
     assert (out / "training" / "model" / "model.safetensors").exists()
     assert_clean(out)
@@ -258,8 +258,8 @@ def test_an_interrupted_training_is_resumed_with_its_run(tmp_path: Path, serve: 
     process = start(*given, env=ONE_THREAD, start_new_session=True)
     wait_for_line(process, r"trainer\|.*train.step")
     interrupted(process)
-    said = said_after(process)
-    assert 75 == process.returncode, said
+    stderr = stderr_after(process)
+    assert 75 == process.returncode, stderr
     assert (out / "training" / "LATEST").exists()
     resumed = streamsyn(*given, "--set", "fleet.max_in_flight=100", env=ONE_THREAD)
 

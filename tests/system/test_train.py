@@ -46,8 +46,8 @@ def test_training_follows_a_run(
     base, out, run = tiny.write_model(tmp_path / "base"), tmp_path / "out", tmp_path / "run"
     server = serve("--words", "30", "--ms-per-token", "2", "--latency-ms", "250")
     command = ["train", "--from", run, "--model", base, "--out", out, *sets(SETTINGS)]
-    with (tmp_path / "stderr").open("wb") as said:
-        training = start(*command, env=ONE_THREAD, stderr=said)
+    with (tmp_path / "stderr").open("wb") as stderr:
+        training = start(*command, env=ONE_THREAD, stderr=stderr)
     command = [
         "run",
         "--seeds",

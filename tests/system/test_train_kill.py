@@ -85,8 +85,8 @@ class Writer:
 
     def end(self) -> int:
         """No more seeds come; the number of all of them."""
-        _, said = self._process.communicate(timeout=60)
-        assert self._process.returncode == 0, said.decode()
+        _, stderr = self._process.communicate(timeout=60)
+        assert self._process.returncode == 0, stderr.decode()
         return len(self._lines)
 
     def stop(self) -> None:
@@ -110,7 +110,7 @@ class Trainings:
 
     def __init__(self, folder: Path) -> None:
         self.out = folder / "out"
-        self.said = folder / "stderr"
+        self.stderr = folder / "stderr"
         self._folder = folder
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._server = subprocess.Popen(
@@ -130,7 +130,7 @@ class Trainings:
         stdin = None if pipe is None else str(pipe)
         task = {
             "argv": [*given, *sets(SETTINGS)],
-            "stderr": str(self.said),
+            "stderr": str(self.stderr),
             "stdin": stdin,
             "file_bytes": None,
         }
@@ -152,8 +152,8 @@ class Trainings:
 
     def _read(self, expected: str) -> list[str]:
         assert self._server.stdout is not None
-        said, *rest = self._server.stdout.readline().split()
-        assert expected == said
+        event, *rest = self._server.stdout.readline().split()
+        assert expected == event
         return rest
 
     def trained(self) -> list[dict[str, Any]]:
@@ -251,7 +251,7 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
             writer.give(rng.randint(5, 30))
             dies = rng.random() < 1 / 6
             code = kill_once(rng, trainings, writer.kill if dies else lambda: None)
-            assert -signal.SIGKILL == code, trainings.said.read_text()
+            assert -signal.SIGKILL == code, trainings.stderr.read_text()
             assert writer.is_running()
             before = audit(trainings, before)
             lost += trainings.record() != before
@@ -264,7 +264,7 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
         before = audit(trainings, before)
     trainings.start()
 
-    assert 0 == trainings.wait(), trainings.said.read_text()[-3000:]
+    assert 0 == trainings.wait(), trainings.stderr.read_text()[-3000:]
     assert trainings.record() == audit(trainings, before)
     assert 0 < in_between < trainings.checkpoint()["step"]
     assert lost > 0, "no kill came between two checkpoints"
@@ -303,7 +303,7 @@ def test_a_pipe_that_is_replayed_loses_nothing(
         with pipe.open("wb") as its:
             running = start(*command, "--no-progress", *sets(RUN), stdout=its, stderr=subprocess.DEVNULL)
         code = kill(rng, trainings, process) if dies else trainings.wait()
-        assert code == (-signal.SIGKILL if dies else 0), trainings.said.read_text()
+        assert code == (-signal.SIGKILL if dies else 0), trainings.stderr.read_text()
         assert running.wait(30) in {0, 75}
         before = audit(trainings, before)
 

@@ -42,15 +42,15 @@ SETTINGS = {
 class Training:
     """A command that runs in a fork."""
 
-    def __init__(self, server: subprocess.Popen[str], said: Path) -> None:
+    def __init__(self, server: subprocess.Popen[str], stderr: Path) -> None:
         self._server = server
-        self._said = said
+        self._stderr = stderr
         self._code: int | None = None
         self.pid = int(self._read("started")[0])
 
     def stderr(self) -> str:
         """What it has written so far."""
-        return self._said.read_text() if self._said.exists() else ""
+        return self._stderr.read_text() if self._stderr.exists() else ""
 
     def wait(self) -> int:
         """Wait for its exit code."""
@@ -62,8 +62,8 @@ class Training:
 
     def _read(self, expected: str) -> list[str]:
         assert self._server.stdout is not None
-        said, *rest = self._server.stdout.readline().split()
-        assert expected == said
+        event, *rest = self._server.stdout.readline().split()
+        assert expected == event
         return rest
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -123,7 +123,7 @@ def start(server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
         **settings: Any,
     ) -> Training:
         assert server.stdin is not None
-        said = tmp_path / f"stderr-{len(trainings)}"
+        stderr = tmp_path / f"stderr-{len(trainings)}"
         if trainings:
             trainings[-1].wait()
         chosen = {**SETTINGS, **{f"train.{key}": value for key, value in settings.items()}}
@@ -133,13 +133,13 @@ def start(server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
         argv = ["train", *flags, *sets, *more]
         task = {
             "argv": argv,
-            "stderr": str(said),
+            "stderr": str(stderr),
             "stdin": str(stdin) if stdin else None,
             "file_bytes": file_bytes,
         }
         server.stdin.write(json.dumps(task) + "\n")
         server.stdin.flush()
-        trainings.append(Training(server, said))
+        trainings.append(Training(server, stderr))
         return trainings[-1]
 
     tiny.write_model(tmp_path / "base")

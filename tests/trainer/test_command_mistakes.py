@@ -146,8 +146,8 @@ def test_nothing_but_held_out_samples_fails(start: Start, tmp_path: Path) -> Non
     training = start(write_run(tmp_path / "run", range(3)), tmp_path / "out", holdout=0.999)
 
     assert 1 == training.wait(), training.stderr()
-    said = training.stderr().splitlines()[-1]
-    assert "streamsyn: the stream ended without a sample to train on: of 3 rows, 3 held out" == said
+    last = training.stderr().splitlines()[-1]
+    assert "streamsyn: the stream ended without a sample to train on: of 3 rows, 3 held out" == last
 
 
 def test_a_failed_start_can_be_corrected(start: Start, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A training whose gradients are not finite: told as it goes, and stopped before it spoils what is saved."""
+"""A training whose gradients are not finite: logged, and stopped before it spoils what is saved."""
 # ruff: noqa: F811 - fixtures are named as they are imported
 
 from collections.abc import Callable, Collection
@@ -44,12 +44,12 @@ def test_a_training_that_diverges_is_stopped(tmp_path: Path) -> None:
     """Warnings at 1, 2, 4, ... skipped steps in a row; then it ends, and checkpoints from before stay."""
     settings = section(save_every_steps=2)
     moves = plans(MAX_SKIPPED + 10)
-    with capture_logs() as said, pytest.raises(TrainingFailed) as raised:
+    with capture_logs() as logged, pytest.raises(TrainingFailed) as raised:
         train(tmp_path, settings, moves, before=spoilt(range(6, 100)))
 
-    told = [one for one in said if one["event"] == "train.step_skipped"]
-    assert [(6, 1), (7, 2), (9, 4), (13, 8), (21, 16)] == [(one["step"], one["in_a_row"]) for one in told]
-    assert {"warning"} == {one["log_level"] for one in told}
+    warnings = [one for one in logged if one["event"] == "train.step_skipped"]
+    assert [(6, 1), (7, 2), (9, 4), (13, 8), (21, 16)] == [(one["step"], one["in_a_row"]) for one in warnings]
+    assert {"warning"} == {one["log_level"] for one in warnings}
     assert ["step-0000002", "step-0000004"] == saved(tmp_path)
     assert not (tmp_path / "model").exists()
     message = str(raised.value)
@@ -118,11 +118,11 @@ def test_a_later_run_counts_anew(tmp_path: Path) -> None:
         loop.progress.step = loop.progress.skipped = MAX_SKIPPED - 1
         spoilt(range(100))(loop, placed)
 
-    with capture_logs() as said:
+    with capture_logs() as logged:
         loop, _, _ = train(tmp_path, section(), plans(3), before=resumed)
 
     assert MAX_SKIPPED + 2 == loop.progress.skipped
-    assert [1, 2] == [one["in_a_row"] for one in said if one["event"] == "train.step_skipped"]
+    assert [1, 2] == [one["in_a_row"] for one in logged if one["event"] == "train.step_skipped"]
 
 
 @pytest.mark.parametrize("key", ["weight_decay", "learning_rate", "max_grad_norm", "stall_s", "max_wait_s"])

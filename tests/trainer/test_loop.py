@@ -100,14 +100,14 @@ def ranks_of(command: list[str], world: int, timeout_s: float = 120) -> list[tup
         )
         for rank in range(world)
     ]
-    said = [one.communicate(timeout=timeout_s)[1] for one in ranks]
-    return [(one.returncode, what) for one, what in zip(ranks, said, strict=True)]
+    outputs = [one.communicate(timeout=timeout_s)[1] for one in ranks]
+    return [(one.returncode, stderr) for one, stderr in zip(ranks, outputs, strict=True)]
 
 
 def run_ranks(command: list[str], world: int) -> None:
     """Run a command to its end as ranks of one training."""
-    for code, said in ranks_of(command, world):
-        assert code == 0, said
+    for code, stderr in ranks_of(command, world):
+        assert code == 0, stderr
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     for rank in (0, 1):
         found = torch.load(both / f"weights-{rank}.pt")
         assert tiny.furthest(expected, found) < 1e-6
-    told, told_alone = lines(both), lines(alone)
-    assert [line["loss"] for line in told_alone] == pytest.approx([line["loss"] for line in told], rel=1e-5)
+    steps, alone_steps = lines(both), lines(alone)
+    assert [line["loss"] for line in alone_steps] == pytest.approx([line["loss"] for line in steps], rel=1e-5)
     measured, alone_measured = lines(both, "evaluation"), lines(alone, "evaluation")
     assert [0, STEPS] == [line["step"] for line in measured]
     for one, other in zip(measured, alone_measured, strict=True):
@@ -148,11 +148,13 @@ def test_what_rank_0_refuses_is_one_line(tmp_path: Path) -> None:
     given = {"from": tmp_path / "chat.jsonl", "model": tmp_path / "base", "out": tmp_path / "out"}
     flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     keys = ("--set", "train.rows_per_step=2", "--set", f"train.control={tmp_path / 'bad.jsonl'}")
-    (first, said), (second, other) = ranks_of([sys.executable, "-m", "streamsyn", "train", *flags, *keys], 2)
+    (first, stderr), (second, other) = ranks_of(
+        [sys.executable, "-m", "streamsyn", "train", *flags, *keys], 2
+    )
 
     assert (2, 0) == (first, second), other
-    assert said.splitlines()[-1].startswith("streamsyn: train.control: ")
-    assert "Traceback" not in said + other
+    assert stderr.splitlines()[-1].startswith("streamsyn: train.control: ")
+    assert "Traceback" not in stderr + other
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ async def test_all_servers_load_what_is_offered(tmp_path: Path) -> None:
     (folder,) = await asyncio.to_thread(folders, tmp_path, 1)
     async with running(SimulatorConfig()) as one, running(SimulatorConfig()) as other:
         async with publishing(one, other) as servers:
-            said = await finished(servers, folder)
+            logged = await finished(servers, folder)
         weights = [server.simulation.weights for server in (one, other)]
 
-    assert ["train.published"] * 2 == [line["event"] for line in said]
+    assert ["train.published"] * 2 == [line["event"] for line in logged]
     assert [(str(folder), folder.name, None)] * 2 == [(w.path, w.version, w.mode) for w in weights]
 
 
@@ -87,9 +87,9 @@ async def test_a_newer_offer_replaces_the_one_that_waits(tmp_path: Path) -> None
         async with asyncio.timeout(5):
             while servers.in_use != {made[0], made[2]}:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
-        said = await finished(servers)
+        logged = await finished(servers)
 
-    assert [made[0].name, made[2].name] == [line["version"] for line in said]
+    assert [made[0].name, made[2].name] == [line["version"] for line in logged]
     assert made[2].name == server.simulation.weights.version
     assert set() == servers.in_use
 
@@ -105,11 +105,11 @@ async def test_a_server_that_does_not_load_holds_up_nobody(tmp_path: Path) -> No
         running(SimulatorConfig(api_key="secret")) as locked,
         publishing(good, slow, locked, more=["http://127.0.0.1:9"], timeout_s=2) as servers,
     ):
-        said = await finished(servers, folder)
+        logged = await finished(servers, folder)
         modes = {server.simulation.weights.mode for server in (good, slow, locked)}
 
     assert {None} == modes
-    events = {line["server"]: line["event"] for line in said if line["event"] != "train.still_paused"}
+    events = {line["server"]: line["event"] for line in logged if line["event"] != "train.still_paused"}
     assert {
         good.url: "train.published",
         slow.url: "train.not_published",
@@ -123,11 +123,11 @@ async def test_a_server_that_was_left_paused_is_resumed(tmp_path: Path) -> None:
     async with running(SimulatorConfig()) as server:
         server.simulation.weights.pause("retract")
         async with publishing(server) as servers:
-            said = await finished(servers, tmp_path / "nothing")
+            logged = await finished(servers, tmp_path / "nothing")
         weights = server.simulation.weights
 
-    assert ["train.not_published"] == [line["event"] for line in said]
-    assert "is no model" in said[0]["error"]
+    assert ["train.not_published"] == [line["event"] for line in logged]
+    assert "is no model" in logged[0]["error"]
     assert (None, "default") == (weights.mode, weights.version)
 
 
@@ -141,10 +141,10 @@ async def test_a_stop_limits_the_time_of_an_update(tmp_path: Path, monkeypatch: 
         servers.offer(made[1])
         began = time.monotonic()
         servers.hurry()
-        said = await finished(servers)
+        logged = await finished(servers)
 
     assert time.monotonic() - began < 5
-    assert [made[0].name] == [line["version"] for line in said]
+    assert [made[0].name] == [line["version"] for line in logged]
     assert server.simulation.weights.mode is None
 
 

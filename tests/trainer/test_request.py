@@ -91,7 +91,7 @@ def test_an_empty_out_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("toml", "said"),
+    ("toml", "message"),
     [
         ('control = "none.jsonl"', r"train\.control: .*none\.jsonl"),
         ('control = ""', r"train\.control: a path is empty"),
@@ -101,9 +101,9 @@ def test_an_empty_out_is_refused(folder: Path) -> None:
         ('publish = {servers = ["gpu-1:30000"]}', r"train\.publish\.servers: .*gpu-1:30000"),
     ],
 )
-def test_missing_paths_are_named_at_once(folder: Path, toml: str, said: str) -> None:
+def test_missing_paths_are_named_at_once(folder: Path, toml: str, message: str) -> None:
     """By key, as the user gave it."""
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check(asked(folder, f"[train]\n{toml}"))
 
 

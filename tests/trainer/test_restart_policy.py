@@ -31,7 +31,7 @@ def test_a_trainer_that_dies_is_restarted_three_times_in_a_row() -> None:
 
 def test_a_new_checkpoint_resets_the_count() -> None:
     """A trainer that makes progress is restarted for as long as it does; one checkpoint counts once."""
-    restarts = RestartPolicy("step-1", most=1)
+    restarts = RestartPolicy("step-1", max_restarts=1)
 
     assert Restart(1.0, 1) == restarts.after(KILLED, "step-2", stopping=False)
     assert Restart(1.0, 1) == restarts.after(KILLED, "step-3", stopping=False)

@@ -357,7 +357,7 @@ def test_a_run_that_changes_while_it_is_read_is_noticed(
 def test_a_run_that_is_deleted_is_logged_once(tmp_path: Path) -> None:
     """Once each time it disappears; not for a run that has not come yet."""
     root = tmp_path / "run"
-    with structlog.testing.capture_logs() as said:
+    with structlog.testing.capture_logs() as logged:
         source = RunSamples(root)
         source.total()
         begin(root, range(5))
@@ -368,7 +368,7 @@ def test_a_run_that_is_deleted_is_logged_once(tmp_path: Path) -> None:
             (tmp_path / "away").rename(root)
             source.total()
 
-    assert [("stream.gone", "warning")] * 2 == [(line["event"], line["log_level"]) for line in said]
+    assert [("stream.gone", "warning")] * 2 == [(line["event"], line["log_level"]) for line in logged]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ print("saved")
 
 
 @pytest.mark.parametrize(
-    ("times", "code", "said"),
+    ("times", "code", "stdout"),
     [
         (["5"], 0, "stop\nsaved\n"),
         (["5", "5.2", "5.9"], 0, "stop\nsaved\n"),
@@ -28,7 +28,7 @@ print("saved")
         (["run:5", "run:7", "9"], 75, "stop\n"),
     ],
 )
-def test_a_signal_that_is_forwarded_is_the_same_signal(times: list[str], code: int, said: str) -> None:
+def test_a_signal_that_is_forwarded_is_the_same_signal(times: list[str], code: int, stdout: str) -> None:
     """The processes of a service get a SIGTERM each, and their launcher forwards one more. The end of the run
     may follow at any time. Neither costs a step.
     """
@@ -36,4 +36,4 @@ def test_a_signal_that_is_forwarded_is_the_same_signal(times: list[str], code: i
         [sys.executable, "-c", PROGRAM, *times], capture_output=True, text=True, check=False, timeout=30
     )
 
-    assert (code, said) == (done.returncode, done.stdout), done.stderr
+    assert (code, stdout) == (done.returncode, done.stdout), done.stderr

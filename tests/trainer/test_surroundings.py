@@ -20,21 +20,21 @@ def test_the_launcher_sets_the_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "said"),
+    ("environ", "message"),
     [
         ({"RANK": "x"}, "RANK and WORLD_SIZE must be numbers, not 'x' and '1'"),
         ({"WORLD_SIZE": "-2"}, "RANK and WORLD_SIZE must be numbers, not '0' and '-2'"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
     ],
 )
-def test_stale_variables_of_a_launcher_are_named(environ: dict[str, str], said: str) -> None:
+def test_stale_variables_of_a_launcher_are_named(environ: dict[str, str], message: str) -> None:
     """Variables that were exported once: one line, not an error of torch."""
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         place_among_ranks(environ)
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "said"),
+    ("given", "error", "message"),
     [
         (
             {"gradient_checkpointing": True},
@@ -49,7 +49,7 @@ def test_stale_variables_of_a_launcher_are_named(environ: dict[str, str], said: 
     ],
 )
 def test_out_of_memory_is_one_line_with_keys(
-    given: dict[str, Any], error: Exception | None, said: str
+    given: dict[str, Any], error: Exception | None, message: str
 ) -> None:
     """It names keys that need less memory and are not set already; simulated for a GPU, real on the CPU."""
 
@@ -59,7 +59,7 @@ def test_out_of_memory_is_one_line_with_keys(
         torch.empty(1 << 50)
 
     section = TrainSection(seq_len=4096, **given)
-    with pytest.raises(ConfigError, match=said), memory_errors_explained(section):
+    with pytest.raises(ConfigError, match=message), memory_errors_explained(section):
         run_out()
 
 
