@@ -1,4 +1,4 @@
-"""A fleet of one simulator for what asks servers to score."""
+"""A fleet of one simulated server for scoring."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ QUICK: dict[str, Any] = {"backoff_base_s": 0.001, "backoff_max_s": 0.002, "reque
 async def fleet_at(
     script: Script = (), config: dict[str, Any] | None = None, **section: Any
 ) -> AsyncIterator[tuple[Fleet, RunningSimulator]]:
-    """A fleet of one simulator, ready to be asked."""
+    """A fleet of one simulated server, ready for requests."""
     async with asyncio.timeout(20), running(SimulatorConfig(**config or {}), script=script) as server:
         settings = FleetSection.model_validate({"servers": [server.url], **QUICK, **section})
         async with open_fleet(settings, lambda: None) as fleet:

@@ -1,4 +1,4 @@
-"""F1 and ROUGE-L: equal to the implementations that everybody compares with."""
+"""F1 and ROUGE-L equal the reference implementations."""
 
 import re
 import string
@@ -18,7 +18,7 @@ TEXTS = st.one_of(
 
 
 def reference_f1(said: str, gold: str) -> float:
-    """The definition, step by step: lower case, no punctuation, no articles; then bags of words."""
+    """SQuAD's definition, step by step: lower case, no punctuation, no articles, then bags of words."""
 
     def words(text: str) -> list[str]:
         text = "".join(char for char in text.lower() if char not in set(string.punctuation))
@@ -33,14 +33,14 @@ def reference_f1(said: str, gold: str) -> float:
 
 @given(TEXTS, TEXTS)
 def test_f1_is_that_of_squad_and_longbench(said: str, gold: str) -> None:
-    """Precision and recall of normalised words, joined as the definition says."""
+    """Random texts score as by the definition."""
     assert reference_f1(said, gold) == pytest.approx(f1(said, gold))
 
 
 @given(TEXTS, TEXTS.filter(lambda text: re.search("[a-z0-9]", text.lower())))
 @example("İ", "i")
 def test_rouge_l_is_that_of_rouge_score(said: str, gold: str) -> None:
-    """The F-measure of the package `rouge_score` without stemming, for whatever has its kind of words."""
+    """Random texts score as by the package `rouge_score` without stemming."""
     expected = RougeScorer(["rougeL"], use_stemmer=False).score(gold, said)["rougeL"].fmeasure
 
     assert expected == pytest.approx(rouge_l(said, gold))
@@ -61,12 +61,12 @@ def test_rouge_l_is_that_of_rouge_score(said: str, gold: str) -> None:
     ],
 )
 def test_rouge_l_of_published_examples(said: str, gold: str, expected: float) -> None:
-    """The examples of the paper and of the package come out as printed."""
+    """The examples of the paper and of the package have the published scores."""
     assert expected == pytest.approx(rouge_l(said, gold))
 
 
 def test_rouge_l_of_other_scripts() -> None:
-    """Where the gold answer has no word of a to z, words of any letters are compared."""
+    """If the gold answer has no ASCII word, words of any letters are compared."""
     assert rouge_l("смотритель маяка спит", "Смотритель маяка.") == pytest.approx(4 / 5)
     assert rouge_l("смотритель", "...") == 0.0
 
@@ -82,12 +82,12 @@ def test_rouge_l_of_other_scripts() -> None:
     ],
 )
 def test_f1_worked_by_hand(said: str, gold: str, expected: float) -> None:
-    """Small cases whose outcome can be seen."""
+    """Small cases that can be checked by hand."""
     assert expected == pytest.approx(answer_score("f1", said, gold))
 
 
 def test_the_metric_goes_by_the_task() -> None:
-    """Questions by F1, summaries by ROUGE-L; what no list names by the length of the gold answer."""
+    """F1 for questions, ROUGE-L for summaries; for unknown tasks the length of the gold answer decides."""
     long = "word " * 31
     assert ["f1", "f1", "rouge_l", "rouge_l"] == [
         metric_of(task, long) for task in ("HotpotQA", "narrativeqa", "govreport", "qmsum")

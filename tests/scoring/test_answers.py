@@ -16,7 +16,7 @@ from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
 
 async def test_an_answer_is_found_in_the_context_that_holds_it() -> None:
-    """Its score is the metric of what the model said; without the context it does not know."""
+    """Its score is the metric of the model's answer; without the context the model does not know it."""
     async with fleet_at() as (fleet, _):
         answers, client = Answers(PROMPT, 64), ScoringClient(fleet, fleet.models[0])
         found = await answers.measure(client, QUESTION, HELPS)
@@ -31,7 +31,7 @@ async def test_an_answer_is_found_in_the_context_that_holds_it() -> None:
 
 
 async def test_closed_book_is_asked_once_and_greedily() -> None:
-    """Four drafts of a seed: four questions with a context, one without, all at temperature 0 and bounded."""
+    """Four drafts of a seed: four requests with a context, one without, all at temperature 0."""
     asked: list[dict[str, Any]] = []
 
     def note(_: int, body: dict[str, Any]) -> Fault | None:
@@ -58,13 +58,13 @@ async def test_closed_book_is_asked_once_and_greedily() -> None:
         ("<think>I wonder", ""),
     ],
 )
-def test_thoughts_are_no_answer(text: str, answer: str) -> None:
-    """What a reasoning model thinks first is left out; when it does not come to an end there is no answer."""
+def test_reasoning_is_not_part_of_the_answer(text: str, answer: str) -> None:
+    """Reasoning before the answer is removed; if it does not end, there is no answer."""
     assert answer == without_thoughts(text)
 
 
-def test_a_template_of_the_users_replaces_the_question(tmp_path: Path) -> None:
-    """It has the instruction, the task, the kind of answer, and the context or nothing."""
+def test_a_user_template_replaces_the_packaged_one(tmp_path: Path) -> None:
+    """Its variables are the instruction, the task, the kind of answer, and the context or an empty string."""
     path = tmp_path / "ask.j2"
     path.write_text("{{ task }}|{{ kind }}|{{ context }}|{{ instruction }}")
     prompt, summary = AnswerPrompt(path), Question("Sum up.", "word " * 40, "mine")
@@ -75,7 +75,7 @@ def test_a_template_of_the_users_replaces_the_question(tmp_path: Path) -> None:
 
 
 def test_a_template_with_a_wrong_variable_is_refused(tmp_path: Path) -> None:
-    """Before anything is asked, by name."""
+    """Before any request, with the variable's name."""
     path = tmp_path / "ask.j2"
     path.write_text("{{ document }}")
 

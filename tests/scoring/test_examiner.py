@@ -1,4 +1,4 @@
-"""The examiner: what it finds stands in the checks, and what follows from it is as configured."""
+"""The examiner: findings are in the checks, and flags and rejects follow the configuration."""
 
 import asyncio
 import json
@@ -26,18 +26,18 @@ SCORES = {"context_gain": True, "answerable": True}
 
 
 def draft(name: str = "a") -> Draft:
-    """One of the question's seed."""
+    """A draft of the question's seed."""
     return Draft(Seed(name, QUESTION.task, QUESTION.instruction, QUESTION.answer, "f:1"))
 
 
 def document(text: str = HELPS, **given: Any) -> Document:
-    """What a recipe has written."""
+    """A document as a recipe returns it."""
     return Document(text, {"words": len(text.split()), "flags": ["truncated"]}, [], **given)
 
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """An examiner whose servers are simulated, and what counts."""
+    """An examiner with a simulated server, and the counters."""
 
     examiner: Examiner
     fleet: Fleet
@@ -56,8 +56,8 @@ async def examining(
         yield Set(Examiner(wanted, scores=scores), fleet, server, counters)
 
 
-async def test_scores_stand_in_the_checks() -> None:
-    """Figures of gain and answers beside those of the recipe, and what they cost; no flag without cause."""
+async def test_scores_are_in_the_checks() -> None:
+    """Gain, answers and their cost beside the recipe's checks; no flags."""
     async with examining() as here:
         examined = await here.examiner.examine(draft(), document())
 
@@ -73,15 +73,15 @@ async def test_scores_stand_in_the_checks() -> None:
 
 
 async def test_a_context_without_the_answer_is_flagged() -> None:
-    """By default nothing is rejected by a score."""
+    """By default no score rejects."""
     async with examining(flag_gain_below=0.5) as here:
         examined = await here.examiner.examine(draft(), document(UNRELATED))
 
     assert ["truncated", "low_context_gain", "not_answerable"] == examined.checks["flags"]
 
 
-async def test_what_the_model_knows_anyway_is_flagged() -> None:
-    """When the closed-book answer scores above the threshold."""
+async def test_an_answer_that_the_model_knows_is_flagged() -> None:
+    """If the closed-book answer scores above the threshold."""
     async with examining(flag_known_above=0.0) as here:
         seed = Seed("b", "qa", "Who?", "the committee of Ashamora near the harbour in early spring", "f:1")
         examined = await here.examiner.examine(Draft(seed), document())
@@ -100,7 +100,7 @@ async def test_what_the_model_knows_anyway_is_flagged() -> None:
     ],
 )
 async def test_thresholds_reject(checks: dict[str, Any], reason: RejectReason) -> None:
-    """The figures stand in the detail; a gain that is too low costs no answer; the cost is counted."""
+    """The detail has the scores; a low gain saves the request for an answer; the cost is counted."""
     async with examining(**checks) as here:
         with pytest.raises(RejectedDraft) as rejected:
             await here.examiner.examine(draft(), document(UNRELATED))
@@ -113,7 +113,7 @@ async def test_thresholds_reject(checks: dict[str, Any], reason: RejectReason) -
 
 
 async def test_no_threshold_no_flag() -> None:
-    """Each of them can be switched off."""
+    """Each threshold can be switched off."""
     async with examining(flag_gain_below=None, flag_answer_below=None, flag_known_above=None) as here:
         examined = await here.examiner.examine(draft(), document(UNRELATED))
 
@@ -121,7 +121,7 @@ async def test_no_threshold_no_flag() -> None:
 
 
 async def test_a_failed_scoring_keeps_the_context() -> None:
-    """When servers refuse, or fail too often, the context is `unscored`, and says why."""
+    """If servers refuse, or fail too often, the context is flagged `unscored`, with the error."""
     async with examining([Fault.REFUSE]) as here:
         examined = await here.examiner.examine(draft(), document())
     assert ["truncated", "unscored"] == examined.checks["flags"]
@@ -137,7 +137,7 @@ async def test_a_failed_scoring_keeps_the_context() -> None:
 
 
 async def test_a_pair_that_the_recipe_wrote_is_scored() -> None:
-    """Where the document brings its own question and answer, the seed's do not count."""
+    """If the document has its own question and answer, they replace the seed's."""
     async with examining() as here:
         own = document(instruction="Where does the ferry call?", answer="At other ports.")
         examined = await here.examiner.examine(draft(), own)
@@ -147,7 +147,7 @@ async def test_a_pair_that_the_recipe_wrote_is_scored() -> None:
 
 
 async def test_repeats_are_found(tmp_path: Path) -> None:
-    """The second of two contexts that are alike is flagged, or rejected; the first one never."""
+    """The second of two similar contexts is flagged or rejected, the first one never."""
     for mode in ("flag", "reject"):
         section = ChecksSection.model_validate({"near_duplicate": mode})
         duplicates = await asyncio.to_thread(Duplicates, tmp_path / f"{mode}.sqlite", 0.8)
@@ -166,7 +166,7 @@ async def test_repeats_are_found(tmp_path: Path) -> None:
 
 
 async def test_what_is_rejected_by_its_score_can_be_repeated(tmp_path: Path) -> None:
-    """A context that is in no log is no original."""
+    """A rejected context is not in the log, so a later one is not its duplicate."""
     wanted = ChecksSection.model_validate({**SCORES, "near_duplicate": "reject", "reject_gain_below": 0.5})
     duplicates = await asyncio.to_thread(Duplicates, tmp_path / "index.sqlite", 0.8)
     async with fleet_at() as (fleet, _):
@@ -179,8 +179,8 @@ async def test_what_is_rejected_by_its_score_can_be_repeated(tmp_path: Path) -> 
     await asyncio.to_thread(duplicates.close)
 
 
-async def test_leaks_come_first(tmp_path: Path) -> None:
-    """A context that shares a run with an evaluation set is rejected before anything else is asked."""
+async def test_contamination_is_checked_first(tmp_path: Path) -> None:
+    """A context that shares an n-gram with an evaluation set is rejected before any request."""
     path = tmp_path / "eval.jsonl"
     await asyncio.to_thread(
         path.write_text, json.dumps({"input": "Q?", "context": HELPS, "answers": ["A"]}) + "\n"
@@ -200,8 +200,8 @@ async def test_leaks_come_first(tmp_path: Path) -> None:
     assert ["truncated"] == clean.checks["flags"]
 
 
-async def test_what_the_recipe_wrote_is_looked_at_for_leaks(tmp_path: Path) -> None:
-    """A question and an answer that an LLM made of a document may come from an evaluation set, too."""
+async def test_written_questions_are_checked_for_contamination(tmp_path: Path) -> None:
+    """A question and an answer that an LLM wrote may come from an evaluation set too."""
     path = tmp_path / "eval.txt"
     await asyncio.to_thread(path.write_text, HELPS)
     eval_sets = await asyncio.to_thread(EvalSets, [str(path)], 13)
@@ -216,7 +216,7 @@ async def test_what_the_recipe_wrote_is_looked_at_for_leaks(tmp_path: Path) -> N
 
 
 async def test_drafts_of_one_document_do_not_repeat_each_other(tmp_path: Path) -> None:
-    """They are about the same text on purpose; another seed with that text is a near-duplicate."""
+    """They share their text on purpose; a different seed with that text is a near-duplicate."""
     duplicates = await asyncio.to_thread(Duplicates, tmp_path / "index.sqlite", 0.8)
     examiner = Examiner(ChecksSection(near_duplicate="flag"), duplicates=duplicates)
     given = [Seed(name, "t", "", "", "f:1", context=HELPS * 3) for name in ("a", "b")]

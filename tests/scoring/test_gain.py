@@ -14,7 +14,7 @@ from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
 
 async def test_gain_is_the_difference_of_mean_nlls() -> None:
-    """Without less with, in nats a token, over all tokens of the answer, as the server's logprobs have it."""
+    """The NLL without the context minus that with it, in nats per token, from the server's logprobs."""
     async with fleet_at() as (fleet, _):
         nlls = []
         for context in ("", HELPS):
@@ -29,7 +29,7 @@ async def test_gain_is_the_difference_of_mean_nlls() -> None:
 
 
 async def test_a_context_that_holds_the_answer_gains_more() -> None:
-    """The context that the answer follows from, beside one that it does not follow from."""
+    """A context with the answer against a context without it."""
     async with fleet_at() as (fleet, _):
         gain, client = Gain(PROMPT, 256), ScoringClient(fleet, fleet.models[0])
         helps = await gain.measure(client, QUESTION, HELPS)
@@ -48,8 +48,8 @@ async def test_only_the_first_tokens_of_a_long_answer_count() -> None:
     assert 16 == found["scored_tokens"]
 
 
-async def test_the_answer_alone_is_scored_once_a_question() -> None:
-    """Eight drafts of one seed at the same time: eight requests with a context, one without."""
+async def test_the_answer_without_context_is_scored_once_per_question() -> None:
+    """Eight concurrent drafts of one seed: eight requests with a context, one without."""
     async with fleet_at() as (fleet, server):
         gain = Gain(PROMPT, 256)
         clients = [ScoringClient(fleet, fleet.models[0]) for _ in range(8)]
@@ -63,8 +63,8 @@ async def test_the_answer_alone_is_scored_once_a_question() -> None:
         assert sum(client.prompt_tokens for client in clients) == server.simulation.stats.prompt_tokens
 
 
-async def test_a_failure_is_for_its_caller_alone() -> None:
-    """Whoever waits for a result that fails works it out again; what is cancelled harms nobody who waits."""
+async def test_a_failure_only_reaches_its_caller() -> None:
+    """A waiting caller computes again after a failure or a cancellation."""
     flights: SingleFlight[int] = SingleFlight(max_results=2)
     begun, turns = asyncio.Event(), iter(["hang", "fail", "good"])
     asked: list[str] = []
@@ -93,8 +93,8 @@ async def test_a_failure_is_for_its_caller_alone() -> None:
     assert 7 == await flights.get(b"k", work)
 
 
-async def test_what_is_remembered_is_bounded() -> None:
-    """The results asked for least recently are worked out again."""
+async def test_the_cache_is_bounded() -> None:
+    """The least recently used results are computed again."""
     flights: SingleFlight[int] = SingleFlight(max_results=2)
     worked: list[int] = []
 
@@ -112,7 +112,7 @@ async def test_what_is_remembered_is_bounded() -> None:
 
 
 async def test_the_context_is_a_prefix_that_all_requests_about_it_share() -> None:
-    """A second request about a context finds it in the cache; the question behind it is the same without."""
+    """A second request about a context finds it in the server's cache."""
     long = HELPS * 20
     [given], [bare] = PROMPT.messages(QUESTION, long), PROMPT.messages(QUESTION)
     assert given["content"] == f"{long}\n\n{bare['content']}"
@@ -127,7 +127,7 @@ async def test_the_context_is_a_prefix_that_all_requests_about_it_share() -> Non
 
 
 async def test_retries_are_counted_apart() -> None:
-    """A try that fails is one of scoring's own."""
+    """Failed attempts of scoring are not those of writing."""
     async with fleet_at([Fault.HTTP_500]) as (fleet, _):
         client = ScoringClient(fleet, fleet.models[0])
         await Gain(PROMPT, 256).measure(client, QUESTION, HELPS)

@@ -1,4 +1,4 @@
-"""Samples in a row do not see each other, whatever computes the attention."""
+"""Samples in a row do not attend to each other, with any implementation."""
 
 from inspect import signature
 from itertools import pairwise
@@ -27,8 +27,8 @@ def segments_model(**given: Any) -> Any:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_row_is_as_its_samples_apart(*, checkpointing: bool) -> None:
-    """Logits of a row's targets, and gradients, are those of its samples one by one, without any packing."""
+def test_a_row_equals_its_samples_one_by_one(*, checkpointing: bool) -> None:
+    """Logits of a row's targets and gradients are those of its samples without packing."""
     packed, apart = segments_model(), model("eager")
     if checkpointing:
         packed.gradient_checkpointing_enable({"use_reentrant": False})
@@ -46,8 +46,8 @@ def test_a_row_is_as_its_samples_apart(*, checkpointing: bool) -> None:
     )
 
 
-def test_segments_are_as_a_block_mask() -> None:
-    """Attention by a call for each sample is that of transformers with a mask of blocks."""
+def test_segments_equal_a_block_mask() -> None:
+    """One call per sample gives the results of transformers' attention with a block-diagonal mask."""
     ours, masked = segments_model(), model("sdpa")
     arguments = batch_of(ROW).forward_arguments()
 
@@ -62,7 +62,7 @@ def test_segments_are_as_a_block_mask() -> None:
     assert furthest(gradients(masked), gradients(ours)) < 1e-5
 
 
-def test_another_sample_changes_nothing() -> None:
+def test_a_different_sample_before_it_changes_nothing() -> None:
     """What comes before a sample in its row does not change its logits in a single bit."""
     tuned = segments_model()
     last = example(30, 8, 9)
@@ -102,7 +102,7 @@ def test_attention_without_boundaries_is_refused() -> None:
 
 
 def varlen_as_documented(*given: Any, **named: Any) -> torch.Tensor:
-    """What torch says of `varlen_attn`, which only GPUs have, written out; called as the real one can be."""
+    """`varlen_attn`, which only GPUs have, written out from torch's documentation, with its signature."""
     call = signature(varlen_attn).bind(*given, **named)
     call.apply_defaults()
     asked = call.arguments
@@ -133,7 +133,7 @@ def varlen_as_documented(*given: Any, **named: Any) -> torch.Tensor:
 def test_varlen_is_asked_for_what_segments_compute(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
-    """With what autocast makes reach it: rotary embeddings leave queries and keys in float32, not values."""
+    """With autocast's dtypes: rotary embeddings leave queries and keys, but not values, in float32."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_as_documented)
     rng = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 68, 16, generator=rng) for heads in (4, 2, 2))
@@ -146,7 +146,7 @@ def test_varlen_is_asked_for_what_segments_compute(
 
 
 def test_what_needs_a_gpu_says_so() -> None:
-    """An attention that cannot work here is refused by the name of its key; `auto` always works."""
+    """Unsupported attention is refused with the key's name; `auto` always works."""
     for name in ("varlen", "flash_attention_2", "flash_attention_3"):
         with pytest.raises(ConfigError, match=r"train\.attention"):
             implementation(name, CPU, half=True)

@@ -1,4 +1,4 @@
-"""The questions of exams in the model's chat form: what ends an answer, and templates that fail."""
+"""Exam questions in the model's chat format: stop tokens, and templates that fail."""
 
 from pathlib import Path
 
@@ -17,22 +17,22 @@ LONG_REFUSED = tiny.TEMPLATE + "{{ '' if 1 // (0 if messages[0]['content'] | len
 
 
 def chat(template: str) -> Chat:
-    """That of a model with such a template."""
+    """The chat of a model with this template."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     return Chat(tokenizer, more_stops=(7,))
 
 
-def test_what_ends_an_answer() -> None:
-    """What the model is taught to end it with, eos, and what else is given; not what comes behind it."""
+def test_stop_tokens() -> None:
+    """The token that the template puts after an answer, eos, and those given; not what follows them."""
     eos, system = (tiny.tokenizer().convert_tokens_to_ids(one) for one in ("<|end|>", "<|system|>"))
 
     assert {eos, 7} == chat(tiny.TEMPLATE).stop
     assert {eos, 7, system} == chat(OPENING).stop == chat(OPENING).prompt("why", 3).stop
 
 
-def test_a_template_that_refuses_a_question_is_said(tmp_path: Path) -> None:
-    """Whatever it fails with, in one line that names where the question comes from."""
+def test_a_template_that_refuses_a_question_is_an_error(tmp_path: Path) -> None:
+    """Whatever it raises: one line with the keys that the question comes from."""
     row = {"input": "Who?", "context": "Ada. " * 100, "answers": ["Ada"], "dataset": "qasper"}
     (tmp_path / "rows.jsonl").write_bytes(orjson.dumps(row))
     failing = chat(LONG_REFUSED)

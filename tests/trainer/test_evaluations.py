@@ -1,4 +1,4 @@
-"""Evaluations while training: when they come, what they say, and that the training does not notice."""
+"""Evaluations while training: when they are due, their figures, and that they do not change the training."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ PARTS = {"needle_one", "needle_two", "needles", "longbench_a", "longbench"}
 
 
 def evaluations(out: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says."""
+    """The evaluations in metrics.jsonl."""
     found = [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     return [line for line in found if line["kind"] == "evaluation"]
 
@@ -88,7 +88,7 @@ def test_questions_are_asked_less_often_than_losses_are_measured(tmp_path: Path)
 
 
 def test_questions_alone_are_enough(tmp_path: Path) -> None:
-    """Without any held-out sample there is an evaluation; a person finds each answer in a file."""
+    """Without held-out samples there are evaluations; each answer is in a file."""
     train(tmp_path, section(), plans(2), exam=exam(tmp_path))
     first, last = evaluations(tmp_path)
     lines = [
@@ -106,7 +106,7 @@ def test_questions_alone_are_enough(tmp_path: Path) -> None:
 
 
 def stop_at_pass(number: int) -> Any:
-    """To be given as `before`: the stop is wished for while the model generates for that time."""
+    """For `before`: ask for a stop during the model's pass `number`."""
 
     def watch(loop: Loop, placed: Placed) -> None:
         seen: Iterator[int] = iter(range(1, 100_000))
@@ -121,8 +121,8 @@ def stop_at_pass(number: int) -> Any:
 
 
 def test_a_stop_during_the_first_evaluation(tmp_path: Path) -> None:
-    """Figures of finished parts alone are written, nothing is trained; the next run does all of it again,
-    and the one after that none of it."""
+    """Only figures of finished parts are written, and nothing is trained. The next run repeats the
+    evaluation, the run after that does not."""
     tiny.write_model(tmp_path / "base")
     questions = exam(tmp_path)
     one_answer = 8
@@ -152,7 +152,7 @@ def test_a_stop_during_the_first_evaluation(tmp_path: Path) -> None:
 
 
 def test_a_stop_during_the_last_evaluation(tmp_path: Path) -> None:
-    """The tuned model is written all the same; that the evaluation is not whole is said, and why."""
+    """The tuned model is written all the same; the evaluation is marked as partial, and that is logged."""
     settings = section(tests_every_steps=100)
     _, controller, _ = train(
         tmp_path, settings, plans(2), exam=exam(tmp_path), before=stop_at_pass(5 * 8 + 9)
@@ -181,7 +181,7 @@ def test_a_stop_during_the_last_evaluation(tmp_path: Path) -> None:
 def test_what_is_due(
     tmp_path: Path, step: int, last: bool, done: Done, losses: bool, questions: bool
 ) -> None:
-    """What comes at a step, and was not done there before."""
+    """What is due at a step and was not done there before."""
     settings = section(eval_every_steps=5, tests_every_steps=10)
     orders = Evaluations(settings, dict, CONTROL, exam(tmp_path), 2, done).due(step, last=last)
 
@@ -193,8 +193,8 @@ def test_what_is_due(
     assert [3 * questions] * 2 == [len(order.prompts) for order in orders]
 
 
-def test_answers_that_cannot_be_written_are_said(tmp_path: Path) -> None:
-    """In one line that names the folder."""
+def test_answers_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    """One line that names the directory."""
     (tmp_path / "answers").write_text("in the way")
     with pytest.raises(SinkError, match=r"cannot make .*answers"):
         exam(tmp_path).grade(0, [(1,)])
@@ -206,8 +206,8 @@ def chat_row(answer: str) -> str:
     return json.dumps({"messages": messages}) + "\n"
 
 
-def test_control_rows_that_make_no_sample_are_counted_and_said(tmp_path: Path) -> None:
-    """With file and line; the first good ones are taken, whatever stands between them."""
+def test_unusable_control_rows_are_counted_and_logged(tmp_path: Path) -> None:
+    """With file and line; the first usable rows are taken."""
     path = tmp_path / "control.jsonl"
     path.write_text(
         chat_row("One.") + "{broken\n" + chat_row(" ") + chat_row("x" * 300) + 3 * chat_row("Two.")
@@ -223,8 +223,8 @@ def test_control_rows_that_make_no_sample_are_counted_and_said(tmp_path: Path) -
     assert [3] == [line["count"] for line in logs if line["event"] == "control.dropped_rows"]
 
 
-def test_another_control_file_is_another_set_of_samples(tmp_path: Path) -> None:
-    """A training that goes on with another file does not compare its losses with those of the old one."""
+def test_a_changed_control_file_is_a_different_set_of_samples(tmp_path: Path) -> None:
+    """A training that resumes with a different file does not compare losses with the old one."""
     known = []
     for name, answers in (("a", "12"), ("b", "34"), ("a again", "12")):
         (tmp_path / name).with_suffix(".jsonl").write_text("".join(map(chat_row, answers)))
@@ -284,7 +284,7 @@ def test_the_command_evaluates_without_held_out_samples(tmp_path: Path) -> None:
 def test_what_cannot_be_evaluated_is_refused_before_training(
     tmp_path: Path, given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its key, and nothing is trained."""
+    """The error names the key, and nothing is trained."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match=said):

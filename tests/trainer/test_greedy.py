@@ -1,4 +1,4 @@
-"""Answers of the model while it is trained: those of transformers' own loop, and no trace of them left."""
+"""Greedy answers during training equal those of transformers' `generate`, and leave the model unchanged."""
 
 import copy
 from pathlib import Path
@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def placed_in(folder: Path, settings: TrainSection) -> Placed:
-    """The tiny model, as the training has it; adapters do something."""
+    """The tiny model as in training, with adapters that are not zero."""
     tiny.write_model(folder)
     with fresh():
         placed = placed_model(folder, settings)
@@ -44,7 +44,7 @@ def prompts(stop: frozenset[int] = frozenset()) -> list[Prompt]:
 
 
 def plainly(placed: Placed, folder: Path, prompt: Prompt) -> list[int]:
-    """What `generate` says with the same weights and an attention of transformers."""
+    """The answer of `generate` with the same weights and transformers' own attention."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     if hasattr(placed.plain, "merge_and_unload"):
         merged = copy.deepcopy(placed.plain).merge_and_unload()
@@ -65,7 +65,7 @@ def plainly(placed: Placed, folder: Path, prompt: Prompt) -> list[int]:
 
 @pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
 def test_answers_are_those_of_generate(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Token by token, whatever the training does to the model; cut at the first token that ends an answer."""
+    """Token by token, with any training settings; cut at the first stop token."""
     placed = placed_in(tmp_path, section(**settings))
     expected = [plainly(placed, tmp_path, prompt) for prompt in prompts()]
     found = answer_all(placed, prompts(), Ranks(0, 1), bool)
@@ -80,7 +80,7 @@ def test_answers_are_those_of_generate(tmp_path: Path, settings: dict[str, Any])
 
 @pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
 def test_the_model_is_as_before(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Attention, mode, weights, gradients and the state of chance are what they were."""
+    """Attention, mode, weights, gradients and random states are unchanged."""
     placed = placed_in(tmp_path, section(**settings))
     before = {name: one.detach().clone() for name, one in placed.plain.named_parameters()}
     chance = torch.get_rng_state()
@@ -94,7 +94,7 @@ def test_the_model_is_as_before(tmp_path: Path, settings: dict[str, Any]) -> Non
 
 
 def test_the_model_is_as_before_after_an_error(tmp_path: Path) -> None:
-    """An error passes through; attention and mode are those of the training again."""
+    """An error is raised; attention and mode are restored."""
     placed = placed_in(tmp_path, section())
 
     def fail() -> None:
@@ -110,8 +110,8 @@ def test_the_model_is_as_before_after_an_error(tmp_path: Path) -> None:
     assert placed.plain.training
 
 
-def test_a_stop_is_heard_between_questions(tmp_path: Path) -> None:
-    """What was answered is kept, and no other question is begun."""
+def test_a_stop_takes_effect_between_questions(tmp_path: Path) -> None:
+    """Finished answers are kept, and no further question is begun."""
     placed = placed_in(tmp_path, section())
     wishes = iter([False, False, True])
     found = answer_all(placed, prompts(), Ranks(0, 1), lambda: next(wishes))
@@ -120,8 +120,8 @@ def test_a_stop_is_heard_between_questions(tmp_path: Path) -> None:
 
 
 def test_ranks_that_need_each_other_go_on_together(tmp_path: Path) -> None:
-    """With sharded weights a rank passes through the model as often as the one with the longest answer, with
-    or without a question; its own answer is the same."""
+    """With sharded weights, each rank makes as many passes as the rank with the longest answer, with or
+    without a question; its own answer is unchanged."""
     placed = placed_in(tmp_path, section())
     passes: list[bool] = []
     placed.plain.register_forward_pre_hook(
@@ -146,7 +146,7 @@ def test_ranks_that_need_each_other_go_on_together(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_a_question_answers_nothing(tmp_path: Path) -> None:
-    """It is there for the others alone."""
+    """It only takes part for the other ranks."""
     placed = placed_in(tmp_path, section())
 
     assert [(), TOKENS] == [

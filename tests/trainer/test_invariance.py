@@ -22,7 +22,7 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 def trained(out: Path, rows: int = 4, **given: Any) -> tuple[dict[str, torch.Tensor], Progress]:
-    """The weights of a tiny model after some steps, and how the last one went."""
+    """The weights of a tiny model after some steps, and the progress."""
     out.mkdir()
     torch.manual_seed(0)  # adapters begin at random
     settings = section(rows_per_step=rows, seq_len=64 * 4 // rows, **given)
@@ -31,7 +31,7 @@ def trained(out: Path, rows: int = 4, **given: Any) -> tuple[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_activations_computed_again_change_nothing(tmp_path: Path, lora: Any) -> None:
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, lora: Any) -> None:
     """With gradient checkpointing the weights are the same (1e-6), of the model or of its adapters."""
     kept, _ = trained(tmp_path / "kept", lora=lora)
     again, _ = trained(tmp_path / "again", lora=lora, gradient_checkpointing=True)
@@ -49,7 +49,7 @@ def weights_at_first(folder: Path, **given: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_step_does_not_depend_on_rows(tmp_path: Path, lora: Any) -> None:
     """Four rows in four passes or all in one: the same loss (1e-5) and norm of the gradient (1e-3),
-    with nothing clipped. Adam takes no notice of how large gradients are; clipping does."""
+    without clipping. (Adam does not depend on the size of gradients; clipping does.)"""
     _, one = trained(tmp_path / "1", 1, lora=lora, max_grad_norm=1000.0)
     _, four = trained(tmp_path / "4", 4, lora=lora, max_grad_norm=1000.0)
 

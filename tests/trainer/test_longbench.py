@@ -1,4 +1,4 @@
-"""LongBench's rows as questions: prompts, cuts, grades, and rows that are none."""
+"""Questions from LongBench rows: prompts, truncation, grading, and bad rows."""
 
 import json
 from functools import cache
@@ -21,12 +21,12 @@ from tests.trainer import tiny
 
 @cache
 def chat() -> Chat:
-    """The tiny model's: a token for each byte."""
+    """The tiny model's chat: a token for each byte."""
     return Chat(tiny.tokenizer())
 
 
 def row(**given: Any) -> dict[str, Any]:
-    """One as LongBench has it."""
+    """A row in LongBench's format."""
     return {
         "input": "Who built the bridge?",
         "context": "The bridge was built by Ada Brown.",
@@ -48,7 +48,7 @@ def read(tmp_path: Path, *rows: Any, longest: int = 8192, **given: Any) -> list[
 
 
 def text_of(question: Question) -> str:
-    """The prompt as a person reads it."""
+    """The text of the prompt."""
     return chat().decode(question.prompt.tokens.tolist())
 
 
@@ -70,7 +70,7 @@ def text_of(question: Question) -> str:
 def test_a_data_set_says_how_it_is_asked(
     tmp_path: Path, dataset: str, tokens: int, grading: str, part: str
 ) -> None:
-    """The longest answer and the metric are those of LongBench; another name is asked as a question."""
+    """Answer length and metric are LongBench's; unknown names are asked as a question."""
     (question,) = read(tmp_path, row(dataset=dataset))
 
     assert (tokens, grading, part) == (question.prompt.max_new_tokens, question.grading, question.part)
@@ -82,7 +82,7 @@ def test_a_data_set_says_how_it_is_asked(
 
 
 def test_without_an_input_a_summary_is_asked_for(tmp_path: Path) -> None:
-    """A report has no question; nor may a data set of one's own."""
+    """Reports have no question; unknown data sets may have none either."""
     for dataset in ("gov_report", "my_own"):
         (question,) = read(tmp_path, row(dataset=dataset, input=""))
         assert "summary" in text_of(question)
@@ -90,7 +90,7 @@ def test_without_an_input_a_summary_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_passages_are_counted_once(tmp_path: Path) -> None:
-    """LongBench has numbered them, and so does our template."""
+    """LongBench numbers passages, and so does our template: one of the two is removed."""
     context = "Passage 1:\nAbove.\n\nPassage 2:\nBelow."
     (question,) = read(tmp_path, row(dataset="hotpotqa", context=context))
 
@@ -108,7 +108,7 @@ def test_passages_are_counted_once(tmp_path: Path) -> None:
 def test_long_contexts_are_cut_in_their_middle(
     tmp_path_factory: pytest.TempPathFactory, words: int, limit: int, dataset: str
 ) -> None:
-    """The prompt is as long as allowed at most, and hardly shorter; both ends and the question stay."""
+    """The prompt is never too long, and slightly shorter at most; both ends and the question stay."""
     context = " ".join(f"w{n}" for n in range(words)) + " \u00e4\u00f6\u00fc end"
     folder = tmp_path_factory.mktemp("longbench")
     whole = len(read(folder, row(context=context, dataset=dataset), longest=100_000)[0].prompt.tokens)
@@ -123,14 +123,14 @@ def test_long_contexts_are_cut_in_their_middle(
 
 
 def test_prompts_leave_room_for_answers(tmp_path: Path) -> None:
-    """Prompt and answer together are as long as a row at most, whatever `prompt_tokens` says."""
+    """Prompt and answer together fit into a row, whatever `prompt_tokens` is."""
     (question,) = read(tmp_path, row(context="word " * 2000), longest=1024, prompt_tokens=5000)
 
     assert 1024 - 128 - 16 <= len(question.prompt.tokens) <= 1024 - 128
 
 
 def test_the_best_of_the_answers_counts(tmp_path: Path) -> None:
-    """F1 for questions, ROUGE-L for summaries, over all right answers; thoughts aside."""
+    """F1 for questions, ROUGE-L for summaries, over all right answers; without reasoning."""
     report, asked = read(tmp_path, row(), row(dataset="gov_report", answers=["a b c d", "x y"]))
 
     assert 1.0 == asked.score("brown")
@@ -164,8 +164,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_a_bad_row_is_left_out_and_said(tmp_path: Path, bad: Any) -> None:
-    """With file and line; the others are asked."""
+def test_a_bad_row_is_skipped_and_logged(tmp_path: Path, bad: Any) -> None:
+    """With file and line; the other rows are used."""
     with capture_logs() as logs:
         found = read(tmp_path, row(), bad, row())
 
@@ -177,7 +177,7 @@ def test_a_bad_row_is_left_out_and_said(tmp_path: Path, bad: Any) -> None:
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
-    """By the key, the path, and what is wrong; so is one that is not there."""
+    """With the key, the path and the reason; so is a missing file."""
     with pytest.raises(
         ConfigError, match=r"train\.longbench\.path: .*test\.jsonl.* there is no answer \(2\)"
     ):
@@ -186,7 +186,7 @@ def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
         longbench_questions(LongBenchSection(path=str(tmp_path / "none.jsonl")), chat(), 8192)
 
 
-def test_a_data_set_that_is_not_known_is_said(tmp_path: Path) -> None:
+def test_unknown_data_sets_are_logged(tmp_path: Path) -> None:
     """Once, with its name: its figures are ours, not LongBench's."""
     with capture_logs() as logs:
         read(tmp_path, row(dataset="trec"), row(dataset="trec"), row())

@@ -1,4 +1,4 @@
-"""The loss of a step, against references that are written down plainly."""
+"""The loss of a step, against simple reference implementations."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ ROWS: Rows = (
 
 
 def losses_of(tuned: torch.nn.Module, one: Example) -> torch.Tensor:
-    """Minus the log-probability of each target of a sample, all by itself."""
+    """Minus the log-probability of each target of a sample alone."""
     ids = torch.from_numpy(one.tokens).long()
     logits = tuned(input_ids=ids[None], use_cache=False).logits[0]
     logs = logits.log_softmax(-1)
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_reference(kind: LossKind) -> None:
 @pytest.mark.parametrize("kind", ["sequence", "token"])
 @examples(20)
 @given(st.randoms(use_true_random=False))
-def test_how_samples_are_packed_changes_nothing(kind: LossKind, rng: random.Random) -> None:
+def test_the_loss_does_not_depend_on_packing(kind: LossKind, rng: random.Random) -> None:
     """Any distribution of the same samples over rows, empty ones among them, has the same loss."""
     tuned = model(implementation("segments", CPU, half=False))
     samples = [one for row in ROWS for one in row]
@@ -94,7 +94,7 @@ def test_how_samples_are_packed_changes_nothing(kind: LossKind, rng: random.Rand
 
 
 def test_many_targets_are_computed_in_parts() -> None:
-    """More targets than are held at a time give the same losses and gradients as all at once."""
+    """More targets than one chunk give the same losses and gradients as all at once."""
     torch.manual_seed(0)
     logits = torch.randn(1, 2500, 50, requires_grad=True)
     labels = torch.randint(0, 50, (2500,))
@@ -115,7 +115,7 @@ def test_probabilities_are_in_float32() -> None:
 
 
 def test_a_row_without_samples_weighs_nothing() -> None:
-    """It is gone through, and leaves no gradient but zeros."""
+    """Its pass runs, and its gradients are zero."""
     tuned = model(implementation("segments", CPU, half=False))
     batch = make_batch((), [], CPU)
     losses = token_losses(tuned(**batch.forward_arguments()).logits, batch.labels)

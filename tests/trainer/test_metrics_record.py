@@ -1,4 +1,4 @@
-"""What is written down of a training: ages, utilisation, trackers, and the line at its end."""
+"""The record of a training: ages, utilisation, trackers, and the last line."""
 
 import asyncio
 import math
@@ -28,12 +28,12 @@ READER = "tensorboard.backend.event_processing.event_accumulator"
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says."""
+    """The lines of metrics.jsonl."""
     return [orjson.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def seen(ago_s: float, number: int) -> Example:
-    """An example that was first seen so long ago."""
+    """An example that was first seen `ago_s` seconds ago."""
     made = tiny.example(10, 2, number)
     return Example(made.key, made.id, made.task, made.tokens, made.loss_from, time.monotonic() - ago_s)
 
@@ -55,11 +55,9 @@ def test_ages_are_those_of_the_examples(tmp_path: Path) -> None:
     assert line["age_max_s"] == pytest.approx(60, abs=0.5)
 
 
-def test_what_went_on_between_steps_is_not_their_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step takes what it waited for its plan and what it trained: evaluations before it, and what comes
-    after it, are left out of tokens a second."""
+def test_evaluations_do_not_count_as_step_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a step is waiting for its plan and training: evaluations before and after it do not lower
+    tokens per second."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     figures, plan = TrainingMetrics(tmp_path, 0), StepPlan(((tiny.example(100, 50),),), {})
@@ -80,8 +78,8 @@ def test_what_went_on_between_steps_is_not_their_time(
     assert (0.0, round(3 / 42, 4)) == (second["wait_s"], second["wait_share"])
 
 
-def test_utilisation_is_of_the_time_it_did_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FLOPs by the stated formula, over the peak of all devices; not said where either is not known."""
+def test_utilisation_is_relative_to_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs over the peak of all devices and the time without waiting; absent if one of them is unknown."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     plan = StepPlan(((tiny.example(100, 50), tiny.example(10, 1)),), {})
@@ -99,7 +97,7 @@ def test_utilisation_is_of_the_time_it_did_not_wait(tmp_path: Path, monkeypatch:
     assert mfu_of(tiny.model(), torch.device("cpu"), 1) is None
 
 
-def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
+def test_model_flops_are_counted_by_weights() -> None:
     """The head at targets alone, tied or not; frozen weights cost a third less; no figure for experts."""
     tied, loose = tiny.model(), tiny.model(tie_word_embeddings=False)
     head = tiny.VOCABULARY * 32
@@ -116,8 +114,8 @@ def test_the_work_of_a_model_is_counted_by_its_weights() -> None:
     assert model_flops(loose) is None
 
 
-def test_the_work_of_layers_that_differ_is_their_sum() -> None:
-    """Heads of 8, 8 and 16: such a configuration has no one width, and raises when asked for it."""
+def test_flops_of_different_layers_are_added_up() -> None:
+    """Heads of width 8, 8 and 16: the configuration has no single width, and raises if it is read."""
     given: dict[str, Any] = {"global_head_dim": 16}  # of layers whose attention is full
     config = Gemma4TextConfig(
         vocab_size=tiny.VOCABULARY,
@@ -169,8 +167,8 @@ def test_the_work_of_layers_that_differ_is_their_sum() -> None:
         ("NVIDIA A10-4Q", None),
     ],
 )
-def test_peaks_go_by_whole_words_of_the_name(name: str, peak: float | None) -> None:
-    """L40S is no L4; an unknown device has no peak, nor has a slice of one."""
+def test_peaks_match_whole_words_of_the_name(name: str, peak: float | None) -> None:
+    """L40S is not L4; unknown devices and slices of devices have no peak."""
     assert peak == peak_flops(name)
 
 
@@ -183,13 +181,13 @@ def test_peaks_go_by_whole_words_of_the_name(name: str, peak: float | None) -> N
         ((0.0, 0.0), "training-bound"),
     ],
 )
-def test_the_verdict_says_what_was_waited_for(waits: tuple[float, float], said: str) -> None:
-    """From a tenth of the time on; tokenising is not the generators' fault."""
+def test_the_verdict_names_what_limits_the_training(waits: tuple[float, float], said: str) -> None:
+    """Waiting counts from a tenth of the time on; tokenising is not generation."""
     assert said == verdict(*waits)
 
 
 class Slow:
-    """A planner that has nothing before it is told, and then says for how long it waited for its stream."""
+    """A planner without plans until released, which then reports how long it waited for its stream."""
 
     def __init__(self, waited_s: float) -> None:
         self._waited_s = waited_s
@@ -206,8 +204,8 @@ class Slow:
 
 
 @pytest.mark.parametrize(("planner_waited_s", "share"), [(100.0, 1.0), (0.0, 0.0)])
-def test_waiting_for_the_stream_is_told_from_tokenising(planner_waited_s: float, share: float) -> None:
-    """Of the time that the training waited, what the planner waited for its stream too."""
+def test_waiting_for_the_stream_differs_from_tokenising(planner_waited_s: float, share: float) -> None:
+    """Only the time in which both training and planner waited counts as waiting for the stream."""
     planner = Slow(planner_waited_s)
     with PlanQueue(planner) as plans_of:
         assert plans_of.get(0.05) is None
@@ -222,9 +220,9 @@ def test_waiting_for_the_stream_is_told_from_tokenising(planner_waited_s: float,
         assert plans_of.stream_waited_s == pytest.approx(share * waited), "a wait is counted once"
 
 
-def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
-    """Read back from tensorboard's files: the numbers of metrics.jsonl, at their steps; a second run hides
-    what the first one said of steps that come again."""
+def test_trackers_get_each_step_and_evaluation(tmp_path: Path) -> None:
+    """tensorboard's files have the numbers of metrics.jsonl, by step; a resumed run hides the first run's
+    values of repeated steps."""
     settings = section(trackers=["tensorboard"])
     for first in (0, 1):
         with fresh():
@@ -247,7 +245,7 @@ def test_trackers_hear_each_step_and_evaluation(tmp_path: Path) -> None:
 
 
 class Opened:
-    """An accelerator that notes with what its trackers are opened."""
+    """An accelerator that records the options of its trackers."""
 
     def __init__(self) -> None:
         self.options: dict[str, dict[str, Any]] = {}
@@ -257,8 +255,8 @@ class Opened:
         self.options = options
 
 
-def test_all_starts_of_a_training_are_one_run_of_a_tracker(tmp_path: Path) -> None:
-    """By an id that another OUT, or one that was begun anew in its place, does not have; kept in OUT."""
+def test_all_processes_of_a_training_are_one_tracker_run(tmp_path: Path) -> None:
+    """Its id differs for a different OUT and for a new training in the same OUT."""
 
     def options(out: Path, step: int, created_at: float) -> dict[str, dict[str, Any]]:
         out.mkdir(exist_ok=True)
@@ -280,7 +278,7 @@ def test_all_starts_of_a_training_are_one_run_of_a_tracker(tmp_path: Path) -> No
 
 
 def test_a_tracker_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    """In a line with the key in it."""
+    """One line, with the key."""
     (tmp_path / "tracking").write_text("a file")
     with pytest.raises(ConfigError, match=r"train\.trackers: tensorboard cannot be opened"):
         start_tracking(None, section(trackers=["tensorboard"]), tmp_path, 0)

@@ -26,12 +26,12 @@ from tests.trainer.test_command import Start, server, start, write_run  # noqa: 
 pytestmark = pytest.mark.timeout(300)
 
 SAMPLING = {"eos_token_id": 256, "temperature": 0.6, "top_p": 0.9}
-"""As many models have it: transformers reads that, and will not save it without `do_sample`."""
+"""Found in many models: transformers reads it, but does not save it without `do_sample`."""
 LORA = {"rank": 4}
 
 
 def read(folder: Path, seed: int = 0, **given: Any) -> Any:
-    """All that is read of a model before it is placed."""
+    """Read a model, without placing it."""
     settings = section(**given)
     with fresh():
         accelerator = start_accelerator(settings)
@@ -41,7 +41,7 @@ def read(folder: Path, seed: int = 0, **given: Any) -> Any:
 
 
 def changed(path: Path, **values: Any) -> None:
-    """Other values in a file of JSON."""
+    """Change values in a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -49,7 +49,7 @@ def changed(path: Path, **values: Any) -> None:
 def test_values_for_sampling_alone_are_saved_with_the_switch(
     start: Start, tmp_path: Path, lora: str | None
 ) -> None:
-    """A model with a temperature and no `do_sample` is trained, kept and published with it; that is said."""
+    """A model with a temperature but no `do_sample` is trained, saved and published with it; it is logged."""
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(SAMPLING))
     given = {"max_steps": 2, "publish": "{every_steps = 1}"} | ({} if lora is None else {"lora": lora})
     out = tmp_path / "out"
@@ -102,7 +102,7 @@ def quantised(folder: Path) -> None:
     ],
 )
 def test_a_file_of_any_content_is_one_line(tmp_path: Path, spoil: Callable[[Path], None], named: str) -> None:
-    """Whatever transformers makes of it."""
+    """Whatever error transformers raises."""
     spoil(tiny.write_model(tmp_path))
     with pytest.raises(ConfigError, match=named) as refused:
         read(tmp_path)
@@ -121,14 +121,14 @@ def test_a_file_of_any_content_is_one_line(tmp_path: Path, spoil: Callable[[Path
     ],
 )
 def test_adapters_that_would_not_be_merged_are_refused(tmp_path: Path, target: str, named: str) -> None:
-    """Also beside others that would be: they would be trained, and left out of OUT/model."""
+    """Also beside valid targets: they would be trained, and missing from OUT/model."""
     tiny.write_model(tmp_path)
     with pytest.raises(ConfigError, match=rf"train\.lora\.targets: .*{named}"):
         read(tmp_path, lora={**LORA, "targets": ["q_proj", target]})
 
 
-def test_a_head_of_its_own_has_an_adapter(tmp_path: Path) -> None:
-    """Where the embedding is another; a name may be written in more or fewer of its parts."""
+def test_an_untied_head_can_have_an_adapter(tmp_path: Path) -> None:
+    """The target may be the whole module name or its end."""
     tiny.write_model(tmp_path)
     tiny.model(tie_word_embeddings=False).save_pretrained(tmp_path)
     made = read(tmp_path, lora={**LORA, "targets": ["lm_head", "layers.1.mlp.up_proj"]})
@@ -138,7 +138,7 @@ def test_a_head_of_its_own_has_an_adapter(tmp_path: Path) -> None:
 
 
 def test_a_model_that_peft_refuses_is_named(tmp_path: Path) -> None:
-    """With the setting that would have to be another."""
+    """The error names the setting."""
     tiny.write_model(tmp_path)
     MambaForCausalLM(
         MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1)
@@ -148,7 +148,7 @@ def test_a_model_that_peft_refuses_is_named(tmp_path: Path) -> None:
 
 
 def test_adapters_begin_from_the_seed(start: Start, tmp_path: Path) -> None:
-    """With `run.seed` the same, another process begins with the same ones; with another one it does not."""
+    """Processes with the same `run.seed` begin with the same adapters, with a different seed they do not."""
     given = {"lora": "{rank = 4}", "max_steps": 1, "learning_rate": 1e-12}
     training = start(write_run(tmp_path / "run", range(8)), tmp_path / "out", "--set", "run.seed=7", **given)
     assert 0 == training.wait(), training.stderr()
@@ -163,7 +163,7 @@ def test_adapters_begin_from_the_seed(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_logits_stay_in_half(tmp_path: Path, lora: Any) -> None:
-    """In bf16 they are not there a second time in float32, and say what accelerate's float32 ones do."""
+    """In bf16 there is no float32 copy of the logits, and their values are those of accelerate's copy."""
     settings = section(precision="bf16", lora=lora)
     with fresh():
         placed = placed_model(tiny.write_model(tmp_path), settings)

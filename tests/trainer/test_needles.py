@@ -1,4 +1,4 @@
-"""Numbers hidden in long texts: what is asked, how long it is, and how an answer is graded."""
+"""Needle questions: the questions, the lengths of prompts, and grading."""
 
 import random
 import re
@@ -22,7 +22,7 @@ KINDS: tuple[NeedleKind, ...] = ("single", "multi_key", "multi_value", "multi_qu
 
 @cache
 def chat() -> Chat:
-    """The tiny model's: a token for each byte."""
+    """The tiny model's chat: a token for each byte."""
     return Chat(tiny.tokenizer())
 
 
@@ -32,7 +32,7 @@ def asked(seed: int = 0, positions: int | None = None, **given: object) -> list[
 
 
 def text_of(question: Question) -> str:
-    """The prompt as a person reads it."""
+    """The text of the prompt."""
     return chat().decode(question.prompt.tokens.tolist())
 
 
@@ -46,7 +46,7 @@ def text_of(question: Question) -> str:
 def test_prompts_are_as_long_as_asked_and_hold_what_is_wanted(
     kind: NeedleKind, length: int, samples: int, seed: int
 ) -> None:
-    """Never longer, hardly shorter; each wanted number stands in the prompt once; depths are even."""
+    """Never longer, slightly shorter at most; each wanted number occurs once; depths are evenly spread."""
     questions = asked(seed, lengths=(length,), kinds=(kind,), samples=samples)
 
     assert samples == len(questions)
@@ -94,7 +94,7 @@ def test_several_values_belong_to_one_key_and_several_keys_are_asked_for() -> No
 
 
 def test_questions_depend_on_the_seed_alone() -> None:
-    """The same seed, the same prompts; another one, others."""
+    """The same seed gives the same prompts, a different seed different ones."""
     given: dict[str, Any] = {"lengths": (800, 1600), "samples": 2}
     first, again, other = (asked(seed, **given) for seed in (3, 3, 4))
 
@@ -104,8 +104,8 @@ def test_questions_depend_on_the_seed_alone() -> None:
     assert [f"needle_{kind}_{length}" for kind in KINDS for length in (800, 1600)] == parts
 
 
-def test_the_answer_has_positions_left() -> None:
-    """As long as all positions of the model: the prompt leaves room for the answer."""
+def test_the_prompt_leaves_positions_for_the_answer() -> None:
+    """Also if the length is the model's number of positions."""
     (question,) = asked(positions=2048, lengths=(2048,), kinds=("single",), samples=1)
 
     assert len(question.prompt.tokens) <= 2048 - ANSWER_TOKENS
@@ -118,16 +118,14 @@ def test_the_answer_has_positions_left() -> None:
         ({}, (300,), r"train\.needles\.lengths: 300 tokens are too few for the needles of multi_key"),
     ],
 )
-def test_a_length_that_cannot_be_is_refused(
-    more: dict[str, int], lengths: tuple[int, ...], said: str
-) -> None:
-    """By the key, with the length and what it is too much or too little for."""
+def test_impossible_lengths_are_refused(more: dict[str, int], lengths: tuple[int, ...], said: str) -> None:
+    """With the key, the length and the reason."""
     with pytest.raises(ConfigError, match=said):
         asked(**more, lengths=lengths)
 
 
 def test_filler_has_no_numbers_and_many_sentences() -> None:
-    """Nothing in it can be taken for what is hidden, and it does not repeat itself."""
+    """It has no digits, and does not repeat itself."""
     made = sentences(random.Random(0))
     some = [next(made) for _ in range(2000)]
 
@@ -145,12 +143,12 @@ def test_filler_has_no_numbers_and_many_sentences() -> None:
     ],
 )
 def test_the_share_of_wanted_numbers_counts(said: str, wanted: tuple[str, ...], score: float) -> None:
-    """As many of the wanted values as stand in the answer, whatever else does; thoughts are none of it."""
+    """The share of wanted values in the answer, whatever else it has; reasoning does not count."""
     question = Question("needles", "p", "0", chat().prompt("?", 4), wanted, "recall")
 
     assert score == question.score(said)
 
 
 def test_recall_is_blind_to_case() -> None:
-    """Letters may be small or capital."""
+    """Upper and lower case are equal."""
     assert 1.0 == recall("THE BLUE one", ("the blue",))

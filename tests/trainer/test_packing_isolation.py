@@ -1,4 +1,4 @@
-"""Models of other makers: each keeps the samples of a row apart, or is refused at the start."""
+"""Model architectures of transformers: each isolates the samples of a row, or is refused at the start."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ PHI = {key: value for key, value in SMALL.items() if key != "head_dim"}
 
 
 def made(kind: str, attention: str) -> Any:
-    """A random model of that kind, the same each time, that computes its attention so."""
+    """A random model of an architecture with an attention implementation, the same each time."""
     configs: dict[str, Any] = {
         "qwen3": lambda: transformers.Qwen3Config(**SMALL),
         "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=WINDOW),
@@ -59,9 +59,9 @@ NO_DROPOUT: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "gemma3", "neox", "phi", "gpt2"])
-def test_other_models_are_as_their_samples_apart(kind: str) -> None:
-    """Logits of a packed row are those of transformers' own attention for each sample alone (1e-5), and so
-    are gradients (1e-4 of the largest); samples longer than a sliding window among them."""
+def test_architectures_isolate_samples(kind: str) -> None:
+    """Logits of a packed row are those of transformers' own attention for each sample alone (1e-5), as are
+    gradients (1e-4 of the largest). Some samples are longer than the sliding window."""
     ours, plain = made(kind, implementation("segments", CPU, half=False)), made(kind, "eager")
     row = (example(9, 3, 1), example(50, 12, 2), example(WINDOW, 5, 3), example(WINDOW + 1, 4, 4))
     check_packing_isolation(ours, CPU, half=False)
@@ -87,13 +87,13 @@ def test_other_models_are_as_their_samples_apart(kind: str) -> None:
     ],
 )
 def test_a_model_that_cannot_be_packed_is_refused(kind: str, says: str) -> None:
-    """In one line at the start, whether it says so itself, computes something else or cannot be called."""
+    """In one line, whether it raises an error itself, computes something else or cannot be called."""
     with pytest.raises(ConfigError, match=says):
         check_packing_isolation(made(kind, implementation("segments", CPU, half=False)), CPU, half=False)
 
 
 class Careless(torch.nn.Module):
-    """A model in front of which something of what it is called with is lost."""
+    """A model that ignores one of its arguments."""
 
     def __init__(self, lost: str) -> None:
         super().__init__()
@@ -119,14 +119,14 @@ class Careless(torch.nn.Module):
 )
 @pytest.mark.parametrize("half", [False, True])
 def test_what_a_model_ignores_is_found_out(lost: str, says: str, *, half: bool) -> None:
-    """Positions, bounds or chosen logits that a forward drops without a word; also at bf16's tolerance."""
+    """Positions, boundaries or chosen logits that a model silently drops; also with bf16's tolerance."""
     with pytest.raises(ConfigError, match=says):
         check_packing_isolation(Careless(lost), CPU, half=half)
     check_packing_isolation(Careless("nothing"), CPU, half=half)
 
 
-def test_a_model_with_broken_weights_is_told_from_one_that_mixes_samples() -> None:
-    """A weight that is NaN is said to be one."""
+def test_broken_weights_have_an_error_of_their_own() -> None:
+    """The error for NaN weights differs from that for a model that mixes samples."""
     model = made("gpt2", implementation("segments", CPU, half=False))
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
@@ -135,7 +135,7 @@ def test_a_model_with_broken_weights_is_told_from_one_that_mixes_samples() -> No
 
 
 def test_a_model_is_left_as_it_was() -> None:
-    """The check leaves no gradient, no evaluation mode, and draws nothing that is random."""
+    """The check leaves no gradient and no evaluation mode, and does not advance random states."""
     model = made("gpt2", implementation("segments", CPU, half=False))
     model.train()
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""The picture of a training, and what is drawn in it."""
+"""The image of a training, and its curves."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def test_a_real_training_is_drawn(tmp_path: Path) -> None:
-    """What the loop has written is what the picture is made of; a second one takes its place."""
+    """The image is drawn from the loop's own metrics; a second one replaces it."""
     train(tmp_path, section(eval_every_steps=2), plans(4), held_out=[tiny.example(20, 5, 900)])
     path = draw(tmp_path)
     curves = read_curves(tmp_path)
@@ -98,13 +98,13 @@ def test_a_real_training_is_drawn(tmp_path: Path) -> None:
         (SCORES, END),
     ],
 )
-def test_missing_parts_leave_no_hole(tmp_path: Path, lines: tuple[dict[str, Any], ...]) -> None:
+def test_any_part_may_be_missing(tmp_path: Path, lines: tuple[dict[str, Any], ...]) -> None:
     """Without steps, evaluations, tests or an end, with steps that were skipped, and after one step."""
     assert min(size(draw(write(tmp_path, *lines, torn=b'{"kind":"st')))) > 500
 
 
 def test_needles_are_drawn_by_their_length(tmp_path: Path) -> None:
-    """Kinds of the same length are one curve: their mean."""
+    """Kinds of the same length are one curve, their mean."""
     longer = {**SCORES, "step": 4, "needle_single_8192": 0.0}
     scores = read_curves(write(tmp_path, SCORES, LONGBENCH, longer)).scores
 
@@ -117,7 +117,7 @@ def test_needles_are_drawn_by_their_length(tmp_path: Path) -> None:
 
 
 def test_time_between_runs_is_left_out(tmp_path: Path) -> None:
-    """A run that goes on begins where the one before it was; its end is no longer the end."""
+    """A resumed run continues the time axis; the earlier end is no longer the end."""
     found = read_curves(write(tmp_path, step(1), step(2), END, step(3, wall_s=1.0), step(4, wall_s=3.0)))
 
     assert [2.0, 4.0, 5.0, 7.0] == found.tokens.at
@@ -136,8 +136,8 @@ def test_smoothing_is_the_mean_around(values: list[float], reach: int) -> None:
         assert found == pytest.approx(expected, nan_ok=True, abs=1e-9)
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
-    """No file, an empty one, and one with nothing but an end."""
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
+    """No file, an empty file, and a file with only an end."""
     for lines in ((), (END,)):
         with pytest.raises(ConfigError, match=f"{tmp_path} has no metrics"):
             draw(tmp_path)
@@ -146,15 +146,15 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
         draw(tmp_path)
 
 
-def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
-    """JSON of another kind, by whatever has come into the file."""
+def test_lines_that_are_not_objects_are_skipped(tmp_path: Path) -> None:
+    """Any other JSON value in the file is ignored."""
     found = read_curves(write(tmp_path, step(1), torn=b'[]\n3\nnull\n"step"\n' + orjson.dumps(step(2))))
 
     assert [1, 2] == found.loss.at
 
 
-def test_what_is_in_the_way_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture that cannot be written, and matplotlib missing."""
+def test_drawing_errors_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that cannot be written, and missing matplotlib."""
     write(tmp_path, step(1))
     (tmp_path / "training.png").mkdir()
     with pytest.raises(SinkError, match=r"cannot write .*training\.png"):
@@ -165,7 +165,7 @@ def test_what_is_in_the_way_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_drawing_needs_no_torch(tmp_path: Path) -> None:
-    """A picture can be drawn where nothing is trained."""
+    """An image can be drawn where torch is not installed."""
     write(tmp_path, step(1), step(2))
     code = (
         "import sys; from pathlib import Path; from streamsyn.trainer.metrics.plot import draw;"
@@ -175,7 +175,7 @@ def test_drawing_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_losses_are_drawn_as_if_on_the_same_samples(tmp_path: Path) -> None:
-    """The last one as it was measured, those before it by the changes up to it."""
+    """The last loss as measured, earlier ones reconstructed from the changes."""
     told = [(1, 2.0, 0.0), (2, 3.5, -0.5), (3, 3.0, -1.0)]
     rows = [
         {**EVALUATION, "step": at, "nll_with_context": mean, "nll_with_context_change": change}

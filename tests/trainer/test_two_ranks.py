@@ -1,4 +1,4 @@
-"""Two ranks in place of one: adapters, shared weights, weights for servers, a kill while those are written.
+"""Two ranks train as one does: adapters, sharded weights, published weights, and kills during publication.
 
 Elsewhere: full fine-tuning at 1 and 2 ranks (`test_loop`, `test_world_sizes`), publications of one process
 (`test_publish`).
@@ -44,12 +44,12 @@ SETTINGS = {
 }
 LORA = "{rank = 4, alpha = 16}"
 EVERY, KEPT = 2, [2, 4, 6]
-"""Publications, all of which stay."""
+"""Steps between publications, and the steps whose publications are kept."""
 DEAD = "http://127.0.0.1:9"
 
 
 class Ranks:
-    """Trainings by one rank or several, one after the other, over the same samples."""
+    """Runs trainings of one or several ranks over the same samples."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process = process
@@ -57,7 +57,7 @@ class Ranks:
         tiny.write_model(folder / "base")
         write_run(folder / "run", range(40))
         self.base = load_file(folder / "base" / "model.safetensors")
-        """The weights that all of them begin with."""
+        """The initial weights."""
         self._alone: dict[str | None, Path] = {}
 
     def run(
@@ -69,7 +69,7 @@ class Ranks:
         model: Path | None = None,
         **more: Any,
     ) -> list[int]:
-        """How each rank ended; what it said is in OUT.said0, OUT.said1."""
+        """Train; return the exit code of each rank. Their stderr is in OUT.said0, OUT.said1."""
         keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
         sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
         given = ["--from", self._folder / "run", "--model", model or self._folder / "base", "--out", out]
@@ -84,13 +84,13 @@ class Ranks:
         return codes
 
     def done(self, world: int, out: Path, **more: Any) -> Path:
-        """OUT of a training that came to its end."""
+        """Train to the end, and return OUT."""
         codes = self.run(world, out, **more)
         assert [0] * world == codes, said(out)
         return out
 
     def alone(self, lora: str | None) -> Path:
-        """OUT of a training by one rank, which published; it is made once."""
+        """OUT of a training by one rank with publications, which is run once."""
         if lora not in self._alone:
             name = "alone" if lora is None else "alone-lora"
             self._alone[lora] = self.done(1, self._folder / name, lora=lora, publish=publishing())
@@ -99,7 +99,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """A process that has everything imported, and what there is to train on."""
+    """A process that has imported everything, with a model and samples."""
     shared = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "tests.trainer.forked_ranks"]
     with (
@@ -114,7 +114,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def said(out: Path) -> str:
-    """By all ranks, in all runs of a training."""
+    """The stderr of all ranks, in all runs of a training."""
     return "".join(path.read_text() for path in sorted(out.parent.glob(f"{out.name}.said*")))
 
 
@@ -128,18 +128,18 @@ def name_of(step: int) -> str:
 
 
 def published(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights that servers get."""
+    """The weights published at a step."""
     return load_file(out / "weights" / name_of(step) / "model.safetensors")
 
 
 def adapters(out: Path) -> dict[str, torch.Tensor]:
-    """Those of the newest checkpoint."""
+    """The adapters of the newest checkpoint."""
     newest = (out / "LATEST").read_text().strip()
     return load_file(out / "checkpoints" / newest / "model" / "adapter_model.safetensors")
 
 
 def assert_whole(folder: Path) -> None:
-    """A directory of Hugging Face, from which all weights are read."""
+    """The directory has a complete model and tokenizer for `from_pretrained`."""
     read: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(read[1].values()), read[1]
     assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -158,8 +158,8 @@ def assert_trained_alike(out: Path, alone: Path) -> None:
     assert tiny.furthest(result(alone), result(out)) < 1e-6
 
 
-def test_adapters_go_on_at_another_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
-    """A checkpoint of two ranks is gone on with by one, and that of one by two, as if nothing had been."""
+def test_adapters_resume_at_a_different_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """One rank resumes a checkpoint of two ranks, and two resume one of one, with unchanged results."""
     out = tmp_path / "out"
     for world, steps in ((2, 2), (1, 4), (2, STEPS)):
         ranks.done(world, out, lora=LORA, max_steps=steps)
@@ -172,7 +172,7 @@ Seen = list[tuple[str | None, str]]
 
 
 async def watched(server: RunningSimulator, training: Callable[[], Any]) -> Seen:
-    """How a server was paused, and its weights, one after the other while something goes on in a thread."""
+    """The sequence of a server's pause modes and weight versions while `training` runs in a thread."""
     weights = server.simulation.weights
     seen: Seen = []
     task = asyncio.get_running_loop().run_in_executor(None, training)
@@ -188,9 +188,9 @@ async def watched(server: RunningSimulator, training: Callable[[], Any]) -> Seen
 
 @pytest.mark.parametrize("lora", [None, LORA])
 async def test_two_ranks_train_and_publish_as_one(ranks: Ranks, tmp_path: Path, lora: str | None) -> None:
-    """The same losses and weights (1e-6), of the model or of its adapters. What is published are whole
+    """Losses and weights are equal (1e-6), of the model or of its adapters. Published are complete
     directories, adapters merged, with the tensors that one rank publishes. A server is paused, loads them
-    and goes on; a dead one holds up nothing."""
+    and continues; a dead server delays nothing."""
     out = tmp_path / "out"
     async with running(SimulatorConfig(load_s=0.05)) as server:
         publish = publishing(DEAD, server.url)
@@ -223,13 +223,13 @@ KILLS = {
     "rank 0 before LATEST": (0, NAMING, [2, 4], 2),
     "rank 0 while an old one goes": (0, NAMING + [["os.remove", ""]] * 3, [4], 4),
 }
-"""Who is killed, when, what looks whole then, and what LATEST says."""
+"""The rank that is killed, when, the steps published by then, and the step in LATEST."""
 
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, moment: str) -> None:
-    """At the second publication: what looks whole is whole, LATEST is written after it, and no other rank
-    goes on. The restart ends with the weights of a training that nobody killed, and nothing besides."""
+    """Killed at the second publication: directories without a suffix are complete, LATEST is written after
+    them, and the other rank ends too. After a restart the weights are those of an undisturbed training."""
     out, root = tmp_path / "out", tmp_path / "out/weights"
     rank, at, whole, newest = KILLS[moment]
     keys: dict[str, Any] = {"publish": publishing(keep=1), "save_every_steps": 3}
@@ -250,8 +250,8 @@ def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, mom
     assert tiny.furthest(published(ranks.alone(None), STEPS), published(out, STEPS)) < 1e-6
 
 
-def test_weights_are_shared_out_and_nothing_else_changes(ranks: Ranks, tmp_path: Path) -> None:
-    """With evaluations and answers, for which weights are brought together where no gradient follows."""
+def test_sharded_training_equals_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    """With evaluations and answers, whose forward passes gather weights without a backward pass."""
     tests = {"lengths": "[512]", "samples": "3", "kinds": '["single"]'}
     more = {
         "seq_len": 1024,
@@ -284,8 +284,8 @@ def test_weights_are_shared_out_and_nothing_else_changes(ranks: Ranks, tmp_path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_shared_weights_go_on_as_if_nothing_had_been(ranks: Ranks, tmp_path: Path, precision: str) -> None:
-    """From its own checkpoint bit for bit, the float32 weights behind those in bf16 too."""
+def test_sharded_training_resumes_bit_for_bit(ranks: Ranks, tmp_path: Path, precision: str) -> None:
+    """Its own checkpoint restores everything, including the float32 weights behind bf16 ones."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     keys: dict[str, Any] = {"precision": precision, "holdout": 0.2, "eval_every_steps": 1}
     ranks.done(2, whole, sharded="fsdp2", **keys)
@@ -296,10 +296,10 @@ def test_shared_weights_go_on_as_if_nothing_had_been(ranks: Ranks, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("fsdp2", None), ("fsdp2", LORA), ("offload", None)])
-def test_any_kind_goes_on_from_a_checkpoint_of_another(
+def test_checkpoints_are_portable_between_backends(
     ranks: Ranks, tmp_path: Path, kind: Kind, lora: str | None
 ) -> None:
-    """Shared out, one process, shared out again, two copies: weights and moments are the same in all."""
+    """FSDP2, one process, FSDP2 again, DDP: weights and moments carry over."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     keys: dict[str, Any] = {"lora": lora, "rows_per_step": 4, "weight_decay": 0.5}
     ranks.done(1, alone, max_steps=4, **keys)
@@ -311,8 +311,8 @@ def test_any_kind_goes_on_from_a_checkpoint_of_another(
         assert tiny.furthest(adapters(alone), adapters(out)) < 1e-5
 
 
-def test_steps_that_are_not_finite_are_left_out_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
-    """And counted: here all behind the first, whose rate is absurd."""
+def test_steps_that_are_not_finite_are_skipped_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """And counted: here all after the first, whose learning rate is absurd."""
     out = ranks.done(2, tmp_path / "out", sharded="fsdp2", learning_rate=1e30)
 
     assert [0, *range(1, STEPS)] == [line["skipped"] for line in lines(out)]
@@ -320,8 +320,8 @@ def test_steps_that_are_not_finite_are_left_out_by_all_ranks(ranks: Ranks, tmp_p
 
 
 @pytest.mark.parametrize("kind", [None, "fsdp2"])
-def test_what_is_for_pictures_alone_stays_as_it_is(ranks: Ranks, tmp_path: Path, kind: Kind | None) -> None:
-    """It gets no gradient, which DDP would wait for; FSDP2 is not told of layers that are not there."""
+def test_image_towers_stay_unchanged(ranks: Ranks, tmp_path: Path, kind: Kind | None) -> None:
+    """They are frozen, because DDP would wait for their gradients; FSDP2 only wraps layers that exist."""
     base, out, alone = tmp_path / "base", tmp_path / "out", tmp_path / "alone"
     tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
@@ -347,7 +347,7 @@ def test_what_is_for_pictures_alone_stays_as_it_is(ranks: Ranks, tmp_path: Path,
 
 
 def test_ranks_that_do_not_share_a_folder_are_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """Each would go on from its own checkpoint, and their weights would drift apart without a word."""
+    """Each would resume from its own checkpoint, and their weights would silently diverge."""
     ranks.done(2, tmp_path / "out{rank}", max_steps=2)
     codes = ranks.run(2, tmp_path / "out{rank}", max_steps=4)
 

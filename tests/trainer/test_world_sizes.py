@@ -1,4 +1,4 @@
-"""A training that goes on with another number of ranks than it was begun with."""
+"""A training that resumes with a different number of ranks."""
 
 import sys
 from pathlib import Path
@@ -13,9 +13,9 @@ from tests.trainer.test_loop import run_ranks
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(180)]
 
 
-def test_two_ranks_go_on_where_one_was_and_one_where_two_were(tmp_path: Path) -> None:
-    """Two steps by one rank, two by two, the rest by one: each step has the samples that it has in a training
-    by one rank alone, and the weights are those, but for the order in which sums are rounded."""
+def test_the_number_of_ranks_may_change_between_runs(tmp_path: Path) -> None:
+    """Two steps by one rank, two by two ranks, the rest by one: each step has the samples of a training by
+    one rank alone, and the weights are equal up to rounding."""
     tiny.write_model(tmp_path / "base")
     run, out, alone = write_run(tmp_path / "run", range(40)), tmp_path / "out", tmp_path / "alone"
 
