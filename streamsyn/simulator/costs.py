@@ -162,7 +162,7 @@ H100: Final = CostModel(
     max_prefill_tokens=16_384,
     chunked_prefill_size=8_192,
 )
-"""One H100 80GB with Llama-3.1-8B in bf16 under SGLang: roofline, set against published figures.
+"""One H100 80GB with Llama-3.1-8B in bf16 under SGLang: roofline, compared with published measurements.
 
 Weights of 16.06 GB at 3.35 TB/s make 4.8 ms a step, measured are 6.9 ms. A token's keys and values are
 32 layers * 8 heads * 128 * 2 * 2 bytes = 128 KiB, read at 85 % of that bandwidth. A token costs 16.06 GFLOP:

@@ -163,7 +163,7 @@ class WeightRoutes:
         weights = self._weights
         await asyncio.sleep(self._load_s)
         if not await asyncio.to_thread((Path(path) / "config.json").is_file):
-            return _updated(f"Failed to get weights iterator: {path} is no model.", good=False)
+            return _updated(f"Failed to get weights iterator: {path} is not a model directory.", good=False)
         weights.change(path, version)
         if flush and weights.mode == "in_place" and weights.busy:
             return _updated(NOT_FLUSHED, good=False)

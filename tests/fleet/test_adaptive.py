@@ -1,4 +1,4 @@
-"""The adaptive cap, against a made-up server: it finds the level, keeps it, gives way, and comes back."""
+"""The adaptive cap against a fake server: it finds the level, keeps it, shrinks and recovers."""
 
 from dataclasses import dataclass, field
 
@@ -43,7 +43,7 @@ def _with(load: Load, **figures: float) -> Load:
 
 @pytest.mark.parametrize("batch", [4, 32, 256, 1000])
 def test_it_finds_the_batch_and_keeps_a_short_queue(batch: int) -> None:
-    """Within half a minute, whatever the server can take; from then on it hardly moves."""
+    """The cap reaches the batch size within half a minute and then hardly changes."""
     server = MadeUp(AdaptiveLimiter(), batch)
     for _ in range(120):
         server.tick()
@@ -55,7 +55,7 @@ def test_it_finds_the_batch_and_keeps_a_short_queue(batch: int) -> None:
 
 
 def test_it_never_grows_by_failures() -> None:
-    """Requests that fail at once leave the server idle, which looks like room: it is none."""
+    """Requests that fail at once leave the server idle; that must not raise the cap."""
     limiter = AdaptiveLimiter()
     for second in range(60):
         limiter.in_flight = limiter.cap
@@ -65,7 +65,7 @@ def test_it_never_grows_by_failures() -> None:
 
 
 def test_it_does_not_grow_when_nothing_presses() -> None:
-    """A cap that no request comes up against has no reason to move."""
+    """A cap that is never reached does not change."""
     limiter = AdaptiveLimiter()
     for second in range(60):
         limiter.in_flight = 3
@@ -74,7 +74,7 @@ def test_it_does_not_grow_when_nothing_presses() -> None:
 
 
 def test_a_full_queue_lowers_it_once() -> None:
-    """However many requests come back from one full queue; it recovers after."""
+    """Many refusals from one full queue lower the cap once; it recovers later."""
     server = MadeUp(AdaptiveLimiter(), 100)
     for _ in range(30):
         server.tick()
@@ -90,7 +90,7 @@ def test_a_full_queue_lowers_it_once() -> None:
 
 
 def test_a_retraction_lowers_it_and_stops_growth() -> None:
-    """The KV pool was too small for what ran: less of it, and no more for a while."""
+    """The KV pool was too small: the cap shrinks and does not grow for a while."""
     server = MadeUp(AdaptiveLimiter(), 200)
     for _ in range(30):
         server.tick()
@@ -104,7 +104,7 @@ def test_a_retraction_lowers_it_and_stops_growth() -> None:
 
 
 def test_pressure_on_the_pool_stops_growth() -> None:
-    """What runs still grows: with the KV pool nearly full nothing is added, though nothing waits."""
+    """With the KV pool nearly full the cap does not grow, even without a queue."""
     server = MadeUp(AdaptiveLimiter(), 10_000)
     for _ in range(60):
         server.tick(token_usage=0.95)
@@ -112,8 +112,8 @@ def test_pressure_on_the_pool_stops_growth() -> None:
 
 
 @pytest.mark.parametrize("batch", [16, 128])
-def test_without_readings_it_goes_by_the_answers(batch: int) -> None:
-    """More in flight as long as that brings more tokens a second; less when answers only get slower."""
+def test_without_readings_it_follows_the_answers(batch: int) -> None:
+    """The cap grows while tokens/s grow, and shrinks when answers only get slower."""
     server = MadeUp(AdaptiveLimiter(), batch)
     for _ in range(600):
         server.tick(loads=False)
@@ -122,8 +122,8 @@ def test_without_readings_it_goes_by_the_answers(batch: int) -> None:
     assert max(late) <= 2 * batch
 
 
-def test_stale_readings_are_none() -> None:
-    """A server that repeats itself, stamp and all, has stopped saying anything."""
+def test_stale_readings_are_ignored() -> None:
+    """Readings with the same time stamp count as missing."""
     limiter = AdaptiveLimiter()
     for second in range(60):
         limiter.in_flight = limiter.cap
@@ -131,8 +131,8 @@ def test_stale_readings_are_none() -> None:
     assert 2 * START >= limiter.cap
 
 
-def test_a_server_that_is_back_starts_small() -> None:
-    """What was known of it may be wrong, and its cache is cold."""
+def test_a_readmitted_server_starts_small() -> None:
+    """After readmission the cap starts low: the server may have changed, and its cache is cold."""
     server = MadeUp(AdaptiveLimiter(slow_start_s=10.0), 500)
     for _ in range(30):
         server.tick()

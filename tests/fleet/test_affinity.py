@@ -21,21 +21,21 @@ def servers(*weights: float, cap: int = 64) -> list[Server]:
 
 @given(st.integers(1, 12), st.integers(1, 300))
 def test_no_server_has_many_more_groups_than_its_share(number: int, groups: int) -> None:
-    """At most the factor times its share, or one more than that where groups are few."""
+    """At most the factor times its share, or one more where groups are few."""
     fleet, affinity = servers(*[1.0] * number), Affinity(1.25, lambda: 0.0)
     found = Counter(affinity.server_for(f"group {index}", fleet).url for index in range(groups))
     assert max(found.values()) <= max(1.25 * groups / number, groups / number + 1)
 
 
 def test_weights_shift_groups() -> None:
-    """A server of three times the weight is home to about three times as many."""
+    """A server of three times the weight gets about three times as many groups."""
     fleet, affinity = servers(3, 1, 1, 1), Affinity(1.25, lambda: 0.0)
     found = Counter(affinity.server_for(f"group {index}", fleet).url for index in range(600))
     assert 0.4 <= found[fleet[0].url] / 600 <= 0.63
 
 
 def test_the_same_groups_go_to_the_same_servers_in_every_process() -> None:
-    """Placement goes by a hash that no interpreter changes, so a restarted run finds warm caches."""
+    """The hash does not depend on the process, so a restarted run finds warm caches."""
     fleet, affinity = servers(1, 1, 1, 1), Affinity(1.25, lambda: 0.0)
     found = [affinity.server_for(f"group {index}", fleet).url[-7] for index in range(12)]
     again = [Affinity(1.25, lambda: 0.0).server_for("group 0", servers(1, 1, 1, 1)).url[-7] for _ in range(3)]
@@ -43,8 +43,8 @@ def test_the_same_groups_go_to_the_same_servers_in_every_process() -> None:
     assert "".join(found) == "023131023012"
 
 
-def test_a_group_moves_only_when_its_server_is_over_for_long() -> None:
-    """Up to the bound it stays, and beyond it for a while; then it goes, and stays where it went."""
+def test_a_group_moves_only_when_its_server_stays_overloaded() -> None:
+    """It stays up to the bound, and beyond it for `PATIENCE_S`; then it moves once."""
     now = [0.0]
     fleet, affinity = servers(1, 1, 1, 1, cap=1000), Affinity(1.25, lambda: now[0])
     home = affinity.server_for("group", fleet)
@@ -78,8 +78,8 @@ def test_a_hot_group_is_given_more_servers() -> None:
     assert min(server.limiter.in_flight for server in fleet) > 0
 
 
-def test_a_group_leaves_a_server_that_is_not_there() -> None:
-    """And one that has just failed it, as long as there is another."""
+def test_a_group_leaves_an_unusable_server() -> None:
+    """It also avoids a server that has just failed, if there is another."""
     fleet, affinity = servers(1, 1), Affinity(1.25, lambda: 0.0)
     home = affinity.server_for("group", fleet)
     [other] = [server for server in fleet if server is not home]

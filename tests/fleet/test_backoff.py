@@ -1,4 +1,4 @@
-"""When to try again and when to give up."""
+"""Pauses between tries, and when a request gives up."""
 
 from random import Random
 
@@ -31,14 +31,14 @@ def budget(**fleet: float) -> RetryBudget:
     base_s=st.floats(0.001, 10), longest_s=st.floats(0.001, 100), step=st.integers(0, 60), seed=st.integers()
 )
 def test_pauses_are_bounded(base_s: float, longest_s: float, step: int, seed: int) -> None:
-    """From zero to the base doubled at each step, and never above the longest."""
+    """A pause is between zero and the base doubled at each step, at most the longest."""
     pause_s = full_jitter(base_s, longest_s, step, Random(seed))
     assert 0 <= pause_s <= min(longest_s, base_s * 2**step)
     assert 0 <= full_jitter(base_s, longest_s, 10**6, Random(seed)) <= longest_s
 
 
 def test_pauses_spread_over_the_whole_range() -> None:
-    """Full jitter: those that failed together do not come back together."""
+    """Full jitter: requests that failed together are not retried together."""
     rng = Random(0)
     pauses = [full_jitter(1.0, 30.0, 3, rng) for _ in range(1000)]
     assert [True] * 8 == [any(low <= pause < low + 1 for pause in pauses) for low in range(8)]
@@ -46,27 +46,27 @@ def test_pauses_spread_over_the_whole_range() -> None:
 
 @pytest.mark.parametrize("kind", TRIES)
 def test_tries_are_bounded(kind: type[ServerError]) -> None:
-    """After `fleet.max_attempts` of them there is no next one."""
+    """After `fleet.max_attempts` tries a request gives up."""
     spent = budget(max_attempts=3, backoff_base_s=0.5)
     pauses = [spent.pause_after(kind("x"), 0.1) for _ in range(3)]
     assert [False, False, True] == [pause is None for pause in pauses]
 
 
 @pytest.mark.parametrize("kind", FREE)
-def test_what_was_not_asked_costs_no_try(kind: type[ServerError]) -> None:
-    """A full queue and a server that is not there: the wait is for a place, however often it happens."""
+def test_requests_that_were_not_accepted_cost_no_try(kind: type[ServerError]) -> None:
+    """A full queue and an unreachable server cost no try, however often they happen."""
     spent = budget(max_attempts=1)
     assert [0.0] * 1000 == [spent.pause_after(kind("x"), 0.001) for _ in range(1000)]
     assert 0 == spent.tries
 
 
 def test_a_refused_request_is_given_up_at_once() -> None:
-    """Asking again cannot help."""
+    """A retry cannot help."""
     assert budget().pause_after(RequestRefused("x"), 0.1) is None
 
 
 def test_seconds_are_bounded() -> None:
-    """Tries that took too long altogether are the last, however few."""
+    """A request gives up after `fleet.total_timeout_s`, however few its tries."""
     spent = budget(max_attempts=100, total_timeout_s=10, backoff_base_s=0.001)
     pauses = [spent.pause_after(ServerTimeout("x"), 4.0) for _ in range(3)]
     assert [False, False, True] == [pause is None for pause in pauses]

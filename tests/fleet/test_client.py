@@ -1,4 +1,4 @@
-"""One server over HTTP: real sockets, scripted failures, and only our own errors come out."""
+"""The client of one server over real sockets, with scripted failures: only our own errors are raised."""
 
 import asyncio
 import socket
@@ -122,7 +122,7 @@ def closed_port() -> int:
 
 
 async def test_an_answer() -> None:
-    """Everything that the server said of it, and which server that was."""
+    """A completion has all values of the answer, and the server's URL."""
     async with simulated(words=20) as (client, server):
         completion = await client.chat(REQUEST, "any", "r-1")
     assert ("stop", "any", server.url, "default") == (
@@ -149,7 +149,7 @@ WHAT_BECOMES: dict[Fault, type[ServerError]] = {
 }
 
 
-def test_every_fault_is_spoken_of() -> None:
+def test_every_fault_is_covered() -> None:
     """The table of this test knows all faults that the simulator has."""
     assert set(Fault) == WHAT_BECOMES.keys() | BAD_CONTENT
 
@@ -173,14 +173,14 @@ async def test_a_fault_becomes_its_error(fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", sorted(BAD_CONTENT))
 async def test_bad_content_is_an_answer(fault: Fault) -> None:
-    """What the text is worth is not for the client to say."""
+    """The client accepts bad content; checks reject it later."""
     async with simulated([fault]) as (client, server):
         await client.chat(Request(REQUEST.messages, {}), "m", "r-1")
         assert 1 == server.simulation.stats.answered
 
 
-async def test_one_reset_is_forgiven_two_are_not() -> None:
-    """A connection that breaks at once may have been stale: the request goes out once more, no more."""
+async def test_one_reset_is_retried_two_are_an_error() -> None:
+    """A connection that breaks at once may have been stale: the request is sent once more, not twice."""
     async with simulated([Fault.RESET]) as (client, server):
         await client.chat(REQUEST, "m", "r-1")
         assert 2 == server.simulation.stats.requests
@@ -192,7 +192,7 @@ async def test_one_reset_is_forgiven_two_are_not() -> None:
 
 @pytest.mark.parametrize("last", [b"", None])
 async def test_a_stale_connection_costs_nothing(last: bytes | None) -> None:
-    """A kept-alive connection that the server closes is replaced without a word; the request is answered."""
+    """A kept-alive connection that the server closes is replaced, and the request is answered."""
     whole = HEAD % len(ANSWER) + ANSWER
     first = [whole] if last == b"" else [whole, None]  # closed when idle; closed at the next request
     async with raw(first, [whole]) as (client, server):
@@ -203,7 +203,7 @@ async def test_a_stale_connection_costs_nothing(last: bytes | None) -> None:
 
 
 async def test_a_connection_that_breaks_late_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server had the request at work, and would refuse its rid: no second one goes out by itself."""
+    """The server was working on the request and would refuse its rid: it is not sent again."""
     monkeypatch.setattr(transport_module, "_STALE_WITHIN_S", 0.0)
     async with raw([None]) as (client, server):
         with pytest.raises(ServerUnavailable, match="closed the connection"):
@@ -244,7 +244,7 @@ async def until_closed(client: ServerClient) -> None:
     ],
 )
 async def test_nonsense_is_a_broken_response(sent: bytes) -> None:
-    """What is no HTTP, or no answer, becomes our error too."""
+    """Invalid HTTP and invalid answers become BrokenResponse."""
     async with raw([sent, None]) as (client, _):
         with pytest.raises(ServerError) as raised:
             await client.chat(REQUEST, "m", "r-1")
@@ -252,7 +252,7 @@ async def test_nonsense_is_a_broken_response(sent: bytes) -> None:
 
 
 async def test_endless_redirects_are_a_broken_response() -> None:
-    """A server that sends us round in circles is given up."""
+    """A server that redirects in circles raises BrokenResponse."""
     redirect = b"HTTP/1.1 307 Again\r\nLocation: /again\r\nContent-Length: 0\r\n\r\n"
     async with raw([redirect] * 20) as (client, _):
         with pytest.raises(BrokenResponse):
@@ -260,7 +260,7 @@ async def test_endless_redirects_are_a_broken_response() -> None:
 
 
 async def test_half_an_answer_is_a_broken_response() -> None:
-    """A body that is shorter than its Content-Length is not sent for again in silence."""
+    """A body shorter than its Content-Length is an error, not a silent retry."""
     async with raw([HEAD % 1000 + ANSWER]) as (client, server):
         with pytest.raises(BrokenResponse, match="ended its answer early"):
             await client.chat(REQUEST, "m", "r-1")
@@ -268,7 +268,7 @@ async def test_half_an_answer_is_a_broken_response() -> None:
 
 
 async def test_no_answer_in_time() -> None:
-    """The bound is on the whole of it, and stands in the message."""
+    """The timeout covers the whole exchange, and the message has its value."""
     async with simulated([Fault.STALL], request_timeout_s=0.1) as (client, server):
         with pytest.raises(ServerTimeout, match=r"did not answer within 0\.1 s"):
             await client.chat(REQUEST, "m", "r-1")
@@ -287,7 +287,7 @@ def dead(call: str) -> Callable[[ServerClient], Awaitable[object]]:
 
 @pytest.mark.parametrize("call", ["chat", "abort", "models"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
-async def test_nobody_there(call: str, host: str) -> None:
+async def test_an_unreachable_server(call: str, host: str) -> None:
     """A refused connection, and a name that does not exist: the request was never sent."""
     async with client_of(f"http://{host}:{closed_port()}") as client:
         with pytest.raises(ServerUnreachable, match="cannot connect to"):
@@ -295,21 +295,21 @@ async def test_nobody_there(call: str, host: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://", "http://h:99999", "http://[::", "http://a..b:1"])
-async def test_what_is_no_url(url: str) -> None:
-    """It is the user's to mend, and named."""
+async def test_invalid_urls(url: str) -> None:
+    """An invalid URL raises ConfigError with the URL."""
     async with client_of(url) as client:
         with pytest.raises(ConfigError, match="is not a valid URL"):
             await client.chat(REQUEST, "m", "r-1")
 
 
 async def test_models() -> None:
-    """What the server says that it serves."""
+    """The models are those that the server lists."""
     async with simulated(model="small") as (client, _):
         assert ["small"] == await client.models()
 
 
 async def test_the_key_is_sent() -> None:
-    """As a bearer token, everywhere."""
+    """Every request has the bearer token."""
     async with simulated(api_key="sesame", key="sesame") as (client, server):
         assert ["simulated"] == await client.models()
         await client.chat(REQUEST, "m", "r-1")
@@ -319,7 +319,7 @@ async def test_the_key_is_sent() -> None:
 
 @pytest.mark.parametrize("key", [None, "wrong"])
 async def test_a_wrong_key(key: str | None) -> None:
-    """It is the user's to mend: the message names the variable, and not the key."""
+    """ConfigError names the variable, not the key."""
     async with simulated(api_key="sesame", key=key) as (client, server):
         with pytest.raises(ConfigError, match=f"{server.url} .* set STREAMSYN_API_KEY") as raised:
             await client.models()
@@ -328,7 +328,7 @@ async def test_a_wrong_key(key: str | None) -> None:
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_proxy_that_asks_for_a_key_everywhere(status: int) -> None:
-    """Also when /health itself is closed to us."""
+    """A key that is refused on /health raises ConfigError too."""
     refusal = b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status
     async with get_server(refusal) as client:
         with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
@@ -337,14 +337,14 @@ async def test_a_proxy_that_asks_for_a_key_everywhere(status: int) -> None:
 
 @pytest.mark.parametrize("status", [500, 503])
 async def test_a_server_that_is_not_healthy_yet(status: int) -> None:
-    """It is asked again later."""
+    """An unhealthy server raises ServerUnavailable, so it is probed later."""
     async with get_server(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as client:
         with pytest.raises(ServerUnavailable, match=f"/health answered {status}"):
             await client.models()
 
 
 async def test_another_server_than_sglang() -> None:
-    """One without /health is asked for its models all the same."""
+    """A server without /health is asked for its models."""
     models = b'{"data": [{"id": "other"}]}'
     absent = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
     async with get_server(absent, HEAD % len(models) + models) as client:
@@ -373,7 +373,7 @@ async def get_server(*answers: bytes) -> AsyncIterator[ServerClient]:
 
 
 async def test_more_requests_at_once_than_aiohttp_would_allow() -> None:
-    """Nothing but the fleet bounds what is in flight: aiohttp's own limit of 100 is off."""
+    """aiohttp's own limit of 100 connections is off; only the fleet limits requests in flight."""
     async with simulated(lambda _, __: Fault.STALL) as (client, server), asyncio.TaskGroup() as group:
         asked = [group.create_task(client.chat(REQUEST, "m", f"r-{number}")) for number in range(130)]
         await until(lambda: server.simulation.stats.in_flight == 130)
@@ -383,7 +383,7 @@ async def test_more_requests_at_once_than_aiohttp_would_allow() -> None:
 
 
 async def test_an_abort_by_rid() -> None:
-    """The one with that rid ends, with what it had; the others go on."""
+    """The request with that rid ends with its partial text; others continue."""
     async with simulated([Fault.STALL, Fault.STALL]) as (client, server), asyncio.TaskGroup() as group:
         first = group.create_task(ended(client, "r-1"))
         second = group.create_task(ended(client, "r-2"))
@@ -407,7 +407,7 @@ async def ended(client: ServerClient, rid: str) -> str:
 
 @pytest.mark.parametrize("fault", [None, Fault.HTTP_500, Fault.REFUSE])
 async def test_the_first_token_is_that_of_an_answer(fault: Fault | None) -> None:
-    """A leader that is refused has brought nothing into the cache."""
+    """A refused leader has not warmed the cache, so the callback is not called."""
     told = []
     async with simulated([fault]) as (client, _):
         try:

@@ -1,4 +1,4 @@
-"""Which servers are wanted while a file and a name change."""
+"""Service discovery: the wanted servers while a file and a DNS name change."""
 
 import asyncio
 import os
@@ -82,7 +82,7 @@ specs = st.lists(
 
 @given(specs, specs)
 def test_changes_lead_from_one_set_to_the_other(before: list[ServerSpec], wanted: list[ServerSpec]) -> None:
-    """And name nothing that stays as it is."""
+    """Applying the changes gives the wanted set; unchanged servers are not listed."""
     found = changes(before, wanted)
 
     servers = {spec.url: spec for spec in before}
@@ -98,7 +98,7 @@ def test_changes_lead_from_one_set_to_the_other(before: list[ServerSpec], wanted
 
 
 async def test_only_what_is_configured() -> None:
-    """Nothing can change: there is nothing to watch."""
+    """Without a file or a DNS name, `watch` returns at once."""
     found = discovery(servers=("http://one:1",))
 
     assert [ONE] == await found.first()
@@ -111,7 +111,7 @@ async def _never(wanted: list[ServerSpec]) -> None:
 
 
 async def test_servers_come_go_and_drain(path: Path) -> None:
-    """Each new set is told of as a whole."""
+    """Each change reports the complete new set."""
     found = discovery(path, servers=("http://three:1",))
     told: asyncio.Queue[list[ServerSpec]] = asyncio.Queue()
 
@@ -126,8 +126,8 @@ async def test_servers_come_go_and_drain(path: Path) -> None:
     assert told.empty()
 
 
-async def test_a_change_is_told_once(path: Path) -> None:
-    """Neither an unchanged file nor one that says the same in another way is news."""
+async def test_a_change_is_reported_once(path: Path) -> None:
+    """An unchanged file, or one with the same servers in other words, is not a change."""
     found = discovery(path)
     await found.first()
 
@@ -139,8 +139,8 @@ async def test_a_change_is_told_once(path: Path) -> None:
     assert await found.refresh() is None
 
 
-async def test_the_order_of_lines_says_nothing(path: Path) -> None:
-    """A set is a set."""
+async def test_the_order_of_lines_does_not_matter(path: Path) -> None:
+    """Reordered lines are not a change."""
     write(path, "http://one:1\nhttp://two:1\n")
     found = discovery(path)
     await found.first()
@@ -150,7 +150,7 @@ async def test_the_order_of_lines_says_nothing(path: Path) -> None:
 
 
 async def test_two_changes_in_the_same_instant(path: Path) -> None:
-    """Of the same length, in place: the file's times and size may not show the second one."""
+    """A second change of the same length may not show in the file's times and size; it is found anyway."""
     found = discovery(path)
     await found.first()
     write_unnoticed(path, "http://two:1\n")
@@ -171,7 +171,7 @@ async def test_two_changes_in_the_same_instant(path: Path) -> None:
     ],
 )
 async def test_a_file_that_goes_wrong(path: Path, content: bytes | None, said: str) -> None:
-    """At the start it is the user's to mend; later it is logged once, and the last good set stays."""
+    """At the start it raises ConfigError; later it is logged once, and the last good set stays."""
     found = discovery(path)
     assert [ONE] == await found.first()
     write(path, content)
@@ -190,7 +190,7 @@ async def test_a_file_that_goes_wrong(path: Path, content: bytes | None, said: s
 
 
 async def test_a_file_that_is_empty_at_the_start(path: Path) -> None:
-    """Other servers will do; the first of its own joins them later."""
+    """The run starts with other servers; those of the file join later."""
     write(path, "")
     found = discovery(path, servers=("http://two:1",))
     with capture_logs() as logs:
@@ -201,8 +201,8 @@ async def test_a_file_that_is_empty_at_the_start(path: Path) -> None:
     assert [TWO, ONE] == await found.refresh()
 
 
-async def test_what_is_no_file(tmp_path: Path) -> None:
-    """A directory, and a pipe, which nobody may ever write to."""
+async def test_directories_and_pipes(tmp_path: Path) -> None:
+    """A directory or a pipe is refused; opening a pipe could block for ever."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (tmp_path, pipe):
@@ -212,14 +212,14 @@ async def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 async def test_a_byte_order_mark(path: Path) -> None:
-    """Some editors write one."""
+    """A byte order mark is skipped."""
     write(path, b"\xef\xbb\xbfhttp://one:1\r\n")
 
     assert [ONE] == await discovery(path).first()
 
 
-async def test_one_server_an_address() -> None:
-    """As many as the name has just now; the name is kept for certificates."""
+async def test_one_server_per_address() -> None:
+    """There is one server per address; the name is kept for certificates."""
     names = Names("10.0.0.2", "10.0.0.1", "10.0.0.2")
     found = discovery(names=names, servers_dns="https://Pods.svc:30000/v1/")
 
@@ -244,26 +244,26 @@ async def test_one_server_an_address() -> None:
     ],
 )
 def test_addresses_in_urls(url: str, address: str, expected: str) -> None:
-    """The address stands for the name, and nothing else changes."""
+    """The address replaces the host name; the rest of the URL is unchanged."""
     assert [ServerSpec(expected, server_name="pods")] == servers_at_addresses(url, [address])
 
 
 def test_an_address_for_a_name() -> None:
-    """There is no name then."""
+    """With an address as host there is no server name."""
     assert [ServerSpec("http://[::1]:1")] == servers_at_addresses("http://[::1]:1", ["::1"])
 
 
 @pytest.mark.parametrize(("url", "port"), [("http://pods", 80), ("https://pods", 443)])
 async def test_the_port_of_the_scheme(url: str, port: int) -> None:
-    """It is what is looked up when the URL has none."""
+    """The default port of the scheme is resolved if the URL has none."""
     names = Names("10.0.0.1")
     await discovery(names=names, servers_dns=url).first()
 
     assert [("pods", port)] == names.asked
 
 
-async def test_a_name_that_is_lost() -> None:
-    """The last addresses stay; it is said once each time."""
+async def test_a_name_that_no_longer_resolves() -> None:
+    """The last addresses stay in use; each failure is logged once."""
     names = Names("10.0.0.1")
     found = discovery(names=names)
     await found.first()
@@ -278,7 +278,7 @@ async def test_a_name_that_is_lost() -> None:
 
 
 async def test_a_name_without_addresses_at_the_start() -> None:
-    """An error, unless there are other servers; then its own may come later."""
+    """It is an error, unless there are other servers."""
     names = Names()
     with pytest.raises(ConfigError, match=r"fleet\.servers_dns: cannot resolve pods: Name or service"):
         await discovery(names=names).first()
@@ -290,7 +290,7 @@ async def test_a_name_without_addresses_at_the_start() -> None:
 
 
 async def test_names_of_this_machine() -> None:
-    """The system's resolver: a name that it has, and one that no resolver has."""
+    """The system's resolver finds localhost, and not nowhere.invalid."""
     async with asyncio.timeout(20):
         servers = await Discovery(FleetSection(servers_dns="http://localhost:1"), {}).first()
         with pytest.raises(ConfigError, match=r"cannot resolve nowhere\.invalid"):
@@ -301,7 +301,7 @@ async def test_names_of_this_machine() -> None:
 
 
 async def test_one_server_in_several_places(path: Path) -> None:
-    """It is one; a line of the file can drain it, and lose nothing that the others say of it."""
+    """It is one server; a line of the file can drain it and keeps its other settings."""
     configured = {"url": "http://one:1", "weight": 3, "key_env": "ONE_KEY"}
     write(path, "http://one:1 drain\nhttp://10.0.0.1:1 weight=2\n")
     found = discovery(path, Names("10.0.0.1"), servers=(configured,), environ={"ONE_KEY": "geese"})
@@ -318,7 +318,7 @@ async def test_one_server_in_several_places(path: Path) -> None:
 
 
 async def test_keys_that_are_not_set() -> None:
-    """It is found out before anything is sent."""
+    """A missing key raises ConfigError before anything is sent."""
     configured = {"url": "http://one:1", "key_env": "ONE_KEY"}
     with pytest.raises(ConfigError, match=r"key_env of http://one:1: .* ONE_KEY is not set"):
         await discovery(servers=(configured,)).first()

@@ -1,4 +1,4 @@
-"""Many servers as one: every request ends, whatever befalls the servers, and nothing is left behind."""
+"""The fleet: every request ends, whatever happens to the servers, and nothing is left running."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -132,7 +132,7 @@ HARMFUL = sorted(set(Fault) - BAD_CONTENT - {Fault.REFUSE})
 
 @pytest.mark.parametrize("fault", HARMFUL)
 async def test_a_request_survives(fault: Fault) -> None:
-    """Whatever goes wrong at each server at first: the request is answered, and its tries are told."""
+    """After any fault at each server the request is answered, and its tries are recorded."""
     attempts: list[Attempt] = []
     async with simulators() as simulated:
         servers = [await simulated.start([fault, fault]) for _ in range(2)]
@@ -151,7 +151,7 @@ async def test_a_request_survives(fault: Fault) -> None:
 
 
 async def test_a_mix_of_faults() -> None:
-    """Three servers that fail every other request: all requests are answered, on whichever server."""
+    """With three servers that fail every other request, all requests are answered."""
     rates = dict.fromkeys(("http_500", "reset", "cut_body", "bad_json", "error_in_200", "aborted"), 0.08)
     async with simulators() as simulated:
         urls = [(await simulated.start(faults=rates, seed=seed)).url for seed in range(3)]
@@ -160,7 +160,7 @@ async def test_a_mix_of_faults() -> None:
 
 
 async def test_one_of_two_dies_and_comes_back() -> None:
-    """The other answers everything; the dead one is ejected, probed, and has its share again when back."""
+    """The other answers everything; the dead one is ejected, probed, readmitted, and gets its share again."""
     async with simulators() as simulated:
         dying, other = await simulated.start(), await simulated.start()
         async with fleet_of(dying.url, other.url, max_in_flight=4) as fleet:
@@ -176,7 +176,7 @@ async def test_one_of_two_dies_and_comes_back() -> None:
 
 
 async def test_a_server_that_dies_with_requests_in_flight() -> None:
-    """They are asked again elsewhere."""
+    """They are retried at the other server."""
     async with simulators() as simulated:
         dying, other = await simulated.start(die_after=3, latency_ms=10_000), await simulated.start()
         async with fleet_of(dying.url, other.url, max_in_flight=50) as fleet:
@@ -185,7 +185,7 @@ async def test_a_server_that_dies_with_requests_in_flight() -> None:
 
 
 async def test_a_full_queue_is_waited_for() -> None:
-    """It costs no try: with a single one allowed, all are answered, and none tells of a failure."""
+    """It costs no try: with one try allowed, all are answered without a recorded failure."""
     async with simulators() as simulated:
         server = await simulated.start(slots=1, queue_limit=1, latency_ms=10)
         tries: list[list[Attempt]] = [[] for _ in range(8)]
@@ -198,7 +198,7 @@ async def test_a_full_queue_is_waited_for() -> None:
 
 
 async def test_queues_that_stay_full_are_not_waited_for_for_ever() -> None:
-    """When nothing was accepted for longer than any request may take, the fleet counts as gone."""
+    """If no request was accepted for longer than one may take, the run gives up."""
     gone = asyncio.Event()
     async with simulators() as simulated:
         server = await simulated.start(faults={Fault.QUEUE_FULL: 1.0})
@@ -212,8 +212,8 @@ async def test_queues_that_stay_full_are_not_waited_for_for_ever() -> None:
             asked.cancel()
 
 
-async def test_a_drain_lets_nobody_wait() -> None:
-    """Who has no place when the run drains gives up at once; who is in flight is answered."""
+async def test_a_drain_ends_all_waits() -> None:
+    """Waiting requests fail at once; requests in flight are answered."""
     async with simulators() as simulated:
         server = await simulated.start(latency_ms=200)
         async with fleet_of(server.url, max_in_flight=1) as fleet, asyncio.TaskGroup() as group:
@@ -236,7 +236,7 @@ async def _stopped(fleet: Fleet) -> bool:
 
 
 async def test_a_key_that_no_header_can_hold() -> None:
-    """It is the user's to mend, before anything is sent."""
+    """ConfigError is raised before anything is sent."""
     with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
         async with open_fleet(
             FleetSection(servers=("http://one:1",)), lambda: None, {"STREAMSYN_API_KEY": "a\nb"}
@@ -245,7 +245,7 @@ async def test_a_key_that_no_header_can_hold() -> None:
 
 
 async def test_a_refused_request_is_tried_once() -> None:
-    """No other server is bothered with it, and the one that said so is as good as before."""
+    """It is not sent to another server, and the server stays in use."""
     attempts: list[Attempt] = []
     async with simulators() as simulated:
         servers = [await simulated.start([Fault.REFUSE]) for _ in range(2)]
@@ -267,7 +267,7 @@ async def test_a_refused_request_is_tried_once() -> None:
     ],
 )
 async def test_tries_come_to_an_end(fault: Fault, kind: type[ServerError]) -> None:
-    """After `fleet.max_attempts` the last failure comes out, and each try is told."""
+    """After `fleet.max_attempts` the last failure is raised, and each try is recorded."""
     attempts: list[Attempt] = []
     timeout_s = 0.05 if fault is Fault.STALL else 5.0
     async with simulators() as simulated:
@@ -279,8 +279,8 @@ async def test_tries_come_to_an_end(fault: Fault, kind: type[ServerError]) -> No
     assert [kind.__name__] * 3 == [str(attempt.error).partition(":")[0] for attempt in attempts]
 
 
-async def test_a_broken_answer_ejects_nobody() -> None:
-    """A server that answers is alive, whatever it says."""
+async def test_a_broken_answer_does_not_eject() -> None:
+    """A server that sends invalid answers is alive, so it is not ejected."""
     async with simulators() as simulated:
         server = await simulated.start([Fault.BAD_JSON, Fault.ABORTED, Fault.CUT_BODY])
         async with fleet_of(server.url, eject_after=1) as fleet:
@@ -290,7 +290,7 @@ async def test_a_broken_answer_ejects_nobody() -> None:
 
 
 async def test_a_timeout_aborts_at_the_server() -> None:
-    """By the rid of that try; the next one has another rid of the same width, so no abort meets two."""
+    """The abort names the rid of that try; all rids have one length, so it matches one request only."""
     rids = Rids(stalled=2)
     async with simulators() as simulated:
         server = await simulated.start(rids.script)
@@ -304,7 +304,7 @@ async def test_a_timeout_aborts_at_the_server() -> None:
 
 
 async def test_a_cancelled_request_is_aborted_at_the_server() -> None:
-    """Whoever asked has left: the server must not go on for nobody."""
+    """A cancelled request must not go on running at its server."""
     rids = Rids(stalled=1)
     async with simulators() as simulated:
         server = await simulated.start(rids.script)
@@ -323,7 +323,7 @@ class Stop(Exception):
 
 
 async def test_what_is_in_flight_is_aborted_when_the_fleet_closes_early() -> None:
-    """Also when it is an error that closes it: the servers are told before the connections go."""
+    """Aborts are sent before the connections close, also after an error."""
     rids = Rids(stalled=9)
     async with simulators() as simulated:
         server = await simulated.start(rids.script)
@@ -342,8 +342,8 @@ async def test_what_is_in_flight_is_aborted_when_the_fleet_closes_early() -> Non
     assert sorted(rids.asked) == sorted(rids.aborted)
 
 
-async def test_a_fleet_that_is_gone_says_so() -> None:
-    """When no server was usable for `fleet.give_up_s`; the request still waits, nobody rejects it."""
+async def test_a_fleet_that_is_gone() -> None:
+    """`on_gone` is called after `fleet.give_up_s`; the request still waits and is not rejected."""
     gone = asyncio.Event()
     async with simulators() as simulated:
         servers = [await simulated.start() for _ in range(2)]
@@ -361,7 +361,7 @@ async def test_a_fleet_that_is_gone_says_so() -> None:
 
 
 async def test_a_fleet_that_comes_back_in_time() -> None:
-    """A request outlives it, with a single try allowed: a server that is not there was never asked."""
+    """A request survives the outage with one try allowed: an unreachable server costs none."""
     calls: list[str] = []
     attempts: list[Attempt] = []
     async with simulators() as simulated:
@@ -397,7 +397,7 @@ async def test_a_server_that_comes_back_with_another_model_stays_out() -> None:
 
 
 async def test_the_model_that_all_serve() -> None:
-    """Nobody needs to name it."""
+    """It need not be configured."""
     async with simulators() as simulated:
         urls = [(await simulated.start(model="small")).url for _ in range(3)]
         async with fleet_of(*urls) as fleet:
@@ -417,7 +417,7 @@ async def test_servers_that_disagree() -> None:
 
 
 async def test_a_model_that_is_not_served() -> None:
-    """The message names the key, the server and what it has; a model that is served is taken."""
+    """The message names the key, the server and its models; a served model is accepted."""
     async with simulators() as simulated:
         server = await simulated.start(model="small")
         async with opened(server.url, model="large") as fleet:
@@ -428,7 +428,7 @@ async def test_a_model_that_is_not_served() -> None:
 
 
 async def test_a_key_that_is_not_accepted() -> None:
-    """It is the user's to mend, at the start; with the key all goes well."""
+    """It raises ConfigError at the start; with the key all works."""
     async with simulators() as simulated:
         server = await simulated.start(api_key="sesame")
         with pytest.raises(BaseExceptionGroup) as raised:
@@ -441,8 +441,8 @@ async def test_a_key_that_is_not_accepted() -> None:
             await ask(fleet)
 
 
-async def test_no_server_comes_up() -> None:
-    """It is waited for, as long as `fleet.give_up_s` says."""
+async def test_no_healthy_server() -> None:
+    """The start waits for a server for `fleet.give_up_s`."""
     async with simulators() as simulated:
         server = await simulated.start()
         await simulated.stop(server.url)
@@ -452,7 +452,7 @@ async def test_no_server_comes_up() -> None:
 
 
 async def test_servers_that_come_up_late() -> None:
-    """The first one is waited for; one that comes later joins."""
+    """The start waits for the first one; a later one joins."""
     async with simulators() as simulated:
         ports = [await simulated.stop((await simulated.start()).url) for _ in range(2)]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
@@ -469,7 +469,7 @@ async def test_servers_that_come_up_late() -> None:
 
 
 async def test_the_cap_of_each_server_is_kept() -> None:
-    """As many as it says are in flight, never more; and all servers have the same share."""
+    """Requests in flight reach the cap and never exceed it; all servers get the same share."""
     async with simulators() as simulated:
         servers = [await simulated.start(latency_ms=30) for _ in range(3)]
         async with fleet_of(*(server.url for server in servers), max_in_flight=4) as fleet:
@@ -481,7 +481,7 @@ async def test_the_cap_of_each_server_is_kept() -> None:
 
 
 async def test_one_at_a_time_still_uses_all_servers() -> None:
-    """With nothing else to choose by, they take turns."""
+    """With equal load, servers take turns."""
     async with simulators() as simulated:
         servers = [await simulated.start() for _ in range(3)]
         async with fleet_of(*(server.url for server in servers)) as fleet:
@@ -491,7 +491,7 @@ async def test_one_at_a_time_still_uses_all_servers() -> None:
 
 
 async def test_urls_as_people_write_them() -> None:
-    """With a slash, with /v1 behind it, twice: one server."""
+    """A trailing slash, a trailing /v1 and duplicates give one server."""
     async with opened("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/v1/") as fleet:
         assert ["http://one:1", "https://two:2"] == [server.url for server in fleet.servers]
 
@@ -506,14 +506,14 @@ async def test_urls_as_people_write_them() -> None:
     ],
 )
 async def test_no_usable_server_is_given(urls: tuple[str, ...], said: str) -> None:
-    """The message says what to do, or what is wrong."""
+    """The message says what is wrong, or what to do."""
     with pytest.raises(ConfigError, match=said):
         async with opened(*urls):
             pass
 
 
 async def test_a_fleet_that_answers_probes_and_nothing_else_is_gone() -> None:
-    """Servers that are healthy but fail each request must not use up seed after seed for ever."""
+    """Servers that answer probes but fail each request end the run, and do not use up all seeds."""
     gone = asyncio.Event()
     async with simulators() as simulated:
         server = await simulated.start(faults={Fault.HTTP_500: 1.0})

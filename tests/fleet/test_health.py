@@ -1,4 +1,4 @@
-"""In or ejected: a plain state machine."""
+"""Whether a server is ejected: a state machine."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,14 +7,14 @@ from streamsyn.fleet.health import Health
 
 
 def test_failures_in_a_row_eject() -> None:
-    """The last one of them says so, once."""
+    """The last failure in the row ejects the server, once."""
     health = Health(eject_after=3)
     assert [False, False, True, False] == [health.failed() for _ in range(4)]
     assert health.ejected
 
 
 def test_an_answer_ends_the_row() -> None:
-    """Failures with answers in between do not add up."""
+    """An answer resets the count of failures."""
     health = Health(eject_after=2)
     for _ in range(5):
         assert not health.failed()
@@ -22,15 +22,15 @@ def test_an_answer_ends_the_row() -> None:
     assert not health.ejected
 
 
-def test_a_server_that_is_not_there_is_ejected_at_once() -> None:
-    """A connection that cannot be made needs no second opinion."""
+def test_an_unreachable_server_is_ejected_at_once() -> None:
+    """One failed connection ejects the server."""
     health = Health(eject_after=3)
     assert health.failed(reachable=False)
     assert not health.failed(reachable=False)
 
 
 def test_a_late_answer_does_not_readmit() -> None:
-    """Only a probe does: an answer may have been on its way when the server died."""
+    """Only a probe readmits: an answer may have been sent before the server died."""
     health = Health(eject_after=1)
     health.failed()
     health.answered()
@@ -38,7 +38,7 @@ def test_a_late_answer_does_not_readmit() -> None:
 
 
 def test_a_readmitted_server_begins_anew() -> None:
-    """What it did before it was ejected is forgotten."""
+    """Failures from before the ejection do not count."""
     health = Health(eject_after=2)
     health.failed()
     health.failed()
@@ -49,7 +49,7 @@ def test_a_readmitted_server_begins_anew() -> None:
 
 @given(eject_after=st.integers(1, 5), events=st.lists(st.sampled_from(["answered", "failed", "readmit"])))
 def test_ejections_and_readmissions_alternate(eject_after: int, events: list[str]) -> None:
-    """A server is said to be ejected just when it was in: so one probe runs at a time."""
+    """Ejection and readmission alternate, so that one probe runs at a time."""
     health, is_in = Health(eject_after), True
     for event in events:
         if event == "failed":

@@ -1,4 +1,4 @@
-"""The cap of a server and its holds: a plain state machine."""
+"""The fixed cap of a server and its holds."""
 
 from itertools import pairwise
 

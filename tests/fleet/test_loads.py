@@ -1,4 +1,4 @@
-"""Readings of a server's load, in the shape of SGLang 0.5.23."""
+"""Load metrics in the form of SGLang 0.5.23."""
 
 import orjson
 import pytest

@@ -1,4 +1,4 @@
-"""Scored requests: what is sent to a server, what is made of its answer, and servers that cannot."""
+"""Scored requests: what is sent, how the answer is read, and servers that cannot score."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -75,7 +75,7 @@ async def scored(answers: Routes, request: Request = REQUEST) -> tuple[Any, Cann
 
 
 async def test_ids_go_back_to_the_server_that_made_them() -> None:
-    """Messages as for a chat request, the answer without special tokens, logprobs of it alone."""
+    """Messages are tokenized as for chat, the answer without special tokens; it alone has logprobs."""
     completion, server = await scored(scored_as())
 
     group = {"X-SMG-Routing-Key": "group"}
@@ -178,7 +178,7 @@ async def simulator(script: Script = (), **config: Any) -> AsyncIterator[Running
 
 
 async def test_a_fleet_scores_and_answers_at_one_server() -> None:
-    """A group is at home at one server: the second request finds its prefix there, and so does a chat."""
+    """A group stays at one server: its second request finds the prefix there, and so does a chat request."""
     async with simulator() as one, simulator() as two, fleet_of(one.url, two.url) as fleet:
         attempts: list[Attempt] = []
         first = await fleet.complete(REQUEST, attempts)
@@ -209,7 +209,7 @@ async def test_a_failed_scoring_is_tried_again_elsewhere() -> None:
 
 
 async def test_a_scoring_that_is_late_is_aborted_by_its_rid() -> None:
-    """A prefill that hangs is dropped at its server, and asked for again."""
+    """A prefill that hangs is aborted at its server, and retried."""
     rids: list[str] = []
 
     def stall_once(_: int, body: dict[str, Any]) -> Fault | None:
@@ -225,8 +225,8 @@ async def test_a_scoring_that_is_late_is_aborted_by_its_rid() -> None:
     assert 2 == len(set(rids))
 
 
-async def test_the_start_tells_what_cannot_score() -> None:
-    """A server of another kind is named before anything is asked of it; the simulator passes."""
+async def test_the_start_names_servers_that_cannot_score() -> None:
+    """A server that cannot score is named at the start; the simulator can."""
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "simulated"}]})
@@ -247,13 +247,13 @@ async def test_the_start_tells_what_cannot_score() -> None:
 
 
 async def test_a_server_that_is_merely_unwell_is_not_refused() -> None:
-    """A failure at the start says nothing of what a server can."""
+    """A server that fails now may be able to score."""
     async with simulator([Fault.HTTP_500]) as server, fleet_of(server.url) as fleet:
         await fleet.check_scores("simulated")
 
 
 async def test_the_simulator_scores_in_the_process_too() -> None:
-    """The same logprobs as over HTTP, and by the same ids."""
+    """Logprobs and ids are the same as over HTTP."""
     simulation: Any = InProcessTransport(Simulation(SimulatorConfig()))
     inside = await score(simulation, "http://inside", REQUEST, "m", "rid", 1.0)
     async with simulator() as server, fleet_of(server.url) as fleet:
@@ -277,19 +277,19 @@ def moved_by(limiter: AdaptiveLimiter, *, scores: int, writes: bool) -> int:
 
 
 def test_scoring_does_not_mislead_the_cap() -> None:
-    """Answers of no tokens are no measure: beside answers the cap goes by these alone."""
+    """Scored requests generate no tokens: with other answers present, the cap follows those alone."""
     alone = moved_by(AdaptiveLimiter(), scores=0, writes=True)
 
     assert alone == moved_by(AdaptiveLimiter(), scores=5, writes=True)
 
 
 def test_a_server_that_only_scores_finds_its_cap() -> None:
-    """Then the prompt tokens that it computes are its measure."""
+    """For a server that only scores, the cap follows its computed prompt tokens."""
     assert moved_by(AdaptiveLimiter(), scores=1, writes=False) > AdaptiveLimiter().cap
 
 
 def test_a_scored_answer_ends_a_hold() -> None:
-    """A server that scores is there: the next hold is as short as the first."""
+    """After a scored request the next hold is as short as the first."""
     holds = []
     for scores in (False, True):
         limiter = AdaptiveLimiter()

@@ -1,4 +1,4 @@
-"""A fleet that changes, serves several models, plans prefixes and hedges: real sockets, simulated servers."""
+"""Membership changes, several models, prefixes and hedging, over real sockets to simulated servers."""
 
 import asyncio
 from collections import Counter
@@ -42,7 +42,7 @@ async def ask_groups(fleet: Fleet, groups: int, each: int) -> list[tuple[str, Co
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_groups_stay_together_and_find_their_prefix() -> None:
-    """Each group at one server; all but its first request find template and group in the cache."""
+    """Each group stays at one server; all but its first request find template and group in the cache."""
     async with simulators() as simulated:
         servers = [await simulated.start(latency_ms=5) for _ in range(3)]
         async with fleet_of(*(server.url for server in servers), concurrency=64) as fleet:
@@ -61,7 +61,7 @@ async def test_groups_stay_together_and_find_their_prefix() -> None:
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_the_routing_key_goes_along() -> None:
-    """For a router in front of servers: the group's key, and none where there is no group."""
+    """The header has the group's key, for routers; it is missing without a group."""
     seen: list[str | None] = []
 
     async with simulators() as simulated:
@@ -84,7 +84,7 @@ async def test_the_routing_key_goes_along() -> None:
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
-    """A new line is a new server, a line that goes is a server that finishes what it has and gets no more."""
+    """A new line adds a server; without its line a server finishes its requests and gets no more."""
     file = tmp_path / "servers.txt"
     async with simulators() as simulated:
         first, second = await simulated.start(latency_ms=20), await simulated.start()
@@ -140,7 +140,7 @@ async def test_a_server_that_goes_finishes_what_it_has(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_several_models_get_their_shares() -> None:
-    """A draft is written by the same model each time, at a server that has it."""
+    """A draft gets the same model each time, at a server that has it."""
     async with simulators() as simulated:
         big, small = await simulated.start(model="big"), await simulated.start(model="small")
         shares = {"big": 3.0, "small": 1.0}
@@ -156,8 +156,8 @@ async def test_several_models_get_their_shares() -> None:
 
 
 @pytest.mark.usefixtures("no_task_left")
-async def test_a_server_of_none_of_the_models_is_told_of() -> None:
-    """At the start, by its URL."""
+async def test_a_server_with_none_of_the_models() -> None:
+    """The start names its URL."""
     async with simulators() as simulated:
         server = await simulated.start(model="other")
         async with opened(server.url, models={"big": 1.0}) as fleet:
@@ -167,7 +167,7 @@ async def test_a_server_of_none_of_the_models_is_told_of() -> None:
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_a_straggler_at_the_end_is_asked_again_elsewhere() -> None:
-    """The first answer counts; the slower one is aborted at its server, which is not blamed for it."""
+    """The first answer counts; the slower try is aborted, which is not a failure of its server."""
     async with simulators() as simulated:
         stuck = await simulated.start(lambda number, _: Fault.STALL if number == 3 else None)
         other = await simulated.start()
@@ -186,7 +186,7 @@ async def test_a_straggler_at_the_end_is_asked_again_elsewhere() -> None:
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_a_model_that_nobody_serves_ends_the_run() -> None:
-    """After `give_up_s`, however well the others do: its drafts would wait for ever."""
+    """After `give_up_s` the run ends even if other models are served: its drafts would wait for ever."""
     async with simulators() as simulated:
         server = await simulated.start(model="big")
         gone = asyncio.Event()
@@ -197,8 +197,8 @@ async def test_a_model_that_nobody_serves_ends_the_run() -> None:
 
 
 @pytest.mark.usefixtures("no_task_left")
-async def test_servers_that_are_all_to_be_drained_are_none(tmp_path: Path) -> None:
-    """From the start: the run does not wait for ever for them."""
+async def test_only_draining_servers(tmp_path: Path) -> None:
+    """If all servers are draining, the start gives up."""
     async with simulators() as simulated:
         file = tmp_path / "servers.txt"
         server = await simulated.start()
@@ -210,7 +210,7 @@ async def test_servers_that_are_all_to_be_drained_are_none(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_a_server_that_is_listed_while_the_first_is_waited_for(tmp_path: Path) -> None:
-    """It is asked too: servers that come up late come up at other addresses."""
+    """A server that is listed during the start is asked too."""
     async with simulators() as simulated:
         file = tmp_path / "servers.txt"
         await write(file, "http://127.0.0.1:9\n")
@@ -225,7 +225,7 @@ async def test_a_server_that_is_listed_while_the_first_is_waited_for(tmp_path: P
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_one_that_hangs_does_not_hold_up_the_start() -> None:
-    """A server that takes connections and says nothing is left out until it does."""
+    """A server that accepts connections and does not answer is left out until it does."""
     writers: list[asyncio.StreamWriter] = []
     mute = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
     url = f"http://127.0.0.1:{mute.sockets[0].getsockname()[1]}"
@@ -243,7 +243,7 @@ async def test_one_that_hangs_does_not_hold_up_the_start() -> None:
 
 @pytest.mark.usefixtures("no_task_left")
 async def test_a_server_that_comes_back_while_it_leaves_is_one(tmp_path: Path) -> None:
-    """Its requests go on, its cap holds for all of them, and what it did is told once."""
+    """Its requests continue, its cap covers all of them, and its counters are reported once."""
     file = tmp_path / "servers.txt"
     async with simulators() as simulated:
         server, other = await simulated.start(latency_ms=200), await simulated.start()
@@ -286,7 +286,7 @@ async def tells_none() -> None:
 
 @pytest.mark.parametrize("slots", [4, 24, 200])
 def test_the_cap_grows_to_what_a_server_runs(slots: int) -> None:
-    """By its own figures: beyond its batch nothing more is sent than a short queue."""
+    """With load metrics the cap is the batch size and a short queue."""
     fleet, simulation = run_virtually(cap_after(20 * slots, tells_load=True, slots=slots, latency_ms=3000))
     assert slots <= fleet.capacity <= 1.25 * slots + 4
     assert simulation.stats.max_in_flight <= 2 * slots + 8
@@ -294,6 +294,6 @@ def test_the_cap_grows_to_what_a_server_runs(slots: int) -> None:
 
 
 def test_a_server_without_loads_is_asked_all_the_same() -> None:
-    """The cap then goes by answers, which say the same less exactly."""
+    """Without load metrics the cap follows the answers, less exactly."""
     fleet, _ = run_virtually(cap_after(3000, tells_load=False, slots=24, latency_ms=1000))
     assert 20 <= fleet.capacity <= 60

@@ -1,4 +1,4 @@
-"""Places in flight: given out fairly, never more than there are, and nobody waits beside a free one."""
+"""Placement: places are given out in order, never above the cap, and no request waits beside a free one."""
 
 import asyncio
 from collections import Counter
@@ -51,7 +51,7 @@ async def place(placement: Placement, request: Request, avoid: Server | None = N
 
 
 async def test_the_one_with_the_fewest_in_flight() -> None:
-    """Requests spread evenly, whatever the order of the servers."""
+    """Requests spread evenly over the servers."""
     fleet = servers(3, 3, 3)
     placement = placed(fleet)
     for _ in range(7):
@@ -62,15 +62,15 @@ async def test_the_one_with_the_fewest_in_flight() -> None:
     assert fleet[1] is await acquired(placement)
 
 
-async def test_of_equals_the_one_that_has_done_least() -> None:
+async def test_equal_load_goes_to_the_server_with_fewest_completions() -> None:
     """With one request at a time, the servers still take turns."""
     fleet = servers(1, 1)
     fleet[0].completions = 5
     assert fleet[1] is await acquired(placed(fleet))
 
 
-async def test_another_one_than_the_last() -> None:
-    """A request that failed somewhere goes elsewhere, even to a fuller server; if it must, back there."""
+async def test_a_different_server_than_the_last() -> None:
+    """A request that failed goes to a different server, even a fuller one, if there is room."""
     fleet = servers(3, 2)
     placement = placed(fleet)
     given_out = [await acquired(placement, avoid=fleet[0]) for _ in range(4)]
@@ -93,7 +93,7 @@ async def test_an_ejected_or_held_server_gets_nothing() -> None:
 
 
 async def test_a_hold_ends_by_itself() -> None:
-    """Nobody needs to release or ask: a timer gives the place to the one who waits."""
+    """A timer gives the place to the waiter."""
     [server] = fleet = servers(1)
     placement = placed(fleet)
     server.limiter.busy(asyncio.get_running_loop().time(), 0.0)
@@ -102,7 +102,7 @@ async def test_a_hold_ends_by_itself() -> None:
 
 
 async def test_waiters_are_served_in_order() -> None:
-    """First come, first served; one who comes later does not overtake."""
+    """First come, first served."""
     [server] = fleet = servers(1)
     placement, order = placed(fleet), []
 
@@ -137,7 +137,7 @@ async def test_one_who_leaves_does_not_hold_up_the_others() -> None:
 
 
 async def test_a_place_just_given_to_one_who_leaves_comes_back() -> None:
-    """Cancelled between getting the place and hearing of it: the next one has it."""
+    """Cancelled after it got the place and before it ran: the next waiter gets the place."""
     [server] = fleet = servers(1)
     placement = placed(fleet)
     await placement.acquire()
@@ -153,7 +153,7 @@ async def test_a_place_just_given_to_one_who_leaves_comes_back() -> None:
 
 
 async def test_a_group_stays_at_its_server() -> None:
-    """Requests of one group go to one server, one that is full is waited for, and groups are spread."""
+    """Requests of a group go to one server and wait while it is full; groups are spread."""
     fleet = servers(*[8] * 4)
     placement = placed(fleet)
     homes: dict[str, Server] = {}
@@ -166,8 +166,8 @@ async def test_a_group_stays_at_its_server() -> None:
     assert 0 == placement.affinity.moves
 
 
-async def test_a_group_leaves_a_server_that_is_out() -> None:
-    """Also those who waited for it there."""
+async def test_a_group_leaves_an_ejected_server() -> None:
+    """Its waiting requests move too."""
     fleet = servers(1, 1)
     placement = placed(fleet)
     first = await place(placement, of("group"))
@@ -181,7 +181,7 @@ async def test_a_group_leaves_a_server_that_is_out() -> None:
 
 
 async def test_an_idle_server_takes_over_who_waits_elsewhere() -> None:
-    """After a while a place that is free is worth more than a prefix; the group moves along."""
+    """After `PATIENCE_S` a free place counts more than a prefix, and the whole group moves."""
     fleet, now = servers(1, 1), [0.0]
     placement = Placement(fleet, Affinity(1.25, lambda: now[0]), 60.0, lambda: now[0])
     first = await place(placement, of("group"))
@@ -202,7 +202,7 @@ async def test_an_idle_server_takes_over_who_waits_elsewhere() -> None:
 
 
 async def test_the_first_leads_and_the_others_follow() -> None:
-    """While a beginning is brought into the cache, requests that share it wait; others do not."""
+    """While a prefix is brought into the cache, requests that share it wait; others do not."""
     fleet = servers(8)
     placement = placed(fleet)
     leader = await place(placement, of("", "template", "group"))
@@ -220,7 +220,7 @@ async def test_the_first_leads_and_the_others_follow() -> None:
 
 
 async def test_when_a_leader_fails_the_next_one_leads() -> None:
-    """The beginning is still cold: one of those who waited goes first, the others go on waiting."""
+    """The prefix is still cold: one follower leads, the others keep waiting."""
     placement = placed(servers(8))
     leader = await place(placement, of("", "template"))
     async with asyncio.TaskGroup() as group:
@@ -234,15 +234,15 @@ async def test_when_a_leader_fails_the_next_one_leads() -> None:
     placement.close()
 
 
-async def test_nobody_waits_for_a_leader_for_ever() -> None:
-    """After `leader_wait_s` the others go too."""
+async def test_the_wait_for_a_leader_is_bounded() -> None:
+    """After `leader_wait_s` the followers are sent."""
     placement = placed(servers(8), leader_wait_s=0.01)
     await place(placement, of("", "template"))
     assert () == (await place(placement, of("", "template"))).leads
 
 
-async def test_a_drain_lets_nobody_wait() -> None:
-    """Not for a place, not for a group's server, not for a leader; what is in flight stays."""
+async def test_a_drain_ends_all_waits() -> None:
+    """No request waits for a place, a group's server or a leader; requests in flight stay."""
     [server] = fleet = servers(2)
     placement = placed(fleet)
     await place(placement, of("", "a"))
@@ -354,7 +354,7 @@ STEPS = st.tuples(
 @examples(200)
 @given(caps=st.lists(st.integers(1, 3), min_size=1, max_size=3), steps=st.lists(STEPS, max_size=40))
 def test_places_are_never_lost_nor_doubled(caps: list[int], steps: list[tuple[str, int]]) -> None:
-    """Through any order of events: never above a cap, never below zero, nobody waits beside a free place."""
+    """In any order of events, in flight stays between 0 and the cap, and no one waits beside a free place."""
 
     async def play() -> None:
         async with asyncio.timeout(10), asyncio.TaskGroup() as group:

@@ -1,4 +1,4 @@
-"""The model of a server's prefix cache: what was sent there, as long as there is room for it."""
+"""The model of a server's prefix cache."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,14 +14,14 @@ def conversation(*texts: str) -> Request:
 
 
 def test_a_conversation_that_goes_on_begins_with_the_one_before() -> None:
-    """A request, the answer to it, and the next request: one text is the beginning of the next."""
+    """The text of a request with its answer is a prefix of the text of the next request."""
     first, answer = conversation("a" * 1000), "b" * 1000
     so_far = with_answer(conversation_text(first), answer)
     assert conversation_text(conversation("a" * 1000, answer, "go on")).startswith(so_far)
 
 
 def test_what_was_sent_is_found_again() -> None:
-    """In whole blocks, as far as the beginnings are the same; what another server was sent is not."""
+    """Common prefixes are found in whole blocks, per server."""
     model, other = PrefixModel(), PrefixModel()
     first = "x" * (4 * BLOCK_CHARS)
     model.add(block_keys(first))
@@ -35,14 +35,14 @@ def test_what_was_sent_is_found_again() -> None:
 
 
 @given(st.text(max_size=3000), st.text(max_size=3000))
-def test_a_chain_can_be_taken_up_where_it_ended(text: str, more: str) -> None:
-    """The keys of a longer text begin with those of the shorter one, and need no second computing."""
+def test_block_keys_can_be_continued(text: str, more: str) -> None:
+    """The keys of a text start with those of its prefix, which need not be computed again."""
     assert block_keys(text + more) == block_keys(text + more, block_keys(text))
     assert len(block_keys(text)) == len(text) // BLOCK_CHARS
 
 
 def test_what_was_used_last_is_forgotten_last() -> None:
-    """With no room for all, the shared beginning stays and the oldest own parts go, from their ends."""
+    """Without room for all, the shared prefix stays and the oldest tails are evicted."""
     model = PrefixModel(pool_tokens=6 * BLOCK_CHARS // 4)
     shared = "s" * (2 * BLOCK_CHARS)
     texts = [shared + letter * (2 * BLOCK_CHARS) for letter in "abc"]

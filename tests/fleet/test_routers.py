@@ -1,4 +1,4 @@
-"""A router is recognised by its own words, recorded from sglang-router 0.3.2, and by nothing else."""
+"""A router is recognised by its answers, recorded from sglang-router 0.3.2."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -92,8 +92,8 @@ async def answering(answers: Mapping[str, Answer]) -> AsyncIterator[tuple[Transp
         await runner.cleanup()
 
 
-async def test_a_router_that_does_not_tell_its_policy() -> None:
-    """As the command line starts it, whatever its policy: one GET tells of its workers."""
+async def test_a_router_without_a_reported_policy() -> None:
+    """A router as started from the command line lists its workers, not its policy."""
     async with answering({"/workers": workers(*map(worker, SERVERS))}) as (transport, handler):
         facts = await identify_router(transport)
     assert RouterInfo(2, SERVERS, None) == facts
@@ -108,8 +108,8 @@ async def test_a_policy_that_workers_are_labelled_with(place: str) -> None:
         assert RouterInfo(2, SERVERS, "manual") == await identify_router(transport)
 
 
-async def test_workers_that_disagree_tell_no_policy() -> None:
-    """The first one that came decides, and which that was is not told."""
+async def test_workers_with_different_policies() -> None:
+    """With different policies the router's policy is unknown."""
     entries = [worker(SERVERS[0], policy="manual"), worker(SERVERS[1])]
     async with answering({"/workers": workers(*entries)}) as (transport, _):
         assert RouterInfo(2, SERVERS, None) == await identify_router(transport)
@@ -117,14 +117,14 @@ async def test_workers_that_disagree_tell_no_policy() -> None:
 
 @pytest.mark.parametrize("refusal", [(401, "", b""), (401, "text/plain", b"Invalid authentication token")])
 async def test_a_router_that_lists_its_workers_for_its_administrator(refusal: Answer) -> None:
-    """With control-plane keys: its own facts are open to all."""
+    """With control-plane keys, the router's info is open to all."""
     async with answering({"/workers": refusal, "/get_server_info": SERVER_INFO}) as (transport, handler):
         assert RouterInfo(2) == await identify_router(transport)
     assert ["GET /workers", "GET /get_server_info"] == handler.asked
 
 
 async def test_a_router_without_workers() -> None:
-    """One that was just started."""
+    """A router that was just started has no workers."""
     async with answering({"/workers": workers()}) as (transport, _):
         assert RouterInfo(0) == await identify_router(transport)
 
@@ -144,16 +144,16 @@ async def test_a_router_without_workers() -> None:
         {"/workers": (401, "", b""), "/get_server_info": (200, "", b"[]")},
     ],
 )
-async def test_what_is_no_router(answers: Mapping[str, Answer]) -> None:
-    """Neither are other servers, whatever they have at that path, nor is it said of them."""
+async def test_other_servers_are_not_routers(answers: Mapping[str, Answer]) -> None:
+    """Other servers with an answer at that path are not routers, and nothing is logged."""
     async with answering(answers) as (transport, _):
         with capture_logs() as logs:
             assert await warn_about_router("http://s", transport) is None
     assert [] == [entry for entry in logs if entry["event"] == "fleet.router"]
 
 
-async def test_a_server_is_no_router() -> None:
-    """SGLang has no such route; nor is one recognised that cannot be reached."""
+async def test_sglang_is_not_a_router() -> None:
+    """SGLang has no such route; an unreachable URL is not a router either."""
     async with running(SimulatorConfig()) as server, http_transport(server.url, {}) as transport:
         assert await identify_router(transport) is None
     async with http_transport(server.url, {}, connect_timeout_s=2.0) as transport:
@@ -173,8 +173,8 @@ async def test_a_server_is_no_router() -> None:
         ("consistent_hashing", "info", None),
     ],
 )
-async def test_what_is_said_of_a_router(policy: str, level: str, says: str | None) -> None:
-    """A warning that says what to do; a word only where groups stay together."""
+async def test_the_advice_for_each_policy(policy: str, level: str, says: str | None) -> None:
+    """A policy that splits groups is a warning with advice; others are an info line."""
     entries = [worker(url, policy=policy) for url in SERVERS]
     async with answering({"/workers": workers(*entries)}) as (transport, _):
         with capture_logs() as logs:
@@ -187,8 +187,8 @@ async def test_what_is_said_of_a_router(policy: str, level: str, says: str | Non
     assert says is None or "--policy manual" in entry["advice"]
 
 
-async def test_a_policy_that_is_not_told_is_warned_of() -> None:
-    """It is cache_aware unless somebody chose another one; with one worker there is nothing to choose."""
+async def test_an_unknown_policy_is_a_warning() -> None:
+    """An unknown policy may be cache_aware, the default; with one worker it does not matter."""
     async with answering({"/workers": workers(*map(worker, SERVERS))}) as (transport, _):
         with capture_logs() as logs:
             await warn_about_router("http://r", transport)

@@ -1,4 +1,4 @@
-"""What is said of servers in the configuration, and of their keys in the environment."""
+"""Servers in the configuration, and their keys in the environment."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def section(*servers: str | dict[str, object], **given: object) -> FleetSection:
 
 
 def test_urls_as_people_write_them() -> None:
-    """With a slash, with /v1 behind it, twice: one server."""
+    """A trailing slash, a trailing /v1 and duplicates give one server."""
     found = server_specs(section("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/x/v1//"))
 
     assert [ServerSpec("http://one:1"), ServerSpec("https://two:2/x")] == found
@@ -23,8 +23,8 @@ def test_a_host_called_v1() -> None:
     assert [ServerSpec("http://v1")] == server_specs(section("http://v1/"))
 
 
-def test_tables_say_more() -> None:
-    """Weight and key; the first entry of a URL counts."""
+def test_tables_have_weight_and_key() -> None:
+    """A table has weight and key; the first entry of a URL counts."""
     found = server_specs(section({"url": "http://one:1/", "weight": 2, "key_env": "ONE_KEY"}, "http://one:1"))
 
     assert [ServerSpec("http://one:1", 2.0, "ONE_KEY")] == found
@@ -32,7 +32,7 @@ def test_tables_say_more() -> None:
 
 @pytest.mark.parametrize("given", [{"servers_file": "servers.txt"}, {"servers_dns": "http://sglang:30000"}])
 def test_servers_may_be_found_elsewhere(given: dict[str, object]) -> None:
-    """Then none need stand in the configuration."""
+    """With a file or a name, `fleet.servers` may be empty."""
     assert [] == server_specs(section(**given))
 
 
@@ -58,8 +58,8 @@ NO_URLS = [
 
 
 @pytest.mark.parametrize("url", NO_URLS)
-def test_what_is_no_url(url: str) -> None:
-    """The key and the entry are named, wherever the URL stands."""
+def test_invalid_urls(url: str) -> None:
+    """The message names the key and the entry."""
     with pytest.raises(ConfigError) as raised:
         server_specs(section("http://one:1", url))
     assert f"fleet.servers: {url} is not a valid URL; it must start with http:// or https://" == str(
@@ -74,7 +74,7 @@ def test_what_is_no_url(url: str) -> None:
 
 
 def test_a_message_is_one_line() -> None:
-    """Whatever the entry holds."""
+    """A message has no line breaks, even if the entry has."""
     with pytest.raises(ConfigError, match=r"fleet.servers: 'http://one\\n:1' is not a valid URL"):
         server_specs(section("http://one\n:1"))
 
@@ -82,8 +82,8 @@ def test_a_message_is_one_line() -> None:
 @pytest.mark.parametrize(
     "url", ["http://[::1]:30000", "http://host.", "http://my_service:1/a/b", "http://ü:1"]
 )
-def test_what_is_a_url(url: str) -> None:
-    """It is taken as it is."""
+def test_valid_urls(url: str) -> None:
+    """Valid URLs are unchanged."""
     assert [url] == [spec.url for spec in server_specs(section(url))]
 
 
@@ -101,20 +101,20 @@ NAMED = ServerSpec("http://one:1", key_env="ONE_KEY")
     ],
 )
 def test_keys(spec: ServerSpec, environ: dict[str, str], key: str | None) -> None:
-    """A server's own key, else that of all, else none."""
+    """A server has its own key, else the default one, else none."""
     assert headers_of(spec, environ) == ({} if key is None else {"Authorization": f"Bearer {key}"})
 
 
 @pytest.mark.parametrize("environ", [{"STREAMSYN_API_KEY": "all"}, {"ONE_KEY": ""}])
 def test_a_named_key_that_is_not_set(environ: dict[str, str]) -> None:
-    """No other key is sent in its place; both the server and the variable are named."""
+    """No other key is sent instead; the message names the server and the variable."""
     with pytest.raises(ConfigError, match=r"key_env of http://one:1: .* ONE_KEY is not set"):
         headers_of(NAMED, environ)
 
 
 @pytest.mark.parametrize(("spec", "name"), [(SPEC, "STREAMSYN_API_KEY"), (NAMED, "ONE_KEY")])
 def test_a_key_that_no_header_can_hold(spec: ServerSpec, name: str) -> None:
-    """It is the user's to mend; the key itself is not shown."""
+    """ConfigError names the variable and does not show the key."""
     with pytest.raises(ConfigError, match=f"{name} holds characters") as raised:
         headers_of(spec, {name: "secret\n"})
     assert "secret" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""The lines of a file of servers."""
+"""The lines of `fleet.servers_file`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def _lines(draw: st.DrawFn, specs: list[ServerSpec]) -> Iterator[str]:
 
 
 def test_lines_as_people_write_them() -> None:
-    """Comments, blank lines, blanks, and a server that stands there twice."""
+    """Comments, blank lines, extra blanks and duplicates are accepted."""
     assert parse_servers(TEXT, "servers.txt") == [
         ServerSpec("http://one:1"),
         ServerSpec("http://two:2", 2.5, "TWO_KEY"),
@@ -58,7 +58,7 @@ def test_lines_as_people_write_them() -> None:
 
 @given(written())
 def test_what_is_written_is_read(case: tuple[list[ServerSpec], str]) -> None:
-    """In its order, whatever stands between."""
+    """Servers come in the order of their lines."""
     specs, text = case
 
     assert specs == parse_servers(text, "servers.txt")
@@ -66,7 +66,7 @@ def test_what_is_written_is_read(case: tuple[list[ServerSpec], str]) -> None:
 
 @given(st.text() | st.text("htp:/1 \n#=weightdrain_"))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    """Nothing but our own error comes out, in one line that says where; and what is read can be used."""
+    """Any text gives valid servers, or a one-line ConfigError with the line number."""
     try:
         found = parse_servers(text, "servers.txt")
     except ConfigError as error:
@@ -108,7 +108,7 @@ def test_wrong_lines(line: str, said: str) -> None:
 
 
 def test_a_file_that_has_not_changed_is_not_read(tmp_path: Path) -> None:
-    """Once its last change is long enough ago."""
+    """An unchanged file is not read again, once it has settled."""
     path = tmp_path / "servers.txt"
     path.write_text("http://one:1")
     file = ServersFile(path, settled_s=0)

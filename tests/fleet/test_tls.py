@@ -1,4 +1,4 @@
-"""https servers, over real sockets: whom we trust, who we are, and under which name."""
+"""TLS over real sockets: authorities, client certificates and server names."""
 
 import asyncio
 import ssl
@@ -74,12 +74,12 @@ ELSEWHERE = trusting("other-ca.pem")
 
 
 def test_nothing_is_set() -> None:
-    """Then it is left to aiohttp and the system."""
+    """Without settings, aiohttp's defaults are used."""
     assert tls_context(FleetSection()) is None
 
 
-async def test_a_server_of_our_authority(server_side: ssl.SSLContext) -> None:
-    """`fleet.tls_ca` vouches for it."""
+async def test_a_server_with_our_authority(server_side: ssl.SSLContext) -> None:
+    """`fleet.tls_ca` makes the certificate valid."""
     async with https_server(server_side) as port:
         reply = await ask(f"https://localhost:{port}", TRUSTING)
 
@@ -87,9 +87,7 @@ async def test_a_server_of_our_authority(server_side: ssl.SSLContext) -> None:
 
 
 @pytest.mark.parametrize("tls", [None, ELSEWHERE], ids=["the system's", "another"])
-async def test_a_server_that_nobody_vouches_for(
-    server_side: ssl.SSLContext, tls: ssl.SSLContext | None
-) -> None:
+async def test_an_unknown_authority(server_side: ssl.SSLContext, tls: ssl.SSLContext | None) -> None:
     """It is as good as not there; the message says why."""
     async with https_server(server_side) as port:
         with pytest.raises(ServerUnreachable, match="certificate verify failed"):
@@ -97,7 +95,7 @@ async def test_a_server_that_nobody_vouches_for(
 
 
 async def test_an_address_with_the_name_it_was_looked_up_by(server_side: ssl.SSLContext) -> None:
-    """The certificate is checked against the name, and the server is told the name."""
+    """The certificate is checked against the name, and the Host header has the name."""
     async with https_server(server_side) as port:
         reply = await ask(f"https://127.0.0.1:{port}", TRUSTING, "sglang.test")
 
@@ -114,8 +112,8 @@ async def test_an_address_that_the_certificate_does_not_cover(
             await ask(f"https://127.0.0.1:{port}", TRUSTING, name)
 
 
-async def test_a_server_that_asks_who_we_are(strict_server_side: ssl.SSLContext) -> None:
-    """With `fleet.tls_cert` it lets us in, without it does not."""
+async def test_a_server_that_requires_a_client_certificate(strict_server_side: ssl.SSLContext) -> None:
+    """A server that requires a client certificate accepts `fleet.tls_cert`."""
     async with https_server(strict_server_side) as port:
         assert 200 == (await ask(f"https://localhost:{port}", KNOWN)).status
         with pytest.raises(ServerUnavailable):
@@ -139,7 +137,7 @@ NO_PEM = Path(__file__)
     ],
 )
 def test_files_that_cannot_be_used(key: str, path: Path | str, said: str) -> None:
-    """One line that names the key and the file; nobody is asked for a pass phrase."""
+    """The message names the key and the file; there is no prompt for a pass phrase."""
     with pytest.raises(ConfigError, match=said) as raised:
         tls_context(FleetSection.model_validate({key: path}))
     assert "\n" not in str(raised.value)

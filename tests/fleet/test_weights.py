@@ -66,7 +66,7 @@ CHAT = {"model": "m", "messages": ASKED.messages, "max_tokens": 50}
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 async def test_what_is_in_flight_is_held_and_goes_on(tmp_path: Path, mode: PauseMode) -> None:
-    """Nobody hears anything during a pause; those in flight and those that came are answered after it."""
+    """During a pause no request is answered; afterwards those in flight and new ones are."""
     folder = await asyncio.to_thread(trained, tmp_path)
     simulation, transport = server()
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
@@ -89,7 +89,7 @@ async def test_what_is_in_flight_is_held_and_goes_on(tmp_path: Path, mode: Pause
 
 
 async def test_abort_gives_up_what_is_in_flight(tmp_path: Path) -> None:
-    """The pause is there when nothing runs any more; what ran says `abort`."""
+    """The pause begins when no request runs; aborted requests say `abort`."""
     folder = await asyncio.to_thread(trained, tmp_path)
     simulation, transport = server()
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
@@ -115,7 +115,7 @@ async def test_an_update_without_a_pause_waits_for_what_runs(tmp_path: Path) -> 
 
 
 async def test_the_prefix_cache_is_emptied(tmp_path: Path) -> None:
-    """What old weights computed is not used by the new; `in_place` keeps it, since requests hold it."""
+    """New weights do not use the old prefix cache; `in_place` keeps it, since requests use it."""
     folder = await asyncio.to_thread(trained, tmp_path)
     _, transport = server()
     long = CHAT | {"messages": [{"role": "user", "content": "geese " * 300}]}
@@ -130,10 +130,10 @@ async def test_the_prefix_cache_is_emptied(tmp_path: Path) -> None:
     assert cached[1] > 100
 
 
-async def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
-    """The server says so, has its old ones, and works on."""
+async def test_invalid_weights_are_refused(tmp_path: Path) -> None:
+    """The server refuses, keeps its old weights, and continues."""
     _, transport = server()
-    with pytest.raises(RequestRefused, match="nothing is no model"):
+    with pytest.raises(RequestRefused, match="nothing is not a model"):
         await given(transport, tmp_path / "nothing", "retract")
 
     answer = await asked(transport, "POST", "/v1/chat/completions", CHAT)
@@ -174,7 +174,7 @@ async def test_a_fleet_comes_through_an_update(tmp_path: Path, mode: PauseMode) 
 
 
 async def test_a_server_with_other_weights_comes_back_under_its_name(tmp_path: Path) -> None:
-    """It calls its model by the directory that it read; it is still the one that we ask for."""
+    """Its model has the name of the directory, and is still recognized."""
     folder = await asyncio.to_thread(trained, tmp_path)
     simulation, transport = server()
     async with asyncio.timeout(10), a_fleet(simulation, eject_after=1, max_attempts=1) as fleet:
@@ -192,7 +192,7 @@ async def test_a_server_with_other_weights_comes_back_under_its_name(tmp_path: P
 
 
 async def test_a_server_that_starts_again_has_its_first_weights(tmp_path: Path) -> None:
-    """And is not paused."""
+    """A restarted server has its first weights and is not paused."""
     folder = await asyncio.to_thread(trained, tmp_path)
     simulation, transport = server()
     await given(transport, folder, "retract")

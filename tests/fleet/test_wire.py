@@ -1,4 +1,4 @@
-"""The wire: what is asked, what is made of each answer, and of each shape of failure."""
+"""The wire protocol: request bodies, answers, and each form of failure."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_null_content_is_an_empty_text() -> None:
 
 
 def test_no_metadata() -> None:
-    """Other servers know of no weight version."""
+    """Other servers report no weight version."""
     body = answer()
     del body["metadata"]
     assert parsed(body).weight_version is None
@@ -92,7 +92,7 @@ def test_no_metadata() -> None:
 
 @pytest.mark.parametrize("reason", ["abort", "content_filter", "tool_calls", None])
 def test_an_answer_that_did_not_end_by_itself_is_broken(reason: str | None) -> None:
-    """Only `stop` and `length` are ends of a text; SGLang answers an aborted request with 200."""
+    """Only `stop` and `length` are complete; SGLang answers an aborted request with 200."""
     with pytest.raises(BrokenResponse, match=f"{URL} ended its answer with finish_reason {reason!r}"):
         parsed(answer(**choice("Geese", reason)))
 
@@ -130,20 +130,20 @@ def test_an_answer_that_lacks_a_part_is_broken(name: str) -> None:
     ],
 )
 def test_json_that_is_no_answer_is_broken(body: Any) -> None:
-    """Whatever stands in a 200, no other kind of error comes of it."""
+    """Any invalid JSON answer with status 200 raises BrokenResponse."""
     with pytest.raises(BrokenResponse):
         parsed(body)
 
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": None, "completion_tokens": 3}, {"prompt_tokens": "x"}])
 def test_counts_that_are_no_numbers_are_broken(usage: dict[str, Any]) -> None:
-    """What is added up later must be numbers."""
+    """Token counts must be numbers."""
     with pytest.raises(BrokenResponse):
         parsed(answer(usage={"completion_tokens": 3, **usage}))
 
 
 def test_a_text_that_is_no_string_is_broken() -> None:
-    """Content parts are no text."""
+    """Content parts are refused."""
     with pytest.raises(BrokenResponse):
         parsed(answer(**choice([{"type": "text", "text": "Geese"}], "stop")))
 
@@ -197,8 +197,8 @@ FULL = {
         (204, {}, BrokenResponse, "204"),
     ],
 )
-def test_what_a_status_stands_for(status: int, body: Any, kind: type[ServerError], said: str) -> None:
-    """Split by what to do next; the message tells the server, the status and what it said."""
+def test_the_error_for_each_status(status: int, body: Any, kind: type[ServerError], said: str) -> None:
+    """The error class says what to do next; the message has the server, the status and its message."""
     with pytest.raises(ServerError, match=said) as raised:
         parsed(body, status)
     assert kind is type(raised.value)
@@ -226,7 +226,7 @@ def test_an_error_inside_a_200_is_read_by_its_code(body: Any, kind: type[ServerE
 
 
 def test_a_long_body_is_shown_in_part() -> None:
-    """An error message stays one that a person can read."""
+    """Error messages are short."""
     with pytest.raises(ServerUnavailable) as raised:
         wire.parse_chat(500, b"x" * 10_000, URL)
     assert 250 > len(str(raised.value))
@@ -234,7 +234,7 @@ def test_a_long_body_is_shown_in_part() -> None:
 
 @given(status=st.integers(100, 599), body=st.binary(max_size=60))
 def test_any_bytes_become_a_server_error(status: int, body: bytes) -> None:
-    """Nothing that a server sends is anything else than a ServerError."""
+    """Any bytes of a server raise ServerError or give an answer."""
     with pytest.raises(ServerError):
         wire.parse_chat(status, body, URL)
 
@@ -257,7 +257,7 @@ JSON = st.recursive(
 
 @given(status=st.sampled_from([200, 400, 503]), body=JSON)
 def test_any_json_becomes_a_server_error(status: int, body: Any) -> None:
-    """Known names in the wrong places do not confuse the reading."""
+    """Known keys in the wrong places raise ServerError."""
     with pytest.raises(ServerError):
         parsed(body, status)
 
@@ -271,8 +271,8 @@ def test_parse_models() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"[]", b"null", b'{"data": null}', b'{"data": [{}]}', b'{"data": ["small"]}', b"<"]
 )
-def test_what_is_no_list_of_models_is_broken(body: bytes) -> None:
-    """It becomes a ServerError too: the server is asked again later."""
+def test_an_invalid_list_of_models_is_broken(body: bytes) -> None:
+    """It raises a ServerError, so the server is probed later."""
     with pytest.raises(BrokenResponse, match="/v1/models"):
         wire.parse_models(body)
 
@@ -310,13 +310,13 @@ def test_a_streamed_answer_is_put_together() -> None:
 
 @pytest.mark.parametrize("end", range(0, len(EVENTS), 97))
 def test_a_stream_that_is_cut_is_broken(end: int) -> None:
-    """Wherever it ends before its end."""
+    """A stream that ends early is broken at any length."""
     with pytest.raises(BrokenResponse):
         wire.parse_chat_stream(200, EVENTS[:end], "s")
 
 
 def test_errors_inside_a_stream() -> None:
-    """They come with status 200, and mean what they say: a full queue is a full queue."""
+    """Errors in a stream have status 200 and are classified by their code."""
     error = b'data: {"error": {"object":"error","message":"The request queue is full.","code":503}}\n\n'
     with pytest.raises(ServerBusy):
         wire.parse_chat_stream(200, error + DONE, "s")

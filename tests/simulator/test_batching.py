@@ -1,4 +1,4 @@
-"""Continuous batching as a state machine: no loop, no clock but the one that is passed in."""
+"""Continuous batching as a state machine, with the time passed in."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ def finish(machine: Batching, until: float = math.inf) -> list[tuple[float, str]
 
 
 def test_prefill_then_steps() -> None:
-    """One request: its prefill with the first token, then a step a token."""
+    """One request: its prefill with the first token, then one step per token."""
     machine = Batching(MODEL)
     machine.enter(work("a"), 5.0)
     assert machine.next_event_at() == 5.0
@@ -59,8 +59,8 @@ def test_prefill_then_steps() -> None:
     assert machine.generated == 10
 
 
-def test_those_that_come_together_share_a_prefill() -> None:
-    """Two at the same time: one fixed share, and steps that cost for two."""
+def test_simultaneous_requests_share_a_prefill() -> None:
+    """Two at the same time: one fixed cost of prefill, and steps that cost for two."""
     machine = Batching(MODEL)
     for rid in "ab":
         machine.enter(work(rid), 0.0)
@@ -68,7 +68,7 @@ def test_those_that_come_together_share_a_prefill() -> None:
 
 
 def test_an_arrival_interrupts_at_the_next_step_and_decode_pauses() -> None:
-    """The newcomer's prefill begins when the step under way ends; the other one waits for it."""
+    """The new request's prefill begins when the current step ends; the other request waits for it."""
     machine = Batching(MODEL)
     machine.enter(work("a"), 0.0)
     machine.advance(2.0)
@@ -80,7 +80,7 @@ def test_an_arrival_interrupts_at_the_next_step_and_decode_pauses() -> None:
 
 
 def test_a_long_prompt_is_computed_in_chunks() -> None:
-    """1,200 tokens in batches of 512; what is left of the last one goes to who waits."""
+    """1,200 tokens in batches of 512; the rest of the last batch goes to waiting requests."""
     machine = Batching(MODEL)
     machine.enter(work("long", tokens=1200), 0.0)
     machine.enter(work("short", tokens=100), 0.0)
@@ -90,8 +90,8 @@ def test_a_long_prompt_is_computed_in_chunks() -> None:
     assert [rid for _, rid in finish(machine)] == ["long", "short"]
 
 
-def test_no_more_run_than_may_and_the_queue_has_a_limit() -> None:
-    """The others wait in order; a full queue refuses."""
+def test_running_and_waiting_requests_are_limited() -> None:
+    """Other requests wait in order; a full queue refuses."""
     model = dataclasses.replace(MODEL, max_running_requests=2)
     machine = Batching(model, queue_limit=2)
     machine.enter(work("a"), 0.0)
@@ -110,7 +110,7 @@ def test_no_more_run_than_may_and_the_queue_has_a_limit() -> None:
 
 
 def test_a_prompt_that_was_computed_is_found_again() -> None:
-    """Whole blocks of the prompt and of the answer come from the cache; scoring asks for less."""
+    """Whole blocks of the prompt and the answer come from the cache; scoring reuses less."""
     machine = Batching(MODEL)
     first = work("a", tokens=200, target=120)
     assert isinstance(first.prompt, str)
@@ -128,7 +128,7 @@ def test_a_prompt_that_was_computed_is_found_again() -> None:
 
 
 def test_without_caching_nothing_is_found_again() -> None:
-    """cache_tokens = 0."""
+    """With cache_tokens = 0 nothing is cached."""
     machine = Batching(MODEL, caching=False)
     for now in (0.0, 1e3):
         each = work("a")
@@ -140,7 +140,7 @@ def test_without_caching_nothing_is_found_again() -> None:
 
 
 def test_room_is_made_by_eviction() -> None:
-    """What nobody uses any more goes when the pool is full, least recently used first."""
+    """When the pool is full, unused prefixes are evicted, least recently used first."""
     machine = Batching(MODEL)
     for number in range(30):
         machine.enter(work(f"{number}", tokens=640), 1e4 * number)
@@ -155,7 +155,7 @@ def test_room_is_made_by_eviction() -> None:
 
 
 def test_when_decode_runs_out_of_room_the_least_written_goes_back() -> None:
-    """The one that wrote less is retracted, waits until the other is through, and ends with all its text."""
+    """The request with fewer tokens is retracted, waits for the other one, and ends with all its text."""
     machine = Batching(dataclasses.replace(MODEL, pool_tokens=1050), caching=False)
     first, second = work("a", target=600), work("b", target=300)
     machine.enter(first, 0.0)
@@ -167,7 +167,7 @@ def test_when_decode_runs_out_of_room_the_least_written_goes_back() -> None:
 
 
 def test_retraction_by_optimism() -> None:
-    """Reservations shrink with every step; too many are let in, some go back, all end, and it is told."""
+    """Reservations shrink with every step; too many are admitted, some are retracted, all end."""
     model = dataclasses.replace(MODEL, pool_tokens=3000, max_running_requests=64, prefill_s=0.0)
     machine = Batching(model)
     works = [work(f"{number:02d}", tokens=64, target=400) for number in range(40)]
@@ -184,7 +184,7 @@ def test_retraction_by_optimism() -> None:
 
 
 def test_lpm_takes_the_longest_held_prefix_first() -> None:
-    """Among waiting requests those with a warm beginning go first, and one of several cold twins leads."""
+    """Requests with a cached prefix go first; of several with the same uncached prefix, one leads."""
     model = dataclasses.replace(MODEL, max_running_requests=1)
     warm, cold = "warm" * 200, "cold" * 200
     for policy, order in (("fcfs", ["x", "c1", "c2", "w"]), ("lpm", ["x", "w", "c1", "c2"])):
@@ -199,7 +199,7 @@ def test_lpm_takes_the_longest_held_prefix_first() -> None:
 
 
 def test_lpm_gives_up_with_more_than_128_waiting() -> None:
-    """As the real scheduler: the queue stays as it is."""
+    """As in the real scheduler, a longer queue is not sorted."""
     model = dataclasses.replace(MODEL, max_running_requests=1)
     machine = Batching(model, policy="lpm")
     machine.enter(work("0", tokens=200, text="w" * 800, target=1), 0.0)
@@ -213,7 +213,7 @@ def test_lpm_gives_up_with_more_than_128_waiting() -> None:
 
 
 def test_an_abort_ends_at_the_next_step_with_what_is_written() -> None:
-    """Waiting requests end at once, running ones at the step boundary; their room is free then."""
+    """Waiting requests end at once, running ones at the step boundary, which frees their room."""
     machine = Batching(dataclasses.replace(MODEL, max_running_requests=1))
     runs, waits = work("a", target=100), work("b")
     machine.enter(runs, 0.0)
@@ -228,7 +228,7 @@ def test_an_abort_ends_at_the_next_step_with_what_is_written() -> None:
 
 
 def test_a_stalled_request_holds_its_place() -> None:
-    """It never writes and costs no step; an abort ends it at once."""
+    """A stalled request generates nothing and costs no step; an abort ends it at once."""
     machine = Batching(dataclasses.replace(MODEL, max_running_requests=1))
     stalled, waits = work("a", stalls=True), work("b")
     machine.enter(stalled, 0.0)
@@ -241,8 +241,8 @@ def test_a_stalled_request_holds_its_place() -> None:
     assert [rid for _, rid in finish(machine)] == ["a", "b"]
 
 
-def test_a_stream_is_told_of_every_piece() -> None:
-    """The first token, then whole pieces, then the end."""
+def test_a_stream_wakes_at_every_piece() -> None:
+    """A stream wakes at the first token, at each whole piece, and at the end."""
     machine = Batching(MODEL)
     each = work("a", target=20, piece=8)
     machine.enter(each, 0.0)
@@ -252,8 +252,8 @@ def test_a_stream_is_told_of_every_piece() -> None:
     assert seen == [1, 8, 16, 20]
 
 
-def test_speed_counts_at_once() -> None:
-    """Half as fast from now on: what is left takes twice as long, also within a step."""
+def test_speed_takes_effect_at_once() -> None:
+    """After a change to half speed the rest takes twice as long, also within a step."""
     machine = Batching(MODEL)
     machine.enter(work("a", target=101), 0.0)
     machine.set_speed(0.5, 1.0)
@@ -263,7 +263,7 @@ def test_speed_counts_at_once() -> None:
 
 
 def test_losing_all_leaves_an_empty_server() -> None:
-    """Everything alive is over and lost, the cache is cold, and it goes on."""
+    """All live requests are lost and the cache is empty; the server continues."""
     machine = Batching(MODEL)
     machine.enter(work("a"), 0.0)
     finish(machine)
@@ -280,8 +280,8 @@ def test_losing_all_leaves_an_empty_server() -> None:
     assert again.cached_tokens == 0
 
 
-def test_what_can_never_fit_is_refused_and_what_may_is_cut() -> None:
-    """A prompt longer than the pool is aborted; a target beyond it is cut, as the real server clips it."""
+def test_prompts_and_answers_beyond_the_pool() -> None:
+    """A prompt longer than the pool is aborted; new tokens are limited to the pool, as in the real server."""
     machine = Batching(MODEL, caching=False)
     huge, large = work("h", tokens=4096), work("l", tokens=4000, target=200)
     machine.enter(huge, 0.0)

@@ -1,4 +1,4 @@
-"""The batching server behind a simulation, on a loop whose clock jumps."""
+"""The batching engine behind a simulation, in virtual time."""
 
 import asyncio
 import subprocess
@@ -49,7 +49,7 @@ async def all_of(
 
 
 def test_an_answer_takes_what_the_costs_say() -> None:
-    """One request: prefill and steps, to the microsecond, whatever the computer does."""
+    """One request takes its prefill and steps, to the microsecond."""
 
     async def main(simulation: Simulation) -> None:
         [answer] = await all_of(simulation, ask("a"))
@@ -61,7 +61,7 @@ def test_an_answer_takes_what_the_costs_say() -> None:
 
 
 def test_requests_slow_each_other_down() -> None:
-    """Thirty-two at once are slower each, and faster together."""
+    """Of 32 requests at once, each is slower, and all together are faster."""
 
     async def main(simulation: Simulation) -> None:
         [alone] = await all_of(simulation, ask("alone"))
@@ -95,7 +95,7 @@ def test_a_stream_gives_the_same_text_in_pieces() -> None:
 
 
 def test_an_abort_brings_what_was_written() -> None:
-    """Running: part of the text. Waiting: nothing, and it says so. Twice the same rid is refused."""
+    """An aborted running request has part of its text, a waiting one nothing; a duplicate rid is refused."""
 
     async def main(simulation: Simulation) -> None:
         async with asyncio.TaskGroup() as group:
@@ -120,7 +120,7 @@ def test_an_abort_brings_what_was_written() -> None:
 
 
 @pytest.mark.parametrize("cost_model", ["plain", "cpu"])
-def test_who_goes_away_leaves_nothing_behind(cost_model: str) -> None:
+def test_a_cancelled_request_releases_its_place(cost_model: str) -> None:
     """A cancelled request gives its place back, stalled or not."""
 
     async def main(simulation: Simulation) -> None:
@@ -139,7 +139,7 @@ def test_who_goes_away_leaves_nothing_behind(cost_model: str) -> None:
 
 @pytest.mark.parametrize("cost_model", ["plain", "cpu"])
 def test_going_down_loses_what_runs_and_the_cache(cost_model: str) -> None:
-    """Everything alive ends with a reset, and after coming up the prefix is cold."""
+    """All live requests end with a reset, and afterwards the prefix is not cached."""
 
     async def main(simulation: Simulation) -> None:
         await simulation.answer(ask("same"), None)
@@ -167,7 +167,7 @@ def test_going_down_loses_what_runs_and_the_cache(cost_model: str) -> None:
 
 @pytest.mark.parametrize("cost_model", ["plain", "cpu"])
 def test_half_speed_takes_twice_as_long(cost_model: str) -> None:
-    """From the configuration or set later; nonsense is refused."""
+    """Speed is configured or set later; invalid values are refused."""
 
     async def main(simulation: Simulation) -> None:
         nominal = 1 + 63 * 0.05 + 0.05
@@ -219,7 +219,7 @@ def test_the_load_is_that_of_the_batch() -> None:
 
 
 def test_retractions_are_counted_and_lose_no_text() -> None:
-    """Too small a pool: requests go back to the queue, and all answers are whole."""
+    """With a small pool, requests are retracted, and all answers are complete."""
 
     async def main(simulation: Simulation) -> None:
         asks = [ask(f"{number:02d}", times=20, max_tokens=600) for number in range(24)]
@@ -257,7 +257,7 @@ run_virtually(main())
 
 
 def test_a_run_depends_on_nothing_but_its_seed() -> None:
-    """Two processes that hash differently tell the same story."""
+    """Two processes with different hash seeds give the same results."""
     told = {
         subprocess.run(
             [sys.executable, "-c", PROGRAM],

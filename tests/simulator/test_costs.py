@@ -1,4 +1,4 @@
-"""The cost models: their arithmetic, the figures they stand for, and the capacity counted from them."""
+"""The cost models: their arithmetic, the measurements they reproduce, and the capacity computed from them."""
 
 import dataclasses
 import random
@@ -38,14 +38,14 @@ def test_decode_is_the_sum_of_its_steps() -> None:
 
 
 def test_a_prompt_in_chunks_costs_the_same_attention() -> None:
-    """Cutting a prompt costs one more fixed share and nothing else."""
+    """Splitting a prompt adds the fixed cost of a prefill and nothing else."""
     whole = H100.prefill([(100, 900)])
     cut = H100.prefill([(100, 500)]) + H100.prefill([(600, 400)])
     assert cut == pytest.approx(whole + H100.prefill_s)
 
 
-def test_limits_must_make_sense() -> None:
-    """What cannot be simulated is refused by name."""
+def test_invalid_limits() -> None:
+    """Invalid settings are refused by name."""
     with pytest.raises(ConfigError, match="pool_tokens"):
         dataclasses.replace(CPU, pool_tokens=0)
     with pytest.raises(ConfigError, match="step_s"):
@@ -75,12 +75,12 @@ def test_cpu_prefills_as_measured(uncached: int, cached: int, seconds: float) ->
 
 @pytest.mark.parametrize(("batch", "tokens", "seconds"), [(1, 88, 0.062), (4, 352, 0.089), (8, 704, 0.116)])
 def test_cpu_decodes_as_measured(batch: int, tokens: int, seconds: float) -> None:
-    """A step of so many requests that hold so many tokens."""
+    """A step of `batch` requests with `tokens` tokens in context."""
     assert CPU.decode(batch, tokens, 1) == pytest.approx(seconds, rel=0.1)
 
 
-def test_h100_comes_near_published_figures() -> None:
-    """The figures in its docstring, within 20 %."""
+def test_h100_is_near_published_measurements() -> None:
+    """The measurements in its docstring, within 20 %."""
     assert 1 / H100.decode(1, 40, 1) == pytest.approx(144.0, rel=0.05)
     assert capacity(H100, 4065, 0, 4) * 4065 == pytest.approx(27_670, rel=0.2)
     assert offline(H100, 1000, 220, 200) == pytest.approx(16_215, rel=0.2)

@@ -1,4 +1,4 @@
-"""Servers in the client's process: to the client they are what they are over HTTP, but quicker, and fixed."""
+"""Servers in the client's process answer as over HTTP, and the same way each time."""
 
 import asyncio
 import dataclasses
@@ -103,7 +103,7 @@ async def test_a_mix_of_everything_looks_the_same(stream: bool) -> None:
 
 
 async def test_death_looks_the_same() -> None:
-    """Once too many have come, nobody is there any more."""
+    """After `die_after` requests, connections are refused."""
     told = [await story(served, [None] * 4, stream=False, die_after=3) for served in WAYS]
     assert told[0] == told[1]
     assert ["ServerUnreachable"] * 3 == [error for error, _ in told[0][0][3:]]
@@ -159,7 +159,7 @@ def shape(body: bytes) -> Any:
 
 @BOTH
 async def test_a_key_is_asked_for(served: Any) -> None:
-    """As the client says it."""
+    """A missing or wrong key raises the same ConfigError."""
     async with served(api_key="secret") as (transport, _):
         with pytest.raises(ConfigError, match="does not accept the key"):
             await ServerClient("http://server", transport, 5).models()
@@ -176,7 +176,7 @@ async def running_at(simulation: Simulation, count: int) -> None:
 
 @BOTH
 async def test_a_timeout_ends_the_work_as_a_disconnect_does(served: Any) -> None:
-    """The server notices; nothing is left running."""
+    """The server stops the request; nothing is left running."""
     async with served([Fault.STALL]) as (transport, simulation):
         with pytest.raises(ServerTimeout, match=r"within 1 s"):
             await ServerClient("http://server", transport, 1.0).chat(request_of(1), "m", "r")
@@ -202,7 +202,7 @@ async def test_an_abort_ends_the_request_of_that_rid(served: Any) -> None:
 
 @BOTH
 async def test_going_down_loses_what_runs(served: Any) -> None:
-    """Requests that had a byte are broken, the others unavailable; later ones find nobody, until it is up."""
+    """Requests with a first byte are broken, others unavailable; later ones are refused until it is up."""
     async with served([Fault.STALL], ms_per_token=100) as (transport, simulation):
         client = ServerClient("http://server", transport, 5)
         begun = asyncio.Event()
@@ -222,7 +222,7 @@ async def test_going_down_loses_what_runs(served: Any) -> None:
 
 
 async def test_a_fleet_connects_by_url() -> None:
-    """Each URL leads to its server; at any other nobody listens."""
+    """Each URL leads to its server; any other URL refuses connections."""
     simulations = {f"http://s{n}": Simulation(SimulatorConfig(model=f"model-{n}")) for n in range(3)}
     servers = InProcessServers(simulations)
     for n, url in enumerate(simulations):
@@ -282,7 +282,7 @@ def digest() -> str:
 
 
 def test_the_same_happens_twice() -> None:
-    """Two minutes of many servers are the same to the last bit, whatever the seed of the hashes."""
+    """Two minutes of many servers are the same to the last bit, for any hash seed."""
     command = [sys.executable, "-c", "from tests.simulator.test_in_process import digest; print(digest())"]
     elsewhere = [
         subprocess.run(

@@ -1,4 +1,4 @@
-"""The radix cache against a model that is nothing but a set of prefixes."""
+"""The radix cache compared with a plain set of prefixes."""
 
 import random
 from itertools import pairwise
@@ -89,8 +89,8 @@ def test_it_holds_what_a_set_of_prefixes_holds(done: list[tuple[str, str, int]])
         assert cache.locked == len({key for _, path in locked for key in path})
 
 
-def test_the_least_recently_used_leaf_goes_first() -> None:
-    """Eviction takes leaves in the order of their last use, and a shared beginning after all its ends."""
+def test_the_least_recently_used_leaf_is_evicted_first() -> None:
+    """Eviction takes leaves in the order of their last use, and a shared prefix last."""
     cache = RadixCache()
     for blocks in ("sab", "scd", "xyz"):
         cache.insert(keys(blocks))
@@ -107,7 +107,7 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
 
 
 def test_a_split_leaves_locks_where_they_were() -> None:
-    """Who locked a run that is cut later still holds all of it."""
+    """A lock on a node that is split later still covers all of it."""
     cache = RadixCache()
     node, _ = cache.insert(keys("abcd"))
     cache.lock(node)

@@ -1,4 +1,4 @@
-"""The simulator on the wire: every shape is one that SGLang 0.5.23 sends."""
+"""The simulator over HTTP: every answer has the form of SGLang 0.5.23."""
 
 import asyncio
 import itertools
@@ -226,7 +226,7 @@ async def test_an_impossible_logprob_start_is_refused() -> None:
     assert "logprob_start_len=99 is higher" in orjson.loads(data)["error"]["message"]
 
 
-async def test_loads_tells_running_and_waiting() -> None:
+async def test_loads_reports_running_and_waiting() -> None:
     """/v1/loads has one rank; include=core leaves the sections out; a wrong section is 400."""
     async with simulator(script=[Fault.STALL, Fault.STALL], slots=1) as client, asyncio.TaskGroup() as group:
         for rid in ("a", "b"):
@@ -245,7 +245,7 @@ async def test_loads_tells_running_and_waiting() -> None:
     assert wrong == 400
 
 
-async def test_what_the_server_tells_about_itself() -> None:
+async def test_health_info_and_models() -> None:
     """Health, info and models answer on every path that the real server has."""
     async with simulator(model="small", slots=7, queue_limit=9) as client:
         for path in ("/health", "/health_generate", "/ready"):
@@ -292,7 +292,7 @@ async def test_tokenize_counts_four_characters_as_one() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/tokenize", "/abort_request"])
 async def test_malformed_json_is_400(path: str) -> None:
-    """A body that is no JSON object is refused in the second error shape, and is no request."""
+    """A body that is not a JSON object is refused in the second error form, and not counted."""
     async with simulator() as client:
         for data in (b'{"messages": [', b"[]"):
             headers = {"Content-Type": "application/json"}
@@ -333,8 +333,8 @@ async def test_a_chat_body_of_another_type_is_400() -> None:
         ("/generate", {"text": "a", "sampling_params": {"max_tokens": 5}}, {"error"}),
     ],
 )
-async def test_what_cannot_be_answered_is_400(path: str, body: dict[str, Any], shape: set[str]) -> None:
-    """Each route words its refusals in its own error shape."""
+async def test_unanswerable_requests_are_400(path: str, body: dict[str, Any], shape: set[str]) -> None:
+    """Each route refuses in its own error form."""
     async with simulator() as client:
         status, data = await client.ask("POST", path, body)
     assert status == 400
@@ -342,7 +342,7 @@ async def test_what_cannot_be_answered_is_400(path: str, body: dict[str, Any], s
 
 
 async def test_an_unknown_sampling_parameter_is_named() -> None:
-    """/generate says `error` as a string and lists what it knows."""
+    """/generate returns `error` as a string with the known parameters."""
     async with simulator() as client:
         body = {"text": "a", "sampling_params": {"max_tokens": 5}}
         _, data = await client.ask("POST", "/generate", body)
@@ -363,7 +363,7 @@ async def test_a_rid_that_is_alive_is_refused() -> None:
 
 
 async def test_unknown_routes_are_404() -> None:
-    """As FastAPI words it."""
+    """Unknown routes answer as FastAPI does."""
     async with simulator() as client:
         assert await client.ask("GET", "/get_load") == (404, b'{"detail":"Not Found"}')
         assert (await client.ask("GET", "/generate"))[0] == 405
@@ -432,7 +432,7 @@ async def test_reset_comes_before_any_byte() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_cut_body_is_shorter_than_promised(stream: bool) -> None:
-    """A body that ends early is no answer, whole or streamed."""
+    """A body that ends early is shorter than its Content-Length, or lacks [DONE]."""
     async with simulator([Fault.CUT_BODY]) as client:
         async with asyncio.timeout(5):
             with pytest.raises(aiohttp.ClientPayloadError):
@@ -466,7 +466,7 @@ async def test_stall_lasts_until_aborted() -> None:
     assert (stats["aborted"], stats["answered"], stats["in_flight"]) == (1, 0, 0)
 
 
-async def test_a_client_that_goes_away_frees_its_slot() -> None:
+async def test_a_disconnected_client_frees_its_slot() -> None:
     """A disconnect cancels the request in the engine."""
     async with simulator([Fault.STALL]) as client:
         with pytest.raises(TimeoutError):
@@ -544,7 +544,7 @@ async def test_a_full_queue_refuses_and_a_free_slot_serves() -> None:
 
 
 async def test_death_resets_everything() -> None:
-    """When one request too many comes, all connections are reset and stay so; the callback knows."""
+    """After `die_after` requests all connections are reset for ever, and the callback is called."""
     died: list[bool] = []
 
     async def lost(client: Client, method: str, path: str) -> None:
@@ -589,7 +589,7 @@ async def test_a_mere_prefix_aborts_only_with_several_tokenizer_workers() -> Non
 
 
 async def test_an_abort_in_the_queue_says_so() -> None:
-    """What never ran comes back empty, with the shorter meta_info of the real server."""
+    """A request aborted in the queue has an empty text and the shorter meta_info of the real server."""
     async with simulator([Fault.STALL], slots=1) as client, asyncio.TaskGroup() as group:
         group.create_task(client.chat(rid="runs"))
         await client.until_running(1)
@@ -605,7 +605,7 @@ async def test_an_abort_in_the_queue_says_so() -> None:
 
 
 async def test_cached_tokens_rise_on_a_shared_prefix() -> None:
-    """A second request that shares a long beginning finds it in whole blocks of 64 tokens."""
+    """A second request finds a shared prefix in whole blocks of 64 tokens."""
     shared = "All about geese and their journeys. " * 40
     async with simulator() as client:
         cached = []
@@ -649,7 +649,7 @@ async def test_flush_empties_the_cache_only_when_idle() -> None:
 
 
 async def test_stats_count_what_came_and_reset_forgets_it() -> None:
-    """Requests, routes, answers, tokens and connections are counted; a reset starts again, script and all."""
+    """Requests, routes, answers, tokens and connections are counted; a reset clears them and the script."""
     async with simulator([Fault.EMPTY, None]) as client:
         usages = [(await client.chat())["usage"] for _ in range(2)]
         stats = await client.json("GET", "/simulator/stats")

@@ -31,7 +31,7 @@ def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_0(number: signal.Signals) -> None:
-    """It says one line when it listens, serves, and exits 0 at SIGTERM and SIGINT."""
+    """It prints one line when it listens, serves, and exits 0 on SIGTERM and SIGINT."""
     with process("--model", "small") as (started, line):
         url = line.split()[3]
         assert line == f"simulating SGLang at {url} (model small)\n"
@@ -72,7 +72,7 @@ def test_wrong_options_are_named(options: list[str], named: str) -> None:
 
 
 def test_a_taken_port_is_a_usage_error() -> None:
-    """It says which address it cannot listen at."""
+    """The message names the address."""
     with process() as (_, line):
         port = line.split()[3].rpartition(":")[2]
         result = CliRunner().invoke(simulate, ["--port", port])

@@ -1,4 +1,4 @@
-"""The simulator's parts by themselves: faults, configuration, engine, prefix cache, texts."""
+"""The simulator's parts: faults, configuration, plain engine, prefix cache, tokens, texts."""
 
 import itertools
 from typing import Any
@@ -58,13 +58,13 @@ def test_a_script_comes_before_the_rates() -> None:
     ],
 )
 def test_wrong_configuration_is_named(fields: dict[str, Any], named: str) -> None:
-    """What cannot be simulated is refused by name."""
+    """Invalid settings are refused by name."""
     with pytest.raises(ConfigError, match=named):
         SimulatorConfig(**fields)
 
 
 async def test_slots_pass_on_in_order_of_arrival() -> None:
-    """Whoever leaves gives the slot to the first in the queue, also when others have left the queue."""
+    """A free slot goes to the first in the queue, also when others have left the queue."""
     engine = PlainEngine(slots=1, queue_limit=None, cache_tokens=0)
     works = [Work(str(number), "prompt") for number in range(4)]
     for work in works:
@@ -135,14 +135,14 @@ def test_texts_differ_from_each_other() -> None:
         assert sum(pairs) / len(pairs) < 0.02
 
 
-def test_texts_are_fixed_by_the_seed() -> None:
+def test_texts_are_determined_by_the_seed() -> None:
     """The same seed writes the same texts, another seed others."""
     assert Prose(1).write(150) == Prose(1).write(150) != Prose(2).write(150)
     assert len(Prose(1).write(4).split()) == 4
 
 
-def test_ids_are_spelled_as_what_they_were_made_from() -> None:
-    """Also two texts one after the other, the second cut; ids that were never made stand for nothing."""
+def test_ids_are_decoded_to_their_text() -> None:
+    """Two joined texts can be decoded, the second cut; unknown ids cannot."""
     tokenizer, first, second = Tokenizer(), "The geese fly south.!", "In autumn, when it is cold."
     ids, more = tokenizer.encode(first), tokenizer.encode(second)
     assert ids == token_ids(first)
@@ -150,8 +150,8 @@ def test_ids_are_spelled_as_what_they_were_made_from() -> None:
     assert tokenizer.decode([*ids, 7]) is None
 
 
-def test_words_that_were_met_are_likelier() -> None:
-    """Token by token: one that holds part of a new word is as unlikely as a new word, case aside."""
+def test_known_words_are_likelier() -> None:
+    """A token with part of a new word is as unlikely as the word; case does not matter."""
     assert token_losses("the Geese fly", "Geese FLY") == [KNOWN_WORD_LOSS, KNOWN_WORD_LOSS, KNOWN_WORD_LOSS]
     assert token_losses("geese", "a goose. geese") == [
         NEW_WORD_LOSS,
@@ -162,7 +162,7 @@ def test_words_that_were_met_are_likelier() -> None:
 
 
 def test_a_question_is_answered_with_the_sentence_that_has_most_of_its_words() -> None:
-    """Sentences of all but the last two paragraphs; none where no word is met."""
+    """The last two paragraphs are the question; without a common word there is no answer."""
     how = "Answer briefly."
     context = "Geese are loud. They fly south in autumn.\n\nDucks stay."
     assert (
@@ -173,7 +173,7 @@ def test_a_question_is_answered_with_the_sentence_that_has_most_of_its_words() -
 
 
 def test_faithful_texts_hold_the_answer() -> None:
-    """What stands below `Answer:` in the prompt, in such a share of texts; the others stay as they are."""
+    """The text after `Answer:` is in that share of texts; the others are unchanged."""
     prompt = "Question:\nWho?\n\nAnswer:\nKeeper Amund\nTarn.\n\nNow write."
     assert given_answer(prompt) == "Keeper Amund Tarn."
     assert given_answer("Write.") == ""

@@ -1,4 +1,4 @@
-"""Timelines: what happens when, and that it happens to a server over HTTP as to one in the process."""
+"""Timelines: their order, and their effect on servers over HTTP and in the process."""
 
 import asyncio
 import socket
@@ -72,20 +72,20 @@ def test_a_file_becomes_a_schedule(tmp_path: Path) -> None:
 
 
 def test_outages_that_touch_are_one() -> None:
-    """Down at the first beginning, up at the last end."""
+    """Down at the first start, up at the last end."""
     timeline = Timeline([Event(10, down_s=10), Event(15, down_s=2), Event(20, down_s=5), Event(40, down_s=1)])
     told = [(change.at_s, change.down) for change in timeline.changes() if change.down is not None]
     assert [(10, True), (25, False), (40, True), (41, False)] == told
 
 
-def test_what_repeats_never_ends() -> None:
-    """Lazily, so that it costs nothing."""
+def test_repeated_events_never_end() -> None:
+    """An endless schedule is generated lazily."""
     changes = islice(Timeline([Event(1, every_s=2, speed=0.5)]).changes(), 1000)
     assert [1 + 2 * n for n in range(1000)] == [change.at_s for change in changes]
 
 
 def test_outages_may_never_end() -> None:
-    """Two that take turns are one without end; the schedule goes on all the same, and never blocks."""
+    """Two alternating outages can be one endless outage; the schedule continues and never blocks."""
     timeline = Timeline([Event(0, every_s=10, down_s=6), Event(5, every_s=10, down_s=6)])
     told = [change.down for change in islice(timeline.changes(), 100)]
     assert [True] == [down for down in told if down is not None]
@@ -115,7 +115,7 @@ def test_outages_may_never_end() -> None:
     ],
 )
 def test_wrong_files_are_named(tmp_path: Path, text: str, said: str) -> None:
-    """One line, with the file and the entry."""
+    """The message names the file and the event."""
     path = written(tmp_path, text)
     with pytest.raises(ConfigError, match=r"timeline\.toml") as raised:
         load_timeline(path)
@@ -124,7 +124,7 @@ def test_wrong_files_are_named(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
-    """The command says which file it cannot read."""
+    """The message names the file."""
     result = CliRunner().invoke(simulate, ["--port", "0", "--timeline", str(tmp_path / "none.toml")])
     assert result.exit_code == 2
     assert "none.toml" in result.output
@@ -156,7 +156,7 @@ def listens(url: str) -> bool:
 
 
 def test_a_process_that_flaps(tmp_path: Path) -> None:
-    """It refuses connections and takes them again, at the same address."""
+    """It refuses connections and then accepts them again, at the same address."""
     with process(tmp_path, "[[event]]\nat_s = 0.2\nevery_s = 0.4\ndown_s = 0.2") as (_, url):
         seen: list[bool] = []
         while seen != [True, False, True, False]:
@@ -166,7 +166,7 @@ def test_a_process_that_flaps(tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies(tmp_path: Path) -> None:
-    """As if by SIGKILL."""
+    """The process exits as if by SIGKILL."""
     with process(tmp_path, "[[event]]\nat_s = 0.2\ndie = true") as (started, _):
         assert 137 == started.wait(timeout=20)
 
@@ -224,7 +224,7 @@ async def test_an_outage_refuses_and_loses_the_cache(served: Any) -> None:
 
 @BOTH
 async def test_an_outage_resets_what_is_under_way(served: Any) -> None:
-    """A request that is being written when the server goes is lost, at once."""
+    """A request in flight is lost at once when the server goes down."""
     async with served(Timeline([Event(1.0, down_s=9)]), latency_ms=60_000) as (client, simulation):
         with pytest.raises(ServerUnavailable):
             await client.chat(REQUEST, "m", "a")
@@ -236,7 +236,7 @@ async def test_an_outage_resets_what_is_under_way(served: Any) -> None:
 
 @BOTH
 async def test_rates_change_at_run_time(served: Any) -> None:
-    """From then on, and not before."""
+    """New rates apply to later requests only."""
     timeline = Timeline([Event(0, faults={"http_500": 1.0}), Event(1.0, faults={})])
     async with served(timeline) as (client, _):
         await until(client, "ServerUnavailable")
@@ -244,8 +244,8 @@ async def test_rates_change_at_run_time(served: Any) -> None:
 
 
 @BOTH
-async def test_death_is_for_good(served: Any) -> None:
-    """Nothing happens after it."""
+async def test_death_is_for_ever(served: Any) -> None:
+    """No later event has an effect."""
     async with served(Timeline([Event(0, die=True), Event(0.01, speed=2)])) as (client, simulation):
         await until(client, "ServerUnreachable")
         await asyncio.sleep(0.02)
@@ -254,7 +254,7 @@ async def test_death_is_for_good(served: Any) -> None:
 
 
 def test_half_speed_takes_twice_as_long() -> None:
-    """From when it is set on; in virtual time, to the microsecond."""
+    """Half speed takes effect when set, to the microsecond of virtual time."""
 
     async def main() -> list[float]:
         clock = asyncio.get_running_loop().time
@@ -271,7 +271,7 @@ def test_half_speed_takes_twice_as_long() -> None:
 
 
 def test_flapping_for_a_day() -> None:
-    """A server that is gone 10 s in every 90: about a ninth of what is asked for finds nobody."""
+    """A server that is down 10 s in every 90: about a ninth of the requests is refused."""
 
     async def main() -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -289,7 +289,7 @@ def test_flapping_for_a_day() -> None:
 
 
 def test_a_bug_in_it_ends_the_server() -> None:
-    """What goes wrong while a timeline is played is no silence."""
+    """An error in a timeline ends the server."""
 
     async def main() -> None:
         async with in_process(Timeline([Event(1, faults={"reset": 1})])) as (_, simulation):

@@ -1,4 +1,4 @@
-"""Virtual time: the clock jumps, nothing waits, and everything happens as it would in real time."""
+"""Virtual time: the clock jumps, and everything happens in the same order as in real time."""
 
 import asyncio
 import signal
@@ -35,7 +35,7 @@ def test_an_hour_takes_no_time() -> None:
 
 
 def test_the_clock_starts_at_0_and_only_waiting_moves_it() -> None:
-    """What code costs takes no virtual time."""
+    """Running code takes no virtual time."""
 
     async def work() -> list[float]:
         seen = [now()]
@@ -48,8 +48,8 @@ def test_the_clock_starts_at_0_and_only_waiting_moves_it() -> None:
     assert [0, 0, 2.5] == run_virtually(work())
 
 
-def test_timers_strike_in_order() -> None:
-    """Whoever waits less is woken first, whoever began; nobody is woken early."""
+def test_timers_fire_in_order() -> None:
+    """Shorter sleeps end first, whichever began first; none ends early."""
 
     async def main() -> list[tuple[float, int]]:
         woken: list[tuple[float, int]] = []
@@ -66,8 +66,8 @@ def test_timers_strike_in_order() -> None:
     assert [(seconds, seconds) for seconds in (1, 2, 3, 4, 5, 259_200)] == run_virtually(main())
 
 
-def test_timers_strike_however_late_it_is() -> None:
-    """Where floating point has no small steps left, time goes on all the same."""
+def test_timers_fire_at_very_late_times() -> None:
+    """Time advances even where floating point has no small steps left."""
 
     async def main() -> float:
         for seconds in (1e9, 1e-7, 1e-9, 0.1):
@@ -77,7 +77,7 @@ def test_timers_strike_however_late_it_is() -> None:
     assert 1e9 + 0.1 == pytest.approx(run_virtually(main()))
 
 
-def test_timeouts_strike_on_time() -> None:
+def test_timeouts_fire_on_time() -> None:
     """asyncio.timeout goes by the same clock."""
 
     async def main() -> float:
@@ -89,8 +89,8 @@ def test_timeouts_strike_on_time() -> None:
     assert 30 == run_virtually(main())
 
 
-def test_executors_call_at_once_and_here() -> None:
-    """In this thread, as if in no time, whichever executor; contexts and results are what they would be."""
+def test_executors_call_at_once_in_this_thread() -> None:
+    """Any executor runs the call in this thread in no virtual time; contexts and results are as usual."""
 
     async def main() -> list[object]:
         loop = asyncio.get_running_loop()
@@ -104,8 +104,8 @@ def test_executors_call_at_once_and_here() -> None:
     assert [1, 2, None, True, 0, before] == run_virtually(main())
 
 
-def test_errors_come_out_of_executors() -> None:
-    """Also the one that no future can hold."""
+def test_errors_in_executors_are_raised() -> None:
+    """Also StopIteration, which a future cannot hold."""
 
     async def main() -> None:
         with pytest.raises(ZeroDivisionError):
@@ -119,7 +119,7 @@ def test_errors_come_out_of_executors() -> None:
 
 
 def test_an_executor_sees_no_loop(tmp_path: Path) -> None:
-    """As in a thread: it may block, and run a loop of its own; the outer one is there again after."""
+    """As in a thread, it may block and run its own loop; the outer loop is restored afterwards."""
 
     def call() -> str:
         with pytest.raises(RuntimeError, match="no running"):
@@ -138,8 +138,8 @@ def test_an_executor_sees_no_loop(tmp_path: Path) -> None:
     assert ("blocking", True) == run_virtually(main())
 
 
-def test_a_deadlock_is_told() -> None:
-    """Nothing ready and no timer: the error names who waits, and everybody is cancelled."""
+def test_a_deadlock_is_raised() -> None:
+    """With nothing ready and no timer, the error names the waiting tasks, and all are cancelled."""
     cleaned_up: list[str] = []
 
     async def wait() -> None:
@@ -175,7 +175,7 @@ def test_a_limit_ends_what_never_ends() -> None:
 
 
 def test_signals_are_seen() -> None:
-    """While something goes on, a signal's callback is called."""
+    """A signal's callback is called while tasks run."""
 
     async def main() -> bool:
         seen = asyncio.Event()

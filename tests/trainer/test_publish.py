@@ -127,7 +127,7 @@ async def test_a_server_that_was_left_paused_is_resumed(tmp_path: Path) -> None:
         weights = server.simulation.weights
 
     assert ["train.not_published"] == [line["event"] for line in logged]
-    assert "is no model" in logged[0]["error"]
+    assert "is not a model directory" in logged[0]["error"]
     assert (None, "default") == (weights.mode, weights.version)
 
 
