@@ -155,7 +155,7 @@ def _row_matches(pattern: str, key: str) -> list[Path]:
         fixed = len(list(takewhile(lambda part: not glob.has_magic(part), path.parts)))
         return [match for match in found if not _is_in_run_directory(match, fixed)]
     if is_run_directory(path):
-        raise ConfigError(f"{key}: {pattern} is a run directory: its files cannot be used here")
+        raise ConfigError(f"{key}: {pattern} is a run directory; give files of rows instead")
     if not path.is_dir():
         _check_regular(path, key)
         if not is_row_file(path):

@@ -1,8 +1,8 @@
-"""Rows of files in every format that the package reads, each with its place in the file.
+"""The rows of files, in every format that streamsyn reads, each with its place in the file.
 
-`open_rows` is the entry: it picks the reader of a file's format. The rows of a reader are not decoded where
-the format allows it (`Line`), so that a caller can count or skip them cheaply, and say itself what a bad one
-means; `decode_all` is for callers that refuse a file with a bad row.
+`open_rows` picks the reader of a file's format. JSON lines come undecoded (`Line`): a caller can count or
+skip them cheaply, and decides what a bad one means. `decode_all` is for callers that refuse a file with a bad
+row.
 """
 
 import codecs
@@ -38,11 +38,11 @@ RawRow: TypeAlias = Line | TableRow
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some rows that follow each other. Their numbers count from 1; blank lines are in it and count too.
+    """Consecutive rows of one file or split.
 
     Attributes:
         source: The file, or `directory[split]`: `source:number` is the place of a row.
-        rows: The rows.
+        rows: The rows, numbered from 1 in their source; blank lines are among them and count too.
     """
 
     source: str
@@ -66,7 +66,7 @@ class ReadOptions:
     key: str = ""
 
     def error(self, place: object, problem: str) -> ConfigError:
-        """The error that names the key, the file (and row, if it is one's) and the problem."""
+        """The error that names the key, the place (a file, or `file:row`) and the problem."""
         return ConfigError(f"{self.key}: {place} {problem}" if self.key else f"{place} {problem}")
 
 
@@ -82,7 +82,7 @@ class RowReader(Protocol):
         ...
 
     def count(self) -> int:
-        """How many rows there are, blank lines aside; the rows are not decoded.
+        """The number of rows without blank lines; the rows are not decoded.
 
         Raises:
             ConfigError: It cannot be read to its end.
@@ -95,16 +95,19 @@ class RowReader(Protocol):
 
 
 def open_rows(path: Path, options: ReadOptions) -> RowReader:
-    """The reader for a file, by its name, or for a saved dataset. Plain text is not rows: see `read_text`.
+    """The reader of a file, by its name, or of a saved dataset. Plain text has no rows: see `read_text`.
 
     Raises:
-        ConfigError: The file is not there.
+        ConfigError: The file is missing.
     """
-    if path.is_dir():
-        return SavedDatasetReader(path, options)
-    if kind_of(path) is Kind.PARQUET:
-        return ParquetReader(path, options)
-    return JsonLinesReader(path, options)
+    kind = Kind.SAVED if path.is_dir() else kind_of(path)
+    match kind:
+        case Kind.SAVED:
+            return SavedDatasetReader(path, options)
+        case Kind.PARQUET:
+            return ParquetReader(path, options)
+        case _:
+            return JsonLinesReader(path, options)
 
 
 class JsonLinesReader:

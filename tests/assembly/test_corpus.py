@@ -1,4 +1,4 @@
-"""Documents of other people as distractors: every kind of file, cut where it hurts least."""
+"""Passages of a corpus as distractors: every format of file, cut at the ends of paragraphs and sentences."""
 
 import gzip
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
-    """No path, no match of a glob, nothing given at all, a column that is not there."""
+    """A missing path, a glob without a match, an empty `assembly.corpus`, a missing column."""
     pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "f.parquet")
     for paths, what in [
         ([tmp_path / "none"], f"assembly.corpus: there are no files to read at {tmp_path}/none"),
@@ -125,7 +125,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_passages_are_drawn_once_each() -> None:
-    """In an order that the draw decides; any number of readers at a time."""
+    """In an order that the random numbers decide; any number of readers at a time."""
     corpus = Corpus(([f"document {n}"] for n in range(50)), 10, 10**6)
     drawn = [passage.index for passage in corpus.shuffled(Random(1))]
     first, second = corpus.shuffled(Random(1)), corpus.shuffled(Random(2))
@@ -135,8 +135,8 @@ def test_passages_are_drawn_once_each() -> None:
     assert drawn != [passage.index for passage in second]
 
 
-def test_materials_say_what_shapes_samples(tmp_path: Path) -> None:
-    """The corpus's content, not its place, is in the fingerprint; what is gone is told apart."""
+def test_the_fingerprint_has_what_shapes_samples(tmp_path: Path) -> None:
+    """The content of the corpus, not its path, is in the fingerprint; a missing corpus has its own error."""
     path = tmp_path / "a.txt"
     path.write_text("one text")
     section = AssemblySection(distractors={"same_task": 1, "corpus": 1}, corpus=(str(path),))

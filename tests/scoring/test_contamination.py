@@ -119,7 +119,7 @@ def test_globs_name_files(tmp_path: Path) -> None:
     assert sets.digest == EvalSets([str(tmp_path / "one.jsonl")], 13).digest
 
 
-def test_the_digest_stands_for_the_content(tmp_path: Path) -> None:
+def test_the_digest_identifies_the_content(tmp_path: Path) -> None:
     """The same texts in other files have the same digest; other texts and other lengths of runs do not."""
     (tmp_path / "other").mkdir()
     whole = EvalSets([written(tmp_path / "a.jsonl", ROW, RUN + " again and again")], 13)
@@ -176,7 +176,7 @@ def test_it_agrees_with_sets_of_tuples(
 @examples(60)
 @given(data=st.data())
 def test_a_planted_run_is_always_found(longbench_sets: EvalSets, data: st.DataObject) -> None:
-    """Whatever case it is in, and whatever stands between and around its words."""
+    """In any case, with anything between and around its words."""
     filler = st.lists(st.sampled_from(["alpha", "beta", "gamma"]), max_size=30).map(" ".join)
     gap = st.sampled_from([" ", "  ", ", ", "\n", " -- ", "; \u201c", "\u2014", ".\u00a0"])
     words = [data.draw(st.sampled_from([word, word.upper(), word.title()])) for word in RUN.split()]
@@ -224,7 +224,7 @@ def test_a_long_text_is_read_in_pieces_that_lose_no_run(
     assert whole.digest == EvalSets([written(tmp_path / "long.jsonl", " ".join(words))], 13).digest
 
 
-def test_numbers_do_not_depend_on_the_process(longbench_sets: EvalSets) -> None:
+def test_the_digest_does_not_depend_on_the_process(longbench_sets: EvalSets) -> None:
     """The digest is the same under any hash seed."""
     (path,) = longbench_sets.files
     code = (

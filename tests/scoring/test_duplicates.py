@@ -49,7 +49,7 @@ def duplicates(tmp_path: Path) -> Iterator[Duplicates]:
 
 
 def test_a_near_duplicate_names_the_original(duplicates: Duplicates) -> None:
-    """The first of two similar texts is no duplicate; the second is one of the first."""
+    """The first of two similar texts is an original; the second is a duplicate of the first."""
     assert duplicates.check_and_add("a", text(1)) is None
     assert duplicates.check_and_add("b", text(2)) is None
 
@@ -110,13 +110,13 @@ def test_a_draft_that_is_written_again_takes_its_own_place(duplicates: Duplicate
 
 
 def test_drafts_of_one_seed_are_duplicates_of_each_other(duplicates: Duplicates) -> None:
-    """The id of a draft is its own, so its sister is another's context."""
+    """Each draft has its own id, so a second draft of the same seed can be a duplicate of the first."""
     duplicates.check_and_add("seed", text(1))
 
     assert Match("seed", 1.0) == duplicates.check_and_add("seed#1", text(1))
 
 
-def test_a_duplicate_is_no_original(duplicates: Duplicates) -> None:
+def test_a_duplicate_does_not_become_an_original(duplicates: Duplicates) -> None:
     """Of a chain of texts, each similar to the one before, each is compared with the first."""
     whole = text(1, 1000).split()
     chain = [" ".join(whole[start : start + 500]) for start in (0, 40, 80, 120)]
@@ -126,7 +126,7 @@ def test_a_duplicate_is_no_original(duplicates: Duplicates) -> None:
     assert [None, "0", None, "2"] == [match and match.id for match in found]
 
 
-def test_what_is_forgotten_is_no_original(duplicates: Duplicates) -> None:
+def test_a_forgotten_text_is_not_an_original(duplicates: Duplicates) -> None:
     """A text that did not become a context leaves room for the next like it."""
     duplicates.check_and_add("a", text(1))
     duplicates.forget("a")
@@ -181,7 +181,7 @@ def test_a_later_run_goes_on_where_the_log_ends(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_kept_from_the_log_is_forgotten(tmp_path: Path) -> None:
-    """A ghost, known here but not in the log, makes no duplicate of another context."""
+    """A text that is in the file but not in the log does not make a different context a duplicate."""
     path = tmp_path / "d.sqlite"
     killed = Duplicates(path, 0.8)
     killed.catch_up([row(0)])
@@ -221,7 +221,7 @@ def test_a_kill_costs_nothing_that_the_log_has(tmp_path: Path) -> None:
     resumed.close()
 
 
-def test_rows_that_are_duplicates_themselves_are_no_originals(duplicates: Duplicates) -> None:
+def test_logged_duplicates_do_not_become_originals(duplicates: Duplicates) -> None:
     """Built from the log the index is what it was when the contexts were written."""
     duplicates.catch_up([row(0), row(1, near_duplicate={"id": "x", "similarity": 0.9}), row(2)])
 
@@ -275,7 +275,7 @@ def test_a_damaged_file_is_made_anew_with_one_warning(tmp_path: Path, offset: in
     duplicates.close()
 
 
-def test_a_file_whose_schema_is_no_text_is_made_anew(tmp_path: Path) -> None:
+def test_a_file_whose_schema_is_not_text_is_made_anew(tmp_path: Path) -> None:
     """SQLite quotes it in its error."""
     path = tmp_path / "d.sqlite"
     whole = Duplicates(path, 0.8)
@@ -294,7 +294,7 @@ def test_a_file_whose_schema_is_no_text_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_a_file_for_another_threshold_is_made_anew(tmp_path: Path) -> None:
-    """Its bands are of another kind, so all is read again."""
+    """Its bands cannot be compared, so all contexts are read again."""
     path = tmp_path / "d.sqlite"
     strict = Duplicates(path, 0.95)
     strict.catch_up([row(0)])

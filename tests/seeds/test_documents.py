@@ -47,7 +47,7 @@ def expected(task: str, origin: str) -> list[Seed]:
 
 
 def test_a_document_is_a_seed() -> None:
-    """Its text is the context and stands nowhere else; the id is a hash of it."""
+    """Its text is the context alone; the id is a hash of it."""
     seed = parse({"context": " Some text.\n", "lang": "en"})
     text = " Some text.\n"
     assert Seed(digest(text).hex(), "docs", "", "", "docs.jsonl:17", {"lang": "en"}, text) == seed
@@ -79,8 +79,8 @@ def test_the_field_may_have_another_name() -> None:
         ({"context": ["a", "b"]}, "field 'context' is not a string but list"),
     ],
 )
-def test_a_line_without_a_document_is_said(row: dict[str, Any], detail: str) -> None:
-    """By file and line, as any other that is no seed."""
+def test_a_line_without_a_document_is_a_bad_seed(row: dict[str, Any], detail: str) -> None:
+    """Named by file and line, like any bad line."""
     bad = parse(row)
     assert isinstance(bad, BadSeed)
     assert (RejectReason.NOT_A_SEED, "docs.jsonl:17") == (bad.reason, bad.origin)
@@ -105,7 +105,7 @@ def test_documents_in_files(tmp_path: Path) -> None:
 
 
 def test_documents_through_a_pipe(tmp_path: Path) -> None:
-    """They are spooled whole, and come back from there as they were, however long they are."""
+    """They are spooled whole, and replayed as they were, however long they are."""
     rows = [{**row, "context": row["context"] * 2000} for row in ROWS]
     reading, writing = os.pipe()
     spool, path = SeedSpool(tmp_path / "spool"), tmp_path / "rows"

@@ -47,7 +47,7 @@ def numbers_in(read: Iterable[Entry]) -> list[int]:
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_json_lines_are_read_as_they_stand(tmp_path: Path, suffix: str) -> None:
-    """Each seed says its file and line and has the file's stem as its task, compressed or not."""
+    """The origin of each seed is its file and line, and its task the file's stem, compressed or not."""
     path = tmp_path / f"trivia{suffix}"
     path.write_bytes(COMPRESS[suffix](jsonl(range(3000))))
     source = source_at(path)
@@ -61,7 +61,7 @@ def test_json_lines_are_read_as_they_stand(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_task_may_be_given(tmp_path: Path) -> None:
-    """The source's task stands in for the file's stem; a line's own task wins over both."""
+    """The task of the source replaces the file's stem; a line's own task wins over both."""
     path = tmp_path / "trivia.jsonl"
     own = orjson.dumps({**row(1), "task": "own"})
     path.write_bytes(jsonl([0]) + own)
@@ -72,7 +72,7 @@ def test_a_task_may_be_given(tmp_path: Path) -> None:
 
 
 def test_bad_lines_stand_between_seeds(tmp_path: Path) -> None:
-    """A line that is no seed is named by file and line, and the ones behind it are read."""
+    """A bad line is named by file and line, and the lines after it are read."""
     path = tmp_path / "seeds.jsonl"
     long = b'{"instruction":"' + b"x" * 200 + b'"}\n'
     path.write_bytes(
@@ -215,7 +215,7 @@ def test_a_saved_dataset_is_read_row_by_row(tmp_path: Path, datasets: Any) -> No
 
 
 def test_a_saved_dataset_is_read_split_by_split(tmp_path: Path, datasets: Any) -> None:
-    """Each row says the split in which it stands."""
+    """The origin of each row names its split."""
     path = tmp_path / "trivia"
     train, test = datasets.Dataset.from_list([row(0), row(1)]), datasets.Dataset.from_list([row(2)])
     datasets.DatasetDict(train=train, test=test).save_to_disk(path)

@@ -156,7 +156,7 @@ QA = b'"instruction":"Who?","answer":"Ada."'
     ],
 )
 def test_what_is_no_json_is_said_with_its_column(text: bytes, detail: str) -> None:
-    """The message shows where the line went wrong, and no more than its start."""
+    """The message names the column, and quotes only the start of the line."""
     bad = bad_in(text)
 
     assert (RejectReason.INVALID_JSON, "seeds.jsonl:17") == (bad.reason, bad.origin)
@@ -174,7 +174,7 @@ def test_what_is_no_json_is_said_with_its_column(text: bytes, detail: str) -> No
     ],
 )
 def test_what_is_no_utf8_is_said_with_its_byte(text: bytes, offset: int) -> None:
-    """Another encoding is another reason than broken JSON: it is mended otherwise."""
+    """A wrong encoding has a reason of its own, because it is repaired differently from broken JSON."""
     bad = bad_in(text)
 
     assert (RejectReason.INVALID_UTF8, "seeds.jsonl:17") == (bad.reason, bad.origin)
@@ -223,7 +223,7 @@ def test_what_is_no_seed_is_said(text: bytes, detail: str) -> None:
 
 
 def test_a_line_too_long_is_said_with_its_size() -> None:
-    """The key of the limit stands in the message."""
+    """The message names the key of the limit."""
     entry = SeedParser(FieldsSection()).line(Line(3, None, 50), "seeds.jsonl", "seeds", 10)
 
     assert isinstance(entry, BadSeed)
@@ -233,7 +233,7 @@ def test_a_line_too_long_is_said_with_its_size() -> None:
 
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**100])
 def test_numbers_beyond_64_bits_travel_as_well_as_they_can(number: int) -> None:
-    """JSON has no bounds on numbers, the log has: they lose digits, not the seed."""
+    """JSON does not limit numbers, the log does: they lose digits, and the seed is kept."""
     seed = seed_in({"instruction": "Who?", "answer": "Ada.", "big": number})
 
     assert {"big": float(number)} == orjson.loads(orjson.dumps(seed.metadata))
@@ -291,7 +291,7 @@ def test_no_line_breaks_the_parser(text: bytes) -> None:
 
 
 def test_a_bad_line_is_known_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its key stands for the file, wherever it is called from, for the line number and for the bytes."""
+    """Its key identifies the absolute path, the line number and the bytes."""
     path = tmp_path / "seeds.jsonl"
     parser = SeedParser(FieldsSection())
 

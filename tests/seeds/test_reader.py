@@ -1,4 +1,4 @@
-"""All sources of a run as one stream: what is found, in which order it comes, what is kept of a pipe."""
+"""All sources of a run as one stream: their order, and what is kept of a pipe."""
 
 import os
 from collections import Counter
@@ -121,7 +121,7 @@ def test_interleaving_loses_nothing(weighted: list[dict[str, Any]]) -> None:
 
 
 def test_the_order_of_interleaving_is_drawn_from_the_run_seed(weighted: list[dict[str, Any]]) -> None:
-    """The same seed gives the same order, another seed another one."""
+    """The same random seed gives the same order, a different one a different order."""
     orders = [read(reader_of(*weighted, interleave=True, run_seed=seed)) for seed in (1, 1, 2)]
 
     assert orders[0] == orders[1]
@@ -176,7 +176,7 @@ def test_stdin_can_be_given_once() -> None:
 
 
 def test_stdin_is_spooled_and_files_are_not(tmp_path: Path) -> None:
-    """A file can be read again; what came through a pipe is gone."""
+    """A file can be read again, a pipe cannot."""
     path = write(tmp_path / "a.jsonl", "file")
     with stdin() as writer:
         writer.write(jsonl("pipe") + b"nix\n")

@@ -98,7 +98,7 @@ def test_seeds_arrive_as_they_come(pipe: Pipe) -> None:
 
 
 def test_a_line_that_comes_in_parts_waits_for_its_end(pipe: Pipe) -> None:
-    """Half a line is no seed, and no bad line either."""
+    """Half a line is neither a seed nor a bad line."""
     batches = source_of(pipe).batches()
     arrived = []
 
@@ -123,7 +123,7 @@ def test_a_file_may_stand_in_for_a_pipe(tmp_path: Path) -> None:
 
 
 def test_stop_ends_a_read_that_waits(pipe: Pipe) -> None:
-    """It comes from another thread; half a line that had come is not taken for a line."""
+    """From a different thread; half a line is not taken for a line."""
     source = source_of(pipe)
     arrived: queue.Queue[list[str] | None] = queue.Queue()
 
@@ -145,7 +145,7 @@ def test_stop_ends_a_read_that_waits(pipe: Pipe) -> None:
 
 
 def test_stop_comes_before_what_could_still_be_read(pipe: Pipe) -> None:
-    """What lies in the pipe and was not acted on is left there; stopping twice is harmless."""
+    """What is in the pipe and was not acted on is left there; stopping twice is harmless."""
     source = source_of(pipe)
     pipe.write(line(1))
     source.stop()
@@ -270,7 +270,7 @@ def test_a_last_line_that_makes_no_sense_is_cut_off(tmp_path: Path, tail: bytes)
 
 @pytest.mark.parametrize("damaged", [b"\0" * 100, b"{}\n", b"\n", b'{"seed":{"id":"1"}}\n'])
 def test_a_damaged_line_among_others_stops_the_run(tmp_path: Path, damaged: bytes) -> None:
-    """What lies behind it was acted on and cannot be piped again: it is named, and nothing is cut."""
+    """What follows it was acted on and cannot be piped again: the line is named, and nothing is cut."""
     list(SeedSpool(tmp_path).follow(iter([ENTRIES]), nothing_known))
     path = tmp_path / "stdin.jsonl"
     spoiled = path.read_bytes() + damaged + path.read_bytes()

@@ -1,4 +1,4 @@
-"""The index of finished drafts: derived from the log, made anew when it is lost, spoilt or behind."""
+"""The index of finished drafts: derived from the log, made anew when it is missing, damaged or behind."""
 
 import itertools
 import random
@@ -30,7 +30,7 @@ def finished_run(root: Path, outcomes: int = 30) -> Path:
 
 
 def known(root: Path, outcomes: int = 30) -> list[Claim]:
-    """What a resumed run says of each draft, and of one that is not done."""
+    """The claims of a resumed run for each draft, and for one that is not finished."""
     with opened(root, sink()) as log:
         claims = log.claims()
         with claims.batch():
@@ -43,7 +43,7 @@ ALL_FINISHED = [Claim.FINISHED] * 30 + [Claim.NEW]
 
 
 def test_a_key_is_new_once(tmp_path: Path) -> None:
-    """The first claim of a key in a run takes it; another says that it was repeated."""
+    """The first claim of a key in a run is NEW; later ones are REPEATED."""
     claims = Claims(None, tmp_path / "read.sqlite")
 
     assert [Claim.NEW, Claim.NEW, Claim.REPEATED, Claim.NEW, Claim.REPEATED] == [
@@ -54,7 +54,7 @@ def test_a_key_is_new_once(tmp_path: Path) -> None:
     claims.close()
 
 
-def test_a_finished_key_is_said_to_be_finished_once(tmp_path: Path) -> None:
+def test_a_finished_key_is_finished_once(tmp_path: Path) -> None:
     """A seed that an earlier run finished is FINISHED, and REPEATED when it comes again."""
     finished = CompletedKeys(tmp_path / "finished.sqlite")
     finished.catch_up(Manifest(tmp_path / "none"), tmp_path, KEYS[:2])
@@ -81,7 +81,7 @@ def test_any_number_of_keys_may_be_asked_for_at_once(tmp_path: Path) -> None:
 
 
 def test_what_was_read_is_forgotten_between_runs(tmp_path: Path) -> None:
-    """The scratch file is gone after a run, and one that a kill left does not count."""
+    """The scratch file is deleted after a run, and one that a kill left is not used."""
     scratch = tmp_path / "read.sqlite"
     killed = Claims(None, scratch)
     killed.claim(KEYS[0])
@@ -96,7 +96,7 @@ def test_what_was_read_is_forgotten_between_runs(tmp_path: Path) -> None:
 
 
 def test_the_key_of_a_draft_is_found_in_its_row(tmp_path: Path) -> None:
-    """Each draft of a seed, and each bad line, is known again by what the log says of it."""
+    """Each draft of a seed, and each bad line, is found again by its row in the log."""
     seed = Seed("seed", "qa", "i", "a", "file:1")
     drafts = [context(number, seed_id="seed", draft=number) for number in range(3)]
     with opened(tmp_path, sink()) as log:
@@ -122,7 +122,7 @@ def test_the_index_is_made_anew_when_it_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 99, 1000, 4096, 4100, 9000])
 def test_the_index_is_made_anew_when_it_is_cut_off(tmp_path: Path, size: int) -> None:
-    """A file that is too short, at whatever length, is no reason to do a draft again."""
+    """A file that is too short, at any length, does not make a draft run twice."""
     index = finished_run(tmp_path)
     index.write_bytes(index.read_bytes()[:size])
 
@@ -131,7 +131,7 @@ def test_the_index_is_made_anew_when_it_is_cut_off(tmp_path: Path, size: int) ->
 
 @pytest.mark.parametrize("at", [0, 16, 40, 90, 110, 3900, 4096, 8192])
 def test_the_index_is_made_anew_when_it_is_garbage(tmp_path: Path, at: int) -> None:
-    """Garbage in the file, wherever it lies, is noticed and made good from the log."""
+    """Garbage anywhere in the file is noticed, and the index is made again from the log."""
     index = finished_run(tmp_path)
     data = index.read_bytes()
     garbage = random.Random(at).randbytes(200)
@@ -149,7 +149,7 @@ def test_the_index_is_made_anew_when_its_schema_is_no_text(tmp_path: Path) -> No
 
 
 def test_a_text_file_in_place_of_the_index_is_replaced(tmp_path: Path) -> None:
-    """What is no index at all is made anew."""
+    """A file that is not SQLite is replaced."""
     index = finished_run(tmp_path)
     index.write_text("this is no database\n" * 1000)
 
@@ -205,15 +205,15 @@ def test_an_index_is_not_made_from_a_damaged_shard(tmp_path: Path, damage: str) 
     assert ALL_FINISHED == known(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    """What SQLite has to say of it comes as one line that names the file."""
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """SQLite's error becomes one line that names the file."""
     with pytest.raises(SinkError, match=r"read\.sqlite: unable to open"):
         Claims(None, tmp_path / "nowhere" / "read.sqlite")
 
 
 def test_closed_while_it_is_used(tmp_path: Path) -> None:
-    """A run that is stopped closes it behind a reader that still goes on: what is being done is waited for,
-    and the reader gets an error. (SQLite would end the process.)"""
+    """A stopped run closes it while a reader still uses it: closing waits for the call in progress, and the
+    reader gets an error. (SQLite would crash the process.)"""
     claims = Claims(None, tmp_path / "read.sqlite")
     began = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The journal: finished steps survive, whatever becomes of its file only costs steps."""
+"""The journal: finished steps survive a kill, and damage to its file costs steps only."""
 
 import sqlite3
 import subprocess
@@ -96,7 +96,7 @@ TestJournalMachine.settings = SHORT
 def test_a_damaged_file_costs_steps_and_nothing_else(
     torn: float | None, garbage: list[tuple[float, bytes]]
 ) -> None:
-    """What is still told is true, from the first step on; nothing is raised; new steps are kept again."""
+    """The steps that are returned are correct, from the first on; nothing is raised; new ones are kept."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "journal.sqlite"
         steps = {key: [step(number, "long text " * 300) for number in range(4)] for key in KEYS}
@@ -123,7 +123,7 @@ def test_a_damaged_file_costs_steps_and_nothing_else(
 @pytest.mark.parametrize(
     "content", [b"no database at all " * 100, b"", b"SQLite format 3\0" + b"\xff" * 4096]
 )
-def test_what_is_no_journal_is_removed_and_made_anew(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_journal_is_replaced(tmp_path: Path, content: bytes) -> None:
     """The run goes on, and its steps are kept."""
     path = tmp_path / "journal.sqlite"
     path.write_bytes(content)
@@ -134,7 +134,7 @@ def test_what_is_no_journal_is_removed_and_made_anew(tmp_path: Path, content: by
         assert [step(0)] == journal.steps(KEYS[0])
 
 
-def test_a_schema_that_is_no_text_is_damage(tmp_path: Path) -> None:
+def test_a_schema_that_is_not_text_is_damage(tmp_path: Path) -> None:
     """SQLite quotes it in its error."""
     path = tmp_path / "journal.sqlite"
     with journal_at(path) as journal:
@@ -147,7 +147,7 @@ def test_a_schema_that_is_no_text_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_table_of_another_shape_is_damage(tmp_path: Path) -> None:
-    """As another version might leave it."""
+    """As a different version might leave it."""
     path = tmp_path / "journal.sqlite"
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE steps (key TEXT)")
@@ -168,7 +168,7 @@ def test_a_full_disk_ends_the_journal_and_not_the_run(tmp_path: Path) -> None:
 
 
 def test_the_file_shrinks(tmp_path: Path) -> None:
-    """What is dropped makes room, and a thousand drafts one after the other need that of one."""
+    """Dropped steps free their room: 300 drafts one after the other need the room of one."""
     path = tmp_path / "journal.sqlite"
     with journal_at(path) as journal:
         for number in range(300):
@@ -179,7 +179,7 @@ def test_the_file_shrinks(tmp_path: Path) -> None:
 
 
 def test_a_single_step_makes_no_file(tmp_path: Path) -> None:
-    """What is never added to is never opened."""
+    """A journal without steps is never opened."""
     with journal_at(tmp_path / "journal.sqlite") as journal:
         journal.drop(KEYS)
         assert [] == journal.steps(KEYS[0])
@@ -215,8 +215,8 @@ def test_what_was_added_survives_a_kill(tmp_path: Path) -> None:
     assert [step(number, "x" * 3000) for number in range(len(found))] == found
 
 
-def test_a_digest_stands_for_what_is_asked() -> None:
-    """Messages and sampling; not where it is asked."""
+def test_a_digest_identifies_a_request() -> None:
+    """By messages and sampling; the server does not count."""
     messages = [{"role": "user", "content": "Who?"}]
     same = [
         request_digest(Request(messages, {"a": 1, "b": 2}, "group", ("key",))),
@@ -236,7 +236,7 @@ def draft_of(number: int) -> Draft:
 
 
 def test_a_draft_is_dropped_once_its_outcome_is_on_disk(tmp_path: Path) -> None:
-    """Not before: a loss of power may still take the outcome."""
+    """Not before: a loss of power may still lose the outcome."""
     with opened(tmp_path, sink()) as log:
         for number in range(3):
             add(log.journal, draft_of(number).key, 0, step(0))

@@ -85,7 +85,7 @@ def test_a_run_directory_is_no_source_of_seeds(serve: Serve, seeds: Seeds, tmp_p
     assert 5 == len(rows(out, "contexts"))
     assert [] == rows(out, "rejects")
     assert 2 == given.returncode
-    assert f"streamsyn: seeds: {out} is a run directory: its files cannot be used here\n" == given.stderr
+    assert f"streamsyn: seeds: {out} is a run directory; give files of rows instead\n" == given.stderr
 
 
 def test_preview_takes_the_command_line_of_a_run(seeds: Seeds, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""Rows of files as a source of training: any format, any first row, `train` of a dataset with splits."""
+
 import gzip
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def test_rows_of_every_form_can_be_read_from_anywhere(form: str, tmp_path: Path)
 
 
 def test_the_end_may_be_found_by_reading(tmp_path: Path) -> None:
-    """What is mixed in is not counted first: its end is known once it was read."""
+    """A source of `train.mix` is not counted first: its total is known once it was read."""
     source = FileRows(str(write(tmp_path, "jsonl")), "files", "train.mix", count=False)
     before = source.total()
     source.fetch(590, 20)
@@ -86,7 +88,7 @@ def test_the_end_may_be_found_by_reading(tmp_path: Path) -> None:
 
 
 def test_bad_lines_keep_their_place(tmp_path: Path) -> None:
-    """A line that is no JSON object is a row that says so, with its file and line; blank ones are none."""
+    """A line that is not a JSON object becomes a row whose problem names file and line; blanks are skipped."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(ROWS[:1]) + b"\n#\n[]\n" + lines(ROWS[1:2]))
     found = FileRows(str(path), "files", "--from", count=True).fetch(0, 9)
@@ -97,7 +99,7 @@ def test_bad_lines_keep_their_place(tmp_path: Path) -> None:
 
 
 def test_fewer_rows_than_before_are_noticed(tmp_path: Path) -> None:
-    """Rows that a checkpoint holds and a file no longer has are left out, and the end is known."""
+    """Rows that a checkpoint names and the file no longer has are left out, and the total is known."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(ROWS[:3]))
     source = FileRows(str(path), "files", "train.mix", count=False)
@@ -106,8 +108,8 @@ def test_fewer_rows_than_before_are_noticed(tmp_path: Path) -> None:
     assert None is not source.total()
 
 
-def test_a_parquet_file_is_counted_by_what_it_says_of_itself(tmp_path: Path) -> None:
-    """Its rows are not decoded for that: here they cannot be."""
+def test_a_parquet_file_is_counted_by_its_metadata(tmp_path: Path) -> None:
+    """The rows are not decoded for that: here they cannot be."""
     path = write(tmp_path, "parquet")
     data = bytearray(path.read_bytes())
     data[4:2000] = bytes(1996)
@@ -147,7 +149,7 @@ def files_of(folder: Path, split: str) -> set[str]:
 @pytest.mark.parametrize("splits", [(SHARES,), (TASKS, SHARES)])
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
 def test_of_an_export_only_train_is_read(form: str, splits: tuple[str, ...], tmp_path: Path) -> None:
-    """Whatever its format, and however one comes to it; what is left out is said."""
+    """In every format, and by whatever path it is found; what is left out is logged."""
     to = exported(tmp_path, form, *splits)
     lines = exported(tmp_path / "lines", "jsonl", *splits)
     train, test = files_of(lines, "train"), files_of(lines, "test")
@@ -171,7 +173,7 @@ def test_of_an_export_only_train_is_read(form: str, splits: tuple[str, ...], tmp
 
 
 def test_from_within_an_export_it_is_still_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path does not lead over the folder with its listing."""
+    """A relative path does not go through the folder with the listing."""
     to = exported(tmp_path, "jsonl", SHARES)
     monkeypatch.chdir(to / "data")
 
@@ -182,7 +184,7 @@ def test_from_within_an_export_it_is_still_one(tmp_path: Path, monkeypatch: pyte
     ("form", "splits"), [("datasets", TASKS), ("jsonl", "a=0.5,b=0.5"), ("jsonl", TASKS)]
 )
 def test_without_a_split_of_that_name_all_are_read(form: str, splits: str, tmp_path: Path) -> None:
-    """Tasks, or names of the user's own; the listing itself is no row."""
+    """Splits by task, or with names of the user's own; the listing itself is not read as a row."""
     to = exported(tmp_path, form, splits)
     source = FileRows(str(to), "files", "--from", count=True)
 
@@ -191,7 +193,7 @@ def test_without_a_split_of_that_name_all_are_read(form: str, splits: str, tmp_p
 
 
 def test_a_saved_data_set_with_splits_needs_no_export(tmp_path: Path) -> None:
-    """Of any that `datasets` has saved `train` is read; another can be given by its folder."""
+    """Of a saved DatasetDict `train` is read; a different split can be given by its folder."""
     import datasets
 
     splits = {"test": ROWS[:10], "train": ROWS[10:30]}
@@ -207,7 +209,7 @@ def test_a_saved_data_set_with_splits_needs_no_export(tmp_path: Path) -> None:
 
 
 def test_a_file_of_that_name_that_lists_nothing_is_a_file_of_rows(tmp_path: Path) -> None:
-    """What makes an export is what its listing says; a folder with nothing else has no rows."""
+    """An export is known by the content of its listing; a folder with a listing alone has no rows."""
     (tmp_path / "export.json").write_bytes(lines(ROWS[:3]))
     (tmp_path / "test-1.jsonl").write_bytes(lines(ROWS[3:5]))
     assert 5 == len(ids(tmp_path))
@@ -218,7 +220,7 @@ def test_a_file_of_that_name_that_lists_nothing_is_a_file_of_rows(tmp_path: Path
 
 
 def test_what_cannot_be_read_names_its_key(tmp_path: Path) -> None:
-    """A path to nothing, and a file that breaks off, are the user's to mend."""
+    """A missing path, and a file that is cut short, are configuration errors."""
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(lines(ROWS))[:-20])
     (tmp_path / "no.parquet").write_bytes(b"PAR1")
@@ -231,7 +233,7 @@ def test_what_cannot_be_read_names_its_key(tmp_path: Path) -> None:
 
 
 def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
-    """A run directory, one that is not there yet, or has not heard from its servers, and files; no URL."""
+    """A run directory, one that does not exist yet or waits for its servers, and files; URLs are refused."""
     run = new_run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(b"{}")
     (tmp_path / "empty").mkdir()

@@ -1,3 +1,5 @@
+"""Samples from a pipe: each is on disk before it is trained on, and piping the same again changes nothing."""
+
 import asyncio
 import os
 from collections.abc import Iterator
@@ -61,7 +63,7 @@ def spooled(folder: Path) -> int:
 
 
 def test_rows_come_as_they_are_piped_and_are_on_disk_before(pipe: Pipe, tmp_path: Path) -> None:
-    """Each row that is handed out lies in the spool; the end of the pipe is the end of the stream."""
+    """Each row that is fetched is in the spool file; the end of the pipe is the end of the stream."""
     source = PipedSamples(tmp_path, pipe.read_end)
     pipe.write(lines(0, 1) + lines(2)[:9])
     first = ids(source.fetch(0, 10))
@@ -107,7 +109,7 @@ def test_a_later_run_reads_the_spool_to_its_end(pipe: Pipe, tmp_path: Path) -> N
 
 
 def test_piping_the_same_again_changes_nothing(tmp_path: Path) -> None:
-    """Rows are known by what is in them, bad lines by their places: only what is new is added."""
+    """Rows are identified by their content, bad lines by their line numbers: only new ones are added."""
     for numbers in ((0, 1, 0), (0, 1), (0, 1, 2)):
         pipe = Pipe()
         pipe.write(lines(numbers[0]) + b"no json\n" + lines(*numbers[1:]) + b'{"no": "id"}\n')
@@ -157,7 +159,7 @@ def test_equal_ids_do_not_make_equal_samples(tmp_path: Path) -> None:
     assert [42] == [one["rows"] for one in logged if one["event"] == "stdin.repeats_passed_over"]
 
 
-def test_bad_lines_are_rows_that_say_so(pipe: Pipe, tmp_path: Path) -> None:
+def test_bad_lines_are_rows_with_a_problem(pipe: Pipe, tmp_path: Path) -> None:
     """A line that is not a JSON object is named by its number; blank lines are skipped; the rest is read."""
     pipe.write(lines(0) + b"\n" + b'{"cut": \n' + b"[1]\n" + lines(1) + b'{"id": "half')
     pipe.end()
@@ -175,7 +177,7 @@ def test_bad_lines_are_rows_that_say_so(pipe: Pipe, tmp_path: Path) -> None:
 
 
 def test_a_torn_end_of_the_spool_is_cut_off(tmp_path: Path) -> None:
-    """What a kill left of a row was not acted on: it goes, and the row may be piped again."""
+    """The part of a row that a kill left was not acted on: it is cut off, and the row may be piped again."""
     pipe = Pipe()
     pipe.write(lines(0, 1))
     pipe.end()
@@ -204,7 +206,7 @@ def test_a_damaged_spool_is_not_cut(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(pipe: Pipe, tmp_path: Path) -> None:
-    """What could not be spooled was not handed out; piped again, all of it is there once."""
+    """Rows that could not be spooled were not fetched; piped again, each is there once."""
     source = PipedSamples(tmp_path, pipe.read_end)
     pipe.write(lines(*range(200)))
     with disk_full_beyond(16_384), pytest.raises(SinkError, match=r"cannot write .*samples.jsonl"):
@@ -223,8 +225,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(pipe: Pipe, tmp_path: Path)
     assert [f"row-{number}" for number in range(200)] == ids(found)
 
 
-async def test_what_is_piped_wakes_who_waits(pipe: Pipe, tmp_path: Path) -> None:
-    """A wait ends when there is something to read, and when it has been long enough."""
+async def test_a_wait_ends_when_rows_arrive(pipe: Pipe, tmp_path: Path) -> None:
+    """And when its time is over."""
     source = PipedSamples(tmp_path, pipe.read_end)
     loop = asyncio.get_running_loop()
     await source.changed(0.01)
@@ -237,7 +239,7 @@ async def test_what_is_piped_wakes_who_waits(pipe: Pipe, tmp_path: Path) -> None
     assert loop.time() - began < 10
 
 
-async def test_a_file_on_stdin_never_makes_wait(tmp_path: Path) -> None:
+async def test_a_file_on_stdin_never_waits(tmp_path: Path) -> None:
     """A regular file has all its rows, and then its end."""
     path = tmp_path / "rows.jsonl"
 
