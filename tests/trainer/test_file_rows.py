@@ -88,7 +88,7 @@ def test_the_end_may_be_found_by_reading(tmp_path: Path) -> None:
 
 
 def test_bad_lines_keep_their_place(tmp_path: Path) -> None:
-    """A line that is not a JSON object becomes a row whose problem names file and line; blanks are skipped."""
+    """A line that is not a JSON object becomes a row whose problem names its place; blanks are skipped."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(ROWS[:1]) + b"\n#\n[]\n" + lines(ROWS[1:2]))
     found = FileRows(str(path), "files", "--from", count=True).fetch(0, 9)
