@@ -1,4 +1,4 @@
-"""What a context must satisfy. Each check measures a text and names its own reason to reject."""
+"""The checks of a context's text. Each has a reject reason of its own."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -28,45 +28,49 @@ _QA_LABEL = re.compile(
     r"\A\W*(?:question|instruction|query)\W*:.{0,2000}?\n\W*answer\W*:", re.IGNORECASE | re.DOTALL
 )
 _RUN = 5
-"""Words in a run, for repetition."""
-_NEAR = 200
-"""Characters between a question and its answer within which they count as pasted."""
+"""Length of the n-grams of `repetition`, in words."""
+_PASTED_CHARS = 200
+"""Maximum characters between a question and its answer for the two to count as pasted."""
 _ECHO_CHARS = 60
-"""A line of our prompt at least this long, found in an answer, is an echo."""
+"""Minimum characters of a prompt line that counts as an echo when an answer contains it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a text is not fit to be a context."""
+    """Why a text cannot be a context."""
 
     reason: RejectReason
     detail: str
 
 
 class Checks:
-    """The checks of one configuration."""
+    """The checks of one configuration (`[checks]`)."""
 
     def __init__(self, section: ChecksSection) -> None:
         self._section = section
 
     def measure(self, text: str) -> dict[str, Any]:
-        """Figures of a text that stay with its context."""
+        """Return the statistics of a text that are stored in the context's `checks`."""
         words = text.split()
         return {"words": len(words), "repetition": round(repetition(words), 4)}
 
     def failure(
         self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
     ) -> Failure | None:
-        """The first check that `text` fails; None when it passes them all.
+        """Return the first check that `text` fails, or None.
 
-        `own_lines` are lines of our prompt that are the same for every seed, normalised.
+        Args:
+            text: The document.
+            figures: What `measure` returned for it.
+            seed: Its seed.
+            own_lines: Normalised prompt lines that are the same for every seed.
         """
         return next(self._failures(text, figures, seed, own_lines), None)
 
     def part_failure(self, text: str, own_lines: Sequence[str], before: str) -> Failure | None:
-        """What makes one section of a document unfit to be gone on from; None when nothing does.
+        """Return why a section of a document cannot be used, or None.
 
-        `before` is the section before it: a model that has begun to loop says the same again.
+        `before` is the previous section: a model in a loop repeats it.
         """
         return (
             self.refusal(text)
@@ -75,11 +79,11 @@ class Checks:
         )
 
     def refusal(self, text: str) -> Failure | None:
-        """Whether there is no text, or one that declines."""
+        """Return a Failure if the text is empty or declines the request, or None."""
         if not text.strip():
             return Failure(RejectReason.EMPTY, "the answer holds no text")
         if self._section.refusal and _REFUSAL.match(text):
-            return Failure(RejectReason.REFUSAL, _shown(text))
+            return Failure(RejectReason.REFUSAL, _preview(text))
         return None
 
     def _failures(
@@ -91,8 +95,8 @@ class Checks:
         plain = normalised(text)
         if failure := self._echo(plain, own_lines):
             yield failure
-        if section.qa_pasted and (what := _pasted(text, plain, seed)):
-            yield Failure(RejectReason.QA_PASTED, f"{what}: {_shown(text)}")
+        if section.qa_pasted and (problem := _pasted(text, plain, seed)):
+            yield Failure(RejectReason.QA_PASTED, f"{problem}: {_preview(text)}")
         if words < section.min_words:
             yield Failure(
                 RejectReason.TOO_SHORT, f"{words} words, fewer than checks.min_words = {section.min_words}"
@@ -114,13 +118,13 @@ class Checks:
             return None
         return Failure(
             RejectReason.REPETITION,
-            f"{share:.0%} of its {_RUN}-word runs stand in it before, more than "
+            f"{share:.0%} of its {_RUN}-word runs are repeated, more than "
             f"checks.max_repetition = {self._section.max_repetition:.0%}",
         )
 
 
 def repetition(words: list[str], before: list[str] | None = None) -> float:
-    """Share of runs of five words that have stood in the text before, or in the text `before` it."""
+    """Return the fraction of five-word runs that occurred earlier in the text, or in the text `before` it."""
     runs = len(words) - _RUN + 1
     if runs < 1:
         return 0.0
@@ -132,31 +136,31 @@ def _runs(words: list[str]) -> set[tuple[str, ...]]:
 
 
 def normalised(text: str) -> str:
-    """`text` for comparing: case and white space do not count."""
+    """Return `text` for comparison, without differences in case and white space."""
     return " ".join(text.casefold().split())
 
 
 def _echoed(plain: str, own_lines: Sequence[str]) -> str | None:
-    return next((_shown(line) for line in own_lines if len(line) >= _ECHO_CHARS and line in plain), None)
+    return next((_preview(line) for line in own_lines if len(line) >= _ECHO_CHARS and line in plain), None)
 
 
 def _pasted(text: str, plain: str, seed: Seed) -> str | None:
-    """What of the pair stands in place of a document, if anything does."""
+    """Describe how the text is a copy of the question and answer instead of a document; None if it is not."""
     instruction, answer = normalised(seed.instruction), normalised(seed.answer)
     if _QA_LABEL.match(text):
         return "labelled question and answer"
     asked = plain.find(instruction)
     while asked >= 0:
-        behind = asked + len(instruction)
-        near = plain[behind : behind + len(answer) + _NEAR]
-        if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", near):  # "no" does not stand in "nobody"
-            return "the question with its answer behind it"
+        end = asked + len(instruction)
+        near = plain[end : end + len(answer) + _PASTED_CHARS]
+        if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", near):  # "no" does not match in "nobody"
+            return "the question followed by its answer"
         asked = plain.find(instruction, asked + 1)
     if answer in plain and 4 * len(answer) > 3 * len(plain):
-        return "hardly more than the answer"
+        return "little more than the answer"
     return None
 
 
-def _shown(text: str) -> str:
+def _preview(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 160 else f"{line[:157]}..."

@@ -1,6 +1,7 @@
-"""From what an LLM answered to the document in it.
+"""Parse the answer of an LLM: a document, a section, the headings of an outline, or a question and answer.
 
-From what an LLM answered to the question and the answer in it, in whichever form they come.
+Models wrap their text in reasoning, code fences, labels and headings, each in many forms. Any text is
+accepted.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 _LABEL = re.compile(
     r"""\A\s*
-    (?:\#{1,6}\s*|\*{1,2}|_{1,2}|<)?                    # markdown or a tag round it
+    (?:\#{1,6}\s*|\*{1,2}|_{1,2}|<)?                    # markdown or a tag around it
     (?:(?:here\s+is|here['\u2019]s|below\s+is|this\s+is)\s+)?(?:the\s+)?(?:lost\s+|missing\s+|written\s+)?
     (?:context|document|background|text)
     (?:\s+document)?
@@ -22,7 +23,9 @@ _LABEL = re.compile(
 )
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
 _OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?!.*```)", re.DOTALL)
-_THOUGHTS = re.compile(r"\A\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)  # left open: there is no document yet
+_THOUGHTS = re.compile(
+    r"\A\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL
+)  # if left open, there is no document yet
 _SECTION_HEADING = re.compile(
     r"""\A\s*
     (?: \#{1,6}[ \t]+[^\n]*
@@ -34,48 +37,22 @@ _SECTION_HEADING = re.compile(
 )
 _DOTS = re.compile(r"\A(?:\.{3}|\u2026)\s*")
 _CLOSING_TAG = re.compile(r"</(?:context|document|background|text)>\Z", re.IGNORECASE)
-
-
-def without_thoughts(answer: str) -> str:
-    """What a model said, without what it thought before that; nothing when its thoughts had no end."""
-    return _THOUGHTS.sub("", answer).strip()
-
-
-def document_text(answer: str) -> str:
-    """The document, without thoughts, code fences and labels such as `Context:` round it."""
-    text = without_thoughts(answer)
-    previous = None
-    while text != previous:  # a label may stand inside a fence, and a fence below a label
-        previous = text
-        if fenced := _FENCE.match(text):
-            text = fenced["inside"].strip()
-        if label := _LABEL.match(text):
-            text = text[label.end() :]
-        if text.endswith(">"):
-            text = _CLOSING_TAG.sub("", text).rstrip()
-    return _OPEN_FENCE.sub("", text).strip()  # a fence left open: the answer was cut
-
-
-def section_text(answer: str, title: str, *, goes_on: bool) -> str:
-    """The text of one section, without the heading that was not asked for.
-
-    Args:
-        answer: What the LLM gave.
-        title: What the section is on.
-        goes_on: Whether it goes on in the middle of the section before, where some put dots first.
-    """
-    text = _SECTION_HEADING.sub("", document_text(answer))
-    first, _, rest = text.partition("\n")
-    if title and first.strip(" \t*_#:.").casefold() == title.casefold():
-        text = rest.lstrip()
-    return _DOTS.sub("", text) if goes_on else text
-
-
+_HEADING_MARK = re.compile(
+    r"""\A\s*
+    (?:[-*+\u2022>]\s+)?                              # a bullet
+    (?:\#{1,6}\s*)?(?:\*{1,2}|_{1,2})?                # a heading, or bold
+    (?P<marked>(?:(?:section|part|chapter|heading)\s*)?(?:\d{1,3}|[IVXLC]{1,6}|[A-Z])(?:\.\d+)*\s*[.):\u2013-]\s*)?
+    (?:\*{1,2}|_{1,2})?\s*
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_HEADING_CHARS = 120
+"""Longest heading; longer lines are prose."""
 _QUESTIONS = ("question", "instruction", "query", "q")
 _ANSWERS = ("answer", "response", "a")
 _SHORT = ("q", "a")
 _EMPHASIS = r"(?:\*{1,3}|_{1,3})"
-# Spaces are taken possessively throughout: what is no label must not cost its length squared.
+# Spaces are matched possessively, so that lines without a label take linear time.
 _PAIR_LABEL = re.compile(
     rf"""^[ \t>]*+(?:[-*+\u2022][ \t]++)?(?:\#{{1,6}}[ \t]*+)?       # a quote, a bullet, a heading
     (?:\(?\d{{1,3}}[.):][ \t]*+)?                                  # a number
@@ -94,17 +71,70 @@ _INLINE = re.compile(
 )
 _TAG = re.compile(r"<(/?(?:question|answer))>", re.IGNORECASE)
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|={3,}|_{3,})?\Z")
-"""A line that is one, or blank."""
+"""A horizontal rule or a blank line."""
 _FENCE_LINE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.MULTILINE)
 _DEPTH = 3
-"""A pair stands in an object, that in a list, that below one more name: no deeper."""
+"""Deepest nesting of a pair in JSON: in an object, in a list, below a name."""
 _BRACES = 4
-"""So many places are tried where JSON may begin."""
+"""Number of brackets tried as the start of JSON."""
+
+
+def without_thoughts(answer: str) -> str:
+    """Return an answer without the reasoning in <think> tags before it; "" if the reasoning was cut."""
+    return _THOUGHTS.sub("", answer).strip()
+
+
+def document_text(answer: str) -> str:
+    """Return the document of an answer, without reasoning, code fences and labels such as `Context:`."""
+    text = without_thoughts(answer)
+    previous = None
+    while text != previous:  # labels and fences may be nested
+        previous = text
+        if fenced := _FENCE.match(text):
+            text = fenced["inside"].strip()
+        if label := _LABEL.match(text):
+            text = text[label.end() :]
+        if text.endswith(">"):
+            text = _CLOSING_TAG.sub("", text).rstrip()
+    return _OPEN_FENCE.sub("", text).strip()  # an open fence means that the answer was cut
+
+
+def section_text(answer: str, title: str, *, goes_on: bool) -> str:
+    """Return the text of one section, without a heading, which was not asked for.
+
+    Args:
+        answer: The answer of the LLM.
+        title: The title of the section; a first line equal to it is removed.
+        goes_on: Whether it continues a section that was cut. Some models start such a text with dots.
+    """
+    text = _SECTION_HEADING.sub("", document_text(answer))
+    first, _, rest = text.partition("\n")
+    if title and first.strip(" \t*_#:.").casefold() == title.casefold():
+        text = rest.lstrip()
+    return _DOTS.sub("", text) if goes_on else text
+
+
+def outline_headings(answer: str, wanted: int) -> list[str]:
+    """Return at most `wanted` headings: the numbered lines if there are two or more, else all short lines.
+
+    Small models write poor outlines, so any text is accepted.
+    """
+    numbered, plain = [], []
+    for line in document_text(answer).splitlines():
+        mark = _HEADING_MARK.match(line)
+        assert mark is not None, "every part of the pattern is optional"
+        text = line[mark.end() :].strip(" \t*_#:")
+        if not 1 < len(text) <= _HEADING_CHARS:
+            continue
+        plain.append(text)
+        if mark["marked"]:
+            numbered.append(text)
+    return (numbered if len(numbered) > 1 else plain)[:wanted]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A question and its answer; `is_whole` says that the text went on behind them."""
+    """A question and its answer. `is_whole` means that more text followed, so that the answer was not cut."""
 
     question: str
     answer: str
@@ -112,9 +142,9 @@ class Pair:
 
 
 def first_pair(text: str) -> Pair | None:
-    """The first question with an answer in what an LLM gave; None where there is none.
+    """Return the first question that has an answer, or None.
 
-    Understood are labels such as `Question:` in their many forms, tags, and JSON.
+    Recognises labels such as `Question:` in many forms, tags, and JSON.
     """
     plain = document_text(text.rpartition("</think>")[2])
     found = _in_json(plain) if plain.startswith(("{", "[")) else None
@@ -145,7 +175,10 @@ def _labelled(text: str) -> Pair | None:
 
 
 def _labels(text: str) -> list[re.Match[str]]:
-    """The labels in it. One letter alone on a line is none; nor is `A:` where questions are called so."""
+    """Return the labels in `text`, without single letters that are not labels.
+
+    A letter alone on a line is not a label, nor is `A:` if questions are labelled by a word.
+    """
     labels = [
         label for label in _PAIR_LABEL.finditer(text) if label["alone"] is None or _kind(label) not in _SHORT
     ]
@@ -177,17 +210,17 @@ def _unlabelled(text: str) -> Pair | None:
     if not answers:
         return None
     above = re.split(r"\n\s*\n", text[: answers[0].start()].strip())[-1]
-    asked = _cleaned(re.sub(r"\A[^\n]*:[ \t]*\n", "", above))  # not what introduces it
+    asked = _cleaned(re.sub(r"\A[^\n]*:[ \t]*\n", "", above))  # without an introducing line
     if not asked.endswith("?"):
         return None
     if len(answers) == 1:
         return Pair(asked, _cleaned(text[answers[0].end() :]), is_whole=False)
-    answer = text[answers[0].end() : answers[1].start()].strip()  # it ends with the next question
+    answer = text[answers[0].end() : answers[1].start()].strip()  # its last line is the next question
     return Pair(asked, _cleaned(re.split(r"\n(?=[^\n]*\Z)", answer)[0]), is_whole=True)
 
 
 def _in_json(text: str) -> Pair | None:
-    decoder = json.JSONDecoder(strict=False)  # models leave line breaks as they are
+    decoder = json.JSONDecoder(strict=False)  # models do not escape line breaks
     for begin in [brace.start() for brace in re.finditer(r"[{\[]", text)][:_BRACES]:
         try:
             value, _ = decoder.raw_decode(text, begin)
@@ -212,7 +245,7 @@ def _pairs(value: Any, depth: int) -> Iterator[Pair]:
 
 
 def _plain(value: Any) -> str | None:
-    """A value as text; a list is several answers in one."""
+    """Return a JSON value as text; a list of strings becomes one answer of several lines. None for others."""
     match value:
         case str():
             return value.strip()
@@ -227,7 +260,7 @@ def _plain(value: Any) -> str | None:
 
 
 def _cleaned(text: str) -> str:
-    """Without rules and fences that belong to what stands round it, and emphasis that is only half there."""
+    """Strip rules, unmatched fences, unmatched emphasis and quotes around `text`."""
     lines = text.strip().split("\n")
     while lines and _RULE.match(lines[-1].strip()):
         lines.pop()

@@ -1,7 +1,7 @@
-"""From a template to the first messages of a conversation, and to the keys of what they share with others.
+"""Render a template into the first messages of a conversation, with keys of the prefixes that requests share.
 
-Shared text comes first: the system message, the same for all seeds of a task, then the text of a group of
-seeds, then what is the seed's own. So a server finds each of them in its prefix cache.
+Shared text comes first: the system message of a task, then the text of a group of seeds, then the seed's own
+text. So servers find shared text in their prefix caches.
 """
 
 from collections.abc import Callable, Collection
@@ -17,15 +17,15 @@ from streamsyn.templates import PromptTemplate, packaged, read
 
 
 class _AnyMetadata(dict[str, str]):
-    """Stands in for a seed's other fields when a template is tried: nobody knows them yet."""
+    """Metadata for the trial rendering of a template: it has every field."""
 
     def __missing__(self, name: str) -> str:
         return name
 
 
-_WORTH_WAITING_CHARS = 1000
-"""What is shorter is computed again sooner than waited for: some 250 tokens, which a GPU reads in 10 ms.
-It takes a streamed answer, too, to know that it has been read."""
+_MIN_PREFIX_CHARS = 1000
+"""Shortest prefix with a key. A shorter one, about 250 tokens, takes a GPU 10 ms: less than waiting for
+the first request with it, whose answer must also be streamed."""
 
 EXAMPLE: dict[str, Any] = {
     "instruction": "i",
@@ -34,37 +34,37 @@ EXAMPLE: dict[str, Any] = {
     "target_words": 1,
     "metadata": _AnyMetadata(),
 }
-"""Variables that every template may use, with values to try it on."""
+"""The variables of every template, with values for a trial rendering."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a conversation begins.
+    """The first messages of a conversation.
 
     Attributes:
-        messages: System, if there is one, and the first of the user's.
-        group: As `Request.group`, when the template names a text that several seeds share; else "".
-        prefixes: Keys of the texts in it that others begin with too, outermost first.
-        alike: The same, for requests that begin with all of it.
+        messages: The system message, if there is one, and the first user message.
+        group: `Request.group` if the template has a block `group`, else "".
+        prefixes: Keys of the prefixes shared with other seeds, shortest first.
+        prefixes_of_drafts: The same, with the key of the whole text if drafts of a seed share it.
     """
 
     messages: list[dict[str, str]]
     group: str
     prefixes: tuple[str, ...]
-    alike: tuple[str, ...]
+    prefixes_of_drafts: tuple[str, ...]
 
 
 class Prompt:
-    """A template, laid over another one whose blocks stand in for those that it lacks.
+    """The user's template or the packaged one, or the user's blocks in place of packaged ones.
 
     Args:
-        path: The user's file; None for the packaged one alone.
-        name: The packaged one.
-        example: Variables it may use, with values to try it on.
-        blocks: Blocks it may have, where that is limited.
+        path: The user's file; None for the packaged template.
+        name: Name of the packaged template.
+        example: The variables it may use, with values for a trial rendering.
+        blocks: The blocks it may have; those it lacks are taken from the packaged one. None for any.
 
     Raises:
-        ConfigError: It cannot be used.
+        ConfigError: The template is invalid.
     """
 
     def __init__(
@@ -80,43 +80,43 @@ class Prompt:
             _check_blocks(str(path), self._template.block_names, blocks)
         layers = [layer for layer in (self._template, self._below) if layer is not None]
         self.digest = digest(*(layer.source for layer in layers)).hex()
-        """Stands for the prompt's text."""
+        """Hash of the template's text."""
         self.own_lines = tuple(
             normalised(line.lstrip("-* ")) for layer in layers for line in layer.fixed_lines
         )
-        """Lines that must not come back in an answer, normalised."""
+        """Lines without variables, normalised: an answer that contains one repeats the prompt."""
 
     @property
     def block_names(self) -> frozenset[str]:
-        """Names of its own blocks."""
+        """The names of the user's blocks."""
         return self._template.block_names
 
     def whole(self, variables: dict[str, Any]) -> str:
-        """The text of the file as one."""
+        """Render the whole file."""
         return self._template.render(**variables)
 
     def blocks(self, variables: dict[str, Any]) -> dict[str, str]:
-        """The text of each block.
+        """Render each block.
 
         Raises:
-            ConfigError: They cannot be rendered with these values.
+            ConfigError: Rendering fails with these values.
         """
         own = self._template.render_blocks(**variables)
         return {**self._below.render_blocks(**variables), **own} if self._below is not None else own
 
 
-def opening(system: str, group: str, own: str) -> Opening:
-    """The first messages: `system`, which all seeds of a task share, `group`, which some do, and `own`."""
+def first_messages(system: str, group: str, own: str) -> Opening:
+    """Return the first messages: `system` of all seeds, `group` of several, `own` of this seed."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": f"{group}\n\n{own}" if group else own})
     group_key = digest("group", system, group).hex() if group else ""
-    prefixes = (_template_key(system),) if len(system) >= _WORTH_WAITING_CHARS else ()
-    if len(group) >= _WORTH_WAITING_CHARS:
+    prefixes = (_template_key(system),) if len(system) >= _MIN_PREFIX_CHARS else ()
+    if len(group) >= _MIN_PREFIX_CHARS:
         prefixes = (*prefixes, group_key)
-    alike = prefixes
-    if len(own) >= _WORTH_WAITING_CHARS:
-        alike = (*prefixes, digest("own", system, group, own).hex())
-    return Opening(messages, group_key, prefixes, alike)
+    prefixes_of_drafts = prefixes
+    if len(own) >= _MIN_PREFIX_CHARS:
+        prefixes_of_drafts = (*prefixes, digest("own", system, group, own).hex())
+    return Opening(messages, group_key, prefixes, prefixes_of_drafts)
 
 
 @lru_cache(maxsize=256)
@@ -125,22 +125,22 @@ def _template_key(system: str) -> str:
 
 
 def group_of(prompt: Prompt, seed: Seed, opening_of: Callable[[Seed], Opening]) -> str:
-    """Key of what the template's block `group` makes of a seed; "" where there is no such block."""
+    """Return the key of the template's block `group` for a seed; "" without such a block."""
     if "group" not in prompt.block_names:
         return ""
     try:
         return opening_of(seed).group
-    except ConfigError:  # the worker that gets the seed will tell
+    except ConfigError:  # reported by the worker that gets the seed
         return ""
 
 
 def seed_group(seed: Seed) -> str:
-    """The group of all requests of one seed."""
+    """Return the group of all requests of one seed."""
     return digest("seed", seed.id).hex()
 
 
 def _check_blocks(name: str, found: frozenset[str], blocks: Collection[str]) -> None:
     if not found or found - set(blocks):
-        there_are = ", ".join(sorted(blocks))
-        wrong = f"no block {min(found - set(blocks))!r}" if found else "no template without blocks"
-        raise ConfigError(f"template {name}: this recipe knows {wrong}; there are {there_are}")
+        known = ", ".join(sorted(blocks))
+        problem = f"unknown block {min(found - set(blocks))!r}" if found else "no blocks"
+        raise ConfigError(f"template {name}: {problem}; this recipe has the blocks {known}")

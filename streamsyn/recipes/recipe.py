@@ -1,4 +1,4 @@
-"""What a recipe is: the conversation held for one draft, without the I/O."""
+"""The interface of recipes, and the base class for your own: a conversation for one draft, without I/O."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator
@@ -9,53 +9,53 @@ from streamsyn.recipes.checks import Checks
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 
 Steps: TypeAlias = Generator[Request, Completion, Document]
-"""Yields a Request, is sent its Completion, and so on; returns the Document."""
+"""A generator that yields Requests, is sent their Completions, and returns the Document."""
 
 
 class Recipe(Protocol):
-    """Decides what is asked of an LLM for a draft, and what is made of the answers.
+    """Decides what the LLM is asked for a draft, and makes a document of the answers.
 
-    A recipe does no I/O and keeps no state between drafts: a worker drives `steps`, so retries,
-    placement and time bounds are none of its business. The same answers give the same next request
-    and the same document: after a kill, finished steps are played to it again from the journal. So
-    what it draws at random comes from the draft, never from a clock.
+    A recipe does no I/O and keeps no state between drafts. A worker drives `steps`: retries, placement and
+    timeouts are not the recipe's concern. The same answers must give the same next request and the same
+    document, because after a kill the finished steps are replayed from the journal. So seed random choices by
+    `Draft.key`, and never use the time.
     """
 
     @property
     def takes_documents(self) -> bool:
-        """Whether its seeds are documents (`Seed.context`), for which it writes the pair."""
+        """Whether its seeds are documents (`Seed.context`), for which it writes instruction and answer."""
         ...
 
     def steps(self, draft: Draft) -> Steps:
-        """Hold the conversation for one draft.
+        """Ask the LLM for one draft.
 
         Raises:
-            RejectedDraft: No answer was good enough.
+            RejectedDraft: No answer can be used.
         """
         ...
 
     def group(self, seed: Seed) -> str:
-        """Key of a long text that `seed` shares with other seeds; "" where there is none. Cheap."""
+        """Return the key of a long text that `seed` shares with other seeds, or "". Must be fast."""
         ...
 
     def outlook(self) -> str:
-        """What follows the first request of a draft, in words; "" when that is all, as a rule."""
+        """Describe what follows the first request of a draft, for `streamsyn preview`; "" if nothing does."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """What shapes the recipe's outputs besides the configuration, such as packaged prompts."""
+        """Return what shapes outputs besides the configuration, such as packaged prompts, as key -> value."""
         ...
 
 
 class BaseRecipe(ABC):
-    """What a recipe of your own may begin with: then `steps` is all it has to have.
+    """Base class for a recipe of your own: only `steps` must be implemented.
 
     Attributes:
-        takes_documents: Whether its seeds are documents; the Document it returns has the pair then.
-        section: The configuration's table `recipe`.
-        options: Its table `options`, which is yours.
-        checks: The checks, as configured.
-        sampling: Sampling parameters for a Request, as configured.
+        takes_documents: Whether its seeds are documents; then the Document has instruction and answer.
+        section: The section [recipe] of the configuration.
+        options: Its table `options`, for settings of your own.
+        checks: The configured checks.
+        sampling: The configured sampling parameters for a Request.
     """
 
     takes_documents: bool = False
@@ -68,27 +68,27 @@ class BaseRecipe(ABC):
 
     @abstractmethod
     def steps(self, draft: Draft) -> Steps:
-        """Hold the conversation for one draft: yield Requests, be sent Completions, return a Document.
+        """Yield Requests, receive their Completions, and return a Document.
 
         Raises:
-            RejectedDraft: No answer was good enough.
+            RejectedDraft: No answer can be used.
         """
 
-    def group(self, seed: Seed) -> str:  # noqa: ARG002 - others look at it
-        """Seeds share nothing."""
+    def group(self, seed: Seed) -> str:  # noqa: ARG002 - subclasses use it
+        """Return "": seeds share no text."""
         return ""
 
     def outlook(self) -> str:
-        """Nothing is known of what follows the first request."""
+        """Return "": what follows the first request is unknown."""
         return ""
 
     def fingerprint(self) -> dict[str, str]:
-        """The configuration says it all."""
+        """Return {}: only the configuration shapes outputs."""
         return {}
 
 
 class RejectedDraft(Exception):
-    """Raised by a recipe when the answers it got are not fit to be a context."""
+    """Raised by a recipe when no answer can be used as a context; the draft becomes a Reject."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -97,5 +97,5 @@ class RejectedDraft(Exception):
 
 
 def sampling_of(recipe: RecipeSection) -> dict[str, Any]:
-    """The sampling parameters of a Request for one whole answer, as configured."""
+    """Return the configured sampling parameters of a Request for a whole answer."""
     return {"temperature": recipe.temperature, "max_tokens": recipe.max_tokens, **recipe.sampling}

@@ -1,4 +1,4 @@
-"""What recipes share that ask one thing a draft: afresh when an answer will not do, on when it was cut."""
+"""The conversation of recipes with one request per draft: tried again on failure, continued when cut."""
 
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -7,24 +7,24 @@ from typing import Any, TypeAlias
 from streamsyn.config.sections import RecipeSection
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.checks import Failure
-from streamsyn.recipes.prompt import Opening, Prompt, opening, seed_group
+from streamsyn.recipes.prompt import Opening, Prompt, first_messages, seed_group
 from streamsyn.recipes.recipe import RejectedDraft, Steps, sampling_of
 from streamsyn.records import Completion, Document, RejectReason, Request, Seed
 
 Judge: TypeAlias = Callable[[list[Completion]], Document | Failure]
-"""What is made of an answer, and of what continued it."""
+"""Makes a Document of an answer and its continuations, or tells why it fails."""
 
 
-class Asking:
-    """The prompts of a recipe, one for each task that has its own, and how it asks.
+class SingleRequest:
+    """Renders the prompt of a seed and asks for an answer that passes the checks.
 
     Args:
         recipe: The section of the configuration.
-        name: The packaged prompt.
-        example: Variables of a template, with values to try it on.
+        name: Name of the packaged prompt.
+        example: The variables of its template, with values for a trial rendering.
 
     Raises:
-        ConfigError: A template cannot be used.
+        ConfigError: A template is invalid.
     """
 
     def __init__(self, recipe: RecipeSection, name: str, example: dict[str, Any]) -> None:
@@ -38,39 +38,39 @@ class Asking:
         self._sampling = sampling_of(recipe)
 
     def prompt_of(self, seed: Seed) -> Prompt:
-        """The prompt of its task."""
+        """Return the prompt for the task of a seed."""
         return self._prompts.get(seed.task, self._prompt)
 
-    def opening(self, seed: Seed, variables: dict[str, Any]) -> Opening:
-        """The messages made of a seed's prompt."""
+    def open(self, seed: Seed, variables: dict[str, Any]) -> Opening:
+        """Return the first messages for a seed, rendered with `variables`."""
         prompt = self.prompt_of(seed)
         blocks = prompt.blocks(variables)
         own = blocks.get("user") or prompt.whole(variables)
-        return opening(blocks.get("system", ""), blocks.get("group", ""), own)
+        return first_messages(blocks.get("system", ""), blocks.get("group", ""), own)
 
-    def request(self, begins: Opening, seed: Seed, *, asks_alike: bool) -> Request:
-        """The question asked first, and afresh; `asks_alike` if the seed's other drafts ask the same."""
-        group, prefixes = begins.group, begins.alike if asks_alike else begins.prefixes
-        if asks_alike or self._recipe.on_truncated == "continue":
+    def request(self, opening: Opening, seed: Seed, *, drafts_alike: bool) -> Request:
+        """Return the request of each try; `drafts_alike` if all drafts of the seed send the same messages."""
+        group, prefixes = opening.group, opening.prefixes_of_drafts if drafts_alike else opening.prefixes
+        if drafts_alike or self._recipe.on_truncated == "continue":
             group = group or seed_group(seed)
-        return Request(begins.messages, self._sampling, group, prefixes)
+        return Request(opening.messages, self._sampling, group, prefixes)
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of the prompt, which may be the packaged one of another version."""
+        """Return a digest of the prompt, since the packaged one may change between versions."""
         return {"recipe.prompt": self._prompt.digest}
 
     def ask(
         self, request: Request, judge: Judge, is_enough: Callable[[str], bool] = lambda _: False
     ) -> Steps:
-        """Ask up to `recipe.tries` times for an answer that `judge` makes a document of.
+        """Ask up to `recipe.tries` times, until `judge` returns a document.
 
         Args:
-            request: What to ask.
-            judge: Says what is made of an answer.
-            is_enough: Whether a cut answer, so far, needs no more.
+            request: The request to send.
+            judge: Makes a document of an answer and its continuations, or returns a Failure.
+            is_enough: Whether the text of a cut answer needs no continuation.
 
         Raises:
-            RejectedDraft: The last try failed too.
+            RejectedDraft: All tries failed.
         """
         failure: Failure | None = None
         for _ in range(self._recipe.tries):
@@ -82,7 +82,7 @@ class Asking:
         raise RejectedDraft(failure.reason, f"{failure.detail} (the last of {self._recipe.tries} tries)")
 
     def cut_failure(self, last: Completion) -> Failure | None:
-        """Why an answer that ends with `last` will not do, where what was cut is to be rejected."""
+        """Return a Failure if the answer was cut and `recipe.on_truncated` is `reject`."""
         if last.finish_reason != "length" or self._recipe.on_truncated != "reject":
             return None
         return Failure(RejectReason.TRUNCATED, f"cut at {last.completion_tokens} tokens")
@@ -90,22 +90,22 @@ class Asking:
     def _answer(
         self, request: Request, is_enough: Callable[[str], bool]
     ) -> Generator[Request, Completion, list[Completion]]:
-        """One answer, continued where it was cut and that is wanted."""
+        """Return one answer and its continuations, if `recipe.on_truncated` asks for them."""
         completions = [(yield request)]
         if self._recipe.on_truncated != "continue":
             return completions
-        goes_on = {**self._sampling, "continue_final_message": True}
+        sampling = {**self._sampling, "continue_final_message": True}
         for _ in range(self._recipe.max_continuations):
-            so_far = joined(completions)
-            if completions[-1].finish_reason != "length" or is_enough(so_far):
+            text = joined(completions)
+            if completions[-1].finish_reason != "length" or is_enough(text):
                 break
-            messages = [*request.messages, {"role": "assistant", "content": so_far}]
-            completions.append((yield Request(messages, goes_on, request.group, request.prefixes)))
+            messages = [*request.messages, {"role": "assistant", "content": text}]
+            completions.append((yield Request(messages, sampling, request.group, request.prefixes)))
         return completions
 
 
 def joined(completions: list[Completion]) -> str:
-    """An answer with what continued it."""
+    """Return the text of an answer and its continuations."""
     return "".join(completion.text for completion in completions)
 
 
@@ -113,5 +113,5 @@ def _prompt(path: Path | None, name: str, example: dict[str, Any]) -> Prompt:
     prompt = Prompt(path, name, example)
     if prompt.block_names and "user" not in prompt.block_names:
         found = ", ".join(sorted(prompt.block_names))
-        raise ConfigError(f"template {path}: there is no block `user`, only {found}")
+        raise ConfigError(f"template {path}: the block `user` is missing; its blocks are {found}")
     return prompt

@@ -265,7 +265,7 @@ def test_a_template_with_blocks_but_no_user_block_is_refused(tmp_path: Path) -> 
     template = tmp_path / "mine.j2"
     template.write_text("{% block usr %}{{ instruction }}{% endblock %}")
 
-    with pytest.raises(ConfigError, match="no block `user`, only usr"):
+    with pytest.raises(ConfigError, match="block `user` is missing; its blocks are usr"):
         ContextRecipe(RecipeSection(template=template), ChecksSection())
 
 

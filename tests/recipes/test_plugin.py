@@ -139,7 +139,7 @@ def test_its_source_is_part_of_the_fingerprint(write: Write) -> None:
 )
 def test_a_name_that_is_none(use: str) -> None:
     """It is shown how one looks."""
-    assert "is named as my_package.recipes:Mine" in said_of(use)
+    assert "my_package.recipes:Mine" in said_of(use)
 
 
 def test_a_module_that_is_not_there(write: Write) -> None:
@@ -189,16 +189,16 @@ def test_a_name_that_is_not_in_the_module(write: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("Mine = 3", "Mine is no class or function but int"),
+        ("Mine = 3", "Mine is of type int"),
         (
             "def Mine(recipe): pass",
-            "called as Mine(RecipeSection, ChecksSection), and that does not fit: too",
+            "called as Mine(RecipeSection, ChecksSection), but does not accept these arguments: too",
         ),
-        ("class Mine:\n    def __init__(self, *, x): pass", "does not fit"),
+        ("class Mine:\n    def __init__(self, *, x): pass", "does not accept"),
         ("def Mine(a, b):\n    return len(3)", "raised TypeError: object of type 'int' has no len() ("),
         ("def Mine(a, b):\n    return a.options['size']", "raised KeyError: 'size' ("),
         ("def Mine(a, b):\n    return 3", "int has no steps, group, outlook, fingerprint, takes_documents; "),
-        (MINE.replace("BaseRecipe)", "object)").replace("steps", "stets"), "does not fit"),
+        (MINE.replace("BaseRecipe)", "object)").replace("steps", "stets"), "does not accept"),
         (MINE.replace("def steps", "def stets"), "abstract"),
         (with_line("group = 3"), "Mine has no group; "),
         (with_line("takes_documents = 'yes'"), "Mine has no takes_documents; "),

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.recipes.manuscript import Manuscript
-from streamsyn.recipes.parsing import section_text
-from streamsyn.recipes.sections_recipe import headings, title
+from streamsyn.recipes.manuscript import Manuscript, title_between
+from streamsyn.recipes.parsing import outline_headings, section_text
 from streamsyn.records import Completion
 
 
@@ -28,24 +27,24 @@ from streamsyn.records import Completion
 )
 def test_headings_in_many_dresses(outline: str) -> None:
     """Numbers, bullets, marks and remarks round them do not count."""
-    assert ["The river", "The mill", "The fire"] == headings(outline, 5)
-    assert ["The river", "The mill"] == headings(outline, 2)
+    assert ["The river", "The mill", "The fire"] == outline_headings(outline, 5)
+    assert ["The river", "The mill"] == outline_headings(outline, 2)
 
 
 @given(st.text())
 def test_any_answer_has_some_headings_or_none(answer: str) -> None:
     """Nothing is too odd to be read."""
-    found = headings(answer, 3)
+    found = outline_headings(answer, 3)
     assert len(found) <= 3
     assert all(found)
 
 
 def test_titles_follow_the_length() -> None:
     """More headings than sections are told together, fewer are told again; none is none."""
-    assert ["a; b", "c; d"] == [title("abcd", 0, 0.5), title("abcd", 0.5, 1)]
-    assert ["a", "a", "b", "b"] == [title("ab", part / 4, (part + 1) / 4) for part in range(4)]
-    assert "" == title([], 0, 1)
-    assert "b" == title("ab", 1, 1)
+    assert ["a; b", "c; d"] == [title_between("abcd", 0, 0.5), title_between("abcd", 0.5, 1)]
+    assert ["a", "a", "b", "b"] == [title_between("ab", part / 4, (part + 1) / 4) for part in range(4)]
+    assert "" == title_between([], 0, 1)
+    assert "b" == title_between("ab", 1, 1)
 
 
 @pytest.mark.parametrize(

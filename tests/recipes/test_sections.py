@@ -351,7 +351,7 @@ def test_a_conversation_that_grows_too_long_begins_again() -> None:
 
 def test_a_window_that_holds_too_little_is_refused() -> None:
     """It would be summarised at every step; the message says what it takes."""
-    with pytest.raises(ConfigError, match=r"recipe\.window_tokens = 1000 .* it takes 4608"):
+    with pytest.raises(ConfigError, match=r"recipe\.window_tokens = 1000 .* 4608"):
         recipe(window_tokens=1000)
 
 
@@ -379,8 +379,11 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("{% block outlin %}x{% endblock %}", "no block 'outlin'; there are group, outline"),
-        ("{{ instruction }}", "no template without blocks"),
+        (
+            "{% block outlin %}x{% endblock %}",
+            "unknown block 'outlin'; this recipe has the blocks group, outline",
+        ),
+        ("{{ instruction }}", "no blocks; this recipe has the blocks group"),
         ("{% block section %}{{ nmber }}{% endblock %}", "nmber"),
     ],
 )
