@@ -25,7 +25,9 @@ INDEX = Path("index") / "duplicates.sqlite"
 """In the run directory: the index of the contexts so far, derived from the log."""
 
 Opening = Callable[[FleetSection], AbstractAsyncContextManager[Fleet]]
+"""Opens a fleet, as a context manager."""
 Rows = Callable[[int], Iterable[dict[str, Any]]]
+"""Reads the contexts of the log from a `seq` on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,8 @@ class Scores:
             findings.flags.append("unscored")
             log.warning("scoring.failed", error=error)
         finally:
-            self._counters.count_scoring(client.figures(), client.retries, failed=error is not None)
-            findings.checks["scoring"] = client.figures() | ({"error": error} if error else {})
+            self._counters.count_scoring(client.cost(), client.retries, failed=error is not None)
+            findings.checks["scoring"] = client.cost() | ({"error": error} if error else {})
 
 
 class Findings:

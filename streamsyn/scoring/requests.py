@@ -94,7 +94,7 @@ class ScoringClient:
         self.cached_tokens += completion.cached_tokens
         return completion
 
-    def figures(self) -> dict[str, int]:
+    def cost(self) -> dict[str, int]:
         """The cost, as it is stored in the context's checks."""
         return {
             "prompt_tokens": self.prompt_tokens,

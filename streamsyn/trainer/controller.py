@@ -254,7 +254,7 @@ class Controller:
         if commands is None:
             return
         yield list(commands)
-        found = self._evaluations.figures(progress.step, commands, progress.measured, progress.answers)
+        found = self._evaluations.metrics(progress.step, commands, progress.measured, progress.answers)
         self._metrics.evaluation(progress.step, found)
         if "partial" in found:
             log.warning("train.evaluation_stopped", step=progress.step, answers=len(progress.answers))

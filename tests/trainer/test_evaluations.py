@@ -183,14 +183,14 @@ def test_what_is_due(
 ) -> None:
     """What is due at a step and was not done there before."""
     settings = section(eval_every_steps=5, tests_every_steps=10)
-    orders = Evaluations(settings, dict, CONTROL, exam(tmp_path), 2, done).due(step, last=last)
+    commands = Evaluations(settings, dict, CONTROL, exam(tmp_path), 2, done).due(step, last=last)
 
     if not losses and not questions:
-        assert orders is None
+        assert commands is None
         return
-    assert orders is not None
-    assert [losses] * 2 == [bool(order.rows) for order in orders]
-    assert [3 * questions] * 2 == [len(order.prompts) for order in orders]
+    assert commands is not None
+    assert [losses] * 2 == [bool(command.rows) for command in commands]
+    assert [3 * questions] * 2 == [len(command.prompts) for command in commands]
 
 
 def test_answers_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The model as it is read, fitted with adapters and placed: what it must be, and what is refused.
+"""Reading, adapting and placing a model, and what is refused.
 
-Elsewhere: other models that cannot be tuned (`test_command_mistakes`), packed samples (`test_apart`).
+Elsewhere: other models that cannot be tuned (`test_command_mistakes`), packed samples
+(`test_packing_isolation`).
 """
 # ruff: noqa: F811 - fixtures are named as they are imported
 

@@ -3,9 +3,9 @@
 Rank 0 plans an evaluation and deals rows and prompts to all ranks as `Evaluate` commands. Each rank computes
 losses and answers; rank 0 turns them into a line of metrics.jsonl and a file in OUT/answers.
 
-    evaluations   when what is due, the commands, and the figures from the results
+    evaluations   when what is due, the commands, and the metrics from the results
     heldout       held-out samples with and without contexts, and control data: rows, losses, chained changes
-    exam          questions, grading, figures and OUT/answers
+    exam          questions, grading, metrics and OUT/answers
     needles       questions about numbers hidden in synthetic text (after RULER)
     longbench     questions from files in LongBench's format
     answering     prompts from messages, and greedy decoding on all ranks

@@ -1,4 +1,4 @@
-"""Plans evaluations on rank 0: when they are due, commands for the ranks, figures from the results."""
+"""Plans evaluations on rank 0: when they are due, commands for the ranks, metrics from the results."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,7 +133,7 @@ class Evaluations:
             for rank in range(self._world)
         ]
 
-    def figures(
+    def metrics(
         self,
         step: int,
         commands: Sequence[Evaluate],

@@ -1,4 +1,4 @@
-"""Questions that the tuned model answers during training: grading, figures, and the files OUT/answers/."""
+"""Questions that the tuned model answers during training: grading, metrics, and the files OUT/answers/."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Question:
 
     Attributes:
         exam: The exam that it belongs to: `needles` or `longbench`.
-        part: The part of the exam, which has a figure of its own, such as `needle_single_2048`.
+        part: The part of the exam, which has a metric of its own, such as `needle_single_2048`.
         id: Unique within the part.
         prompt: The prompt, in tokens.
         wanted: With `recall`, texts that should all occur in the answer; otherwise alternative right answers.
@@ -73,7 +73,7 @@ class Exam:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of the exams. A figure of that name means that the exam was finished."""
+        """The names of the exams. A metric of that name means that the exam was finished."""
         return frozenset(question.exam for question in self.questions)
 
     def grade(self, step: int, answers: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -95,10 +95,10 @@ class Exam:
             scores.append(question.score(text))
             lines.append(_line(question, text, scores[-1]))
         self._write(step, b"".join(lines))
-        return self._figures(scores)
+        return self._metrics(scores)
 
-    def _figures(self, scores: Sequence[float]) -> dict[str, float]:
-        figures: dict[str, float] = {}
+    def _metrics(self, scores: Sequence[float]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
         begin = 0
         for exam, questions in groupby(self.questions, lambda question: question.exam):
             parts: list[float] = []
@@ -106,12 +106,12 @@ class Exam:
             for part, some in groupby(questions, lambda question: question.part):
                 end = begin + sum(1 for _ in some)
                 if whole := end <= len(scores):
-                    figures[part] = fmean(scores[begin:end])
-                    parts.append(figures[part])
+                    metrics[part] = fmean(scores[begin:end])
+                    parts.append(metrics[part])
                 begin = end
             if whole:
-                figures[exam] = fmean(parts)
-        return figures
+                metrics[exam] = fmean(parts)
+        return metrics
 
     def _write(self, step: int, data: bytes) -> None:
         try:

@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 WITH, WITHOUT, CONTROL = "with_context", "without_context", "control"
 Rows = tuple[tuple[Example, ...], ...]
+"""The rows of one rank; each row is a tuple of whole examples."""
 Losses = Mapping[Key, float]
 """For each sample, its mean loss per target in nats."""
 _BATCH = 64

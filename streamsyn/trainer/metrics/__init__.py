@@ -11,6 +11,6 @@ and logs a summary. Modules in reading order:
     record      the three files, the log line and the verdict (generation-, reading- or training-bound)
     step_log    JSON lines by step, cut back to the checkpoint when a training resumes
     mfu         model FLOPs utilisation
-    trackers    the same figures in tensorboard, wandb and trackio
+    trackers    the same metrics in tensorboard, wandb and trackio
     plot        OUT/training.png, drawn from metrics.jsonl without torch
 """

@@ -32,7 +32,7 @@ _DECAY = 0.5 ** (1 / HALF_LIFE)
 _LOGGED = ("step", "loss", "rate", "tokens_per_s", "target_tokens_per_s", "mfu", "queue", "read_ahead")
 
 Track = Callable[[str, Mapping[str, Any], int], None]
-"""Sends the figures of a line elsewhere. Arguments: the kind of line, its fields, the step."""
+"""Sends the metrics of a line elsewhere. Arguments: the kind of line, its fields, the step."""
 
 
 class TrainingMetrics:
@@ -43,7 +43,7 @@ class TrainingMetrics:
         step: The step where the training resumes; below 0 no line is kept.
         tasks: What `tasks.state` returned at that step.
         mfu: Computes the utilisation of a step; None where model or device are unknown.
-        track: Receives the figures too.
+        track: Receives the metrics too.
 
     Raises:
         SinkError: A file cannot be written. Each method raises it too.

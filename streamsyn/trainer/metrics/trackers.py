@@ -1,4 +1,4 @@
-"""Sends the figures of metrics.jsonl to tensorboard, trackio and wandb, through accelerate."""
+"""Sends the numbers of metrics.jsonl to tensorboard, trackio and wandb, through accelerate."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ def start_tracking(accelerator: Any, section: TrainSection, out: Path, step: int
         step: The step where the training resumes; tensorboard hides later steps of earlier processes.
 
     Returns:
-        The function that sends figures to them; None without trackers. If it fails once, it logs that and
+        The function that sends metrics to them; None without trackers. If it fails once, it logs that and
         sends nothing more.
 
     Raises:
