@@ -171,7 +171,7 @@ def watched(server: LaunchedServer, max_restarts: int = 3) -> AbstractAsyncConte
 
 
 def test_on_a_gpu_machine_sglang_runs_with_nothing_but_what_streamsyn_needs() -> None:
-    """Flags that shape performance are the user's."""
+    """Performance flags are left to the user."""
     command = server_command(Path("/venv/bin/python"), "org/Model-8B", 31000, gpu=True)
 
     assert " ".join(command.argv) == (
@@ -207,7 +207,7 @@ def test_the_users_own_number_of_threads_is_kept(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_users_flags_come_last() -> None:
-    """SGLang takes the last of a flag given twice."""
+    """SGLang uses the last value of a repeated flag."""
     command = server_command(Path("python"), "m", 1, gpu=False, extra_args=["--max-total-tokens", "1000"])
 
     assert command.argv[-2:] == ("--max-total-tokens", "1000")
@@ -275,7 +275,7 @@ def test_a_folder_that_is_called_sglang_is_not_sglang(
 
 
 def test_the_installed_sglang_is_known_by_its_launcher(home: Path) -> None:
-    """It is started as on a CPU machine, whatever the machine has."""
+    """It is started as on a CPU machine, even with a GPU."""
     installed = python_at(home / "venv/bin/python")
     assert not launch.is_cpu_install(installed)
 
@@ -286,7 +286,7 @@ def test_the_installed_sglang_is_known_by_its_launcher(home: Path) -> None:
 
 
 def test_without_any_sglang_the_error_says_what_to_do(home: Path) -> None:
-    """One line, with the flag, the variable and the installer."""
+    """The message names the flag, the variable and the installer."""
     with pytest.raises(ConfigError) as caught:
         find_python()
 
@@ -306,7 +306,7 @@ def test_a_named_interpreter_that_does_not_exist_is_refused_by_its_name(
 
 
 def test_the_packaged_model_is_found_where_it_was_installed(home: Path) -> None:
-    """And where it is not, the error names the installer."""
+    """If it is missing, the error names the installer."""
     with pytest.raises(ConfigError, match=r"deploy/sglang-cpu/install\.sh"):
         find_packaged_model()
 
@@ -335,7 +335,7 @@ async def test_a_server_that_ends_while_starting_is_reported_with_its_log(
 
 
 async def test_a_program_that_cannot_be_run_is_reported_in_the_same_way(tmp_path: Path) -> None:
-    """The wrapper's complaint is in the log."""
+    """The wrapper's error is in the log."""
     absent = LaunchedServer(LaunchCommand(("/absent",)), port=1, model="m", log_path=tmp_path / "log")
 
     with pytest.raises(LaunchError, match="FileNotFoundError"):
@@ -344,7 +344,7 @@ async def test_a_program_that_cannot_be_run_is_reported_in_the_same_way(tmp_path
 
 
 async def test_a_log_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
-    """In one line that names it."""
+    """The message is one line that names the file."""
     (tmp_path / "file").touch()
     server = LaunchedServer(LaunchCommand(("/absent",)), port=1, model="m", log_path=tmp_path / "file/log")
 
@@ -533,7 +533,7 @@ asyncio.run(main())
 
 
 async def test_when_we_are_killed_the_server_dies_too(script: Path, news: News, tmp_path: Path) -> None:
-    """SIGKILL leaves us no time to do it: the kernel does."""
+    """After SIGKILL the kernel ends the server."""
     owner = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", OWNER, str(tmp_path / "log")),
         *(sys.executable, str(script), "alone", str(free_port()), str(news.port)),

@@ -11,7 +11,7 @@ SHORTEST_S, LONGEST_S = 0.05, 5.0
 
 
 def test_room_up_to_the_cap() -> None:
-    """As many requests as the cap says, and not one more."""
+    """There is room for as many requests as the cap."""
     limiter = Limiter(cap=2)
     room = []
     for in_flight in range(4):
@@ -21,14 +21,14 @@ def test_room_up_to_the_cap() -> None:
 
 
 def test_a_full_queue_holds_the_server() -> None:
-    """Nothing new goes there before the hold is over, and everything after it."""
+    """There is no room before the end of the hold."""
     limiter = Limiter(cap=2)
     limiter.busy(now=10.0, jitter=0.0)
     assert [False, False, True] == [limiter.has_room(now) for now in (10.0, 10.049, 10.05)]
 
 
 def test_holds_grow_until_the_server_answers() -> None:
-    """Each hold is twice the one before it, up to the longest; an answer begins again with the first."""
+    """Each hold is twice the one before, up to a maximum; an answer resets it."""
     limiter, now, holds = Limiter(cap=1), 0.0, []
     for _ in range(8):
         limiter.busy(now, jitter=1.0)
@@ -41,7 +41,7 @@ def test_holds_grow_until_the_server_answers() -> None:
 
 
 def test_those_that_were_under_way_do_not_lengthen_a_hold() -> None:
-    """A hundred requests that meet the same full queue are one event."""
+    """A hundred refusals from the same full queue are one event."""
     limiter = Limiter(cap=100)
     limiter.busy(0.0, 0.5)
     held_until = limiter.held_until
@@ -54,7 +54,7 @@ def test_those_that_were_under_way_do_not_lengthen_a_hold() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["busy", "answered"]), st.floats(0, 10), st.floats(0, 0.999))))
 def test_holds_are_bounded(events: list[tuple[str, float, float]]) -> None:
-    """Whatever happens: no hold is longer than the longest, and none ends earlier than it did."""
+    """In any order of events no hold exceeds the maximum or becomes shorter."""
     limiter, now, ends = Limiter(cap=1), 0.0, [0.0]
     for name, later, jitter in events:
         now += later

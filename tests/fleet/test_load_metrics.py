@@ -26,12 +26,12 @@ def body(*ranks: dict[str, object]) -> bytes:
 
 
 def test_one_rank() -> None:
-    """Each figure as the server has it."""
+    """Each value is the server's."""
     assert Load(30, 4, 900, 0.61, 32768, 32, 99.5, 2, (12.5,)) == parse_load(body(RANK))
 
 
 def test_several_ranks_add_up() -> None:
-    """But for the pool's usage: the fullest rank is the one that retracts."""
+    """Ranks are added up, except the pool's usage: the fullest rank retracts."""
     load = parse_load(body(RANK, {**RANK, "dp_rank": 1, "token_usage": 0.9, "timestamp": 13.0}))
     assert (60, 8, 0.9, 65536, (12.5, 13.0)) == (
         load.running,
@@ -43,7 +43,7 @@ def test_several_ranks_add_up() -> None:
 
 
 def test_a_short_form_is_enough() -> None:
-    """Running and waiting; what else is missing is not known."""
+    """Only running and waiting are required."""
     load = parse_load(body({"num_running_reqs": 1, "num_waiting_reqs": 0}))
     assert Load(1, 0) == load
 
@@ -52,6 +52,6 @@ def test_a_short_form_is_enough() -> None:
     "text", [b"", b"[]", b"{}", b'{"loads": []}', b'{"loads": [{}]}', b'{"loads": [3]}', b"<html>"]
 )
 def test_what_is_no_reading(text: bytes) -> None:
-    """Is a broken response, and nothing worse."""
+    """Any other body raises BrokenResponse."""
     with pytest.raises(BrokenResponse, match="/v1/loads"):
         parse_load(text)
