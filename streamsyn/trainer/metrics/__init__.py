@@ -4,7 +4,7 @@ The controller on rank 0 passes each step, evaluation and end to `record.Trainin
 
     metrics.jsonl       one line per step and evaluation, and one when a process of the training ends
     trained.jsonl       for each step the examples that it trained on, with their losses
-    task_losses.json    how hard each task currently is; `run --train` may weight seeds by it
+    task_losses.json    how hard each task currently is; `seeds.task_losses` orders a run by it
 
 and logs a summary. Modules in reading order:
 
