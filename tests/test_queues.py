@@ -315,7 +315,7 @@ async def test_a_writer_cancelled_after_its_wake_up_passes_the_turn_on() -> None
     assert ["second"] == queue.get_nowait(1)
 
 
-async def test_its_text_says_how_full_it_is() -> None:
+async def test_repr_shows_how_full_it_is() -> None:
     """`repr` is for logs: items, room, state."""
     queue: BoundedQueue[int] = BoundedQueue(2)
     await queue.put(1)

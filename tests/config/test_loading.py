@@ -1,4 +1,4 @@
-"""The configuration: what is said wrong is named, what is not said has a documented default."""
+"""Loading the configuration: errors name the key, absent keys have documented defaults."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -372,7 +372,7 @@ def test_a_template_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, key:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "expected"),
     [
         ("fleet.concurrency", 0, "fleet.concurrency: Input should be 'auto' or Input should be greater"),
         ("fleet.concurrency", True, "fleet.concurrency: Input should be 'auto' or Input should be a number"),
@@ -383,11 +383,11 @@ def test_a_template_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, key:
         ("fleet.servers", [3], "fleet.servers.0: Input should be a valid string or Input should be a valid"),
     ],
 )
-def test_values_of_several_kinds(key: str, value: Any, said: str) -> None:
+def test_values_of_several_kinds(key: str, value: Any, expected: str) -> None:
     """Where a value may have several types, one problem is reported once, at its key."""
     with pytest.raises(ConfigError) as raised:
         load(None, [(key, value)])
-    assert said in str(raised.value)
+    assert expected in str(raised.value)
     assert "constrained" not in str(raised.value)
     assert ";" not in str(raised.value).replace("; the nearest", "")
 

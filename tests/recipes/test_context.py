@@ -23,7 +23,7 @@ def recipe(checks: dict[str, Any] | None = None, **fields: Any) -> ContextRecipe
     return ContextRecipe(RecipeSection(**fields), ChecksSection(**checks or {}))
 
 
-def said(text: str, finish_reason: str = "stop") -> Completion:
+def completion_of(text: str, finish_reason: str = "stop") -> Completion:
     """An answer of some LLM."""
     return Completion(text, finish_reason, 10, 0, 5, "m", "http://one")
 
@@ -63,7 +63,7 @@ def messages(made: ContextRecipe, seed: Seed = SEED) -> dict[str, str]:
 
 def test_a_good_answer_is_the_document() -> None:
     """Its text, what was measured of it, and the completion that it came from."""
-    answer = said(f"Context: {PROSE}")
+    answer = completion_of(f"Context: {PROSE}")
     document, requests = drive(recipe(), answer)
     repeated = document.checks["repetition"]
     checks = {"words": len(PROSE.split()), "repetition": repeated, "flags": []}
@@ -168,9 +168,9 @@ def test_each_bad_answer_has_its_reason(text: str, reason: RejectReason | None) 
     """The last failure names the reject, and says of how many tries it is."""
     made = recipe(tries=1)
     if reason is None:
-        drive(made, said(text))
+        drive(made, completion_of(text))
         return
-    rejection = rejected(made, said(text))
+    rejection = rejected(made, completion_of(text))
     assert reason is rejection.reason
     assert rejection.detail.endswith("(the last of 1 tries)")
 
@@ -178,16 +178,18 @@ def test_each_bad_answer_has_its_reason(text: str, reason: RejectReason | None) 
 def test_an_answer_that_repeats_our_prompt(tmp_path: Path) -> None:
     """Lines of our own, from the packaged prompt or the user's; not those of the seed."""
     echo = messages(recipe())["system"].splitlines()[3]
-    assert RejectReason.PROMPT_ECHO is rejected(recipe(tries=1), said(f"{PROSE} {echo.upper()}")).reason
+    assert (
+        RejectReason.PROMPT_ECHO is rejected(recipe(tries=1), completion_of(f"{PROSE} {echo.upper()}")).reason
+    )
     own = "Please be so good as to write the document which has been lost to us."
     made = recipe(template=write(tmp_path, f"{own}\n{{{{ instruction }}}}"), tries=1)
-    assert RejectReason.PROMPT_ECHO is rejected(made, said(f"{PROSE}\n{own}")).reason
+    assert RejectReason.PROMPT_ECHO is rejected(made, completion_of(f"{PROSE}\n{own}")).reason
 
 
 def test_a_failed_check_is_asked_afresh() -> None:
     """With the same question, up to `recipe.tries` times; the good answer alone is kept."""
-    good = said(PROSE)
-    document, requests = drive(recipe(tries=3), said(""), said("Short."), good)
+    good = completion_of(PROSE)
+    document, requests = drive(recipe(tries=3), completion_of(""), completion_of("Short."), good)
     assert [good] == document.steps
     assert 3 == len(requests)
     assert requests[0] == requests[1] == requests[2]
@@ -195,14 +197,19 @@ def test_a_failed_check_is_asked_afresh() -> None:
 
 def test_tries_come_to_an_end() -> None:
     """The last of them names the reject."""
-    rejection = rejected(recipe(tries=3), said(""), said("Short."), said("I cannot help you with this."))
+    rejection = rejected(
+        recipe(tries=3),
+        completion_of(""),
+        completion_of("Short."),
+        completion_of("I cannot help you with this."),
+    )
     assert RejectReason.REFUSAL is rejection.reason
     assert rejection.detail.endswith("(the last of 3 tries)")
 
 
 def test_a_cut_answer_is_kept_with_a_flag() -> None:
     """By default: a long document without its end is still one."""
-    document, requests = drive(recipe(), said(PROSE, "length"))
+    document, requests = drive(recipe(), completion_of(PROSE, "length"))
     assert ["truncated"] == document.checks["flags"]
     assert 1 == len(requests)
 
@@ -210,9 +217,9 @@ def test_a_cut_answer_is_kept_with_a_flag() -> None:
 def test_a_cut_answer_is_rejected() -> None:
     """Where that is wanted: asked afresh, and `truncated` in the end."""
     made = recipe(on_truncated="reject", tries=2)
-    document, _ = drive(made, said(PROSE, "length"), said(PROSE))
+    document, _ = drive(made, completion_of(PROSE, "length"), completion_of(PROSE))
     assert [] == document.checks["flags"]
-    rejection = rejected(made, said(PROSE, "length"), said(PROSE, "length"))
+    rejection = rejected(made, completion_of(PROSE, "length"), completion_of(PROSE, "length"))
     assert (RejectReason.TRUNCATED, True) == (rejection.reason, "cut at 5 tokens" in rejection.detail)
 
 
@@ -220,7 +227,11 @@ def test_a_cut_answer_is_continued() -> None:
     """What has been written stands as the assistant's message, which the server is told to go on with."""
     made = recipe(on_truncated="continue")
     half = len(PROSE) // 2
-    parts = [said(PROSE[:half], "length"), said(PROSE[half:-9], "length"), said(PROSE[-9:])]
+    parts = [
+        completion_of(PROSE[:half], "length"),
+        completion_of(PROSE[half:-9], "length"),
+        completion_of(PROSE[-9:]),
+    ]
     document, requests = drive(made, *parts)
     assert (PROSE, parts, []) == (document.text, document.steps, document.checks["flags"])
     assert [2, 3, 3] == [len(request.messages) for request in requests]
@@ -232,7 +243,7 @@ def test_a_cut_answer_is_continued() -> None:
 def test_continuations_are_bounded() -> None:
     """After `recipe.max_continuations` it is kept as it is, with its flag."""
     made = recipe({"max_repetition": 1}, on_truncated="continue", max_continuations=2)
-    document, requests = drive(made, *[said(f"{PROSE} ", "length")] * 3)
+    document, requests = drive(made, *[completion_of(f"{PROSE} ", "length")] * 3)
     assert ["truncated"] == document.checks["flags"]
     assert 3 == len(requests)
 

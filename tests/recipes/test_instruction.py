@@ -26,7 +26,7 @@ def recipe(checks: dict[str, Any] | None = None, **fields: Any) -> InstructionRe
     return InstructionRecipe(RecipeSection(**fields), ChecksSection(**checks or {}))
 
 
-def said(text: str, finish_reason: str = "stop") -> Completion:
+def completion_of(text: str, finish_reason: str = "stop") -> Completion:
     """An answer of some LLM."""
     return Completion(text, finish_reason, 10, 0, 5, "m", "http://one")
 
@@ -56,7 +56,7 @@ def rejected(made: InstructionRecipe, *answers: Completion) -> RejectedDraft:
 
 def test_a_pair_is_what_comes_of_a_document() -> None:
     """The document stays as it is; question and answer are the LLM's."""
-    answer = said(f"**Question:** {ASKED}\n\n**Answer:** By 21 feet.")
+    answer = completion_of(f"**Question:** {ASKED}\n\n**Answer:** By 21 feet.")
     document, requests = drive(recipe(), answer)
     tokens = answer.prompt_tokens
     checks = {"words": 1100, "tokens": tokens, "window": [0, 1100, 1100], "flags": []}
@@ -80,7 +80,7 @@ def test_the_prompt_has_the_document_first() -> None:
 def test_a_window_is_what_the_llm_sees_and_what_is_kept() -> None:
     """As drawn for the draft: the same in every run, another one for another draft."""
     made = recipe(window_words=110, contexts_per_seed=20)
-    documents = [drive(made, said(GOOD), draft=Draft(SEED, number))[0] for number in range(20)]
+    documents = [drive(made, completion_of(GOOD), draft=Draft(SEED, number))[0] for number in range(20)]
     again = recipe(window_words=110, contexts_per_seed=20)
     for number, document in enumerate(documents):
         first, words, of = document.checks["window"]
@@ -90,7 +90,7 @@ def test_a_window_is_what_the_llm_sees_and_what_is_kept() -> None:
         request = again.request(Draft(SEED, number))
         assert request.messages[1]["content"].startswith(f"Document:\n{document.text}\n")
     assert len({document.text for document in documents}) > 10
-    other = drive(made, said(GOOD), draft=Draft(replace(SEED, id="x")))[0]
+    other = drive(made, completion_of(GOOD), draft=Draft(replace(SEED, id="x")))[0]
     assert documents[0].checks["window"] != other.checks["window"]
 
 
@@ -134,7 +134,7 @@ def test_drafts_share_a_document_that_is_taken_whole() -> None:
 )
 def test_each_bad_answer_has_its_reason(text: str, reason: RejectReason, detail: str) -> None:
     """The last failure names the reject, and says of how many tries it is."""
-    rejection = rejected(recipe({"max_words": 300}, tries=1), said(text))
+    rejection = rejected(recipe({"max_words": 300}, tries=1), completion_of(text))
     assert reason is rejection.reason
     assert detail in rejection.detail
     assert rejection.detail.endswith("(the last of 1 tries)")
@@ -144,17 +144,17 @@ def test_an_answer_that_repeats_our_prompt() -> None:
     """Lines of our own are no question."""
     system = recipe().request(Draft(SEED)).messages[0]["content"]
     echo = next(line for line in system.splitlines() if line.startswith("- Name the persons"))
-    rejection = rejected(recipe(tries=1), said(f"Question: {echo}\nAnswer: By 21 feet."))
+    rejection = rejected(recipe(tries=1), completion_of(f"Question: {echo}\nAnswer: By 21 feet."))
     assert RejectReason.PROMPT_ECHO is rejection.reason
 
 
 def test_a_bad_answer_is_asked_afresh() -> None:
     """With the same question, up to `recipe.tries` times."""
-    good = said(GOOD)
-    document, requests = drive(recipe(tries=3), said(""), said("Hm."), good)
+    good = completion_of(GOOD)
+    document, requests = drive(recipe(tries=3), completion_of(""), completion_of("Hm."), good)
     assert [good] == document.steps
     assert requests[0] == requests[1] == requests[2]
-    rejection = rejected(recipe(tries=2), said(""), said("Hm."))
+    rejection = rejected(recipe(tries=2), completion_of(""), completion_of("Hm."))
     assert (RejectReason.NO_PAIR, True) == (rejection.reason, "(the last of 2 tries)" in rejection.detail)
 
 
@@ -164,33 +164,36 @@ def test_a_document_that_is_too_short_is_not_asked_about() -> None:
         RejectedDraft, match=r"the document has 1100 words, fewer than checks\.min_words = 1101"
     ):
         next(recipe({"min_words": 1101}).steps(Draft(SEED)))
-    document, _ = drive(recipe({"min_words": 1100}), said(f"Question: {ASKED}\nAnswer: 21"))
+    document, _ = drive(recipe({"min_words": 1100}), completion_of(f"Question: {ASKED}\nAnswer: 21"))
     assert "21" == document.answer
 
 
 def test_a_cut_answer_is_kept_with_a_flag() -> None:
     """Unless another question had begun: then it is whole."""
-    document, _ = drive(recipe(), said(GOOD, "length"))
+    document, _ = drive(recipe(), completion_of(GOOD, "length"))
     assert ["truncated"] == document.checks["flags"]
-    document, _ = drive(recipe(on_truncated="reject"), said(f"{GOOD}\nQuestion: And in y", "length"))
+    document, _ = drive(recipe(on_truncated="reject"), completion_of(f"{GOOD}\nQuestion: And in y", "length"))
     assert ([], "By 21 feet.") == (document.checks["flags"], document.answer)
 
 
 def test_a_cut_answer_is_rejected() -> None:
     """Where that is wanted: asked afresh, and `truncated` in the end."""
     made = recipe(on_truncated="reject", tries=2)
-    document, _ = drive(made, said(GOOD, "length"), said(GOOD))
+    document, _ = drive(made, completion_of(GOOD, "length"), completion_of(GOOD))
     assert [] == document.checks["flags"]
-    assert RejectReason.TRUNCATED is rejected(made, said(GOOD, "length"), said(GOOD, "length")).reason
+    assert (
+        RejectReason.TRUNCATED
+        is rejected(made, completion_of(GOOD, "length"), completion_of(GOOD, "length")).reason
+    )
 
 
 def test_a_cut_answer_is_continued() -> None:
     """As long as it is cut, and no whole pair stands in it."""
     made = recipe(on_truncated="continue")
     parts = [
-        said(GOOD[:20], "length"),
-        said(GOOD[20:-5], "length"),
-        said(f"{GOOD[-5:]}\nQuestion: A", "length"),
+        completion_of(GOOD[:20], "length"),
+        completion_of(GOOD[20:-5], "length"),
+        completion_of(f"{GOOD[-5:]}\nQuestion: A", "length"),
     ]
     document, requests = drive(made, *parts)
     assert (ASKED, "By 21 feet.", parts, []) == (

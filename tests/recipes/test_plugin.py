@@ -1,4 +1,4 @@
-"""Recipes of the user's own: how they are found, and what is said when they cannot be used."""
+"""Plug-in recipes: how they are loaded, and the errors when they cannot be used."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.recipes.recipe import BaseRecipe, Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Document, Draft, Seed
-from tests.recipes.test_context import PROSE, SEED, said
+from tests.recipes.test_context import PROSE, SEED, completion_of
 
 MINE = """
 from streamsyn.recipes.recipe import BaseRecipe
@@ -62,8 +62,8 @@ def loaded(use: str = "mine:Mine", **options: Any) -> Recipe:
     return load_recipe(RecipeSection(use=use, options={"ask": "What?", **options}), ChecksSection())
 
 
-def said_of(use: str = "mine:Mine") -> str:
-    """What is said of one that cannot be used: one line that names it."""
+def error_of(use: str = "mine:Mine") -> str:
+    """Return the error for a recipe that cannot be used: one line that names it."""
     with pytest.raises(ConfigError) as raised:
         loaded(use)
     text = str(raised.value)
@@ -83,8 +83,8 @@ def test_steps_are_all_it_needs(write: Write) -> None:
         request.sampling,
     )
     with pytest.raises(StopIteration) as done:
-        steps.send(said(PROSE))
-    assert Document(PROSE, {"flags": []}, [said(PROSE)]) == done.value.value
+        steps.send(completion_of(PROSE))
+    assert Document(PROSE, {"flags": []}, [completion_of(PROSE)]) == done.value.value
     assert (False, "", "") == (made.takes_documents, made.group(SEED), made.outlook())
 
 
@@ -137,20 +137,20 @@ def test_its_source_is_part_of_the_fingerprint(write: Write) -> None:
 @pytest.mark.parametrize(
     "use", ["mine:", ":Mine", "mine:Mine:", "my mine:Mine", ".mine:Mine", "mine.py:Mine.x", "a/b:C"]
 )
-def test_a_name_that_is_none(use: str) -> None:
-    """It is shown how one looks."""
-    assert "my_package.recipes:Mine" in said_of(use)
+def test_an_invalid_name_is_refused(use: str) -> None:
+    """The error shows a valid name."""
+    assert "my_package.recipes:Mine" in error_of(use)
 
 
 def test_a_module_that_is_not_there(write: Write) -> None:
     """It is named: it, or the package that it should be in."""
     write("", "my_package/__init__.py")
-    assert "No module named 'nowhere'" in said_of("nowhere:Mine")
-    assert "No module named 'my_package.mine'" in said_of("my_package.mine:Mine")
+    assert "No module named 'nowhere'" in error_of("nowhere:Mine")
+    assert "No module named 'my_package.mine'" in error_of("my_package.mine:Mine")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (
             "import nowhere_at_all",
@@ -163,19 +163,19 @@ def test_a_module_that_is_not_there(write: Write) -> None:
         ("\n\nraise ValueError('one\\ntwo')", "raised ValueError: one two"),
     ],
 )
-def test_a_module_that_cannot_be_imported(write: Write, tmp_path: Path, text: str, said: str) -> None:
+def test_a_module_that_cannot_be_imported(write: Write, tmp_path: Path, text: str, expected: str) -> None:
     """Its error, and the line of it where that arises."""
     write(text)
     line = text.count("\n") + 1
-    message = said_of()
-    assert said in message
+    message = error_of()
+    assert expected in message
     assert message.endswith(f"({tmp_path}/mine.py:{line})")
 
 
 def test_an_import_below_that_fails(write: Write, tmp_path: Path) -> None:
     """A missing module of theirs is not taken for the one that was asked for."""
     write("import my_package.nowhere", "my_package/mine.py")
-    message = said_of("my_package.mine:Mine")
+    message = error_of("my_package.mine:Mine")
     assert "importing my_package.mine raised ModuleNotFoundError" in message
     assert f"{tmp_path}/my_package/mine.py:1" in message
 
@@ -183,11 +183,11 @@ def test_an_import_below_that_fails(write: Write, tmp_path: Path) -> None:
 def test_a_name_that_is_not_in_the_module(write: Write, tmp_path: Path) -> None:
     """The nearest is named."""
     write(MINE)
-    assert f"there is no 'Mime' in {tmp_path}/mine.py; the nearest is 'Mine'" in said_of("mine:Mime")
+    assert f"there is no 'Mime' in {tmp_path}/mine.py; the nearest is 'Mine'" in error_of("mine:Mime")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("Mine = 3", "Mine is of type int"),
         (
@@ -208,20 +208,20 @@ def test_a_name_that_is_not_in_the_module(write: Write, tmp_path: Path) -> None:
         (with_line("def fingerprint(self): return {'x': {1}}"), "fingerprint() raised"),
     ],
 )
-def test_what_is_no_recipe(write: Write, text: str, said: str) -> None:
-    """It is refused before anything is asked, with what it lacks."""
+def test_an_object_that_is_not_a_recipe_is_refused(write: Write, text: str, expected: str) -> None:
+    """The error says what it lacks, before any request."""
     write(text)
-    assert said in said_of()
+    assert expected in error_of()
 
 
 def test_its_own_configuration_errors_are_passed_on(write: Write) -> None:
-    """They are for the user as they are."""
+    """Their text reaches the user unchanged."""
     write("from streamsyn.errors import ConfigError\ndef Mine(a, b):\n    raise ConfigError('size is wrong')")
     with pytest.raises(ConfigError, match=r"^size is wrong$"):
         loaded()
 
 
-def test_a_group_that_fails_is_none(write: Write) -> None:
+def test_a_failing_group_is_no_group(write: Write) -> None:
     """It saves time, and decides nothing: a bug in it must not end a run."""
     write(with_line("def group(self, seed): return seed.metadata['book']"))
     made = loaded()

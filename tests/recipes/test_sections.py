@@ -45,7 +45,9 @@ def tokens(messages: Sequence[dict[str, str]]) -> int:
     return sum(len(message["content"]) // 4 for message in messages)
 
 
-def said(request: Request, text: str, completion_tokens: int, finish_reason: str = "stop") -> Completion:
+def completion_of(
+    request: Request, text: str, completion_tokens: int, finish_reason: str = "stop"
+) -> Completion:
     """An answer of some LLM, with the usage of the whole conversation."""
     prompt = tokens(request.messages)
     return Completion(text, finish_reason, prompt, 0, completion_tokens, "m", "http://one")
@@ -57,11 +59,11 @@ def writes(section_tokens: int = 100, finish_reason: str = "stop") -> Answer:
     def answer(request: Request, number: int) -> Completion:
         asked = request.messages[-1]["content"]
         if "make an outline" in asked:
-            return said(request, OUTLINE, 20)
+            return completion_of(request, OUTLINE, 20)
         if "summarise for yourself" in asked:
-            return said(request, f"Summary {number}.", 20)
+            return completion_of(request, f"Summary {number}.", 20)
         most = int(request.sampling["max_tokens"])
-        return said(request, prose(number), min(most, section_tokens), finish_reason)
+        return completion_of(request, prose(number), min(most, section_tokens), finish_reason)
 
     return answer
 
@@ -109,7 +111,7 @@ def test_an_outline_then_sections_up_to_the_target() -> None:
     assert [False] * 4 + [True] == ["It is the last section" in question(request) for request in requests]
 
 
-def test_every_step_begins_with_all_that_was_said() -> None:
+def test_every_step_starts_with_all_earlier_messages() -> None:
     """Earlier messages stay as they were and answers stand verbatim, or the cached prefix would break."""
     ragged = "  \n**Outline:**\n\n1) The river \n"
     answer = scripted(None, then=writes())
@@ -118,7 +120,7 @@ def test_every_step_begins_with_all_that_was_said() -> None:
     def noted(request: Request, number: int) -> Completion:
         completion = answer(request, number)
         if number == 1:
-            completion = said(request, ragged, 20)
+            completion = completion_of(request, ragged, 20)
         given.append(completion)
         return completion
 
@@ -240,7 +242,7 @@ def test_a_document_that_fails_as_a_whole_is_rejected() -> None:
         drive(recipe({"min_words": 10_000}, **SMALL), writes())
 
     def by_turns(request: Request, number: int) -> Completion:
-        return said(request, OUTLINE if number == 1 else prose(number % 2), 100)
+        return completion_of(request, OUTLINE if number == 1 else prose(number % 2), 100)
 
     with pytest.raises(RejectedDraft, match=r"repetition.*\(the whole document\)"):
         drive(recipe(**SMALL), by_turns)

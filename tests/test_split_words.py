@@ -1,4 +1,4 @@
-"""Runs of words as numbers: the same for the same words, whatever stands around them."""
+"""Splitting text into words: hashes of words and n-grams do not depend on case, punctuation or machine."""
 
 import subprocess
 import sys
