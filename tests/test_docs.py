@@ -87,11 +87,20 @@ def test_every_path_on_a_page_exists(page: str) -> None:
 
 @every_page
 def test_every_relative_link_resolves(page: str) -> None:
-    """Links to files, and to headings of the same page."""
-    text = without_code(page)
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", text)
+    """Links to files and folders, and to headings in pages."""
+    broken = []
+    for link, heading in re.findall(r"\]\(([^)#\s]*)(?:#([\w-]*))?\)", without_code(page)):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        if "://" not in link and not (target.exists() and (not heading or heading in headings(target))):
+            broken.append(f"{link}#{heading}")
 
-    assert [] == [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
+    assert [] == broken
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @every_page

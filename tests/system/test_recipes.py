@@ -55,8 +55,8 @@ def stop_at(requests: int, server: Server, process: subprocess.Popen[bytes], num
 
 
 def example() -> tuple[str, str]:
-    """The recipe that the README shows, and its configuration."""
-    shown = (ROOT / "README.md").read_text("utf-8").split(HEADING, 1)[1]
+    """The recipe that the README of the recipes shows, and its configuration."""
+    shown = (ROOT / "streamsyn/recipes/README.md").read_text("utf-8").split(HEADING, 1)[1]
     blocks = re.findall(r"```(python|toml)\n(.*?)```", shown, re.DOTALL)
     recipe = next(text for kind, text in blocks if kind == "python" and "class " in text)
     return recipe, next(text for kind, text in blocks if kind == "toml" and "use = " in text)
