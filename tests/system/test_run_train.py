@@ -301,7 +301,7 @@ def test_samples_may_go_to_stdout_too(tmp_path: Path, serve: Serve, seeds: Seeds
         ("[train]\nmodel = 'base'\nchat_template = 'none.jinja'", "train.chat_template"),
         ("[train]\nmodel = 'base'\nout = 'OUT'", "the same directory"),
         ("[train]\nmodel = 'base'\nlauncher = ['acelerate']", "train.launcher"),
-        ("[train\n", "no valid TOML"),
+        ("[train\n", "invalid TOML"),
         (None, "cannot read"),
     ],
 )
