@@ -48,7 +48,7 @@ class CorpusPassage(Piece):
         return None
 
     @property
-    def origin(self) -> None:
+    def source_seed_id(self) -> None:
         return None
 
 

@@ -67,7 +67,7 @@ class Chooser:
         answer = " ".join(relevant.answer.casefold().split())
         if len(answer) < self._min_answer_chars:
             answer = ""
-        origins = {relevant.origin}
+        seed_ids = {relevant.source_seed_id}
         duplicates = _NearDuplicates(self._max_similarity)
         duplicates.add(relevant)
         selection = _Selection(self._counter, relevant, goal, order)
@@ -79,15 +79,15 @@ class Chooser:
             if (candidate := candidates.next(len(selection.chosen))) is None:
                 break
             tried += 1
-            if candidate.origin is not None and candidate.origin in origins:
+            if candidate.source_seed_id is not None and candidate.source_seed_id in seed_ids:
                 continue
             if answer and candidate.holds(answer):
                 continue
             if duplicates.has_similar(candidate) or not selection.add(candidate):
                 continue
             duplicates.add(candidate)
-            if candidate.origin is not None:
-                origins.add(candidate.origin)
+            if candidate.source_seed_id is not None:
+                seed_ids.add(candidate.source_seed_id)
         if candidates.exhausted is not None and not selection.is_complete:
             return Choice(exhausted=candidates.exhausted)
         return selection.choice()

@@ -36,10 +36,10 @@ class Piece(ABC):
 
     @property
     @abstractmethod
-    def origin(self) -> str | None:
+    def source_seed_id(self) -> str | None:
         """The id of the seed the text was written for; None for a text from a corpus.
 
-        Texts of one origin tell the same story, so a sample holds at most one of them.
+        Texts of one seed tell the same story, so a sample holds at most one of them.
         """
 
     @cached_property
@@ -83,7 +83,7 @@ class Passage(Piece):
             context.instruction,
             context.answer,
             context.context,
-            *_metrics(context.completion_tokens, context.checks),
+            *_from_checks(context.completion_tokens, context.checks),
         )
 
     @classmethod
@@ -97,7 +97,7 @@ class Passage(Piece):
             row["instruction"],
             row["answer"],
             row["context"],
-            *_metrics(row["completion_tokens"], row.get("checks") or {}),
+            *_from_checks(row["completion_tokens"], row.get("checks") or {}),
         )
 
     @property
@@ -105,7 +105,7 @@ class Passage(Piece):
         return self.seq
 
     @property
-    def origin(self) -> str:
+    def source_seed_id(self) -> str:
         return self.seed_id
 
     @cached_property
@@ -114,7 +114,7 @@ class Passage(Piece):
         return 2 * len(self.text.encode()) + len(self.instruction) + len(self.answer) + _RECORD_BYTES
 
 
-def _metrics(completion_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
+def _from_checks(completion_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
     """Return tokens, flags and context gain. Multi-step recipes record the tokens of the text itself."""
     return checks.get("tokens", completion_tokens), tuple(checks.get("flags", ())), checks.get("context_gain")
 

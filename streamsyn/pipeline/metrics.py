@@ -17,8 +17,8 @@ from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()
 
-Figures = Callable[[], Sequence[Mapping[str, Any]]]
-"""Returns the metrics of each server, as `Fleet.figures`; a key that is absent or None is unknown."""
+ServerMetrics = Callable[[], Sequence[Mapping[str, Any]]]
+"""Returns the metrics of each server, as `Fleet.metrics` does; an absent key, or None, is unknown."""
 
 _SERVER_GAUGES = {
     "in_flight": "Requests in flight.",
@@ -44,14 +44,14 @@ _SERVER_COUNTERS = {
 class RunCollector(Collector):
     """Makes metrics of the counters and the servers at each scrape, in the thread that serves it."""
 
-    def __init__(self, counters: Counters, figures: Figures) -> None:
+    def __init__(self, counters: Counters, server_metrics: ServerMetrics) -> None:
         self._counters = counters
-        self._figures = figures
+        self._server_metrics = server_metrics
 
     def collect(self) -> Iterable[Metric]:
         """All metrics, with their present values."""
         yield from _run_metrics(self._counters)
-        yield from _server_metrics(self._figures())
+        yield from _server_metrics(self._server_metrics())
 
 
 def _run_metrics(counters: Counters) -> Iterator[Metric]:
@@ -115,9 +115,9 @@ def _server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
     for families, kind in ((_SERVER_GAUGES, GaugeMetricFamily), (_SERVER_COUNTERS, CounterMetricFamily)):
         for key, help_text in families.items():
             family = kind(f"streamsyn_server_{key}", help_text, labels=["server"])
-            for figures in servers:
-                if figures.get(key) is not None:
-                    family.add_metric([figures["server"]], figures[key])
+            for server in servers:
+                if server.get(key) is not None:
+                    family.add_metric([server["server"]], server[key])
             yield family
     info = GaugeMetricFamily(
         "streamsyn_server_info",
@@ -127,16 +127,16 @@ def _server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
     decisions = CounterMetricFamily(
         "streamsyn_cap_decisions", "Decisions of the adaptive cap.", labels=["server", "decision"]
     )
-    for figures in servers:
-        info.add_metric([figures["server"], figures.get("model") or ""], 1)
-        for decision, times in sorted(figures.get("decisions", {}).items()):
-            decisions.add_metric([figures["server"], decision], times)
+    for server in servers:
+        info.add_metric([server["server"], server.get("model") or ""], 1)
+        for decision, times in sorted(server.get("decisions", {}).items()):
+            decisions.add_metric([server["server"], decision], times)
     yield info
     yield decisions
 
 
 @contextmanager
-def serving_metrics(listen: str, counters: Counters, figures: Figures) -> Iterator[str]:
+def serving_metrics(listen: str, counters: Counters, server_metrics: ServerMetrics) -> Iterator[str]:
     """Serve the metrics over HTTP while the block runs; yields the URL.
 
     Enter it outside the event loop: opening and closing block.
@@ -144,7 +144,7 @@ def serving_metrics(listen: str, counters: Counters, figures: Figures) -> Iterat
     Args:
         listen: `HOST:PORT`; port 0 takes a free port.
         counters: The counters of the run.
-        figures: Returns the metrics of its servers. Called in the serving thread, so it must tolerate what
+        server_metrics: Called in the serving thread, so it must tolerate what
             the event loop changes meanwhile.
 
     Raises:
@@ -152,7 +152,7 @@ def serving_metrics(listen: str, counters: Counters, figures: Figures) -> Iterat
     """
     host, port = _host_and_port(listen)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(RunCollector(counters, figures))
+    registry.register(RunCollector(counters, server_metrics))
     try:
         server, thread = start_http_server(port, host, registry)
     except (OSError, UnicodeError) as error:

@@ -26,7 +26,7 @@ from streamsyn.sink.rundir import RunDirectory
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
-    from streamsyn.scoring.examination import Examination
+    from streamsyn.scoring.open_examiner import Examination
 
 log = structlog.get_logger()
 
@@ -128,7 +128,7 @@ async def _open_examination(
     if not is_examined(config.checks):
         yield None
         return
-    from streamsyn.scoring.examination import open_examination
+    from streamsyn.scoring.open_examiner import open_examination
 
     request = parts.request
     opening = partial(open_fleet, environ=request.environ, connect=request.connect, rng=request.rng)

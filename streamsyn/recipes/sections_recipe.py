@@ -46,7 +46,7 @@ _HEADING_TOKENS = 24
 _FRAME_TOKENS = 256
 """Estimated tokens of two questions with their chat template; there is no tokenizer here."""
 _OPENING_TOKENS = 512
-"""What system, seed and outline come to, about."""
+"""Approximate tokens of the system message, the seed and the outline."""
 
 Asked = Generator[Request, Completion, Completion]
 
