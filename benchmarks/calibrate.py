@@ -1,16 +1,16 @@
-"""What a real SGLang server takes for a prefill and for a decode step, fitted: the simulator's `cpu` preset.
+"""Fit the simulator's `cpu` cost model: seconds of a prefill and of a decode step on a real SGLang server.
 
     python -m benchmarks.calibrate [--repeats 3] [--out calibration.md]
 
-Starts one server as `streamsyn run --launch` does, with the packaged model, and times it from outside:
+Starts one server with the packaged model, as `streamsyn run --launch` does, and times its requests:
 
-- prefill: prompts of random token ids, one new token, nothing else running; cold, again (all cached but
-  the last token), and with `EXTENSION` new tokens behind what is cached;
-- decode: so many equal requests at once, one of them streamed; a step is the time between two of its tokens.
-  Only one is streamed because streamsyn streams nothing, and a server works less for those.
+- prefill: one prompt of random token ids at a time, one new token; with an empty cache, repeated (all but
+  the last token cached), and repeated with `EXTENSION` more tokens at the end;
+- decode: a batch of equal requests, one of them streamed; a step is the time between two of its tokens. The
+  others are not streamed because streamsyn seldom streams, and streaming costs the server time.
 
-Both are fitted by least squares of the relative error, once by each formula in `PREFILL_FORMULAS` and
-`STEP_FORMULAS`; the error of each is printed beside it. Medians throughout: two shared cores are noisy.
+Each is fitted with every formula in `PREFILL_FORMULAS` or `STEP_FORMULAS` by least squares of the relative
+error, which is printed. All times are medians over the rounds, because two shared cores are noisy.
 """
 
 import argparse
@@ -39,14 +39,14 @@ BATCHES = (1, 4, 8, 16, 32)
 CONTEXT_TOKENS = (64, 512)
 STEPS = 48
 SETTLING = 8
-"""Steps left out at either end: other requests may still be in their prefill, or done already."""
+"""Steps left out at each end: other requests may still be in prefill, or finished."""
 TOKEN_IDS = range(1000, 40_000)
-"""Ordinary tokens of every vocabulary that is in use; special ones stand before or behind them."""
+"""Ordinary tokens in every common vocabulary; special tokens have lower or higher ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """One prompt: so many of its tokens were computed, so many came from the cache."""
+    """One prefill: the tokens that were computed and those that came from the cache."""
 
     uncached: int
     cached: int
@@ -58,7 +58,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One decode step: of so many requests, which have so many tokens in the KV cache between them."""
+    """One decode step: requests in the batch, and their tokens in the KV cache in total."""
 
     batch: int
     kv_tokens: int
@@ -69,7 +69,7 @@ P = TypeVar("P", bound=Prefill | Step)
 
 @dataclass(frozen=True, slots=True)
 class Term(Generic[P]):
-    """A summand of a formula, without its coefficient."""
+    """One term of a formula, without its coefficient."""
 
     name: str
     of: Callable[[P], float]
@@ -80,10 +80,10 @@ P1: Term[Prefill] = Term("p1 * uncached", lambda point: point.uncached)
 P2: Term[Prefill] = Term("p2 * uncached * context", lambda point: point.uncached * point.context)
 P3: Term[Prefill] = Term("p3 * cached", lambda point: point.cached)
 P4: Term[Prefill] = Term("p4 * pairs", lambda point: point.uncached * (point.cached + point.uncached / 2))
-# torch_native's attention computes the scores of the whole prompt, cached or not.
+# SGLang's torch_native attention backend computes scores for the whole prompt, cached or not.
 P5: Term[Prefill] = Term("p5 * context", lambda point: point.context)
 P6: Term[Prefill] = Term("p6 * context^2", lambda point: point.context**2)
-# The plainest; that of the simulator's `CostModel`; what torch_native does.
+# In order: the simplest; the formula of the simulator's `CostModel`; the work of torch_native.
 PREFILL_FORMULAS = ((P0, P1, P2), (P0, P1, P3, P4), (P0, P1, P5, P6))
 
 D0: Term[Step] = Term("d0", lambda _: 1.0)
@@ -109,7 +109,10 @@ class Fit(Generic[P]):
 
 
 def fitted(terms: tuple[Term[P], ...], seconds: dict[P, float]) -> Fit[P]:
-    """The coefficients with the least squares of the relative error; none of them is negative."""
+    """Return the non-negative coefficients with the least squares of the relative error.
+
+    Terms whose coefficient would be negative are dropped, the most negative first.
+    """
     weights = numpy.array([1 / value for value in seconds.values()])
     columns = numpy.array([[term.of(point) for term in terms] for point in seconds]) * weights[:, None]
     used = list(range(len(terms)))
@@ -125,7 +128,7 @@ def fitted(terms: tuple[Term[P], ...], seconds: dict[P, float]) -> Fit[P]:
 
 
 async def flush(session: aiohttp.ClientSession, url: str) -> None:
-    """Empty a server's radix cache; that is refused as long as a request runs."""
+    """Empty a server's radix cache; retry for 60 s, because the server refuses while a request runs."""
     async with asyncio.timeout(60):
         while True:
             async with session.post(f"{url}/flush_cache") as response:
@@ -135,7 +138,7 @@ async def flush(session: aiohttp.ClientSession, url: str) -> None:
 
 
 class Probe:
-    """Asks one server over its own route, where a prompt is a list of token ids."""
+    """Sends prompts of token ids to the `/generate` route of one server."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, seed: int) -> None:
         self._session = session
@@ -143,21 +146,21 @@ class Probe:
         self._random = random.Random(seed)
 
     def prompt(self, tokens: int) -> list[int]:
-        """A prompt that nobody has sent before."""
+        """Return a random prompt of `tokens` token ids."""
         return self._random.choices(TOKEN_IDS, k=tokens)
 
     async def flush(self) -> None:
         await flush(self._session, self._url)
 
     async def generate(self, prompts: Sequence[list[int]], tokens: int) -> list[dict[str, Any]]:
-        """The answers to some prompts, sent together."""
+        """Send the prompts as one batch and return the answers of `tokens` tokens each."""
         async with self._session.post(f"{self._url}/generate", json=_body(prompts, tokens)) as response:
             response.raise_for_status()
             answers: list[dict[str, Any]] = await response.json()
             return answers
 
     async def token_times(self, prompt: list[int], tokens: int) -> list[float]:
-        """When each token of a streamed answer came."""
+        """Stream an answer and return the arrival time of each token, in seconds."""
         times: list[float] = []
         body = {**_body([prompt], tokens), "stream": True}
         async with self._session.post(f"{self._url}/generate", json=body) as response:
@@ -175,15 +178,15 @@ def _body(prompts: Sequence[list[int]], tokens: int) -> dict[str, Any]:
 
 
 async def prefill_times(probe: Probe) -> dict[Prefill, float]:
-    """Seconds of one prefill of each kind."""
+    """Measure one prefill of each kind, in seconds."""
     seconds: dict[Prefill, float] = {}
 
     async def measure(prompt: list[int]) -> None:
         started = time.perf_counter()
         [answer] = await probe.generate([prompt], 1)
-        took = time.perf_counter() - started
+        measured = time.perf_counter() - started
         cached = answer["meta_info"]["cached_tokens"]
-        seconds[Prefill(uncached=len(prompt) - cached, cached=cached)] = took
+        seconds[Prefill(uncached=len(prompt) - cached, cached=cached)] = measured
 
     for tokens in PROMPT_TOKENS:
         await probe.flush()
@@ -195,10 +198,10 @@ async def prefill_times(probe: Probe) -> dict[Prefill, float]:
 
 
 async def step_time(probe: Probe, batch: int, context: int) -> tuple[Step, float]:
-    """Median seconds of a decode step of `batch` requests, which have `context` tokens each at first."""
+    """Return the median seconds of a decode step of `batch` requests with prompts of `context` tokens."""
     await probe.flush()
     others = [probe.prompt(context) for _ in range(batch - 1)]
-    # The others run a little longer, so that the streamed one never runs without them.
+    # The others write a few tokens more, so that the streamed request never runs alone.
     async with asyncio.TaskGroup() as group:
         if others:
             group.create_task(probe.generate(others, STEPS + SETTLING))
@@ -210,23 +213,23 @@ async def step_time(probe: Probe, batch: int, context: int) -> tuple[Step, float
 
 
 async def step_times(probe: Probe) -> dict[Step, float]:
-    """Seconds of one decode step of each kind."""
+    """Measure one decode step of each kind, in seconds."""
     return dict([await step_time(probe, batch, context) for context in CONTEXT_TOKENS for batch in BATCHES])
 
 
 def medians(rounds: Sequence[dict[P, float]]) -> dict[P, float]:
-    """Each point's median over the rounds."""
+    """Return the median of each point over the rounds."""
     return {point: statistics.median(one[point] for one in rounds) for point in rounds[0]}
 
 
 def spread(rounds: Sequence[dict[P, float]], point: P) -> float:
-    """The slowest round of a point, of its fastest."""
+    """Return the slowest round of a point divided by the fastest."""
     times = [one[point] for one in rounds]
     return max(times) / min(times)
 
 
 def report(title: str, rounds: Sequence[dict[P, float]], formulas: Sequence[tuple[Term[P], ...]]) -> str:
-    """A table of what was measured and what each formula makes of it."""
+    """Return a Markdown table of the measured times and the ratio of each fitted formula to them."""
     seconds = medians(rounds)
     fits: list[Fit[P]] = [fitted(terms, seconds) for terms in formulas]
     numbers = range(1, len(fits) + 1)
@@ -234,20 +237,22 @@ def report(title: str, rounds: Sequence[dict[P, float]], formulas: Sequence[tupl
     lines = [f"## {title}", ""]
     lines += [f"formula {number}: {fit}" for number, fit in enumerate(fits, 1)]
     lines += ["", f"| point | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    for point, took in seconds.items():
-        ratios = [f"{fit.seconds(point) / took:.2f}" for fit in fits]
-        cells = [str(point), f"{took:.3f}", f"{spread(rounds, point):.2f}", *ratios]
+    for point, measured in seconds.items():
+        ratios = [f"{fit.seconds(point) / measured:.2f}" for fit in fits]
+        cells = [str(point), f"{measured:.3f}", f"{spread(rounds, point):.2f}", *ratios]
         lines.append(f"| {' | '.join(cells)} |")
-    errors = [max(abs(fit.seconds(point) / took - 1) for point, took in seconds.items()) for fit in fits]
+    errors = [
+        max(abs(fit.seconds(point) / measured - 1) for point, measured in seconds.items()) for fit in fits
+    ]
     lines += [
         "",
-        *(f"formula {number}: off by at most {error:.0%}" for number, error in enumerate(errors, 1)),
+        *(f"formula {number}: maximum relative error {error:.0%}" for number, error in enumerate(errors, 1)),
     ]
     return "\n".join(lines)
 
 
 async def calibrate(repeats: int, folder: Path) -> AsyncGenerator[str, None]:
-    """Measure a server of our own, all points in every round; a report after each."""
+    """Start a server, measure all points `repeats` times, and yield a report after each round."""
     prefills: list[dict[Prefill, float]] = []
     steps: list[dict[Step, float]] = []
     async with (
@@ -264,7 +269,7 @@ async def calibrate(repeats: int, folder: Path) -> AsyncGenerator[str, None]:
             load = ", ".join(f"{value:.1f}" for value in loads)
             yield "\n\n".join(
                 [
-                    f"# {server.model}, median of {number} rounds, load average {load} (ours alone: 1)",
+                    f"# {server.model}, median of {number} rounds, load average {load} (idle machine: 1)",
                     report("prefill", prefills, PREFILL_FORMULAS),
                     report("decode step", steps, STEP_FORMULAS),
                 ]
@@ -272,7 +277,7 @@ async def calibrate(repeats: int, folder: Path) -> AsyncGenerator[str, None]:
 
 
 async def run(repeats: int, out: Path | None) -> None:
-    """Print the report after each round, and keep the last one in a file."""
+    """Print the report after each round, and write the latest to `out`."""
     with tempfile.TemporaryDirectory() as folder:
         async with aclosing(calibrate(repeats, Path(folder))) as reports:
             async for text in reports:
@@ -285,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds")
     parser.add_argument("--out", type=Path, help="also write the report to this file")
     args = parser.parse_args()
     asyncio.run(run(args.repeats, args.out))

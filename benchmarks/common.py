@@ -1,4 +1,4 @@
-"""What the benchmarks share: a simulator of their own, seeds in any number, a process's own costs."""
+"""Shared by the benchmarks: a simulator process, seed files, and the cost of a process."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import orjson
 
 
 class Simulator:
-    """A simulated server as a process of its own, on a free port, while the block runs."""
+    """Context manager: `streamsyn simulate` in its own process on a free port. Enters with its URL."""
 
     def __init__(self, *options: str) -> None:
         self._command = [sys.executable, "-m", "streamsyn", "simulate", "--port", "0", *options]
@@ -23,7 +23,7 @@ class Simulator:
         assert self._process.stderr is not None
         found = re.search(r"http://\S+", self._process.stderr.readline())
         if found is None:
-            raise RuntimeError("the simulator did not start")
+            raise RuntimeError(f"the simulator did not print its URL: {' '.join(self._command)}")
         return found.group()
 
     def __exit__(
@@ -34,7 +34,7 @@ class Simulator:
 
 
 def seeds_file(folder: Path, number: int) -> Path:
-    """A file of so many seeds, all different; made once."""
+    """Return a file of `number` different seeds in `folder`; written if it does not exist."""
     path = folder / f"seeds-{number}.jsonl"
     if not path.exists():
         with path.open("wb") as file:
@@ -49,7 +49,7 @@ def seeds_file(folder: Path, number: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one process used."""
+    """Seconds, CPU seconds and peak memory of one process."""
 
     wall_s: float
     cpu_s: float
@@ -57,16 +57,20 @@ class Cost:
 
 
 def measured(command: list[str]) -> Cost:
-    """Run a command to its end; what that process used, by the kernel's own accounting."""
+    """Run a command and return what its process used, from the kernel's accounting (`wait4`).
+
+    Raises:
+        RuntimeError: The exit code is not 0.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}")
+        raise RuntimeError(f"exit code {process.returncode} from: {' '.join(command)}")
     return Cost(time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
 def run_measured(*arguments: str) -> Cost:
-    """Run a streamsyn command to its end; what it used."""
+    """Run a streamsyn command and return what its process used."""
     return measured([sys.executable, "-m", "streamsyn", *arguments])

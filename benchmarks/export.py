@@ -1,12 +1,12 @@
-"""Exporting a log of 100,000 contexts to Parquet at 32k tokens a sample: speed, and memory over time.
+"""Export 100,000 contexts to Parquet in samples of 32k tokens: speed, and memory over time.
 
     python -m benchmarks.export [--contexts 100000] [--samples 100000] [--target-tokens 32768]
         [--format parquet] [--folder DIR] [--check]
 
-The log is written with the sink itself, of texts as the simulator writes them (about 2,000 words each, a
-token is four characters, ten tasks): a run over it would take longer and write the same rows. Then
-`streamsyn export` runs as a process of its own, and this one looks at its memory twice a second. Flat means:
-the peak of the whole export is near that of its first tenth.
+The log is written directly by the sink, with the simulator's texts (about 2,000 words each, ten tasks; one
+token is counted as four characters). A run would write the same rows but take longer. `streamsyn export`
+then runs in its own process, and its memory is sampled twice a second. With --check the exit code is 1 when
+the peak exceeds `ALLOWED_GROWTH` times the peak of the first tenth.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ALLOWED_GROWTH = 1.15
 
 
 def make(out: Path, contexts: int, words: int) -> int:
-    """Write a finished log of so many contexts; the bytes of their texts."""
+    """Write a finished log of `contexts` contexts of `words` words; return the total characters of text."""
     config = Config()
     directory, prose = RunDirectory(out), Prose(0)
     directory.save(
@@ -61,61 +61,67 @@ def make(out: Path, contexts: int, words: int) -> int:
     return written
 
 
-def watched(command: list[str]) -> tuple[float, float, list[float], str]:
-    """Run a command to its end: seconds, CPU seconds, its memory in MiB over time, what it said."""
+def run_watched(command: list[str]) -> tuple[float, float, list[float], str]:
+    """Run a command and return its seconds, CPU seconds, memory samples in MiB, and stdout.
+
+    Raises:
+        RuntimeError: The exit code is not 0.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    looked_at = psutil.Process(process.pid)
+    watched = psutil.Process(process.pid)
     memory: list[float] = []
     ended = threading.Event()
 
-    def look() -> None:
+    def sample_memory() -> None:
         while not ended.wait(0.5):
-            if rss := looked_at.memory_info().rss:  # none of one that has just ended
+            if rss := watched.memory_info().rss:  # 0 when the process has just exited
                 memory.append(rss / 2**20)
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    sampler = threading.Thread(target=sample_memory)
+    sampler.start()
     assert process.stdout is not None
-    said = process.stdout.read()
-    used = looked_at.cpu_times()
+    stdout = process.stdout.read()
+    used = watched.cpu_times()
     ended.set()
-    looking.join()
+    sampler.join()
     if process.wait():
-        raise RuntimeError(f"exit code {process.returncode}")
-    return time.perf_counter() - started, used.user + used.system, memory, said
+        raise RuntimeError(f"exit code {process.returncode} from: {' '.join(command)}")
+    return time.perf_counter() - started, used.user + used.system, memory, stdout
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--contexts", type=int, default=100_000)
-    parser.add_argument("--samples", type=int, default=100_000, help="as many as the disk has room for")
-    parser.add_argument("--words", type=int, default=2000)
-    parser.add_argument("--target-tokens", type=int, default=32_768)
+    parser.add_argument("--contexts", type=int, default=100_000, help="contexts in the log")
+    parser.add_argument(
+        "--samples", type=int, default=100_000, help="maximum samples to export; limited by disk space"
+    )
+    parser.add_argument("--words", type=int, default=2000, help="words a context")
+    parser.add_argument("--target-tokens", type=int, default=32_768, help="tokens a sample")
     parser.add_argument("--format", default="parquet", choices=["jsonl", "parquet", "datasets"])
-    parser.add_argument("--folder", type=Path, help="where there is room; by default that of temporary files")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+    parser.add_argument("--folder", type=Path, help="folder for the files; default: the system's")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when memory grows too much")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
         run, to = Path(name) / "run", Path(name) / "export"
         started = time.perf_counter()
-        text_bytes = make(run, given.contexts, given.words)
+        text_bytes = make(run, args.contexts, args.words)
         seconds = time.perf_counter() - started
-        print(f"log: {given.contexts:,} contexts, {text_bytes / 1e9:.2f} GB of text, in {seconds:.0f} s")
+        print(f"log: {args.contexts:,} contexts, {text_bytes / 1e9:.2f} GB of text, in {seconds:.0f} s")
         command = [sys.executable, "-m", "streamsyn", "export", str(run), "--to", str(to)]
-        command += ["--format", given.format, "--limit", str(given.samples)]
-        command += ["--target-tokens", str(given.target_tokens)]
-        wall_s, cpu_s, memory, said = watched(command)
+        command += ["--format", args.format, "--limit", str(args.samples)]
+        command += ["--target-tokens", str(args.target_tokens)]
+        wall_s, cpu_s, memory, stdout = run_watched(command)
         files = [path for path in (to / "data").rglob("*") if path.is_file()] or [*to.glob("*.arrow")]
         size = sum(path.stat().st_size for path in files)
-    print(said.splitlines()[0].rpartition(": ")[2])
-    samples = min(given.samples, given.contexts)
-    # A sample's text is four characters a token, and reaches its target with its last passage.
-    text = samples * (given.target_tokens + text_bytes / given.contexts / 8) * 4
+    print(stdout.splitlines()[0].rpartition(": ")[2])
+    samples = min(args.samples, args.contexts)
+    # Four characters a token. The last context takes a sample past its target, by half a context on average.
+    text = samples * (args.target_tokens + text_bytes / args.contexts / 8) * 4
     print(
-        f"{samples:,} samples of {given.target_tokens:,} tokens, about {text / 1e9:.2f} GB of text -> "
+        f"{samples:,} samples of {args.target_tokens:,} tokens, about {text / 1e9:.2f} GB of text -> "
         f"{size / 1e9:.2f} GB in {len(files)} files"
     )
     print(
@@ -124,10 +130,10 @@ def main() -> int:
     )
     tenth = max(memory[: max(1, len(memory) // 10)])
     peak = max(memory)
-    at = [memory[round(share * (len(memory) - 1))] for share in (0.1, 0.25, 0.5, 0.75, 1)]
-    print(f"RSS at 10, 25, 50, 75, 100 %: {', '.join(f'{mib:.0f}' for mib in at)} MiB")
-    print(f"RSS, peak: first tenth {tenth:.0f} MiB, all {peak:.0f} MiB, {peak / tenth:.2f} times that")
-    return int(given.check and peak > ALLOWED_GROWTH * tenth)
+    readings = [memory[round(share * (len(memory) - 1))] for share in (0.1, 0.25, 0.5, 0.75, 1)]
+    print(f"RSS after 10, 25, 50, 75, 100 % of the time: {', '.join(f'{mib:.0f}' for mib in readings)} MiB")
+    print(f"peak RSS: {tenth:.0f} MiB in the first tenth, {peak:.0f} MiB in all ({peak / tenth:.2f} times)")
+    return int(args.check and peak > ALLOWED_GROWTH * tenth)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""How much of a simulated fleet a run uses: 64 servers, some slow, one flapping, one dying, in virtual time.
+"""Utilisation of a simulated fleet in virtual time: 64 servers, some slow, one flapping, one dying.
 
     python -m benchmarks.fleet [--seeds 20000] [--drafts 4] [--words 1000] [--plot PATH] [--check]
 
-Every variant asks the same in-process servers (`h100` cost model) on an event loop whose clock jumps, so
-the client's own CPU time counts for nothing: what is compared is who is asked for what, and when. Variants:
+All variants send requests to the same in-process servers (`h100` cost model) on an event loop with a
+virtual clock. The client's own CPU time does not count: only the choice of server and the time of each
+request matter. Variants:
 
-- `streamsyn run` as it is: caps found, groups placed, seeds read, contexts checked and logged durably;
+- `streamsyn run`: in-flight caps found automatically, prefix groups placed, contexts checked and logged
+  durably;
 - the same with a fixed cap of 512 a server;
-- a plain loop: 512 a server, round robin, each failure asked again at the next server.
+- a plain loop: 512 requests a server, round robin, each failure retried at the next server.
 
-Capacity is counted from the cost model (`costs.capacity`), with each server's speed and the time it is up.
-The figure is the tokens written between the 60th second and the moment when nothing is left to begin, of
-those that could have been: outside of that, servers are filling up or running empty whatever anyone does.
-(Not the requests answered: they come in waves, as all begin at once.) What a server lost when it went down
-does not count as written.
+Capacity comes from the cost model (`costs.capacity`), each server's speed and the time it is up. The result
+is the tokens written from the 60th second until no work is left to start, as a share of capacity. Before
+and after that window, servers fill up or run empty with every policy. Tokens are counted rather than
+answers because answers come in waves: all requests start at once. Tokens that a server lost when it went
+down do not count. With --check the exit code is 1 when streamsyn uses less than 0.95 of capacity, or its
+caps settle after the 60th second or move by more than 25 % later.
 """
 
 import argparse
@@ -55,7 +58,15 @@ COST_MODEL = "h100"
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What the fleet is, and what is asked of it."""
+    """The size of the fleet and of the work.
+
+    Attributes:
+        servers: Number of servers.
+        seeds: Number of seeds.
+        drafts: Contexts for each seed.
+        words: Words of a context.
+        slots: Requests that a server runs at once.
+    """
 
     servers: int
     seeds: int
@@ -65,42 +76,42 @@ class Scenario:
 
     @property
     def urls(self) -> list[str]:
-        """URLs of the servers: the first ones are slow, the last two flap and die."""
+        """URLs of the servers: first the `slow` ones, last the flapping and the dying one."""
         return [f"http://gpu-{number:02}:30000" for number in range(self.servers)]
 
     @property
     def slow(self) -> int:
-        """How many run at half speed: an eighth."""
+        """Number of servers at half speed: an eighth of all."""
         return self.servers // 8
 
     def speed(self, number: int) -> float:
-        """Of a server, 1 for nominal."""
+        """Return the relative speed of a server; 1 is nominal."""
         return 0.5 if number < self.slow else 1.0
 
     def kind(self, number: int) -> str:
-        """What is special about a server."""
+        """Return the kind of a server: usual, slow, flapping or dying."""
         special = {self.servers - 2: "flapping", self.servers - 1: "dying"}
         return special.get(number, "slow" if number < self.slow else "usual")
 
     @property
     def config(self) -> SimulatorConfig:
-        """Of each server."""
+        """The simulator's configuration, the same for each server."""
         return SimulatorConfig(cost_model=COST_MODEL, slots=self.slots, words=self.words)
 
     def requests_per_s(self) -> float:
-        """Capacity of one server at nominal speed, requests a second, from the cost model."""
+        """Return the capacity of one server at nominal speed in requests a second, from the cost model."""
         prompt, shared, answer = tokens_of_a_request(self)
         model = self.config.batching
         assert model is not None
         return costs.capacity(model, prompt, shared, answer)
 
     def dies_at_s(self) -> float:
-        """Half of the time that the whole work should take."""
+        """Return when the dying server dies: half of the time that all requests should take, in seconds."""
         speeds = sum(self.speed(number) for number in range(self.servers))
         return self.seeds * self.drafts / (self.requests_per_s() * speeds) / 2
 
     def capacity(self, from_s: float, to_s: float) -> float:
-        """Tokens that the fleet can write in that time."""
+        """Return the tokens that the fleet can write between two times."""
         total = 0.0
         for number in range(self.servers):
             up_s = to_s - from_s
@@ -117,7 +128,7 @@ class Scenario:
         return total * self.requests_per_s() * tokens_of_a_request(self)[2]
 
     def fleet(self) -> InProcessServers:
-        """New servers, with what is to happen to them."""
+        """Return new servers with the events of the slow, flapping and dying ones."""
         timelines = {}
         for number, url in enumerate(self.urls):
             events = []
@@ -134,20 +145,20 @@ class Scenario:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a variant. Times are virtual seconds."""
+    """Measurements of one variant. Times are virtual seconds, except `real_s`."""
 
     name: str
     ended_s: float = 0.0
     left_s: float = 0.0
-    """When the first worker had nothing left to do."""
+    """When no work was left to start."""
     written: list[tuple[float, int]] = field(default_factory=list)
-    """Tokens written so far, each second."""
+    """(time, tokens written until then), each second."""
     caps: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     waiting: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     real_s: float = 0.0
 
     def between(self, from_s: float, to_s: float) -> int:
-        """Tokens written in that time."""
+        """Return the tokens written between two times."""
         before = [count for at, count in self.written if at <= from_s]
         until = [count for at, count in self.written if at <= to_s]
         return (until[-1] if until else 0) - (before[-1] if before else 0)
@@ -155,15 +166,15 @@ class Outcome:
 
 @cache
 def tokens_of_a_request(scenario: Scenario) -> tuple[int, int, int]:
-    """Tokens of a prompt, those of it that are cached, tokens of an answer, as the simulator counts them."""
-    prompt, shared, _ = example(scenario)
+    """Return the tokens of a prompt, of its cached part and of an answer, as the simulator counts them."""
+    prompt, shared, _ = sample_request(scenario)
     prose = Prose(0)
     written = [len(prose.write(scenario.words)) for _ in range(200)]
     return len(prompt) // 4, len(shared) // 4, round(sum(written) / len(written) / 4)
 
 
-def example(scenario: Scenario) -> tuple[str, str, Request]:
-    """A request's text, what of it all others share, and the request."""
+def sample_request(scenario: Scenario) -> tuple[str, str, Request]:
+    """Return the text of a request, the part that all requests share, and the request."""
     config = load(None, settings(scenario, []))
     seed = Seed("0", "seeds", "Who kept the lighthouse in year 10000?", "Keeper 79190000", "")
     request = next(load_recipe(config.recipe, config.checks).steps(Draft(seed)))
@@ -172,7 +183,7 @@ def example(scenario: Scenario) -> tuple[str, str, Request]:
 
 
 def settings(scenario: Scenario, more: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Of a run."""
+    """Return the configuration overrides of a run: those of the scenario, then `more`."""
     return [
         ("recipe.contexts_per_seed", scenario.drafts),
         ("recipe.target_words", scenario.words),
@@ -186,22 +197,22 @@ def settings(scenario: Scenario, more: list[tuple[str, Any]]) -> list[tuple[str,
 
 
 def written(fleet: InProcessServers) -> int:
-    """Tokens that all servers have written so far."""
+    """Return the tokens that all servers have written so far."""
     return sum(server.engine.load().generated_tokens or 0 for server in fleet.simulations.values())
 
 
-async def sampled(
+async def run_sampled(
     main: Coroutine[Any, Any, None],
     scenario: Scenario,
     fleet: InProcessServers,
     summary: RunSummary,
     out: Outcome,
 ) -> None:
-    """Run `main`, and look at the fleet each virtual second."""
+    """Run `main` and record caps, queues and tokens in `out` each virtual second."""
     clock = asyncio.get_running_loop().time
     drafts = scenario.seeds * scenario.drafts
 
-    async def look() -> None:
+    async def sample() -> None:
         while True:
             figures = summary.servers()
             out.written.append((clock(), written(fleet)))
@@ -214,16 +225,16 @@ async def sampled(
             await asyncio.sleep(1.0)
 
     async with asyncio.TaskGroup() as group:
-        looking = group.create_task(look())
+        sampler = group.create_task(sample())
         try:
             await main
         finally:
-            looking.cancel()
+            sampler.cancel()
     out.ended_s = clock()
 
 
 def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -> Outcome:
-    """`streamsyn run`, whole."""
+    """Run the whole `streamsyn run` on a new fleet."""
     out, began = Outcome(name), time.perf_counter()
     fleet = scenario.fleet()
     with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +243,7 @@ def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -
         summary = RunSummary(Path(folder) / "out", Counters())
 
         def runner(main: Coroutine[Any, Any, None]) -> None:
-            fleet.run(sampled(main, scenario, fleet, summary, out))
+            fleet.run(run_sampled(main, scenario, fleet, summary, out))
 
         request = RunRequest(
             config=config,
@@ -252,11 +263,11 @@ def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -
 
 
 def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
-    """So many at a time, each at the next server in turn; what fails is asked again at the next one."""
+    """Send `cap` requests a server at a time, round robin; a failure is retried at the next server."""
     out, began = Outcome(name), time.perf_counter()
     fleet, turns = scenario.fleet(), itertools.count()
-    _, _, request = example(scenario)
-    left = iter(range(scenario.seeds * scenario.drafts))
+    _, _, request = sample_request(scenario)
+    numbers = iter(range(scenario.seeds * scenario.drafts))
 
     async def main() -> None:
         clock = asyncio.get_running_loop().time
@@ -266,7 +277,7 @@ def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
             clients.append(ServerClient(url, transport, 3600.0))
 
         async def work() -> None:
-            for _ in left:
+            for _ in numbers:
                 while True:
                     turn = next(turns)
                     try:
@@ -276,29 +287,31 @@ def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
                     else:
                         break
 
-        async def look() -> None:
+        async def sample() -> None:
             while True:
                 out.written.append((clock(), written(fleet)))
                 await asyncio.sleep(1.0)
 
         async with asyncio.TaskGroup() as group:
-            looking = group.create_task(look())
+            sampler = group.create_task(sample())
             async with asyncio.TaskGroup() as workers:
                 for _ in range(cap * len(clients)):
                     workers.create_task(work())
             out.ended_s = clock()
-            looking.cancel()
+            sampler.cancel()
 
     fleet.run(main())
     out.real_s = time.perf_counter() - began
     return out
 
 
-def level(scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-    """When the caps of the usual servers had found their level, and how far they move after, of the level.
+def settling(scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
+    """Return when the caps of the usual servers settled, in seconds, and their later relative movement.
 
-    The level is the mean cap of a server from `SETTLED_S` to the end of the full load; it is found when the
-    cap comes within a tenth of it. Medians over the servers.
+    The level of a server is its mean cap from `SETTLED_S` until no work is left to start. It is settled when
+    the cap first comes within a tenth of the level. The movement after `SETTLED_S` is
+    (highest - lowest) / level.
+    Both results are medians over the servers.
     """
     found, swings = [], []
     for number, url in enumerate(scenario.urls):
@@ -313,7 +326,7 @@ def level(scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
 
 
 def plot(scenario: Scenario, outcome: Outcome, path: Path) -> None:
-    """The caps of a server of each kind, and what waited there."""
+    """Plot the in-flight cap and the queue length of one server of each kind."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -325,54 +338,54 @@ def plot(scenario: Scenario, outcome: Outcome, path: Path) -> None:
         url = scenario.urls[number]
         above.plot(*zip(*outcome.caps[url], strict=True), label=kind)
         below.plot(*zip(*outcome.waiting[url], strict=True), label=kind)
-    for axes, title in ((above, "in-flight cap"), (below, "waiting at the server")):
+    for axes, title in ((above, "in-flight cap"), (below, "requests queued at the server")):
         axes.axvline(outcome.left_s, color="grey", linestyle=":")
         axes.set_ylabel(title)
-    above.legend(title="a server of each kind", loc="lower right")
-    below.set_xlabel("simulated seconds; dotted: nothing left to begin")
+    above.legend(title="one server of each kind", loc="lower right")
+    below.set_xlabel("virtual seconds; dotted line: no work left to start")
     figure.savefig(path, dpi=120)
 
 
 def main() -> int:
-    """Run the variants and print what came of them."""
+    """Run the variants and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--servers", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=20_000)
-    parser.add_argument("--drafts", type=int, default=4)
-    parser.add_argument("--words", type=int, default=1000)
-    parser.add_argument("--slots", type=int, default=256)
-    parser.add_argument("--plot", type=Path, default=Path("fleet.png"))
-    parser.add_argument("--only", choices=["auto"])
+    parser.add_argument("--drafts", type=int, default=4, help="contexts for each seed")
+    parser.add_argument("--words", type=int, default=1000, help="words a context")
+    parser.add_argument("--slots", type=int, default=256, help="requests that a server runs at once")
+    parser.add_argument("--plot", type=Path, default=Path("fleet.png"), help="plot of caps and queues")
+    parser.add_argument("--only", choices=["auto"], help="run only the first variant")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    given = parser.parse_args()
+    args = parser.parse_args()
     configure_logs(as_json=False, level=logging.ERROR)
-    scenario = Scenario(given.servers, given.seeds, given.drafts, given.words, given.slots)
+    scenario = Scenario(args.servers, args.seeds, args.drafts, args.words, args.slots)
     prompt, shared, answer = tokens_of_a_request(scenario)
     print(
         f"{scenario.servers} servers, {scenario.seeds * scenario.drafts} requests of {prompt} tokens "
-        f"({shared} shared by all), answers of {answer}; one server: {scenario.requests_per_s():.2f} a second"
+        f"({shared} shared), answers of {answer}; one server: {scenario.requests_per_s():.2f} requests/s"
     )
     auto = with_streamsyn(scenario, "streamsyn, auto", [])
     outcomes = [auto]
-    if given.only is None:
+    if args.only is None:
         outcomes.append(with_streamsyn(scenario, "streamsyn, 512 each", [("fleet.concurrency", 512)]))
         outcomes.append(with_a_loop(scenario, "round robin, 512 each", 512))
-    print(f"{'':24}{'of capacity':>12}{'whole run':>11}{'ended at':>10}{'real':>8}")
+    print(f"{'':24}{'of capacity':>12}{'whole run':>11}{'ended at':>10}{'wall':>8}")
     shares = []
     for outcome in outcomes:
         share = outcome.between(SETTLED_S, auto.left_s) / scenario.capacity(SETTLED_S, auto.left_s)
         whole = scenario.seeds * scenario.drafts * answer / scenario.capacity(0, outcome.ended_s)
         shares.append(share)
         print(f"{outcome.name:24}{share:12.3f}{whole:11.3f}{outcome.ended_s:9.0f}s{outcome.real_s:7.0f}s")
-    found_s, swing = level(scenario, auto)
-    print(f"caps found their level after {found_s:.0f} s; from {SETTLED_S:.0f} s they moved by {swing:.0%}")
-    plot(scenario, auto, given.plot)
+    found_s, swing = settling(scenario, auto)
+    print(f"caps settled after {found_s:.0f} s; from {SETTLED_S:.0f} s on they moved by {swing:.0%}")
+    plot(scenario, auto, args.plot)
     print(
         json.dumps(
             {"share": shares[0], "found_s": found_s, "swing": swing, "window_s": auto.left_s - SETTLED_S}
         )
     )
-    return int(given.check and not (shares[0] >= 0.95 and found_s <= SETTLED_S and swing <= 0.25))
+    return int(args.check and not (shares[0] >= 0.95 and found_s <= SETTLED_S and swing <= 0.25))
 
 
 if __name__ == "__main__":

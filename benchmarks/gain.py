@@ -1,20 +1,21 @@
-"""Does context gain tell contexts that lead to the answer from others? On a real SGLang, with real seeds.
+"""Does context gain separate contexts that lead to the answer from others? On a real SGLang, with real seeds.
 
     python -m benchmarks.gain FOLDER [--server URL] [--per-task 13] [--words 250] [--save FILE]
-    python -m benchmarks.gain --scored FILE [--server URL]      the control alone, for contexts saved before
+    python -m benchmarks.gain --scored FILE [--server URL]      only the control, for contexts saved before
 
-FOLDER holds files of seeds, one a task. `streamsyn run` writes a context for some seeds of each, with
-`checks.context_gain` and `checks.answerable`. Then the planted control: each seed's answer is scored once
-more, by the same code, given the contexts of other seeds of its task, which it cannot follow from: in
-`--others` derangements, drawn one after the other, no context stays with its own seed, and each is used once.
+FOLDER holds seed files (*.jsonl), one a task. `streamsyn run` writes a context for some seeds of each file,
+with `checks.context_gain` and `checks.answerable`. Then the control: the same code scores each seed's
+answer given contexts of other seeds of its task, from which the answer does not follow. `--others` random
+derangements choose them: no context stays with its own seed, and each derangement uses each context once.
 
-AUC is the chance that a true context has more gain than one from the control, ties counted half (the rank
-statistic of Mann and Whitney): 0.5 tells nothing, 1 tells all. `own > other` compares pairs: the same seed's
-answer, given its own context and given another's. The last row is of those contexts that hold the gold answer
-word for word: what a small model writes often does not lead to the answer, and gain is to say so.
+AUC is the probability that a seed's own context has a higher gain than one from the control, with ties
+counted half (the Mann-Whitney rank statistic): 0.5 is chance, 1 is perfect separation. `own > other`
+compares the same seed's answer given its own context and given another seed's. The last row is limited to
+contexts that contain the gold answer verbatim, because a small model often writes contexts that do not lead
+to the answer.
 
-The model that writes and scores is the packaged one, of 135 million parameters: contexts that a good model
-would write hold their answers more often, and a good model is more surprised where they do not.
+The packaged model with 135 million parameters writes and scores. The contexts of a better model would
+contain their answers more often, and it would lose more likelihood without them.
 """
 
 import argparse
@@ -43,7 +44,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A seed's answer, given its own context and given another seed's."""
+    """One seed: its context's row, and the gains of its answer given the contexts of other seeds."""
 
     task: str
     row: Row
@@ -51,16 +52,16 @@ class Pair:
 
     @property
     def own(self) -> float:
-        """The gain that the run measured."""
+        """Gain of the seed's own context, as the run measured it."""
         return float(self.row["checks"]["context_gain"])
 
 
-def chosen(folder: Path, into: Path, per_task: int, seed: int) -> Path:
-    """So many seeds of each file, drawn."""
+def sample_seeds(folder: Path, into: Path, per_task: int, seed: int) -> Path:
+    """Write a random sample of at most `per_task` seeds of each file in `folder` to `into`; return `into`."""
     into.mkdir()
     paths = sorted(folder.glob("*.jsonl"))
     if not paths:
-        raise SystemExit(f"there are no files of seeds (*.jsonl) in {folder}")
+        raise SystemExit(f"no seed files (*.jsonl) in {folder}")
     for path in paths:
         lines = path.read_bytes().splitlines()
         drawn = random.Random(f"{seed} {path.name}").sample(lines, min(per_task, len(lines)))
@@ -69,9 +70,13 @@ def chosen(folder: Path, into: Path, per_task: int, seed: int) -> Path:
 
 
 def derangement(number: int, rng: random.Random) -> list[int]:
-    """A permutation that leaves nothing in its place; each is as likely."""
+    """Return a permutation without a fixed point, drawn uniformly.
+
+    Raises:
+        ValueError: `number` is below 2.
+    """
     if number < 2:
-        raise ValueError("one context cannot be given to another seed")
+        raise ValueError(f"a derangement needs at least 2 items, not {number}: raise --per-task")
     order = list(range(number))
     while any(place == moved for place, moved in enumerate(order)):
         rng.shuffle(order)
@@ -79,13 +84,13 @@ def derangement(number: int, rng: random.Random) -> list[int]:
 
 
 def auc(high: Sequence[float], low: Sequence[float]) -> float:
-    """The chance that one of `high` is above one of `low`; ties count half."""
+    """Return the probability that a value of `high` is above one of `low`; ties count half."""
     above = sum((a > b) + (a == b) / 2 for a, b in product(high, low))
     return above / (len(high) * len(low))
 
 
 async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> list[Pair]:
-    """The gain of each row's answer given the contexts of other rows of its task."""
+    """Score each row's answer given the contexts of other rows of its task."""
     section = FleetSection(servers=(url,), concurrency=args.concurrency)
     async with open_fleet(section, lambda: None) as fleet:
         await fleet.ask_models()
@@ -108,17 +113,17 @@ async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> li
         return [done.result() for done in tasks]
 
 
-def tell(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
+def print_table(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
     print(
         f"{'task':14}{'n':>4}{'gain: mean':>12}{'q1':>7}{'median':>8}{'q3':>7}{'> 0':>6}"
         f"{'others: mean':>14}{'> 0':>6}{'own > other':>13}{'AUC':>7}"
         f"{'metric':>9}{'with':>7}{'without':>9}"
     )
     groups = {task: [pair for pair in pairs if pair.task == task] for task in sorted({p.task for p in pairs})}
-    holds = [pair for pair in pairs if pair.row["answer"].lower() in pair.row["context"].lower()]
-    for name, some in {**groups, "all": pairs, "holds it": holds}.items():
-        if len(some) > 1:
-            print(_line(name, some))
+    verbatim = [pair for pair in pairs if pair.row["answer"].lower() in pair.row["context"].lower()]
+    for name, subset in {**groups, "all": pairs, "verbatim": verbatim}.items():
+        if len(subset) > 1:
+            print(_line(name, subset))
     scoring = [row["checks"]["scoring"] for row in rows]
     prompts, cached, written = (
         sum(figures[name] for figures in scoring)
@@ -126,7 +131,7 @@ def tell(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
     )
     print(
         f"\nscoring requests of the run: {prompts:,} prompt tokens, {cached / prompts:.3f} of them cached; "
-        f"{written:,} written"
+        f"{written:,} completion tokens"
     )
     words = [len(row["context"].split()) for row in rows]
     print(f"contexts of {statistics.mean(words):.0f} words on average; {len(rows) - len(pairs)} unscored")
@@ -135,15 +140,15 @@ def tell(pairs: Sequence[Pair], rows: Sequence[Row]) -> None:
     print("flags:", ", ".join(f"{flag} {count}" for flag, count in counts.items()) or "none")
 
 
-def _line(name: str, some: Sequence[Pair]) -> str:
-    own = [pair.own for pair in some]
-    other = [gain for pair in some for gain in pair.others]
+def _line(name: str, subset: Sequence[Pair]) -> str:
+    own = [pair.own for pair in subset]
+    other = [gain for pair in subset for gain in pair.others]
     q1, median, q3 = statistics.quantiles(own, n=4, method="inclusive")
-    checks = [pair.row["checks"] for pair in some]
+    checks = [pair.row["checks"] for pair in subset]
     metrics = {check["answer_metric"] for check in checks}
-    wins = statistics.mean(pair.own > gain for pair in some for gain in pair.others)
+    wins = statistics.mean(pair.own > gain for pair in subset for gain in pair.others)
     return (
-        f"{name:14}{len(some):4}{statistics.mean(own):12.3f}{q1:7.2f}{median:8.2f}{q3:7.2f}"
+        f"{name:14}{len(subset):4}{statistics.mean(own):12.3f}{q1:7.2f}{median:8.2f}{q3:7.2f}"
         f"{_share(own):6.2f}{statistics.mean(other):14.3f}{_share(other):6.2f}{wins:13.2f}"
         f"{auc(own, other):7.3f}"
         f"{metrics.pop() if len(metrics) == 1 else '':>9}"
@@ -175,31 +180,31 @@ async def measure(args: argparse.Namespace, folder: Path) -> None:
         if args.scored is not None:
             rows = [orjson.loads(line) for line in args.scored.read_bytes().splitlines()]
         else:
-            seeds = chosen(args.folder, folder / "seeds", args.per_task, args.seed)
+            seeds = sample_seeds(args.folder, folder / "seeds", args.per_task, args.seed)
             rows = await asyncio.to_thread(contexts, folder, seeds, [url], settings)
         if args.save is not None:
             args.save.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
         scored = [row for row in rows if "context_gain" in row["checks"]]
         pairs = await control(scored, url, args)
-    tell(pairs, rows)
+    print_table(pairs, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("folder", nargs="?", type=Path, help="holds files of seeds, one a task")
-    given.add_argument("--scored", type=Path, help="contexts that an earlier run saved")
-    parser.add_argument("--server", help="a running SGLang; by default one is started")
-    parser.add_argument("--per-task", type=int, default=13)
-    parser.add_argument("--words", type=int, default=250, help="length of a context that is asked for")
-    parser.add_argument("--max-tokens", type=int, default=400, help="longest context")
-    parser.add_argument("--answer-tokens", type=int, default=128, help="longest answer")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("folder", nargs="?", type=Path, help="folder of seed files (*.jsonl), one a task")
+    source.add_argument("--scored", type=Path, help="contexts saved by --save")
+    parser.add_argument("--server", help="URL of a running SGLang; default: start one")
+    parser.add_argument("--per-task", type=int, default=13, help="seeds of each file")
+    parser.add_argument("--words", type=int, default=250, help="requested words a context")
+    parser.add_argument("--max-tokens", type=int, default=400, help="maximum tokens of a context")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="maximum tokens of an answer")
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--others", type=int, default=3, help="contexts of other seeds, for each answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="where the scored contexts are put, as JSON lines")
+    parser.add_argument("--others", type=int, default=3, help="control contexts for each answer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random sample")
+    parser.add_argument("--save", type=Path, help="write the scored contexts to this file (JSON lines)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(measure(args, Path(folder)))

@@ -1,4 +1,4 @@
-"""Requests of many prefix groups, and how much of them a prefix cache can give at best."""
+"""Requests of many prefix groups, and the most prompt tokens that a prefix cache can save."""
 
 import random
 from dataclasses import dataclass, replace
@@ -15,34 +15,40 @@ OWN_CHARS = 60
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is asked for, in its order, and a prompt of each group to find its text by."""
+    """The requests in order, and for each group a short request that detects its text in a cache."""
 
     requests: list[Request]
     probes: list[Request]
     template_tokens: int
-    """What the first request of a group can find in a server's cache."""
+    """Tokens that the first request of a group can find in a server's cache."""
     group_tokens: int
-    """What the other ones can."""
+    """Tokens that each later request of a group can find there."""
 
     def ideal(self, servers: int) -> int:
-        """Tokens that are cached at best."""
+        """Return the most prompt tokens that can come from the caches of `servers` servers."""
         groups = len(self.probes)
         return (len(self.requests) - groups) * self.group_tokens + (groups - servers) * self.template_tokens
 
 
-def _words(draw: random.Random, chars: int) -> str:
+def _words(rng: random.Random, chars: int) -> str:
     text = ""
     while len(text) < chars:
-        text += "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) + " "
+        text += "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) + " "
     return text[:chars]
 
 
 def work(groups: int, per_group: int, max_tokens: int) -> Work:
-    """The requests of all groups, shuffled; the same in every process."""
-    draw = random.Random(0)
-    template = _words(draw, TEMPLATE_CHARS)
+    """Return the shuffled requests of all groups; the same in every process.
+
+    Args:
+        groups: Number of prefix groups.
+        per_group: Requests of a group.
+        max_tokens: Maximum tokens of an answer.
+    """
+    rng = random.Random(0)
+    template = _words(rng, TEMPLATE_CHARS)
     template_key = digest(template).hex()
-    texts = [f"Document {number}. {_words(draw, GROUP_CHARS)}"[:GROUP_CHARS] for number in range(groups)]
+    texts = [f"Document {number}. {_words(rng, GROUP_CHARS)}"[:GROUP_CHARS] for number in range(groups)]
 
     def request(text: str, question: str) -> Request:
         key = digest(template, text).hex()
@@ -52,15 +58,17 @@ def work(groups: int, per_group: int, max_tokens: int) -> Work:
         ]
         return Request(messages, {"max_tokens": max_tokens}, key, (template_key, key))
 
-    requests = [request(text, _words(draw, OWN_CHARS)) for text in texts for _ in range(per_group)]
-    draw.shuffle(requests)
+    requests = [request(text, _words(rng, OWN_CHARS)) for text in texts for _ in range(per_group)]
+    rng.shuffle(requests)
     probes = [replace(request(text, "?"), sampling={"max_tokens": 1}) for text in texts]
     prompts = [render(probe.messages, continues=False) for probe in probes]
-    again = render(request(texts[0], "!").messages, continues=False)
-    return Work(requests, probes, _shared_tokens(prompts[0], prompts[1]), _shared_tokens(prompts[0], again))
+    same_group = render(request(texts[0], "!").messages, continues=False)
+    return Work(
+        requests, probes, _shared_tokens(prompts[0], prompts[1]), _shared_tokens(prompts[0], same_group)
+    )
 
 
 def _shared_tokens(one: str, other: str) -> int:
-    """What a server finds of `other` when it has `one`: whole blocks."""
-    chars = next(i for i, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its)
+    """Return the tokens of `other` that are cached when `one` is: whole blocks only."""
+    chars = next(i for i, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return chars // (BLOCK_TOKENS * CHARACTERS_PER_TOKEN) * BLOCK_TOKENS

@@ -1,22 +1,22 @@
-"""The whole loop for real: SGLang writes contexts while a model is tuned on them. Do the two overlap?
+"""The whole loop on a real SGLang: contexts are written while a model is tuned on them. Do the two overlap?
 
     python -m benchmarks.online FOLDER [--per-task 17] [--out DIR] [--plot FILE.png] [--set key=value]...
 
-FOLDER holds files of seeds, one a task. A real SGLang with the packaged model (SmolLM2-135M) writes a context
-for some seeds of each, and `streamsyn train`, started at the same time, tunes that model on the samples as
-they come. Server and run have the first core for themselves, the trainer the second. Then each of the two is
-done once more with the other core idle: the same seeds written again, and the same samples trained on again.
+FOLDER holds seed files (*.jsonl), one a task. A real SGLang with the packaged model (SmolLM2-135M) writes a
+context for some seeds of each file. `streamsyn train` starts at the same time and tunes that model on the
+samples as they arrive. Server and run share the first core, the trainer has the second. Then each runs
+again with the other core idle: the same seeds are written, and the same samples are trained on. Printed are
 
-- overlap = max(T_gen, T_train) / T_wall, each time from the start of the process to its end: 1 when the
-  shorter of the two costs nothing; 0.5 when both take as long alone and the one waits for the other;
-- first step: seconds from the first context in the log to the end of the first optimizer step; beside it the
-  same had training waited for the end of the run, as it would with files;
-- the loss on held-out samples (their seeds are never trained on): as the training measured it while they
-  became more, and before and after tuning on all of them;
-- the tuned model, loaded by a real SGLang, answers a held-out question.
+- overlap = max(T_gen, T_train) / T_wall, each from the start of the processes to their end: 1 when the
+  shorter of the two costs nothing, 0.5 when both take equally long and one waits for the other;
+- first step: seconds from the first context in the log to the end of the first optimizer step, and to the
+  last context, which is how long training would have waited if it had started after the run;
+- the loss on held-out samples (their seeds are never trained on): during training, on those that had
+  arrived, and before and after tuning, on all of them;
+- the answer to a held-out question by the tuned model, loaded into a real SGLang.
 
-What such a small model writes often does not hold the answer. That tuning works is shown here; what the
-contexts of a good model are worth is not.
+This shows that tuning works. It does not show what the contexts of a good model are worth: what such a
+small model writes often does not contain the answer.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from benchmarks.gain import chosen
+from benchmarks.gain import sample_seeds
 from streamsyn.config.loading import load, parse_override
 from streamsyn.fleet.launch import find_packaged_model, launched
 from streamsyn.fleet.wire import CHAT
@@ -71,14 +71,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The two command lines, and where their files go.
+    """The two command lines and the folder of their files.
 
     Attributes:
         seeds: Folder of the seeds.
-        model: What writes and is tuned.
-        folder: Holds everything.
-        writing: Keys of the run.
-        training: Keys of the training.
+        model: Folder of the model that writes the contexts and is tuned.
+        folder: Folder of the seeds, logs and results.
+        writing: Configuration keys of the run.
+        training: Configuration keys of the training.
     """
 
     seeds: Path
@@ -88,20 +88,20 @@ class Programs:
     training: Mapping[str, str]
 
     def run(self, url: str, out: Path) -> subprocess.Popen[bytes]:
-        """`streamsyn run`, on the first core."""
+        """Start `streamsyn run` on the first core."""
         seeds = [part for path in sorted(self.seeds.glob("*.jsonl")) for part in ("--seeds", str(path))]
-        given = ["--server", url, "--out", str(out), "--no-progress"]
-        return self._start(0, out, "run", *seeds, *given, *sets(self.writing))
+        options = ["--server", url, "--out", str(out), "--no-progress"]
+        return self._start(0, out, "run", *seeds, *options, *set_options(self.writing))
 
     def train(self, run: Path, out: Path) -> subprocess.Popen[bytes]:
-        """`streamsyn train`, on the second."""
-        given = ["--from", str(run), "--model", str(self.model), "--out", str(out)]
-        return self._start(1, out, "train", *given, *sets(self.training))
+        """Start `streamsyn train` on the second core."""
+        options = ["--from", str(run), "--model", str(self.model), "--out", str(out)]
+        return self._start(1, out, "train", *options, *set_options(self.training))
 
-    def _start(self, core: int, out: Path, command: str, *given: str) -> subprocess.Popen[bytes]:
+    def _start(self, core: int, out: Path, command: str, *options: str) -> subprocess.Popen[bytes]:
         with out.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "streamsyn", command, *given],
+                [sys.executable, "-m", "streamsyn", command, *options],
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
@@ -109,32 +109,36 @@ class Programs:
         return process
 
 
-def sets(keys: Mapping[str, str]) -> list[str]:
+def set_options(keys: Mapping[str, str]) -> list[str]:
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 
 @asynccontextmanager
 async def server(model: Path, log: Path) -> Any:
-    """A real SGLang on the first core; what it starts stays there too."""
-    every = os.sched_getaffinity(0)
+    """Context manager: a real SGLang whose processes all stay on the first core."""
+    all_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {0})
     try:
         async with launched(str(model), log_path=log) as started:
-            os.sched_setaffinity(0, every)
+            os.sched_setaffinity(0, all_cores)
             yield started
     finally:
-        os.sched_setaffinity(0, every)
+        os.sched_setaffinity(0, all_cores)
 
 
-def finished(process: subprocess.Popen[bytes], log: Path) -> float:
-    """When it came to a good end."""
+def wait_for(process: subprocess.Popen[bytes], log: Path) -> float:
+    """Wait for a process and return the time of its end, in seconds since the epoch.
+
+    Raises:
+        RuntimeError: The exit code is not 0.
+    """
     if process.wait():
-        raise RuntimeError(f"exit code {process.returncode}: {log.read_text()[-2000:]}")
+        raise RuntimeError(f"exit code {process.returncode}; end of {log}:\n{log.read_text()[-2000:]}")
     return time.time()
 
 
-async def both(programs: Programs, url: str) -> float:
-    """Both at once, begun at the same time; seconds until both have ended."""
+async def run_together(programs: Programs, url: str) -> float:
+    """Start both at the same time and return the seconds until both have ended."""
     run, tuned = programs.folder / "run", programs.folder / "tuned"
     began = time.time()
     training = programs.train(run, tuned)
@@ -143,7 +147,7 @@ async def both(programs: Programs, url: str) -> float:
         async with asyncio.TaskGroup() as group:
             ends = [
                 group.create_task(
-                    asyncio.to_thread(finished, process, out.with_suffix(".log")), name=out.name
+                    asyncio.to_thread(wait_for, process, out.with_suffix(".log")), name=out.name
                 )
                 for process, out in ((running, run), (training, tuned))
             ]
@@ -152,10 +156,10 @@ async def both(programs: Programs, url: str) -> float:
     return max(end.result() for end in ends) - began
 
 
-async def alone(process: subprocess.Popen[bytes], out: Path) -> float:
-    """Seconds that one takes with nothing beside it."""
+async def run_alone(process: subprocess.Popen[bytes], out: Path) -> float:
+    """Return the seconds that one process takes with the other core idle."""
     began = time.time()
-    return await asyncio.to_thread(finished, process, out.with_suffix(".log")) - began
+    return await asyncio.to_thread(wait_for, process, out.with_suffix(".log")) - began
 
 
 def lines(path: Path) -> list[Row]:
@@ -166,8 +170,8 @@ def rows(run: Path, kind: str) -> list[Row]:
     return [row for shard in sorted((run / kind).glob("*.jsonl")) for row in lines(shard)]
 
 
-def tell_first_step(run: Path, tuned: Path) -> None:
-    """How soon the training got going."""
+def print_first_step(run: Path, tuned: Path) -> None:
+    """Print how long after the first context the first optimizer step ended."""
     contexts = rows(run, "contexts")
     written = sorted(row["attempts"][-1]["at"] + row["attempts"][-1]["seconds"] for row in contexts)
     steps = [line for line in lines(tuned / "metrics.jsonl") if line["kind"] == "step"]
@@ -179,25 +183,25 @@ def tell_first_step(run: Path, tuned: Path) -> None:
     )
 
 
-def tell_losses(tuned: Path) -> None:
-    """The evaluations, in the order of steps."""
+def print_losses(tuned: Path) -> None:
+    """Print the evaluations during training, in the order of steps."""
     for line in lines(tuned / "metrics.jsonl"):
         if line["kind"] == "evaluation":
-            shown = {key: value for key, value in line.items() if isinstance(value, float) and key != "at"}
+            losses = {key: value for key, value in line.items() if isinstance(value, float) and key != "at"}
             print(
-                f"step {line['step']:3}: " + ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
+                f"step {line['step']:3}: " + ", ".join(f"{key} {value:.3f}" for key, value in losses.items())
             )
 
 
 def held_out(run: Path, training: Mapping[str, str]) -> list[Row]:
-    """The samples that were never trained on."""
+    """Return the samples that were never trained on."""
     from streamsyn.trainer.examples import is_held_out
 
     return [row for row in rows(run, "samples") if is_held_out(row, float(training["train.holdout"]))]
 
 
-def tell_held_out(run: Path, models: Mapping[str, Path], training: Mapping[str, str]) -> None:
-    """The loss of each model on all samples that were held out, each sample weighing the same."""
+def print_held_out_losses(run: Path, models: Mapping[str, Path], training: Mapping[str, str]) -> None:
+    """Print the mean loss of each model over the held-out samples; each sample has the same weight."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -216,11 +220,11 @@ def tell_held_out(run: Path, models: Mapping[str, Path], training: Mapping[str, 
             labels[:, : example.loss_from] = -100
             with torch.no_grad():
                 losses.append(float(model(input_ids=tokens, labels=labels).loss))
-        print(f"{name}: {statistics.mean(losses):.3f} nats a target on {len(losses)} held-out samples")
+        print(f"{name}: {statistics.mean(losses):.3f} nats a target token on {len(losses)} held-out samples")
 
 
 async def answer(model: Path, log: Path, question: Sequence[Row]) -> str:
-    """What the model in a directory of ours answers when a real SGLang serves it."""
+    """Serve the model with a real SGLang and return its answer to a chat."""
     async with server(model, log) as started, aiohttp.ClientSession() as session:
         body = {"model": started.model, "messages": question, "temperature": 0, "max_tokens": 48}
         async with session.post(started.url + CHAT, json=body) as response:
@@ -230,33 +234,31 @@ async def answer(model: Path, log: Path, question: Sequence[Row]) -> str:
 
 
 async def measure(args: argparse.Namespace, folder: Path) -> None:
-    settings = dict(text.split("=", 1) for text in args.settings)
+    settings = dict(setting.split("=", 1) for setting in args.settings)
     load(None, [parse_override(f"{key}={value}") for key, value in settings.items()])
     model = find_packaged_model()
-    seeds = chosen(args.folder, folder / "seeds", args.per_task, args.seed)
+    seeds = sample_seeds(args.folder, folder / "seeds", args.per_task, args.seed)
     training = {key: value for key, value in settings.items() if key.startswith("train.")}
     writing = {key: value for key, value in settings.items() if key not in training}
     programs = Programs(seeds, model, folder, {**WRITING, **writing}, {**TRAINING, **training})
     run, tuned = folder / "run", folder / "tuned"
     async with server(model, folder / "sglang.log") as started:
-        wall = await both(programs, started.url)
+        wall = await run_together(programs, started.url)
         again = folder / "run-alone"
-        generating = await alone(programs.run(started.url, again), again)
+        generating = await run_alone(programs.run(started.url, again), again)
     counts = [len(rows(run, kind)) for kind in ("contexts", "rejects", "samples")]
     print("{} contexts, {} rejects, {} samples".format(*counts))
-    tell_first_step(run, tuned)
-    tell_losses(tuned)
-    tell_held_out(run, {"before": model, "after": tuned / "model"}, programs.training)
+    print_first_step(run, tuned)
+    print_losses(tuned)
+    print_held_out_losses(run, {"before": model, "after": tuned / "model"}, programs.training)
     again = folder / "tuned-alone"
-    tuning = await alone(programs.train(run, again), again)
+    tuning = await run_alone(programs.train(run, again), again)
     overlap = max(generating, tuning) / wall
     print(f"T_gen {generating:.0f} s, T_train {tuning:.0f} s, both at once {wall:.0f} s")
-    print(f"overlap {overlap:.2f} (aim: {TARGET}); one after the other would be {generating + tuning:.0f} s")
+    print(f"overlap {overlap:.2f} (target: {TARGET}); in sequence: {generating + tuning:.0f} s")
     sample = held_out(run, programs.training)[0]
-    said = await answer(tuned / "model", folder / "tuned-sglang.log", sample["messages"][:-1])
-    print(
-        f"served by SGLang, the tuned model answers {said!r} (wanted: {sample['messages'][-1]['content']!r})"
-    )
+    text = await answer(tuned / "model", folder / "tuned-sglang.log", sample["messages"][:-1])
+    print(f"the tuned model in SGLang answers {text!r} (expected: {sample['messages'][-1]['content']!r})")
     if args.plot is not None:
         from streamsyn.trainer.metrics.plot import draw
 
@@ -267,12 +269,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="holds files of seeds, one a task")
-    parser.add_argument("--per-task", type=int, default=17)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="keep all files here; by default they are removed")
-    parser.add_argument("--plot", type=Path, help="draw the training here")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("folder", type=Path, help="folder of seed files (*.jsonl), one a task")
+    parser.add_argument("--per-task", type=int, default=17, help="seeds of each file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random sample")
+    parser.add_argument("--out", type=Path, help="keep all files in this new folder")
+    parser.add_argument("--plot", type=Path, help="write a plot of the training to this file")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="configuration keys"
+    )
     args = parser.parse_args()
     if args.out is not None:
         args.out.mkdir(parents=True)

@@ -1,11 +1,12 @@
-"""CPU time a request: `streamsyn run` beside a bare aiohttp loop, on the simulator, in one run.
+"""CPU time a request on a simulator: `streamsyn run` compared with a bare aiohttp loop.
 
     python -m benchmarks.overhead [--requests 4000] [--concurrency 256] [--latency-ms 20] [--rounds 3]
 
-The loop is what one writes first: `session.post(url, json=...)` and `await response.json()`, with prompts
-of the same size, the answers thrown away; beside it the same with orjson. streamsyn reads seeds, renders
-prompts, retries, checks, logs every context durably and assembles samples, here with n = 1 and n = 10.
-Start-up is taken out: CPU a request is the difference between a long and a short run.
+The loop is the obvious one: `session.post(url, json=...)` and `await response.json()` with prompts of the
+same size, and the answers are dropped. A second loop uses orjson. streamsyn reads seeds, renders prompts,
+retries, checks, logs every context durably and assembles samples, with n = 1 and n = 10. Start-up does not
+count: CPU time a request is the difference between a long and a short run, divided by the difference in
+requests.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from benchmarks.common import Cost, Simulator, measured, run_measured, seeds_fil
 SHORT = 256
 VARIANTS = {
     "bare aiohttp loop": ["--codec", "json"],
-    "the same with orjson": ["--codec", "orjson"],
+    "bare loop with orjson": ["--codec", "orjson"],
     "streamsyn, contexts only": ["--set", "assembly.write=false"],
     "streamsyn, n = 1": ["--set", "assembly.contexts_per_sample=1"],
     "streamsyn, n = 10": ["--set", "assembly.contexts_per_sample=10"],
@@ -32,24 +33,24 @@ VARIANTS = {
 
 async def bare(url: str, requests: int, concurrency: int, codec: str) -> None:
     """Send `requests` chat requests, `concurrency` at a time, and decode the answers."""
-    route, left = f"{url}/v1/chat/completions", iter(range(requests))
+    route, numbers = f"{url}/v1/chat/completions", iter(range(requests))
 
     def body(number: int) -> dict[str, object]:
         prompt = f"{number} " + "You write documents. " * 95 + "Question: who? Answer: somebody."
         return {"model": "simulated", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4096}
 
-    async def plainly(session: aiohttp.ClientSession) -> None:
-        for number in left:
+    async def with_json(session: aiohttp.ClientSession) -> None:
+        for number in numbers:
             async with session.post(route, json=body(number)) as response:
                 (await response.json())["choices"][0]["message"]["content"]
 
-    async def thriftily(session: aiohttp.ClientSession) -> None:
+    async def with_orjson(session: aiohttp.ClientSession) -> None:
         headers = {"Content-Type": "application/json"}
-        for number in left:
+        for number in numbers:
             async with session.post(route, data=orjson.dumps(body(number)), headers=headers) as response:
                 orjson.loads(await response.read())["choices"][0]["message"]["content"]
 
-    worker = {"json": plainly, "orjson": thriftily}[codec]
+    worker = {"json": with_json, "orjson": with_orjson}[codec]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
         for _ in range(concurrency):
@@ -57,7 +58,7 @@ async def bare(url: str, requests: int, concurrency: int, codec: str) -> None:
 
 
 def measure(url: str, options: list[str], requests: int, concurrency: int, folder: Path) -> Cost:
-    """One whole process, of the loop or of streamsyn."""
+    """Measure one process that sends `requests` requests: the loop or streamsyn."""
     if "--codec" in options:
         command = [sys.executable, "-m", "benchmarks.overhead", "--bare", url, *options]
         return measured([*command, "--requests", str(requests), "--concurrency", str(concurrency)])
@@ -70,10 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--requests", type=int, default=4000, help="requests of a long run (more than 256)")
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--latency-ms", type=float, default=20)
-    parser.add_argument("--words", type=int, default=150)
+    parser.add_argument("--words", type=int, default=150, help="words a context")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--codec", choices=["json", "orjson"], help=argparse.SUPPRESS)
@@ -94,7 +95,7 @@ def main() -> None:
                 rate[name].append(more / (long.wall_s - short.wall_s))
     load = f"{args.requests} requests, concurrency {args.concurrency}, {args.latency_ms:g} ms"
     print(f"{load}, {args.words} words, median of {args.rounds} rounds")
-    print(f"{'':28}{'CPU ms/request':>16}{'of bare':>10}{'requests/s':>13}")
+    print(f"{'':28}{'CPU ms/request':>16}{'vs. bare':>10}{'requests/s':>13}")
     base = next(iter(VARIANTS))
     for name in VARIANTS:
         ratio = statistics.median(mine / bare for mine, bare in zip(cpu[name], cpu[base], strict=True))

@@ -1,22 +1,30 @@
-"""What becomes of shared prefixes: streamsyn's placement beside simpler ones and sglang-router, in one run.
+"""Reuse of shared prefixes: streamsyn's placement compared with simpler policies and with sglang-router.
 
     python -m benchmarks.prefix [--servers 2 8] [--concurrency 16 64 256] [--check]
 
-40 groups of 25 requests, shuffled, share a template of 4,000 characters; each group shares 1,500 more, and
-each request ends with 60 of its own. They are asked by so many workers, each of which waits for its answer,
-of simulated servers with empty caches, by way of
+40 groups of 25 requests in random order share a template of 4,000 characters; each group shares 1,500 more,
+and each request ends with 60 of its own. `concurrency` workers send them to simulated servers with empty
+caches, one request at a time each. Variants:
 
 - streamsyn: its fleet, as `streamsyn run` uses it;
-- round robin, least in flight: the same client and connections, with nothing else to choose a server by;
-- router, cache_aware: the same client, through sglang-router (`deploy/sglang-router/install.sh`);
-- streamsyn + router, manual: the fleet with the router as its one server, which goes by the routing key.
+- round robin, least in flight: the same HTTP client with only that policy;
+- router, cache_aware: the same HTTP client through sglang-router (`deploy/sglang-router/install.sh`);
+- streamsyn + router, manual: the fleet with the router as its only server, which follows the routing key.
 
-Columns: prompt tokens from a cache, as the servers counted them; these by what would be cached if every
-server computed the template once, and one server each group's text once; prompt tokens that were computed, by
-those that then would be; cached tokens by what streamsyn planned; groups whose text is in the cache of more
-than one server afterwards, which is found out by asking each server for each group; requests at the fullest
-server, by the mean; how often streamsyn gave a group another server. With --check the exit code is 1 when
-streamsyn misses a target: 0.95 of the plan, 5 % of the groups split, 1.25 times the mean load.
+Columns:
+
+- cached: prompt tokens from a cache, as the servers counted them;
+- of ideal: cached tokens / the most possible: every server computes the template once, and one server the
+  text of each group once;
+- computed: prompt tokens computed / the fewest possible;
+- of plan: cached tokens / those that streamsyn expected to be cached;
+- split: share of the groups whose text is in more than one server's cache afterwards (each server is sent a
+  request of each group to find out);
+- max/mean: requests at the busiest server / the mean;
+- moves: how often streamsyn moved a group to a different server.
+
+With --check the exit code is 1 when streamsyn misses a target: 0.95 of plan, 5 % split, 1.25 max/mean, or
+when a request fails.
 """
 
 import argparse
@@ -47,16 +55,16 @@ from streamsyn.telemetry import configure_logs
 
 MODEL = "simulated"
 LEAST_OF_PLAN, MOST_SPLIT, MOST_LOAD = 0.95, 0.05, 1.25
-"""The targets."""
+"""The targets: lowest share of the plan, highest share of split groups, highest max/mean load."""
 PROBES = 32
-"""Requests at a time that ask a server what it has cached."""
+"""Concurrent requests when a server's cache is probed."""
 
 Ask: TypeAlias = Callable[[Request], Awaitable[Completion]]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a variant brought. `planned` is None where nobody plans."""
+class Answers:
+    """Answers of one variant. `planned` (cached tokens) and `moves` are None without placement."""
 
     completions: list[Completion]
     failed: int
@@ -67,7 +75,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The figures of one variant."""
+    """The results of one variant; the module docstring defines the columns."""
 
     variant: str
     servers: int
@@ -75,35 +83,32 @@ class Row:
     cached_tokens: int
     of_ideal: float
     computed: float
-    """Prompt tokens that were computed, by those that had to be."""
     of_plan: float | None
     split: float
-    """Part of the groups that more than one server has."""
     load: float
-    """Requests at the fullest server, by the mean."""
+    """Max/mean."""
     requests_per_s: float
     failed: int
     moves: int | None
-    """How often streamsyn gave a group another server."""
 
     def misses(self) -> list[str]:
-        """The targets that it misses."""
-        kept = {
+        """Return the names of the targets that the variant misses."""
+        met = {
             "cached of plan": (self.of_plan or 0) >= LEAST_OF_PLAN,
             "groups split": self.split <= MOST_SPLIT,
             "max/mean load": self.load <= MOST_LOAD,
             "requests failed": not self.failed,
         }
-        return [name for name, is_kept in kept.items() if not is_kept]
+        return [name for name, is_met in met.items() if not is_met]
 
 
-async def closed_loop(requests: Sequence[Request], concurrency: int, ask: Ask) -> Asked:
-    """Ask for all, `concurrency` at a time."""
-    left, completions, failed = iter(requests), list[Completion](), 0
+async def closed_loop(requests: Sequence[Request], concurrency: int, ask: Ask) -> Answers:
+    """Send all requests with `ask`, `concurrency` at a time; each worker waits for its answer."""
+    remaining, completions, failed = iter(requests), list[Completion](), 0
 
     async def worker() -> None:
         nonlocal failed
-        for request in left:
+        for request in remaining:
             try:
                 completions.append(await ask(request))
             except ServerError:
@@ -113,11 +118,16 @@ async def closed_loop(requests: Sequence[Request], concurrency: int, ask: Ask) -
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(worker())
-    return Asked(completions, failed, time.perf_counter() - started)
+    return Answers(completions, failed, time.perf_counter() - started)
 
 
-async def by_streamsyn(urls: Sequence[str], requests: Sequence[Request], concurrency: int, cap: str) -> Asked:
-    """By its fleet. `cap`: "auto", or "even" for the servers' equal part of the concurrency each."""
+async def with_streamsyn(
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, cap: str
+) -> Answers:
+    """Send the requests through a streamsyn fleet.
+
+    `cap` is the in-flight cap of a server: "auto", a number, or "even" for `concurrency` / number of servers.
+    """
     even = -(-concurrency // len(urls))
     section = FleetSection(
         servers=tuple(urls), concurrency="auto" if cap == "auto" else even if cap == "even" else int(cap)
@@ -129,16 +139,19 @@ async def by_streamsyn(urls: Sequence[str], requests: Sequence[Request], concurr
             attempts: list[Attempt] = []
             return await fleet.complete(request, attempts)
 
-        asked = await closed_loop(requests, concurrency, ask)
+        answers = await closed_loop(requests, concurrency, ask)
         planned = sum(server.planned_cached_tokens for server in fleet.servers)
         moves = fleet.moves
-        return replace(asked, planned=planned, moves=moves)
+        return replace(answers, planned=planned, moves=moves)
 
 
-async def plainly(
+async def without_placement(
     urls: Sequence[str], requests: Sequence[Request], concurrency: int, *, least_in_flight: bool = False
-) -> Asked:
-    """By the same client, one for each server; without keys, leaders or caps."""
+) -> Answers:
+    """Send the requests round robin or to the server with the least in flight.
+
+    The same HTTP client as streamsyn's, without prefix keys, prefix warm-up or in-flight caps.
+    """
     turns, rids = itertools.cycle(range(len(urls))), itertools.count()
     in_flight: Counter[int] = Counter()
     async with clients(urls) as servers:
@@ -159,7 +172,7 @@ async def plainly(
 
 @asynccontextmanager
 async def clients(urls: Sequence[str]) -> AsyncIterator[list[ServerClient]]:
-    """A client with connections of its own for each server."""
+    """Context manager: one client with its own connections for each server."""
     async with AsyncExitStack() as stack:
         yield [
             ServerClient(url, await stack.enter_async_context(http_transport(url, {})), 600.0) for url in urls
@@ -167,7 +180,7 @@ async def clients(urls: Sequence[str]) -> AsyncIterator[list[ServerClient]]:
 
 
 async def reset(urls: Sequence[str]) -> None:
-    """Empty all caches and counters."""
+    """Empty the caches and counters of the simulated servers."""
     async with aiohttp.ClientSession() as session:
         for url in urls:
             async with session.post(f"{url}/simulator/reset") as answer:
@@ -175,7 +188,7 @@ async def reset(urls: Sequence[str]) -> None:
 
 
 async def requests_at(urls: Sequence[str]) -> list[int]:
-    """What each server was asked since it was reset."""
+    """Return the number of requests to each server since its reset."""
     counts = []
     async with aiohttp.ClientSession() as session:
         for url in urls:
@@ -184,46 +197,46 @@ async def requests_at(urls: Sequence[str]) -> list[int]:
     return counts
 
 
-async def holders(urls: Sequence[str], todo: Work) -> list[int]:
-    """For each group, how many servers have its text in their caches."""
+async def holders(urls: Sequence[str], workload: Work) -> list[int]:
+    """Return for each group the number of servers with its text in their cache."""
     held: Counter[str] = Counter()
     async with clients(urls) as servers:
         for server in servers:
 
             async def ask(probe: Request, server: ServerClient = server) -> Completion:
                 completion = await server.chat(replace(probe, group=""), MODEL, f"probe-{probe.group}")
-                held[probe.group] += completion.cached_tokens > todo.template_tokens
+                held[probe.group] += completion.cached_tokens > workload.template_tokens
                 return completion
 
-            asked = await closed_loop(todo.probes, PROBES, ask)
-            if asked.failed:
-                raise RuntimeError(f"{server.url} could not be asked what it has cached")
-    return [held[probe.group] for probe in todo.probes]
+            answers = await closed_loop(workload.probes, PROBES, ask)
+            if answers.failed:
+                raise RuntimeError(f"{answers.failed} requests to probe the cache of {server.url} failed")
+    return [held[probe.group] for probe in workload.probes]
 
 
 async def measure(
-    variant: str, urls: Sequence[str], todo: Work, concurrency: int, args: argparse.Namespace
+    variant: str, urls: Sequence[str], workload: Work, concurrency: int, args: argparse.Namespace
 ) -> Row:
-    """One variant, from empty caches on."""
+    """Run one variant on empty caches and return its row."""
     await reset(urls)
     match variant:
         case "streamsyn":
-            asked = await by_streamsyn(urls, todo.requests, concurrency, args.cap)
+            answers = await with_streamsyn(urls, workload.requests, concurrency, args.cap)
         case "round robin" | "least in flight":
             least = variant == "least in flight"
-            asked = await plainly(urls, todo.requests, concurrency, least_in_flight=least)
+            answers = await without_placement(urls, workload.requests, concurrency, least_in_flight=least)
         case "router, cache_aware":
             async with router(urls, "--policy", "cache_aware") as url:
-                asked = await plainly([url], todo.requests, concurrency)
+                answers = await without_placement([url], workload.requests, concurrency)
         case _:
             options = ("--policy", "manual", "--assignment-mode", "min_group")
             async with router(urls, *options) as url:
-                asked = await by_streamsyn([url], todo.requests, concurrency, args.cap)
+                answers = await with_streamsyn([url], workload.requests, concurrency, args.cap)
     counts = await requests_at(urls)
-    split = [number > 1 for number in await holders(urls, todo)]
-    cached = sum(completion.cached_tokens for completion in asked.completions)
-    prompts = sum(completion.prompt_tokens for completion in asked.completions)
-    ideal = todo.ideal(len(urls))
+    split = [number > 1 for number in await holders(urls, workload)]
+    cached = sum(completion.cached_tokens for completion in answers.completions)
+    prompts = sum(completion.prompt_tokens for completion in answers.completions)
+    ideal = workload.ideal(len(urls))
     return Row(
         variant=variant,
         servers=len(urls),
@@ -231,12 +244,12 @@ async def measure(
         cached_tokens=cached,
         of_ideal=round(cached / ideal, 4),
         computed=round((prompts - cached) / (prompts - ideal), 3),
-        of_plan=asked.planned and round(cached / asked.planned, 4),
+        of_plan=answers.planned and round(cached / answers.planned, 4),
         split=sum(split) / len(split),
         load=round(max(counts) * len(counts) / max(1, sum(counts)), 3),
-        requests_per_s=round(len(asked.completions) / asked.seconds, 1),
-        failed=asked.failed,
-        moves=asked.moves,
+        requests_per_s=round(len(answers.completions) / answers.seconds, 1),
+        failed=answers.failed,
+        moves=answers.moves,
     )
 
 
@@ -245,7 +258,8 @@ def show(row: Row) -> None:
     moves = "" if row.moves is None else str(row.moves)
     print(
         f"{row.servers:7}{row.concurrency:6}  {row.variant:26}{row.cached_tokens:10}"
-        f"{row.of_ideal:9.3f}{row.computed:9.2f}{of_plan:>9}{row.split:8.1%}{row.load:10.2f}{row.requests_per_s:11.0f}{row.failed:8}{moves:>7}",
+        f"{row.of_ideal:9.3f}{row.computed:9.2f}{of_plan:>9}{row.split:8.1%}{row.load:10.2f}"
+        f"{row.requests_per_s:11.0f}{row.failed:8}{moves:>7}",
         flush=True,
     )
 
@@ -262,23 +276,30 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--servers", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--groups", type=int, default=40)
-    parser.add_argument("--per-group", type=int, default=25)
-    parser.add_argument("--max-tokens", type=int, default=16, help="length of an answer")
-    parser.add_argument("--cost-model", default="h100", help="the simulators'")
-    parser.add_argument("--cap", default="auto", help="streamsyn's cap a server: auto, even, or a number")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only those that begin so")
+    parser.add_argument("--groups", type=int, default=40, help="prefix groups")
+    parser.add_argument("--per-group", type=int, default=25, help="requests a group")
+    parser.add_argument("--max-tokens", type=int, default=16, help="tokens of an answer")
+    parser.add_argument("--cost-model", default="h100", help="cost model of the simulators")
+    parser.add_argument(
+        "--cap", default="auto", help="streamsyn's in-flight cap of a server: auto, even or a number"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="only variants whose names start with NAME"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 when streamsyn misses a target")
     return parser.parse_args()
 
 
 def variants(args: argparse.Namespace) -> list[str]:
-    """Those that are wanted and can be had."""
+    """Return the selected variants; those with sglang-router only if it is installed."""
     names = ["streamsyn", "round robin", "least in flight"]
     if router_python().exists():
         names += ["router, cache_aware", "streamsyn + router, manual"]
     else:
-        print("without the router: deploy/sglang-router/install.sh installs it", file=sys.stderr)
+        print(
+            "sglang-router is not installed, its variants are skipped: run deploy/sglang-router/install.sh",
+            file=sys.stderr,
+        )
     wanted = args.variants or [""]
     return [name for name in names if any(name.startswith(start) for start in wanted)]
 
@@ -286,7 +307,7 @@ def variants(args: argparse.Namespace) -> list[str]:
 def main() -> int:
     args = arguments()
     configure_logs(as_json=False, level=logging.WARNING)
-    todo, rows = work(args.groups, args.per_group, args.max_tokens), list[Row]()
+    workload, rows = work(args.groups, args.per_group, args.max_tokens), list[Row]()
     print(
         f"{args.groups} groups x {args.per_group} requests, template {TEMPLATE_CHARS} characters, "
         f"cost model {args.cost_model}, answers of {args.max_tokens} tokens, cap {args.cap}"
@@ -298,13 +319,14 @@ def main() -> int:
     for servers in args.servers:
         with _simulators(servers, ["--cost-model", args.cost_model]) as urls:
             for concurrency, variant in itertools.product(args.concurrency, variants(args)):
-                rows.append(asyncio.run(measure(variant, urls, todo, concurrency, args)))
+                rows.append(asyncio.run(measure(variant, urls, workload, concurrency, args)))
                 show(rows[-1])
     print(json.dumps({"benchmark": "prefix", "rows": [asdict(row) for row in rows]}))
     missed = [(row, row.misses()) for row in rows if row.variant == "streamsyn" and row.misses()]
     for row, names in missed:
         print(
-            f"streamsyn misses with {row.servers} servers at {row.concurrency}: {', '.join(names)}",
+            f"target missed by streamsyn with {row.servers} servers, concurrency {row.concurrency}: "
+            f"{', '.join(names)}",
             file=sys.stderr,
         )
     return int(args.check and bool(missed))

@@ -1,25 +1,25 @@
-"""streamsyn on real SGLang servers, with the packaged model: are they kept busy, are they spared work?
+"""streamsyn on real SGLang servers with the packaged model: throughput, and prompt tokens saved by the cache.
 
     python -m benchmarks.real throughput [--requests 32] [--concurrency 16] [--max-tokens 96] [--rounds 3]
     python -m benchmarks.real sections [--seeds 8] [--target-tokens 3000] [--section-tokens 430]
 
-`throughput`: the same requests, at the same concurrency, by `streamsyn run` and by `sglang.bench_serving`,
-in turn on one server, and, fewer of them, by a loop that asks one at a time, as the paper's scripts do. The
-figure is output tokens a second: the completion tokens that the server reports as `usage`, by the time
-from the first request sent to the last answer received, by the client's own clock. It is fair because
+`throughput`: `streamsyn run` and `sglang.bench_serving` take turns at sending the same requests at the same
+concurrency to one server. A loop that sends one request at a time, as the paper's scripts do, sends fewer
+of them. The result is output tokens a second: the completion tokens in the server's `usage`, divided by the
+time from the first request sent to the last answer received on the client's clock. The comparison is fair:
 
-- all send the messages that streamsyn's recipe renders, in one order, to /v1/chat/completions; `ignore_eos`
-  makes every answer `--max-tokens` long, and no answer is checked or asked for again; nobody streams, but
-  streamsyn the one request that brings the common beginning into the cache;
-- start-up is in none of the times: both programs prepare themselves first, then send. streamsyn's time runs
-  from the earliest to the latest stamp in its log's `attempts`, bench_serving's is the `duration` it
-  reports, which holds one GET /server_info too (about 20 ms);
-- the cache is flushed before each, so each brings the prompts' common beginning into it itself.
+- all send the messages that streamsyn's recipe renders, in the same order, to /v1/chat/completions;
+  `ignore_eos` makes every answer `--max-tokens` long, and no answer is checked or requested again; only
+  streamsyn streams, and only the one request that brings the common prefix into the cache;
+- start-up does not count: both programs prepare first, then send. streamsyn's time runs from the earliest
+  to the latest timestamp in its log's `attempts`; bench_serving's is the `duration` that it reports, which
+  includes one GET /server_info (about 20 ms);
+- the cache is flushed before each round, so each program computes the common prefix itself.
 
-`sections`: contexts written section by section on two servers, with the radix cache and without it. The
-figures are prompt tokens, cached and not, of all steps in the log. The end of an answer is made improbable,
-so that each section is as long as it may be and both runs have as many steps. (Not by `ignore_eos`: what
-follows an end is text that the server will tokenize otherwise when it comes back in the next prompt.)
+`sections`: contexts are written section by section on two servers, with the radix cache and without it. The
+results are the cached and computed prompt tokens of all steps in the log. A logit bias makes the end of an
+answer unlikely, so that every section reaches its maximum length and both runs have the same number of
+steps. (`ignore_eos` would not do: the text after an end token is tokenized differently in the next prompt.)
 """
 
 import argparse
@@ -65,11 +65,11 @@ UNCHECKED = {
     "checks.qa_pasted": "false",
     "assembly.write": "false",
 }
-"""Settings with which every answer is kept, whatever a small model writes."""
-AS_LONG_AS_ASKED_FOR = "{ignore_eos = true}"
+"""Settings that accept every answer, whatever a small model writes."""
+IGNORE_EOS = "{ignore_eos = true}"
 
-# Beside a CPU build of torch, sglang is imported after the installed launcher only. `datasets` is imported
-# for a data set that is not used here, and is not installed.
+# With a CPU build of torch, sglang can be imported only after the installed launcher. bench_serving imports
+# `datasets`, which is not installed, for a data set that is not used here.
 CPU_BENCH = """
 import importlib.machinery, runpy, sys, types
 import sglang_cpu_server
@@ -87,7 +87,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a server wrote in so many seconds."""
+    """Completion tokens that a server wrote, and the seconds that it took."""
 
     tokens: int
     seconds: float
@@ -100,7 +100,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One server and the requests it is sent, by whomever."""
+    """One server and the requests that each program sends to it."""
 
     server: LaunchedServer
     folder: Path
@@ -109,18 +109,18 @@ class Bench:
     concurrency: int
 
     def streamsyn(self) -> Output:
-        """The requests, by `streamsyn run`."""
+        """Send the requests with `streamsyn run`."""
         seeds = seeds_file(self.folder, len(self.requests))
         rows = contexts(self.folder, seeds, [self.server.url], self.settings)
-        assert len(rows) == len(self.requests), f"{len(rows)} contexts; rejects are in the log"
+        assert len(rows) == len(self.requests), f"{len(rows)} contexts for {len(self.requests)} requests"
         attempts = [attempt for row in rows for attempt in row["attempts"]]
-        assert len(attempts) == len(rows), "a request was tried twice"
+        assert len(attempts) == len(rows), "a request was retried"
         first = min(attempt["at"] for attempt in attempts)
         last = max(attempt["at"] + attempt["seconds"] for attempt in attempts)
         return Output(sum(row["completion_tokens"] for row in rows), last - first)
 
     def bench_serving(self) -> Output:
-        """The requests, by SGLang's own benchmark."""
+        """Send the requests with SGLang's own benchmark, sglang.bench_serving."""
         dataset, report = self.folder / "requests.jsonl", self.folder / "bench.jsonl"
         dataset.write_bytes(b"".join(orjson.dumps(self._body(request)) + b"\n" for request in self.requests))
         report.unlink(missing_ok=True)
@@ -134,12 +134,12 @@ class Bench:
         )
         if done.returncode:
             raise RuntimeError(done.stderr.decode()[-2000:])
-        figures = json.loads(report.read_bytes())  # it holds an Infinity, which is no JSON
+        figures = json.loads(report.read_bytes())  # orjson refuses the Infinity in it
         assert figures["completed"] == len(self.requests), done.stdout.decode()[-2000:]
         return Output(figures["total_output_tokens"], figures["duration"])
 
     async def one_at_a_time(self, session: aiohttp.ClientSession, number: int) -> Output:
-        """The first `number` requests, each sent when the one before is answered."""
+        """Send the first `number` requests, each after the answer to the one before."""
         tokens, started = 0, time.perf_counter()
         for request in self.requests[:number]:
             async with session.post(self.server.url + CHAT, json=self._body(request)) as response:
@@ -169,7 +169,11 @@ class Bench:
 
 
 def contexts(folder: Path, seeds: Path, urls: Sequence[str], settings: Mapping[str, str]) -> list[Row]:
-    """The rows that `streamsyn run` writes into a new directory."""
+    """Run `streamsyn run` in a new directory and return the rows of its contexts.
+
+    Raises:
+        RuntimeError: The exit code is not 0.
+    """
     out = Path(tempfile.mkdtemp(dir=folder))
     command = [sys.executable, "-m", "streamsyn", "run", "--seeds", str(seeds), "--out", str(out)]
     command += [part for url in urls for part in ("--server", url)]
@@ -182,7 +186,7 @@ def contexts(folder: Path, seeds: Path, urls: Sequence[str], settings: Mapping[s
 
 
 def rendered(seeds: Path, settings: Mapping[str, str]) -> list[Request]:
-    """What `streamsyn run` asks for these seeds, in order."""
+    """Return the requests that `streamsyn run` sends for these seeds, in order."""
     overrides = [parse_override(f"{key}={value}") for key, value in settings.items()]
     config: Config = load(None, [*overrides, ("seeds.sources", [{"path": str(seeds)}])])
     recipe = load_recipe(config.recipe, config.checks)
@@ -195,7 +199,7 @@ async def throughput(args: argparse.Namespace, folder: Path) -> None:
     settings = {
         **UNCHECKED,
         "recipe.max_tokens": str(args.max_tokens),
-        "recipe.sampling": AS_LONG_AS_ASKED_FOR,
+        "recipe.sampling": IGNORE_EOS,
         "fleet.concurrency": str(args.concurrency),
     }
     requests = rendered(seeds_file(folder, args.requests), settings)
@@ -205,37 +209,37 @@ async def throughput(args: argparse.Namespace, folder: Path) -> None:
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session,
     ):
         bench = Bench(server, folder, settings, requests, args.concurrency)
-        ways: dict[str, Callable[[], Output]] = dict(
+        programs: dict[str, Callable[[], Output]] = dict(
             zip(outputs, (bench.streamsyn, bench.bench_serving), strict=True)
         )
         await bench.one_at_a_time(session, 1)  # the first forward passes are slow
         for number in range(args.rounds):
-            for name, way in ways.items():
+            for name, program in programs.items():
                 await flush(session, server.url)
-                outputs[name].append(await asyncio.to_thread(way))
+                outputs[name].append(await asyncio.to_thread(program))
                 print(f"round {number + 1}, {name}: {outputs[name][-1]}", flush=True)
         await flush(session, server.url)
         alone = await bench.one_at_a_time(session, args.sequential)
-    _tell_throughput(args, outputs, alone)
+    _print_throughput(args, outputs, alone)
 
 
-def _tell_throughput(args: argparse.Namespace, outputs: dict[str, list[Output]], alone: Output) -> None:
-    ours, theirs = ([output.rate for output in some] for some in outputs.values())
+def _print_throughput(args: argparse.Namespace, outputs: dict[str, list[Output]], alone: Output) -> None:
+    ours, theirs = ([output.rate for output in measured] for measured in outputs.values())
     pairs = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     print(f"\n{args.requests} requests of {args.max_tokens} tokens, concurrency {args.concurrency}")
     print(f"{'':28}{'tokens/s':>10}{'rounds':>28}")
-    for name, some in outputs.items():
-        rounds = ", ".join(f"{output.rate:.1f}" for output in some)
-        print(f"{name:28}{statistics.median(output.rate for output in some):10.1f}{rounds:>28}")
+    for name, measured in outputs.items():
+        rounds = ", ".join(f"{output.rate:.1f}" for output in measured)
+        print(f"{name:28}{statistics.median(output.rate for output in measured):10.1f}{rounds:>28}")
     print(f"{f'one at a time ({args.sequential} requests)':28}{alone.rate:10.1f}")
-    ratio, aim = statistics.median(pairs), TARGETS["throughput"]
-    print(f"streamsyn / bench_serving   {ratio:10.3f}  (median of the rounds' ratios; aim: {aim})")
+    ratio, target = statistics.median(pairs), TARGETS["throughput"]
+    print(f"streamsyn / bench_serving   {ratio:10.3f}  (median of the rounds' ratios; target: {target})")
     print(f"streamsyn / one at a time   {statistics.median(ours) / alone.rate:10.2f}")
 
 
 @dataclass(frozen=True, slots=True)
-class Prompts:
-    """Prompt tokens of a run's steps."""
+class Totals:
+    """Steps and tokens of a run."""
 
     contexts: int
     steps: int
@@ -248,8 +252,8 @@ class Prompts:
         return self.tokens - self.cached
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Prompts":
-        """As the servers counted them."""
+    def of(cls, rows: Sequence[Row]) -> "Totals":
+        """Add up the steps of the rows, with tokens as the servers counted them."""
         steps = [step for row in rows for step in row["steps"]]
         written, tokens, cached = (
             sum(step[name] for step in steps)
@@ -266,7 +270,7 @@ async def sections(args: argparse.Namespace, folder: Path) -> None:
         "recipe.section_tokens": str(args.section_tokens),
         "recipe.sampling": _without_end(find_packaged_model()),
     }
-    found: dict[str, Prompts] = {}
+    found: dict[str, Totals] = {}
     for name, flags in MODES.items():
         if args.only not in (None, name):
             continue
@@ -279,13 +283,13 @@ async def sections(args: argparse.Namespace, folder: Path) -> None:
                 )
                 urls.append((await stack.enter_async_context(server)).url)
             seeds = seeds_file(folder, args.seeds)
-            found[name] = Prompts.of(await asyncio.to_thread(contexts, folder, seeds, urls, settings))
+            found[name] = Totals.of(await asyncio.to_thread(contexts, folder, seeds, urls, settings))
         print(f"{name}: {time.perf_counter() - started:.0f} s, {found[name]}", flush=True)
-    _tell_sections(args, found)
+    _print_sections(args, found)
 
 
 def _without_end(model: Path) -> str:
-    """Sampling with which `model` does not end its answer by itself."""
+    """Return sampling parameters (TOML) with which `model` does not end its answer."""
     config = orjson.loads((model / "config.json").read_bytes())
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
     tokens = {config.get(name) for name in names} - {None}
@@ -293,21 +297,23 @@ def _without_end(model: Path) -> str:
     return f"{{logit_bias = {{{biases}}}}}"
 
 
-def _tell_sections(args: argparse.Namespace, found: dict[str, Prompts]) -> None:
+def _print_sections(args: argparse.Namespace, found: dict[str, Totals]) -> None:
     print(
         f"\n{args.seeds} seeds, {args.target_tokens} tokens in sections of {args.section_tokens}, 2 servers"
     )
     print(f"{'':18}{'contexts':>9}{'steps':>7}{'written':>9}{'prompts':>9}{'cached':>8}{'uncached':>10}")
-    for name, of in found.items():
-        share = of.cached / of.tokens
-        print(f"{name:18}{of.contexts:9}{of.steps:7}{of.written:9}{of.tokens:9}{share:8.2f}{of.uncached:10}")
+    for name, total in found.items():
+        share = total.cached / total.tokens
+        print(
+            f"{name:18}{total.contexts:9}{total.steps:7}{total.written:9}{total.tokens:9}"
+            f"{share:8.2f}{total.uncached:10}"
+        )
     if len(found) < len(MODES):
         return
     cached, plain = found.values()
-    print(f"cached with the cache       {cached.cached / cached.tokens:6.2f}  (aim: {TARGETS['cached']})")
-    print(
-        f"uncached without / with it  {plain.uncached / cached.uncached:6.2f}  (aim: {TARGETS['uncached']})"
-    )
+    print(f"cached, with the cache      {cached.cached / cached.tokens:6.2f}  (target: {TARGETS['cached']})")
+    ratio, target = plain.uncached / cached.uncached, TARGETS["uncached"]
+    print(f"computed, without / with    {ratio:6.2f}  (target: {target})")
 
 
 def main() -> None:
@@ -315,17 +321,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, dest="command")
-    command = commands.add_parser("throughput")
+    command = commands.add_parser("throughput", help="output tokens a second, compared with bench_serving")
     command.add_argument("--requests", type=int, default=32)
     command.add_argument("--concurrency", type=int, default=16)
-    command.add_argument("--max-tokens", type=int, default=96)
+    command.add_argument("--max-tokens", type=int, default=96, help="tokens of an answer")
     command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--sequential", type=int, default=8, help="requests asked one at a time")
-    command = commands.add_parser("sections")
-    command.add_argument("--only", choices=MODES, help="one of the two runs")
+    command.add_argument("--sequential", type=int, default=8, help="requests sent one at a time")
+    command = commands.add_parser("sections", help="prompt tokens computed, with and without the radix cache")
+    command.add_argument("--only", choices=MODES, help="only this run")
     command.add_argument("--seeds", type=int, default=8)
-    command.add_argument("--target-tokens", type=int, default=3000)
-    command.add_argument("--section-tokens", type=int, default=430)
+    command.add_argument("--target-tokens", type=int, default=3000, help="tokens a context")
+    command.add_argument("--section-tokens", type=int, default=430, help="tokens a section")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure = {"throughput": throughput, "sections": sections}[args.command]

@@ -1,9 +1,9 @@
-"""What it costs to resume a directory with 1,000,000 outcomes: seconds and peak memory.
+"""Time and peak memory to resume a run directory with 1,000,000 outcomes.
 
     python -m benchmarks.resume [--outcomes 1000000] [--more 200]
 
-The directory is made with the sink itself and left as a kill leaves it: the last shard open. Then a run
-over the same seeds and a few more goes on with it; its baseline is a run over those few in a new directory.
+The sink writes the directory and leaves it as a kill would: with the last shard open. A run over the same
+seeds and `--more` new ones then resumes it. The baseline is a run over `--more` seeds in a new directory.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TEXT = "The keeper climbed the stair at dusk and wrote the weather into the book
 
 
 def context_of(seed: Seed) -> Context:
-    """A context as a run would log it, of about 100 words."""
+    """Return a context of about 100 words as a run logs it."""
     return Context(
         id=seed.id,
         seed_id=seed.id,
@@ -52,7 +52,7 @@ def context_of(seed: Seed) -> Context:
 
 
 def make(out: Path, seeds: Path, outcomes: int) -> None:
-    """Write a log of the first so many seeds."""
+    """Write a log with contexts for the first `outcomes` seeds."""
     directory, parser = RunDirectory(out), SeedParser(FieldsSection())
     log = RunLog(out, SinkSection())
     batch: list[Context] = []
@@ -74,8 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--outcomes", type=int, default=1_000_000)
-    parser.add_argument("--more", type=int, default=200)
+    parser.add_argument("--outcomes", type=int, default=1_000_000, help="outcomes in the log")
+    parser.add_argument("--more", type=int, default=200, help="new seeds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, Simulator("--latency-ms", "0") as url:
         folder = Path(name)
@@ -97,7 +97,7 @@ def main() -> None:
     print(f"{'':34}{'seconds':>9}{'CPU s':>8}{'peak RSS MiB':>14}")
     for what, cost in (
         (f"{args.more} seeds, new directory", fresh),
-        (f"the same behind {args.outcomes:,} done", resumed),
+        (f"the same after {args.outcomes:,} outcomes", resumed),
     ):
         print(f"{what:34}{cost.wall_s:9.2f}{cost.cpu_s:8.2f}{cost.peak_mib:14.1f}")
 

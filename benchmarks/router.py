@@ -1,4 +1,4 @@
-"""sglang-router as a process of its own, from where `deploy/sglang-router/install.sh` puts it."""
+"""sglang-router in its own process, as installed by `deploy/sglang-router/install.sh`."""
 
 import asyncio
 import os
@@ -12,19 +12,19 @@ import aiohttp
 
 
 def router_python() -> Path:
-    """The interpreter that has it; there is none before it is installed."""
+    """Return the path of the Python that has sglang-router; it does not exist before the installation."""
     home = os.environ.get("STREAMSYN_ROUTER_HOME") or Path(__file__).parents[1] / ".sglang-router"
     return Path(home) / "venv" / "bin" / "python"
 
 
 @asynccontextmanager
 async def router(urls: Sequence[str], *options: str) -> AsyncIterator[str]:
-    """sglang-router in front of the servers, until the block ends; its URL, once it knows them all."""
+    """Context manager: sglang-router in front of the servers; enters with its URL once all are healthy."""
     port, metrics_port = _free_ports(2)
     command = [str(router_python()), "-m", "sglang_router.launch_router", "--worker-urls", *urls, *options]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # it would look for the simulated model's tokenizer
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # or it asks the hub for the simulated model's tokenizer
     process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs meanwhile
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | offline
     )
@@ -42,15 +42,15 @@ async def router(urls: Sequence[str], *options: str) -> AsyncIterator[str]:
 async def _healthy_workers(session: aiohttp.ClientSession, url: str) -> int:
     try:
         async with session.get(f"{url}/workers") as answer:
-            told = await answer.json()
+            body = await answer.json()
     except (aiohttp.ClientError, ConnectionError):
         return 0
-    return sum(worker["is_healthy"] for worker in told["workers"])
+    return sum(worker["is_healthy"] for worker in body["workers"])
 
 
 def _free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,22 +1,23 @@
-"""Our loop beside TRL's SFTTrainer: the same packs and the same model.
+"""Training speed: streamsyn's loop compared with TRL's SFTTrainer on the same packs and the same model.
 
     python -m benchmarks.train [--trl PYTHON] [--rounds N] [--json FILE]
     python -m benchmarks.train --gpu [--dry] [--trl PYTHON] [--rounds N] [--json FILE]
 
-Both train a random Llama on the same rows of samples, each in a process of its own, in turns; the first steps
-are left out, and of all rounds the fastest counts. PYTHON is one that has trl besides torch, transformers,
-accelerate and datasets; without it, only our side runs. Such a one, which takes all but trl from here:
+Both train a randomly initialised Llama on the same rows of samples, in separate processes that take turns.
+The first steps are left out, and the fastest round counts. PYTHON has trl, torch, transformers, accelerate
+and datasets; without --trl only streamsyn is measured. To make one that takes all but trl from this
+environment:
 
     python -m venv V; V/bin/pip install --no-deps trl==1.16.0
     echo "$PWD"/.venv/lib/python3*/site-packages > "$(echo V/lib/python3*/site-packages)"/here.pth
 
-The first form is for a CPU: 4 layers of 256, rows of 1k tokens and of 4k, one thread, tokens per CPU second;
-ours with transformers' SDPA and its mask, as TRL has it, and with a call for each sample. The second is for a
-GPU: 0.5 and 1.5 billion weights, rows of 8k tokens and of 32k (these with gradient checkpointing), bf16 over
-float32 weights, the best attention that is installed on each side; tokens a second of wall time, the share of
-the device's dense bf16 peak (as `streamsyn.trainer.metrics.mfu` counts it, the same for both), the highest
-memory. Without a GPU it says what it would do; with --dry it does so in small on the CPU: the same functions,
-tiny models and short rows.
+Without --gpu: a CPU, 4 layers of width 256, rows of 1k and 4k tokens, one thread, tokens per CPU second;
+streamsyn once with transformers' SDPA and its mask, like TRL, and once with one attention call a sample.
+With --gpu: models of 0.5B and 1.5B parameters, rows of 8k and 32k tokens (32k with gradient checkpointing),
+bf16 with float32 weights, the best attention that each side has installed; tokens per second of wall time,
+model FLOPs utilisation of the dense bf16 peak (by `streamsyn.trainer.metrics.mfu` for both), and peak
+memory. If there is no GPU, the plan is printed. With --dry the same functions run on the CPU with tiny
+models and short rows.
 """
 
 import argparse
@@ -35,11 +36,22 @@ WARM_UP = 3
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model and one length of rows."""
+    """One model and one row length.
+
+    Attributes:
+        name: Label in the table.
+        sizes: Hidden size, MLP size, layers, attention heads, key-value heads, vocabulary size.
+        length: Tokens of a row.
+        tied: Whether input and output embeddings share weights.
+        gpu: Whether it needs a GPU.
+        half: Whether to train in bf16.
+        checkpointing: Whether to use gradient checkpointing.
+        steps: Optimizer steps, warm-up included.
+        per_step: Rows of a step.
+    """
 
     name: str
     sizes: tuple[int, int, int, int, int, int]
-    """Width, width of the MLP, layers, heads, key heads, vocabulary."""
     length: int
     tied: bool = False
     gpu: bool = False
@@ -49,7 +61,7 @@ class Case:
     per_step: int = 2
 
     def config(self) -> Any:
-        """The Llama."""
+        """Return the transformers configuration of the Llama."""
         from transformers import LlamaConfig
 
         names = [
@@ -67,7 +79,7 @@ TINY = (64, 128, 2, 4, 2, 1024)
 
 
 def gpu_cases(*, dry: bool) -> list[Case]:
-    """Both models at both lengths; in small when `dry`."""
+    """Return both models at both lengths; tiny models and short rows when `dry`."""
     return [
         Case(
             f"{name} {length // 1024}k",
@@ -85,7 +97,7 @@ def gpu_cases(*, dry: bool) -> list[Case]:
 
 
 def samples(rows: int, length: int) -> list[list[tuple[int, int]]]:
-    """Rows of samples as (tokens, targets): about three to a row, answers of a few to some hundred tokens."""
+    """Return rows of samples, each as (tokens, target tokens): about three a row, at most 128 targets."""
     import random
 
     rng, made = random.Random(0), []
@@ -100,7 +112,7 @@ def samples(rows: int, length: int) -> list[list[tuple[int, int]]]:
 
 
 def round_of(side: str, python: str, folder: Path) -> dict[str, Any]:
-    """Run a worker."""
+    """Run one round of one side in its own process and return what it prints."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -109,7 +121,7 @@ def round_of(side: str, python: str, folder: Path) -> dict[str, Any]:
     command = [python, "-m", "benchmarks.train_sides", side, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+        sys.exit(f"{side} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -137,42 +149,42 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
         "vocabulary": case.sizes[-1],
         "tokens": sum(size for size, _ in measured),
         "flops": work.flops(measured),
-        "weights": sum(one.numel() for one in model.parameters()),
+        "weights": sum(each.numel() for each in model.parameters()),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     return plan
 
 
 def compare(case: Case, trl: str | None, rounds: int) -> dict[str, Any]:
-    """All sides in turns; what each came to, by its name."""
-    ours_are = ["ours"] if case.half else ["ours-sdpa", "ours-segments"]
-    sides = {**dict.fromkeys(ours_are, sys.executable), **({"trl": trl} if trl else {})}
+    """Run all sides in turns and return the figures of each."""
+    own_sides = ["ours"] if case.half else ["ours-sdpa", "ours-segments"]
+    sides = {**dict.fromkeys(own_sides, sys.executable), **({"trl": trl} if trl else {})}
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
         plan = prepare(Path(name), case)
         for _ in range(rounds):
             for side, python in sides.items():
                 found[side].append(round_of(side, python, Path(name)))
-    return {side: figures_of(case, plan, some) for side, some in found.items()}
+    return {side: figures_of(case, plan, rounds_of_side) for side, rounds_of_side in found.items()}
 
 
 def figures_of(case: Case, plan: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the fastest round of a side."""
-    took = min(sum(one["times"][WARM_UP:]) for one in rounds)
+    """Return the figures of a side: speed and memory of its best round, losses of its first."""
+    seconds = min(sum(each["times"][WARM_UP:]) for each in rounds)
     losses = rounds[0]["losses"]
     figures = {
-        "tokens_per_s": plan["tokens"] / took,
+        "tokens_per_s": plan["tokens"] / seconds,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "peak_gib": min(one["peak_bytes"] for one in rounds) / 2**30,
+        "peak_gib": min(each["peak_bytes"] for each in rounds) / 2**30,
         "weights": plan["weights"],
     }
     peak = device_peak() if case.gpu else None
-    return figures if peak is None else {**figures, "mfu": plan["flops"] / took / peak}
+    return figures if peak is None else {**figures, "mfu": plan["flops"] / seconds / peak}
 
 
 def device_peak() -> float | None:
-    """Dense bf16 FLOPs a second of the GPU; None when it is not known."""
+    """Return the dense bf16 peak of the GPU in FLOPs a second; None for an unknown GPU."""
     import torch
 
     from streamsyn.trainer.metrics.mfu import peak_flops
@@ -181,54 +193,58 @@ def device_peak() -> float | None:
 
 
 def report(case: Case, sides: dict[str, dict[str, Any]]) -> None:
-    """A line for each side."""
+    """Print one line for each side."""
     for side, found in sides.items():
         line = f"{case.name:9} {side:14} {found['tokens_per_s']:9,.0f} tokens/s"
         line += f"   loss {found['first_loss']:.4f} to {found['last_loss']:.4f}"
         line += f"   {found['peak_gib']:.2f} GiB"
         if "mfu" in found:
-            line += f"   {found['mfu']:.1%} of the peak"
+            line += f"   {found['mfu']:.1%} MFU"
         if "trl" in sides:
             line += f"   {found['tokens_per_s'] / sides['trl']['tokens_per_s']:.2f} times TRL"
         print(line)
 
 
 def main() -> None:
-    """Run what can be run, and say what came of it."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    options.add_argument("--trl", metavar="PYTHON", help="a Python that has trl")
-    options.add_argument("--gpu", action="store_true", help="large models on a GPU")
-    options.add_argument("--dry", action="store_true", help="with --gpu: in small, on the CPU")
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    given = options.parse_args()
-    cases = gpu_cases(dry=given.dry) if given.gpu else CPU_CASES
-    if not given.trl:
-        print("no --trl PYTHON: TRL's SFTTrainer would be fed the same packs, in turns with ours")
+    """Run the benchmark; without the GPU that it needs, print the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--trl", metavar="PYTHON", help="Python interpreter with trl; default: measure only streamsyn"
+    )
+    parser.add_argument("--gpu", action="store_true", help="large models on a GPU")
+    parser.add_argument("--dry", action="store_true", help="with --gpu: tiny models on the CPU")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side; the fastest counts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    args = parser.parse_args()
+    cases = gpu_cases(dry=args.dry) if args.gpu else CPU_CASES
+    if not args.trl:
+        print("without --trl PYTHON only streamsyn is measured")
     if any(case.gpu for case in cases) and not has_gpu():
-        print("there is no GPU here; with one, this would train, and --dry does so in small:")
+        print("torch finds no GPU. With one, these cases would run (try --dry for tiny models on the CPU):")
         for case in cases:
-            print(f"  {case.name}: {case.steps} steps of {case.per_step} rows, bf16{checkpointed(case)}")
+            print(
+                f"  {case.name}: {case.steps} steps of {case.per_step} rows, bf16{checkpointing_note(case)}"
+            )
         return
     found = {}
     for case in cases:
-        found[case.name] = compare(case, given.trl, given.rounds)
+        found[case.name] = compare(case, args.trl, args.rounds)
         report(case, found[case.name])
-    if given.dry:
-        print("it works; at this size the figures say nothing")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.dry:
+        print("all cases ran; the numbers of tiny models are not meaningful")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def has_gpu() -> bool:
-    """Whether torch sees one."""
+    """Return whether torch finds a GPU."""
     import torch
 
     return torch.cuda.is_available()
 
 
-def checkpointed(case: Case) -> str:
-    """In words."""
+def checkpointing_note(case: Case) -> str:
+    """Return the note on gradient checkpointing for the printed plan."""
     return ", gradient checkpointing" if case.checkpointing else ""
 
 

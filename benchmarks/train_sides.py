@@ -1,8 +1,9 @@
-"""The two sides of `benchmarks.train`: a round of one of them, in a process of its own.
+"""One round of one side of `benchmarks.train`, in its own process.
 
     python -m benchmarks.train_sides SIDE FOLDER
 
-FOLDER holds the model and plan.json; SIDE is ours, ours-sdpa, ours-segments or trl.
+FOLDER holds the model and plan.json; SIDE is ours, ours-sdpa, ours-segments or trl. Losses, step times and
+peak memory go to stdout as one JSON object.
 """
 
 import json
@@ -19,7 +20,7 @@ RATE = 1e-3
 
 
 def tokens_of(row: list[tuple[int, int]], number: int, vocabulary: int) -> list[list[int]]:
-    """The tokens of a row's samples: from a small part of the vocabulary, which is what there is to learn."""
+    """Return the tokens of a row's samples, drawn from a 64th of the vocabulary so that the loss can fall."""
     import random
 
     rng = random.Random(number)
@@ -27,7 +28,7 @@ def tokens_of(row: list[tuple[int, int]], number: int, vocabulary: int) -> list[
 
 
 def clock(gpu: bool) -> float:
-    """CPU seconds of this process; on a GPU wall seconds, once it has done its work."""
+    """Return the CPU seconds of this process; with `gpu`, wall seconds after the GPU has finished."""
     import torch
 
     if not gpu:
@@ -37,7 +38,7 @@ def clock(gpu: bool) -> float:
 
 
 def peak_bytes(gpu: bool) -> int:
-    """The most memory that was in use: of the GPU, or of this process."""
+    """Return the peak memory of the GPU, or of this process, in bytes."""
     import torch
 
     if gpu:
@@ -46,7 +47,7 @@ def peak_bytes(gpu: bool) -> int:
 
 
 def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float], list[float]]:
-    """Losses and times of the steps of our loop."""
+    """Train with streamsyn's loop and return the losses and the seconds of its steps."""
     import numpy
 
     from streamsyn.config.train_section import TrainSection
@@ -74,7 +75,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     if attention == "sdpa":
         model.set_attn_implementation("sdpa")
     placed = place(model, section, accelerator, model_dtype(str(folder)))
-    store: Any = None  # nothing is saved
+    store: Any = None  # no checkpoint is written
     loop = Loop(placed, Ranks(0, 1), section, 0, store, Progress())
     losses: list[float] = []
     times: list[float] = []
@@ -90,11 +91,11 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
                 )
             )
         for first in range(0, len(rows), per_step):
-            some = tuple(rows[first : first + per_step])
-            weights = tuple(target_weights(row, "token") for row in some)
-            began = clock(gpu)
-            yield [Step(some, weights, denominator(some, "token"), RATE)]
-            times.append(clock(gpu) - began)
+            step_rows = tuple(rows[first : first + per_step])
+            weights = tuple(target_weights(row, "token") for row in step_rows)
+            started = clock(gpu)
+            yield [Step(step_rows, weights, denominator(step_rows, "token"), RATE)]
+            times.append(clock(gpu) - started)
             losses.append(loop.progress.loss)
         yield [Stop()]
 
@@ -103,7 +104,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
 
 
 def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """The same of TRL's SFTTrainer, fed with the same packs as its own packing makes them."""
+    """Train with TRL's SFTTrainer on the same packs, in the format of its packing; returns like `ours`."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -175,7 +176,7 @@ def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]
 
 
 def worker(side: str, folder: Path) -> None:
-    """One round of one side; its figures go to stdout as JSON."""
+    """Run one round of one side and print its figures as JSON."""
     import torch
 
     plan = json.loads((folder / "plan.json").read_text())

@@ -1,4 +1,4 @@
-"""The queue between two stages: nothing lost, nothing doubled, never too long, nobody left waiting."""
+"""The queue between two stages loses and duplicates nothing, stays bounded, and leaves no task waiting."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,13 +16,13 @@ STEPS = st.sampled_from(["put", "get"]) | st.sampled_from(
 
 
 async def settle() -> None:
-    """Let every asyncio task run until it waits for another one (or is done)."""
+    """Let every asyncio task run until it waits or is done."""
     for _ in range(60):
         await asyncio.sleep(0)
 
 
 class Traffic:
-    """Writers and readers at one queue, and what went through it in which order."""
+    """Writers and readers of one queue, and the items that were put and taken, in order."""
 
     def __init__(self, maxsize: int, stages: asyncio.TaskGroup) -> None:
         self.queue: BoundedQueue[int] = BoundedQueue(maxsize)
@@ -33,7 +33,7 @@ class Traffic:
         self._stages = stages
 
     async def step(self, name: str, number: int) -> None:
-        """Do one thing; `number` picks the item, or who is cancelled."""
+        """Do one step; `number` chooses the task to cancel, or how many items to take."""
         match name:
             case "put":
                 self.writers.append(self._stages.create_task(self._put(len(self.writers))))
@@ -52,10 +52,10 @@ class Traffic:
                 await asyncio.sleep(0)
             case "settle":
                 await settle()
-                self.check_that_nobody_waits_in_vain()
+                self.check_waiting()
 
-    def check_that_nobody_waits_in_vain(self) -> None:
-        """No reader waits beside an item, no writer beside room."""
+    def check_waiting(self) -> None:
+        """Assert that readers wait only if the queue is empty, and writers only if it is full."""
         if any(not reader.done() for reader in self.readers):
             assert len(self.queue) == 0
         if any(not writer.done() for writer in self.writers):
@@ -81,8 +81,10 @@ class Traffic:
     steps=st.lists(st.tuples(STEPS, st.integers(0, 50)), max_size=50),
     close_at=st.integers(0, 60),
 )
-async def test_nothing_is_lost_or_doubled(maxsize: int, steps: list[tuple[str, int]], close_at: int) -> None:
-    """Whoever is cancelled whenever: what was put comes out once, in order, and nobody hangs."""
+async def test_nothing_is_lost_or_duplicated(
+    maxsize: int, steps: list[tuple[str, int]], close_at: int
+) -> None:
+    """Whichever task is cancelled at any time, each item put comes out once, in order, and no task hangs."""
     async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
         traffic = Traffic(maxsize, stages)
         for index, (name, number) in enumerate(steps):
@@ -97,7 +99,7 @@ async def test_nothing_is_lost_or_doubled(maxsize: int, steps: list[tuple[str, i
 
 
 async def test_items_come_out_in_order() -> None:
-    """Readers get the items in the order in which they were put, then the end."""
+    """Readers get the items in the order of the puts, then the end."""
     queue: BoundedQueue[int] = BoundedQueue(2)
 
     async def put_all() -> None:
@@ -127,8 +129,8 @@ async def test_a_full_queue_makes_the_writer_wait() -> None:
 
 
 @pytest.mark.parametrize("maxsize", [0, -1])
-def test_a_queue_without_room_is_refused(maxsize: int) -> None:
-    """A queue holds at least one item."""
+def test_maxsize_below_one_is_refused(maxsize: int) -> None:
+    """A queue must have room for at least one item."""
     with pytest.raises(ValueError, match="at least 1"):
         BoundedQueue(maxsize)
 
@@ -149,7 +151,7 @@ async def test_close_wakes_every_reader() -> None:
 
 
 async def test_close_wakes_every_writer() -> None:
-    """All writers that wait for room are told that the queue is closed, and their items stay out."""
+    """`put` raises RuntimeError in all waiting writers, and their items are not added."""
     queue: BoundedQueue[int] = BoundedQueue(1)
     await queue.put(0)
 
@@ -167,8 +169,8 @@ async def test_close_wakes_every_writer() -> None:
     assert [0] == [item async for item in queue]
 
 
-async def test_readers_get_what_is_left_after_close() -> None:
-    """A closed queue takes nothing more, and still gives what it holds; closing twice is harmless."""
+async def test_readers_get_the_remaining_items_after_close() -> None:
+    """A closed queue refuses new items and returns the remaining ones; it can be closed twice."""
     queue: BoundedQueue[int] = BoundedQueue(3)
     await queue.put(1)
     await queue.put(2)
@@ -189,8 +191,8 @@ async def test_readers_get_what_is_left_after_close() -> None:
         pytest.param(lambda queue: len(queue.get_nowait(3)), id="get_nowait"),
     ],
 )
-async def test_taking_many_lets_as_many_writers_in(free: Callable[[BoundedQueue[int]], int]) -> None:
-    """Discarding, or taking all at once, makes room for every writer that waits for it."""
+async def test_taking_n_items_wakes_n_writers(free: Callable[[BoundedQueue[int]], int]) -> None:
+    """Discarding or taking all items wakes every waiting writer."""
     queue: BoundedQueue[int] = BoundedQueue(3)
     for item in range(3):
         await queue.put(item)
@@ -205,8 +207,8 @@ async def test_taking_many_lets_as_many_writers_in(free: Callable[[BoundedQueue[
     assert [3, 4, 5] == queue.get_nowait(10)
 
 
-async def test_get_nowait_takes_no_more_than_the_limit() -> None:
-    """What is there now, at most so many; from an empty queue nothing."""
+async def test_get_nowait_takes_at_most_the_limit() -> None:
+    """`get_nowait` returns at most `limit` items, and none from an empty queue."""
     queue: BoundedQueue[int] = BoundedQueue(3)
     for item in range(3):
         await queue.put(item)
@@ -215,7 +217,7 @@ async def test_get_nowait_takes_no_more_than_the_limit() -> None:
 
 
 async def test_a_stage_cancelled_before_its_first_step_closes_the_queue() -> None:
-    """`close` as a done-callback works where a `finally` inside the stage would never be reached."""
+    """`close` as a done-callback works where a `finally` in the stage would not run."""
     queue: BoundedQueue[int] = BoundedQueue(1)
 
     async def produce() -> None:
@@ -234,7 +236,7 @@ async def test_a_stage_cancelled_before_its_first_step_closes_the_queue() -> Non
 
 
 async def test_a_bug_in_a_reader_does_not_leave_writers_hanging() -> None:
-    """When a task group cancels the writers of a full queue, all of it ends."""
+    """A task group can cancel the writers of a full queue and end."""
     queue: BoundedQueue[int] = BoundedQueue(1)
 
     async def produce() -> None:
@@ -256,8 +258,8 @@ async def test_a_bug_in_a_reader_does_not_leave_writers_hanging() -> None:
     assert queue.closed
 
 
-async def test_a_reader_cancelled_after_its_wake_up_passes_the_turn_on() -> None:
-    """The item that woke a cancelled reader goes to the next one."""
+async def test_a_reader_cancelled_after_its_wake_up_wakes_the_next() -> None:
+    """The item that woke a cancelled reader goes to the next reader."""
     queue: BoundedQueue[str] = BoundedQueue(1)
 
     async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
@@ -271,8 +273,8 @@ async def test_a_reader_cancelled_after_its_wake_up_passes_the_turn_on() -> None
     assert "item" == second.result()
 
 
-async def test_a_reader_cancelled_before_the_wake_up_takes_none() -> None:
-    """A put skips a reader that has been cancelled and has not noticed yet."""
+async def test_a_reader_cancelled_before_the_put_is_skipped() -> None:
+    """A put skips a cancelled reader that has not run since."""
     queue: BoundedQueue[str] = BoundedQueue(1)
 
     async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
@@ -286,8 +288,8 @@ async def test_a_reader_cancelled_before_the_wake_up_takes_none() -> None:
     assert "item" == second.result()
 
 
-async def test_nothing_is_kept_of_who_was_cancelled() -> None:
-    """Readers that give up one after the other, as with a timeout, leave no trace in the queue."""
+async def test_cancelled_readers_are_removed_from_the_queue() -> None:
+    """Cancelled readers, as after timeouts, do not accumulate in the queue."""
     queue: BoundedQueue[str] = BoundedQueue(1)
 
     async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
@@ -299,8 +301,8 @@ async def test_nothing_is_kept_of_who_was_cancelled() -> None:
     assert 0 == len(queue._readers)
 
 
-async def test_a_writer_cancelled_after_its_wake_up_passes_the_turn_on() -> None:
-    """The room that woke a cancelled writer goes to the next one."""
+async def test_a_writer_cancelled_after_its_wake_up_wakes_the_next() -> None:
+    """The free place that woke a cancelled writer goes to the next writer."""
     queue: BoundedQueue[str] = BoundedQueue(1)
     await queue.put("there")
 
@@ -316,7 +318,7 @@ async def test_a_writer_cancelled_after_its_wake_up_passes_the_turn_on() -> None
 
 
 async def test_repr_shows_how_full_it_is() -> None:
-    """`repr` is for logs: items, room, state."""
+    """`repr` shows the number of items, the maximum and the state."""
     queue: BoundedQueue[int] = BoundedQueue(2)
     await queue.put(1)
     is_open = repr(queue)

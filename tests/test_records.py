@@ -1,4 +1,4 @@
-"""Keys and ids: the same on every machine, and no two things share one by accident."""
+"""Keys and ids are the same on every machine and do not collide."""
 
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 
@@ -23,27 +23,27 @@ def test_a_digest_is_the_same_everywhere() -> None:
     other=st.lists(st.text(st.characters(codec="utf-8"))),
 )
 def test_digests_differ_where_parts_do(parts: list[str], other: list[str]) -> None:
-    """Not only the text counts but also where one part ends and the next begins."""
+    """A digest depends on the text and on where one part ends and the next begins."""
     assert (parts == other) == (digest(*parts) == digest(*other))
 
 
-def test_parts_are_kept_apart() -> None:
-    """("ab", "c") is not ("a", "bc")."""
+def test_part_boundaries_change_the_digest() -> None:
+    """("ab", "c") and ("a", "bc") have different digests."""
     assert digest("ab", "c") != digest("a", "bc")
 
 
-def test_a_draft_is_named_for_its_seed() -> None:
-    """The first draft has the seed's own id, the others a number behind it."""
+def test_draft_ids_start_with_the_seed_id() -> None:
+    """The first draft has the seed's id; the others append #N."""
     assert ["s-1", "s-1#1", "s-1#2"] == [Draft(SEED, number).id for number in range(3)]
 
 
-def test_drafts_of_look_alike_seeds_have_different_keys() -> None:
-    """A seed whose id looks like another one's second draft is not taken for it."""
+def test_drafts_of_seeds_with_similar_ids_have_different_keys() -> None:
+    """A seed with the id s-1#1 is not mistaken for the second draft of the seed s-1."""
     assert draft_key("s-1", 1) != draft_key("s-1#1", 0)
 
 
 def test_a_context_has_the_key_of_its_draft() -> None:
-    """What the log holds leads back to the draft that it finishes."""
+    """The key of a logged context identifies the draft that it completes."""
     context = Context(
         id="s-1#2",
         seed_id="s-1",
@@ -72,7 +72,7 @@ def test_a_context_has_the_key_of_its_draft() -> None:
 
 
 def test_records_cannot_be_edited() -> None:
-    """A stage hands on a new record; it never edits another's."""
+    """Records are frozen: a stage that changes one passes on a new record."""
     kinds = [kind for kind in vars(records).values() if isinstance(kind, type) and is_dataclass(kind)]
 
     assert kinds
@@ -82,7 +82,7 @@ def test_records_cannot_be_edited() -> None:
 
 
 def test_reasons_are_a_closed_set() -> None:
-    """Readers of the log switch over the reasons: adding one is a change of the format."""
+    """Readers of the log depend on these reasons: a new one changes the format."""
     expected = (
         "invalid_utf8 invalid_json not_a_seed line_too_long "
         "empty too_short too_long refusal truncated repetition prompt_echo qa_pasted no_pair "
@@ -93,8 +93,8 @@ def test_reasons_are_a_closed_set() -> None:
     assert expected.split() == [str(reason) for reason in RejectReason]
 
 
-def test_no_two_drafts_share_an_id() -> None:
-    """Not even when a seed is called as another one's second draft."""
+def test_draft_ids_are_unique() -> None:
+    """Draft ids are unique even if the id of one seed looks like a draft id of a different seed."""
     seeds = [Seed(name, "t", "i", "a", "f:1") for name in ("a", "a#1", "a##1", "a#", "#")]
     ids = [Draft(seed, number).id for seed in seeds for number in range(3)]
 
