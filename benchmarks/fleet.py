@@ -235,7 +235,7 @@ async def run_sampled(
 
 def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -> Outcome:
     """Run the whole `streamsyn run` on a new fleet."""
-    out, began = Outcome(name), time.perf_counter()
+    out, started = Outcome(name), time.perf_counter()
     fleet = scenario.fleet()
     with tempfile.TemporaryDirectory() as folder:
         seeds = seeds_file(Path(folder), scenario.seeds)
@@ -258,13 +258,13 @@ def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -
         print(
             f"{name}: {summary.contexts} contexts, rejects {dict(summary.counters.rejects)}", file=sys.stderr
         )
-    out.real_s = time.perf_counter() - began
+    out.real_s = time.perf_counter() - started
     return out
 
 
 def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
     """Send `cap` requests a server at a time, round robin; a failure is retried at the next server."""
-    out, began = Outcome(name), time.perf_counter()
+    out, started = Outcome(name), time.perf_counter()
     fleet, turns = scenario.fleet(), itertools.count()
     _, _, request = sample_request(scenario)
     numbers = iter(range(scenario.seeds * scenario.drafts))
@@ -301,7 +301,7 @@ def with_a_loop(scenario: Scenario, name: str, cap: int) -> Outcome:
             sampler.cancel()
 
     fleet.run(main())
-    out.real_s = time.perf_counter() - began
+    out.real_s = time.perf_counter() - started
     return out
 
 

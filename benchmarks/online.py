@@ -140,7 +140,7 @@ def wait_for(process: subprocess.Popen[bytes], log: Path) -> float:
 async def run_together(programs: Programs, url: str) -> float:
     """Start both at the same time and return the seconds until both have ended."""
     run, tuned = programs.folder / "run", programs.folder / "tuned"
-    began = time.time()
+    started = time.time()
     training = programs.train(run, tuned)
     try:
         running = programs.run(url, run)
@@ -153,13 +153,13 @@ async def run_together(programs: Programs, url: str) -> float:
             ]
     finally:
         training.kill()
-    return max(end.result() for end in ends) - began
+    return max(end.result() for end in ends) - started
 
 
 async def run_alone(process: subprocess.Popen[bytes], out: Path) -> float:
     """Return the seconds that one process takes with the other core idle."""
-    began = time.time()
-    return await asyncio.to_thread(wait_for, process, out.with_suffix(".log")) - began
+    started = time.time()
+    return await asyncio.to_thread(wait_for, process, out.with_suffix(".log")) - started
 
 
 def lines(path: Path) -> list[Row]:

@@ -103,13 +103,8 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     return losses, times
 
 
-def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Train with TRL's SFTTrainer on the same packs, in the format of its packing; returns like `ours`."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
+def trl_rows(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the packs in the format of TRL's own packing."""
     rows = []
     for number, row in enumerate(plan["rows"]):
         texts = tokens_of(row, number, plan["vocabulary"])
@@ -124,17 +119,27 @@ def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]
                 "seq_lengths": [size for size, _ in row],
             }
         )
+    return rows
+
+
+def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Train with TRL's SFTTrainer on the same packs; returns like `ours`."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
     times: list[float] = []
     losses: list[float] = []
 
     class Watch(TrainerCallback):
-        began = 0.0
+        started = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            Watch.began = clock(plan["gpu"])
+            Watch.started = clock(plan["gpu"])
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(clock(plan["gpu"]) - Watch.began)
+            times.append(clock(plan["gpu"]) - Watch.started)
 
         def on_log(self, *_: Any, **given: Any) -> None:
             if "loss" in given["logs"]:
@@ -167,7 +172,7 @@ def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(trl_rows(plan)),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Watch()],
     )
