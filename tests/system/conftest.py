@@ -48,8 +48,10 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 def _process(*arguments: object, **options: Any) -> subprocess.Popen[Any]:
     given = list(map(str, arguments))
-    if "preexec_fn" in options:  # only a process of its own can be given limits
-        return subprocess.Popen([*COMMAND, *given], **options)
+    if "preexec_fn" in options:
+        # Only a process of its own can be given limits, and they would hit the file of a coverage run, too.
+        unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        return subprocess.Popen([*COMMAND, *given], **{"env": unmeasured, **options})
     return ForkedProcess(FORKS, given, **options)
 
 

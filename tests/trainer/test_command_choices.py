@@ -66,7 +66,7 @@ def test_model_and_out_may_be_in_the_configuration(start: Start, tmp_path: Path)
         (["--plot"], "pass --out DIR, or set train.out"),
         (["--plot", "--out", "nowhere"], "nowhere"),
         (["nowhere.toml", "--from", "run"], "nowhere.toml"),
-        (["--from", "run", "--out", "o", "--model", "base", "--set", "lora"], "key=value"),
+        (["--from", "run", "--out", "o", "--model", "base", "--set", "lora"], "KEY=VALUE"),
         (["--from", "run", "--out", "o", "--model", "base", "--tethered"], "run --train"),
     ],
 )
