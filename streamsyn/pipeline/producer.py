@@ -13,8 +13,9 @@ from typing import TypeAlias
 from streamsyn.config.loading import Config
 from streamsyn.pipeline.work_order import GroupOrder, TaskLosses, TaskOrder
 from streamsyn.queues import BoundedQueue
-from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
+from streamsyn.records import BadSeed, Draft, Entry, Seed, Work
 from streamsyn.seeds.reader import SeedReader
+from streamsyn.seeds.stdin import is_from_pipe
 from streamsyn.sink.completed_keys import Claim, Claims
 from streamsyn.telemetry import Counters
 
@@ -134,7 +135,8 @@ class Producer:
         # Finished entries need not be claimed, which makes a resume twice as fast; but a limit must count
         # each seed once.
         must_claim = bool(left) or self._limit is not None
-        if must_claim and self._claims.claim(parts[0][0]) is Claim.REPEATED:
+        spooled = is_from_pipe(entry)
+        if must_claim and self._claims.claim(parts[0][0], spooled=spooled) is Claim.REPEATED:
             self._counters.repeated += 1
             return []
         self._taken += isinstance(entry, Seed)
@@ -143,8 +145,8 @@ class Producer:
         return left
 
     def _is_known(self, entry: Entry) -> bool:
-        key = entry.key if isinstance(entry, BadSeed) else draft_key(entry.id, 0)
-        return self._claims.is_known(key)
+        """Whether the spool need not hold an entry: it holds it already, or all its drafts are finished."""
+        return self._claims.is_known([key for key, _ in self._work_of(entry)])
 
 
 def _task(item: Work) -> str:

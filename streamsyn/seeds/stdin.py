@@ -16,6 +16,8 @@ from streamsyn.records import BadSeed, Entry, RejectReason, Seed
 from streamsyn.seeds.parse import SeedParser
 
 _CHUNK_BYTES: Final = 256 * 1024
+_NAME: Final = "-"
+"""The name of the pipe in the origin of an entry, as in `-:17`."""
 
 
 class StdinSource:
@@ -62,7 +64,7 @@ class StdinSource:
             raise ConfigError(f"stdin cannot be read: {error.strerror}") from error
 
     def _entries(self, lines: Iterable[Line]) -> list[Entry]:
-        parsed = [self._parser.line(line, "-", self._task, self._max_line_bytes) for line in lines]
+        parsed = [self._parser.line(line, _NAME, self._task, self._max_line_bytes) for line in lines]
         return [entry for entry in parsed if entry is not None]
 
 
@@ -98,6 +100,11 @@ class SeedSpool:
                 if new:
                     self._spool.append(new)
                 yield batch
+
+
+def is_from_pipe(entry: Entry) -> bool:
+    """Whether an entry was read from a pipe, by this run or an earlier one: then the spool holds it."""
+    return entry.origin.startswith(f"{_NAME}:")
 
 
 def _encode(entry: Entry) -> bytes:

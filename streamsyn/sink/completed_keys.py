@@ -29,7 +29,7 @@ _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS finished (key BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS shards (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
-_SCRATCH_TABLES: Final = "CREATE TABLE claimed (key BLOB PRIMARY KEY) WITHOUT ROWID;"
+_SCRATCH_TABLES: Final = "CREATE TABLE claimed (key BLOB PRIMARY KEY, spooled INTEGER) WITHOUT ROWID;"
 
 
 def row_key(row: dict[str, Any]) -> bytes:
@@ -140,10 +140,16 @@ class Claims:
                 self._db.execute("ATTACH ? AS old", (str(finished),))
                 self._has_finished = bool(self._db.execute("SELECT 1 FROM old.finished LIMIT 1").fetchall())
 
-    def claim(self, key: bytes) -> Claim:
-        """Mark `key` as read in this run; whether it was read before, is finished, or is new."""
+    def claim(self, key: bytes, *, spooled: bool = False) -> Claim:
+        """Mark `key` as read in this run; whether it was read before, is finished, or is new.
+
+        Args:
+            key: The key of a bad line, or of the first draft of a seed.
+            spooled: Whether the spool holds what was read, so that a later run reads it without its source.
+        """
         with self._in_use():
-            new = self._db.execute("INSERT OR IGNORE INTO main.claimed VALUES (?)", (key,)).rowcount
+            row = (key, spooled)
+            new = self._db.execute("INSERT OR IGNORE INTO main.claimed VALUES (?, ?)", row).rowcount
         if not new:
             return Claim.REPEATED
         return Claim.FINISHED if self.finished([key]) else Claim.NEW
@@ -160,11 +166,12 @@ class Claims:
                 found.update(key for (key,) in self._db.execute(query, some))
         return found
 
-    def is_known(self, key: bytes) -> bool:
-        """Whether `key` is finished, or was read before in this run."""
+    def is_known(self, keys: Sequence[bytes]) -> bool:
+        """Whether later runs need not read an entry again: it is spooled, or all its `keys` are finished."""
+        query = "SELECT 1 FROM main.claimed WHERE key = ? AND spooled"
         with self._in_use():
-            claimed = self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall()
-        return bool(claimed) or bool(self.finished([key]))
+            spooled = self._db.execute(query, (keys[0],)).fetchall()
+        return bool(spooled) or len(self.finished(keys)) == len(set(keys))
 
     @contextmanager
     def batch(self) -> Iterator[None]:

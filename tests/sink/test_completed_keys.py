@@ -17,7 +17,7 @@ from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
 from tests.builders import context, opened, outcome, reject, sink
 
-KEYS = [b"%016d" % number for number in range(5)]
+KEYS = [b"%016d" % number for number in range(8)]
 
 
 def finished_run(root: Path, outcomes: int = 30) -> Path:
@@ -49,7 +49,7 @@ def test_a_key_is_new_once(tmp_path: Path) -> None:
     assert [Claim.NEW, Claim.NEW, Claim.REPEATED, Claim.NEW, Claim.REPEATED] == [
         claims.claim(KEYS[number]) for number in (0, 1, 0, 2, 1)
     ]
-    assert [True, False] == [claims.is_known(key) for key in KEYS[2:4]]
+    assert [False, False] == [claims.is_known([key]) for key in KEYS[2:4]]
     assert set() == claims.finished(KEYS)
     claims.close()
 
@@ -61,8 +61,22 @@ def test_a_finished_key_is_finished_once(tmp_path: Path) -> None:
     claims = Claims(finished.path, tmp_path / "read.sqlite")
 
     assert [Claim.FINISHED, Claim.REPEATED, Claim.NEW] == [claims.claim(KEYS[n]) for n in (0, 0, 2)]
-    assert [True, True, True, False] == [claims.is_known(key) for key in KEYS[:4]]
+    assert [True, True, False, False] == [claims.is_known([key]) for key in KEYS[:4]]
     assert set(KEYS[:2]) == claims.finished(KEYS)
+    claims.close()
+    finished.close()
+
+
+def test_an_entry_is_known_when_no_later_run_has_to_read_it(tmp_path: Path) -> None:
+    """Its drafts are all finished, or the spool has it. One draft or a claim of a file does not do."""
+    finished = CompletedKeys(tmp_path / "finished.sqlite")
+    finished.catch_up(Manifest(tmp_path / "none"), tmp_path, KEYS[:3])
+    claims = Claims(finished.path, tmp_path / "read.sqlite")
+    claims.claim(KEYS[4])
+    claims.claim(KEYS[6], spooled=True)
+
+    entries = [KEYS[:2], KEYS[2:4], KEYS[4:6], KEYS[6:8], [KEYS[0], KEYS[0]]]
+    assert [True, False, False, True, True] == [claims.is_known(keys) for keys in entries]
     claims.close()
     finished.close()
 

@@ -160,6 +160,39 @@ def test_what_came_through_a_pipe_survives_a_kill(serve: Serve, seeds: Seeds, tm
     assert_clean(out)
 
 
+def test_a_seed_is_spooled_unless_all_its_drafts_are_finished(
+    serve: Serve, seeds: Seeds, tmp_path: Path
+) -> None:
+    """Read from a file and then from a pipe, both killed: a run without seeds finishes every draft."""
+    server, out, path = serve("--latency-ms", "500"), tmp_path / "out", seeds(40)
+    options = ["--no-progress", "--set", "recipe.contexts_per_seed=3", "--set", "sink.sync_interval_s=0.1"]
+    arguments = ["run", "--server", server.url, "--out", str(out), *options]
+    spool = out / "spool" / "stdin.jsonl"
+
+    def is_at_end(source: str) -> bool:
+        """The first run ends with one or two of three drafts of a seed, the second before it writes any."""
+        return bool(rows(out, "contexts") if source != "-" else spool.exists() and spool.read_bytes())
+
+    for source in (str(path), "-"):
+        process = start(
+            *arguments, "--seeds", source, "--set", "fleet.max_in_flight=2", stdin=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        process.stdin.write(path.read_bytes())
+        process.stdin.flush()
+        while not is_at_end(source):
+            assert process.poll() is None
+        process.kill()
+        process.communicate()
+
+    finished = streamsyn(*arguments)
+
+    assert finished.returncode == 0, finished.stderr
+    drafts = {(row["seed_id"], row["draft"]) for row in rows(out, "contexts")}
+    assert 120 == len(rows(out, "contexts")) == len(drafts)
+    assert_clean(out)
+
+
 def test_a_signal_ends_a_run_that_waits_for_stdin(serve: Serve, tmp_path: Path) -> None:
     """A run whose pipe is silent can still be stopped."""
     arguments = ["run", "--seeds", "-", "--server", serve().url, "--out", tmp_path / "out", *SLOW]
