@@ -9,6 +9,8 @@ import select
 import stat
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamsyn.errors import ConfigError, ReaderGone, SinkError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:  # the command line starts with this module, and the log is sl
 
 _PIPE_CHUNK = 4096
 """Bytes that a pipe takes without blocking once it polls as writable (POSIX: PIPE_BUF)."""
+_MARKER = Path("index") / "stdout.open"
+"""In the run directory while samples are written to stdout; left behind when the last line may be torn."""
 
 
 class SampleDelivery:
@@ -41,6 +45,7 @@ class SampleDelivery:
     def replay(self) -> None:
         """Give the reader the samples of earlier runs: a reader that was killed may not have all of them."""
         if self._stream is not None:
+            self._stream.resume(self._log.root / _MARKER)
             self._stream.write(self._log.read_sample_lines())
 
     def deliver(self, samples: "Sequence[Sample]") -> None:
@@ -51,6 +56,7 @@ class SampleDelivery:
             SinkError: Stdout is a file that cannot be written, or the log cannot be.
         """
         if self._stream is not None:
+            self._stream.resume(self._log.root / _MARKER)
             self._stream.write(self._log.samples.encode(samples))
         self._log.samples.append(samples)
         self._counters.samples += len(samples)
@@ -78,6 +84,37 @@ class SampleStream:
         is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._chunk = 1 << 20 if is_file else _PIPE_CHUNK
         self._wake_read, self._wake_write = os.pipe()
+        self._marker: Path | None = None
+        self._is_whole = True
+        """Whether no line is written in part."""
+
+    def resume(self, marker: Path) -> None:
+        """Begin a new line if an earlier run may have left part of one; called again, does nothing.
+
+        Otherwise a reader would find the first sample of this run joined to the torn one, and skip both.
+
+        Args:
+            marker: A file that exists while a run writes, and after one that may have left a torn line.
+
+        Raises:
+            ReaderGone: As `write`.
+            SinkError: As `write`, or the marker cannot be written.
+        """
+        if self._marker is not None:
+            return
+        if self._may_be_torn(marker):
+            self.write([b"\n"])
+        try:
+            marker.touch()
+        except OSError as error:
+            raise SinkError(f"cannot write {marker}: {error.strerror}") from error
+        self._marker = marker
+
+    def leave(self) -> None:
+        """Record that no line is torn, if that is so: a run that resumes need not begin a new line."""
+        if self._marker is not None and self._is_whole:
+            with suppress(OSError):  # then the next run begins with an empty line
+                self._marker.unlink(missing_ok=True)
 
     def write(self, lines: Iterable[bytes]) -> None:
         """Write whole lines.
@@ -89,15 +126,18 @@ class SampleStream:
         for line in lines:
             data = memoryview(line)
             while data:
+                self._is_whole = len(data) == len(line)
                 stopped, _, _ = select.select([self._wake_read], [self._fd], [])
                 if stopped:
                     raise ReaderGone("stopped while the reader of stdout was not reading")
                 try:
                     data = data[os.write(self._fd, data[: self._chunk]) :]
                 except ConnectionError:  # EPIPE of a pipe, ECONNRESET of a socket
+                    self._is_whole = True  # nobody will read this pipe any more
                     raise ReaderGone("the reader of stdout has gone away") from None
                 except OSError as error:
                     raise SinkError(f"cannot write samples to stdout: {error.strerror}") from error
+            self._is_whole = True
 
     def stop(self) -> None:
         """End a write that waits for the reader, from any thread."""
@@ -107,6 +147,15 @@ class SampleStream:
         """Close stdout: the reader sees the end of the stream."""
         for fd in (self._fd, self._wake_read, self._wake_write):
             os.close(fd)
+
+    def _may_be_torn(self, marker: Path) -> bool:
+        """Whether stdout may end in part of a line. A file tells; a pipe does not, so its marker decides."""
+        if stat.S_ISREG(os.fstat(self._fd).st_mode):
+            with suppress(OSError), Path(f"/dev/fd/{self._fd}").open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                return file.read(1) not in (b"", b"\n")
+        return marker.exists()
 
 
 def secure_stdio() -> None:

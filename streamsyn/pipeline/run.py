@@ -74,6 +74,8 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         summary.contexts, summary.rejects = run_log.contexts.rows, run_log.rejects.rows
         summary.samples = run_log.samples.rows
     finally:
+        if request.stream is not None:
+            request.stream.leave()
         directory.close()
     return summary
 

@@ -1,8 +1,13 @@
 """Stdout as a stream of samples: real pipes, and readers that are slow, stuck or gone."""
 
+import json
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +154,77 @@ def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
         _, err = process.communicate(timeout=20)
 
     assert b"SinkError cannot write samples to stdout: No space left on device\n" == err
+
+
+RESUMING = """
+stream = SampleStream()
+marker = Path(sys.argv[1])
+def lines():
+    for line in sys.stdin.buffer:
+        yield json.dumps({"id": int(line), "text": "x" * 50_000}).encode() + b"\\n"
+        print("written", file=sys.stderr, flush=True)
+def write():
+    stream.resume(marker)
+    stream.write(lines())
+report(write)
+stream.leave()
+"""
+
+
+def readable(stream: bytes) -> set[int]:
+    """The ids of the samples that a reader finds which skips what it cannot read."""
+    found = set()
+    for line in stream.splitlines():
+        with suppress(ValueError):
+            found.add(json.loads(line)["id"])
+    return found
+
+
+def resuming(marker: Path, stdout: int, **options: Any) -> subprocess.Popen[bytes]:
+    """A process that writes a sample for each number on its stdin, onto a stream that outlives it."""
+    script = "import json, resource\nfrom pathlib import Path\n" + PRELUDE + RESUMING
+    command = [sys.executable, "-c", script, str(marker)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=stdout, stderr=pipe, **options)
+
+
+def test_a_run_on_the_pipe_of_one_that_was_killed_loses_nothing(tmp_path: Path) -> None:
+    """Samples that do not fit in the pipe, and three kills: the next run writes the torn one whole."""
+    read, write = os.pipe()
+    received, written = b"", 0
+    for is_last in (False, False, False, True):
+        with resuming(tmp_path / "marker", write) as process:
+            assert process.stdin is not None
+            assert process.stderr is not None
+            process.stdin.write(b"".join(b"%d\n" % number for number in range(written, 10)))
+            process.stdin.close()
+            if is_last:
+                os.close(write)
+            end = len(received) + (10**9 if is_last else 70_000)
+            while len(received) < end and (chunk := os.read(read, 4096)):
+                received += chunk
+            if not is_last:
+                process.stderr.readline()
+                time.sleep(0.2)  # until the pipe is full
+                process.kill()
+                written += 1
+            written += process.stderr.read().count(b"written\n")
+    os.close(read)
+
+    assert set(range(10)) == readable(received)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_run_on_a_file_that_ends_in_a_torn_line_loses_nothing(tmp_path: Path) -> None:
+    """As a full disk leaves it, with and without the marker; whole files get no empty line."""
+    path, marker = tmp_path / "samples.jsonl", tmp_path / "marker"
+    path.write_bytes(b'{"id": 0}\n{"id": 1, "te')
+    for _ in range(2):
+        with path.open("ab") as file, resuming(marker, file.fileno()) as process:
+            process.communicate(b"1\n")
+
+    assert {0, 1} == readable(path.read_bytes())
+    assert 4 == len(path.read_bytes().splitlines())
 
 
 def test_a_closed_stdout_is_refused() -> None:

@@ -1,10 +1,14 @@
 """Signals, pipes, locks, full disks: each leaves a directory that resumes."""
 
+import fcntl
 import json
+import os
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,47 @@ def test_a_reader_that_goes_away_ends_the_run(serve: Serve, seeds: Seeds, tmp_pa
     rest = [json.loads(line) for line in resumed.stdout.splitlines()]
     assert resumed.returncode == 0, resumed.stderr
     assert list(range(recorded, len(rows(out, "samples")))) == [sample["seq"] for sample in rest]
+    assert_clean(out)
+
+
+@pytest.mark.parametrize("stop", ["kill", "two signals"])
+def test_a_pipe_that_outlives_runs_loses_no_sample(
+    serve: Serve, seeds: Seeds, tmp_path: Path, stop: str
+) -> None:
+    """Stopped while the pipe is full: the next run on the same pipe writes the torn sample again, whole."""
+    server, out = serve(), tmp_path / "out"
+    options = [*SLOW, "--set", "sink.sync_interval_s=0.1", "--set", "run.drain_timeout_s=0.1"]
+    command = ["run", "--seeds", seeds(60), "--server", server.url, "--out", out, "--stdout", *options]
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096 * 2)
+    received = b""
+    for _ in range(3):
+        process = start(*command, stdout=write)
+        wait_for_line(process, "run.started")
+        end = len(received) + 70_000
+        while len(received) < end:
+            received += os.read(read, 5000)
+        time.sleep(0.5)  # the pipe fills up in the middle of a sample
+        if stop == "kill":
+            process.kill()
+        else:
+            process.send_signal(signal.SIGINT)
+            wait_for_line(process, "run.draining")
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    last = start(*command, stdout=write)
+    os.close(write)
+    while chunk := os.read(read, 1 << 16):
+        received += chunk
+    last.communicate(timeout=20)
+    os.close(read)
+
+    assert 0 == last.returncode
+    found = set()
+    for line in received.splitlines():
+        with suppress(ValueError):
+            found.add(json.loads(line)["id"])
+    assert {row["id"] for row in rows(out, "samples")} == found
     assert_clean(out)
 
 
