@@ -1,7 +1,7 @@
 """All sections of the configuration except `train`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -403,5 +403,6 @@ class AssemblySection(Section):
         if self.distractors == "none" or (self.contexts_per_sample == 1 and self.target_tokens is None):
             return {}
         if isinstance(self.distractors, dict):
-            return dict(self.distractors)
+            # Sources are drawn by their places: those must not depend on how the table is written.
+            return {name: self.distractors[name] for name in get_args(Source) if name in self.distractors}
         return {self.distractors: 1.0}

@@ -51,9 +51,10 @@ class ModelWeights:
     """Gives each draft a model, in proportion to the weights and the same one in every run."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        total, edge = sum(weights.values()), 0.0
+        in_order = sorted(weights.items())  # the rounding of sums, too, must not depend on the order given
+        total, edge = sum(weight for _, weight in in_order), 0.0
         self._edges: list[tuple[float, str]] = []
-        for model, weight in sorted(weights.items()):
+        for model, weight in in_order:
             edge += weight / total
             self._edges.append((edge, model))
 

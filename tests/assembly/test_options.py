@@ -5,8 +5,9 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import orjson
@@ -415,3 +416,16 @@ def test_samples_do_not_depend_on_the_process() -> None:
 
     assert 1 == len(made_by)
     assert b"excluded" in next(iter(made_by))
+
+
+@pytest.mark.parametrize("order", list(permutations(["same_task", "any_task", "corpus"]))[1:])
+def test_the_order_of_a_mix_does_not_matter(order: Sequence[str]) -> None:
+    """The fingerprint does not have it, so a resume with a different order must make the same samples."""
+    weights = {"same_task": 3.0, "any_task": 1.0, "corpus": 0.5}
+
+    def made_with(names: Iterable[str]) -> list[Sample]:
+        mix = {name: weights[name] for name in names}
+        section = AssemblySection.model_validate({"contexts_per_sample": 4, "distractors": mix})
+        return assemble(assembler(section), log_of(1, 100))
+
+    assert made_with(weights) == made_with(order)
