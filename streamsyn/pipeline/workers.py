@@ -7,6 +7,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -29,11 +30,14 @@ from streamsyn.records import (
     Work,
 )
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
+from streamsyn.sink.log import encode_row
 
 if TYPE_CHECKING:
     from streamsyn.scoring.examiner import Examiner
 
 log = structlog.get_logger()
+
+_REJECT_TEXTS = ("detail", "origin", "task", "instruction", "answer")
 
 
 class Worker:
@@ -74,6 +78,7 @@ class Worker:
         async for item in work:
             self.current, self.attempts = item, []
             outcome = await self._outcome(item)
+            encode_row(0, outcome)  # what the log cannot hold is a bug of this draft alone: it raises here
             self.current = None
             on_outcome()
             await results.put(outcome)
@@ -301,10 +306,26 @@ class WorkerPool:
             self._start = None
             raise bug
         detail = "".join(traceback.format_exception(bug))
-        await results.put(worker.reject(RejectReason.INTERNAL_ERROR, detail))
+        await results.put(_loggable(worker.reject(RejectReason.INTERNAL_ERROR, detail)))
 
     def _reset_bugs(self) -> None:
         self._bugs = 0
+
+
+def _loggable(reject: Reject) -> Reject:
+    """The reject with its texts and metadata as the log can hold them, which the bug may have spoiled."""
+    try:
+        encode_row(0, reject)
+    except TypeError:  # orjson.JSONEncodeError is one
+        attempts = [replace(attempt, error=_plain(attempt.error)) for attempt in reject.attempts]
+        texts: dict[str, Any] = {name: _plain(getattr(reject, name)) for name in _REJECT_TEXTS}
+        return replace(reject, **texts, metadata={}, attempts=attempts)
+    return reject
+
+
+def _plain(text: str | None) -> str | None:
+    """The text with lone surrogates, which UTF-8 does not have, written as escapes."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _name(item: Work) -> str:

@@ -58,6 +58,7 @@ class FileSource:
         return self._rows.fraction()
 
     def _entry(self, row: RawRow, source: str) -> Entry | None:
+        source = _printable(source)
         if isinstance(row, Line):
             return self._parser.line(row, source, self._task, self._max_line_bytes)
         origin = f"{source}:{row.number}"
@@ -67,4 +68,10 @@ class FileSource:
 
 
 def _default_task(path: Path) -> str:
-    return path.name if path.is_dir() else path.name.split(".")[0] or path.name
+    name = _printable(path.name)
+    return name if path.is_dir() else name.split(".")[0] or name
+
+
+def _printable(name: str) -> str:
+    """A file's name as the log can hold it: bytes that are not UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,5 +1,6 @@
 """Parses a line or a row into a Seed, or into a BadSeed with the reason and the detail of what is wrong."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -146,7 +147,7 @@ def _json_problem(text: bytes, error: orjson.JSONDecodeError) -> tuple[RejectRea
 def _bad(origin: str, reason: RejectReason, detail: str, raw: bytes) -> BadSeed:
     # The key of a file's line has the absolute path in it; a pipe has none.
     place = origin if origin.startswith("-:") else str(Path(origin).absolute())
-    return BadSeed(origin, reason, detail, digest("bad", place, raw))
+    return BadSeed(origin, reason, detail, digest("bad", os.fsencode(place), raw))
 
 
 def _preview(text: bytes) -> str:

@@ -3,9 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from streamsyn.config.sections import ChecksSection, FleetSection, RecipeSection, ScoringSection
@@ -14,9 +17,20 @@ from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.pipeline.workers import Worker, WorkerPool
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.context import ContextRecipe
-from streamsyn.recipes.recipe import Recipe, Steps
+from streamsyn.recipes.recipe import Recipe, RejectedDraft, Steps
 from streamsyn.recipes.sections_recipe import SectionsRecipe
-from streamsyn.records import BadSeed, Context, Draft, Outcome, Reject, RejectReason, Seed, Work, draft_key
+from streamsyn.records import (
+    BadSeed,
+    Context,
+    Document,
+    Draft,
+    Outcome,
+    Reject,
+    RejectReason,
+    Seed,
+    Work,
+    draft_key,
+)
 from streamsyn.scoring.examiner import Examiner, Scores
 from streamsyn.scoring.requests import AnswerPrompt
 from streamsyn.simulator.app import RunningSimulator, running
@@ -24,6 +38,7 @@ from streamsyn.simulator.faults import Fault, Script
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.sink.journal import Journal
 from streamsyn.telemetry import Counters
+from tests.builders import opened, rows, sink
 
 
 def drafts(*names: str) -> list[Work]:
@@ -124,6 +139,64 @@ async def test_a_draft_becomes_a_context() -> None:
     assert context.key == item.key
     assert len(context.context.split()) == context.checks["words"] > 100
     assert ([None], 1) == ([attempt.error for attempt in context.attempts], len(context.steps))
+
+
+class Unwritable(Buggy):
+    """A recipe that makes what the log cannot hold, with the seed `bad`."""
+
+    def __init__(self, spoil: Callable[[Document], Document]) -> None:
+        super().__init__(lambda _: False)
+        self._spoil = spoil
+
+    def steps(self, draft: Draft) -> Steps:
+        """Hold the conversation, and spoil its document."""
+        document = yield from RECIPE.steps(draft)
+        return self._spoil(document) if draft.seed.id == "bad" else document
+
+
+def in_checks(value: object) -> Callable[[Document], Document]:
+    return lambda document: replace(document, checks={"value": value})
+
+
+def logged(root: Path, outcomes: list[Outcome]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of contexts and rejects, when the outcomes are written in one batch."""
+    with opened(root, sink()) as log:
+        log.append(outcomes)
+    return rows(root, "contexts"), rows(root, "rejects")
+
+
+def refuse(_: Document) -> Document:
+    raise RejectedDraft(RejectReason.EMPTY, "a lone \ud800")
+
+
+def fail(_: Document) -> Document:
+    raise ValueError("a lone \ud800")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        in_checks(np.float32(1)),
+        in_checks({1, 2}),
+        in_checks(Path("a")),
+        in_checks(2**70),
+        in_checks({1: "a"}),
+        in_checks("\udcff"),
+        lambda document: replace(document, text="\ud800 " + document.text),
+        refuse,
+        fail,
+    ],
+)
+async def test_what_the_log_cannot_hold_costs_its_draft_alone(
+    tmp_path: Path, spoil: Callable[[Document], Document]
+) -> None:
+    """Each draft has an outcome, and the log takes all of them in one batch."""
+    async with fleet_at([]) as (fleet, _):
+        outcomes = await worked(fleet, drafts("a", "bad", "b"), Unwritable(spoil))
+    contexts, [reject] = await asyncio.to_thread(logged, tmp_path, outcomes)
+
+    assert ["a", "b"] == [row["seed_id"] for row in contexts]
+    assert ("bad", "internal_error") == (reject["seed_id"], reject["reason"])
 
 
 async def test_tokens_of_discarded_answers_are_counted() -> None:

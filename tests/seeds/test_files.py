@@ -1,6 +1,7 @@
 """Seeds in files of every format, with their places. For damaged files see tests/io/test_row_reader.py."""
 
 import gzip
+import os
 import random
 import struct
 from collections.abc import Callable, Iterable
@@ -224,3 +225,16 @@ def test_a_saved_dataset_is_read_split_by_split(tmp_path: Path, datasets: Any) -
 
     assert [0, 1, 2] == numbers_in(read)
     assert [f"{path}[train]:1", f"{path}[train]:2", f"{path}[test]:1"] == [entry.origin for entry in read]
+
+
+def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path: Path) -> None:
+    """So that the log can hold the origin and the task of its seeds, and of its bad lines."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_bytes(orjson.dumps(row(0)) + b"\n{broken\n")
+
+    seed, bad = entries(source_at(path))
+
+    assert isinstance(seed, Seed)
+    assert "caf\\udce9" == seed.task
+    assert [f"{tmp_path}/caf\\udce9.jsonl:{number}" for number in (1, 2)] == [seed.origin, bad.origin]
+    assert orjson.dumps([seed, bad], default=bytes.hex)
