@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -20,6 +21,20 @@ def _no_blocking_calls() -> Iterator[BlockBuster]:
     """A blocking call made from a coroutine of ours fails the test; in a thread it is fine."""
     with blockbuster_ctx("streamsyn") as detector:
         yield detector
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files and folders that are synced, in their order."""
+    paths: list[Path] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        paths.append(Path(f"/proc/self/fd/{fd}").readlink())
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return paths
 
 
 @pytest_asyncio.fixture

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from streamsyn.io.durable import make_folder
+
 SQLITE_ERRORS: Final = (sqlite3.Error, UnicodeDecodeError)
 """What a call of SQLite may raise: its messages quote a damaged schema, which Python may fail to decode."""
 _DISK_CODES: Final = (
@@ -46,7 +48,7 @@ class DerivedDatabase:
     def connect(self) -> sqlite3.Connection:
         """The connection, in autocommit mode; the file is opened by the first call."""
         if self._db is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._db = _connect(self.path, self._pragmas, self._schema, self._busy_timeout_s)
         return self._db
 

@@ -26,6 +26,18 @@ def write_whole(path: Path, data: bytes) -> None:
         raise SinkError(f"cannot write {path}: {error.strerror}") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents so that they survive a loss of power; one that exists is fine.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_folder(made.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Sync a folder's entries to disk: without this, a loss of power can lose a new or renamed file."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,8 +1,9 @@
 """A file for what cannot be read twice: a pipe's entries are in it, on disk, before they are acted on.
 
 One entry a line. After a kill the entries are replayed from the file. A torn last line was not acted on, so
-it is cut off. A damaged line among others is an error: what follows it was acted on, and cannot be piped
-again.
+it is cut off. So is everything from a page on that never reached the disk, as a loss of power leaves it: the
+batch that it belongs to was not synced, and the next one was not begun. Any other damaged line among others
+is an error: what follows it was acted on, and cannot be piped again.
 """
 
 import os
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import IO, Final, Generic, TypeVar
 
 from streamsyn.errors import SinkError
-from streamsyn.io.durable import sync_folder
+from streamsyn.io.durable import make_folder, sync_folder
 
 T = TypeVar("T")
 
 BATCH_ENTRIES: Final = 256
 BATCH_BYTES: Final = 256 * 1024
+_BLOCK_BYTES: Final = 512
+"""Every disk and file system loses whole multiples of this."""
 
 
 class Spool(Generic[T]):
@@ -45,6 +48,7 @@ class Spool(Generic[T]):
         """
         if not self.exists():
             return
+        self._sync()
         batch: list[T] = []
         end = begin = damaged = 0
         for number, line in enumerate(self.lines(), 1):
@@ -53,6 +57,8 @@ class Spool(Generic[T]):
             entry = self._decode(line) if line.endswith(b"\n") else None
             if entry is None:
                 damaged = number
+                if never_synced(line, end):
+                    break
                 continue
             end += len(line)
             batch.append(entry)
@@ -86,7 +92,7 @@ class Spool(Generic[T]):
         if self._file is not None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._file = self.path.open("ab", buffering=0)
             sync_folder(self.path.parent)
         except OSError as error:
@@ -120,6 +126,16 @@ class Spool(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _sync(self) -> None:
+        """Sync what an earlier run may have written and not synced, before it is acted on."""
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except IsADirectoryError:
+            return  # reading it says so
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
     def _cut(self, size: int) -> None:
         try:
             os.truncate(self.path, size)
@@ -128,3 +144,12 @@ class Spool(Generic[T]):
 
     def _cannot_write(self, error: OSError) -> SinkError:
         return SinkError(f"cannot write {self.path}: {error.strerror}")
+
+
+def never_synced(line: bytes, offset: int) -> bool:
+    """Whether a damaged line that begins at `offset` has a page in it that never reached the disk.
+
+    Such a page reads as zeros up to its end. Entries are text: they have no zeros.
+    """
+    zeros_end = line.rfind(b"\0") + 1
+    return zeros_end > 0 and (offset + zeros_end) % _BLOCK_BYTES == 0

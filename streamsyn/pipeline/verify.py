@@ -20,6 +20,7 @@ from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
+from streamsyn.io.spool import never_synced
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claim, Claims, row_key
 from streamsyn.sink.log import RunLog, encode_row
@@ -225,10 +226,14 @@ class Verification:
         if not path.is_file():
             return
         with path.open("rb") as file:
+            offset = 0
             for number, line in enumerate(file, 1):
                 if _is_spooled(line):
+                    offset += len(line)
                     continue
-                if file.read(1):
+                if never_synced(line, offset):
+                    self.notes.append("spool/stdin.jsonl: it ends in seeds that were never synced, nor used")
+                elif file.read(1):
                     yield f"spool/stdin.jsonl:{number} is damaged: seeds after it would not be read again"
                 else:
                     self.notes.append(f"spool/stdin.jsonl: {len(line)} bytes of an unfinished last line")

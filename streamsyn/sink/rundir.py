@@ -18,7 +18,7 @@ import streamsyn
 from streamsyn.config.fingerprint import differences
 from streamsyn.config.loading import Config, load
 from streamsyn.errors import ConfigError, DirectoryInUse
-from streamsyn.io.durable import write_whole
+from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.shards import KINDS
 
 FORMAT = 1
@@ -42,7 +42,7 @@ class RunDirectory:
         self.root = root
         try:
             for folder in (*KINDS, "index"):
-                (root / folder).mkdir(parents=True, exist_ok=True)
+                make_folder(root / folder)
             self._lock = DirectoryLock(root)
         except OSError as error:
             raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error

@@ -14,7 +14,7 @@ from streamsyn.config.fingerprint import differences, with_absolute_paths
 from streamsyn.config.loading import Config, load
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.io.durable import write_whole
+from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.records import digest
 from streamsyn.sink.rundir import DirectoryLock
 from streamsyn.trainer.stream.render import read_template
@@ -38,7 +38,7 @@ class OutDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
             self._lock = DirectoryLock(root)
         except OSError as error:
             raise ConfigError(f"--out: cannot create {root}: {error.strerror}") from error

@@ -87,6 +87,40 @@ def test_a_damaged_line_among_others_is_named(spool: Spool[str], damaged: bytes)
     assert spoiled == spool.path.read_bytes()
 
 
+@pytest.mark.parametrize("batch", [encode(*["next"] * 5000), encode("x" * 30_000, *["next"] * 1000)])
+@pytest.mark.parametrize("lost", [{0}, {1}, {0, 2}, {1, 3}, {5}])
+def test_pages_that_a_loss_of_power_took_are_cut_off(spool: Spool[str], batch: bytes, lost: set[int]) -> None:
+    """The last batch was written and not synced: some of its pages are there, others read as zeros."""
+    synced = encode(*["synced"] * 1000)
+    spool.path.parent.mkdir()
+    data = bytearray(synced + batch)
+    for page in lost:
+        begin, end = max(len(synced), 4096 * (page + 1)), 4096 * (page + 2)
+        data[begin:end] = bytes(end - begin)
+    spool.path.write_bytes(data)
+
+    found = replayed(spool)
+    with spool:
+        spool.append(encode("later"))
+
+    assert ["synced"] * 1000 == found[:1000]
+    assert set(found[1000:]) <= {"next", "x" * 30_000}
+    assert [*found, "later"] == replayed(spool)
+
+
+def test_a_new_spool_survives_a_loss_of_power(spool: Spool[str], synced: list[Path]) -> None:
+    """The folder is synced in its parent, the file in its folder; what is replayed is synced before."""
+    with spool:
+        spool.append(encode("a"))
+    before = set(synced)
+    synced.clear()
+    batches = spool.replay()
+    next(batches)
+
+    assert {spool.path.parent.parent, spool.path.parent, spool.path} == before
+    assert [spool.path] == synced
+
+
 def fill_disk(folder: Path) -> None:
     folder.mkdir()
     (folder / "words.txt").symlink_to("/dev/full")

@@ -217,3 +217,10 @@ def test_a_key_that_is_newer_than_the_run(tmp_path: Path) -> None:
             directory.check({"recipe.use": "context", "recipe.target_tokens": 9000}, defaults)
     finally:
         directory.close()
+
+
+def test_a_new_directory_survives_a_loss_of_power(tmp_path: Path, synced: list[Path]) -> None:
+    """Each folder that is made is synced in its parent."""
+    RunDirectory(tmp_path / "runs" / "first").close()
+
+    assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "first"} <= set(synced)
