@@ -49,27 +49,31 @@ class Pipeline:
         self._discarded = 0
         """Items that a drain removed from the work queue."""
         self._is_cancelled = False
+        self._has_ended = False
+        """Whether all stages have come to their ends."""
+        self._first_error: BaseException | None = None
 
     async def run(self) -> None:
-        """Run to the end.
+        """Run to the end. However it ends, no stage is left waiting for anything.
 
         Raises:
             ConfigError: A source of seeds could not be read to its end; what was read has outcomes.
             StoppedEarly: `drain` or `cancel` left work to a later run, or the reader of stdout is gone.
-            BaseExceptionGroup: A SinkError, or a bug.
+            BaseException: A SinkError or a bug, possibly in a group: the first error of all stages.
         """
-        async with asyncio.TaskGroup() as group:
-            self._producing = group.create_task(self._produce(), name="producer")
-            self._working = group.create_task(
-                self._stages.workers.run(self._work, self._results), name="workers"
-            )
-            sinking = group.create_task(self._stages.sink.run(self._results, self._durable), name="sink")
-            group.create_task(self._assemble(), name="assembly")
-            self._producing.add_done_callback(lambda _: self._work.close())
-            self._working.add_done_callback(lambda _: self._results.close())
-            sinking.add_done_callback(lambda _: self._durable.close())
-        if self._deadline is not None:
-            self._deadline.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._start(group)
+            self._has_ended = True
+        except BaseExceptionGroup:
+            if self._first_error is None:
+                raise
+            raise self._first_error from None
+        finally:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            if not self._has_ended:
+                self._stages.assembly.stop()  # its thread may wait for a slow reader, whom nobody waits for
         if self._why_stopped is not None and self.leaves_work:
             raise StoppedEarly(self._why_stopped)
         if self._unreadable is not None:
@@ -111,6 +115,22 @@ class Pipeline:
         if self._working is not None:
             self._working.cancel()
         self._stages.assembly.stop()
+
+    def _start(self, group: asyncio.TaskGroup) -> None:
+        stages = self._stages
+        self._producing = group.create_task(self._produce(), name="producer")
+        self._working = group.create_task(stages.workers.run(self._work, self._results), name="workers")
+        sinking = group.create_task(stages.sink.run(self._results, self._durable), name="sink")
+        assembling = group.create_task(self._assemble(), name="assembly")
+        self._producing.add_done_callback(lambda _: self._work.close())
+        self._working.add_done_callback(lambda _: self._results.close())
+        sinking.add_done_callback(lambda _: self._durable.close())
+        for task in (self._producing, self._working, sinking, assembling):
+            task.add_done_callback(self._note_error)
+
+    def _note_error(self, task: asyncio.Task[None]) -> None:
+        if self._first_error is None and not task.cancelled():
+            self._first_error = task.exception()
 
     async def _produce(self) -> None:
         try:

@@ -90,11 +90,14 @@ class Log(RunLog):
         self.gate.set()
         self.waits = False
         self.full_at: int | None = None
+        self.failure: Exception | None = None
 
     def append(self, outcomes: Sequence[Outcome]) -> list[tuple[int, Outcome]]:
         """Write, when the disk lets us."""
         self.waits = not self.gate.is_set()
         assert self.gate.wait(20)
+        if self.failure is not None:
+            raise self.failure
         if self.full_at is not None and self.outcomes >= self.full_at:
             raise SinkError("the disk is full")
         return super().append(outcomes)
@@ -320,6 +323,34 @@ async def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
         error = await ended(pipeline)
     assert (SinkError, "the disk is full") == (type(error), str(error))
     assert 20 <= len(rows(tmp_path, "contexts")) < 200
+
+
+@pytest.mark.parametrize("failure", [SinkError("the disk is full"), ZeroDivisionError("a bug")])
+async def test_a_failed_run_does_not_wait_for_a_slow_reader(tmp_path: Path, failure: Exception) -> None:
+    """A delivery that waits is ended, and the error that came first is the one that is raised."""
+    (tmp_path / "seeds.jsonl").write_bytes(lines(200))
+    async with bench(tmp_path, latency_ms=20) as (made, pipeline, _):
+        made.outlet.gate.clear()
+        running = asyncio.create_task(ended(pipeline))
+        await until(lambda: made.outlet.waits)
+        made.log.failure = failure
+        error = await running
+        is_released = made.outlet.stopped
+    assert failure is error
+    assert is_released
+
+
+async def test_a_run_that_is_cancelled_from_outside_does_not_wait_for_a_slow_reader(tmp_path: Path) -> None:
+    """As by a bug in a task that runs beside the pipeline."""
+    (tmp_path / "seeds.jsonl").write_bytes(lines(200))
+    async with bench(tmp_path, latency_ms=20) as (made, pipeline, _):
+        made.outlet.gate.clear()
+        running = asyncio.create_task(pipeline.run())
+        await until(lambda: made.outlet.waits)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert made.outlet.stopped
 
 
 async def test_a_reader_that_goes_away(tmp_path: Path) -> None:

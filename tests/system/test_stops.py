@@ -309,6 +309,25 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert_clean(out)
 
 
+def test_a_full_disk_ends_a_run_whose_reader_is_stuck(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
+    """Nobody reads the samples: the run ends all the same, and names the disk."""
+    read, write = os.pipe()
+    server = serve("--latency-ms", "100")
+    command = ["run", "--seeds", seeds(300), "--server", server.url, "--out", tmp_path / "out", "--stdout"]
+    command += [*SLOW, "--set", "sink.sync_interval_s=0.05"]
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    done = streamsyn(*command, preexec_fn=small_files, stdout=write, timeout_s=30)
+    os.close(write)
+    os.close(read)
+
+    assert 1 == done.returncode
+    assert "make room and run again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 MISTAKES = [
     (
         ["run", "--out", "OUT", "--seeds", "missing.jsonl", "--server", "http://127.0.0.1:9"],
