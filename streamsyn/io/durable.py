@@ -1,6 +1,8 @@
 """Writing files so that they survive a loss of power: a whole file at once, and the entries of a folder."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from streamsyn.errors import SinkError
@@ -45,3 +47,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def disk_errors(action: str) -> Iterator[None]:
+    """Raise an OSError of the block as a SinkError: "cannot `action`: why; what to do"."""
+    try:
+        yield
+    except OSError as error:
+        raise SinkError(
+            f"cannot {action}: {error.strerror or error}; "
+            "what is on disk stays valid: make room and run again to resume"
+        ) from error

@@ -6,7 +6,7 @@ made anew. The set of those read is scratch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from threading import RLock
@@ -91,7 +91,8 @@ class CompletedKeys:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with _translated(self.path):
+            self._file.close()
 
     def _catch_up(self, shards: dict[str, SealedShard], root: Path, tail: Sequence[bytes]) -> None:
         known = {path for (path,) in self._db.execute("SELECT path FROM shards")}
@@ -187,7 +188,7 @@ class Claims:
 
     def close(self) -> None:
         """Close the files, and delete that of the keys read in this run."""
-        with self._lock:
+        with self._lock, suppress(*SQLITE_ERRORS, OSError):  # the next run deletes what is left
             self._db.close()
             self._scratch.unlink(missing_ok=True)
 
@@ -215,10 +216,10 @@ def _keys_of(root: Path, shard: SealedShard) -> Iterator[bytes]:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Turn an error of SQLite into a SinkError that says what to do."""
+    """Turn an error of SQLite or of the disk into a SinkError that says what to do."""
     try:
         yield
-    except SQLITE_ERRORS as error:
+    except (*SQLITE_ERRORS, OSError) as error:
         advice = (
             "what is on disk stays valid: make room and run again to go on"
             if is_disk_error(error)

@@ -57,8 +57,13 @@ class Journal:
         self._file = DerivedDatabase(path, _TABLE, pragmas=["auto_vacuum = FULL"])
         self._held: set[bytes] = set()
         self._is_off = False
-        if path.exists():
-            self._do(self._load, None)
+        try:
+            exists = path.exists()
+        except OSError as error:
+            self._switch_off(error)
+        else:
+            if exists:
+                self._do(self._load, None)
 
     def holds(self, key: bytes) -> bool:
         """Whether steps of this draft are kept."""

@@ -6,7 +6,7 @@ of completed keys, in this order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import structlog
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError
-from streamsyn.io.durable import sync_folder, write_whole
+from streamsyn.io.durable import disk_errors, sync_folder, write_whole
 from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
@@ -49,9 +49,10 @@ class RunLog:
     def __init__(self, root: Path, sink: SinkSection) -> None:
         self.root = root
         manifest = root / "manifest.jsonl"
-        if not manifest.exists():
-            manifest.touch()
-            sync_folder(root)
+        with disk_errors(f"write {manifest}"):
+            if not manifest.exists():
+                manifest.touch()
+                sync_folder(root)
         self.manifest = Manifest(manifest)
         self.manifest.cut_torn_line()
         self._completed = CompletedKeys(root / "index" / "finished.sqlite")
@@ -147,12 +148,11 @@ class RunLog:
             SinkError: A shard cannot be synced.
         """
         failures = []
-        for shard_log in (self.contexts, self.rejects, self.samples):
+        for part in (self.contexts, self.rejects, self.samples, self._completed):
             try:
-                shard_log.close()
+                part.close()
             except SinkError as error:
                 failures.append(error)
-        self._completed.close()
         self.journal.close()
         if failures and not quietly:
             raise failures[0]
@@ -196,7 +196,7 @@ class ShardLog:
 
     def recover(self) -> list[dict[str, Any]]:
         """Take up the open shard of an earlier run; returns its rows without their long texts."""
-        with _disk_errors_as_sink_errors(f"take up {self._kind} in {self._root}"):
+        with disk_errors(f"take up {self._kind} in {self._root}"):
             path = self._path(self._number)
             open_path = path.with_name(path.name + OPEN_SUFFIX)
             self._refuse_unlisted(beyond=path)
@@ -218,7 +218,7 @@ class ShardLog:
 
     def append(self, records: Sequence[Record]) -> list[int]:
         """Write records so that they survive a kill of this process; returns their seqs."""
-        with _disk_errors_as_sink_errors(f"write {self._kind} to {self._root}"):
+        with disk_errors(f"write {self._kind} to {self._root}"):
             first = self.rows
             while (done := self.rows - first) < len(records):
                 self._append_some(records[done : done + _MAX_ROWS])
@@ -227,14 +227,14 @@ class ShardLog:
     def sync(self) -> None:
         """Sync the rows appended so far, so that they survive a loss of power."""
         if self._shard is not None:
-            with _disk_errors_as_sink_errors(f"sync {self._kind} in {self._root}"):
+            with disk_errors(f"sync {self._kind} in {self._root}"):
                 self._shard.sync()
 
     def seal(self) -> None:
         """Seal the open shard, if it has rows."""
         if self._shard is None or not self._shard.rows:
             return
-        with _disk_errors_as_sink_errors(f"seal a shard of {self._kind} in {self._root}"):
+        with disk_errors(f"seal a shard of {self._kind} in {self._root}"):
             sealed = self._shard.seal(self._root)
             self._shard = None
             self._manifest.add_shard(sealed)
@@ -247,7 +247,7 @@ class ShardLog:
         """Sync, and leave the open shard for a later run."""
         shard, self._shard = self._shard, None
         if shard is not None:
-            with _disk_errors_as_sink_errors(f"sync {self._kind} in {self._root}"):
+            with disk_errors(f"sync {self._kind} in {self._root}"):
                 shard.close()
 
     def _append_some(self, records: Sequence[Record]) -> None:
@@ -315,12 +315,13 @@ def _read_rows(
     seq, tries = first_seq, 0
     while seq < end_seq and tries < 3:
         before = seq
-        for path in shard_paths(root, manifest, kind, seq):
-            with suppress(FileNotFoundError):  # a different thread has just sealed it: look again
-                for row in shards.rows(path):
-                    if row.get("seq") == seq < end_seq:
-                        yield row
-                        seq += 1
+        with disk_errors(f"read {root / kind}"):
+            for path in shard_paths(root, manifest, kind, seq):
+                with suppress(FileNotFoundError):  # a different thread has just sealed it: look again
+                    for row in shards.rows(path):
+                        if row.get("seq") == seq < end_seq:
+                            yield row
+                            seq += 1
         tries = 0 if seq > before else tries + 1
     if seq < end_seq:
         raise SinkError(f"row {seq} of {root / kind} cannot be read: run `streamsyn verify {root}`")
@@ -336,15 +337,3 @@ def _counted(record: Record) -> dict[str, Any]:
         "completion_tokens": record.completion_tokens,
         "model": record.model,
     }
-
-
-@contextmanager
-def _disk_errors_as_sink_errors(action: str) -> Iterator[None]:
-    """Raise an OSError of the block as a SinkError: "cannot `action`: why; what to do"."""
-    try:
-        yield
-    except OSError as error:
-        raise SinkError(
-            f"cannot {action}: {error.strerror}; "
-            "what is on disk stays valid: make room and run again to resume"
-        ) from error

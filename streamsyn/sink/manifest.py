@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from streamsyn.errors import SinkError
+from streamsyn.io.durable import disk_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Manifest:
     """The manifest of a run directory: read once, then appended to; each line is synced.
 
     Raises:
-        SinkError: A line before the last one is invalid.
+        SinkError: A line before the last one is invalid, or (all methods) the disk failed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,8 +51,9 @@ class Manifest:
         """Size of the whole lines, without a torn last line."""
         self.on_line: Callable[[Any], None] | None = None
         """Called with each line after it was appended; must not block."""
-        if path.exists():
-            self._read()
+        with disk_errors(f"read {path}"):
+            if path.exists():
+                self._read()
 
     def of_kind(self, kind: str) -> list[SealedShard]:
         """The shards of one kind, in order."""
@@ -64,8 +66,9 @@ class Manifest:
 
     def cut_torn_line(self) -> None:
         """Remove a torn last line, left by a kill."""
-        if self.torn_bytes:
-            os.truncate(self._path, self.good_bytes)
+        with disk_errors(f"cut the torn last line of {self._path}"):
+            if self.torn_bytes:
+                os.truncate(self._path, self.good_bytes)
 
     def add_shard(self, shard: SealedShard) -> None:
         """Append the entry of a shard that has just been sealed."""
@@ -90,7 +93,7 @@ class Manifest:
     def _append(self, line: Any) -> None:
         data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
         self.cut_torn_line()  # left by a disk that was full: no line may be joined to half a line
-        with self._path.open("ab") as file:
+        with disk_errors(f"write {self._path}"), self._path.open("ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ so the workers; it never delays a sync.
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -45,15 +46,20 @@ class OutcomeWriter:
         self._sync_soon = asyncio.Event()
         self._sync_now = asyncio.Event()
         self._have_synced = asyncio.Event()
-        self._disk = asyncio.Lock()  # the log is not thread-safe
+        # The log is not thread-safe. Its thread is its own: one of all may be taken by a slow reader.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="sink")
 
     async def run(self, results: BoundedQueue[Outcome], durable: BoundedQueue[DurableContext]) -> None:
         """Write until `results` ends, then sync the rest."""
-        async with asyncio.TaskGroup() as group:
-            writing = group.create_task(self._write(results), name="sink-write")
-            writing.add_done_callback(lambda _: self._end())
-            group.create_task(self._sync(), name="sink-sync")
-            group.create_task(self._pass_on(durable), name="sink-pass-on")
+        try:
+            async with asyncio.TaskGroup() as group:
+                writing = group.create_task(self._write(results), name="sink-write")
+                writing.add_done_callback(lambda _: self._end())
+                group.create_task(self._sync(), name="sink-sync")
+                group.create_task(self._pass_on(durable), name="sink-pass-on")
+        finally:
+            # After an error, a write in progress ends before the log is closed.
+            await asyncio.to_thread(self._disk.shutdown)
 
     async def _write(self, results: BoundedQueue[Outcome]) -> None:
         async for outcome in results:
@@ -94,8 +100,7 @@ class OutcomeWriter:
                 await durable.put((seq, outcome))
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        async with self._disk:
-            return await asyncio.to_thread(call)
+        return await asyncio.get_running_loop().run_in_executor(self._disk, call)
 
     def _end(self) -> None:
         self._ended = True

@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -227,3 +229,22 @@ async def test_a_full_disk_comes_out(tmp_path: Path) -> None:
         "cannot write contexts to .*: File too large; what is on disk stays valid: .*", str(cause)
     )
     assert len(handed_on) <= kept < 100
+
+
+async def test_a_thread_that_is_stuck_does_not_keep_outcomes_from_the_disk(tmp_path: Path) -> None:
+    """The sink has a thread of its own: that of assembly may wait for a slow reader."""
+    stage, released = Stage(tmp_path, sync_interval_s=0.01), threading.Event()
+    others = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(others)
+
+    async def play() -> None:
+        stuck = asyncio.create_task(asyncio.to_thread(released.wait, 20))
+        try:
+            await stage.results.put(outcome(0))
+            async with asyncio.timeout(5):
+                await stage.log.until(lambda: stage.log.durable == 1)
+        finally:
+            released.set()
+            await stuck
+
+    await stage.run(play)
