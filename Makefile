@@ -17,10 +17,10 @@ demo:  ## the main job on a real SGLang with a packaged model
 	@$(MAKE) --no-print-directory -j2 .venv-core/stamp sglang
 	.venv-core/bin/streamsyn demo
 
-test: .venv/stamp  ## all tests but those below: no real server, no browser, no crash loops
+test: .venv/stamp  ## all tests but those below: no real server, no browser, no kills and resumes
 	$(BIN)/pytest $(TWO) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term)
 
-test-crash: .venv/stamp  ## kills at random and at named points; property tests at length, asyncio in debug mode
+test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length; asyncio in debug mode
 	$(BIN)/pytest $(TWO) -m "crash or (hypothesis and not real_sglang and not chromium)" \
 	  --hypothesis-profile=long -o asyncio_debug=true
 

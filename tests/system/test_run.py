@@ -75,6 +75,7 @@ def test_nothing_is_asked_again_when_a_finished_run_is_run_again(
     assert "60 finished before" in again.stderr
 
 
+@pytest.mark.crash
 def test_more_seeds_go_on_where_the_run_ended(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """`--limit` ends a run early and properly; without it, or with other seeds, the run grows."""
     server, out = serve(), tmp_path / "out"
@@ -167,6 +168,7 @@ def test_too_many_rejects_exit_with_3(serve: Serve, seeds: Seeds, tmp_path: Path
     assert ["too_short"] * 5 == [row["reason"] for row in rows(tmp_path / "out", "rejects")]
 
 
+@pytest.mark.crash
 def test_servers_gone_exits_with_75_and_resumes(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """When no server is left for `fleet.give_up_s` the run stops; with a server it goes on."""
     out, path = tmp_path / "out", seeds(400)

@@ -59,6 +59,7 @@ def test_finished_steps_survive_a_kill(serve: Serve, seeds: Seeds, tmp_path: Pat
     assert_clean(out)
 
 
+@pytest.mark.crash
 @pytest.mark.timeout(120)
 def test_a_drain_ends_soon_and_loses_nothing(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """SIGTERM lets steps finish, not drafts: a resume asks nothing twice."""

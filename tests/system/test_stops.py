@@ -41,6 +41,7 @@ def test_first_signal_drains_and_the_run_resumes(serve: Serve, seeds: Seeds, tmp
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_second_signal_cancels_and_aborts_at_the_server(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """A second SIGINT gives up what is in flight, tells the server by rid, and exits 75 at once."""
     server, out = serve("--latency-ms", "60000"), tmp_path / "out"
@@ -59,6 +60,7 @@ def test_second_signal_cancels_and_aborts_at_the_server(serve: Serve, seeds: See
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_a_drain_is_bounded(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """After `run.drain_timeout_s` a drain gives up what is still in flight."""
     server, out = serve("--latency-ms", "60000"), tmp_path / "out"
@@ -85,6 +87,7 @@ def test_a_signal_while_waiting_for_servers(seeds: Seeds, tmp_path: Path) -> Non
     assert 75 == process.returncode
 
 
+@pytest.mark.crash
 def test_a_reader_that_goes_away_ends_the_run(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """`... --stdout | head -n 3` ends with 75; the resume prints what was not delivered, and no more."""
     server, out = serve("--latency-ms", "20"), tmp_path / "out"
@@ -159,6 +162,7 @@ def test_stdout_holds_samples_and_nothing_else(serve: Serve, seeds: Seeds, tmp_p
     assert "run.started" in done.stderr
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_replay_begins_with_what_was_printed_before(
     serve: Serve, seeds: Seeds, tmp_path: Path, compression: str
@@ -180,6 +184,7 @@ def test_a_replay_begins_with_what_was_printed_before(
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_what_came_through_a_pipe_survives_a_kill(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """Seeds from stdin are spooled: after a kill a run without --seeds finishes what had been read, and
     piping the same seeds again changes nothing."""
@@ -283,6 +288,7 @@ def test_another_configuration_is_refused(serve: Serve, seeds: Seeds, tmp_path: 
     assert 0 == knobs.returncode
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("bound", [120_000, 300_000])
 def test_a_full_disk_stops_the_run_and_loses_nothing(
     serve: Serve, seeds: Seeds, tmp_path: Path, bound: int
