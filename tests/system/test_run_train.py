@@ -101,6 +101,7 @@ def stderr_after(process: subprocess.Popen[bytes], timeout_s: float = 30) -> str
     return process.communicate(timeout=timeout_s)[1].decode()
 
 
+@pytest.mark.crash
 def test_one_interrupt_stops_the_run_and_then_the_training(
     tmp_path: Path, serve: Serve, seeds: Seeds
 ) -> None:
@@ -121,6 +122,7 @@ def test_one_interrupt_stops_the_run_and_then_the_training(
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_an_interrupt_that_leaves_a_run_nothing_to_do_stops_the_training(
     tmp_path: Path, serve: Serve, seeds: Seeds
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_reader_that_goes_away_ends_the_run(serve: Serve, seeds: Seeds, tmp_pa
     assert_clean(out)
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("stop", ["kill", "two signals"])
 def test_a_pipe_that_outlives_runs_loses_no_sample(
     serve: Serve, seeds: Seeds, tmp_path: Path, stop: str
@@ -315,6 +316,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_a_full_disk_ends_a_run_whose_reader_is_stuck(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """Nobody reads the samples: the run ends all the same, and names the disk."""
     read, write = os.pipe()

@@ -158,6 +158,7 @@ def assert_trained_alike(out: Path, alone: Path) -> None:
     assert tiny.furthest(result(alone), result(out)) < 1e-6
 
 
+@pytest.mark.crash
 def test_adapters_resume_at_a_different_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
     """One rank resumes a checkpoint of two ranks, and two resume one of one, with unchanged results."""
     out = tmp_path / "out"
@@ -226,6 +227,7 @@ KILLS = {
 """The rank that is killed, when, the steps published by then, and the step in LATEST."""
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, moment: str) -> None:
     """Killed at the second publication: directories without a suffix are complete, LATEST is written after
