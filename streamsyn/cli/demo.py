@@ -74,7 +74,7 @@ def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
         with _status_lines(summary):
             run(request, summary)
     problems, _ = verify(folder)
-    for line in [*_best_sample(folder, Path(model).name), *closing_lines(summary), *_directory(folder)]:
+    for line in [*_best_sample(folder), *closing_lines(summary), *_directory(folder)]:
         click.echo(line)
     for problem in problems:
         click.echo(f"problem: {problem}", err=True)
@@ -115,7 +115,7 @@ def _status_lines(summary: "RunSummary") -> Iterator[None]:
         thread.join()
 
 
-def _best_sample(folder: Path, model: str) -> list[str]:
+def _best_sample(folder: Path) -> list[str]:
     """Describe the sample whose relevant context has the highest context gain."""
     contexts = {row["seq"]: row for row in _rows(folder / "contexts")}
 
@@ -132,7 +132,7 @@ def _best_sample(folder: Path, model: str) -> list[str]:
     lines = [
         "",
         f"The sample with the highest context gain of {len(samples)}: {best['id']}, task {best['task']}.",
-        f"Its contexts were written by {model}. Expect better text from a larger model.",
+        f"Its contexts were written by {context['model']}. Expect better text from a larger model.",
     ]
     if gain is not None:
         lines.append(f"Context gain: {gain:+.2f} nats per token of the gold answer.")
