@@ -7,10 +7,14 @@ from typing import Final
 from streamsyn.simulator.costs import CostModel
 from streamsyn.simulator.engine import DuplicateRid, Load, QueueFull, ServerLost, Work, settle
 from streamsyn.simulator.radix_cache import BLOCK_TOKENS, RadixCache
-from streamsyn.simulator.scheduler import Admission, KVPool, RunningBatch, WaitingQueue, room_alone
-
-RECENT_STEPS: Final = 40
-"""Retractions are reported for this many steps (`--decode-log-interval`)."""
+from streamsyn.simulator.scheduler import (
+    Admission,
+    KVPool,
+    Retractions,
+    RunningBatch,
+    WaitingQueue,
+    room_alone,
+)
 
 
 class Batching:
@@ -60,7 +64,7 @@ class Batching:
         self._planned = 0
         self._until = math.inf  # nominal
         self._now = 0.0  # nominal
-        self._just_retracted = (-RECENT_STEPS, 0)
+        self._retractions = Retractions()
         self._woken: list[Work] = []
 
     # ---- interface
@@ -154,7 +158,7 @@ class Batching:
         self._speed = speed
 
     def load(self, now: float) -> Load:
-        """Return the load metrics."""
+        """Return the load metrics; as in the real server, the current prefill batch is not counted."""
         self._catch_up(now)
         steps = self._steps_done(now)
         growth = steps * len(self.decoding)
@@ -164,9 +168,8 @@ class Batching:
         else:
             hit_rate = self._admission.hits.recent(self._nominal(now))
             uncached = int(self.waiting.tokens * (1 - hit_rate))
-        step, retracted = self._just_retracted
         return Load(
-            running=self.running,
+            running=len(self.decoding) + len(self._stalled),
             waiting=len(self.waiting),
             waiting_tokens=self.waiting.tokens,
             waiting_uncached_tokens=uncached + sum(part.left for part in self._admission.parts),
@@ -176,7 +179,7 @@ class Batching:
             cache_hit_rate=self._admission.hits.last,
             generated_tokens=self.generated + growth,
             prefilled_tokens=self._prefilled_before + self._admission.prefilled,
-            retracted=retracted if self.decoding.steps + steps < step + RECENT_STEPS else 0,
+            retracted=self._retractions.at(self.decoding.steps + steps),
             retracted_in_all=self.retracted,
         )
 
@@ -239,6 +242,7 @@ class Batching:
     # ---- prefill
 
     def _end_prefill(self) -> None:
+        self._retractions.prefilled(self.decoding.steps)
         for work in self._admission.end(starting=not self.decoding):
             if work in self._leaving:
                 self._drop(work, work.private)
@@ -296,7 +300,7 @@ class Batching:
             out += 1
         self._admission.ratio.retracted(self.decoding.steps, list(self.decoding.batch))
         self.retracted += out
-        self._just_retracted = (self.decoding.steps, out)
+        self._retractions.retracted(self.decoding.steps, out)
         self._admission.full = False
         return 1
 

@@ -1,4 +1,11 @@
-"""The parts of SGLang's scheduler: running batch, KV pool, waiting queue, admission to a prefill."""
+"""The parts of SGLang's scheduler: running batch, KV pool, waiting queue, admission to a prefill.
+
+Compared line by line with SGLang 0.5.23 (srt/managers: `schedule_policy.py` PrefillAdder, `scheduler.py`
+_get_new_batch_prefill_raw and update_running_batch, `schedule_batch.py` retract_decode; srt/mem_cache:
+`prefill_budget.py`), with its defaults: pages of one token, `schedule_conservativeness` 1.0, no priorities,
+no mixed chunks, `max_running_requests` seats. What is left out: the overlap of scheduling and computing, by
+which a request leaves the batch one step after its last token.
+"""
 
 import heapq
 from collections import OrderedDict, deque
@@ -17,6 +24,8 @@ AHEAD_STEPS: Final = 20  # SGLANG_RETRACT_DECODE_STEPS
 WINDOW_S: Final = 15.0  # SGLANG_CACHE_HIT_RATE_WINDOW_SECONDS
 RESERVE_LIMIT: Final = 4096
 """Maximum new tokens reserved for a request (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)."""
+REPORT_STEPS: Final = 40
+"""Decode steps between two reports of the load metrics (`--decode-log-interval`)."""
 
 
 class NewTokenRatio:
@@ -32,17 +41,53 @@ class NewTokenRatio:
 
     def at(self, steps: int) -> float:
         """Return the share after `steps` decode steps of the server."""
-        return max(self._ratio - DECAY * (steps - self._since), LEAST)
+        decayed = steps - self._since
+        return max(self._ratio - DECAY * decayed, LEAST) if decayed > 0 else self._ratio
 
     def retracted(self, steps: int, left: Collection[Work]) -> None:
-        """Record a retraction after which `left` are still running."""
+        """Record a retraction after which `left` are still running; the next step changes nothing."""
         written = sum(work.written for work in left) + AHEAD_STEPS * len(left)
         self._ratio = min(1.0, written / (sum(work.max_new_tokens or 0 for work in left) + 1))
-        self._since = steps
+        self._since = steps + 1
 
     def reset(self, steps: int) -> None:
         """Record that the server is idle."""
         self._ratio, self._since = INITIAL, steps
+
+
+class Retractions:
+    """The retracted requests that `/v1/loads` reports.
+
+    As in the metrics reporter (srt/managers/scheduler_components/metrics_reporter.py): each prefill batch and
+    each 40th decode step makes a report, of the last retraction since the report before. So it shows up late,
+    and only until the next report. (Without `--enable-metrics` the real server reports none at all.)
+    """
+
+    def __init__(self) -> None:
+        self._shown = 0
+        self._new = 0
+        self._steps = 0
+
+    def at(self, steps: int) -> int:
+        """Return the reported number after `steps` decode steps of the server."""
+        reports = steps // REPORT_STEPS - self._steps // REPORT_STEPS
+        return (self._shown, self._new, 0)[min(reports, 2)]
+
+    def retracted(self, steps: int, number: int) -> None:
+        """Record a retraction of `number` requests."""
+        self._decoded(steps)
+        self._new = number
+
+    def prefilled(self, steps: int) -> None:
+        """Record the end of a prefill batch."""
+        self._decoded(steps)
+        self._shown, self._new = self._new, 0
+
+    def _decoded(self, steps: int) -> None:
+        shown = self.at(steps)
+        if steps // REPORT_STEPS > self._steps // REPORT_STEPS:
+            self._new = 0
+        self._shown, self._steps = shown, steps
 
 
 class HitRate:
@@ -92,24 +137,23 @@ class RunningBatch:
         self.batch: dict[Work, None] = {}
         self._milestones: list[tuple[int, int, Work]] = []
         self._entries = 0
-        # Reserved new tokens shrink by one per step, except for requests at RESERVE_LIMIT.
-        self._shrinking = 0
-        self._shrinking_reserve = 0
 
     def __len__(self) -> int:
         return len(self.batch)
 
     @property
     def reserve(self) -> int:
-        """New tokens reserved for all requests."""
-        return self._shrinking_reserve + (len(self.batch) - self._shrinking) * RESERVE_LIMIT
+        """New tokens that all requests may still generate, at most `RESERVE_LIMIT` each."""
+        return sum(
+            min((work.max_new_tokens or 0) - work.start - self.steps + work.joined, RESERVE_LIMIT)
+            for work in self.batch
+        )
 
     def join(self, work: Work) -> None:
         """Add a request whose prefill is done; its next token comes with the next step."""
         self.batch[work] = None
         work.joined, work.start = self.steps, work.written
         self.context += work.tokens + work.start - 1
-        self._count(work, 1, work.written)
         self._mark(work)
 
     def remove(self, work: Work) -> int:
@@ -118,7 +162,6 @@ class RunningBatch:
         passed = self.steps - work.joined
         work.written = work.start + passed
         self.context -= work.tokens + work.written - 1
-        self._count(work, -1, work.written)
         work.entry = 0
         return work.private + passed
 
@@ -126,7 +169,6 @@ class RunningBatch:
         """Let at most `next_milestone` steps pass. Return the requests that reached their milestone."""
         self.steps += steps
         self.context += steps * len(self.batch)
-        self._shrinking_reserve -= steps * self._shrinking
         there = []
         heap = self._milestones
         while heap and heap[0][0] <= self.steps:
@@ -152,12 +194,6 @@ class RunningBatch:
     def steps_until(self, model: CostModel, seconds: float) -> int:
         """Return the number of steps until the first one that ends at or after `seconds`."""
         return model.steps_until(len(self.batch), self.context, seconds)
-
-    def _count(self, work: Work, sign: int, written: int) -> None:
-        wanted = (work.max_new_tokens or 0) - work.start
-        if wanted <= RESERVE_LIMIT:
-            self._shrinking += sign
-            self._shrinking_reserve += sign * ((work.max_new_tokens or 0) - written)
 
     def _mark(self, work: Work) -> None:
         goal = work.target
@@ -337,8 +373,11 @@ class Admission:
     """Puts prefill batches together: which waiting requests are next, and how much of each.
 
     As in PrefillAdder (srt/managers/schedule_policy.py) without priorities: a request needs a seat in the
-    batch, and room in the pool for the tokens to compute, all its new tokens, and a share of the new tokens
-    of running requests. After the first that does not fit, none is admitted until a request leaves the batch.
+    batch, and room in the pool for the tokens to compute, all the new tokens that it may still generate, and
+    a share of those of running requests. For one that was retracted, the rest of the same batch also sets
+    aside the new tokens that it has generated already (`_update_prefill_budget`), as for the last chunk of a
+    prompt (`add_chunked_req`). After the first that does not fit, none is admitted until a request leaves the
+    batch.
     """
 
     def __init__(self, model: CostModel, pool: KVPool, waiting: WaitingQueue, decoding: RunningBatch) -> None:
@@ -357,13 +396,14 @@ class Admission:
 
     def begin(self, now: float, stalled: int) -> float | None:
         """Start the next prefill batch. Return its seconds, or None if there is none."""
-        budget = self._model.prefill_tokens
+        budget, promised = self._model.prefill_tokens, 0
         if self._chunked is not None:
             cut, self._chunked = self._chunked, None
             budget -= self._add(cut.work, cut.before + cut.new, budget)
+            promised = reserved_tokens(cut.work, 0) + 1
         if self._waiting and not self.full:
             self._waiting.sort(self._pool.cache)
-            self._fill(budget, now, stalled)
+            self._fill(budget, promised, now, stalled)
         if not self.parts:
             return None
         return self._model.prefill((part.before, part.new) for part in self.parts)
@@ -385,9 +425,9 @@ class Admission:
                 complete.append(part.work)
         return complete
 
-    def _fill(self, budget: int, now: float, stalled: int) -> None:
+    def _fill(self, budget: int, chunk: int, now: float, stalled: int) -> None:
         seats = self._model.max_running_requests - len(self._decoding) - stalled - len(self.parts)
-        promised = self.ratio.at(self._decoding.steps) * self._decoding.reserve
+        promised = chunk + self.ratio.at(self._decoding.steps) * self._decoding.reserve
         while self._waiting and budget > 0:
             work = self._waiting.first
             self._clip(work)
@@ -398,7 +438,7 @@ class Admission:
                 self.full = bool(self.parts or self._decoding or stalled)
                 return
             seats -= 1
-            promised += wanted
+            promised += reserved_tokens(work, 0) + 1
             self._waiting.remove(work)
             work.running = True
             if not work.retractions:

@@ -104,8 +104,10 @@ def test_running_and_waiting_requests_are_limited() -> None:
     with pytest.raises(DuplicateRid):
         machine.enter(work("a"), 0.0)
     assert (machine.running, len(machine.waiting)) == (2, 2)
-    told = machine.load(0.0)
-    assert (told.running, told.waiting, told.waiting_tokens, told.used_tokens) == (2, 2, 200, 200)
+    told = machine.load(0.0)  # like the real server, without the requests of the current prefill batch
+    assert (told.running, told.waiting, told.waiting_tokens, told.used_tokens) == (0, 2, 200, 200)
+    machine.advance(3.0)
+    assert machine.load(3.0).running == 2
     assert [rid for _, rid in finish(machine)] == ["a", "b", "c", "d"]
 
 
