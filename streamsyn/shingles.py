@@ -18,6 +18,8 @@ import numpy
 import rensa
 from numpy.typing import NDArray
 
+from streamsyn.words import IDEOGRAPHIC, RUN_TOGETHER
+
 Hashes: TypeAlias = NDArray[numpy.uint64]
 
 SHINGLE_WORDS = 5
@@ -31,16 +33,6 @@ _SPACE, _LETTER, _UNSPACED_LETTER, _DROPPED = range(4)
 _CLASSIFIED = 0x20000
 """Number of code points with a kind of their own. Those after it are rare ideographs."""
 _APOSTROPHES = (0x27, 0x60, 0x2018, 0x2019, 0x2BC)
-_UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x31F0, 0x31FF),  # Katakana extensions
-    (0x3400, 0x4DBF),  # Han
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-)
 _PLACES = 64
 """Number of factors for the positions of letters in a word. Longer words use them again."""
 _FACTOR = numpy.uint64(0x9E3779B97F4A7C15)
@@ -177,7 +169,7 @@ def _kinds() -> NDArray[numpy.uint8]:
             kinds[code] = _SPACE
         elif category == "Cf":
             kinds[code] = _DROPPED  # soft hyphens and other invisible marks
-    for first, last in _UNSPACED:
+    for first, last in (*RUN_TOGETHER, *IDEOGRAPHIC):
         unspaced = kinds[first : last + 1]
         unspaced[unspaced == _LETTER] = _UNSPACED_LETTER
     kinds[list(_APOSTROPHES)] = _DROPPED

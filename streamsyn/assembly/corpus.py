@@ -11,26 +11,30 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 from weakref import finalize
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streamsyn.assembly.window import Piece, shuffled
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.io.paths import TEXT_KINDS, Kind, kind_of, matches, paths_below, suffixes_of
 from streamsyn.io.row_reader import ReadOptions, decode_all, read_text
+from streamsyn.words import word_count, word_starts
 
 _KEY: Final = "assembly.corpus"
 _TOKENS_A_WORD: Final = 1.3
 """Of English text, roughly: estimates the tokens of a passage, since no server has counted them."""
 _BYTES_A_WORD: Final = 24
 """Memory that one word of a passage takes, with what is derived from it, roughly."""
-_WORD: Final = re.compile(r"\S+")
 _PARAGRAPH_END: Final = re.compile(r"\n[^\S\n]*\n")
-_SENTENCE_END: Final = re.compile(r"[.!?\u2026\u3002]['\")\]\u2019\u201d]*(?=\s)")
+_SENTENCE_END: Final = re.compile(
+    r"[.!?\u2026]['\")\]\u2019\u201d]*(?=\s)|[\u3002\uff01\uff1f]['\")\]\u2019\u201d\u300d\u300f]*"
+)
 _END_SHARE: Final = 0.2
 """The last share of a passage in which the end of a paragraph or a sentence is looked for."""
 
@@ -91,7 +95,7 @@ class Corpus:
     def _read(self, index: int) -> CorpusPassage:
         begin, end = self._ends[index], self._ends[index + 1]
         text = os.pread(self._file, end - begin, begin).decode()
-        return CorpusPassage(index, text, round(_TOKENS_A_WORD * len(text.split())))
+        return CorpusPassage(index, text, round(_TOKENS_A_WORD * word_count(text)))
 
 
 def load_corpus(section: AssemblySection) -> Corpus:
@@ -169,21 +173,21 @@ def cut(chunks: Iterable[str], words: int) -> Iterator[str]:
         rest += chunk
         begin = 0
         # A passage ends where the first word of the next one begins, even if the chunk breaks that word.
-        while (end := _end(rest, begin, words)) is not None:
+        starts = word_starts(rest)
+        while len(starts) > words:
+            end = _end(rest, starts, words)
             yield rest[begin:end].strip()
             begin = end
+            starts = starts[int(np.searchsorted(starts, end)) :]
         rest = rest[begin:]
     if text := rest.strip():
         yield text
 
 
-def _end(text: str, begin: int, words: int) -> int | None:
-    """The end of the passage that begins at `begin`; None if no word follows it."""
-    starts = [found.start() for found in islice(_WORD.finditer(text, begin), words + 1)]
-    if len(starts) <= words:
-        return None
-    latest = starts[words]
-    earliest = starts[words - int(_END_SHARE * words) - 1]
+def _end(text: str, starts: NDArray[np.intp], words: int) -> int:
+    """The end of a passage of up to `words` words; `starts` are those of the words from its beginning on."""
+    latest = int(starts[words])
+    earliest = int(starts[words - int(_END_SHARE * words) - 1])
     for pattern in (_PARAGRAPH_END, _SENTENCE_END):
         found = [match.end() for match in pattern.finditer(text, earliest, latest)]
         if found:

@@ -9,6 +9,7 @@ from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import BadSeed, Draft, RejectReason, Request, Seed
 from streamsyn.seeds.reader import SeedReader
+from streamsyn.words import word_count
 
 
 def preview(config: Config, limit: int) -> Iterator[str]:
@@ -37,7 +38,7 @@ def preview(config: Config, limit: int) -> Iterator[str]:
 
 def _preview_text(seed: Seed, request: Request, outlook: str) -> str:
     sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
-    document = f", a document of {len(seed.context.split())} words" if seed.context else ""
+    document = f", a document of {word_count(seed.context)} words" if seed.context else ""
     parts = [f"=== {seed.origin}: seed {seed.id}, task {seed.task}{document} ({sampling})"]
     parts += [f"--- {message['role']}\n{message['content']}" for message in request.messages]
     if outlook:

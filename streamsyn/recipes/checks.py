@@ -7,6 +7,7 @@ from typing import Any
 
 from streamsyn.config.sections import ChecksSection
 from streamsyn.records import RejectReason, Seed
+from streamsyn.words import word_count, words_and_filler
 
 _CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
 _WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
@@ -51,8 +52,8 @@ class Checks:
 
     def measure(self, text: str) -> dict[str, Any]:
         """Return the statistics of a text that are stored in the context's `checks`."""
-        words = text.split()
-        return {"words": len(words), "repetition": round(repetition(words), 4)}
+        share = repetition(words_and_filler(text))
+        return {"words": word_count(text), "repetition": round(share, 4)}
 
     def failure(
         self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
@@ -75,7 +76,7 @@ class Checks:
         return (
             self.refusal(text)
             or self._echo(normalised(text), own_lines)
-            or self._repetition(repetition(text.split(), before.split()))
+            or self._repetition(repetition(words_and_filler(text), words_and_filler(before)))
         )
 
     def refusal(self, text: str) -> Failure | None:

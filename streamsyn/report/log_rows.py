@@ -3,6 +3,8 @@
 from math import isfinite
 from typing import Any, TypeGuard
 
+from streamsyn.words import word_count
+
 Span = tuple[int, int]
 """Start and end of a part of a text, in characters."""
 
@@ -38,7 +40,7 @@ def checks_of(row: dict[str, Any]) -> dict[str, Any]:
 def words_of(row: dict[str, Any]) -> int:
     """Return the number of words of a context, from its checks or counted."""
     words = checks_of(row).get("words")
-    return int(words) if is_number(words) else len(text(row, "context").split())
+    return int(words) if is_number(words) else word_count(text(row, "context"))
 
 
 def facts_spans(row: dict[str, Any]) -> list[Span]:

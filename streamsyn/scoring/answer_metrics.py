@@ -15,6 +15,7 @@ from typing import Final, Literal, TypeAlias
 from rapidfuzz.distance import LCSseq
 
 from streamsyn.assembly.sample_prompts import KNOWN_TASKS
+from streamsyn.words import unspaced_letters, word_count, words_of
 
 Metric: TypeAlias = Literal["f1", "rouge_l"]
 
@@ -35,7 +36,7 @@ _WORD: Final = re.compile(r"\w+")
 def metric_of(task: str, gold: str) -> Metric:
     """The metric for answers of a task. For unknown tasks the length of the gold answer decides."""
     family = KNOWN_TASKS.get(task.lower(), "general")
-    return _FAMILIES.get(family) or ("f1" if len(gold.split()) <= _SHORT_WORDS else "rouge_l")
+    return _FAMILIES.get(family) or ("f1" if word_count(gold) <= _SHORT_WORDS else "rouge_l")
 
 
 def answer_score(metric: Metric, answer: str, gold: str) -> float:
@@ -53,17 +54,28 @@ def f1(answer: str, gold: str) -> float:
 def rouge_l(answer: str, gold: str) -> float:
     """F-measure of the longest common subsequence of words.
 
-    Words consist of ASCII letters and digits; if `gold` has none of these, of any letters.
+    Words consist of ASCII letters and digits; of any letters if `gold` has none of these, or has more letters
+    of scripts without spaces.
     """
-    word = _ASCII_WORD if _ASCII_WORD.search(gold.lower()) else _WORD
-    words, gold_words = word.findall(answer.lower()), word.findall(gold.lower())
+    in_ascii = len(_ASCII_WORD.findall(gold.lower()))
+    if in_ascii and in_ascii >= unspaced_letters(gold):
+        words, gold_words = _ASCII_WORD.findall(answer.lower()), _ASCII_WORD.findall(gold.lower())
+    else:
+        words, gold_words = _any_words(answer), _any_words(gold)
     if not words or not gold_words:
         return 0.0
     return 2 * LCSseq.similarity(words, gold_words) / (len(words) + len(gold_words))
 
 
 def _plain_words(text: str) -> list[str]:
-    return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    plain = text.lower().translate(_PUNCTUATION)
+    if unspaced_letters(plain):
+        plain = " ".join(_WORD.findall(plain))  # the table has ASCII punctuation alone
+    return words_of(_ARTICLE.sub(" ", plain))
+
+
+def _any_words(text: str) -> list[str]:
+    return [word for letters in _WORD.findall(text.lower()) for word in words_of(letters)]
 
 
 _METRICS: Final[dict[Metric, Callable[[str, str], float]]] = {"f1": f1, "rouge_l": rouge_l}

@@ -6,7 +6,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.recipes.instruction import Window, draw_window, word_starts
+from streamsyn.recipes.instruction import Window, draw_window
+from streamsyn.words import words_of
 
 WORD = st.text(st.sampled_from("ab.?!'\u00e9\u4e2d"), min_size=1, max_size=5)
 SPACE = st.text(st.sampled_from(" \n\t\u3000\x85"), min_size=1, max_size=4)
@@ -21,9 +22,9 @@ BOOK = "\n\n".join(" ".join(f"This is {part}-{n}, of the tale." for n in range(3
 def test_a_window_is_a_part_of_its_document(document: str, words: int, seed: int) -> None:
     """As many words as were asked for, those from `first` on, cut out as they stand."""
     window = draw_window(document, words, Random(seed))
-    all_words = document.split()
+    all_words = words_of(document)
     assert (min(words, len(all_words)), len(all_words)) == (window.words, window.of)
-    assert all_words[window.first : window.first + window.words] == window.text.split()
+    assert all_words[window.first : window.first + window.words] == words_of(window.text)
     assert window.text in document
     assert window.text.strip() == window.text
     assert window.is_whole == (words >= len(all_words))
@@ -33,21 +34,6 @@ def test_a_window_is_a_part_of_its_document(document: str, words: int, seed: int
 def test_the_same_draw_gives_the_same_window(document: str, words: int, seed: int) -> None:
     """Nothing but the document and the draw decides."""
     assert draw_window(document, words, Random(seed)) == draw_window(document, words, Random(seed))
-
-
-@given(
-    st.text() | st.text(st.sampled_from([chr(code) for code in range(0x3005) if chr(code).isspace()] + ["a"]))
-)
-def test_words_are_those_of_split(text: str) -> None:
-    """In any script, with any white space."""
-    starts = [int(start) for start in word_starts(text)]
-    ends = [*starts[1:], len(text)]
-    assert text.split() == [text[start:end].rstrip() for start, end in zip(starts, ends, strict=False)]
-
-
-def test_no_character_beyond_the_table_is_white_space() -> None:
-    """As Unicode has it today; another Python may have more."""
-    assert [] == [code for code in range(0x3001, 0x110000) if chr(code).isspace()]
 
 
 def test_a_document_that_is_short_enough_is_taken_whole() -> None:

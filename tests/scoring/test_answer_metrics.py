@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
 from streamsyn.scoring.answer_metrics import answer_score, f1, metric_of, rouge_l
+from streamsyn.words import unspaced_letters
 
 TEXTS = st.one_of(
     st.lists(st.sampled_from(["the", "A", "cat", "Cat.", "sat", "on", "1915", "mat,", "an"])).map(" ".join),
-    st.text(st.characters(codec="utf-8"), max_size=60),
+    st.text(st.characters(codec="utf-8"), max_size=60).filter(lambda text: not unspaced_letters(text)),
 )
 
 
@@ -93,3 +94,13 @@ def test_the_metric_goes_by_the_task() -> None:
         metric_of(task, long) for task in ("HotpotQA", "narrativeqa", "govreport", "qmsum")
     ]
     assert ["f1", "rouge_l"] == [metric_of("mine", "word " * 30), metric_of("mine", long)]
+
+
+def test_answers_in_scripts_without_spaces_are_compared_by_character() -> None:
+    """Part of a Chinese answer scores in between, also beside Latin words; long ones get ROUGE-L."""
+    gold, mixed = "\u5317\u4eac\u5e02", "Python \u7531\u5409\u591a\u521b\u5efa"
+    said = (f"{gold}\u3002", gold[:2], "\u4e0a\u6d77")
+
+    assert [1.0, 0.8, 0.0] == [f1(answer, gold) for answer in said]
+    assert [1.0, 0.8] == [pytest.approx(rouge_l(answer, mixed)) for answer in (mixed, mixed[:-2])]
+    assert ["f1", "rouge_l"] == [metric_of("own", "\u5317" * count) for count in (30, 31)]

@@ -1,0 +1,142 @@
+"""What a word is, in every script: the one count for checks, windows, passages, scores and reports.
+
+Words are separated by white space; punctuation belongs to the word that it is next to. Scripts without spaces
+are divided further. Each Chinese character and each Japanese kana is a word. Thai, Lao, Khmer and Burmese
+words cannot be found without a dictionary: there about every fourth letter begins a word, at places that
+follow from the letters, so that equal passages are divided in the same way.
+
+Whether a word begins at a character depends on it and the one before: a text can be divided piece by piece.
+"""
+
+import re
+import sys
+from functools import cache
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+IDEOGRAPHIC: Final = (
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x31F0, 0x31FF),  # Katakana extensions
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+)
+"""Ranges of code points in which each letter is a word. Those from 0x20000 on are ideographs too."""
+RUN_TOGETHER: Final = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+)
+"""Ranges of alphabets that are written without spaces between words."""
+_STOPS: Final = ((0x3001, 0x303F), (0xFF01, 0xFF65))
+"""Punctuation of ideographic scripts, among other characters."""
+_CLASSIFIED: Final = 0x20000
+_BEYOND_IDEOGRAPHS: Final = 0x40000
+_SPACE, _OTHER, _LETTER, _STOP, _IDEOGRAPH, _RUN_TOGETHER = range(6)
+_LETTERS_A_WORD: Final = 4
+"""Letters of a word in an alphabet without spaces, roughly. A power of two."""
+_SPREAD: Final = (0x9E3779B1, 0x85EBCA77)
+"""Odd factors that spread pairs of letters evenly."""
+_IS_ASCII_SPACE: Final = bytes(chr(code).isspace() for code in range(256))
+_FILLER: Final = re.compile(r"(\S)\1{23,}|\n(?:[^\S\n]*\n){2,}")
+"""A character 24 times or more, such as a ruler; two blank lines or more."""
+_FILLER_CHARS: Final = 6
+"""Characters of a ruler that count as one word."""
+
+
+def word_count(text: str) -> int:
+    """The number of words of a text."""
+    return len(text.split()) if text.isascii() else len(word_starts(text))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, without white space."""
+    if text.isascii():
+        return text.split()
+    bounds = [*word_starts(text).tolist(), len(text)]
+    return [text[start:end].rstrip() for start, end in pairwise(bounds)]
+
+
+def words_and_filler(text: str) -> list[str]:
+    """The words of a text, where what fills space without saying anything counts as repeated words.
+
+    Each blank line after the first of several is a word, and so are six characters of a long run of one.
+    """
+    found: list[str] = []
+    end = 0
+    for filler in _FILLER.finditer(text):
+        found += words_of(text[end : filler.start()])
+        is_blank = filler[1] is None
+        times = filler[0].count("\n") - 2 if is_blank else len(filler[0]) // _FILLER_CHARS
+        found += ["\n" if is_blank else filler[1]] * times
+        end = filler.end()
+    return found + words_of(text[end:]) if found or end else words_of(text)
+
+
+def unspaced_letters(text: str) -> int:
+    """The number of letters of scripts that are written without spaces."""
+    if text.isascii():
+        return 0
+    kinds = _kinds_of(text)[0]
+    return int(np.count_nonzero(kinds >= _IDEOGRAPH))
+
+
+def word_starts(text: str) -> NDArray[np.intp]:
+    """The offset of each word, in characters; shape (words,).
+
+    Takes about 40 ms for a million words in ASCII, a tenth of the time of lists of words.
+    """
+    if text.isascii():
+        is_space = np.frombuffer(text.encode("ascii").translate(_IS_ASCII_SPACE), np.bool_)
+        begins = ~is_space
+        begins[1:] &= is_space[:-1]
+        return np.flatnonzero(begins)
+    kinds, codes = _kinds_of(text)
+    begins = kinds != _SPACE
+    now, before = kinds[1:], kinds[:-1]
+    within = (now == _IDEOGRAPH) | ((now == _LETTER) & (before >= _STOP))
+    if (is_run_together := now == _RUN_TOGETHER).any():
+        pair = codes[1:] * np.uint32(_SPREAD[0]) + codes[:-1] * np.uint32(_SPREAD[1])
+        is_cut = (pair >> np.uint32(16)) % np.uint32(_LETTERS_A_WORD) == 0
+        other_script = (before >= _LETTER) & (before <= _IDEOGRAPH)
+        within |= is_run_together & (is_cut | other_script)
+    begins[1:] &= (before == _SPACE) | within
+    return np.flatnonzero(begins)
+
+
+def _kinds_of(text: str) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    """The kind and the code point of each character."""
+    order = "le" if sys.byteorder == "little" else "be"
+    codes = np.frombuffer(text.encode(f"utf-32-{order}", "surrogatepass"), np.uint32)
+    kinds = _kinds().take(codes, mode="clip")
+    kinds[codes >= _BEYOND_IDEOGRAPHS] = _OTHER
+    return kinds, codes
+
+
+@cache
+def _kinds() -> NDArray[np.uint8]:
+    """The kind of each character, by code point; the last one is that of all rare ideographs."""
+    kinds = np.full(_CLASSIFIED + 1, _OTHER, np.uint8)
+    for code in range(_CLASSIFIED):
+        character = chr(code)
+        if character.isalnum():
+            kinds[code] = _LETTER
+        elif character.isspace():
+            kinds[code] = _SPACE
+    for ranges, before, after in (
+        (IDEOGRAPHIC, _LETTER, _IDEOGRAPH),
+        (RUN_TOGETHER, _LETTER, _RUN_TOGETHER),
+        (_STOPS, _OTHER, _STOP),
+    ):
+        for first, last in ranges:
+            some = kinds[first : last + 1]
+            some[some == before] = after
+    for first, last in RUN_TOGETHER:  # numbers are written as everywhere
+        for code in range(first, last + 1):
+            if chr(code).isdigit():
+                kinds[code] = _LETTER
+    kinds[_CLASSIFIED] = _IDEOGRAPH
+    return kinds
