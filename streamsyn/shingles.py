@@ -114,14 +114,19 @@ class Words:
 
     def ngrams(self, words: int) -> Hashes:
         """Return the hash of each n-gram of `words` words, in order; none if the text is shorter."""
-        count = len(self) - words + 1
-        if count <= 0:
-            return numpy.empty(0, numpy.uint64)
-        numbers = self.hashes[:count].copy()
-        for offset in range(1, words):
-            numbers *= _FACTOR
-            numbers += self.hashes[offset : offset + count]
-        return numbers
+        return ngrams(self.hashes, words)
+
+
+def ngrams(hashes: Hashes, words: int) -> Hashes:
+    """Return the hash of each n-gram of `words` words, given the hashes of a text's words in order."""
+    count = len(hashes) - words + 1
+    if count <= 0:
+        return numpy.empty(0, numpy.uint64)
+    numbers = hashes[:count].copy()
+    for offset in range(1, words):
+        numbers *= _FACTOR
+        numbers += hashes[offset : offset + count]
+    return numbers
 
 
 def split_words(text: str) -> Words:

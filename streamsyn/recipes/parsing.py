@@ -12,13 +12,14 @@ from itertools import pairwise
 from typing import Any
 
 _LABEL = re.compile(
-    r"""\A\s*
-    (?:\#{1,6}\s*|\*{1,2}|_{1,2}|<)?                    # markdown or a tag around it
-    (?:(?:here\s+is|here['\u2019]s|below\s+is|this\s+is)\s+)?(?:the\s+)?(?:lost\s+|missing\s+|written\s+)?
+    r"""\A\s*+
+    (?:\#{1,6}\s*+|\*{1,2}|_{1,2}|<)?                   # markdown or a tag around it
+    (?:(?:here\s+is|here['\u2019]s|below\s+is|this\s+is)\s++)?(?:the\s++)?(?:(?:lost|missing|written)\s++)?
     (?:context|document|background|text)
-    (?:\s+document)?
-    \s*(?::\s*(?:\*{1,2}|_{1,2})?|(?:\*{1,2}|_{1,2})\s*(?::|\n)|>|[ \t]*\n)   # a colon or a line ends it
-    \s*""",
+    (?:\s++document)?
+    (?: [^\S\n]*+\n                                     # a line or a colon ends it
+    |   \s*+(?::\s*+(?:\*{1,2}|_{1,2})?|(?:\*{1,2}|_{1,2})(?:[^\S\n]*+\n|\s*+:)|>)
+    )\s*+""",
     re.IGNORECASE | re.VERBOSE,
 )
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
@@ -30,8 +31,8 @@ _SECTION_HEADING = re.compile(
     r"""\A\s*
     (?: \#{1,6}[ \t]+[^\n]*
     |   \*\*[^\n*]{1,120}\*\*:?
-    |   (?:section|part|chapter)[ ]\d+\b[^\n]{0,120}(?<![.!?,;])
-    )[ \t]*(?:\n\s*|\Z)
+    |   (?:section|part|chapter)[ ]\d+\b[^\n]{0,120}(?<![.!?,;\s])
+    )[ \t]*+(?:\n\s*|\Z)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -46,6 +47,8 @@ _HEADING_MARK = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+_WRAPPINGS = 8
+"""Maximum number of labels and fences around a document, one in the other."""
 _HEADING_CHARS = 120
 """Longest heading; longer lines are prose."""
 _QUESTIONS = ("question", "instruction", "query", "q")
@@ -87,8 +90,7 @@ def without_thoughts(answer: str) -> str:
 def document_text(answer: str) -> str:
     """Return the document of an answer, without reasoning, code fences and labels such as `Context:`."""
     text = without_thoughts(answer)
-    previous = None
-    while text != previous:  # labels and fences may be nested
+    for _ in range(_WRAPPINGS):
         previous = text
         if fenced := _FENCE.match(text):
             text = fenced["inside"].strip()
@@ -96,6 +98,8 @@ def document_text(answer: str) -> str:
             text = text[label.end() :]
         if text.endswith(">"):
             text = _CLOSING_TAG.sub("", text).rstrip()
+        if text == previous:
+            break
     return _OPEN_FENCE.sub("", text).strip()  # an open fence means that the answer was cut
 
 
@@ -167,7 +171,8 @@ def _labelled(text: str) -> Pair | None:
                 continue
             asked, answer, after = question[: inline.start()], question[inline.end() :], following
         else:
-            after = next((one for one in labels[place + 2 :] if _kind(one) in _QUESTIONS), None)
+            rest = range(place + 2, len(labels))
+            after = next((labels[later] for later in rest if _kind(labels[later]) in _QUESTIONS), None)
             asked, answer = question, text[following.end() : after.start() if after else len(text)]
         if asked.strip():
             return Pair(_cleaned(asked), _cleaned(answer), after is not None)
