@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _REJECT_TEXTS = ("detail", "origin", "task", "instruction", "answer")
+_LONG_CHARS = 2**15
+"""Characters of a draft from which its recipe works in a thread. Parsing and checking more may take longer
+than 10 ms, during which the event loop would neither send nor receive."""
 
 
 class Worker:
@@ -107,25 +110,24 @@ class Worker:
         Steps that an earlier run finished are answered from the journal, with their tries, and count as if
         they had been asked now.
         """
-        steps, model = self._recipe.steps(draft), self._fleet.model_of(draft.key)
-        try:
-            request, number = next(steps), 0
-            for finished in await self._finished_steps(draft):
-                if finished.request_digest != request_digest(request):
-                    break  # the request has changed: this step and the later ones are asked again
-                self.attempts += finished.attempts
-                request, number = steps.send(finished.completion), number + 1
-            while True:
-                before = len(self.attempts)
-                completion = await self._fleet.complete(request, self.attempts, model)
-                asked, request = request, steps.send(completion)
-                is_kept = await self._keep(draft, number, asked, completion, self.attempts[before:])
-                if is_kept and self._is_draining():
-                    raise StoppedEarly("draining: the next run resumes with the next step")
-                number += 1
-        except StopIteration as done:
-            document: Document = done.value
-            return document
+        steps, model = _DrivenSteps(self._recipe, draft), self._fleet.model_of(draft.key)
+        made, number = await steps.next(), 0
+        for finished in await self._finished_steps(draft):
+            if isinstance(made, Document) or finished.request_digest != request_digest(made):
+                break  # the request has changed: this step and the later ones are asked again
+            self.attempts += finished.attempts
+            made, number = await steps.next(finished.completion), number + 1
+        while isinstance(made, Request):
+            before = len(self.attempts)
+            completion = await self._fleet.complete(made, self.attempts, model)
+            asked, made = made, await steps.next(completion)
+            if isinstance(made, Document):
+                break
+            is_kept = await self._keep(draft, number, asked, completion, self.attempts[before:])
+            if is_kept and self._is_draining():
+                raise StoppedEarly("draining: the next run resumes with the next step")
+            number += 1
+        return made
 
     async def _finished_steps(self, draft: Draft) -> list[FinishedStep]:
         if self._journal is None or not self._journal.holds(draft.key):
@@ -195,6 +197,35 @@ class Worker:
             metadata=seed.metadata,
             written_at=time.time(),
         )
+
+
+class _DrivenSteps:
+    """The steps of a draft: completions in, requests out, then the document. Those of long texts in a thread."""
+
+    def __init__(self, recipe: Recipe, draft: Draft) -> None:
+        self._steps = recipe.steps(draft)
+        self._chars = len(draft.seed.context)
+
+    async def next(self, completion: Completion | None = None) -> Request | Document:
+        """Return the next request, or the document.
+
+        Args:
+            completion: The answer to the request before; None at the start.
+
+        Raises:
+            RejectedDraft: No answer can be used.
+        """
+        self._chars += len(completion.text) if completion is not None else 0
+        if self._chars < _LONG_CHARS:
+            return self._advance(completion)
+        return await asyncio.to_thread(self._advance, completion)
+
+    def _advance(self, completion: Completion | None) -> Request | Document:
+        try:
+            return next(self._steps) if completion is None else self._steps.send(completion)
+        except StopIteration as done:  # which no thread can pass on
+            document: Document = done.value
+            return document
 
 
 def _reason(error: ServerError) -> RejectReason:

@@ -18,7 +18,7 @@ class Recipe(Protocol):
     A recipe does no I/O and keeps no state between drafts. A worker drives `steps`: retries, placement and
     timeouts are not the recipe's concern. The same answers must give the same next request and the same
     document, because after a kill the finished steps are replayed from the journal. So seed random choices by
-    `Draft.key`, and never use the time.
+    `Draft.key`, and never use the time. The steps of a long draft run in threads, one after the other.
     """
 
     @property

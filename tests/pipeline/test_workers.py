@@ -1,12 +1,13 @@
 """Workers: one draft in, exactly one outcome out, whatever happens on the way."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,12 +22,14 @@ from streamsyn.recipes.recipe import Recipe, RejectedDraft, Steps
 from streamsyn.recipes.sections_recipe import SectionsRecipe
 from streamsyn.records import (
     BadSeed,
+    Completion,
     Context,
     Document,
     Draft,
     Outcome,
     Reject,
     RejectReason,
+    Request,
     Seed,
     Work,
     draft_key,
@@ -469,3 +472,51 @@ async def test_the_past_of_a_conversation_is_cached(journal: Journal) -> None:
         past = before["prompt_tokens"] + before["completion_tokens"]
         assert after["cached_tokens"] >= past - 64
     assert context.cached_tokens > 0.7 * context.prompt_tokens
+
+
+class Threads(Buggy):
+    """A recipe that notes in which threads its steps run."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: False)
+        self.seen: list[threading.Thread] = []
+
+    def steps(self, draft: Draft) -> Steps:
+        """Ask once."""
+        self.seen.append(threading.current_thread())
+        answer = yield Request([{"role": "user", "content": "?"}], {}, "")
+        self.seen.append(threading.current_thread())
+        return Document(answer.text, {}, [answer])
+
+
+class Answers:
+    """A fleet that answers each request with the same text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def model_of(self, _key: bytes) -> str:
+        """The one model."""
+        return "m"
+
+    async def complete(self, *_: Any) -> Completion:
+        """The text."""
+        return Completion(self._text, "stop", 1, 0, 1, "m", "s")
+
+
+@pytest.mark.parametrize("words", [100, 90_000])
+async def test_long_texts_are_judged_in_a_thread(words: int) -> None:
+    """The event loop would do nothing else while they are parsed and checked."""
+    recipe, fleet = Threads(), Answers("word " * words)
+    worker = Worker(recipe, cast("Fleet", fleet))
+    work: BoundedQueue[Work] = BoundedQueue(1)
+    results: BoundedQueue[Outcome] = BoundedQueue(1)
+    await work.put(drafts("one")[0])
+    work.close()
+
+    await worker.run(work, results, lambda: None)
+
+    first, last = recipe.seen
+    assert first is threading.main_thread()
+    assert (last is first) == (words == 100)
+    assert isinstance(results.get_nowait(1)[0], Context)
