@@ -4,8 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_FLAGS := --quiet --disable-pip-version-check -c deploy/constraints.txt
-# Two files of tests at a time, in their order: those with most tests first leaves the slowest for the end.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Three files of tests at a time, longest first: on two cores a third keeps them busy while others wait for a process.
+AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
 HERMETIC := not crash and not real_sglang and not chromium
 
 .PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint bench bench-real clean
@@ -18,17 +18,17 @@ demo:  ## the main job on a real SGLang with a packaged model
 	.venv-core/bin/streamsyn demo
 
 test: .venv/stamp  ## all tests but those below: no real server, no browser, no kills and resumes
-	$(BIN)/pytest $(TWO) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term)
+	$(BIN)/pytest $(AT_A_TIME) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term)
 
 test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length; asyncio in debug mode
-	$(BIN)/pytest $(TWO) -m "crash or (hypothesis and not real_sglang and not chromium)" \
+	$(BIN)/pytest $(AT_A_TIME) -m "crash or (hypothesis and not real_sglang and not chromium)" \
 	  --hypothesis-profile=long -o asyncio_debug=true
 
-test-real: .venv/stamp sglang  ## tests against a real SGLang, one server for all; it needs both cores for itself
-	$(BIN)/pytest -m real_sglang
+test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, and one that a run launches
+	$(BIN)/pytest tests/real -n 2 --dist loadgroup -m real_sglang
 
 test-browser: .venv/stamp chromium  ## the report, looked at in a browser
-	$(BIN)/pytest -m chromium
+	$(BIN)/pytest tests/report -m chromium
 
 test-all: test test-crash test-browser test-real  ## all four
 
