@@ -92,7 +92,7 @@ def auc(high: Sequence[float], low: Sequence[float]) -> float:
 async def control(rows: Sequence[Row], url: str, args: argparse.Namespace) -> list[Pair]:
     """Score each row's answer given the contexts of other rows of its task."""
     section = FleetSection(servers=(url,), concurrency=args.concurrency)
-    async with open_fleet(section, lambda: None) as fleet:
+    async with open_fleet(section, lambda _: None) as fleet:
         await fleet.ask_models()
         gain = Gain(AnswerPrompt(), ScoringSection().answer_tokens)
 

@@ -132,7 +132,7 @@ async def with_streamsyn(
     section = FleetSection(
         servers=tuple(urls), concurrency="auto" if cap == "auto" else even if cap == "even" else int(cap)
     )
-    async with open_fleet(section, on_gone=lambda: None) as fleet:
+    async with open_fleet(section, on_gone=lambda _: None) as fleet:
         await fleet.ask_models()
 
         async def ask(request: Request) -> Completion:

@@ -7,9 +7,10 @@
     │   ├── FleetGone          no server was usable for `fleet.give_up_s`
     │   └── ReaderGone         the reader of stdout closed the pipe
     ├── ServerError            one attempt of a request failed
-    │   ├── ServerUnavailable  connection reset, 5xx: try another server
+    │   ├── ServerUnavailable  connection lost, 5xx: try another server
     │   │   └── ServerUnreachable  no connection could be made: the request was never sent
     │   ├── ServerBusy         queue full: wait and try again; not a failure (backpressure)
+    │   │   └── RateLimited    429: the server, or this request alone, has to wait
     │   ├── ServerTimeout      no answer in time: abort by request id, try again
     │   ├── BrokenResponse     an invalid answer: try again, then reject
     │   └── RequestRefused     any other 4xx: reject, never retried
@@ -58,7 +59,9 @@ class ServerError(StreamsynError):
 
 
 class ServerUnavailable(ServerError):
-    """Raised when the server could not be reached, dropped the connection or answered 5xx."""
+    """Raised when the server could not be reached, lost the connection before the end of an answer, or
+    answered 5xx.
+    """
 
 
 class ServerUnreachable(ServerUnavailable):
@@ -69,12 +72,24 @@ class ServerBusy(ServerError):
     """Raised when the server's queue is full; the request itself is fine."""
 
 
+class RateLimited(ServerBusy):
+    """Raised when the server answers 429, or asks for a pause with 503 and `Retry-After`.
+
+    Attributes:
+        retry_after_s: The pause in seconds that the server asks for; None if it does not.
+    """
+
+    def __init__(self, message: str, completion_tokens: int = 0, retry_after_s: float | None = None) -> None:
+        super().__init__(message, completion_tokens)
+        self.retry_after_s = retry_after_s
+
+
 class ServerTimeout(ServerError):
     """Raised when no answer came within `fleet.request_timeout_s`."""
 
 
 class BrokenResponse(ServerError):
-    """Raised when an answer is cut short, invalid JSON, incomplete or aborted."""
+    """Raised when a complete answer is invalid JSON, lacks a field or was aborted."""
 
 
 class RequestRefused(ServerError):

@@ -288,7 +288,8 @@ class FleetSection(Section):
     connect_timeout_s: Annotated[Seconds, operational] = 10.0
     """Maximum seconds to open a connection."""
     max_attempts: Annotated[Count, operational] = 6
-    """Maximum number of attempts of one request. A full queue or an unreachable server does not count."""
+    """Maximum number of attempts of one request. A full queue, a rate limit or an unreachable server does not
+    count."""
     backoff_base_s: Annotated[Seconds, operational] = 0.5
     """Upper bound in seconds of the first pause between attempts, which is drawn from zero to it. It doubles
     with each attempt."""
@@ -300,7 +301,9 @@ class FleetSection(Section):
     probe_interval_s: Annotated[Seconds, operational] = 2.0
     """Seconds between probes of an ejected server. The interval grows to ten times this."""
     give_up_s: Annotated[Seconds, operational] = 300.0
-    """Stop the run with exit code 75, resumable, when no server was usable for this many seconds."""
+    """Stop the run with exit code 75, resumable, when no server was usable, or servers refused every request,
+    for this many seconds. A request that only rate limits refused for this long, while others were answered,
+    is rejected."""
 
 
 Source = Literal["same_task", "any_task", "corpus"]

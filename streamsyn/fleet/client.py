@@ -73,6 +73,7 @@ class ServerClient:
             timeout_s=self._request_timeout_s,
             on_data=on_first_token,
         )
+        wire.check_rate_limit(reply.status, reply.body, self.url, reply.retry_after_s)
         if on_first_token is not None:
             return wire.parse_chat_stream(reply.status, reply.body, self.url)
         return wire.parse_chat(reply.status, reply.body, self.url)

@@ -5,7 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from random import Random
@@ -18,11 +18,13 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
     ConfigError,
+    RateLimited,
     RequestRefused,
     ServerBusy,
     ServerError,
     ServerTimeout,
     ServerUnreachable,
+    StoppedEarly,
 )
 from streamsyn.fleet import prefixes
 from streamsyn.fleet.discovery import Discovery
@@ -66,6 +68,8 @@ class Fleet:
         self._clock = asyncio.get_running_loop().time
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
+        self._answers = 0
+        self._draining = asyncio.Event()
 
     @property
     def servers(self) -> list[Server]:
@@ -166,9 +170,9 @@ class Fleet:
             at, started = time.time(), self._clock()
             try:
                 if self._hedging.is_on and request.scored is None:
-                    completion = await self._hedging.ask(Call(request, place, pool, started))
+                    completion = await self._hedging.ask(Call(request, place, pool, budget, started))
                 else:
-                    completion = await self._ask(place, pool, request)
+                    completion = await self._ask(place, pool, request, budget)
             except ServerError as error:
                 failure, failed_at = error, place.server
             else:
@@ -179,15 +183,32 @@ class Fleet:
                 pool.release(place)
             took, url = self._since(started), place.server.url
             if not isinstance(failure, ServerBusy):  # not a try, and there may be thousands
-                message = f"{type(failure).__name__}: {failure}"
-                attempts.append(Attempt(url, at, took, message, failure.completion_tokens))
+                attempts.append(_failed(url, at, took, failure))
             pause_s = budget.pause_after(failure, took)
             if pause_s is None:
+                if isinstance(failure, RateLimited):
+                    attempts.append(_failed(url, at, took, failure))
                 raise failure
-            await asyncio.sleep(pause_s)
+            await self._pause(pause_s, failure)
+
+    async def _pause(self, seconds: float, failure: ServerError) -> None:
+        """Wait between two tries; a drain ends the wait of a request that no server has accepted.
+
+        Raises:
+            StoppedEarly: The run is draining, and `failure` is a rate limit.
+        """
+        if not isinstance(failure, RateLimited):
+            await asyncio.sleep(seconds)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._draining.wait()
+        if self._draining.is_set():
+            raise StoppedEarly(f"the run is draining: {failure}")
 
     def drain(self) -> None:
         """Fail requests that wait for a place with StoppedEarly, now and from now on."""
+        self._draining.set()
         for pool in self._membership.pools.values():
             pool.drain()
 
@@ -195,7 +216,7 @@ class Fleet:
         """Record that there is no new work, and that `busy` of `workers` workers are still busy."""
         self._hedging.tail(busy, workers)
 
-    async def _ask(self, place: Place, pool: Placement, request: Request) -> Completion:
+    async def _ask(self, place: Place, pool: Placement, request: Request, budget: RetryBudget) -> Completion:
         """Make one try at one server, and update the server's state by its outcome."""
         server, started = place.server, self._clock()
         text = prefixes.conversation_text(request)
@@ -209,6 +230,7 @@ class Fleet:
             pool.warmed(place)
 
         rid = f"{self._run_rid}-{next(self._requests):012x}"
+        self._outage.sent(rid, started)
         try:
             completion = await server.client.complete(
                 request, server.model, rid, first_token if place.leads else None
@@ -220,9 +242,14 @@ class Fleet:
             if isinstance(error, ServerError):
                 self._record_failure(server, error)
             raise
+        except RateLimited as error:
+            self._record_rate_limit(server, pool, error, budget)
+            raise
         except ServerError as error:
             self._record_failure(server, error)
             raise
+        finally:
+            self._outage.done(rid)
         if place.leads:
             pool.warmed(place)
         server.planned_cached_tokens += planned * completion.prompt_tokens
@@ -247,6 +274,8 @@ class Fleet:
     ) -> None:
         self._outage.answered()
         server.health.answered()
+        server.rate_limit.answered()
+        self._answers += 1
         server.completions += 1
         server.completion_tokens += completion.completion_tokens
         server.prompt_tokens += completion.prompt_tokens
@@ -264,7 +293,7 @@ class Fleet:
         if isinstance(error, ServerBusy):
             server.health.answered()
             server.limiter.busy(self._clock(), self._rng.random())
-            self._outage.busy(self._clock())
+            self._outage.refused(asyncio.get_running_loop(), str(error))
             self._membership.cap_changed(server, cap)
             return
         server.limiter.failed()
@@ -273,6 +302,31 @@ class Fleet:
         elif server.health.failed(reachable=not isinstance(error, ServerUnreachable)):
             self._membership.eject(server, error)
 
+    def _record_rate_limit(
+        self, server: Server, pool: Placement, error: RateLimited, budget: RetryBudget
+    ) -> None:
+        """Hold the server for as long as it asks, or if it refuses several requests in a row.
+
+        A request that is refused while others are answered waits by itself, and does not concern the server.
+        """
+        now = self._clock()
+        server.health.answered()  # it is alive
+        self._outage.refused(asyncio.get_running_loop(), str(error))
+        if server.rate_limit.is_news(now):
+            log.warning(
+                "fleet.rate_limited", server=server.url, error=str(error), pause_s=error.retry_after_s
+            )
+        budget.rate_limited(now, self._answers)
+        if budget.has_own_limit:
+            return
+        if error.retry_after_s is not None:
+            server.limiter.hold(now + error.retry_after_s)
+            pool.held(server)
+        elif server.rate_limit.refused(server.cap):
+            cap = server.cap
+            server.limiter.busy(now, self._rng.random())
+            self._membership.cap_changed(server, cap)
+
     def _since(self, started: float) -> float:
         return round(self._clock() - started, 4)
 
@@ -280,7 +334,7 @@ class Fleet:
 @asynccontextmanager
 async def open_fleet(
     section: FleetSection,
-    on_gone: Callable[[], None],
+    on_gone: Callable[[str], None],
     environ: Mapping[str, str] = os.environ,
     connect: Connect | None = None,
     rng: Random | None = None,
@@ -289,7 +343,7 @@ async def open_fleet(
 
     Args:
         section: The `fleet` section of the configuration.
-        on_gone: Called when no server was usable for `fleet.give_up_s`.
+        on_gone: Called with the reason when no server was usable for `fleet.give_up_s`.
         environ: Holds the servers' keys.
         connect: Opens a transport to a server; None uses HTTP.
         rng: For jitter; a seeded one makes a simulation repeatable.
@@ -310,8 +364,12 @@ async def open_fleet(
         try:
             yield fleet
         finally:
-            outage.ended()
+            outage.close()
             await tasks.close()  # before the connections, which aborts still need
+
+
+def _failed(url: str, at: float, seconds: float, error: ServerError) -> Attempt:
+    return Attempt(url, at, seconds, f"{type(error).__name__}: {error}", error.completion_tokens)
 
 
 async def _connect_http(section: FleetSection, environ: Mapping[str, str]) -> Connect:

@@ -1,4 +1,4 @@
-"""What failures lead to: a retry, an ejected server, a run that gives up. Three plain state machines."""
+"""What failures lead to: a retry, a held or ejected server, a run that gives up. Plain state machines."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from random import Random
 
 from streamsyn.config.sections import FleetSection
-from streamsyn.errors import RequestRefused, ServerBusy, ServerError, ServerUnreachable
+from streamsyn.errors import RateLimited, RequestRefused, ServerBusy, ServerError, ServerUnreachable
+
+_OWN_AFTER = 3
+"""A request has a rate limit of its own after this many refusals with other answers in between."""
+_IN_A_ROW = 4
+"""Refusals in a row, of whichever requests, that show that the server has too many."""
+_WARN_EVERY_S = 300.0
+_ACCEPTED_AFTER_S = 10.0
+"""A refusal comes within this time: a request in flight for longer was accepted."""
 
 
 @dataclass(slots=True)
@@ -14,17 +22,41 @@ class RetryBudget:
     """The tries and seconds that one request may use.
 
     A full queue or an unreachable server costs no try, since the request was not accepted. So a request
-    survives an outage of the whole fleet, and many servers that fail one after the other.
+    survives an outage of the whole fleet, and many servers that fail one after the other. A request that is
+    rate-limited again and again while others are answered gives up after `fleet.give_up_s`.
     """
 
     fleet: FleetSection
     rng: Random
     tries: int = 0
     spent_s: float = 0.0
+    limited: int = 0
+    """Refusals by rate limits."""
+    own: int = 0
+    """Of these, refusals with other answers since the refusal before."""
+    own_s: float = 0.0
+    """Seconds between those pairs of refusals."""
+    _limited_at: float = 0.0
+    _answers: int = 0
+
+    @property
+    def has_own_limit(self) -> bool:
+        """Whether servers refuse this request while they answer others."""
+        return self.own >= _OWN_AFTER
+
+    def rate_limited(self, now: float, answers: int) -> None:
+        """Record a refusal by a rate limit, `answers` answers of the fleet after its start."""
+        if self.limited and answers > self._answers:
+            self.own += 1
+            self.own_s += now - self._limited_at
+        self.limited += 1
+        self._limited_at, self._answers = now, answers
 
     def pause_after(self, error: ServerError, seconds: float) -> float | None:
         """Return the pause in seconds before the next try, after one that took `seconds`; None to give up."""
         self.spent_s += seconds
+        if isinstance(error, RateLimited):
+            return self._pause_after_limit(error)
         if isinstance(error, ServerBusy | ServerUnreachable):
             return 0.0  # placement does the waiting: the server is held or ejected
         self.tries += 1
@@ -33,6 +65,15 @@ class RetryBudget:
         pause_s = full_jitter(self.fleet.backoff_base_s, self.fleet.backoff_max_s, self.tries - 1, self.rng)
         self.spent_s += pause_s
         return pause_s if self.spent_s < self.fleet.total_timeout_s else None
+
+    def _pause_after_limit(self, error: RateLimited) -> float | None:
+        if self.own_s > min(self.fleet.give_up_s, self.fleet.total_timeout_s):
+            return None
+        if error.retry_after_s is None:
+            step = self.limited - 1
+            return full_jitter(self.fleet.backoff_base_s, self.fleet.backoff_max_s, step, self.rng)
+        # All requests wait for the server together, unless the limit is this request's own.
+        return error.retry_after_s if self.has_own_limit else 0.0
 
 
 def full_jitter(base_s: float, longest_s: float, step: int, rng: Random) -> float:
@@ -72,24 +113,62 @@ class Health:
         self.failures = 0
 
 
+@dataclass(slots=True)
+class RateLimit:
+    """What the 429s of a server mean: one refused request waits by itself, several in a row hold it."""
+
+    in_a_row: int = 0
+    _warned_at: float | None = None
+
+    def answered(self) -> None:
+        """Record an answer."""
+        self.in_a_row = 0
+
+    def refused(self, cap: int) -> bool:
+        """Record a refusal. Return whether the server has more requests than it takes."""
+        self.in_a_row += 1
+        return self.in_a_row >= max(_IN_A_ROW, cap // 8)
+
+    def is_news(self, now: float) -> bool:
+        """Return whether to log a warning at `now`: at the first refusal, and later once in five minutes."""
+        if self._warned_at is not None and now - self._warned_at < _WARN_EVERY_S:
+            return False
+        self._warned_at = now
+        return True
+
+
 class Outage:
-    """Gives up on a fleet that has had no usable server, or only full queues, for too long.
+    """Gives up on a fleet that has had no usable server, or has refused all requests, for too long.
 
     Args:
         section: Has `give_up_s` and `request_timeout_s`.
-        on_gone: Called when the fleet is given up.
+        on_gone: Called with the reason when the fleet is given up.
     """
 
-    def __init__(self, section: FleetSection, on_gone: Callable[[], None]) -> None:
+    def __init__(self, section: FleetSection, on_gone: Callable[[str], None]) -> None:
         self._section = section
         self._on_gone = on_gone
         self._timer: asyncio.TimerHandle | None = None
         self._gone_since: float | None = None
-        self._busy_since: float | None = None
+        self._refusal_timer: asyncio.TimerHandle | None = None
+        self._refusal = ""
+        self._tries: dict[str, float] = {}
+        """When each request in flight was sent, by rid, in order."""
+
+    def sent(self, rid: str, now: float) -> None:
+        """Record that a request was sent; `done` ends it."""
+        self._tries[rid] = now
+
+    def done(self, rid: str) -> None:
+        """Record that a request is no longer in flight."""
+        del self._tries[rid]
 
     def answered(self) -> None:
         """Record that a request was answered."""
-        self._busy_since = self._gone_since = None
+        self._gone_since = None
+        if self._refusal_timer is not None:
+            self._refusal_timer.cancel()
+            self._refusal_timer = None
 
     def began(self, loop: asyncio.AbstractEventLoop) -> None:
         """Record that some model has no usable server.
@@ -100,7 +179,9 @@ class Outage:
             return
         if self._gone_since is None:
             self._gone_since = loop.time()
-        self._timer = loop.call_at(self._gone_since + self._section.give_up_s, self._on_gone)
+        give_up_s = self._section.give_up_s
+        reason = f"no server was usable for fleet.give_up_s = {give_up_s:g} s"
+        self._timer = loop.call_at(self._gone_since + give_up_s, self._on_gone, reason)
 
     def ended(self) -> None:
         """Record that each model has a usable server again; only an answer resets the time."""
@@ -108,13 +189,23 @@ class Outage:
             self._timer.cancel()
             self._timer = None
 
-    def busy(self, now: float) -> None:
-        """Record a full queue at `now`, in seconds of the event loop.
+    def refused(self, loop: asyncio.AbstractEventLoop, message: str) -> None:
+        """Record that a server had no room for a request; `message` is its answer."""
+        self._refusal = message
+        if self._refusal_timer is None:
+            self._refusal_timer = loop.call_later(self._section.give_up_s, self._give_up, loop)
 
-        An accepted request is answered or times out within `request_timeout_s`. When all servers are busy
-        for longer than that, none has accepted anything.
-        """
-        if self._busy_since is None:
-            self._busy_since = now
-        elif now - self._busy_since > max(self._section.give_up_s, self._section.request_timeout_s):
-            self._on_gone()
+    def close(self) -> None:
+        """Cancel the timers."""
+        self.ended()
+        self.answered()
+
+    def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Give up, unless a request was accepted and may still be answered."""
+        give_up_s, now = self._section.give_up_s, loop.time()
+        oldest = next(iter(self._tries.values()), now)
+        if now - oldest > min(_ACCEPTED_AFTER_S, give_up_s / 2):
+            ends = max(oldest + self._section.request_timeout_s, now + _ACCEPTED_AFTER_S)
+            self._refusal_timer = loop.call_at(ends, self._give_up, loop)
+            return
+        self._on_gone(f"every request was refused for fleet.give_up_s = {give_up_s:g} s: {self._refusal}")

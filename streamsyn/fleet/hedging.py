@@ -11,6 +11,7 @@ import structlog
 
 from streamsyn.background import Background
 from streamsyn.errors import ServerError, StoppedEarly
+from streamsyn.fleet.health import RetryBudget
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place
 from streamsyn.records import Completion, Request
@@ -30,6 +31,7 @@ class Call:
     request: Request
     place: Place
     pool: Placement
+    budget: RetryBudget
     started: float
     scope: asyncio.Timeout | None = None
     second: "asyncio.Task[None] | None" = None
@@ -50,7 +52,7 @@ class Hedging:
         self,
         share: bool | float,
         tasks: Background,
-        ask: Callable[[Place, Placement, Request], Awaitable[Completion]],
+        ask: Callable[[Place, Placement, Request, RetryBudget], Awaitable[Completion]],
     ) -> None:
         self._share = _DEFAULT_SHARE if share is True else float(share)
         self._tasks = tasks
@@ -75,7 +77,7 @@ class Hedging:
             # The timeout is set only when the second answer comes: it then cancels the first try, which
             # aborts the request at its server.
             async with asyncio.timeout(None) as call.scope:
-                completion = await self._ask(call.place, call.pool, call.request)
+                completion = await self._ask(call.place, call.pool, call.request, call.budget)
         except TimeoutError:
             if call.answer is None:
                 raise
@@ -108,7 +110,7 @@ class Hedging:
             if place.server is call.place.server:
                 return  # there is no other server
             log.info("fleet.hedged", server=call.place.server.url, second=place.server.url)
-            call.answer = await self._ask(place, call.pool, call.request)
+            call.answer = await self._ask(place, call.pool, call.request, call.budget)
         except ServerError as error:
             log.debug("fleet.hedge_failed", server=place.server.url, error=str(error))
         else:

@@ -82,6 +82,10 @@ class Limiter:
         self._next_hold_s = min(2 * self._next_hold_s, _LONGEST_HOLD_S)
         return True
 
+    def hold(self, until: float) -> None:
+        """Send nothing before `until`: the server has asked for a pause."""
+        self.held_until = max(self.held_until, until)
+
     def answered(self, now: float, seconds: float, tokens: int) -> None:  # noqa: ARG002 - AdaptiveLimiter uses them
         """Record an answer of `tokens` tokens that took `seconds`."""
         self._next_hold_s = _FIRST_HOLD_S

@@ -52,6 +52,7 @@ async def score(
         reply = await transport.exchange(
             "POST", path, body=orjson.dumps(body), headers=headers, timeout_s=timeout_s
         )
+        wire.check_rate_limit(reply.status, reply.body, url, reply.retry_after_s)
         if reply.status in _ABSENT:
             raise NoScores(f"scoring needs SGLang: {url} answered {reply.status} to {path}")
         return wire.parse_object(reply.status, reply.body, url)

@@ -98,6 +98,19 @@ class Placement:
             if not waiter.turn.done():
                 self._put(waiter)
 
+    def held(self, server: Server) -> None:
+        """Place the requests that wait for `server` elsewhere if it is held for more than `PATIENCE_S`."""
+        if not self._is_held(server):
+            return
+        waiters = list(server.queue)
+        server.queue.clear()
+        for waiter in waiters:
+            if not waiter.turn.done():
+                self._put(waiter)
+
+    def _is_held(self, server: Server) -> bool:
+        return server.limiter.held_until > self._clock() + PATIENCE_S
+
     def drain(self) -> None:
         """End all waits with StoppedEarly; requests in flight are not affected."""
         self._is_draining = True
@@ -125,7 +138,8 @@ class Placement:
         """Give it a free place, or put it into the queue where it belongs."""
         usable = [server for server in self.servers if server.is_usable]
         if waiter.request.group and usable:
-            server = self.affinity.server_for(waiter.request.group, usable, waiter.avoid)
+            fit = [server for server in usable if not self._is_held(server)] or usable
+            server = self.affinity.server_for(waiter.request.group, fit, waiter.avoid)
             _drop_done(server.queue)
             if server.queue or not self._seat(waiter, server):
                 server.queue.append(waiter)

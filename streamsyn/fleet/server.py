@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamsyn.fleet.client import ServerClient
-from streamsyn.fleet.health import Health
+from streamsyn.fleet.health import Health, RateLimit
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
@@ -26,6 +26,7 @@ class Server:
         client: Sends requests to it.
         limiter: How many requests it may have in flight.
         health: Whether it is ejected.
+        rate_limit: Its 429s.
         model: The model that it is used for; empty until it has said what it serves.
         warm_up: Shared prefixes in its cache, and the requests that wait for one.
         prefixes: What its prefix cache should hold.
@@ -43,6 +44,7 @@ class Server:
     client: ServerClient
     limiter: Limiter
     health: Health
+    rate_limit: RateLimit = field(default_factory=RateLimit)
     model: str = ""
     warm_up: "PrefixWarmUp[Waiter]" = field(default_factory=PrefixWarmUp)
     prefixes: PrefixModel = field(default_factory=PrefixModel)

@@ -5,6 +5,7 @@ aiohttp is used only here, and its errors are translated into those of `streamsy
 
 import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from streamsyn.errors import (
     ServerUnreachable,
     StreamsynError,
 )
+from streamsyn.fleet.retry_after import retry_after_s
 
 KEY_VARIABLE = "STREAMSYN_API_KEY"
 """Default environment variable of the servers' key."""
@@ -38,10 +40,17 @@ _NO_HEADERS: Mapping[str, str] = {}
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The HTTP status and the whole body of an answer."""
+    """The HTTP status and the whole body of an answer.
+
+    Attributes:
+        status: HTTP status.
+        body: The whole body.
+        retry_after_s: The pause in seconds that an answer without status 200 asks for.
+    """
 
     status: int
     body: bytes
+    retry_after_s: float | None = None
 
 
 class Transport(Protocol):
@@ -142,11 +151,12 @@ class HttpTransport:
         async with self._session.request(
             method, url, data=body, headers=headers, timeout=timeout, server_hostname=self._server_name
         ) as answer:
+            if answer.status != _OK:
+                return Reply(answer.status, await answer.read(), retry_after_s(answer.headers, time.time()))
             if on_data is None:
                 return Reply(answer.status, await answer.read())
             whole = bytearray(await answer.content.readany())
-            if answer.status == _OK:  # a refusal is not a first token
-                on_data()
+            on_data()
             whole += await answer.content.read()
             return Reply(answer.status, bytes(whole))
 
@@ -159,7 +169,7 @@ class HttpTransport:
             case TimeoutError():
                 return ServerTimeout(f"{self._url} did not answer within {timeout_s:g} s")
             case aiohttp.ClientPayloadError():
-                return BrokenResponse(f"{self._url} ended its answer early: {error}")
+                return ServerUnavailable(f"{self._url} ended its answer early: {error}")
             case aiohttp.ClientConnectionError() | ConnectionError():
                 return ServerUnavailable(f"{self._url} closed the connection: {error}")
             case _:

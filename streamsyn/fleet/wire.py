@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import orjson
 
-from streamsyn.errors import BrokenResponse, RequestRefused, ServerBusy, ServerError, ServerUnavailable
+from streamsyn.errors import (
+    BrokenResponse,
+    RateLimited,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    ServerUnavailable,
+)
 from streamsyn.records import Completion, Request
 
 T = TypeVar("T")
@@ -81,7 +88,7 @@ def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
         raise error_for(status, _message(body), server)
     events = [event.removeprefix(b"data: ") for event in body.replace(b"\r\n", b"\n").split(b"\n\n") if event]
     if not events or events.pop().strip() != b"[DONE]":
-        raise BrokenResponse(f"{server} ended its stream early: {_preview(body[-_PREVIEW_BYTES:])}")
+        raise ServerUnavailable(f"{server} ended its stream early: {_preview(body[-_PREVIEW_BYTES:])}")
     answer: dict[str, Any] = {"choices": [{"message": {}, "finish_reason": None}]}
     choice, text = answer["choices"][0], []
     try:
@@ -140,10 +147,23 @@ def token_count(value: Any) -> int:
     return number
 
 
+def check_rate_limit(status: int, body: bytes, server: str, retry_after_s: float | None) -> None:
+    """Check that an answer does not ask to wait.
+
+    Raises:
+        RateLimited: It has the status 429, or asks for a pause with 503 and `Retry-After`.
+    """
+    if status == 429 or (status == 503 and retry_after_s is not None):
+        text = f"{server} answered {status}: {_message(body)}"
+        raise RateLimited(text, retry_after_s=retry_after_s)
+
+
 def error_for(status: int, message: str, server: str) -> ServerError:
     """Return the error for an HTTP status, or for the code of an error object, and its message."""
     text = f"{server} answered {status}: {message}"
-    if status == 429 or (status == 503 and "queue is full" in message):
+    if status == 429:
+        return RateLimited(text)
+    if status == 503 and "queue is full" in message:
         return ServerBusy(text)
     if status >= 500 or status == 408 or status in _MISCONFIGURED:
         return ServerUnavailable(text)

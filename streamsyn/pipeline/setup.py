@@ -110,10 +110,7 @@ async def _open_writing(
     section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
     if request.launch is not None:
         section = section.model_copy(update={"servers_file": None, "servers_dns": None})
-    gone = f"no server was usable for fleet.give_up_s = {section.give_up_s:g} s"
-    async with open_fleet(
-        section, lambda: stopper.cancel(gone), request.environ, request.connect, request.rng
-    ) as fleet:
+    async with open_fleet(section, stopper.cancel, request.environ, request.connect, request.rng) as fleet:
         parts.summary.servers = fleet.metrics
         await fleet.ask_models()
         yield fleet
@@ -132,14 +129,13 @@ async def _open_examination(
 
     request = parts.request
     opening = partial(open_fleet, environ=request.environ, connect=request.connect, rng=request.rng)
-    gone = f"no scoring server was usable for fleet.give_up_s = {config.fleet.give_up_s:g} s"
     run_log = parts.log
     async with open_examination(
         config,
         request.out,
         lambda first: run_log.read_contexts(first, run_log.contexts.rows),
         writing,
-        lambda section: opening(section, lambda: stopper.cancel(gone)),
+        lambda section: opening(section, lambda why: stopper.cancel(f"scoring: {why}")),
         parts.counters,
     ) as examination:
         if examination.fleet is not None and examination.fleet is not writing:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streamsyn.errors import BrokenResponse, RequestRefused, ServerError, ServerTimeout, StoppedEarly
+from streamsyn.errors import (
+    BrokenResponse,
+    RateLimited,
+    RequestRefused,
+    ServerError,
+    ServerTimeout,
+    StoppedEarly,
+)
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
@@ -230,7 +237,7 @@ class _DrivenSteps:
 
 def _reason(error: ServerError) -> RejectReason:
     match error:
-        case RequestRefused():
+        case RequestRefused() | RateLimited():
             return RejectReason.REQUEST_REFUSED
         case ServerTimeout():
             return RejectReason.TIMEOUT

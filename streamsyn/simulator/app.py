@@ -34,7 +34,9 @@ class HttpResponseWriter:
         self.response: web.StreamResponse = web.Response()
 
     async def send(self, reply: Reply) -> None:
-        headers = {"Content-Type": reply.content_type} if reply.content_type else None
+        headers = {"Content-Type": reply.content_type} if reply.content_type else {}
+        if reply.retry_after_s is not None:
+            headers["Retry-After"] = str(reply.retry_after_s)
         self.response = web.Response(status=reply.status, body=reply.body, headers=headers)
         await self.response.prepare(self._request)
         await self.response.write_eof()

@@ -11,6 +11,8 @@ class Fault(StrEnum):
 
     # refused before anything runs
     QUEUE_FULL = "queue_full"  # 503 "The request queue is full."
+    RATE_LIMIT = "rate_limit"  # 429, as hosted APIs answer
+    PAUSE = "pause"  # 429 with "Retry-After: 3"
     HTTP_500 = "http_500"
     REFUSE = "refuse"  # 400 BadRequestError
     RESET = "reset"  # connection reset before any byte of an answer
@@ -30,6 +32,8 @@ class Fault(StrEnum):
     QA = "qa"  # appends a question and an answer to the text
 
 
+PAUSE_S: Final = 3
+"""The pause that `Fault.PAUSE` asks for."""
 BAD_CONTENT: Final = frozenset(
     {Fault.EMPTY, Fault.SHORT, Fault.REFUSAL, Fault.TRUNCATED, Fault.REPETITION, Fault.ECHO, Fault.QA}
 )

@@ -8,7 +8,7 @@ import orjson
 from streamsyn.simulator import protocol
 from streamsyn.simulator.completion_request import Answer, CompletionRequest, Malformed, Refused, check_length
 from streamsyn.simulator.engine import DuplicateRid, QueueFull, ServerLost
-from streamsyn.simulator.faults import BAD_CONTENT, Fault
+from streamsyn.simulator.faults import BAD_CONTENT, PAUSE_S, Fault
 from streamsyn.simulator.native import UnknownField
 from streamsyn.simulator.protocol import EventStream, RawRequest, ResponseWriter
 from streamsyn.simulator.simulation import Simulation
@@ -88,6 +88,10 @@ class Generation:
         match fault:
             case Fault.RESET:
                 writer.reset()
+            case Fault.RATE_LIMIT:
+                await writer.send(protocol.rate_limited())
+            case Fault.PAUSE:
+                await writer.send(protocol.rate_limited(PAUSE_S))
             case Fault.HTTP_500:
                 await writer.send(protocol.internal_error())
             case Fault.REFUSE:

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl
 
 from streamsyn.background import background
-from streamsyn.errors import BrokenResponse, ServerTimeout, ServerUnavailable, ServerUnreachable
+from streamsyn.errors import ServerTimeout, ServerUnavailable, ServerUnreachable
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Reply, Transport
 from streamsyn.simulator import protocol
@@ -35,19 +35,20 @@ _NO_TIMELINES: Final[Mapping[str, Timeline]] = {}
 class _Call:
     """Receives an answer for a caller in the same process."""
 
-    __slots__ = ("_on_data", "begun", "body", "broken", "status")
+    __slots__ = ("_on_data", "begun", "body", "broken", "retry_after_s", "status")
 
     def __init__(self, on_data: Callable[[], None] | None) -> None:
         self._on_data = on_data
         self.status = 200
         self.body: bytes | bytearray = b""
+        self.retry_after_s: int | None = None
         self.begun = False
         """Whether the client has received a byte."""
         self.broken = False
         """Whether the connection was lost before the end of the answer."""
 
     async def send(self, reply: protocol.Reply) -> None:
-        self.status, self.body = reply.status, reply.body
+        self.status, self.body, self.retry_after_s = reply.status, reply.body, reply.retry_after_s
         self._begin()
 
     async def stream(self, data: bytes) -> None:
@@ -118,10 +119,10 @@ class InProcessTransport:
         if call.broken and not call.begun and clock() - started <= _STALE_WITHIN_S:
             call = await self._once(raw, timeout_s, on_data)
         if call.broken and call.begun:
-            raise BrokenResponse(f"{self._url} ended its answer early")
+            raise ServerUnavailable(f"{self._url} ended its answer early")
         if call.broken:
             raise ServerUnavailable(f"{self._url} closed the connection")
-        return Reply(call.status, bytes(call.body))
+        return Reply(call.status, bytes(call.body), call.retry_after_s)
 
     async def _once(self, raw: RawRequest, timeout_s: float, on_data: Callable[[], None] | None) -> _Call:
         if self._simulation.gone:

@@ -13,14 +13,16 @@ from streamsyn.simulator.completion_request import Answer, CompletionRequest, Ma
 JSON: Final = "application/json"
 
 QUEUE_FULL: Final = "The request queue is full."
+QUOTA: Final = "You exceeded your current quota."
 
 
 class Reply(NamedTuple):
-    """A whole answer: status, body and content type."""
+    """A whole answer: status, body, content type and `Retry-After` in seconds."""
 
     status: int = 200
     body: bytes = b""
     content_type: str | None = None
+    retry_after_s: int | None = None
 
 
 def reply(body: Any, status: int = 200) -> Reply:
@@ -41,6 +43,12 @@ def malformed(message: str) -> Reply:
 def queue_full() -> Reply:
     """Return 503 without Retry-After."""
     return reply(error(QUEUE_FULL, "503", 503), 503)
+
+
+def rate_limited(retry_after_s: int | None = None) -> Reply:
+    """Return 429 as hosted APIs do, with `Retry-After` if `retry_after_s` is given."""
+    details = {"message": QUOTA, "type": "insufficient_quota", "param": None, "code": "insufficient_quota"}
+    return Reply(429, orjson.dumps({"error": details}), JSON, retry_after_s)
 
 
 def internal_error() -> Reply:

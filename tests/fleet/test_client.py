@@ -10,6 +10,7 @@ import pytest
 from streamsyn.errors import (
     BrokenResponse,
     ConfigError,
+    RateLimited,
     RequestRefused,
     ServerBusy,
     ServerError,
@@ -27,6 +28,7 @@ from streamsyn.simulator.settings import SimulatorConfig
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 
+DAY = b"Mon, 30 Nov 2026 %s GMT"
 REQUEST = Request([{"role": "user", "content": "About geese."}], {})
 ANSWER = (
     b'{"model": "m", "choices": [{"message": {"content": "Geese."}, "finish_reason": "stop"}],'
@@ -138,11 +140,13 @@ async def test_an_answer() -> None:
 
 WHAT_BECOMES: dict[Fault, type[ServerError]] = {
     Fault.QUEUE_FULL: ServerBusy,
+    Fault.RATE_LIMIT: RateLimited,
+    Fault.PAUSE: RateLimited,
     Fault.HTTP_500: ServerUnavailable,
     Fault.REFUSE: RequestRefused,
     Fault.RESET: ServerUnavailable,
     Fault.ERROR_IN_200: ServerUnavailable,
-    Fault.CUT_BODY: BrokenResponse,
+    Fault.CUT_BODY: ServerUnavailable,
     Fault.BAD_JSON: BrokenResponse,
     Fault.STALL: ServerTimeout,
     Fault.ABORTED: BrokenResponse,
@@ -259,12 +263,31 @@ async def test_endless_redirects_are_a_broken_response() -> None:
             await client.chat(REQUEST, "m", "r-1")
 
 
-async def test_half_an_answer_is_a_broken_response() -> None:
+async def test_half_an_answer_is_an_unavailable_server() -> None:
     """A body shorter than its Content-Length is an error, not a silent retry."""
     async with raw([HEAD % 1000 + ANSWER]) as (client, server):
-        with pytest.raises(BrokenResponse, match="ended its answer early"):
+        with pytest.raises(ServerUnavailable, match="ended its answer early"):
             await client.chat(REQUEST, "m", "r-1")
     assert 1 == len(server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("head", "pause_s"),
+    [
+        (b"429 Too Many Requests\r\nRetry-After: 7", 7.0),
+        (b"503 Service Unavailable\r\nRetry-After: 7", 7.0),
+        (b"429 No\r\nDate: " + DAY % b"09:00:00" + b"\r\nRetry-After: " + DAY % b"09:01:00", 60.0),
+        (b"429 Too Many Requests", None),
+    ],
+)
+async def test_the_pause_that_a_server_asks_for(head: bytes, pause_s: float | None) -> None:
+    """The error has the pause and the text of the server."""
+    body = b'{"error": {"message": "You exceeded your current quota"}}'
+    answer = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body)
+    async with raw([answer]) as (client, _):
+        with pytest.raises(RateLimited, match="You exceeded your current quota") as raised:
+            await client.chat(REQUEST, "m", "r-1")
+    assert pause_s == raised.value.retry_after_s
 
 
 async def test_no_answer_in_time() -> None:

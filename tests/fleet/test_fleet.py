@@ -40,7 +40,7 @@ QUICK: dict[str, Any] = {
 
 @asynccontextmanager
 async def opened(
-    *urls: str, on_gone: Callable[[], None] = lambda: None, key: str | None = None, **section: Any
+    *urls: str, on_gone: Callable[[str], None] = lambda _: None, key: str | None = None, **section: Any
 ) -> AsyncIterator[Fleet]:
     """A fleet that has not asked for models yet; times are short."""
     settings = FleetSection(servers=urls, **QUICK | section)
@@ -127,7 +127,8 @@ class Rids:
         engine.abort = noted  # type: ignore[method-assign]
 
 
-HARMFUL = sorted(set(Fault) - BAD_CONTENT - {Fault.REFUSE})
+HARMFUL = sorted(set(Fault) - BAD_CONTENT - {Fault.REFUSE, Fault.PAUSE})
+"""All that a request survives; a pause takes 3 s, and is tested in virtual time."""
 
 
 @pytest.mark.parametrize("fault", HARMFUL)
@@ -145,7 +146,7 @@ async def test_a_request_survives(fault: Fault) -> None:
         last.server,
         last.completion_tokens,
     )
-    assert (fault is Fault.QUEUE_FULL) is not bool(failed)
+    assert (fault in (Fault.QUEUE_FULL, Fault.RATE_LIMIT)) is not bool(failed)
     assert all(attempt.error and attempt.server in urls and attempt.seconds >= 0 for attempt in failed)
     assert all(one.server != other.server for one, other in zip(failed, attempts[1:], strict=True))
 
@@ -184,6 +185,21 @@ async def test_a_server_that_dies_with_requests_in_flight() -> None:
     assert {other.url} == {answer.server for answer in answers}
 
 
+@pytest.mark.parametrize("prefixes", [(), ("shared",)], ids=["whole", "streamed"])
+async def test_a_server_that_dies_in_the_middle_of_an_answer(prefixes: tuple[str, ...]) -> None:
+    """It counts as unavailable, and is ejected."""
+    async with simulators() as simulated:
+        dying, other = await simulated.start(lambda *_: Fault.CUT_BODY), await simulated.start()
+        attempts: list[Attempt] = []
+        # The probe takes longer than the test.
+        async with fleet_of(dying.url, other.url, eject_after=1, probe_interval_s=600) as fleet:
+            for _ in range(2):
+                await fleet.complete(Request(REQUEST.messages, {}, prefixes=prefixes), attempts)
+            assert [True, False] == [server.health.ejected for server in fleet.servers]
+    errors = [str(attempt.error).partition(":")[0] for attempt in attempts if attempt.error]
+    assert ["ServerUnavailable"] == errors
+
+
 async def test_a_full_queue_is_waited_for() -> None:
     """It costs no try: with one try allowed, all are answered without a recorded failure."""
     async with simulators() as simulated:
@@ -203,7 +219,7 @@ async def test_queues_that_stay_full_are_not_waited_for_for_ever() -> None:
     async with simulators() as simulated:
         server = await simulated.start(faults={Fault.QUEUE_FULL: 1.0})
         async with (
-            fleet_of(server.url, on_gone=gone.set, give_up_s=1.0, request_timeout_s=0.2) as fleet,
+            fleet_of(server.url, on_gone=lambda _: gone.set(), give_up_s=1.0, request_timeout_s=0.2) as fleet,
             asyncio.TaskGroup() as group,
         ):
             asked = group.create_task(ask(fleet))
@@ -239,7 +255,7 @@ async def test_a_key_that_no_header_can_hold() -> None:
     """ConfigError is raised before anything is sent."""
     with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
         async with open_fleet(
-            FleetSection(servers=("http://one:1",)), lambda: None, {"STREAMSYN_API_KEY": "a\nb"}
+            FleetSection(servers=("http://one:1",)), lambda _: None, {"STREAMSYN_API_KEY": "a\nb"}
         ):
             pass
 
@@ -348,7 +364,9 @@ async def test_a_fleet_that_is_gone() -> None:
     async with simulators() as simulated:
         servers = [await simulated.start() for _ in range(2)]
         async with (
-            fleet_of(*(server.url for server in servers), on_gone=gone.set, give_up_s=1.0) as fleet,
+            fleet_of(
+                *(server.url for server in servers), on_gone=lambda _: gone.set(), give_up_s=1.0
+            ) as fleet,
             asyncio.TaskGroup() as group,
         ):
             for server in servers:
@@ -367,7 +385,7 @@ async def test_a_fleet_that_comes_back_in_time() -> None:
     async with simulators() as simulated:
         server = await simulated.start()
         async with (
-            fleet_of(server.url, on_gone=lambda: calls.append("gone"), max_attempts=1) as fleet,
+            fleet_of(server.url, on_gone=lambda _: calls.append("gone"), max_attempts=1) as fleet,
             asyncio.TaskGroup() as group,
         ):
             port = await simulated.stop(server.url)
@@ -518,7 +536,7 @@ async def test_a_fleet_that_answers_probes_and_nothing_else_is_gone() -> None:
     async with simulators() as simulated:
         server = await simulated.start(faults={Fault.HTTP_500: 1.0})
         async with (
-            fleet_of(server.url, on_gone=gone.set, give_up_s=1.0, max_attempts=1000) as fleet,
+            fleet_of(server.url, on_gone=lambda _: gone.set(), give_up_s=1.0, max_attempts=1000) as fleet,
             asyncio.TaskGroup() as group,
         ):
             asked = group.create_task(ask(fleet))

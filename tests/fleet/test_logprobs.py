@@ -165,7 +165,7 @@ async def fleet_of(*urls: str, **section: Any) -> AsyncIterator[Fleet]:
         "probe_interval_s": 0.02,
     }
     settings = FleetSection.model_validate({"servers": urls, **quick, **section})
-    async with asyncio.timeout(20), open_fleet(settings, lambda: None) as fleet:
+    async with asyncio.timeout(20), open_fleet(settings, lambda _: None) as fleet:
         await fleet.ask_models()
         yield fleet
 

@@ -191,7 +191,7 @@ async def test_a_model_that_nobody_serves_ends_the_run() -> None:
         server = await simulated.start(model="big")
         gone = asyncio.Event()
         shares = {"big": 1.0, "typo": 1.0}
-        async with fleet_of(server.url, models=shares, give_up_s=1.0, on_gone=gone.set) as fleet:
+        async with fleet_of(server.url, models=shares, give_up_s=1.0, on_gone=lambda _: gone.set()) as fleet:
             while not gone.is_set():
                 await fleet.complete(Request([{"role": "user", "content": "Geese?"}], {}), [], "big")
 
@@ -272,7 +272,7 @@ async def cap_after(requests: int, *, tells_load: bool, **config: Any) -> tuple[
     simulation = Simulation(SimulatorConfig(**config))
     servers = InProcessServers({"http://one:1": simulation})
     section = FleetSection(servers=("http://one:1",))
-    async with open_fleet(section, lambda: None, {}, servers.connect, Random(0)) as fleet:
+    async with open_fleet(section, lambda _: None, {}, servers.connect, Random(0)) as fleet:
         if not tells_load:
             fleet.servers[0].client.load = tells_none  # type: ignore[method-assign]
         await fleet.ask_models()

@@ -144,7 +144,7 @@ async def test_invalid_weights_are_refused(tmp_path: Path) -> None:
 async def a_fleet(simulation: Simulation, **keys: Any) -> AsyncIterator[Fleet]:
     """A fleet of this one server."""
     section = FleetSection(servers=(URL,), backoff_base_s=0.001, probe_interval_s=0.01, **keys)
-    async with open_fleet(section, lambda: None, {}, InProcessServers({URL: simulation}).connect) as fleet:
+    async with open_fleet(section, lambda _: None, {}, InProcessServers({URL: simulation}).connect) as fleet:
         await fleet.ask_models()
         yield fleet
 

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.errors import BrokenResponse, RequestRefused, ServerBusy, ServerError, ServerUnavailable
+from streamsyn.errors import (
+    BrokenResponse,
+    RateLimited,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    ServerUnavailable,
+)
 from streamsyn.fleet import wire
 from streamsyn.records import Completion, Request
 
@@ -185,7 +192,7 @@ FULL = {
         (503, {"error": {"message": "No available workers"}}, ServerUnavailable, "No available workers"),
         (503, {}, ServerUnavailable, "503"),
         (502, "bad gateway", ServerUnavailable, "bad gateway"),
-        (429, {"error": {"message": "slow down"}}, ServerBusy, "slow down"),
+        (429, {"error": {"message": "slow down"}}, RateLimited, "slow down"),
         (408, {}, ServerUnavailable, "408"),
         (403, {}, ServerUnavailable, "403"),
         (404, {"detail": "Not Found"}, ServerUnavailable, "Not Found"),
@@ -309,9 +316,9 @@ def test_a_streamed_answer_is_put_together() -> None:
 
 
 @pytest.mark.parametrize("end", range(0, len(EVENTS), 97))
-def test_a_stream_that_is_cut_is_broken(end: int) -> None:
-    """A stream that ends early is broken at any length."""
-    with pytest.raises(BrokenResponse):
+def test_a_stream_that_is_cut(end: int) -> None:
+    """A stream without its end means that the server died, at any length."""
+    with pytest.raises(ServerUnavailable):
         wire.parse_chat_stream(200, EVENTS[:end], "s")
 
 

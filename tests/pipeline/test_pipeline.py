@@ -165,7 +165,7 @@ async def bench(
         async with asyncio.timeout(30):
             async with running(SimulatorConfig(latency_ms=latency_ms), script=script) as server:
                 section = made.config.fleet.model_copy(update={"servers": (server.url,)})
-                async with open_fleet(section, lambda: None) as fleet:
+                async with open_fleet(section, lambda _: None) as fleet:
                     await fleet.ask_models()
                     yield made, await asyncio.to_thread(made.pipeline, fleet), server
     finally:
@@ -305,7 +305,7 @@ async def test_a_cancel_leaves_samples_to_be_made(tmp_path: Path) -> None:
     async with bench(tmp_path) as (made, _, server):
         made.assembly = Behind()
         section = made.config.fleet.model_copy(update={"servers": (server.url,)})
-        async with open_fleet(section, lambda: None) as fleet:
+        async with open_fleet(section, lambda _: None) as fleet:
             await fleet.ask_models()
             pipeline = await asyncio.to_thread(made.pipeline, fleet)
             async with asyncio.TaskGroup() as group:

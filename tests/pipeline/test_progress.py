@@ -42,7 +42,7 @@ async def progress_of(folder: Path, *, lines: int = 100) -> AsyncIterator[tuple[
         return SeedReader(load(None, [("seeds.sources", [{"path": str(path)}])]).seeds, 0, None)
 
     counters, seeds = Clock(), await asyncio.to_thread(reader)
-    async with open_fleet(FleetSection(servers=URLS), lambda: None) as fleet:
+    async with open_fleet(FleetSection(servers=URLS), lambda _: None) as fleet:
         yield Progress(counters, seeds, fleet), counters, seeds
 
 

@@ -87,7 +87,7 @@ async def fleet_at(script: Script, **section: float) -> AsyncIterator[tuple[Flee
     async with asyncio.timeout(20), running(SimulatorConfig(), script=script) as server:
         quick = {"backoff_base_s": 0.001, "probe_interval_s": 0.01, "request_timeout_s": 5.0, **section}
         settings = FleetSection.model_validate({"servers": [server.url], **quick})
-        async with open_fleet(settings, lambda: None) as fleet:
+        async with open_fleet(settings, lambda _: None) as fleet:
             await fleet.ask_models()
             yield fleet, server
 

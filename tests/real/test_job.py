@@ -129,7 +129,7 @@ async def test_scoring_on_a_real_server(real_server: RealServer) -> None:
     gain from a context that holds the answer than from another.
     """
     section = FleetSection(servers=(real_server.url,), concurrency=4)
-    async with open_fleet(section, lambda: None) as fleet:
+    async with open_fleet(section, lambda _: None) as fleet:
         await fleet.ask_models()
         await fleet.check_scores(real_server.model)
         gain, client = Gain(PROMPT, 256), ScoringClient(fleet, real_server.model)

@@ -61,7 +61,7 @@ async def test_trained_weights_reach_a_server_that_writes(real_server: RealServe
             publisher.publish(placed, 1)
             servers.finish()
 
-    async with open_fleet(fleet_section, lambda: None) as fleet, asyncio.TaskGroup() as group:
+    async with open_fleet(fleet_section, lambda _: None) as fleet, asyncio.TaskGroup() as group:
         await fleet.ask_models()
         before = await fleet.complete(request(8), [])
         again = await fleet.complete(request(8), [])
@@ -74,7 +74,7 @@ async def test_trained_weights_reach_a_server_that_writes(real_server: RealServe
         await asyncio.to_thread(publish)
         after = await fleet.complete(request(8), [])
         streamed = await fleet.complete(request(8, group="g"), [])
-    async with open_fleet(fleet_section, lambda: None) as fleet:
+    async with open_fleet(fleet_section, lambda _: None) as fleet:
         await fleet.ask_models()
         models = fleet.models
 

@@ -32,6 +32,6 @@ async def fleet_at(
     """A fleet of one simulated server, ready for requests."""
     async with asyncio.timeout(20), running(SimulatorConfig(**config or {}), script=script) as server:
         settings = FleetSection.model_validate({"servers": [server.url], **QUICK, **section})
-        async with open_fleet(settings, lambda: None) as fleet:
+        async with open_fleet(settings, lambda _: None) as fleet:
             await fleet.ask_models()
             yield fleet, server
