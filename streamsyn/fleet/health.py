@@ -7,6 +7,7 @@ from random import Random
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import RateLimited, RequestRefused, ServerBusy, ServerError, ServerUnreachable
+from streamsyn.fleet.retry_after import LONGEST_S
 
 _OWN_AFTER = 3
 """A request has a rate limit of its own after this many refusals with other answers in between."""
@@ -152,6 +153,7 @@ class Outage:
         self._gone_since: float | None = None
         self._refusal_timer: asyncio.TimerHandle | None = None
         self._refusal = ""
+        self._refused_since = self._paused_until = self._paused_s = 0.0
         self._tries: dict[str, float] = {}
         """When each request in flight was sent, by rid, in order."""
 
@@ -189,11 +191,22 @@ class Outage:
             self._timer.cancel()
             self._timer = None
 
-    def refused(self, loop: asyncio.AbstractEventLoop, message: str) -> None:
-        """Record that a server had no room for a request; `message` is its answer."""
-        self._refusal = message
+    def refused(self, loop: asyncio.AbstractEventLoop, message: str, pause_s: float = 0.0) -> None:
+        """Record that a server had no room for a request.
+
+        Args:
+            loop: The event loop.
+            message: The server's answer.
+            pause_s: The pause in seconds that it asks for.
+        """
+        self._refusal, now = message, loop.time()
         if self._refusal_timer is None:
-            self._refusal_timer = loop.call_later(self._section.give_up_s, self._give_up, loop)
+            self._refused_since, self._paused_until, self._paused_s = now, now, 0.0
+            self._refusal_timer = loop.call_at(now + self._section.give_up_s, self._give_up, loop)
+        begins, ends = max(now, self._paused_until), now + pause_s
+        if ends > begins:
+            self._paused_s += ends - begins
+            self._paused_until = ends
 
     def close(self) -> None:
         """Cancel the timers."""
@@ -201,11 +214,13 @@ class Outage:
         self.answered()
 
     def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give up, unless a request was accepted and may still be answered."""
+        """Give up, unless a server asked for more time, or may still answer a request that it accepted."""
         give_up_s, now = self._section.give_up_s, loop.time()
+        ends = self._refused_since + give_up_s + min(self._paused_s, LONGEST_S)
         oldest = next(iter(self._tries.values()), now)
         if now - oldest > min(_ACCEPTED_AFTER_S, give_up_s / 2):
-            ends = max(oldest + self._section.request_timeout_s, now + _ACCEPTED_AFTER_S)
+            ends = max(ends, oldest + self._section.request_timeout_s, now + _ACCEPTED_AFTER_S)
+        if ends > now:
             self._refusal_timer = loop.call_at(ends, self._give_up, loop)
             return
         self._on_gone(f"every request was refused for fleet.give_up_s = {give_up_s:g} s: {self._refusal}")
