@@ -30,6 +30,7 @@ class RejectReason(StrEnum):
     EMPTY = "empty"
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
+    STILL_THINKING = "still_thinking"
     REFUSAL = "refusal"
     TRUNCATED = "truncated"
     REPETITION = "repetition"
@@ -166,7 +167,10 @@ class Completion:
     """One answer of an LLM, with the token counts of the server.
 
     Attributes:
+        text: The answer, without a thought before it and without control tokens after it.
         logprobs: Log-likelihood of each token of `Request.scored`, in nats.
+        thought: What the model wrote before the text, with its marks; "" if the server keeps thoughts apart.
+        thinking_tokens: Tokens of the thought: as the server counts them, else estimated from its characters.
     """
 
     text: str
@@ -178,6 +182,18 @@ class Completion:
     server: str
     weight_version: str | None = None
     logprobs: tuple[float, ...] = ()
+    thought: str = ""
+    thinking_tokens: int = 0
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text, without those of a thought."""
+        return self.completion_tokens - self.thinking_tokens
+
+    @property
+    def is_only_thought(self) -> bool:
+        """Whether the model thought and then wrote nothing."""
+        return self.thinking_tokens > 0 and not self.text.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +233,8 @@ class Context:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    thinking_tokens: int = 0
+    """Tokens of thoughts among them; these are not in `context`."""
     wasted_tokens: int
     """Completion tokens of the discarded answers of this draft."""
     attempts: list[Attempt]

@@ -63,6 +63,8 @@ class Counters:
     cached_tokens: int = 0
     useful_tokens: int = 0
     """Completion tokens of contexts."""
+    thinking_tokens: int = 0
+    """Tokens of thoughts among these."""
     wasted_tokens: int = 0
     """Completion tokens of discarded answers: failed checks, retries, rejects."""
     retries: int = 0
@@ -96,6 +98,7 @@ class Counters:
                 self.prompt_tokens += outcome.prompt_tokens
                 self.cached_tokens += outcome.cached_tokens
                 self.useful_tokens += outcome.completion_tokens
+                self.thinking_tokens += outcome.thinking_tokens
             case Reject():
                 self.rejects[outcome.reason] += 1
 

@@ -85,7 +85,7 @@ def test_reasons_are_a_closed_set() -> None:
     """Readers of the log depend on these reasons: a new one changes the format."""
     expected = (
         "invalid_utf8 invalid_json not_a_seed line_too_long "
-        "empty too_short too_long refusal truncated repetition prompt_echo qa_pasted no_pair "
+        "empty too_short too_long still_thinking refusal truncated repetition prompt_echo qa_pasted no_pair "
         "near_duplicate contaminated low_context_gain not_answerable "
         "request_refused timeout broken_response server_unavailable internal_error"
     )

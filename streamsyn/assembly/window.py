@@ -83,7 +83,7 @@ class Passage(Piece):
             context.instruction,
             context.answer,
             context.context,
-            *_from_checks(context.completion_tokens, context.checks),
+            *_from_checks(context.completion_tokens - context.thinking_tokens, context.checks),
         )
 
     @classmethod
@@ -97,7 +97,7 @@ class Passage(Piece):
             row["instruction"],
             row["answer"],
             row["context"],
-            *_from_checks(row["completion_tokens"], row.get("checks") or {}),
+            *_from_checks(row["completion_tokens"] - row.get("thinking_tokens", 0), row.get("checks") or {}),
         )
 
     @property
@@ -114,9 +114,9 @@ class Passage(Piece):
         return 2 * len(self.text.encode()) + len(self.instruction) + len(self.answer) + _RECORD_BYTES
 
 
-def _from_checks(completion_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
+def _from_checks(text_tokens: int, checks: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
     """Return tokens, flags and context gain. Multi-step recipes record the tokens of the text itself."""
-    return checks.get("tokens", completion_tokens), tuple(checks.get("flags", ())), checks.get("context_gain")
+    return checks.get("tokens", text_tokens), tuple(checks.get("flags", ())), checks.get("context_gain")
 
 
 class Window:

@@ -146,6 +146,12 @@ class RecipeSection(Section):
     `beyond_window`."""
     summary_tokens: Count = 512
     """Recipe `sections`: maximum tokens of the running summary."""
+    thinking: Literal["off", "on", "auto"] = "auto"
+    """Whether models that think before they answer should: `off` and `on` send what switches it for the
+    model, by its name, and `auto` sends nothing. Thoughts are removed from answers in any case."""
+    thinking_tokens: Count = 4096
+    """With `thinking = "on"`: tokens added to the maximum of each answer, as room for the thought. With
+    `auto`, thoughts count towards that maximum."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """Sampling temperature."""
     sampling: dict[str, Any] = {}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from streamsyn.errors import ConfigError, ServerUnavailable
 from streamsyn.fleet import wire
 from streamsyn.fleet.logprobs import check_scores, score
+from streamsyn.fleet.thinking import cleaned
 from streamsyn.fleet.transport import KEY_VARIABLE, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request
@@ -56,7 +57,7 @@ class ServerClient:
     async def chat(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
     ) -> Completion:
-        """Send a chat request and return the whole answer.
+        """Send a chat request and return the whole answer, without a thought or a second turn.
 
         With `on_first_token` the answer is streamed, and the callback is called when it begins: from then on
         the prompt is in the server's prefix cache.
@@ -74,9 +75,8 @@ class ServerClient:
             on_data=on_first_token,
         )
         wire.check_rate_limit(reply.status, reply.body, self.url, reply.retry_after_s)
-        if on_first_token is not None:
-            return wire.parse_chat_stream(reply.status, reply.body, self.url)
-        return wire.parse_chat(reply.status, reply.body, self.url)
+        parse = wire.parse_chat if on_first_token is None else wire.parse_chat_stream
+        return cleaned(parse(reply.status, reply.body, self.url))
 
     async def abort(self, rid: str) -> None:
         """Abort the request with this rid.

@@ -18,6 +18,7 @@ from streamsyn.errors import (
     ServerUnavailable,
 )
 from streamsyn.records import Completion, Request
+from streamsyn.thoughts import thought_tokens
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
     if not events or events.pop().strip() != b"[DONE]":
         raise ServerUnavailable(f"{server} ended its stream early: {_preview(body[-_PREVIEW_BYTES:])}")
     answer: dict[str, Any] = {"choices": [{"message": {}, "finish_reason": None}]}
-    choice, text = answer["choices"][0], []
+    choice, text, thought = answer["choices"][0], [], []
     try:
         for event in map(orjson.loads, events):
             if (message := _error_message(event)) is not None:
@@ -98,12 +99,13 @@ def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
             answer.update((name, event[name]) for name in ("model", "usage", "metadata") if event.get(name))
             for part in event["choices"]:
                 text.append(part["delta"].get("content") or "")
+                thought.append(_thought(part["delta"]))
                 choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
     except orjson.JSONDecodeError as error:
         raise BrokenResponse(f"{server} streamed an event that is not JSON: {_preview(body)}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise BrokenResponse(f"{server} streamed an invalid event ({error!r}): {_preview(body)}") from error
-    choice["message"]["content"] = "".join(text)
+    choice["message"] = {"content": "".join(text), "reasoning_content": "".join(thought)}
     return _completion(answer, body, server)
 
 
@@ -113,16 +115,21 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
             raise error_for(_error_code(answer), message, server)
         choice, usage = answer["choices"][0], answer["usage"]
         details, metadata = usage.get("prompt_tokens_details"), answer.get("metadata")
-        finish_reason = choice["finish_reason"]
+        finish_reason, message = choice["finish_reason"], choice["message"]
+        text = expect(message["content"] or "", str)
+        tokens = token_count(usage["completion_tokens"])
         completion = Completion(
-            text=expect(choice["message"]["content"] or "", str),
+            text=text,
             finish_reason=finish_reason,
             prompt_tokens=token_count(usage["prompt_tokens"]),
             cached_tokens=token_count((details or {}).get("cached_tokens") or 0),
-            completion_tokens=token_count(usage["completion_tokens"]),
+            completion_tokens=tokens,
             model=expect(answer["model"], str),
             server=server,
             weight_version=weight_versions_of(metadata or {}),
+            thinking_tokens=min(
+                tokens, _thinking_tokens(usage) or thought_tokens(_thought(message), text, tokens)
+            ),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise BrokenResponse(f"{server} sent an invalid answer ({error!r}): {_preview(body)}") from error
@@ -130,6 +137,18 @@ def _completion(answer: Any, body: bytes, server: str) -> Completion:
         message = f"{server} ended its answer with finish_reason {finish_reason!r}"
         raise BrokenResponse(message, completion.completion_tokens)
     return completion
+
+
+def _thought(message: dict[str, Any]) -> str:
+    """Return the thought in a message of a server with a reasoning parser; the field has two names."""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return thought if isinstance(thought, str) else ""
+
+
+def _thinking_tokens(usage: dict[str, Any]) -> int:
+    """Return the tokens of a thought, where OpenAI or where SGLang reports them; 0 if neither does."""
+    details = usage.get("completion_tokens_details") or {}
+    return token_count(details.get("reasoning_tokens") or usage.get("reasoning_tokens") or 0)
 
 
 def expect(value: Any, kind: type[T]) -> T:

@@ -77,10 +77,11 @@ def _run_metrics(counters: Counters) -> Iterator[Metric]:
     yield _by_label("rejects", "Rejects in the log.", "reason", rejects)
     yield _by_label(
         "tokens",
-        "Tokens of writing: useful and wasted were generated; cached are a part of prompt.",
+        "Tokens of writing: useful and wasted were generated; cached are part of prompt, thinking of useful.",
         "kind",
         {
             "useful": counters.useful_tokens,
+            "thinking": counters.thinking_tokens,
             "wasted": counters.wasted_tokens,
             "prompt": counters.prompt_tokens,
             "cached": counters.cached_tokens,

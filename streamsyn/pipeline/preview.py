@@ -5,6 +5,7 @@ from itertools import islice
 
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
+from streamsyn.fleet.thinking import Thinking
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import BadSeed, Draft, RejectReason, Request, Seed
@@ -18,7 +19,7 @@ def preview(config: Config, limit: int) -> Iterator[str]:
     Raises:
         ConfigError: The configuration or a source of seeds cannot be used.
     """
-    recipe = load_recipe(config.recipe, config.checks)
+    recipe, thinking = load_recipe(config.recipe, config.checks), Thinking(config.recipe)
     reader = SeedReader(
         config.seeds, config.run.seed, spool_folder=None, takes_documents=recipe.takes_documents
     )
@@ -30,7 +31,8 @@ def preview(config: Config, limit: int) -> Iterator[str]:
             yield _reject_text(entry.origin, entry.reason, entry.detail)
             continue
         try:
-            yield _preview_text(entry, next(recipe.steps(Draft(entry))), recipe.outlook())
+            request = thinking.request(next(recipe.steps(Draft(entry))), config.fleet.model or "")
+            yield _preview_text(entry, request, recipe.outlook())
         except RejectedDraft as rejected:
             yield _reject_text(entry.origin, rejected.reason, rejected.detail)
     reader.stop()

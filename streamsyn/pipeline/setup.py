@@ -15,6 +15,7 @@ from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, ServerSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
+from streamsyn.fleet.thinking import Thinking
 from streamsyn.pipeline.delivery import SampleDelivery
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.stop import Stopper
@@ -179,7 +180,7 @@ def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:
     """The workers: slightly more than the fleets have places for."""
     draining = asyncio.Event()
     examiner = None if fleets.examination is None else fleets.examination.examiner
-    each = fleets.all()
+    each, thinking = fleets.all(), Thinking(parts.request.config.recipe)
 
     def drain() -> None:
         draining.set()
@@ -195,7 +196,7 @@ def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:
             fleet.tail(left, of)
 
     pool = WorkerPool(
-        lambda: Worker(parts.recipe, fleets.writing, parts.log.journal, draining.is_set, examiner),
+        lambda: Worker(parts.recipe, fleets.writing, parts.log.journal, draining.is_set, examiner, thinking),
         size=size,
         max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
         on_drain=drain,

@@ -30,6 +30,9 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         f"({counters.wasted_tokens / max(1, written):.1%}); {counters.retries:,} failed tries; "
         f"{counters.cached_tokens / max(1, counters.prompt_tokens):.0%} of prompt tokens cached"
     )
+    if counters.thinking_tokens:
+        share = counters.thinking_tokens / max(1, counters.useful_tokens)
+        yield f"  thinking   {counters.thinking_tokens:,} of the useful tokens ({share:.1%})"
     if counters.scored:
         yield (
             f"  scoring    {counters.scored:,} contexts, {counters.unscored:,} of them without a score; "
@@ -76,6 +79,7 @@ def closing_figures(summary: RunSummary) -> dict[str, Any]:
         "finished_before": counters.finished_before,
         "repeated": counters.repeated,
         "useful_tokens": counters.useful_tokens,
+        "thinking_tokens": counters.thinking_tokens,
         "wasted_tokens": counters.wasted_tokens,
         "prompt_tokens": counters.prompt_tokens,
         "cached_tokens": counters.cached_tokens,

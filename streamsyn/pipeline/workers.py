@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from streamsyn.config.sections import RecipeSection
+from streamsyn.control_tokens import has_control_tokens
 from streamsyn.errors import (
     BrokenResponse,
     RateLimited,
@@ -21,6 +23,7 @@ from streamsyn.errors import (
     StoppedEarly,
 )
 from streamsyn.fleet.fleet import Fleet
+from streamsyn.fleet.thinking import Thinking
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
 from streamsyn.records import (
@@ -38,6 +41,7 @@ from streamsyn.records import (
 )
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 from streamsyn.sink.log import encode_row
+from streamsyn.thoughts import has_marks
 
 if TYPE_CHECKING:
     from streamsyn.scoring.examiner import Examiner
@@ -59,6 +63,7 @@ class Worker:
         journal: Keeps the finished steps of drafts with several steps; without it, a kill loses them.
         is_draining: Whether the run drains: then a draft is put down after a step that the journal keeps.
         examiner: Examines what was written, if the configuration asks for it.
+        thinking: Switches the thinking of models.
 
     Attributes:
         current: The item it works on; None between items.
@@ -72,8 +77,10 @@ class Worker:
         journal: Journal | None = None,
         is_draining: Callable[[], bool] = lambda: False,
         examiner: "Examiner | None" = None,
+        thinking: Thinking | None = None,
     ) -> None:
         self._recipe = recipe
+        self._thinking = thinking or Thinking(RecipeSection())
         self._fleet = fleet
         self._journal = journal
         self._is_draining = is_draining
@@ -117,7 +124,8 @@ class Worker:
         Steps that an earlier run finished are answered from the journal, with their tries, and count as if
         they had been asked now.
         """
-        steps, model = _DrivenSteps(self._recipe, draft), self._fleet.model_of(draft.key)
+        model = self._fleet.model_of(draft.key)
+        steps = _DrivenSteps(self._recipe, draft, self._thinking, model)
         made, number = await steps.next(), 0
         for finished in await self._finished_steps(draft):
             if isinstance(made, Document) or finished.request_digest != request_digest(made):
@@ -170,6 +178,7 @@ class Worker:
             prompt_tokens=sum(step.prompt_tokens for step in steps),
             cached_tokens=sum(step.cached_tokens for step in steps),
             completion_tokens=tokens,
+            thinking_tokens=sum(step.thinking_tokens for step in steps),
             wasted_tokens=self._tokens - tokens,
             attempts=self.attempts,
             steps=[_step_row(step) for step in steps],
@@ -207,10 +216,12 @@ class Worker:
 
 
 class _DrivenSteps:
-    """The steps of a draft: completions in, requests out, then the document. Those of long texts in a thread."""
+    """The steps of a draft: completions in, requests out, then the document. In a thread if texts are long."""
 
-    def __init__(self, recipe: Recipe, draft: Draft) -> None:
+    def __init__(self, recipe: Recipe, draft: Draft, thinking: Thinking, model: str) -> None:
         self._steps = recipe.steps(draft)
+        self._thinking = thinking
+        self._model = model
         self._chars = len(draft.seed.context)
 
     async def next(self, completion: Completion | None = None) -> Request | Document:
@@ -222,17 +233,19 @@ class _DrivenSteps:
         Raises:
             RejectedDraft: No answer can be used.
         """
-        self._chars += len(completion.text) if completion is not None else 0
+        if completion is not None:
+            self._thinking.answered(completion)
+            self._chars += len(completion.text)
         if self._chars < _LONG_CHARS:
             return self._advance(completion)
         return await asyncio.to_thread(self._advance, completion)
 
     def _advance(self, completion: Completion | None) -> Request | Document:
         try:
-            return next(self._steps) if completion is None else self._steps.send(completion)
+            request = next(self._steps) if completion is None else self._steps.send(completion)
         except StopIteration as done:  # which no thread can pass on
-            document: Document = done.value
-            return document
+            return _flagged(done.value)
+        return self._thinking.request(request, self._model)
 
 
 def _reason(error: ServerError) -> RejectReason:
@@ -247,12 +260,22 @@ def _reason(error: ServerError) -> RejectReason:
             return RejectReason.SERVER_UNAVAILABLE
 
 
+def _flagged(document: Document) -> Document:
+    """The document, with a flag if it spells out control tokens or marks of thoughts."""
+    written = (document.text, document.instruction, document.answer)
+    if not any(has_control_tokens(text) or has_marks(text) for text in written if text):
+        return document
+    flags = [*document.checks.get("flags", ()), "control_tokens"]
+    return replace(document, checks={**document.checks, "flags": flags})
+
+
 def _step_row(step: Completion) -> dict[str, Any]:
     return {
         "finish_reason": step.finish_reason,
         "prompt_tokens": step.prompt_tokens,
         "cached_tokens": step.cached_tokens,
         "completion_tokens": step.completion_tokens,
+        "thinking_tokens": step.thinking_tokens,
         "server": step.server,
     }
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy
 
-from streamsyn.config.sections import ChecksSection
-from streamsyn.records import RejectReason, Seed
+from streamsyn.config.sections import ChecksSection, RecipeSection
+from streamsyn.records import Completion, RejectReason, Seed
 from streamsyn.shingles import Hashes, ngrams
 from streamsyn.words import word_count, words_and_filler
 
@@ -127,6 +127,34 @@ class Checks:
             f"{share:.0%} of its {_RUN}-word runs are repeated, more than "
             f"checks.max_repetition = {self._section.max_repetition:.0%}",
         )
+
+
+def thinking_failure(completion: Completion, recipe: RecipeSection) -> Failure | None:
+    """Return a Failure if the model thought and wrote no text, or None.
+
+    Args:
+        completion: The answer.
+        recipe: Its settings limit the answer.
+    """
+    if not completion.is_only_thought:
+        return None
+    if completion.finish_reason != "length":
+        return Failure(
+            RejectReason.EMPTY,
+            f"the answer is only a thought of {completion.thinking_tokens} tokens; if the model wrote text, "
+            "too, the server's reasoning parser does not fit it",
+        )
+    limit = "recipe.section_tokens" if recipe.use == "sections" else "recipe.max_tokens"
+    raised = 'set recipe.thinking = "on", which adds recipe.thinking_tokens'
+    if recipe.thinking == "on":
+        limit, raised = f"{limit} + recipe.thinking_tokens", "raise recipe.thinking_tokens"
+    elif recipe.use != "sections":
+        raised = "raise it"
+    return Failure(
+        RejectReason.STILL_THINKING,
+        f"the model was still thinking at {limit} = {completion.completion_tokens}: {raised}, or turn its "
+        'reasoning off with recipe.thinking = "off"',
+    )
 
 
 def repetition(words: list[str], before: list[str] | None = None) -> float:

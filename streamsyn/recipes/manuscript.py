@@ -5,7 +5,8 @@ from math import ceil
 from random import Random
 from typing import Any, Literal
 
-from streamsyn.recipes.checks import Failure
+from streamsyn.config.sections import RecipeSection
+from streamsyn.recipes.checks import Failure, thinking_failure
 from streamsyn.recipes.prompt import Opening
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Completion, Draft, Request, digest
@@ -64,7 +65,7 @@ class Manuscript:
 
     def ends_with(self, completion: Completion) -> bool:
         """Whether the document ends with this section."""
-        return self._ends_at(self.tokens + completion.completion_tokens, len(self.sections) + 1)
+        return self._ends_at(self.tokens + completion.text_tokens, len(self.sections) + 1)
 
     @property
     def should_end(self) -> bool:
@@ -80,7 +81,7 @@ class Manuscript:
         if completion.finish_reason == "length":
             self.cut.append(len(self.sections))
         self.sections.append(text)
-        self.tokens += completion.completion_tokens
+        self.tokens += completion.text_tokens
 
     def text(self) -> str:
         """Return the document. A section that was cut and the next one form one paragraph."""
@@ -173,16 +174,18 @@ class Conversation:
         opening: Its first messages; the last of them is the first question.
         group: `Request.group` of each request.
         prefixes: `Request.prefixes` of each request.
-        tries: Maximum number of answers per step.
+        recipe: Its `tries` is the maximum number of answers per step.
     """
 
-    def __init__(self, opening: Opening, group: str, prefixes: tuple[str, ...], tries: int) -> None:
+    def __init__(
+        self, opening: Opening, group: str, prefixes: tuple[str, ...], recipe: RecipeSection
+    ) -> None:
         *self._messages, first = opening.messages
         self.question = first["content"]
         """The first question, for `ask`."""
         self._group = group
         self._beginnings = prefixes
-        self._tries = tries
+        self._recipe = recipe
         self.tokens = 0
         """Tokens of the whole conversation, as the server counted them at the last answer."""
         self.answers: list[Completion] = []
@@ -199,18 +202,18 @@ class Conversation:
         messages = [*self._messages, {"role": "user", "content": question}]
         request = Request(messages, sampling, self._group, self._beginnings)
         failure: Failure | None = None
-        for _ in range(self._tries):
+        for _ in range(self._recipe.tries):
             completion = yield request
-            failure = check(completion)
+            failure = thinking_failure(completion, self._recipe) or check(completion)
             if failure is None:
                 self._messages = [*messages, {"role": "assistant", "content": completion.text}]
-                self.tokens = completion.prompt_tokens + completion.completion_tokens
+                self.tokens = completion.prompt_tokens + completion.text_tokens
                 self.answers.append(completion)
                 return completion
         assert failure is not None, "recipe.tries is at least one"
         raise RejectedDraft(
             failure.reason,
-            f"{failure.detail} (step {len(self.answers) + 1}, the last of {self._tries} tries)",
+            f"{failure.detail} (step {len(self.answers) + 1}, the last of {self._recipe.tries} tries)",
         )
 
     def restart(self) -> None:

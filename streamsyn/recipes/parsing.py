@@ -1,7 +1,7 @@
 """Parse the answer of an LLM: a document, a section, the headings of an outline, or a question and answer.
 
-Models wrap their text in reasoning, code fences, labels and headings, each in many forms. Any text is
-accepted.
+Models wrap their text in code fences, labels and headings, each in many forms. Any text is accepted.
+Thoughts were removed when the answer was received.
 """
 
 import json
@@ -24,9 +24,6 @@ _LABEL = re.compile(
 )
 _FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?P<inside>.*?)\n?```\s*\Z", re.DOTALL)
 _OPEN_FENCE = re.compile(r"\A\s*```[\w-]*[ \t]*\n(?!.*```)", re.DOTALL)
-_THOUGHTS = re.compile(
-    r"\A\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL
-)  # if left open, there is no document yet
 _SECTION_HEADING = re.compile(
     r"""\A\s*
     (?: \#{1,6}[ \t]+[^\n]*
@@ -82,14 +79,9 @@ _BRACES = 4
 """Number of brackets tried as the start of JSON."""
 
 
-def without_thoughts(answer: str) -> str:
-    """Return an answer without the reasoning in <think> tags before it; "" if the reasoning was cut."""
-    return _THOUGHTS.sub("", answer).strip()
-
-
 def document_text(answer: str) -> str:
-    """Return the document of an answer, without reasoning, code fences and labels such as `Context:`."""
-    text = without_thoughts(answer)
+    """Return the document of an answer, without code fences and labels such as `Context:`."""
+    text = answer.strip()
     for _ in range(_WRAPPINGS):
         previous = text
         if fenced := _FENCE.match(text):
@@ -150,7 +142,7 @@ def first_pair(text: str) -> Pair | None:
 
     Recognises labels such as `Question:` in many forms, tags, and JSON.
     """
-    plain = document_text(text.rpartition("</think>")[2])
+    plain = document_text(text)
     found = _in_json(plain) if plain.startswith(("{", "[")) else None
     return found or _labelled(plain) or _tagged(plain) or _unlabelled(plain) or _in_json(plain)
 

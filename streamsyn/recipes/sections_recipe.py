@@ -129,7 +129,7 @@ class SectionsRecipe:
     def _conversation(self, seed: Seed) -> Conversation:
         opening = self._opening(seed)
         prefixes = opening.prefixes_of_drafts if self._recipe.contexts_per_seed > 1 else opening.prefixes
-        return Conversation(opening, opening.group or seed_group(seed), prefixes, self._recipe.tries)
+        return Conversation(opening, opening.group or seed_group(seed), prefixes, self._recipe)
 
     def _opening(self, seed: Seed) -> Opening:
         planned = Manuscript(self._target_tokens(seed), self._recipe.section_tokens).planned

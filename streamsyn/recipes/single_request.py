@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from streamsyn.config.sections import RecipeSection
 from streamsyn.errors import ConfigError
-from streamsyn.recipes.checks import Failure
+from streamsyn.recipes.checks import Failure, thinking_failure
 from streamsyn.recipes.prompt import Opening, Prompt, first_messages, seed_group
 from streamsyn.recipes.recipe import RejectedDraft, Steps, sampling_of
 from streamsyn.records import Completion, Document, RejectReason, Request, Seed
@@ -70,11 +70,16 @@ class SingleRequest:
             is_enough: Whether the text of a cut answer needs no continuation.
 
         Raises:
-            RejectedDraft: All tries failed.
+            RejectedDraft: All tries failed, or the model was still thinking when its answer was cut.
         """
         failure: Failure | None = None
         for _ in range(self._recipe.tries):
-            made = judge((yield from self._answer(request, is_enough)))
+            completions = yield from self._answer(request, is_enough)
+            thinking = thinking_failure(completions[0], self._recipe)
+            if thinking is not None and thinking.reason is RejectReason.STILL_THINKING:
+                # A new thought would be about as long, and costs the most that an answer can.
+                raise RejectedDraft(thinking.reason, thinking.detail)
+            made = thinking or judge(completions)
             if isinstance(made, Document):
                 return made
             failure = made
@@ -97,10 +102,14 @@ class SingleRequest:
         sampling = {**self._sampling, "continue_final_message": True}
         for _ in range(self._recipe.max_continuations):
             text = joined(completions)
-            if completions[-1].finish_reason != "length" or is_enough(text):
+            if completions[-1].finish_reason != "length" or not text.strip() or is_enough(text):
                 break
-            messages = [*request.messages, {"role": "assistant", "content": text}]
-            completions.append((yield Request(messages, sampling, request.group, request.prefixes)))
+            # With its thought: the prompt may end with the mark that opens it.
+            messages = [*request.messages, {"role": "assistant", "content": completions[0].thought + text}]
+            more = yield Request(messages, sampling, request.group, request.prefixes)
+            if more.is_only_thought:
+                break
+            completions.append(more)
         return completions
 
 

@@ -53,7 +53,10 @@ def facts_spans(row: dict[str, Any]) -> list[Span]:
     fact_sections, sections = checks.get("fact_sections"), int(number(checks, "sections"))
     if not isinstance(fact_sections, list) or not fact_sections or sections < 1 or not context:
         return []
-    tokens = [number(step, "completion_tokens") for step in (row.get("steps") or [])[1:]]
+    tokens = [
+        number(step, "completion_tokens") - number(step, "thinking_tokens")
+        for step in (row.get("steps") or [])[1:]
+    ]
     if len(tokens) != sections or not sum(tokens):  # some steps wrote summaries: assume equal sections
         tokens = [1.0] * sections
     edges = [len(context) * sum(tokens[:index]) / sum(tokens) for index in range(sections + 1)]

@@ -122,7 +122,8 @@ def _tokens(metrics: RunMetrics) -> list[tuple[str, int, str]]:
     rows = [
         ("Prompts, computed", used.prompt - used.cached, ""),
         ("Prompts, from the cache", used.cached, "soft"),
-        ("Written and kept", used.completion, ""),
+        ("Written and kept", used.completion - used.thinking, ""),
+        *([("Thoughts of what is kept", used.thinking, "soft")] if used.thinking else []),
         ("Written and discarded", metrics.traffic.wasted, "wasted"),
     ]
     if scoring.answers:

@@ -126,7 +126,9 @@ class RunMetrics:
         for scores in (self.all, self.tasks.of(task)):
             scores.add(row, self._answerable_from, self._known_above)
         self.traffic.add_context(row)
-        self.context_tokens.add(checks.get("tokens", row.get("completion_tokens")))
+        self.context_tokens.add(
+            checks.get("tokens", number(row, "completion_tokens") - number(row, "thinking_tokens"))
+        )
         flags = [str(flag)[:60] for flag in checks.get("flags") or ()]
         self.flags.update(flags)
         self.truncated += "truncated" in flags

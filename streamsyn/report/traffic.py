@@ -32,6 +32,7 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    thinking: int = 0
     failed: int = 0
 
     def add(self, row: Any) -> None:
@@ -40,6 +41,7 @@ class Usage:
         self.prompt += int(number(row, "prompt_tokens"))
         self.cached += int(number(row, "cached_tokens"))
         self.completion += int(number(row, "completion_tokens"))
+        self.thinking += int(number(row, "thinking_tokens"))
 
 
 class Traffic:

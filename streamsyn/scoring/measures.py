@@ -7,7 +7,6 @@ answer in the context, and whether it already knows it without one (closed-book)
 from dataclasses import dataclass
 from typing import Any
 
-from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.records import Request
 from streamsyn.scoring.answer_metrics import answer_score
 from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, SingleFlight, context_group
@@ -101,4 +100,4 @@ class Answers:
         """
         messages = self._prompt.messages(question, context)
         completion = await client.complete(Request(messages, self._sampling, context_group(context)))
-        return without_thoughts(completion.text)
+        return completion.text.strip()

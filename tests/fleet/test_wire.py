@@ -333,3 +333,31 @@ def test_errors_inside_a_stream() -> None:
         wire.parse_chat_stream(200, b'data: {"choices": [{}]}\n\n' + DONE, "s")
     with pytest.raises(RequestRefused):
         wire.parse_chat_stream(400, b'{"object": "error", "message": "no"}', "s")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thought_in_a_field_of_its_own_is_counted(name: str) -> None:
+    """By the server where it does, else by its share of the characters; it is not part of the text."""
+    body = answer(choices=[{"message": {"content": "abc", name: "d" * 6}, "finish_reason": "stop"}])
+    usage = {"prompt_tokens": 12, "completion_tokens": 30}
+
+    def counted(**more: Any) -> tuple[str, int]:
+        completion = parsed(body | {"usage": usage | more})
+        return completion.text, completion.thinking_tokens
+
+    assert ("abc", 20) == counted()
+    assert ("abc", 17) == counted(completion_tokens_details={"reasoning_tokens": 17})
+    assert ("abc", 18) == counted(reasoning_tokens=18, completion_tokens_details=None)
+    assert ("abc", 30) == counted(reasoning_tokens=400)
+
+
+def test_an_answer_that_is_only_a_thought() -> None:
+    """Its content is null; streamed and whole."""
+    message = {"content": None, "reasoning": "Hm."}
+    whole = parsed(answer(choices=[{"message": message, "finish_reason": "length"}]))
+    events = event({"reasoning_content": "H"}) + event({"reasoning_content": "m."}, "length")
+    usage = b"data: %b\n\n" % orjson.dumps({"id": "r", "model": "m", "choices": [], "usage": USAGE})
+    streamed = wire.parse_chat_stream(200, events + usage + DONE, "s")
+
+    assert [("", True), ("", True)] == [(one.text, one.is_only_thought) for one in (whole, streamed)]
+    assert (3, 4) == (whole.thinking_tokens, streamed.thinking_tokens)

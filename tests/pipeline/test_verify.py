@@ -42,7 +42,7 @@ class Outlet:
 def config_of(compression: str = "none", **assembly: Any) -> Config:
     return Config.model_validate(
         {
-            "sink": {"compression": compression, "shard_bytes": {"none": 4500, "zstd": 900}[compression]},
+            "sink": {"compression": compression, "shard_bytes": {"none": 4700, "zstd": 940}[compression]},
             "assembly": {"contexts_per_sample": 3, **assembly},
         }
     )

@@ -1,5 +1,6 @@
 """The recipe `context`: what it asks, and what it makes of the answers. No server is needed for that."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
+from streamsyn.fleet.thinking import cleaned
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
@@ -25,7 +27,7 @@ def recipe(checks: dict[str, Any] | None = None, **fields: Any) -> ContextRecipe
 
 def completion_of(text: str, finish_reason: str = "stop") -> Completion:
     """An answer of some LLM."""
-    return Completion(text, finish_reason, 10, 0, 5, "m", "http://one")
+    return cleaned(Completion(text, finish_reason, 10, 0, 5, "m", "http://one"))
 
 
 def drive(made: ContextRecipe, *answers: Completion, seed: Seed = SEED) -> tuple[Document, list[Request]]:
@@ -173,6 +175,38 @@ def test_each_bad_answer_has_its_reason(text: str, reason: RejectReason | None) 
     rejection = rejected(made, completion_of(text))
     assert reason is rejection.reason
     assert rejection.detail.endswith("(the last of 1 tries)")
+
+
+@pytest.mark.parametrize(
+    ("thinking", "advice"),
+    [
+        ("auto", r"at recipe\.max_tokens = 5: raise it, or turn its reasoning off"),
+        ("on", r"at recipe\.max_tokens \+ recipe\.thinking_tokens = 5: raise recipe\.thinking_tokens"),
+    ],
+)
+def test_a_model_that_was_still_thinking_is_not_asked_again(thinking: str, advice: str) -> None:
+    """The detail names the key that limits it."""
+    rejection = rejected(recipe(tries=3, thinking=thinking), completion_of("<think>They want", "length"))
+
+    assert RejectReason.STILL_THINKING is rejection.reason
+    assert re.search(advice, rejection.detail)
+
+
+def test_a_continued_answer_keeps_its_thought_in_front() -> None:
+    """The prompt may end with the mark that opens it. The document is without it."""
+    first = completion_of(f"plan\n</think>\n\n{PROSE}", "length")
+    document, requests = drive(recipe(on_truncated="continue"), first, completion_of(" More."))
+
+    assert {"role": "assistant", "content": f"plan\n</think>\n\n{PROSE}"} == requests[1].messages[-1]
+    assert f"{PROSE} More." == document.text
+
+
+def test_a_continuation_that_is_only_a_thought_is_left_out() -> None:
+    """What was written is kept, and is flagged as cut."""
+    answers = completion_of(PROSE, "length"), completion_of("<think>Hm", "length")
+    document, _ = drive(recipe(on_truncated="continue"), *answers)
+
+    assert (PROSE, ["truncated"]) == (document.text, document.checks["flags"])
 
 
 def test_an_answer_that_repeats_our_prompt(tmp_path: Path) -> None:

@@ -27,13 +27,11 @@ TEXT = "The mill of Aldersby stood by the river.\n\nIt burned in 1847."
         "Below is the missing document:\n",
         "Text: ",
         "The written context document:\n",
-        "<think>A mill, then.\nAnd a fire.</think>\n\n",
-        "<think>\n</think>\nContext:\n",
         "\n\n  ",
     ],
 )
 def test_what_is_put_before_a_document_goes(before: str) -> None:
-    """A label in its many forms, thoughts, white space."""
+    """A label in its many forms, white space."""
     assert TEXT == document_text(before + TEXT)
 
 
@@ -46,7 +44,7 @@ def test_what_is_put_before_a_document_goes(before: str) -> None:
         ("<document>", "</document>\n"),
         ("Context:\n```text\n", "\n```"),
         ("```\nContext: ", "```"),
-        ("<think>x</think>```\n<context>\nContext:\n", "\n</context>\n```"),
+        ("```\n<context>\nContext:\n", "\n</context>\n```"),
         ("```\n", ""),
     ],
 )
@@ -76,13 +74,11 @@ def test_what_is_put_round_a_document_goes(before: str, behind: str) -> None:
     ],
 )
 def test_a_document_keeps_its_own_words(text: str) -> None:
-    """What only looks like a label, a fence or a thought belongs to it."""
+    """What only looks like a label or a fence belongs to it."""
     assert text == document_text(text)
 
 
-@pytest.mark.parametrize(
-    "answer", ["", "  \n", "```\n```", "<think>so far", "<think>all</think>", "Context:\n"]
-)
+@pytest.mark.parametrize("answer", ["", "  \n", "```\n```", "Context:\n"])
 def test_an_answer_without_a_document(answer: str) -> None:
     """Nothing is left, and a check says so."""
     assert "" == document_text(answer)
@@ -95,8 +91,6 @@ PIECES = st.lists(
             "```",
             "```text\n",
             "\n",
-            "<think>",
-            "</think>",
             "<context>",
             "</context>",
             "mill ",

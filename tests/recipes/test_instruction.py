@@ -8,6 +8,7 @@ import pytest
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
+from streamsyn.fleet.thinking import cleaned
 from streamsyn.recipes.instruction import InstructionRecipe
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
@@ -28,7 +29,7 @@ def recipe(checks: dict[str, Any] | None = None, **fields: Any) -> InstructionRe
 
 def completion_of(text: str, finish_reason: str = "stop") -> Completion:
     """An answer of some LLM."""
-    return Completion(text, finish_reason, 10, 0, 5, "m", "http://one")
+    return cleaned(Completion(text, finish_reason, 10, 0, 5, "m", "http://one"))
 
 
 def drive(
@@ -111,7 +112,7 @@ def test_drafts_share_a_document_that_is_taken_whole() -> None:
     ("text", "reason", "detail"),
     [
         ("", RejectReason.EMPTY, "no text"),
-        ("<think>What to ask?", RejectReason.EMPTY, "no text"),
+        ("<think>What to ask?", RejectReason.EMPTY, "only a thought of 5 tokens"),
         ("I'm sorry, but I can't help with that.", RejectReason.REFUSAL, "sorry"),
         ("The river rose.", RejectReason.NO_PAIR, "'The river rose.'"),
         (f"Question: {ASKED}", RejectReason.NO_PAIR, "By how many feet"),

@@ -22,7 +22,7 @@ from streamsyn.records import Completion
         "- The river\n- The mill\n- The fire",
         "Section 1: The river\nSection 2: The mill\nSection 3: The fire",
         "```\n1. The river\n2. The mill\n3. The fire\n```",
-        "<think>A mill, then.</think>\n1. The river:\n2. The mill:\n3. The fire:",
+        "1. The river:\n2. The mill:\n3. The fire:",
     ],
 )
 def test_headings_in_many_dresses(outline: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.scoring.answer_metrics import f1
 from streamsyn.scoring.measures import Answers
 from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
@@ -48,19 +47,6 @@ async def test_closed_book_is_asked_once_and_greedily() -> None:
     assert 5 == len(asked)
     assert {(0, 12)} == {(body["temperature"], body["max_tokens"]) for body in asked}
     assert 1 == sum(HELPS not in body["messages"][0]["content"] for body in asked)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>Who? Ada? No.</think>\n\nAmund Tarn.", "Amund Tarn."),
-        (" Amund <think>.", "Amund <think>."),
-        ("<think>I wonder", ""),
-    ],
-)
-def test_reasoning_is_not_part_of_the_answer(text: str, answer: str) -> None:
-    """Reasoning before the answer is removed; if it does not end, there is no answer."""
-    assert answer == without_thoughts(text)
 
 
 def test_a_user_template_replaces_the_packaged_one(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import orjson
 
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import write_whole
-from streamsyn.recipes.parsing import without_thoughts
 from streamsyn.scoring.answer_metrics import answer_score
+from streamsyn.thoughts import without_thought
 from streamsyn.trainer.commands import Prompt
 from streamsyn.trainer.evaluation.answering import Chat
 
@@ -41,7 +41,7 @@ class Question:
 
     def score(self, answer: str) -> float:
         """The score of an answer, from 0 to 1. Reasoning in front of the answer is left out."""
-        answer = without_thoughts(answer)
+        answer = without_thought(answer)
         if self.grading == "recall":
             return recall(answer, self.wanted)
         metric = self.grading

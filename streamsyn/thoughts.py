@@ -1,0 +1,179 @@
+"""Thoughts in the answers of models: the text that a model writes for itself before its answer.
+
+Servers with a reasoning parser send it in a field of its own. Others send it in front of the answer, in one
+of the forms of `FORMS`. The chat template of some models writes the opening mark into the prompt: then the
+answer begins with the thought, and only its closing mark shows where it ends.
+"""
+
+import re
+from dataclasses import dataclass
+
+from streamsyn.control_tokens import is_mentioned, text_start
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way to mark a thought.
+
+    Attributes:
+        opening: The mark before it.
+        closing: The mark after it.
+        models: Who writes it.
+        needs_opening: Whether the closing mark alone means nothing.
+        needs_closing: Whether the opening mark alone means nothing. Without this, a thought that is not
+            closed goes on to the end of the answer.
+    """
+
+    opening: str
+    closing: str
+    models: str
+    needs_opening: bool = False
+    needs_closing: bool = False
+
+
+FORMS = (
+    Form(
+        "<think>", "</think>", "DeepSeek, Qwen, GLM, MiniMax, Nemotron, Kimi K2, SmolLM3, Hunyuan, Phi, Ling"
+    ),
+    Form("<thinking>", "</thinking>", "prompted models, Claude"),
+    Form("<thought>", "</thought>", "EXAONE Deep"),
+    Form("<reasoning>", "</reasoning>", "prompted models"),
+    Form("<seed:think>", "</seed:think>", "Seed-OSS"),
+    Form("<mm:think>", "</mm:think>", "MiniMax M3"),
+    Form("<ifm|think>", "</ifm|think>", "K2 V3, high effort"),
+    Form("<ifm|think_fast>", "</ifm|think_fast>", "K2 V3, medium effort"),
+    Form("<ifm|think_faster>", "</ifm|think_faster>", "K2 V3, low effort"),
+    Form("<think:opensource>", "</think:opensource>", "Hunyuan 3"),
+    Form("[THINK]", "[/THINK]", "Magistral, Mistral Small 4"),
+    Form("\u25c1think\u25b7", "\u25c1/think\u25b7", "Kimi-VL, Kimi K1.5"),
+    Form("<|begin_of_thought|>", "<|end_of_thought|>", "Sky-T1, OpenThinker"),
+    Form("<|START_THINKING|>", "<|END_THINKING|>", "Command A Reasoning"),
+    Form("<|inner_prefix|>", "<|inner_suffix|>", "Apertus"),
+    Form("<|channel|>analysis<|message|>", "<|channel|>final<|message|>", "gpt-oss"),
+    Form("<|channel>thought", "<channel|>", "Gemma 4"),
+    Form("<|open|>think<|sep|>", "<|close|>think<|sep|>", "Kimi K3"),
+    # gpt-oss by a server that removes special tokens and has no parser for it
+    Form("analysis", "assistantfinal", "gpt-oss", needs_opening=True, needs_closing=True),
+    Form("Here is my thought process:", "Here is my response:", "Granite 3", needs_opening=True),
+)
+"""The known forms. Upper and lower case do not matter where a mark has brackets."""
+
+_WRAPPERS = (
+    ("<answer>", "</answer>"),  # Hunyuan
+    ("<response>", "</response>"),  # Granite 4
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
+)
+"""Marks around the answer itself, behind a thought."""
+
+
+def _pattern(mark: str) -> str:
+    return re.escape(mark) if mark.isascii() and mark[0].isalpha() else f"(?i:{re.escape(mark)})"
+
+
+_OPENING = re.compile(
+    # A role before it is left from the prompt of a server that removes special tokens.
+    r"\s*(?:assistant\s*)?"
+    rf"(?:{'|'.join(f'({_pattern(form.opening)})' for form in FORMS)})"
+)
+_SURE = [form for form in FORMS if not form.needs_opening]
+_ANY_OPENING = re.compile("|".join(_pattern(form.opening) for form in _SURE))
+_ANY_CLOSING = re.compile("|".join(_pattern(form.closing) for form in _SURE))
+_CLOSING = {form: re.compile(_pattern(form.closing)) for form in FORMS}
+_HINT = re.compile(r"[<\[\u25c1]|assistantfinal|Here is my")
+"""Every form has this; a text without it needs no further search."""
+_SPACE = re.compile(r"\s*")
+_MAX_FURTHER = 8
+"""Thoughts that are looked for behind the first one."""
+
+
+def split_thought(answer: str, *, is_open: bool = False) -> tuple[str, str]:
+    """Return the thought before an answer with its marks, and the answer; "" for what there is not.
+
+    A closing mark without an opening one ends a thought that began in the prompt, unless the text only
+    mentions it (`is_mentioned`) or an opening mark stands somewhere before it.
+
+    Args:
+        answer: What the model wrote.
+        is_open: Whether the prompt ends with an opening mark: then an answer without a closing one is all
+            thought.
+    """
+    if not _HINT.search(answer):
+        return (answer, "") if is_open else ("", answer)
+    end = _opened_end(answer, text_start(answer))
+    if end is None:
+        end = _bare_end(answer, is_open=is_open)
+    if end is None:
+        return (answer, "") if is_open else ("", answer)
+    for _ in range(_MAX_FURTHER):
+        further = _opened_end(answer, end)
+        if further is None:
+            break
+        end = further
+    end = _skip_space(answer, end)
+    for opening, closing in _WRAPPERS:
+        if answer.startswith(opening, end):
+            begin = _skip_space(answer, end + len(opening))
+            return answer[:begin], answer[begin:].rstrip().removesuffix(closing)
+    return answer[:end], answer[end:]
+
+
+def without_thought(answer: str) -> str:
+    """Return an answer without the thought before it, stripped; "" if the thought was cut."""
+    return split_thought(answer)[1].strip()
+
+
+def thought_tokens(thought: str, text: str, tokens: int) -> int:
+    """Estimate the tokens of a thought by its share of the characters; at least one if there is a thought."""
+    if not thought:
+        return 0
+    return min(tokens, max(1, round(tokens * len(thought) / (len(thought) + len(text)))))
+
+
+def opens_thought(prompt: str) -> Form | None:
+    """Return the form whose opening mark a prompt ends with, or None."""
+    stripped = prompt.rstrip()
+    return next((form for form in FORMS if not form.needs_opening and stripped.endswith(form.opening)), None)
+
+
+def has_marks(text: str) -> bool:
+    """Whether a mark of a thought stands in a text."""
+    return bool(_HINT.search(text)) and bool(_ANY_OPENING.search(text) or _ANY_CLOSING.search(text))
+
+
+def _opened_end(answer: str, at: int) -> int | None:
+    """Return the end of the thought that begins at a place with its opening mark; None without one."""
+    opening = _OPENING.match(answer, at)
+    if opening is None:
+        return None
+    assert opening.lastindex is not None, "one of the forms matches"
+    form, begin = FORMS[opening.lastindex - 1], opening.end()
+    own = _CLOSING[form]
+    closing = own.search(answer, begin)
+    if form.needs_closing:
+        return closing and closing.end()
+    # Some models close a different mark than they opened.
+    end = _first_used(own, answer, begin) or _first_used(_ANY_CLOSING, answer, begin)
+    return end or (closing.end() if closing else len(answer))
+
+
+def _bare_end(answer: str, *, is_open: bool) -> int | None:
+    """Return the end of a thought that has only a closing mark; None without one."""
+    end = _first_used(_ANY_CLOSING, answer, 0)
+    if end is None or is_open:
+        return end
+    begin = _first_used(_ANY_OPENING, answer, 0)
+    return end if begin is None or end < begin else None
+
+
+def _first_used(marks: re.Pattern[str], text: str, at: int) -> int | None:
+    """Return the end of the first mark from a place on that the text does not merely mention."""
+    used = (mark.end() for mark in marks.finditer(text, at) if not is_mentioned(text, *mark.span()))
+    return next(used, None)
+
+
+def _skip_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None, "the pattern matches nothing, too"
+    return space.end()
