@@ -21,9 +21,14 @@
 Errors of libraries are translated to one of these once, where the library is called.
 """
 
+from streamsyn.urls import without_userinfo
+
 
 class StreamsynError(Exception):
-    """Base class. The text is one line for the user."""
+    """Base class. The text is one line for the user, and has no passwords of URLs."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_userinfo(message))
 
 
 class ConfigError(StreamsynError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from streamsyn.records import Context, Outcome, Reject
+from streamsyn.urls import without_userinfo_within
 
 
 def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
@@ -24,6 +25,7 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _cut_userinfo,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -32,6 +34,13 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
     if as_json:  # log records of libraries become JSON too
         logging.captureWarnings(True)
         logging.basicConfig(handlers=[_Forward()])
+
+
+def _cut_userinfo(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Cut passwords out of URLs: texts of libraries may have them."""
+    return {key: without_userinfo_within(value) for key, value in event.items()}
 
 
 class _Forward(logging.Handler):

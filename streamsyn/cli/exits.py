@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import click
 
+from streamsyn.urls import without_userinfo
+
 EXIT_OTHER = 1
 EXIT_USAGE = 2
 EXIT_REJECTS = 3
@@ -24,6 +26,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 def fail(text: str, code: int, *, prefix: str = "streamsyn: ", **fields: Any) -> NoReturn:
     """Print `text` to stderr, or log it as run.failed with --log-json, and exit with `code`."""
+    text = without_userinfo(text)
     if as_json():
         import structlog
 

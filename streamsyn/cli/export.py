@@ -125,6 +125,7 @@ def export(directory: Path, **given: Any) -> None:
     from streamsyn.export.export_request import ExportRequest
     from streamsyn.export.export_run import export as export_run
     from streamsyn.telemetry import configure_logs
+    from streamsyn.urls import without_userinfo
 
     configure_logs(as_json=given["log_json"])
     log = structlog.get_logger()
@@ -158,7 +159,7 @@ def export(directory: Path, **given: Any) -> None:
         on_progress=log_progress,
     )
     for line in closing_lines(directory, export_run(request)):
-        click.echo(line)
+        click.echo(without_userinfo(line))
 
 
 def closing_lines(directory: Path, summary: "ExportSummary") -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from streamsyn.config.fields import Section, is_operational
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
+from streamsyn.urls import without_userinfo_within
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -61,7 +62,10 @@ def _shaping(section: Section, prefix: str) -> Iterable[tuple[str, Any]]:
 
 
 def with_absolute_paths(config: Config) -> dict[str, Any]:
-    """Return the configuration as JSON values with absolute paths, to resume from any working directory."""
+    """Return the configuration as JSON values with absolute paths, to resume from any working directory.
+
+    Passwords are cut from URLs.
+    """
     saved = config.model_dump(mode="json")
     for source in saved["seeds"]["sources"]:
         if source["path"] != "-":
@@ -80,4 +84,4 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     for settings, key in paths:
         if settings[key] is not None:
             settings[key] = str(Path(settings[key]).absolute())
-    return saved
+    return without_userinfo_within(saved)

@@ -253,7 +253,7 @@ class FleetSection(Section):
 
     servers: Annotated[tuple[str | ServerSection, ...], operational] = ()
     """Base URLs, or tables with `url`, `weight`, `key_env`. `--server URL` on the command line replaces
-    them."""
+    them. A user and password in a URL are sent as Basic authorization, and are never saved or shown."""
     servers_file: Annotated[Path | None, operational] = None
     """A file with one server a line: `URL [weight=W] [key_env=NAME] [drain]`. It is read again when it
     changes, to add, remove and drain servers."""

@@ -10,10 +10,14 @@ from pydantic.fields import FieldInfo
 
 from streamsyn.config.fields import Section
 from streamsyn.config.loading import Config
+from streamsyn.urls import without_userinfo
 
 
 def as_toml(config: Config) -> str:
-    """Return `config` as TOML, each key below its meaning. A key without a value is commented out."""
+    """Return `config` as TOML, each key below its meaning. A key without a value is commented out.
+
+    Passwords are cut from URLs.
+    """
     return "\n".join(_section(config, "")) + "\n"
 
 
@@ -50,7 +54,7 @@ def _value(value: Any) -> str:
         case int() | float():
             return repr(value)
         case str() | Path():
-            return _string(str(value))
+            return _string(without_userinfo(str(value)))
         case dict():
             return "{" + ", ".join(f"{_key(key)} = {_value(entry)}" for key, entry in value.items()) + "}"
         case Section():

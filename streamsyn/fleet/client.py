@@ -123,7 +123,8 @@ class ServerClient:
             raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
         if reply.status in (401, 403):
             raise ConfigError(
-                f"{self.url} does not accept the key (HTTP {reply.status}); set {self._key_name}"
+                f"{self.url} does not accept the key (HTTP {reply.status}); set {self._key_name}, or give "
+                "the user and password in the URL"
             )
         if reply.status != 200:
             raise wire.error_for(reply.status, "no list of models", self.url)

@@ -24,6 +24,7 @@ from streamsyn.fleet.server_spec import (
     headers_of,
     server_specs,
 )
+from streamsyn.urls import split_userinfo
 
 log = structlog.get_logger()
 
@@ -62,7 +63,9 @@ class Discovery:
             self._sources.append(_Source(partial(asyncio.to_thread, file.read), environ))
         if section.servers_dns is not None:
             url = base_url(section.servers_dns, "fleet.servers_dns")
-            self._sources.append(_Source(partial(servers_at_name, url, look_up or resolve), environ))
+            userinfo = split_userinfo(section.servers_dns).userinfo
+            list_servers = partial(servers_at_name, url, look_up or resolve, userinfo)
+            self._sources.append(_Source(list_servers, environ))
         self._wanted: list[ServerSpec] = []
 
     async def first(self) -> list[ServerSpec]:
@@ -167,11 +170,12 @@ def _merge(known: ServerSpec | None, more: ServerSpec) -> ServerSpec:
         key_env=more.key_env or known.key_env,
         draining=known.draining or more.draining,
         server_name=known.server_name or more.server_name,
+        userinfo=more.userinfo or known.userinfo,
     )
 
 
-async def servers_at_name(url: str, look_up: LookUp) -> list[ServerSpec]:
-    """Return one server per address that the host of `url` resolves to now.
+async def servers_at_name(url: str, look_up: LookUp, userinfo: str | None = None) -> list[ServerSpec]:
+    """Return one server per address that the host of `url` resolves to now, each with this userinfo.
 
     Raises:
         NoServersFound: The name cannot be resolved.
@@ -182,20 +186,19 @@ async def servers_at_name(url: str, look_up: LookUp) -> list[ServerSpec]:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise NoServersFound(f"fleet.servers_dns: cannot resolve {parts.hostname}: {why}") from error
-    return servers_at_addresses(url, addresses)
+    return servers_at_addresses(url, addresses, userinfo)
 
 
-def servers_at_addresses(url: str, addresses: Iterable[str]) -> list[ServerSpec]:
+def servers_at_addresses(url: str, addresses: Iterable[str], userinfo: str | None = None) -> list[ServerSpec]:
     """Return `url` with each address in place of its host name, in a fixed order."""
     parts = urlsplit(url)
-    user, at, _ = parts.netloc.rpartition("@")
     port = "" if parts.port is None else f":{parts.port}"
     servers = []
     for address in sorted(set(addresses)):
         host = f"[{address}]" if ":" in address else address
-        there = parts._replace(netloc=f"{user}{at}{host}{port}").geturl()
+        there = parts._replace(netloc=f"{host}{port}").geturl()
         name = None if parts.hostname == address else parts.hostname
-        servers.append(ServerSpec(there, server_name=name))
+        servers.append(ServerSpec(there, server_name=name, userinfo=userinfo))
     return servers
 
 

@@ -121,7 +121,7 @@ class Membership:
                 self.servers.append(server)
                 if self.pools:  # else `agree_on_models` asks it
                     self._start(server)
-            elif (server.spec.key_env, server.spec.server_name) != (spec.key_env, spec.server_name):
+            elif _credentials(server.spec) != _credentials(spec):
                 server.client = await self._client(server, spec)
             server.spec, server.is_removed = spec, False
             self._set_draining(server, draining=spec.draining)
@@ -327,6 +327,10 @@ async def open_membership(membership: Membership, specs: Iterable[ServerSpec]) -
         yield membership
     finally:
         await membership.close()
+
+
+def _credentials(spec: ServerSpec) -> tuple[str | None, ...]:
+    return spec.key_env, spec.server_name, spec.userinfo
 
 
 def _limiter(section: FleetSection) -> Limiter:

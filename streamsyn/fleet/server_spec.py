@@ -3,14 +3,16 @@
 import math
 import stat
 import time
+from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.transport import KEY_VARIABLE
+from streamsyn.urls import split_userinfo
 
 MAX_FILE_BYTES = 2**20
 """A larger file is not a list of servers."""
@@ -25,7 +27,7 @@ class NoServersFound(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """The URL, weight and credentials of one server. The URL identifies it.
+    """The URL, weight and credentials of one server. The URL identifies it, and has no credentials in it.
 
     Attributes:
         url: Base URL, without a trailing `/` or `/v1`.
@@ -34,6 +36,7 @@ class ServerSpec:
         draining: It gets no new requests and finishes those it has.
         server_name: The host name, where `url` has an address that was looked up. Certificates are checked
             against it, and the Host header carries it.
+        userinfo: `USER:PASSWORD` of the URL that the user gave, for the Authorization header alone.
     """
 
     url: str
@@ -41,6 +44,7 @@ class ServerSpec:
     key_env: str | None = None
     draining: bool = False
     server_name: str | None = None
+    userinfo: str | None = field(default=None, repr=False)
 
 
 def server_specs(section: FleetSection) -> list[ServerSpec]:
@@ -61,20 +65,22 @@ def server_specs(section: FleetSection) -> list[ServerSpec]:
     for entry in section.servers:
         server = entry if isinstance(entry, ServerSection) else ServerSection(url=entry)
         url = base_url(server.url, "fleet.servers")
-        found.setdefault(url, ServerSpec(url, server.weight, server.key_env))
+        userinfo = split_userinfo(server.url).userinfo
+        found.setdefault(url, ServerSpec(url, server.weight, server.key_env, userinfo=userinfo))
     return list(found.values())
 
 
 def base_url(text: str, where: str) -> str:
-    """Return `text` without a trailing slash and `/v1`, which people often copy along.
+    """Return `text` without userinfo, and without a trailing slash and `/v1`, which people often copy along.
 
     Raises:
         ConfigError: It is not a valid URL; the message begins with `where`.
     """
     if not _is_url(text):
-        shown = text if text.isprintable() else repr(text)
+        bare = text.rpartition("@")[2]  # an invalid URL may have a password anywhere before
+        shown = bare if bare.isprintable() else repr(bare)
         raise ConfigError(f"{where}: {shown} is not a valid URL; it must start with http:// or https://")
-    scheme, rest = text.split("://", 1)
+    scheme, rest = split_userinfo(text).url.split("://", 1)
     rest = rest.rstrip("/")
     if "/" in rest:  # else it may be a host called v1
         rest = rest.removesuffix("/v1").rstrip("/")
@@ -94,11 +100,20 @@ def _is_url(text: str) -> bool:
 
 
 def headers_of(spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers that carry the server's key; none where the default variable is not set.
+    """Return the headers with the server's key, or the user and password of its URL; none without either.
 
     Raises:
-        ConfigError: The variable in `spec.key_env` is not set, or the key cannot be sent in a header.
+        ConfigError: The variable in `spec.key_env` is not set, the key cannot be sent in a header, or the URL
+            has a password, too.
     """
+    if spec.userinfo is not None:
+        if spec.key_env is not None:
+            raise ConfigError(
+                f"{spec.url} has a user in its URL and key_env = {spec.key_env}; give one of them"
+            )
+        user, _, password = spec.userinfo.partition(":")
+        credentials = b64encode(f"{unquote(user)}:{unquote(password)}".encode())
+        return {"Authorization": f"Basic {credentials.decode()}"}
     name = spec.key_env or KEY_VARIABLE
     key = environ.get(name)
     if not key and spec.key_env is not None:
@@ -201,7 +216,8 @@ def _parse_line(words: list[str], where: str) -> ServerSpec:
     if given.get("key_env") == "":
         raise ConfigError(f"{where}: key_env= needs the name of an environment variable")
     weight = _parse_weight(given.get("weight", "1"), where)
-    return ServerSpec(url, weight, given.get("key_env"), draining="drain" in given)
+    userinfo = split_userinfo(words[0]).userinfo
+    return ServerSpec(url, weight, given.get("key_env"), draining="drain" in given, userinfo=userinfo)
 
 
 def _parse_weight(text: str, where: str) -> float:

@@ -18,6 +18,7 @@ from streamsyn.io.durable import write_whole
 from streamsyn.io.remote import names_below, open_url
 from streamsyn.sink import shards
 from streamsyn.sink.shards import KINDS
+from streamsyn.urls import without_userinfo
 
 log = structlog.get_logger()
 
@@ -43,7 +44,8 @@ class MirrorPlan:
 
     def __init__(self, root: Path, url: str, stopped: threading.Event) -> None:
         self._root = root
-        self._url = url
+        self._address = url
+        self._url = without_userinfo(url)
         self._stopped = stopped
         self._target: MirrorTarget | None = None
         self._lines: list[tuple[bytes, Line]] = []
@@ -61,7 +63,7 @@ class MirrorPlan:
     def connect(self) -> "MirrorTarget":
         """Open the mirror's file system, once."""
         if self._target is None:
-            target = MirrorTarget(self._url)
+            target = MirrorTarget(self._address)
             target.refuse_inside(self._root)
             self._target = target
         return self._target

@@ -18,6 +18,7 @@ from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.records import digest
 from streamsyn.sink.rundir import DirectoryLock
 from streamsyn.trainer.stream.render import read_template
+from streamsyn.urls import without_userinfo_within
 
 _FORMAT = 1
 _RECORD = "train.json"
@@ -146,7 +147,7 @@ def _lasting(config: Config, model: str) -> dict[str, Any]:
     section = config.train.model_dump(mode="json", exclude_none=True) | {"model": _absolute(model)}
     for key in ("out", "max_steps"):  # for one start only
         section.pop(key, None)
-    return section
+    return without_userinfo_within(section)
 
 
 def _has_checkpoint(root: Path) -> bool:

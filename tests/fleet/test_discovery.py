@@ -240,12 +240,18 @@ async def test_one_server_per_address() -> None:
         ("http://pods:1", "::1", "http://[::1]:1"),
         ("http://pods", "10.0.0.1", "http://10.0.0.1"),
         ("https://pods/path", "fe80::1", "https://[fe80::1]/path"),
-        ("http://me:word@pods:1", "10.0.0.1", "http://me:word@10.0.0.1:1"),
     ],
 )
 def test_addresses_in_urls(url: str, address: str, expected: str) -> None:
     """The address replaces the host name; the rest of the URL is unchanged."""
     assert [ServerSpec(expected, server_name="pods")] == servers_at_addresses(url, [address])
+
+
+async def test_a_name_with_a_password() -> None:
+    """Each address gets it, and no URL has it; a new one is a change."""
+    found = discovery(names=Names("10.0.0.1"), servers_dns="http://ada:secret@pods:1")
+    (spec,) = await found.first()
+    assert ("http://10.0.0.1:1", "ada:secret", "pods") == (spec.url, spec.userinfo, spec.server_name)
 
 
 def test_an_address_for_a_name() -> None:

@@ -191,11 +191,9 @@ async def test_a_server_that_dies_in_the_middle_of_an_answer(prefixes: tuple[str
     async with simulators() as simulated:
         dying, other = await simulated.start(lambda *_: Fault.CUT_BODY), await simulated.start()
         attempts: list[Attempt] = []
-        # The probe takes longer than the test.
-        async with fleet_of(dying.url, other.url, eject_after=1, probe_interval_s=600) as fleet:
-            for _ in range(2):
-                await fleet.complete(Request(REQUEST.messages, {}, prefixes=prefixes), attempts)
-            assert [True, False] == [server.health.ejected for server in fleet.servers]
+        async with fleet_of(dying.url, other.url, eject_after=1) as fleet:
+            await fleet.complete(Request(REQUEST.messages, {}, prefixes=prefixes), attempts)
+            assert [1, 0] == [server.health.ejections for server in fleet.servers]
     errors = [str(attempt.error).partition(":")[0] for attempt in attempts if attempt.error]
     assert ["ServerUnavailable"] == errors
 

@@ -1,5 +1,7 @@
 """Servers in the configuration, and their keys in the environment."""
 
+from base64 import b64decode
+
 import pytest
 
 from streamsyn.config.sections import FleetSection, ServerSection
@@ -118,3 +120,38 @@ def test_a_key_that_no_header_can_hold(spec: ServerSpec, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} holds characters") as raised:
         headers_of(spec, {name: "secret\n"})
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://ada:secret@one:1/v1", "ada:secret"),
+        ("http://ada@one:1", "ada:"),
+        ("http://a%40b:p%3Aw%C3%A9@one:1", "a@b:p:wé"),
+    ],
+)
+def test_a_password_in_a_url(url: str, sent: str) -> None:
+    """It is sent as Basic credentials, percent-decoded, and is not in the server's URL or representation."""
+    (spec,) = server_specs(section(url))
+    assert "http://one:1" == spec.url
+    assert "ada" not in repr(spec)
+    authorization = headers_of(spec, {"STREAMSYN_API_KEY": "all"})["Authorization"]
+    scheme, _, token = authorization.partition(" ")
+    assert ("Basic", sent) == (scheme, b64decode(token).decode())
+
+
+def test_a_password_and_a_key() -> None:
+    """One of them has to go; the message does not show the password."""
+    (spec,) = server_specs(section({"url": "http://ada:secret@one:1", "key_env": "ONE_KEY"}))
+    with pytest.raises(
+        ConfigError, match="http://one:1 has a user in its URL and key_env = ONE_KEY"
+    ) as raised:
+        headers_of(spec, {"ONE_KEY": "one"})
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["http://ada:sec ret@one:1", "http://ada:sec/ret@one:1", "ada:secret@one:1"])
+def test_an_invalid_url_with_a_password(url: str) -> None:
+    """The message shows only what stands behind it."""
+    with pytest.raises(ConfigError, match=r"fleet\.servers: one:1 is not a valid URL"):
+        server_specs(section(url))

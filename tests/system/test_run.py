@@ -24,7 +24,7 @@ def test_every_seed_has_one_outcome_whatever_the_servers_do(
     serve: Serve, seeds: Seeds, tmp_path: Path, compression: str
 ) -> None:
     """With all faults on at two servers, each seed ends once, `verify` is clean, samples load."""
-    rates = dict.fromkeys(Fault, "0.02") | {Fault.STALL: "0.004"}
+    rates = dict.fromkeys(Fault, "0.02") | {Fault.STALL: "0.004", Fault.PAUSE: "0.001"}
     faults = [part for fault, rate in rates.items() for part in ("--fault", f"{fault}={rate}")]
     servers = [
         serve("--latency-ms", "10", "--seed", str(n), "--queue-limit", "20", "--slots", "24", *faults)
@@ -56,6 +56,30 @@ def loaded_samples(out: Path) -> list[dict[str, list[dict[str, str]]]]:
         "json", data_files=f"{out}/samples/*.jsonl*", split="train", cache_dir=str(out.parent / "cache")
     )
     return list(samples)
+
+
+def test_passwords_of_urls_are_not_written(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
+    """Neither the log, nor any file of the run, nor the report, nor the configuration as shown has them."""
+    server, out = serve("--fault", "http_500=0.3", "--fault", "refuse=0.1"), tmp_path / "out"
+    url = server.url.replace("://", "://ada:hunter2@")
+    mirror = ("--set", "sink.mirror=memory://ada:hunter2@store/run", "--set", "sink.mirror_timeout_s=1")
+    options = ("--server", url, "--set", "run.max_reject_fraction=1.0", *mirror, *QUICK)
+
+    done = streamsyn("run", "--seeds", seeds(30), "--out", out, *options)
+    report = streamsyn("report", out, "--to", tmp_path / "report.html")
+    shown = streamsyn("config", "--set", f'fleet.servers=["{url}"]')
+    mistake = streamsyn("run", "--server", "http://ada:hunter 2@host", "--seeds", seeds(1), "--out", out)
+
+    assert [0, 0, 0, 2] == [one.returncode for one in (done, report, shown, mistake)], done.stderr
+    contexts, rejects = rows(out, "contexts"), rows(out, "rejects")
+    assert {server.url} == {row["server"] for row in contexts}
+    assert any(attempt["error"] for row in contexts for attempt in row["attempts"])
+    assert rejects
+    written = [path.read_bytes() for path in [*out.rglob("*"), tmp_path / "report.html"] if path.is_file()]
+    texts = [text.encode() for one in (done, report, shown, mistake) for text in (one.stdout, one.stderr)]
+    assert not [text for text in written + texts if b"hunter" in text]
+    again = streamsyn("run", "--out", out, "--server", url, *QUICK)
+    assert 0 == again.returncode, again.stderr
 
 
 def test_nothing_is_asked_again_when_a_finished_run_is_run_again(

@@ -19,16 +19,17 @@ from typing import Self
 import structlog
 from transformers import PreTrainedTokenizerBase
 
-from streamsyn.config.sections import FleetSection, ServerSection
+from streamsyn.config.sections import FleetSection
 from streamsyn.config.train_section import PublishSection
 from streamsyn.errors import ServerTimeout, ServerUnreachable, SinkError, StreamsynError
 from streamsyn.fleet import weight_update
-from streamsyn.fleet.server_spec import ServerSpec, base_url, headers_of
+from streamsyn.fleet.server_spec import ServerSpec, base_url, headers_of, server_specs
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
 from streamsyn.io.durable import write_whole
 from streamsyn.trainer.model.adapters import merged
 from streamsyn.trainer.model.placed import Placed, whole_weights, write_result
 from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder
+from streamsyn.urls import split_userinfo
 
 log = structlog.get_logger()
 
@@ -197,10 +198,13 @@ def _headers(
     section: PublishSection, fleet: FleetSection, environ: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
     """The HTTP headers for each server, by URL: with the API key that the server has in `fleet.servers`."""
-    tables = [server for server in fleet.servers if isinstance(server, ServerSection)]
-    keys = {base_url(server.url, "fleet.servers"): server.key_env for server in tables}
-    urls = [base_url(url, "train.publish.servers") for url in section.servers]
-    return {url: headers_of(ServerSpec(url, key_env=keys.get(url)), environ) for url in urls}
+    known = {spec.url: spec for spec in server_specs(fleet)} if fleet.servers else {}
+    headers = {}
+    for given in section.servers:
+        url, userinfo = base_url(given, "train.publish.servers"), split_userinfo(given).userinfo
+        spec = known.get(url, ServerSpec(url)) if userinfo is None else ServerSpec(url, userinfo=userinfo)
+        headers[url] = headers_of(spec, environ)
+    return headers
 
 
 class ServerWeights:
