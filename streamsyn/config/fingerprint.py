@@ -84,4 +84,5 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     for settings, key in paths:
         if settings[key] is not None:
             settings[key] = str(Path(settings[key]).absolute())
-    return without_userinfo_within(saved)
+    bare: dict[str, Any] = without_userinfo_within(saved)
+    return bare

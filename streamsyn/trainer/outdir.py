@@ -147,7 +147,8 @@ def _lasting(config: Config, model: str) -> dict[str, Any]:
     section = config.train.model_dump(mode="json", exclude_none=True) | {"model": _absolute(model)}
     for key in ("out", "max_steps"):  # for one start only
         section.pop(key, None)
-    return without_userinfo_within(section)
+    bare: dict[str, Any] = without_userinfo_within(section)
+    return bare
 
 
 def _has_checkpoint(root: Path) -> bool:
