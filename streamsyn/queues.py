@@ -1,16 +1,22 @@
-"""The bounded queue between two stages: a full queue makes the stage before it wait (backpressure)."""
+"""What stands between two stages. Both kinds make an earlier stage wait for a slow later one (backpressure).
+
+A full `BoundedQueue` makes the stage that puts wait. A full `Backlog` never does: what is there goes through
+at once, and nothing new is begun instead.
+"""
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
+
+from streamsyn.errors import StoppedEarly
 
 T = TypeVar("T")
 
 
-class BoundedQueue(Generic[T]):
-    """A FIFO of at most `maxsize` items, closed by the stage that puts. Read it with `async for`.
+class _Queue(Generic[T]):
+    """A FIFO, closed by the stage that puts. Read it with `async for`.
 
     `close` does not wait, so a done-callback can call it: the queue is closed even when the putting stage was
     cancelled before its first step. Readers get the remaining items, then the iteration ends.
@@ -25,7 +31,6 @@ class BoundedQueue(Generic[T]):
         self.maxsize = maxsize
         self._items: deque[T] = deque()
         self._readers: deque[asyncio.Future[None]] = deque()
-        self._writers: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
     @property
@@ -38,20 +43,7 @@ class BoundedQueue(Generic[T]):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        return f"<BoundedQueue {len(self._items)}/{self.maxsize} {state}>"
-
-    async def put(self, item: T) -> None:
-        """Wait until the queue is not full, then add `item`.
-
-        Raises:
-            RuntimeError: The queue is closed; only the stage that puts may close it.
-        """
-        while len(self._items) >= self.maxsize and not self._closed:
-            await _wait_to_be_woken(self._writers, lambda: len(self._items) < self.maxsize)
-        if self._closed:
-            raise RuntimeError("put on a closed queue")
-        self._items.append(item)
-        _wake_one(self._readers)
+        return f"<{type(self).__name__} {len(self._items)}/{self.maxsize} {state}>"
 
     def get_nowait(self, limit: int) -> list[T]:
         """Remove and return at most `limit` items without waiting; possibly none."""
@@ -60,18 +52,9 @@ class BoundedQueue(Generic[T]):
     def close(self) -> None:
         """Mark the end: nothing more will be put. May be called more than once."""
         self._closed = True
-        while self._readers or self._writers:
-            _wake_one(self._readers)
-            _wake_one(self._writers)
+        _wake_all(self._readers)
 
-    def discard(self) -> int:
-        """Remove all items and return their number. Used by a drain, which starts nothing new."""
-        dropped = len(self._items)
-        while self._items:
-            self._pop()
-        return dropped
-
-    def __aiter__(self) -> "BoundedQueue[T]":
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
@@ -81,10 +64,102 @@ class BoundedQueue(Generic[T]):
             await _wait_to_be_woken(self._readers, lambda: bool(self._items))
         return self._pop()
 
+    def _add(self, item: T) -> None:
+        if self._closed:
+            raise RuntimeError("put on a closed queue")
+        self._items.append(item)
+        _wake_one(self._readers)
+
     def _pop(self) -> T:
-        item = self._items.popleft()
+        return self._items.popleft()
+
+
+class BoundedQueue(_Queue[T]):
+    """A queue of at most `maxsize` items."""
+
+    def __init__(self, maxsize: int) -> None:
+        super().__init__(maxsize)
+        self._writers: deque[asyncio.Future[None]] = deque()
+
+    async def put(self, item: T) -> None:
+        """Wait until the queue is not full, then add `item`.
+
+        Raises:
+            RuntimeError: The queue is closed; only the stage that puts may close it.
+        """
+        while len(self._items) >= self.maxsize and not self._closed:
+            await _wait_to_be_woken(self._writers, lambda: len(self._items) < self.maxsize)
+        self._add(item)
+
+    def discard(self) -> int:
+        """Remove all items and return their number. Used by a drain, which starts nothing new."""
+        dropped = len(self._items)
+        while self._items:
+            self._pop()
+        return dropped
+
+    def close(self) -> None:
+        """Mark the end: nothing more will be put. May be called more than once."""
+        super().close()
+        _wake_all(self._writers)
+
+    def _pop(self) -> T:
+        item = super()._pop()
         _wake_one(self._writers)
         return item
+
+
+class Backlog(_Queue[T]):
+    """A queue that takes every item at once, and counts each until `done` is called, long after it was read.
+
+    While `maxsize` items are not done, `room` waits. So workers that await it before they begin something new
+    add at most one item each beyond `maxsize`.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        super().__init__(maxsize)
+        self._not_done = 0
+        self._may_begin = asyncio.Event()
+        self._may_begin.set()
+        self._is_draining = False
+
+    @property
+    def not_done(self) -> int:
+        """Number of items that were put and are not done."""
+        return self._not_done
+
+    def put(self, item: T) -> None:
+        """Add `item`.
+
+        Raises:
+            RuntimeError: The queue is closed; only the stage that puts may close it.
+        """
+        self._add(item)
+        self._not_done += 1
+        if self._not_done >= self.maxsize and not self._is_draining:
+            self._may_begin.clear()
+
+    def done(self) -> None:
+        """Count one item less."""
+        self._not_done -= 1
+        if self._not_done < self.maxsize:
+            self._may_begin.set()
+
+    async def room(self) -> None:
+        """Wait until fewer than `maxsize` items are not done.
+
+        Raises:
+            StoppedEarly: It is full, and the run is draining.
+        """
+        while self._not_done >= self.maxsize:
+            if self._is_draining:
+                raise StoppedEarly("draining: outcomes wait to be delivered")
+            await self._may_begin.wait()
+
+    def drain(self) -> None:
+        """Make `room` raise instead of waiting, now and from now on."""
+        self._is_draining = True
+        self._may_begin.set()
 
 
 async def _wait_to_be_woken(waiters: deque[asyncio.Future[None]], can_proceed: Callable[[], bool]) -> None:
@@ -108,3 +183,8 @@ def _wake_one(waiters: deque[asyncio.Future[None]]) -> None:
         if not waiter.done():
             waiter.set_result(None)
             return
+
+
+def _wake_all(waiters: deque[asyncio.Future[None]]) -> None:
+    while waiters:
+        _wake_one(waiters)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.queues import BoundedQueue
+from streamsyn.errors import StoppedEarly
+from streamsyn.queues import Backlog, BoundedQueue
 from tests.examples import examples
 
 STEPS = st.sampled_from(["put", "get"]) | st.sampled_from(
@@ -326,3 +327,39 @@ async def test_repr_shows_how_full_it_is() -> None:
 
     assert "<BoundedQueue 1/2 open>" == is_open
     assert "<BoundedQueue 1/2 closed>" == repr(queue)
+
+
+async def test_a_full_backlog_takes_items_and_leaves_no_room() -> None:
+    """A put never waits. Whoever begins something new waits until fewer than `maxsize` items are not done."""
+    backlog: Backlog[int] = Backlog(2)
+    await backlog.room()
+    for number in range(3):
+        backlog.put(number)
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as stages:
+        beginning = stages.create_task(backlog.room())
+        assert [0, 1, 2] == backlog.get_nowait(5)  # taken is not done
+        backlog.done()
+        await settle()
+        waited = not beginning.done()
+        backlog.done()
+
+    assert (True, 1) == (waited, backlog.not_done)
+
+
+async def test_a_draining_backlog_lets_nothing_begin_when_it_is_full() -> None:
+    """Who waits for room is told that the run drains, now and later; items still go through."""
+    backlog: Backlog[int] = Backlog(1)
+    backlog.put(0)
+    async with asyncio.timeout(5):
+        beginning = asyncio.create_task(backlog.room())
+        await settle()
+        backlog.drain()
+        with pytest.raises(StoppedEarly):
+            await beginning
+        backlog.put(1)
+        with pytest.raises(StoppedEarly):
+            await backlog.room()
+        backlog.close()
+
+        assert [0, 1] == [item async for item in backlog]

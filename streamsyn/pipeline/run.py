@@ -2,8 +2,9 @@
 
     seeds -> producer -> [work] -> workers -> [results] -> sink -> [durable] -> assembly -> samples
 
-Each name in brackets is a bounded queue, closed by the stage that puts. A slow stage fills the queue before
-it, so the stage before that waits: back to the producer, which stops reading.
+Each name in brackets is a queue, closed by the stage that puts. A slow stage fills the queue before it, so
+the stage before that waits: back to the producer, which stops reading. Only `results` takes every item at
+once, so that what is answered is written; while it is full, workers begin no drafts.
 """
 
 import asyncio
@@ -96,7 +97,9 @@ async def _run(parts: Parts) -> None:
                     sink=OutcomeWriter(parts.log, config.sink, parts.counters),
                     assembly=assembly,
                 )
-                stopper.pipeline = Pipeline(stages, config.run.queue_size, config.run.drain_timeout_s)
+                # A sync begins at `sync_rows`, and more drafts may end while it runs.
+                queue_size, backlog = config.run.queue_size, config.run.queue_size + config.sink.sync_rows
+                stopper.pipeline = Pipeline(stages, queue_size, backlog, config.run.drain_timeout_s)
                 if supervisor is not None:
                     supervisor.start(stopper.drain)
                 progress = Progress(parts.counters, parts.reader, fleets.writing)

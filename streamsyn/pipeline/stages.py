@@ -1,4 +1,4 @@
-"""The stages of a run, connected by bounded queues: run to the end of the seeds, drained, or cancelled."""
+"""The stages of a run, connected by queues: run to the end of the seeds, drained, or cancelled."""
 
 import asyncio
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.errors import ConfigError, StoppedEarly
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.workers import WorkerPool
-from streamsyn.queues import BoundedQueue
+from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.records import Context, Outcome, Work
 from streamsyn.sink.writer import OutcomeWriter
 
@@ -32,14 +32,15 @@ class Pipeline:
     Args:
         stages: The stages.
         queue_size: Bound of each queue, in items.
+        backlog: Number of outcomes that wait for a sync or for assembly while drafts are still begun.
         drain_timeout_s: How long requests in flight may take to finish after `drain`.
     """
 
-    def __init__(self, stages: Stages, queue_size: int, drain_timeout_s: float) -> None:
+    def __init__(self, stages: Stages, queue_size: int, backlog: int, drain_timeout_s: float) -> None:
         self._stages = stages
         self._drain_timeout_s = drain_timeout_s
         self._work: BoundedQueue[Work] = BoundedQueue(queue_size)
-        self._results: BoundedQueue[Outcome] = BoundedQueue(queue_size)
+        self._results: Backlog[Outcome] = Backlog(backlog)
         self._durable: BoundedQueue[tuple[int, Context]] = BoundedQueue(queue_size)
         self._producing: asyncio.Task[None] | None = None
         self._working: asyncio.Task[None] | None = None
@@ -103,6 +104,7 @@ class Pipeline:
         self._why_stopped = why
         self._producing.cancel()
         self._discarded = self._work.discard()
+        self._results.drain()
         self._stages.workers.drain()
         log.info("run.draining", why=why, timeout_s=self._drain_timeout_s)
         loop = asyncio.get_running_loop()

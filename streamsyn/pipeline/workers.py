@@ -24,7 +24,7 @@ from streamsyn.errors import (
 )
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
-from streamsyn.queues import BoundedQueue
+from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
 from streamsyn.records import (
     Attempt,
@@ -89,16 +89,21 @@ class Worker:
         self.attempts: list[Attempt] = []
 
     async def run(
-        self, work: BoundedQueue[Work], results: BoundedQueue[Outcome], on_outcome: Callable[[], None]
+        self, work: BoundedQueue[Work], results: Backlog[Outcome], on_outcome: Callable[[], None]
     ) -> None:
-        """Put one outcome on `results` for each item of `work`."""
+        """Put one outcome on `results` for each item of `work`; an item is begun when `results` has room.
+
+        Raises:
+            StoppedEarly: The run drains, and an item was not begun or was put down between two steps.
+        """
         async for item in work:
+            await results.room()
             self.current, self.attempts = item, []
             outcome = await self._outcome(item)
             encode_row(0, outcome)  # what the log cannot hold is a bug of this draft alone: it raises here
             self.current = None
             on_outcome()
-            await results.put(outcome)
+            results.put(outcome)  # never waits: what was answered is written, whatever else is slow
 
     @property
     def _tokens(self) -> int:
@@ -327,7 +332,7 @@ class WorkerPool:
             self._started += 1
             self._start(self._started)
 
-    async def run(self, work: BoundedQueue[Work], results: BoundedQueue[Outcome]) -> None:
+    async def run(self, work: BoundedQueue[Work], results: Backlog[Outcome]) -> None:
         """Run workers until `work` ends."""
         async with asyncio.TaskGroup() as pool:
 
@@ -341,7 +346,7 @@ class WorkerPool:
             self._start = start
             self.grow()
 
-    async def _keep_one(self, work: BoundedQueue[Work], results: BoundedQueue[Outcome]) -> None:
+    async def _keep_one(self, work: BoundedQueue[Work], results: Backlog[Outcome]) -> None:
         while True:
             worker = self._new_worker()
             try:
@@ -350,14 +355,14 @@ class WorkerPool:
                 self.left_work = True
                 return
             except Exception as bug:  # noqa: BLE001 - whatever it is, it must not end the run
-                await self._reject_after_bug(worker, bug, results)
+                self._reject_after_bug(worker, bug, results)
             else:
                 self._start = None  # no work is left for further workers
                 self._ended += 1
                 self._on_idle(self._started - self._ended, self._started)
                 return
 
-    async def _reject_after_bug(self, worker: Worker, bug: Exception, results: BoundedQueue[Outcome]) -> None:
+    def _reject_after_bug(self, worker: Worker, bug: Exception, results: Backlog[Outcome]) -> None:
         if worker.current is None:
             self._start = None
             raise bug  # not caused by a seed: the queues themselves are broken
@@ -367,7 +372,7 @@ class WorkerPool:
             self._start = None
             raise bug
         detail = "".join(traceback.format_exception(bug))
-        await results.put(_loggable(worker.reject(RejectReason.INTERNAL_ERROR, detail)))
+        results.put(_loggable(worker.reject(RejectReason.INTERNAL_ERROR, detail)))
 
     def _reset_bugs(self) -> None:
         self._bugs = 0

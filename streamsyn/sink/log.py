@@ -1,13 +1,15 @@
 """The log of a run: contexts, rejects and samples, each a series of sealed shards and one open shard.
 
-`RunLog` is the whole log of a run directory, `ShardLog` the part of one kind of row. An append goes to the
-open shard; when that reaches `sink.shard_bytes` it is sealed, listed in the manifest and added to the index
-of completed keys, in this order.
+`RunLog` is the whole log of a run directory, `ShardLog` the part of one kind of row. A write goes to the open
+shard; when that reaches `sink.shard_bytes` the next one is opened. The full one is sealed, listed in the
+manifest and added to the index of completed keys, in this order, which takes syncs and so is done apart.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import orjson
@@ -34,6 +36,8 @@ _MAX_ROWS = 64
 
 class RunLog:
     """The log of a run directory, opened to append. Every method may block on the disk.
+
+    One thread may append outcomes while another one syncs: a sync does not keep answers from being written.
 
     Opening takes up what an earlier run left: it reads the manifest, the open shards, and those sealed shards
     that a kill kept from being indexed (usually one), so its cost does not grow with the number of outcomes.
@@ -66,6 +70,8 @@ class RunLog:
         self.journal = Journal(root / "journal.sqlite")
         self._unsynced: list[bytes] = []
         """Keys of drafts with steps in the journal whose outcome is written, but not yet synced."""
+        self._lock = Lock()
+        """Guards `_unsynced`."""
 
     @property
     def outcomes(self) -> int:
@@ -79,24 +85,37 @@ class RunLog:
         self.journal.drop(claims.finished(self.journal.keys()))
         return claims
 
+    @property
+    def has_full_shards(self) -> bool:
+        """Whether the next `sync` seals shards."""
+        return self.contexts.has_full or self.rejects.has_full
+
     def append(self, outcomes: Sequence[Outcome]) -> list[tuple[int, Outcome]]:
-        """Write outcomes so that they survive a kill of this process; returns each with its seq."""
+        """Write outcomes so that they survive a kill of this process; returns each with its seq.
+
+        It never syncs; shards that are full are sealed by the next `sync`.
+        """
         contexts = [outcome for outcome in outcomes if isinstance(outcome, Context)]
         rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
         written: list[tuple[int, Outcome]] = []
         if contexts:
-            written += zip(self.contexts.append(contexts), contexts, strict=True)
+            written += zip(self.contexts.write(contexts), contexts, strict=True)
         if rejects:
-            written += zip(self.rejects.append(rejects), rejects, strict=True)
-        self._unsynced += [outcome.key for outcome in outcomes if self.journal.holds(outcome.key)]
+            written += zip(self.rejects.write(rejects), rejects, strict=True)
+        with self._lock:
+            self._unsynced += [outcome.key for outcome in outcomes if self.journal.holds(outcome.key)]
         return written
 
     def sync(self) -> None:
-        """Sync the outcomes written so far, so that they survive a loss of power."""
+        """Sync the outcomes written so far, so that they survive a loss of power, and seal full shards.
+
+        A different thread may call `append` meanwhile; what it writes is left to the next sync.
+        """
+        with self._lock:
+            syncing, self._unsynced = self._unsynced, []
         self.contexts.sync()
         self.rejects.sync()
-        synced, self._unsynced = self._unsynced, []
-        self.journal.drop(synced)
+        self.journal.drop(syncing)
 
     def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
         """Rows of contexts from `first_seq` up to, but not including, `end_seq`."""
@@ -161,9 +180,10 @@ class RunLog:
 
 
 class ShardLog:
-    """The rows of one kind: numbered by `seq`, appended to the open shard, which is sealed when it is full.
+    """The rows of one kind: numbered by `seq`, appended to the open shard, until that is full.
 
-    Not thread-safe. Every method may block on the disk and may raise SinkError.
+    One thread may `write` while another one calls `sync`. Every method may block on the disk and may raise
+    SinkError.
 
     Args:
         root: The run directory.
@@ -189,35 +209,70 @@ class ShardLog:
         self._keys = bytearray()
         """Keys of the rows in the open shard."""
         self._shard: OpenShard | None = None
+        self._full: deque[tuple[OpenShard, bytes]] = deque()
+        """Full shards that are not sealed yet, each with the keys of its rows."""
         sealed = manifest.of_kind(kind)
         self._number = len(sealed)
         self.rows = sealed[-1].last_seq + 1 if sealed else 0
         """Rows in the log, sealed or not; also the seq of the next row."""
 
     def recover(self) -> list[dict[str, Any]]:
-        """Take up the open shard of an earlier run; returns its rows without their long texts."""
+        """Take up the unsealed shards of an earlier run; returns the rows of the last one without long texts.
+
+        It opened a shard when the one before was full, and sealed that one later. So all but the last are
+        full, unless a loss of power has cost rows of one: then those behind were never synced, and are
+        dropped.
+        """
+        kept: list[dict[str, Any]] = []
         with disk_errors(f"take up {self._kind} in {self._root}"):
-            path = self._path(self._number)
-            open_path = path.with_name(path.name + OPEN_SUFFIX)
-            self._refuse_unlisted(beyond=path)
-            if path.exists():  # the earlier run was killed between the rename and the manifest's line
-                path.rename(open_path)
-            if not open_path.exists():
-                return []
-            self._shard = OpenShard(path, self._kind, self.rows)
-            kept = self._shard.recover()
-        self.rows = self._shard.next_seq
+            unlisted = self._unlisted()
+            for at, number in enumerate(unlisted):
+                found = self._take_up(number)
+                if found is None:
+                    self._drop(unlisted[at:])
+                    break
+                kept = found
+            while self._full:
+                shard, _ = self._full.popleft()
+                self._manifest.add_shard(shard.seal(self._root))  # the index adds what the manifest lists
         if self._on_sealed is not None:
             for row in kept:
                 self._keys += row_key(row)
+        return kept
+
+    def _take_up(self, number: int) -> list[dict[str, Any]] | None:
+        """Make a shard the open one; returns its rows, or None if they do not continue those before."""
+        if number != self._number + (self._shard is not None):
+            return None
+        path = self._path(number)
+        if path.exists():  # the earlier run was killed between the rename and the manifest's line
+            path.rename(path.with_name(path.name + OPEN_SUFFIX))
+        shard = OpenShard(path, self._kind, self.rows)
+        kept = shard.recover()
+        if self._shard is not None and not kept:
+            shard.close()
+            return None
+        self._finish_shard()
+        self._shard, self.rows = shard, shard.next_seq
         return kept
 
     def encode(self, records: Sequence[Record]) -> Iterator[bytes]:
         """The lines that `records` get in the log if they are appended next."""
         return (encode_row(seq, record) for seq, record in enumerate(records, self.rows))
 
+    @property
+    def has_full(self) -> bool:
+        """Whether there are full shards to be sealed."""
+        return bool(self._full)
+
     def append(self, records: Sequence[Record]) -> list[int]:
-        """Write records so that they survive a kill of this process; returns their seqs."""
+        """As `write`, then seal the shards that this has filled."""
+        seqs = self.write(records)
+        self._seal_full()
+        return seqs
+
+    def write(self, records: Sequence[Record]) -> list[int]:
+        """Write records so that they survive a kill of this process, and sync nothing; returns their seqs."""
         with disk_errors(f"write {self._kind} to {self._root}"):
             first = self.rows
             while (done := self.rows - first) < len(records):
@@ -225,36 +280,54 @@ class ShardLog:
         return list(range(first, self.rows))
 
     def sync(self) -> None:
-        """Sync the rows appended so far, so that they survive a loss of power."""
-        if self._shard is not None:
+        """Sync the rows written so far, so that they survive a loss of power, and seal full shards."""
+        shard = self._shard  # before the full ones are sealed: a writing thread may add it to them meanwhile
+        self._seal_full()
+        if shard is not None:
             with disk_errors(f"sync {self._kind} in {self._root}"):
-                self._shard.sync()
+                shard.sync()
 
     def seal(self) -> None:
         """Seal the open shard, if it has rows."""
-        if self._shard is None or not self._shard.rows:
-            return
-        with disk_errors(f"seal a shard of {self._kind} in {self._root}"):
-            sealed = self._shard.seal(self._root)
-            self._shard = None
-            self._manifest.add_shard(sealed)
-        self._number += 1
-        if self._on_sealed is not None:
-            self._on_sealed(sealed, bytes(self._keys))
-        self._keys.clear()
+        if self._shard is not None and self._shard.rows:
+            self._finish_shard()
+        self._seal_full()
 
     def close(self) -> None:
-        """Sync, and leave the open shard for a later run."""
-        shard, self._shard = self._shard, None
-        if shard is not None:
-            with disk_errors(f"sync {self._kind} in {self._root}"):
-                shard.close()
+        """Sync, and leave the unsealed shards for a later run."""
+        unsealed = [shard for shard, _ in self._full] + ([self._shard] if self._shard else [])
+        self._shard = None
+        self._full.clear()
+        with disk_errors(f"sync {self._kind} in {self._root}"), ExitStack() as closing:
+            for shard in reversed(unsealed):
+                closing.callback(shard.close)
+
+    def _seal_full(self) -> None:
+        while self._full:
+            shard, keys = self._full[0]
+            with disk_errors(f"seal a shard of {self._kind} in {self._root}"):
+                sealed = shard.seal(self._root)
+                self._manifest.add_shard(sealed)
+            self._full.popleft()
+            if self._on_sealed is not None:
+                self._on_sealed(sealed, keys)
+
+    def _finish_shard(self) -> None:
+        """Leave the open shard, if there is one, to be sealed; the next row begins a new one."""
+        if self._shard is None:
+            return
+        self._full.append((self._shard, bytes(self._keys)))
+        self._shard = None
+        self._keys.clear()
+        self._number += 1
 
     def _append_some(self, records: Sequence[Record]) -> None:
         """Append as many of `records` as fill the shard, at least one.
 
         So shards end at the same rows, however the rows were batched.
         """
+        if self._shard is not None and self._shard.bytes >= self._sink.shard_bytes:
+            self._finish_shard()  # an earlier run was killed before it opened the next one
         if self._shard is None:
             self._shard = OpenShard(self._path(self._number), self._kind, self.rows)
         room = self._sink.shard_bytes - self._shard.bytes
@@ -270,17 +343,30 @@ class ShardLog:
                 if not isinstance(record, Sample):
                     self._keys += record.key
         if self._shard.bytes >= self._sink.shard_bytes:
-            self.seal()
+            self._finish_shard()
 
-    def _refuse_unlisted(self, beyond: Path) -> None:
-        """Only the newest shard may be missing from the manifest; more means that it has lost lines."""
-        name = beyond.name + OPEN_SUFFIX
-        unlisted = [path for path in beyond.parent.glob("part-*") if path.name > name]
-        if unlisted:
-            raise SinkError(
-                f"{min(unlisted)} is not in manifest.jsonl, which lists {self._number} shards of "
-                f"{self._kind}: restore manifest.jsonl from a copy"
-            )
+    def _unlisted(self) -> list[int]:
+        """The numbers of the shards that the manifest does not list, in order.
+
+        Raises:
+            SinkError: More than one of them is sealed. Each is listed before the next one is sealed, so the
+                manifest has lost lines.
+        """
+        paths = sorted((self._root / self._kind).glob("part-" + "[0-9]" * 6 + ".*"))
+        unlisted = [path for path in paths if int(path.name[5:11]) >= self._number]
+        for path in unlisted:
+            if path.suffix != OPEN_SUFFIX and path != self._path(self._number):
+                raise SinkError(
+                    f"{path} is not in manifest.jsonl, which lists {self._number} shards of "
+                    f"{self._kind}: restore manifest.jsonl from a copy"
+                )
+        return sorted({int(path.name[5:11]) for path in unlisted})
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Remove open shards whose rows were never synced, before new rows get their numbers."""
+        for path in map(self._path, numbers):
+            path.with_name(path.name + OPEN_SUFFIX).unlink()
+        sync_folder(self._root / self._kind)
 
     def _path(self, number: int) -> Path:
         suffix = SUFFIXES[self._sink.compression]

@@ -33,8 +33,8 @@ _CLOSED = -1
 class OpenShard:
     """A shard that still grows.
 
-    What `append` has returned from survives a kill of this process. What `sync` has returned from
-    survives a loss of power.
+    What `append` has returned from survives a kill of this process. What was appended before a `sync` that
+    has returned survives a loss of power. One thread may append while another syncs.
 
     Args:
         path: The final name; the file has OPEN_SUFFIX behind it until `seal`.
@@ -57,7 +57,8 @@ class OpenShard:
         self._tokens = {"prompt": 0, "cached": 0, "completion": 0}
         self._models: set[str] = set()
         self._fd = os.open(self.open_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        sync_folder(path.parent)
+        self._is_in_folder = False
+        """Whether the folder's entry for it is synced."""
 
     @property
     def next_seq(self) -> int:
@@ -74,7 +75,7 @@ class OpenShard:
             self._count(some)
             kept += [{name: row.get(name) for name in ("seq", "seed_id", "draft", "key")} for row in some]
         os.ftruncate(self._fd, good)
-        os.fsync(self._fd)  # the earlier run may have been killed before it synced what was read here
+        self.sync()  # the earlier run may have been killed before it synced what was read here
         self.bytes = good
         with self.open_path.open("rb") as file:
             self._sha256 = hashlib.file_digest(file, "sha256")
@@ -101,18 +102,22 @@ class OpenShard:
         self._count(counted)
 
     def sync(self) -> None:
-        """Sync the file to disk."""
+        """Sync the file to disk. A different thread may append meanwhile."""
         if self._fd != _CLOSED:
             os.fsync(self._fd)
+            if not self._is_in_folder:
+                sync_folder(self.path.parent)
+                self._is_in_folder = True
 
     def close(self) -> None:
         """Sync and close the file, which stays open to a later run under its present name."""
-        fd, self._fd = self._fd, _CLOSED  # the number may soon belong to a different file
+        fd = self._fd
         if fd == _CLOSED:
             return
         try:
-            os.fsync(fd)
+            self.sync()
         finally:
+            self._fd = _CLOSED  # the number may soon belong to a different file
             os.close(fd)
 
     def seal(self, root: Path) -> SealedShard:

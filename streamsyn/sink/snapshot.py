@@ -76,7 +76,11 @@ class Snapshot:
     def _parts(self, kind: str) -> list[Part]:
         listed = self.manifest.of_kind(kind)
         parts = [Part(self._root, shard.path, shard.bytes, shard) for shard in listed]
-        return parts + [part for name in self._unlisted(kind) if (part := self._unsealed(f"{kind}/{name}"))]
+        for name in self._unlisted(kind):
+            part = self._unsealed(f"{kind}/{name}")
+            if part is not None and (not part.is_open or _continues(parts, part)):
+                parts.append(part)
+        return parts
 
     def _unlisted(self, kind: str) -> list[str]:
         listed = {Path(shard.path).name for shard in self.manifest.of_kind(kind)}
@@ -90,6 +94,22 @@ class Snapshot:
             if (size := _size(self._root / name)) is not None:
                 return Part(self._root, path, size, is_open=is_open)
         return None
+
+
+def _continues(parts: list[Part], part: Part) -> bool:
+    """Whether an open shard continues those before it; otherwise a run that resumes drops it.
+
+    An open shard before it may have lost rows, or all of it, by a loss of power.
+    """
+    if not Path(part.path).name.startswith(f"part-{len(parts):06d}."):
+        return False
+    if not parts or parts[-1].sealed:
+        return True
+    last = None
+    for row in parts[-1].rows():
+        last = row.get("seq")
+    first = next(part.rows(), {}).get("seq")
+    return isinstance(last, int) and first == last + 1
 
 
 def _size(path: Path) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from streamsyn.pipeline.workers import Worker, WorkerPool
-from streamsyn.queues import BoundedQueue
+from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.records import BadSeed, Outcome, RejectReason, Work
 
 
@@ -20,7 +20,7 @@ class Idle(Worker):
         """Needs nothing."""
 
     async def run(
-        self, work: BoundedQueue[Work], results: BoundedQueue[Outcome], on_outcome: Callable[[], None]
+        self, work: BoundedQueue[Work], results: Backlog[Outcome], on_outcome: Callable[[], None]
     ) -> None:
         """Count those at work."""
         async for _ in work:
@@ -56,7 +56,7 @@ async def test_it_grows_while_there_is_work(gate: asyncio.Event) -> None:
     size, left = [2], []
     pool = WorkerPool(Idle, lambda: size[0], 3, on_idle=lambda at_work, of: left.append((at_work, of)))
     async with asyncio.TaskGroup() as group:
-        group.create_task(pool.run(await queue_of(10), BoundedQueue(1)))
+        group.create_task(pool.run(await queue_of(10), Backlog(1)))
         await settle()
         assert 2 == Idle.at_work
         size[0] = 6
@@ -76,7 +76,7 @@ async def test_it_does_not_grow_without_work(gate: asyncio.Event) -> None:
     size = [2]
     pool = WorkerPool(Idle, lambda: size[0], 3)
     gate.set()
-    await pool.run(await queue_of(1), BoundedQueue(1))
+    await pool.run(await queue_of(1), Backlog(1))
     size[0] = 9
     pool.grow()
     await settle()

@@ -9,7 +9,7 @@ import pytest
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.fleet.thinking import Thinking, cleaned
 from streamsyn.pipeline.workers import Worker
-from streamsyn.queues import BoundedQueue
+from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import (
     Attempt,
@@ -50,7 +50,7 @@ class ThinkingFleet:
 async def outcome_of(fleet: Any, **recipe: Any) -> Outcome:
     """What a draft becomes."""
     section = RecipeSection(**recipe)
-    work, results = BoundedQueue[Work](1), BoundedQueue[Outcome](1)
+    work, results = BoundedQueue[Work](1), Backlog[Outcome](1)
     await work.put(Draft(SEED))
     work.close()
     made = await asyncio.to_thread(load_recipe, section, ChecksSection())

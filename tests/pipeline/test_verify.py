@@ -56,6 +56,7 @@ def run(root: Path, config: Config, outcomes: Sequence[Outcome], *, to_the_end: 
     log = RunLog(root, config.sink)
     for number in range(0, len(outcomes), 3):
         log.append(outcomes[number : number + 3])
+        log.sync()
     stage = AssemblyStage(
         materials.assembler(config.run.seed),
         log,

@@ -16,7 +16,7 @@ from streamsyn.config.sections import ChecksSection, FleetSection, RecipeSection
 from streamsyn.errors import root_cause
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.pipeline.workers import Worker, WorkerPool
-from streamsyn.queues import BoundedQueue
+from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import Recipe, RejectedDraft, Steps
 from streamsyn.recipes.sections_recipe import SectionsRecipe
@@ -104,7 +104,7 @@ async def worked(
     examiner: Examiner | None = None,
 ) -> list[Outcome]:
     """The outcomes of `items`, in the order in which they came."""
-    work, results = BoundedQueue[Work](len(items) + 1), BoundedQueue[Outcome](len(items) + 1)
+    work, results = BoundedQueue[Work](len(items) + 1), Backlog[Outcome](len(items) + 1)
     for item in items:
         await work.put(item)
     work.close()
@@ -510,7 +510,7 @@ async def test_long_texts_are_judged_in_a_thread(words: int) -> None:
     recipe, fleet = Threads(), Answers("word " * words)
     worker = Worker(recipe, cast("Fleet", fleet))
     work: BoundedQueue[Work] = BoundedQueue(1)
-    results: BoundedQueue[Outcome] = BoundedQueue(1)
+    results: Backlog[Outcome] = BoundedQueue(1)
     await work.put(drafts("one")[0])
     work.close()
 

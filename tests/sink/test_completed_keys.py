@@ -25,6 +25,7 @@ def finished_run(root: Path, outcomes: int = 30) -> Path:
     with opened(root, sink()) as log:
         for number in range(outcomes):
             log.append([outcome(number)])
+            log.sync()
         assert len(log.manifest.shards) > 3
     return root / "index" / "finished.sqlite"
 

@@ -13,6 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError
 from streamsyn.records import Context, Outcome, Sample
 from streamsyn.sink import shards
@@ -20,6 +21,7 @@ from streamsyn.sink.completed_keys import Claim
 from streamsyn.sink.log import RunLog, ShardLog
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.shards import KINDS
+from streamsyn.sink.snapshot import Snapshot
 from tests.builders import (
     COMPRESSIONS,
     as_rows,
@@ -315,6 +317,70 @@ def test_a_kill_within_sealing_loses_and_doubles_nothing(tmp_path: Path, compres
         assert as_rows(rejects) == rows(root, "rejects"), root
 
 
+ROWS = {"none": 2, "zstd": 1}
+"""Contexts in a full shard."""
+
+
+def small_shards(compression: str) -> SinkSection:
+    """Shards that ROWS contexts fill."""
+    return sink(compression=compression, shard_bytes={"none": 500, "zstd": 1}[compression])
+
+
+def unsealed_shards(root: Path, compression: str) -> Path:
+    """Nine contexts, in shards of which none was sealed before the kill."""
+    log = RunLog(new_run(root), small_shards(compression))
+    log.append([context(number) for number in range(9)])
+    log.close()
+    assert -(-9 // ROWS[compression]) == len(list((root / "contexts").glob("*.open")))
+    return root
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("sealed", [0, 1])
+def test_a_kill_before_full_shards_are_sealed_loses_nothing(
+    tmp_path: Path, compression: str, sealed: int
+) -> None:
+    """Answers are written while a sync runs, so full shards may wait for theirs; the next run seals them."""
+    root = unsealed_shards(tmp_path, compression)
+    for path in sorted((root / "contexts").glob("*.open"))[:sealed]:  # renamed, and not listed
+        path.rename(path.with_suffix(""))
+    with opened(root, small_shards(compression)) as log:
+        assert list(range(8 // ROWS[compression])) == [int(s.path[14:20]) for s in log.manifest.shards]
+        log.append([context(9)])
+        log.sync()
+        assert Counter({Claim.FINISHED: 10}) == claims_of(log, [context(number) for number in range(10)])
+
+    assert as_rows(context(number) for number in range(10)) == rows(root, "contexts")
+    assert (
+        manifest_as_it_should_be(root)[:4]
+        == [
+            {name: value for name, value in orjson.loads(line).items() if name != "sealed_at"}
+            for line in (root / "manifest.jsonl").read_bytes().splitlines()
+        ][:4]
+    )
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("damaged", range(5))
+def test_rows_behind_a_torn_shard_are_written_again(tmp_path: Path, compression: str, damaged: int) -> None:
+    """A loss of power took the end of an unsynced shard, or all of it: those behind it do not count."""
+    for number, kept in enumerate([None, 0, 100, 200]):
+        root = unsealed_shards(tmp_path / str(number), compression)
+        path = sorted((root / "contexts").glob("*.open"))[damaged]
+        if kept is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:kept])
+        listed = [row["seq"] for part in Snapshot(root).parts["contexts"] for row in part.rows()]
+        assert list(range(ROWS[compression] * damaged)) == listed
+        with opened(root, small_shards(compression)) as log:
+            assert len(listed) == log.contexts.rows == len(rows(root, "contexts"))
+            log.append([context(number) for number in range(log.contexts.rows, 12)])
+            log.sync()
+
+        assert as_rows(context(number) for number in range(12)) == rows(root, "contexts")
+
+
 def test_a_shard_sealed_again_is_indexed_again(tmp_path: Path) -> None:
     """A shard whose line the manifest lost, sealed again with more rows, is read again for the index."""
     section = sink(shard_bytes=10**6)
@@ -343,8 +409,8 @@ def test_a_shard_sealed_again_is_indexed_again(tmp_path: Path) -> None:
 def test_a_manifest_that_lost_lines_is_refused(tmp_path: Path) -> None:
     """More than one shard that the manifest does not list: nothing is overwritten, the shard is named."""
     with opened(tmp_path, sink(shard_bytes=1)) as log:
-        log.append([context(0)])
-        log.append([context(1)])
+        log.append([context(0), context(1)])
+        log.sync()
     (tmp_path / "manifest.jsonl").unlink()
     before = sealed_bytes(tmp_path)
 
@@ -460,6 +526,7 @@ def test_contexts_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
     with opened(tmp_path, sink(shard_bytes=1)) as log:
         log.append([context(number) for number in range(3)])
         log.append([context(number) for number in range(3, 6)])
+        log.sync()
         (tmp_path / "contexts" / "part-000001.jsonl").unlink()
         reading = log.read_contexts(1, 5)
 

@@ -115,7 +115,9 @@ class Run:
 
     def log_all(self, outcomes: list[Outcome]) -> None:
         """Log these, and make the samples that are due."""
-        for seq, one in self.log.append(outcomes):
+        written = self.log.append(outcomes)
+        self.log.sync()
+        for seq, one in written:
             if isinstance(one, Context):
                 self._stage._take([Passage.of_context(seq, one)])
 

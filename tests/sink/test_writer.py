@@ -11,7 +11,7 @@ import pytest
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError, root_cause
-from streamsyn.queues import BoundedQueue
+from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.records import Context, Outcome
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.writer import DurableContext, OutcomeWriter
@@ -28,6 +28,9 @@ class WatchedLog(RunLog):
         super().__init__(new_run(root), section)
         self.durable = 0
         self.syncs = 0
+        self.syncing = False
+        self.gate: threading.Event | None = None
+        """A sync waits for it, as for a slow disk."""
         self._loop = loop
         self.changed = asyncio.Event()
 
@@ -37,8 +40,12 @@ class WatchedLog(RunLog):
         return written
 
     def sync(self) -> None:
+        syncing, self.syncing = self.outcomes, True
+        self._loop.call_soon_threadsafe(self.changed.set)
+        if self.gate is not None:
+            assert self.gate.wait(20)
         super().sync()
-        self.durable = self.outcomes
+        self.durable, self.syncing = syncing, False
         self.syncs += 1
         self._loop.call_soon_threadsafe(self.changed.set)
 
@@ -57,7 +64,7 @@ class Stage:
         self.log: WatchedLog
         self._root = root
         self.counters = Counters()
-        self.results: BoundedQueue[Outcome] = BoundedQueue(results)
+        self.results: Backlog[Outcome] = Backlog(results)
         self.durable: BoundedQueue[DurableContext] = BoundedQueue(durable)
 
     async def run(self, play: Callable[[], Awaitable[None]]) -> None:
@@ -82,7 +89,7 @@ async def test_the_end_flushes_everything(tmp_path: Path) -> None:
 
     async def play() -> None:
         for one in given:
-            await stage.results.put(one)
+            stage.results.put(one)
 
     await stage.run(play)
     contexts = [one for one in given if isinstance(one, Context)]
@@ -111,7 +118,7 @@ async def test_a_context_is_passed_on_only_after_a_sync(tmp_path: Path) -> None:
 
     async def play() -> None:
         for number in range(40):
-            await stage.results.put(context(number))
+            stage.results.put(context(number))
         stage.results.close()
         async for seq, _ in stage.durable:
             on_disk.append(seq < stage.log.durable)
@@ -127,7 +134,7 @@ async def test_nothing_is_passed_on_before_a_sync(tmp_path: Path) -> None:
 
     async def play() -> None:
         for number in range(3):
-            await stage.results.put(context(number))
+            stage.results.put(context(number))
             await stage.log.until(lambda: stage.log.outcomes > number)  # noqa: B023 - awaited at once
         before_the_end.append((stage.log.syncs, len(stage.durable)))
 
@@ -143,11 +150,11 @@ async def test_sync_rows_are_synced_at_once(tmp_path: Path, sync_rows: int) -> N
 
     async def play() -> None:
         for number in range(4 * sync_rows):
-            await stage.results.put(context(number))
+            stage.results.put(context(number))
             if number % sync_rows == sync_rows - 1:
                 await stage.log.until(lambda: stage.log.durable == number + 1)  # noqa: B023 - awaited at once
         for number in range(4 * sync_rows, 8 * sync_rows):  # with no wait between them
-            await stage.results.put(context(number))
+            stage.results.put(context(number))
         await stage.log.until(lambda: stage.log.durable == 8 * sync_rows)
 
     await stage.run(play)
@@ -160,36 +167,63 @@ async def test_rows_are_synced_after_the_interval(tmp_path: Path) -> None:
 
     async def play() -> None:
         for number in range(3):
-            await stage.results.put(context(number))
+            stage.results.put(context(number))
             assert number == (await anext(stage.durable))[0]
 
     await stage.run(play)
     assert 3 == stage.log.durable
 
 
-async def test_a_slow_assembly_makes_the_writer_wait(tmp_path: Path) -> None:
-    """When nobody takes contexts, memory is bounded: the results queue fills, and its writer waits."""
-    stage = Stage(tmp_path, durable=1, results=1, sync_rows=4)
+async def test_a_slow_assembly_leaves_no_room_to_begin_more(tmp_path: Path) -> None:
+    """When nobody takes contexts, memory is bounded: who looks for room waits. All that is put is written."""
+    stage = Stage(tmp_path, durable=1, results=5, sync_rows=4)
     put = []
 
     async def feed() -> None:
         for number in range(100):
-            await stage.results.put(context(number))
+            await stage.results.room()
+            stage.results.put(context(number))
             put.append(number)
 
     async def play() -> None:
         async with asyncio.TaskGroup() as group:
             feeding = group.create_task(feed())
-            await stage.log.until(lambda: stage.log.durable > 4)
+            await stage.log.until(lambda: stage.log.outcomes == 6)  # 5 in the backlog, and one passed on
             for _ in range(500):
                 await asyncio.sleep(0)
-            # 1 + 4 + 1 in queues, and one at most in the hands of each of the four who pass them on
-            assert len(put) <= 10
+            assert 6 == len(put)
             assert not feeding.done()
             seqs = [(await anext(stage.durable))[0] for _ in range(100)]
         assert list(range(100)) == seqs
 
     await stage.run(play)
+
+
+async def test_a_slow_sync_does_not_delay_a_write(tmp_path: Path) -> None:
+    """While one sync runs, what is answered is written, a full shard included; room ends at the bound."""
+    stage = Stage(tmp_path, sync_rows=2, shard_bytes=1500, results=20)
+    synced = threading.Event()
+
+    async def play() -> None:
+        stage.log.gate = synced
+        stage.results.put(context(0))
+        stage.results.put(context(1))
+        await stage.log.until(lambda: stage.log.syncing)
+        for number in range(2, 20):
+            await stage.results.room()
+            stage.results.put(context(number))
+        await stage.log.until(lambda: stage.log.outcomes == 20)
+        assert 0 == stage.log.durable
+        assert len(await asyncio.to_thread(rows, stage.log.root, "contexts")) == 20
+        waiting = asyncio.create_task(stage.results.room())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        synced.set()
+        await waiting
+
+    await stage.run(play)
+    assert 20 == stage.log.durable
+    assert list(range(20)) == [seq async for seq, _ in stage.durable]
 
 
 async def test_a_slow_assembly_does_not_delay_the_sync(tmp_path: Path) -> None:
@@ -198,7 +232,7 @@ async def test_a_slow_assembly_does_not_delay_the_sync(tmp_path: Path) -> None:
 
     async def play() -> None:
         for number in range(20):
-            await stage.results.put(context(number))
+            stage.results.put(context(number))
             await stage.log.until(lambda: stage.log.durable == number + 1)  # noqa: B023 - awaited at once
         assert 1 == len(stage.durable)
         assert list(range(20)) == [(await anext(stage.durable))[0] for _ in range(20)]
@@ -213,7 +247,7 @@ async def test_a_full_disk_comes_out(tmp_path: Path) -> None:
     async def play() -> None:
         with disk_full_beyond(5000):
             for number in range(100):
-                await stage.results.put(context(number))
+                stage.results.put(context(number))
             await stage.log.until(lambda: stage.log.outcomes == 100)  # it never is
 
     with pytest.raises(ExceptionGroup) as raised:
@@ -240,7 +274,7 @@ async def test_a_thread_that_is_stuck_does_not_keep_outcomes_from_the_disk(tmp_p
     async def play() -> None:
         stuck = asyncio.create_task(asyncio.to_thread(released.wait, 20))
         try:
-            await stage.results.put(outcome(0))
+            stage.results.put(outcome(0))
             async with asyncio.timeout(5):
                 await stage.log.until(lambda: stage.log.durable == 1)
         finally:
