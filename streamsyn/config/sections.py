@@ -269,7 +269,8 @@ class FleetSection(Section):
     concurrency: Annotated[Literal["auto"] | Count, operational] = "auto"
     """Requests in flight per server: a number, or `auto` to find what keeps the server's batch full."""
     max_in_flight: Annotated[Count, operational] = 2048
-    """Maximum number of requests in flight per server, whatever `fleet.concurrency` is."""
+    """Maximum number of requests in flight per server, whatever `fleet.concurrency` is. The limit of open
+    files (`ulimit -n`) may lower it."""
     load_interval_s: Annotated[Seconds, operational] = 1.0
     """Seconds between readings of a server's load."""
     slow_start_s: Annotated[Seconds, operational] = 10.0

@@ -338,6 +338,7 @@ async def open_fleet(
     environ: Mapping[str, str] = os.environ,
     connect: Connect | None = None,
     rng: Random | None = None,
+    max_sockets: int | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of the servers in `section`; requests still in flight at the end are aborted.
 
@@ -347,12 +348,15 @@ async def open_fleet(
         environ: Holds the servers' keys.
         connect: Opens a transport to a server; None uses HTTP.
         rng: For jitter; a seeded one makes a simulation repeatable.
+        max_sockets: Connections that this process can open to all servers together; None for any number.
 
     Raises:
         ConfigError: There is no server, or a URL, file or key is invalid.
     """
     discovery = Discovery(section, environ)
     first = await discovery.first()
+    if max_sockets is not None:
+        section = _within(max_sockets, section, len(first))
     connect = connect or await _connect_http(section, environ)
     rng = rng or Random()
     outage = Outage(section, on_gone)
@@ -370,6 +374,22 @@ async def open_fleet(
 
 def _failed(url: str, at: float, seconds: float, error: ServerError) -> Attempt:
     return Attempt(url, at, seconds, f"{type(error).__name__}: {error}", error.completion_tokens)
+
+
+def _within(max_sockets: int, section: FleetSection, servers: int) -> FleetSection:
+    """Return `section` with a `max_in_flight` for which there are enough sockets; a lower one is logged."""
+    most = max(1, max_sockets // max(1, servers))
+    wanted = section.max_in_flight
+    if section.concurrency != "auto":
+        wanted = min(wanted, section.concurrency)
+    if most >= wanted:
+        return section
+    log.warning(
+        "fleet.few_open_files",
+        why=f"the limit of open files leaves {max_sockets} for connections: at most {most} requests in flight "
+        f"per server instead of {wanted}; raise it with `ulimit -n`",
+    )
+    return section.model_copy(update={"max_in_flight": most})
 
 
 async def _connect_http(section: FleetSection, environ: Mapping[str, str]) -> Connect:

@@ -4,6 +4,7 @@ aiohttp is used only here, and its errors are translated into those of `streamsy
 """
 
 import asyncio
+import errno
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,6 +20,7 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
     ConfigError,
+    ServerBusy,
     ServerTimeout,
     ServerUnavailable,
     ServerUnreachable,
@@ -35,6 +37,8 @@ _STALE_WITHIN_S = 1.0
 _FOREIGN = (aiohttp.ClientError, ConnectionError, TimeoutError, UnicodeError)
 """What aiohttp raises; UnicodeError if a host name is invalid."""
 _OK = 200
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
+"""Our own limits: the server has not failed, and the request can wait."""
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -164,6 +168,8 @@ class HttpTransport:
         match error:
             case aiohttp.InvalidURL() | UnicodeError():
                 return ConfigError(f"{self._url} is not a valid URL")
+            case aiohttp.ClientConnectorError() if error.os_error.errno in _NO_FILES:
+                return ServerBusy(f"too many open files for a connection to {self._url}: raise `ulimit -n`")
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
                 return ServerUnreachable(f"cannot connect to {self._url}: {error}")
             case TimeoutError():

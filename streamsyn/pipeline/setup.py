@@ -16,6 +16,7 @@ from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, ServerSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
+from streamsyn.io.open_files import free_files, raise_limit
 from streamsyn.pipeline.delivery import SampleDelivery
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.stop import Stopper
@@ -111,7 +112,14 @@ async def _open_writing(
     section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
     if request.launch is not None:
         section = section.model_copy(update={"servers_file": None, "servers_dns": None})
-    async with open_fleet(section, stopper.cancel, request.environ, request.connect, request.rng) as fleet:
+    async with open_fleet(
+        section,
+        stopper.cancel,
+        request.environ,
+        request.connect,
+        request.rng,
+        _max_sockets(request),
+    ) as fleet:
         parts.summary.servers = fleet.metrics
         await fleet.ask_models()
         yield fleet
@@ -129,7 +137,13 @@ async def _open_examination(
     from streamsyn.scoring.open_examiner import open_examination
 
     request = parts.request
-    opening = partial(open_fleet, environ=request.environ, connect=request.connect, rng=request.rng)
+    opening = partial(
+        open_fleet,
+        environ=request.environ,
+        connect=request.connect,
+        rng=request.rng,
+        max_sockets=_max_sockets(request),
+    )
     run_log = parts.log
     async with open_examination(
         config,
@@ -142,6 +156,15 @@ async def _open_examination(
         if examination.fleet is not None and examination.fleet is not writing:
             parts.summary.servers = partial(_server_metrics, writing, examination.fleet)
         yield examination
+
+
+def _max_sockets(request: RunRequest) -> int | None:
+    """How many connections each fleet can open; None if they need no files."""
+    if request.connect is not None:
+        return None
+    config = request.config
+    fleets = 2 if config.scoring.servers and _asks_servers(config.checks) else 1
+    return free_files(raise_limit(), inputs=len(config.seeds.sources)) // fleets
 
 
 def _server_metrics(writing: Fleet, scoring: Fleet) -> list[dict[str, Any]]:
@@ -157,9 +180,12 @@ def _server_metrics(writing: Fleet, scoring: Fleet) -> list[dict[str, Any]]:
 
 def is_examined(checks: ChecksSection) -> bool:
     """Whether contexts are examined after the recipe's own checks."""
-    return (
-        checks.context_gain or checks.answerable or bool(checks.eval_sets) or checks.near_duplicate != "off"
-    )
+    return _asks_servers(checks) or bool(checks.eval_sets) or checks.near_duplicate != "off"
+
+
+def _asks_servers(checks: ChecksSection) -> bool:
+    """Whether the examination asks servers."""
+    return checks.context_gain or checks.answerable
 
 
 async def record_fingerprint(parts: Parts, fleets: Fleets) -> None:

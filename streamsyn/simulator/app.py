@@ -14,6 +14,7 @@ from typing import Final
 from aiohttp import web
 
 from streamsyn.errors import ConfigError, root_cause
+from streamsyn.io.open_files import raise_limit
 from streamsyn.simulator.faults import Script
 from streamsyn.simulator.protocol import RawRequest, Reply
 from streamsyn.simulator.routes import Routes
@@ -226,6 +227,7 @@ def serve(
     Raises:
         ConfigError: It cannot listen at the address.
     """
+    raise_limit()
     try:
         asyncio.run(_serve(config, host, port, script, timeline))
     except BaseExceptionGroup as group:

@@ -1,6 +1,8 @@
 """The client of one server over real sockets, with scripted failures: only our own errors are raised."""
 
 import asyncio
+import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -438,3 +440,18 @@ async def test_the_first_token_is_that_of_an_answer(fault: Fault | None) -> None
         except ServerError:
             assert fault is not None
     assert told == ([1] if fault is None else [])
+
+
+async def test_our_own_limit_of_open_files_is_not_the_servers_failure() -> None:
+    """The request waits for a place, as for a full queue; the server is neither ejected nor is a try spent."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with simulated() as (client, _):
+        next_file = os.dup(0)
+        os.close(next_file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, before[1]))
+        try:
+            with pytest.raises(ServerBusy, match="too many open files"):
+                await client.chat(REQUEST, "sim", "r1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert (await client.chat(REQUEST, "sim", "r2")).text

@@ -17,6 +17,7 @@ from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.virtual_time import run_virtually
+from streamsyn.telemetry import configure_logs
 from tests.fleet.test_fleet import ask_many, fleet_of, opened, simulators, until
 
 TEMPLATE = "You write documents. " * 200
@@ -297,3 +298,21 @@ def test_a_server_without_loads_is_asked_all_the_same() -> None:
     """Without load metrics the cap follows the answers, less exactly."""
     fleet, _ = run_virtually(cap_after(3000, tells_load=False, slots=24, latency_ms=1000))
     assert 20 <= fleet.capacity <= 60
+
+
+@pytest.mark.parametrize("concurrency", ["auto", 64])
+async def test_caps_stay_below_the_limit_of_open_files(
+    concurrency: str | int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two servers share the connections that this process can open; one line reports it."""
+    configure_logs(as_json=False)
+    section = FleetSection.model_validate(
+        {"servers": ["http://a:1", "http://b:1"], "concurrency": concurrency}
+    )
+    opening = open_fleet(section, lambda: None, max_sockets=100)
+    async with opening as fleet:
+        limits = [getattr(server.limiter, "ceiling", server.limiter.cap) for server in fleet.servers]
+    assert limits == [50, 50]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "at most 50 requests in flight per server" in line
+    assert "ulimit -n" in line
