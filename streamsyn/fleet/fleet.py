@@ -386,8 +386,8 @@ def _within(max_sockets: int, section: FleetSection, servers: int) -> FleetSecti
         return section
     log.warning(
         "fleet.few_open_files",
-        why=f"the limit of open files leaves {max_sockets} for connections: at most {most} requests in flight "
-        f"per server instead of {wanted}; raise it with `ulimit -n`",
+        why=f"the limit of open files leaves {max_sockets} for connections: at most {most} requests in "
+        f"flight per server instead of {wanted}; raise it with `ulimit -n`",
     )
     return section.model_copy(update={"max_in_flight": most})
 

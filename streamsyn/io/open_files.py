@@ -3,11 +3,11 @@
 import resource
 
 _OWN_FILES = 128
-"""Files of a run itself: the log, its SQLite files, the mirror, libraries, and requests that control servers."""
+"""Files of a run itself: its log, SQLite files and mirror, libraries, and requests that control servers."""
 
 
 def raise_limit() -> int:
-    """Raise the soft limit to the hard one, and return it. Soft limits are often 1,024 or 256 for old programs."""
+    """Raise the soft limit to the hard one, and return it. Soft limits are often 1,024, for old programs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

@@ -443,7 +443,7 @@ async def test_the_first_token_is_that_of_an_answer(fault: Fault | None) -> None
 
 
 async def test_our_own_limit_of_open_files_is_not_the_servers_failure() -> None:
-    """The request waits for a place, as for a full queue; the server is neither ejected nor is a try spent."""
+    """The request waits for a place, as for a full queue: no server is ejected, and no try spent."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with simulated() as (client, _):
         next_file = os.dup(0)
