@@ -309,7 +309,7 @@ async def test_caps_stay_below_the_limit_of_open_files(
     section = FleetSection.model_validate(
         {"servers": ["http://a:1", "http://b:1"], "concurrency": concurrency}
     )
-    opening = open_fleet(section, lambda: None, max_sockets=100)
+    opening = open_fleet(section, lambda _: None, max_sockets=100)
     async with opening as fleet:
         limits = [getattr(server.limiter, "ceiling", server.limiter.cap) for server in fleet.servers]
     assert limits == [50, 50]
