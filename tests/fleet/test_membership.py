@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone
@@ -17,7 +18,6 @@ from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.virtual_time import run_virtually
-from streamsyn.telemetry import configure_logs
 from tests.fleet.test_fleet import ask_many, fleet_of, opened, simulators, until
 
 TEMPLATE = "You write documents. " * 200
@@ -301,18 +301,14 @@ def test_a_server_without_loads_is_asked_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("concurrency", ["auto", 64])
-async def test_caps_stay_below_the_limit_of_open_files(
-    concurrency: str | int, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_caps_stay_below_the_limit_of_open_files(concurrency: str | int) -> None:
     """Two servers share the connections that this process can open; one line reports it."""
-    configure_logs(as_json=False)
-    section = FleetSection.model_validate(
-        {"servers": ["http://a:1", "http://b:1"], "concurrency": concurrency}
-    )
-    opening = open_fleet(section, lambda _: None, max_sockets=100)
-    async with opening as fleet:
-        limits = [getattr(server.limiter, "ceiling", server.limiter.cap) for server in fleet.servers]
+    servers = ["http://a:1", "http://b:1"]
+    section = FleetSection.model_validate({"servers": servers, "concurrency": concurrency})
+    with capture_logs() as lines:
+        async with open_fleet(section, lambda _: None, max_sockets=100) as fleet:
+            limits = [getattr(server.limiter, "ceiling", server.limiter.cap) for server in fleet.servers]
     assert limits == [50, 50]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "at most 50 requests in flight per server" in line
-    assert "ulimit -n" in line
+    (line,) = lines
+    assert "at most 50 requests in flight per server" in line["why"]
+    assert "ulimit -n" in line["why"]
