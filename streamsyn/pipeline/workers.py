@@ -221,7 +221,7 @@ class Worker:
 
 
 class _DrivenSteps:
-    """The steps of a draft: completions in, requests out, then the document. In a thread if texts are long."""
+    """The steps of a draft: completions in, requests out, then the document. Long ones run in a thread."""
 
     def __init__(self, recipe: Recipe, draft: Draft, thinking: Thinking, model: str) -> None:
         self._steps = recipe.steps(draft)
