@@ -510,7 +510,7 @@ async def test_long_texts_are_judged_in_a_thread(words: int) -> None:
     recipe, fleet = Threads(), Answers("word " * words)
     worker = Worker(recipe, cast("Fleet", fleet))
     work: BoundedQueue[Work] = BoundedQueue(1)
-    results: Backlog[Outcome] = BoundedQueue(1)
+    results: Backlog[Outcome] = Backlog(1)
     await work.put(drafts("one")[0])
     work.close()
 
