@@ -8,7 +8,8 @@
     │   └── ReaderGone         the reader of stdout closed the pipe
     ├── ServerError            one attempt of a request failed
     │   ├── ServerUnavailable  connection lost, 5xx: try another server
-    │   │   └── ServerUnreachable  no connection could be made: the request was never sent
+    │   │   ├── ServerUnreachable  no connection could be made: the request was never sent
+    │   │   └── WrongAddress       not the URL of an API; a mistake if no server answers at the start
     │   ├── ServerBusy         queue full: wait and try again; not a failure (backpressure)
     │   │   └── RateLimited    429: the server, or this request alone, has to wait
     │   ├── ServerTimeout      no answer in time: abort by request id, try again
@@ -21,6 +22,7 @@
 Errors of libraries are translated to one of these once, where the library is called.
 """
 
+from streamsyn.plain_text import message
 from streamsyn.urls import without_userinfo
 
 
@@ -54,12 +56,14 @@ class ReaderGone(StoppedEarly):
 class ServerError(StreamsynError):
     """Raised when one attempt at one server gave no usable answer.
 
+    Its text may quote the server: it is one line of at most 2 KB, without control characters.
+
     Attributes:
         completion_tokens: Tokens that the server reported as written before the failure; they are lost.
     """
 
-    def __init__(self, message: str, completion_tokens: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, text: str, completion_tokens: int = 0) -> None:
+        super().__init__(message(text))
         self.completion_tokens = completion_tokens
 
 
@@ -71,6 +75,10 @@ class ServerUnavailable(ServerError):
 
 class ServerUnreachable(ServerUnavailable):
     """Raised when no connection to the server could be made, so the request was not sent."""
+
+
+class WrongAddress(ServerUnavailable):
+    """Raised when the URL is not that of an OpenAI-compatible API: it redirects, or has no /v1/models."""
 
 
 class ServerBusy(ServerError):

@@ -171,6 +171,7 @@ class Completion:
         logprobs: Log-likelihood of each token of `Request.scored`, in nats.
         thought: What the model wrote before the text, with its marks; "" if the server keeps thoughts apart.
         thinking_tokens: Tokens of the thought: as the server counts them, else estimated from its characters.
+        tokens_estimated: Whether token counts are estimated from the text, since the server sent none.
     """
 
     text: str
@@ -184,6 +185,7 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     thought: str = ""
     thinking_tokens: int = 0
+    tokens_estimated: bool = False
 
     @property
     def text_tokens(self) -> int:

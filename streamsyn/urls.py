@@ -3,7 +3,7 @@
 import re
 from typing import Any, Final, NamedTuple
 
-_USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]*://)[^\s/?#]*@", re.IGNORECASE)
+_USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]{0,30}://)[^\s/?#]*@", re.IGNORECASE)
 
 
 class Location(NamedTuple):

@@ -3,9 +3,18 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from streamsyn.config.fields import Count, Positive, Seconds, Section, Threshold, Unit, operational
+
+_OWN_FIELDS = frozenset({"messages", "model", "n", "rid", "stream", "stream_options"})
+"""Fields of a chat request that streamsyn sets itself."""
+
+
+def _refuse_own_fields(sampling: dict[str, Any]) -> dict[str, Any]:
+    if own := sorted(_OWN_FIELDS & sampling.keys()):
+        raise ValueError(f"streamsyn sets {', '.join(own)} itself; remove it")
+    return sampling
 
 
 class RunSection(Section):
@@ -154,8 +163,9 @@ class RecipeSection(Section):
     `auto`, thoughts count towards that maximum."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """Sampling temperature."""
-    sampling: dict[str, Any] = {}
-    """Other sampling parameters, passed to the server unchanged, such as `top_p`."""
+    sampling: Annotated[dict[str, Any], AfterValidator(_refuse_own_fields)] = {}
+    """Other sampling parameters, passed to the server unchanged, such as `top_p`. Not those that streamsyn
+    sets itself: messages, model, n, rid, stream, stream_options."""
     template: Path | None = None
     """A Jinja2 file that replaces the packaged prompt. Blocks for `context` and `instruction`: `user`, and
     optionally `system`. For `sections`: any of `system`, `outline`, `section`, `summary`, `resume`; the
@@ -294,6 +304,9 @@ class FleetSection(Section):
     """Maximum seconds of all attempts of one request, without the time spent waiting for a free server."""
     connect_timeout_s: Annotated[Seconds, operational] = 10.0
     """Maximum seconds to open a connection."""
+    max_answer_bytes: Annotated[Count, operational] = 2**25
+    """Maximum bytes of an answer, decompressed. A longer one is not read on and counts as a broken response.
+    A streamed answer has about 300 bytes per token."""
     max_attempts: Annotated[Count, operational] = 6
     """Maximum number of attempts of one request. A full queue, a rate limit or an unreachable server does not
     count."""

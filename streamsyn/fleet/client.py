@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 
-from streamsyn.errors import ConfigError, ServerUnavailable
+import structlog
+
+from streamsyn.errors import ConfigError, ServerUnavailable, WrongAddress
 from streamsyn.fleet import wire
+from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream
 from streamsyn.fleet.logprobs import check_scores, score
 from streamsyn.fleet.thinking import cleaned
-from streamsyn.fleet.transport import KEY_VARIABLE, Transport
+from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request
+
+log = structlog.get_logger()
 
 _CONTROL_TIMEOUT_S = 15.0
 _LOAD_TIMEOUT_S = 5.0
@@ -32,6 +37,9 @@ class ServerClient:
         self.transport = transport
         self._request_timeout_s = request_timeout_s
         self._key_name = key_name
+        self._without: frozenset[str] = frozenset()
+        """Optional fields of a chat request that the server refused."""
+        self._has_usage = True
 
     async def complete(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
@@ -65,25 +73,48 @@ class ServerClient:
         Raises:
             ServerError: No usable answer came; the subclass says what to do next.
         """
+        reply = await self._send(request, model, rid, on_first_token)
+        parse = parse_chat if on_first_token is None else parse_chat_stream
+        completion = cleaned(parse(reply.status, reply.body, Asked(self.url, request, model)))
+        if completion.tokens_estimated and self._has_usage:
+            self._has_usage = False
+            log.warning("fleet.no_token_counts", server=self.url, then="tokens are estimated from the text")
+        return completion
+
+    async def _send(
+        self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None
+    ) -> Reply:
+        """Send a chat request; again, without an optional field, if the server refuses that field."""
         headers = {wire.ROUTING_KEY: request.group} if request.group else {}
-        reply = await self.transport.exchange(
-            "POST",
-            wire.CHAT,
-            body=wire.chat_body(request, model, rid, stream=on_first_token is not None),
-            headers=headers,
-            timeout_s=self._request_timeout_s,
-            on_data=on_first_token,
-        )
+        without, is_streamed = self._without, on_first_token is not None
+        while True:
+            reply = await self.transport.exchange(
+                "POST",
+                wire.CHAT,
+                body=wire.chat_body(request, model, rid, stream=is_streamed, without=without),
+                headers=headers,
+                timeout_s=self._request_timeout_s,
+                on_data=on_first_token,
+            )
+            refused = wire.refused_field(reply.status, reply.body)
+            if refused is None or refused in without:
+                break
+            without |= {refused}
         wire.check_rate_limit(reply.status, reply.body, self.url, reply.retry_after_s)
-        parse = wire.parse_chat if on_first_token is None else wire.parse_chat_stream
-        return cleaned(parse(reply.status, reply.body, self.url))
+        new = without - self._without
+        if new and reply.status == 200:  # else something else was wrong
+            self._without |= new
+            log.info("fleet.field_refused", server=self.url, fields=sorted(new), then="sent without")
+        return reply
 
     async def abort(self, rid: str) -> None:
-        """Abort the request with this rid.
+        """Abort the request with this rid, unless the server does not take rids.
 
         Raises:
             ServerError: The server did not answer; it notices the lost connection when it writes its answer.
         """
+        if "rid" in self._without:
+            return
         body = b'{"rid":"%s"}' % rid.encode()
         await self.transport.exchange("POST", wire.ABORT, body=body, timeout_s=_ABORT_TIMEOUT_S)
 
@@ -107,24 +138,36 @@ class ServerClient:
             ServerError: It did not answer.
         """
         reply = await self.transport.exchange("GET", wire.MODEL_INFO, timeout_s=_CONTROL_TIMEOUT_S)
-        return wire.parse_weight_version(reply.body) if reply.status == 200 else None
+        return wire.name_in(reply.body, "weight_version") if reply.status == 200 else None
+
+    async def _check_health(self) -> None:
+        """Ask SGLang's health route; other servers may lack it, or have something else there."""
+        try:
+            reply = await self.transport.exchange("GET", wire.HEALTH, timeout_s=_CONTROL_TIMEOUT_S)
+        except WrongAddress:
+            return
+        if reply.status >= 500:
+            raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
 
     async def models(self) -> list[str]:
         """Return the models it serves, if it is healthy.
 
         Raises:
+            WrongAddress: It has no list of models, or redirects to it.
             ServerError: It is not healthy.
             ConfigError: It does not accept the key.
         """
-        reply = await self.transport.exchange("GET", wire.HEALTH, timeout_s=_CONTROL_TIMEOUT_S)
-        if reply.status in (200, 404):  # servers other than SGLang may lack the route
-            reply = await self.transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
-        elif reply.status not in (401, 403):
-            raise ServerUnavailable(f"{self.url}{wire.HEALTH} answered {reply.status}")
+        await self._check_health()
+        reply = await self.transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
         if reply.status in (401, 403):
             raise ConfigError(
                 f"{self.url} does not accept the key (HTTP {reply.status}); set {self._key_name}, or give "
                 "the user and password in the URL"
+            )
+        if reply.status in (404, 405):
+            raise WrongAddress(
+                f"{self.url}{wire.MODELS} answered {reply.status}: give the base URL of an OpenAI-compatible "
+                f"API, such as http://HOST:PORT, to which {wire.MODELS} can be added"
             )
         if reply.status != 200:
             raise wire.error_for(reply.status, "no list of models", self.url)
@@ -132,6 +175,9 @@ class ServerClient:
         return [await self._served_name(model) if model.startswith("/") else model for model in models]
 
     async def _served_name(self, model: str) -> str:
-        """Return the name of a model before a weight update from the directory `model`."""
+        """Return the name of a model before a weight update from the directory `model`.
+
+        After a weight update SGLang 0.5.23 uses the directory as the model's name everywhere but here.
+        """
         reply = await self.transport.exchange("GET", wire.SERVER_INFO, timeout_s=_CONTROL_TIMEOUT_S)
-        return (wire.parse_served_name(reply.body) if reply.status == 200 else None) or model
+        return (wire.name_in(reply.body, "served_model_name") if reply.status == 200 else None) or model

@@ -20,7 +20,7 @@ from streamsyn.fleet.server_spec import (
     NoServersFound,
     ServersFile,
     ServerSpec,
-    base_url,
+    base_and_query,
     headers_of,
     server_specs,
 )
@@ -62,9 +62,9 @@ class Discovery:
             file = ServersFile(section.servers_file)
             self._sources.append(_Source(partial(asyncio.to_thread, file.read), environ))
         if section.servers_dns is not None:
-            url = base_url(section.servers_dns, "fleet.servers_dns")
+            url, query = base_and_query(section.servers_dns, "fleet.servers_dns")
             userinfo = split_userinfo(section.servers_dns).userinfo
-            list_servers = partial(servers_at_name, url, look_up or resolve, userinfo)
+            list_servers = partial(servers_at_name, url, look_up or resolve, userinfo, query)
             self._sources.append(_Source(list_servers, environ))
         self._wanted: list[ServerSpec] = []
 
@@ -171,11 +171,14 @@ def _merge(known: ServerSpec | None, more: ServerSpec) -> ServerSpec:
         draining=known.draining or more.draining,
         server_name=known.server_name or more.server_name,
         userinfo=more.userinfo or known.userinfo,
+        query=more.query or known.query,
     )
 
 
-async def servers_at_name(url: str, look_up: LookUp, userinfo: str | None = None) -> list[ServerSpec]:
-    """Return one server per address that the host of `url` resolves to now, each with this userinfo.
+async def servers_at_name(
+    url: str, look_up: LookUp, userinfo: str | None = None, query: str = ""
+) -> list[ServerSpec]:
+    """Return one server per address that the host of `url` resolves to now, each with userinfo and query.
 
     Raises:
         NoServersFound: The name cannot be resolved.
@@ -186,10 +189,12 @@ async def servers_at_name(url: str, look_up: LookUp, userinfo: str | None = None
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise NoServersFound(f"fleet.servers_dns: cannot resolve {parts.hostname}: {why}") from error
-    return servers_at_addresses(url, addresses, userinfo)
+    return servers_at_addresses(url, addresses, userinfo, query)
 
 
-def servers_at_addresses(url: str, addresses: Iterable[str], userinfo: str | None = None) -> list[ServerSpec]:
+def servers_at_addresses(
+    url: str, addresses: Iterable[str], userinfo: str | None = None, query: str = ""
+) -> list[ServerSpec]:
     """Return `url` with each address in place of its host name, in a fixed order."""
     parts = urlsplit(url)
     port = "" if parts.port is None else f":{parts.port}"
@@ -198,7 +203,7 @@ def servers_at_addresses(url: str, addresses: Iterable[str], userinfo: str | Non
         host = f"[{address}]" if ":" in address else address
         there = parts._replace(netloc=f"{host}{port}").geturl()
         name = None if parts.hostname == address else parts.hostname
-        servers.append(ServerSpec(there, server_name=name, userinfo=userinfo))
+        servers.append(ServerSpec(there, server_name=name, userinfo=userinfo, query=query))
     return servers
 
 

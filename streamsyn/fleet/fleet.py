@@ -403,6 +403,8 @@ async def _connect_http(section: FleetSection, environ: Mapping[str, str]) -> Co
             tls=tls,
             connect_timeout_s=section.connect_timeout_s,
             server_name=spec.server_name,
+            query=spec.query,
+            max_answer_bytes=section.max_answer_bytes,
         ) as transport:
             yield transport
 

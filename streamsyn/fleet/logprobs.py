@@ -10,7 +10,6 @@ answer `/tokenize` with a tokenizer or a server of its own choice, which is corr
 have the same tokenizer. `check_scores` finds out whether a server has both routes.
 """
 
-import math
 from typing import Any
 
 import orjson
@@ -18,8 +17,11 @@ import orjson
 from streamsyn.errors import BrokenResponse, RequestRefused
 from streamsyn.fleet import wire
 from streamsyn.fleet.transport import Transport
+from streamsyn.plain_text import short_repr
 from streamsyn.records import Completion, Request
 
+_MAX_NATS = 1e9
+"""No logprob is as large; NaN and infinity are not below it either."""
 _ABSENT = (404, 405, 501)
 _PROBE = Request([{"role": "user", "content": "Is it?"}], {}, scored="Yes, it is.")
 """Scored to find out whether a server can."""
@@ -73,8 +75,8 @@ async def score(
     answered = await ask(wire.GENERATE, body)
     try:
         return _completion(answered["meta_info"], answer, model, url)
-    except (KeyError, IndexError, TypeError) as error:
-        raise BrokenResponse(f"{url} sent an invalid score ({error!r}): {str(answered)[:200]}") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BrokenResponse(f"{url} sent an invalid score ({error!r}): {short_repr(answered)}") from error
 
 
 async def check_scores(transport: Transport, url: str, model: str, rid: str, timeout_s: float) -> None:
@@ -89,7 +91,7 @@ async def check_scores(transport: Transport, url: str, model: str, rid: str, tim
 
 def _ids(answered: Any, url: str) -> list[int]:
     tokens = answered.get("tokens") if isinstance(answered, dict) else None
-    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
         raise NoScores(f"scoring needs SGLang: {url} does not return token ids for messages")
     return tokens
 
@@ -119,6 +121,6 @@ def _completion(meta: Any, answer: list[int], model: str, url: str) -> Completio
 
 def _logprob(value: Any) -> float:
     """Return a finite logprob; a probability that the server rounds to zero has none."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise TypeError(f"expected a logprob, got {value!r:.40}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MAX_NATS:
+        raise TypeError(f"expected a logprob, got {short_repr(value)}")
     return float(value)

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from random import Random
 from typing import Any, TypeAlias
@@ -12,12 +13,12 @@ import structlog
 
 from streamsyn.background import Background
 from streamsyn.config.sections import FleetSection
-from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable
+from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable, WrongAddress
 from streamsyn.fleet.affinity import Affinity
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
-from streamsyn.fleet.models import agreed_models, first_wanted
+from streamsyn.fleet.models import agreed_models, first_wanted, listed
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.routers import warn_about_router
 from streamsyn.fleet.server import Server
@@ -81,22 +82,25 @@ class Membership:
         """Wait for one healthy server and agree on the models; probe servers that did not answer from now on.
 
         Raises:
-            ConfigError: Servers serve different models, or not those of the configuration.
+            ConfigError: Servers serve different models, or not those of the configuration; or each URL is not
+                that of an API.
             FleetGone: No server was healthy within `fleet.give_up_s`.
         """
         served: dict[str, list[str]] = {}
-        failures: dict[str, str] = {}
+        failures: dict[str, ServerError] = {}
         try:
             async with asyncio.timeout(self._section.give_up_s):
                 for step in count():
                     await self._ask_all(served, failures)
                     if served:
                         break
+                    if failures and all(isinstance(error, WrongAddress) for error in failures.values()):
+                        raise ConfigError("; ".join(map(str, failures.values())))
                     if step == 0:
-                        log.warning("fleet.waiting", servers=failures)
+                        log.warning("fleet.waiting", servers=_texts(failures))
                     await asyncio.sleep(self._probe_pause(step))
         except TimeoutError:
-            reasons = "; ".join(failures.values())
+            reasons = "; ".join(_texts(failures).values())
             raise FleetGone(f"no healthy server within {self._section.give_up_s:g} s: {reasons}") from None
         clock = asyncio.get_running_loop().time
         for model in agreed_models(served, self._section):
@@ -121,7 +125,7 @@ class Membership:
                 self.servers.append(server)
                 if self.pools:  # else `agree_on_models` asks it
                     self._start(server)
-            elif _credentials(server.spec) != _credentials(spec):
+            elif replace(server.spec, weight=spec.weight, draining=spec.draining) != spec:
                 server.client = await self._client(server, spec)
             server.spec, server.is_removed = spec, False
             self._set_draining(server, draining=spec.draining)
@@ -173,7 +177,7 @@ class Membership:
             return
         server.model = first_wanted(models, self.pools) or ""
         if not server.model:
-            raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {', '.join(self.pools)}")
+            raise ServerUnavailable(f"{server.url} serves {listed(models)}, not {listed(self.pools)}")
         self.pools[server.model].servers.append(server)
 
     async def _models(self, server: Server) -> list[str]:
@@ -229,7 +233,7 @@ class Membership:
                     self.pools[server.model].servers.remove(server)
                 await self._transports.pop(server).aclose()
 
-    async def _ask_all(self, served: dict[str, list[str]], failures: dict[str, str]) -> None:
+    async def _ask_all(self, served: dict[str, list[str]], failures: dict[str, ServerError]) -> None:
         """Ask all servers what they serve. Fill `served`, and `failures` with errors, by URL.
 
         Once one has answered, the others get `_GRACE_S` more, so that a server that hangs cannot delay a run.
@@ -240,13 +244,17 @@ class Membership:
             try:
                 served[server.url] = await self._models(server)
             except ServerError as error:
-                failures[server.url] = str(error)
+                failures[server.url] = error
             else:
                 if grace.when() is None:
                     grace.reschedule(clock() + _GRACE_S)
 
         failures.clear()
-        failures |= {server.url: f"{server.url} is draining" for server in self.servers if server.draining}
+        failures |= {
+            server.url: ServerUnavailable(f"{server.url} is draining")
+            for server in self.servers
+            if server.draining
+        }
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as grace, asyncio.TaskGroup() as group:
                 for server in self.servers:
@@ -263,7 +271,7 @@ class Membership:
             try:
                 models = await self._models(server)
                 if server.model and server.model not in models:
-                    raise ServerUnavailable(f"{server.url} serves {', '.join(models)}, not {server.model}")
+                    raise ServerUnavailable(f"{server.url} serves {listed(models)}, not {server.model}")
                 self._join(server, models)
             except (ServerError, ConfigError) as error:
                 log_it = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info
@@ -329,8 +337,8 @@ async def open_membership(membership: Membership, specs: Iterable[ServerSpec]) -
         await membership.close()
 
 
-def _credentials(spec: ServerSpec) -> tuple[str | None, ...]:
-    return spec.key_env, spec.server_name, spec.userinfo
+def _texts(failures: Mapping[str, ServerError]) -> dict[str, str]:
+    return {url: str(error) for url, error in failures.items()}
 
 
 def _limiter(section: FleetSection) -> Limiter:

@@ -1,10 +1,14 @@
 """Which models a fleet serves, and which of them writes a draft."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
+
+_MAX_LISTED = 20
+"""Models named in a message."""
 
 
 def agreed_models(served: Mapping[str, list[str]], section: FleetSection) -> list[str]:
@@ -23,22 +27,41 @@ def agreed_models(served: Mapping[str, list[str]], section: FleetSection) -> lis
         for url, models in served.items():
             if first_wanted(models, section.models) is None:
                 raise ConfigError(
-                    f"fleet.models: {url} serves {', '.join(models)}, none of {', '.join(section.models)}"
+                    f"fleet.models: {url} serves {listed(models)}, none of {listed(section.models)}"
                 )
         return list(section.models)
     if section.model is not None:
         for url, models in served.items():
             if section.model not in models:
-                raise ConfigError(f"fleet.model: {url} serves {', '.join(models)}, not {section.model}")
+                raise ConfigError(
+                    f"fleet.model: {url} serves {listed(models, section.model)}, not {section.model}"
+                )
         return [section.model]
-    first = {models[0]: url for url, models in served.items() if models}
-    if len(first) != 1:
-        found = ", ".join(f"{model} at {url}" for model, url in first.items()) or "no model at all"
+    common = [
+        model for model in next(iter(served.values())) if all(model in there for there in served.values())
+    ]
+    common = list(dict.fromkeys(common))
+    if len(common) == 1:
+        return common
+    if common:
         raise ConfigError(
-            f"the servers serve different models ({found}); set fleet.model to use one, or fleet.models to "
-            "give several a weight each"
+            f"the servers serve several models ({listed(common)}); set fleet.model to use one, or "
+            "fleet.models to give several a weight each"
         )
-    return list(first)
+    found = "; ".join(f"{url} serves {listed(models)}" for url, models in served.items())
+    raise ConfigError(
+        f"the servers serve different models: {found}. Set fleet.model to use one, or fleet.models to give "
+        "several a weight each"
+    )
+
+
+def listed(models: Iterable[str], wanted: str = "") -> str:
+    """Return model names for a message; of many those that are most like `wanted`, or the first ones."""
+    names = list(dict.fromkeys(models))
+    if len(names) > _MAX_LISTED:
+        near = difflib.get_close_matches(wanted, names, _MAX_LISTED, 0) if wanted else names[:_MAX_LISTED]
+        return f"{', '.join(near)} and {len(names) - len(near)} more"
+    return ", ".join(names) or "no model"
 
 
 def first_wanted(models: Iterable[str], wanted: Iterable[str]) -> str | None:

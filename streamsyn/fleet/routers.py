@@ -11,11 +11,11 @@ there; a policy from the command line appears only in the metrics, on a separate
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 import structlog
 
 from streamsyn.errors import ConfigError, ServerError
 from streamsyn.fleet.transport import Transport
+from streamsyn.fleet.wire import read_json
 
 log = structlog.get_logger()
 
@@ -103,8 +103,8 @@ async def _get(transport: Transport, path: str) -> tuple[int, Any]:
         log.debug("fleet.router_unknown", path=path, error=str(error))
         return 0, None
     try:
-        return reply.status, orjson.loads(reply.body)
-    except orjson.JSONDecodeError:
+        return reply.status, read_json(reply.body)
+    except ValueError:
         return reply.status, None
 
 

@@ -1,6 +1,7 @@
 """The servers that a user names: entries of `fleet.servers` and lines of `fleet.servers_file`."""
 
 import math
+import re
 import stat
 import time
 from base64 import b64encode
@@ -12,11 +13,14 @@ from urllib.parse import unquote, urlsplit
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.transport import KEY_VARIABLE
+from streamsyn.plain_text import cut
 from streamsyn.urls import split_userinfo
 
 MAX_FILE_BYTES = 2**20
 """A larger file is not a list of servers."""
 LINE = "URL [weight=W] [key_env=NAME] [drain]"
+_ROUTE = re.compile(r"(?:/v1)?(?:/chat/completions|/completions|/models)?/*$")
+"""What may follow the base URL: `/v1`, or a route."""
 _SETTLED_S = 2.0
 """A file that changed more recently may change again without new time stamps."""
 
@@ -30,13 +34,14 @@ class ServerSpec:
     """The URL, weight and credentials of one server. The URL identifies it, and has no credentials in it.
 
     Attributes:
-        url: Base URL, without a trailing `/` or `/v1`.
+        url: Base URL, without a trailing `/` or `/v1`, and without a query.
         weight: Its share of the requests relative to the other servers; above 0 and finite.
         key_env: Environment variable that holds its key; None is STREAMSYN_API_KEY.
         draining: It gets no new requests and finishes those it has.
         server_name: The host name, where `url` has an address that was looked up. Certificates are checked
             against it, and the Host header carries it.
         userinfo: `USER:PASSWORD` of the URL that the user gave, for the Authorization header alone.
+        query: Query of each request, such as `api-version=2024-02-01`.
     """
 
     url: str
@@ -45,6 +50,7 @@ class ServerSpec:
     draining: bool = False
     server_name: str | None = None
     userinfo: str | None = field(default=None, repr=False)
+    query: str = ""
 
 
 def server_specs(section: FleetSection) -> list[ServerSpec]:
@@ -64,27 +70,34 @@ def server_specs(section: FleetSection) -> list[ServerSpec]:
     found: dict[str, ServerSpec] = {}
     for entry in section.servers:
         server = entry if isinstance(entry, ServerSection) else ServerSection(url=entry)
-        url = base_url(server.url, "fleet.servers")
+        url, query = base_and_query(server.url, "fleet.servers")
         userinfo = split_userinfo(server.url).userinfo
-        found.setdefault(url, ServerSpec(url, server.weight, server.key_env, userinfo=userinfo))
+        found.setdefault(url, ServerSpec(url, server.weight, server.key_env, userinfo=userinfo, query=query))
     return list(found.values())
 
 
-def base_url(text: str, where: str) -> str:
-    """Return `text` without userinfo, and without a trailing slash and `/v1`, which people often copy along.
+def base_and_query(text: str, where: str) -> tuple[str, str]:
+    """Return the base URL and the query in `text`, without userinfo.
+
+    People copy more than the base: a trailing slash, `/v1`, the path of a route and a fragment are left out.
 
     Raises:
         ConfigError: It is not a valid URL; the message begins with `where`.
     """
     if not _is_url(text):
         bare = text.rpartition("@")[2]  # an invalid URL may have a password anywhere before
-        shown = bare if bare.isprintable() else repr(bare)
+        shown = cut(bare if bare.isprintable() else repr(bare))
         raise ConfigError(f"{where}: {shown} is not a valid URL; it must start with http:// or https://")
-    scheme, rest = split_userinfo(text).url.split("://", 1)
-    rest = rest.rstrip("/")
-    if "/" in rest:  # else it may be a host called v1
-        rest = rest.removesuffix("/v1").rstrip("/")
-    return f"{scheme}://{rest}"
+    scheme, rest = split_userinfo(text).url.partition("#")[0].split("://", 1)
+    rest, _, query = rest.partition("?")
+    host, slash, path = rest.rstrip("/").partition("/")
+    path = _ROUTE.sub("", slash + path)
+    return f"{scheme}://{host}{path}", query
+
+
+def base_url(text: str, where: str) -> str:
+    """Return the base URL in `text`, as `base_and_query` does."""
+    return base_and_query(text, where)[0]
 
 
 def _is_url(text: str) -> bool:
@@ -206,7 +219,7 @@ def _words(line: str) -> list[str]:
 
 
 def _parse_line(words: list[str], where: str) -> ServerSpec:
-    url = base_url(words[0], where)
+    url, query = base_and_query(words[0], where)
     given: dict[str, str] = {}
     for word in words[1:]:
         key, equals, value = word.partition("=")
@@ -217,7 +230,9 @@ def _parse_line(words: list[str], where: str) -> ServerSpec:
         raise ConfigError(f"{where}: key_env= needs the name of an environment variable")
     weight = _parse_weight(given.get("weight", "1"), where)
     userinfo = split_userinfo(words[0]).userinfo
-    return ServerSpec(url, weight, given.get("key_env"), draining="drain" in given, userinfo=userinfo)
+    return ServerSpec(
+        url, weight, given.get("key_env"), draining="drain" in given, userinfo=userinfo, query=query
+    )
 
 
 def _parse_weight(text: str, where: str) -> float:

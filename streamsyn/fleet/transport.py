@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
@@ -25,8 +25,10 @@ from streamsyn.errors import (
     ServerUnavailable,
     ServerUnreachable,
     StreamsynError,
+    WrongAddress,
 )
 from streamsyn.fleet.retry_after import retry_after_s
+from streamsyn.plain_text import cut
 
 KEY_VARIABLE = "STREAMSYN_API_KEY"
 """Default environment variable of the servers' key."""
@@ -39,16 +41,21 @@ _FOREIGN = (aiohttp.ClientError, ConnectionError, TimeoutError, UnicodeError)
 _OK = 200
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 """Our own limits: the server has not failed, and the request can wait."""
+_REDIRECTS = range(300, 400)
+_HEADER_BYTES = 2**16
+"""Longest status line and longest header of an answer."""
+_REFUSAL_BYTES = 2**16
+"""What is read of an answer with another status than 200: its message is at the beginning."""
 _NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The HTTP status and the whole body of an answer.
+    """The HTTP status and the body of an answer.
 
     Attributes:
         status: HTTP status.
-        body: The whole body.
+        body: The whole body, or the beginning of a long refusal.
         retry_after_s: The pause in seconds that an answer without status 200 asks for.
     """
 
@@ -70,7 +77,7 @@ class Transport(Protocol):
         timeout_s: float,
         on_data: Callable[[], None] | None = None,
     ) -> Reply:
-        """Send a request and return the whole answer.
+        """Send a request and return the whole answer. Redirects are not followed.
 
         Args:
             method: HTTP method.
@@ -94,6 +101,8 @@ class HttpTransport:
         session: Used for this server alone.
         connect_timeout_s: Timeout of opening a connection.
         server_name: Name that its certificate is checked against, if not the URL's.
+        query: Query of each request, such as `api-version=2024-02-01`.
+        max_answer_bytes: Longest answer, decompressed; of a longer one no more is read.
     """
 
     def __init__(
@@ -102,11 +111,15 @@ class HttpTransport:
         session: aiohttp.ClientSession,
         connect_timeout_s: float = 10.0,
         server_name: str | None = None,
+        query: str = "",
+        max_answer_bytes: int = 2**25,
     ) -> None:
         self._url = url
         self._session = session
         self._connect_timeout_s = connect_timeout_s
         self._server_name = server_name
+        self._query = query
+        self._max_answer_bytes = max_answer_bytes
         self._timeouts: dict[float, aiohttp.ClientTimeout] = {}
 
     async def exchange(
@@ -152,17 +165,48 @@ class HttpTransport:
             timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
             self._timeouts[timeout_s] = timeout
         url = self._url + path
+        if self._query:
+            url += ("&" if "?" in path else "?") + self._query
         async with self._session.request(
-            method, url, data=body, headers=headers, timeout=timeout, server_hostname=self._server_name
+            method,
+            url,
+            data=body,
+            headers=headers,
+            timeout=timeout,
+            server_hostname=self._server_name,
+            allow_redirects=False,  # a redirected POST would become a GET
         ) as answer:
+            if answer.status in _REDIRECTS:
+                raise _redirected(self._url, path, answer.status, answer.headers.get("Location", ""))
+            body_read = await self._read(answer, on_data)
             if answer.status != _OK:
-                return Reply(answer.status, await answer.read(), retry_after_s(answer.headers, time.time()))
-            if on_data is None:
-                return Reply(answer.status, await answer.read())
-            whole = bytearray(await answer.content.readany())
-            on_data()
-            whole += await answer.content.read()
-            return Reply(answer.status, bytes(whole))
+                return Reply(answer.status, body_read, retry_after_s(answer.headers, time.time()))
+            return Reply(answer.status, body_read)
+
+    async def _read(self, answer: aiohttp.ClientResponse, on_data: Callable[[], None] | None) -> bytes:
+        """Return the body of an answer, or the beginning of a long refusal.
+
+        aiohttp decompresses in steps of about its read buffer, and only as far as it is read.
+        """
+        is_ok = answer.status == _OK
+        limit = self._max_answer_bytes if is_ok else _REFUSAL_BYTES
+        chunks: list[bytes] = []
+        size = answer.content_length or 0  # of the compressed body
+        if size <= limit or not is_ok:
+            size = 0
+            while size <= limit and (chunk := await answer.content.readany()):
+                if on_data is not None and is_ok:  # a refusal is not a first token
+                    on_data()
+                    on_data = None
+                chunks.append(chunk)
+                size += len(chunk)
+        if size > limit:
+            answer.close()
+            if is_ok:
+                raise BrokenResponse(
+                    f"{self._url} sent an answer of more than fleet.max_answer_bytes = {limit} bytes"
+                )
+        return b"".join(chunks)
 
     def _translate(self, error: Exception, timeout_s: float) -> StreamsynError:
         match error:
@@ -178,8 +222,22 @@ class HttpTransport:
                 return ServerUnavailable(f"{self._url} ended its answer early: {error}")
             case aiohttp.ClientConnectionError() | ConnectionError():
                 return ServerUnavailable(f"{self._url} closed the connection: {error}")
+            case aiohttp.ClientResponseError():  # its own text has the query of the URL
+                return BrokenResponse(f"invalid HTTP response from {self._url}: {error.message}")
             case _:
                 return BrokenResponse(f"invalid HTTP response from {self._url}: {error}")
+
+
+def _redirected(base: str, path: str, status: int, location: str) -> WrongAddress:
+    """Return the error for a redirect, which names the URL to use instead."""
+    try:
+        target = urljoin(base + path, location)
+    except ValueError:  # a malformed one
+        target = location
+    return WrongAddress(
+        f"{base} answered {status}: it redirects {path} to {cut(target, 500) or 'nowhere'}. Redirects are "
+        "not followed; give the URL of the server that it redirects to"
+    )
 
 
 @asynccontextmanager
@@ -190,6 +248,8 @@ async def http_transport(
     tls: ssl.SSLContext | None = None,
     connect_timeout_s: float = 10.0,
     server_name: str | None = None,
+    query: str = "",
+    max_answer_bytes: int = 2**25,
 ) -> AsyncIterator[HttpTransport]:
     """Open a transport with its own session and no limit on connections.
 
@@ -199,14 +259,18 @@ async def http_transport(
         tls: From `tls_context`; None uses the system's certificates.
         connect_timeout_s: Timeout of opening a connection.
         server_name: The server's name if `url` has its address: for its certificate and the Host header.
+        query: Query of each request.
+        max_answer_bytes: Longest answer, decompressed.
     """
     named = {} if server_name is None else {"Host": _authority(server_name, url)}
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, ssl=tls or True),
         headers={"Content-Type": "application/json", **named, **headers},
         read_bufsize=2**20,
+        max_line_size=_HEADER_BYTES,
+        max_field_size=_HEADER_BYTES,
     ) as session:
-        yield HttpTransport(url, session, connect_timeout_s, server_name)
+        yield HttpTransport(url, session, connect_timeout_s, server_name, query, max_answer_bytes)
 
 
 def _authority(name: str, url: str) -> str:

@@ -2,7 +2,7 @@
 
 Behaviour of SGLang 0.5.23: while a server is paused, requests in flight get no answer and new ones wait. A
 paused server updates at once; otherwise it would first finish all running requests. After an update its model
-has the name of the directory (see `wire.parse_served_name`).
+has the name of the directory (see `ServerClient.models`).
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ import orjson
 from streamsyn.errors import RequestRefused
 from streamsyn.fleet import wire
 from streamsyn.fleet.transport import Transport
+from streamsyn.plain_text import short_repr
 
 PAUSE = "/pause_generation"
 UPDATE = "/update_weights_from_disk"
@@ -55,7 +56,7 @@ async def load_weights(
     reply = await transport.exchange("POST", UPDATE, body=orjson.dumps(body), timeout_s=timeout_s)
     answer = wire.parse_object(reply.status, reply.body, url)
     if not isinstance(answer, dict) or answer.get("success") is not True:
-        raise RequestRefused(f"{url} did not load {folder}: {answer!r:.200}")
+        raise RequestRefused(f"{url} did not load {folder}: {short_repr(answer)}")
 
 
 async def resume(transport: Transport, url: str) -> None:

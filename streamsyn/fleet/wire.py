@@ -4,6 +4,9 @@ The chat route is OpenAI's, so any compatible server works. Errors have SGLang's
 `{"object": "error", "message": ...}` and `{"error": {"message": ...}}`; either may come with status 200.
 """
 
+import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,8 +20,8 @@ from streamsyn.errors import (
     ServerError,
     ServerUnavailable,
 )
-from streamsyn.records import Completion, Request
-from streamsyn.thoughts import thought_tokens
+from streamsyn.plain_text import cut, short_repr
+from streamsyn.records import Request
 
 T = TypeVar("T")
 
@@ -39,131 +42,125 @@ _MISCONFIGURED = frozenset({401, 403, 404, 405})
 _DUPLICATE = "Duplicate request ID"
 """A server still has the request of a lost connection; the next try has a new rid."""
 _PREVIEW_BYTES = 200
+NAME_BYTES = 512
+"""Longest name of a model or of weights."""
+_MAX_NUMBER = 2**53
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_OPTIONAL_FIELDS = {name: re.compile(rb"\b%b\b" % name.encode()) for name in ("rid", "stream_options")}
+_REFUSES_FIELDS = (400, 422)
+_UNKNOWN_FIELD = re.compile(
+    rb"extra|additional|unknown|unrecogni[sz]ed|unexpected|unsupported"
+    rb"|not (?:a )?(?:permitted|allowed|supported|valid|known)|invalid (?:field|argument|parameter|property)",
+    re.IGNORECASE,
+)
 
 
-def chat_body(request: Request, model: str, rid: str, *, stream: bool = False) -> bytes:
-    """Return the body of a chat request; with `stream`, `parse_chat_stream` reads the answer."""
+def chat_body(
+    request: Request, model: str, rid: str, *, stream: bool = False, without: Collection[str] = ()
+) -> bytes:
+    """Return the body of a chat request.
+
+    Args:
+        request: The request.
+        model: The model to use.
+        rid: Its id.
+        stream: Ask for a streamed answer.
+        without: Optional fields to leave out.
+    """
     body = {"model": model, "messages": request.messages, "rid": rid, **request.sampling}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    return orjson.dumps(body)
+    return orjson.dumps({name: value for name, value in body.items() if name not in without})
 
 
-def parse_chat(status: int, body: bytes, server: str) -> Completion:
-    """Return the completion in a chat answer.
+def refused_field(status: int, body: bytes) -> str | None:
+    """Return which optional field of a chat request a refusal names as unknown; None if it names none.
 
-    Raises:
-        ServerError: There is none; the subclass says what to do next.
+    Servers other than SGLang and vLLM may refuse unknown fields; each words it in its own way.
     """
-    return _completion(_parsed(status, body, server), body, server)
+    if status not in _REFUSES_FIELDS or not _UNKNOWN_FIELD.search(body):
+        return None
+    return next((name for name, pattern in _OPTIONAL_FIELDS.items() if pattern.search(body)), None)
 
 
 def parse_object(status: int, body: bytes, server: str) -> Any:
-    """Return the JSON in an answer of any other route.
+    """Return the JSON in an answer.
 
     Raises:
         ServerError: The answer is not JSON, or is an error.
     """
-    answer = _parsed(status, body, server)
-    if (message := _error_message(answer)) is not None:
-        raise error_for(_error_code(answer), message, server)
+    if status != 200:
+        raise error_for(status, _message(body), server)
+    try:
+        answer = read_json(body)
+    except ValueError as error:
+        raise BrokenResponse(f"{server} did not answer JSON: {preview(body)}") from error
+    raise_error_in(answer, server)
     return answer
 
 
-def _parsed(status: int, body: bytes, server: str) -> Any:
-    if status != 200:
-        raise error_for(status, _message(body), server)
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BrokenResponse(f"{server} did not answer JSON: {_preview(body)}") from error
+def raise_error_in(answer: Any, server: str) -> None:
+    """Raise the error for an error object, which may come with status 200; anything else has no effect."""
+    if (text := _error_message(answer)) is not None:
+        raise error_for(_error_code(answer), text, server)
 
 
-def parse_chat_stream(status: int, body: bytes, server: str) -> Completion:
-    """Return the completion in a complete streamed chat answer.
+def read_json(body: bytes) -> Any:
+    """Return the JSON value in `body`.
+
+    Some servers send control characters in strings, or cut a character in two: such JSON is read as well. An
+    invalid character becomes U+FFFD.
 
     Raises:
-        ServerError: There is none; the subclass says what to do next.
+        ValueError: It is not JSON.
     """
-    if status != 200:
-        raise error_for(status, _message(body), server)
-    events = [event.removeprefix(b"data: ") for event in body.replace(b"\r\n", b"\n").split(b"\n\n") if event]
-    if not events or events.pop().strip() != b"[DONE]":
-        raise ServerUnavailable(f"{server} ended its stream early: {_preview(body[-_PREVIEW_BYTES:])}")
-    answer: dict[str, Any] = {"choices": [{"message": {}, "finish_reason": None}]}
-    choice, text, thought = answer["choices"][0], [], []
     try:
-        for event in map(orjson.loads, events):
-            if (message := _error_message(event)) is not None:
-                raise error_for(_error_code(event), message, server)
-            answer.update((name, event[name]) for name in ("model", "usage", "metadata") if event.get(name))
-            for part in event["choices"]:
-                text.append(part["delta"].get("content") or "")
-                thought.append(_thought(part["delta"]))
-                choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-    except orjson.JSONDecodeError as error:
-        raise BrokenResponse(f"{server} streamed an event that is not JSON: {_preview(body)}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BrokenResponse(f"{server} streamed an invalid event ({error!r}): {_preview(body)}") from error
-    choice["message"] = {"content": "".join(text), "reasoning_content": "".join(thought)}
-    return _completion(answer, body, server)
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return _read_leniently(body)
 
 
-def _completion(answer: Any, body: bytes, server: str) -> Completion:
+def _read_leniently(body: bytes) -> Any:
     try:
-        if (message := _error_message(answer)) is not None:
-            raise error_for(_error_code(answer), message, server)
-        choice, usage = answer["choices"][0], answer["usage"]
-        details, metadata = usage.get("prompt_tokens_details"), answer.get("metadata")
-        finish_reason, message = choice["finish_reason"], choice["message"]
-        text = expect(message["content"] or "", str)
-        tokens = token_count(usage["completion_tokens"])
-        completion = Completion(
-            text=text,
-            finish_reason=finish_reason,
-            prompt_tokens=token_count(usage["prompt_tokens"]),
-            cached_tokens=token_count((details or {}).get("cached_tokens") or 0),
-            completion_tokens=tokens,
-            model=expect(answer["model"], str),
-            server=server,
-            weight_version=weight_versions_of(metadata or {}),
-            thinking_tokens=min(
-                tokens, _thinking_tokens(usage) or thought_tokens(_thought(message), text, tokens)
-            ),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BrokenResponse(f"{server} sent an invalid answer ({error!r}): {_preview(body)}") from error
-    if finish_reason not in ("stop", "length"):
-        message = f"{server} ended its answer with finish_reason {finish_reason!r}"
-        raise BrokenResponse(message, completion.completion_tokens)
-    return completion
+        return _encodable(json.loads(body.decode("utf-8-sig", "replace"), strict=False))
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
 
 
-def _thought(message: dict[str, Any]) -> str:
-    """Return the thought in a message of a server with a reasoning parser; the field has two names."""
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    return thought if isinstance(thought, str) else ""
-
-
-def _thinking_tokens(usage: dict[str, Any]) -> int:
-    """Return the tokens of a thought, where OpenAI or where SGLang reports them; 0 if neither does."""
-    details = usage.get("completion_tokens_details") or {}
-    return token_count(details.get("reasoning_tokens") or usage.get("reasoning_tokens") or 0)
+def _encodable(value: Any) -> Any:
+    """Return a JSON value without lone surrogates, which UTF-8 does not have."""
+    match value:
+        case str():
+            return _SURROGATE.sub("\ufffd", value)
+        case list():
+            return [_encodable(item) for item in value]
+        case dict():
+            return {_encodable(name): _encodable(item) for name, item in value.items()}
+        case _:
+            return value
 
 
 def expect(value: Any, kind: type[T]) -> T:
     """Return `value`, or raise TypeError if it is not a `kind`: it is written to the run's log as it is."""
     if not isinstance(value, kind):
-        raise TypeError(f"expected {kind.__name__}, got {value!r:.40}")
+        raise TypeError(f"expected {kind.__name__}, got {short_repr(value)}")
+    return value
+
+
+def number(value: Any) -> float:
+    """Return a finite number that is not negative, or raise TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_NUMBER:
+        raise TypeError(f"expected a number, got {short_repr(value)}")
     return value
 
 
 def token_count(value: Any) -> int:
-    """Return `value`, or raise TypeError if it is not a number of tokens."""
-    number = expect(value, int)
-    if isinstance(value, bool) or not 0 <= number < 2**31:
-        raise TypeError(f"expected a token count, got {value!r:.40}")
-    return number
+    """Return a number of tokens, which may be written as `100.0`, or raise TypeError."""
+    count = number(value)
+    if count != int(count) or count >= 2**31:
+        raise TypeError(f"expected a token count, got {short_repr(value)}")
+    return int(count)
 
 
 def check_rate_limit(status: int, body: bytes, server: str, retry_after_s: float | None) -> None:
@@ -198,39 +195,32 @@ def parse_models(body: bytes) -> list[str]:
         BrokenResponse: The answer is invalid.
     """
     try:
-        return [model["id"] for model in orjson.loads(body)["data"]]
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise BrokenResponse(f"invalid answer of {MODELS}: {_preview(body)}") from error
+        models = [model["id"] for model in read_json(body)["data"]]
+        return [cut(expect(model, str), NAME_BYTES) for model in models]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenResponse(f"invalid answer of {MODELS}: {preview(body)}") from error
 
 
-def weight_versions_of(meta: dict[str, Any]) -> str | None:
-    """Return the version of the weights that wrote an answer, from its `metadata` or `meta_info`.
+def weight_versions_of(meta: Any) -> str | None:
+    """Return the version of the weights that wrote an answer, from its `metadata` or `meta_info`, if present.
 
     Several versions, which wrote one after the other, are joined: `step_100+step_200`.
     """
-    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version") or ""}]
-    return "+".join(dict.fromkeys(expect(span["version"], str) for span in spans)) or None
-
-
-def parse_served_name(body: bytes) -> str | None:
-    """Return the model name that a server was started with, from an answer of /server_info, if present.
-
-    After a weight update SGLang 0.5.23 uses the directory as the model's name everywhere else.
-    """
     try:
-        name = orjson.loads(body)["served_model_name"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        spans = meta.get("weight_versions") or [{"version": meta.get("weight_version") or ""}]
+        versions = "+".join(dict.fromkeys(expect(span["version"], str) for span in spans))
+    except (KeyError, TypeError, AttributeError):  # another server's own metadata
         return None
-    return name if isinstance(name, str) else None
+    return cut(versions, NAME_BYTES) or None
 
 
-def parse_weight_version(body: bytes) -> str | None:
-    """Return the version of the weights in an answer of /model_info, if present."""
+def name_in(body: bytes, field: str) -> str | None:
+    """Return a name in an answer of a control route: `field` of its JSON object, if present."""
     try:
-        version = orjson.loads(body)["weight_version"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        name = read_json(body)[field]
+    except (ValueError, KeyError, TypeError):
         return None
-    return version if isinstance(version, str) else None
+    return cut(name, NAME_BYTES) if isinstance(name, str) else None
 
 
 def _error_message(answer: Any) -> str | None:
@@ -239,11 +229,15 @@ def _error_message(answer: Any) -> str | None:
         return None
     error = answer.get("error")
     if isinstance(error, dict):
-        return str(error.get("message", error))
+        return _text(error.get("message", error))
     if isinstance(error, str):
         return error
     is_error = answer.get("object") == "error" or answer.get("success") is False
-    return str(answer.get("message")) if is_error else None
+    return _text(answer.get("message")) if is_error else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else short_repr(value)
 
 
 def _error_code(answer: dict[str, Any]) -> int:
@@ -254,13 +248,14 @@ def _error_code(answer: dict[str, Any]) -> int:
 
 def _message(body: bytes) -> str:
     try:
-        message = _error_message(orjson.loads(body))
-    except orjson.JSONDecodeError:
-        message = None
-    return message or _preview(body)
+        text = _error_message(read_json(body))
+    except ValueError:
+        text = None
+    return text or preview(body)
 
 
-def _preview(body: bytes) -> str:
+def preview(body: bytes) -> str:
+    """Return the beginning of a body, for a message."""
     return repr(body[:_PREVIEW_BYTES].decode(errors="replace")) if body else "(nothing)"
 
 
@@ -298,22 +293,26 @@ def parse_load(body: bytes) -> Load:
         BrokenResponse: The answer is invalid.
     """
     try:
-        ranks: list[dict[str, Any]] = orjson.loads(body)["loads"]
+        ranks: list[dict[str, Any]] = read_json(body)["loads"]
         return Load(
-            running=sum(int(rank["num_running_reqs"]) for rank in ranks),
-            waiting=sum(int(rank["num_waiting_reqs"]) for rank in ranks),
-            waiting_uncached_tokens=sum(int(rank.get("num_waiting_uncached_tokens") or 0) for rank in ranks),
-            token_usage=max(float(rank.get("token_usage") or 0) for rank in ranks),
-            pool_tokens=sum(int(rank.get("max_total_num_tokens") or 0) for rank in ranks),
-            max_running=sum(int(rank.get("max_running_requests") or 0) for rank in ranks),
-            generated_per_s=sum(float(rank.get("gen_throughput") or 0) for rank in ranks),
-            retracted=sum(int((rank.get("queues") or {}).get("retracted") or 0) for rank in ranks),
+            running=sum(int(number(rank["num_running_reqs"])) for rank in ranks),
+            waiting=sum(int(number(rank["num_waiting_reqs"])) for rank in ranks),
+            waiting_uncached_tokens=_total(ranks, "num_waiting_uncached_tokens"),
+            token_usage=max(number(rank.get("token_usage") or 0) for rank in ranks),
+            pool_tokens=_total(ranks, "max_total_num_tokens"),
+            max_running=_total(ranks, "max_running_requests"),
+            generated_per_s=sum(number(rank.get("gen_throughput") or 0) for rank in ranks),
+            retracted=_total([rank.get("queues") or {} for rank in ranks], "retracted"),
             taken_at=_stamps(ranks),
         )
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BrokenResponse(f"invalid answer of /v1/loads ({error!r}): {_preview(body)}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BrokenResponse(f"invalid answer of /v1/loads ({error!r}): {preview(body)}") from error
+
+
+def _total(ranks: list[dict[str, Any]], name: str) -> int:
+    return sum(int(number(rank.get(name) or 0)) for rank in ranks)
 
 
 def _stamps(ranks: list[dict[str, Any]]) -> tuple[float, ...] | None:
     stamps = tuple(rank.get("timestamp") for rank in ranks)
-    return None if None in stamps else tuple(float(stamp) for stamp in stamps if stamp is not None)
+    return None if None in stamps else tuple(float(number(stamp)) for stamp in stamps)

@@ -282,6 +282,7 @@ def _step_row(step: Completion) -> dict[str, Any]:
         "completion_tokens": step.completion_tokens,
         "thinking_tokens": step.thinking_tokens,
         "server": step.server,
+        **({"tokens_estimated": True} if step.tokens_estimated else {}),
     }
 
 

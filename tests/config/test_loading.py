@@ -218,6 +218,13 @@ def test_all_mistakes_are_reported_at_once(written: Written) -> None:
     assert [True] * 3 == [key in message for key in ("run.seed: ", "recipe.target_words: ", "recipe.use")]
 
 
+@pytest.mark.parametrize("name", ["messages", "model", "n", "rid", "stream", "stream_options"])
+def test_fields_of_our_own_are_no_sampling_parameters(name: str) -> None:
+    """`recipe.sampling` must not change what is asked for and how it is answered."""
+    with pytest.raises(ConfigError, match=f"recipe.sampling: streamsyn sets {name} itself; remove it"):
+        load(None, [(f"recipe.sampling.{name}", 1)])
+
+
 def test_a_key_below_a_value_is_refused() -> None:
     """`run.seed.x` is unknown because `run.seed` is a number."""
     with pytest.raises(ConfigError) as raised:

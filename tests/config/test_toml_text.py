@@ -78,7 +78,7 @@ VALUE = st.recursive(
 
 @settings(deadline=None)
 @given(
-    sampling=st.dictionaries(TEXT, VALUE, max_size=4),
+    sampling=st.dictionaries(TEXT.filter(lambda name: name != "n"), VALUE, max_size=4),
     tasks=st.dictionaries(TEXT, st.none(), max_size=3),
     path=TEXT,
 )

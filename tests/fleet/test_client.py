@@ -4,10 +4,14 @@ import asyncio
 import os
 import resource
 import socket
+import tracemalloc
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from streamsyn.errors import (
     BrokenResponse,
@@ -19,6 +23,7 @@ from streamsyn.errors import (
     ServerTimeout,
     ServerUnavailable,
     ServerUnreachable,
+    WrongAddress,
 )
 from streamsyn.fleet import transport as transport_module
 from streamsyn.fleet.client import ServerClient
@@ -45,7 +50,7 @@ async def client_of(
 ) -> AsyncIterator[ServerClient]:
     """A client with a session of its own."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    opened = http_transport(url, headers, connect_timeout_s=connect_timeout_s)
+    opened = http_transport(url, headers, connect_timeout_s=connect_timeout_s, max_answer_bytes=2**20)
     async with asyncio.timeout(20), opened as transport:
         yield ServerClient(url, transport, request_timeout_s)
 
@@ -72,13 +77,14 @@ class RawServer:
     def __init__(self, *scripts: Sequence[bytes | None]) -> None:
         self.scripts = list(scripts)
         self.bodies: list[bytes] = []
-        self.connections = 0
+        self.connections = self.served = 0
         self.url = ""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
         script = self.scripts[min(self.connections, len(self.scripts) - 1)]
         self.connections += 1
+        self.served += 1
         try:
             for sent in script:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -96,6 +102,7 @@ class RawServer:
             pass
         finally:
             writer.close()
+            self.served -= 1
 
 
 @asynccontextmanager
@@ -108,6 +115,7 @@ async def raw(*scripts: Sequence[bytes | None]) -> AsyncIterator[tuple[ServerCli
         async with client_of(handler.url) as client:
             yield client, handler
             server.close()
+        await until(lambda: not handler.served)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -244,8 +252,6 @@ async def until_closed(client: ServerClient) -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
         b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.1 302 Found\r\nLocation: ftp://x/\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
     ],
 )
@@ -257,12 +263,153 @@ async def test_nonsense_is_a_broken_response(sent: bytes) -> None:
     assert type(raised.value) in (BrokenResponse, ServerUnavailable)
 
 
-async def test_endless_redirects_are_a_broken_response() -> None:
-    """A server that redirects in circles raises BrokenResponse."""
-    redirect = b"HTTP/1.1 307 Again\r\nLocation: /again\r\nContent-Length: 0\r\n\r\n"
-    async with raw([redirect] * 20) as (client, _):
-        with pytest.raises(BrokenResponse):
+@pytest.mark.parametrize(
+    ("location", "named"),
+    [
+        (b"https://elsewhere/v1/chat/completions", "https://elsewhere/v1/chat/completions"),
+        (b"/elsewhere/v1/chat/completions", "URL/elsewhere/v1/chat/completions"),
+        (b"http://[::bad/", "http://[::bad/"),
+        (b"http://h:99999/", "http://h:99999/"),
+        (b"/x\x1b[2J", r"URL/x\x1b[2J"),
+        (b"", "URL/v1/chat/completions"),
+        (b"ftp://x/" + b"y" * 5_000, "ftp://x/yyyyy"),
+    ],
+)
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_a_redirect_is_not_followed(location: bytes, named: str, status: int) -> None:
+    """The message names where it leads, also if that is malformed."""
+    redirect = b"HTTP/1.1 %d Moved\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % (status, location)
+    async with raw([redirect]) as (client, server):
+        with pytest.raises(WrongAddress, match="redirects /v1/chat/completions to ") as raised:
             await client.chat(REQUEST, "m", "r-1")
+    assert named.replace("URL", server.url) in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1000
+    assert 1 == len(server.bodies)
+
+
+@pytest.mark.parametrize(("path", "expected"), [("/a", b"/a?v=1&w="), ("/a?b=c", b"/a?b=c&v=1&w=")])
+async def test_a_query_goes_along(path: str, expected: bytes) -> None:
+    """Behind the route's own."""
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, http_transport(url, {}, query="v=1&w=") as transport:
+        await transport.exchange("GET", path, timeout_s=5)
+    assert [b"GET %b HTTP/1.1\r\n" % expected] == asked
+
+
+async def test_long_headers() -> None:
+    """Proxies add cookies and policies: a header may have 64 KB."""
+    head = b"HTTP/1.1 200 OK\r\nX: %b\r\nContent-Length: %d\r\n\r\n"
+    async with raw([head % (b"y" * 60_000, len(ANSWER)) + ANSWER]) as (client, _):
+        assert "Geese." == (await client.chat(REQUEST, "m", "r-1")).text
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n%b\r\n"
+MANY = b"10000\r\n" + b" " * 2**16 + b"\r\n"
+BOMB = zlib.compress(bytes(2**27), level=9, wbits=31)
+"""128 MiB of zeros, as 130 KB of gzip."""
+LONG = {
+    "with its length": [HEAD % 2**30 + bytes(2**16)],
+    "in chunks": [CHUNKED % b"" + 32 * MANY],
+    "compressed": [
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(BOMB) + BOMB
+    ],
+    "compressed, in chunks": [
+        CHUNKED % b"Content-Encoding: gzip\r\n" + b"%x\r\n%b\r\n0\r\n\r\n" % (len(BOMB), BOMB)
+    ],
+}
+
+
+@pytest.mark.parametrize("form", LONG)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_long_answer_is_not_read_on(form: str, stream: bool) -> None:
+    """What is held of an answer is bounded, whatever its length, encoding and compression."""
+    async with raw(LONG[form]) as (client, _):
+        tracemalloc.start()
+        with pytest.raises(BrokenResponse, match=r"more than fleet.max_answer_bytes = 1048576 bytes"):
+            await client.chat(REQUEST, "m", "r-1", (lambda: None) if stream else None)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 16 * 2**20
+
+
+async def test_an_answer_of_just_the_longest_length() -> None:
+    """The bound itself is allowed, and the connection is used again."""
+    whole = HEAD % 2**20 + ANSWER.ljust(2**20)
+    async with raw([whole, whole]) as (client, server):
+        for rid in ("r-1", "r-2"):
+            assert "Geese." == (await client.chat(REQUEST, "m", rid)).text
+    assert 1 == server.connections
+
+
+@pytest.mark.parametrize("where", ["refusal", "answer"])
+async def test_a_long_message_is_cut(where: str) -> None:
+    """The message of a server, of 10 MB here, takes at most 2 KB in what is raised, logged and kept."""
+    told = b'{"error": {"message": "' + b"too long " * 1_111_111 + b'"}}'
+    head = HEAD if where == "answer" else HEAD.replace(b"200 OK", b"500 No")
+    async with raw([head % len(told) + told]) as (client, _):
+        client.transport._max_answer_bytes = 2**25  # type: ignore[attr-defined]
+        with pytest.raises(ServerUnavailable, match=r"answered 500: .*too long") as raised:
+            await client.chat(REQUEST, "m", "r-1")
+    assert len(str(raised.value)) <= 2048
+
+
+STRICT = b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "%b"]}]}'
+
+
+def refusal(field: bytes) -> bytes:
+    """The answer of a server that does not know `field`."""
+    return HEAD.replace(b"200 OK", b"422 No") % len(STRICT % field) + STRICT % field
+
+
+async def test_a_server_that_refuses_our_fields() -> None:
+    """It is asked again without them, which is remembered, and logged once; it is sent no abort either."""
+    whole = HEAD % len(ANSWER) + ANSWER
+    async with raw([refusal(b"rid"), refusal(b"stream_options"), whole, whole, whole]) as (client, server):
+        with capture_logs() as logs:
+            for rid in ("r-1", "r-2"):
+                assert "Geese." == (await client.chat(REQUEST, "m", rid, lambda: None)).text
+            assert "Geese." == (await client.chat(REQUEST, "m", "r-3")).text
+            await client.abort("r-3")
+    fields = [set(orjson.loads(body)) for body in server.bodies]
+    streamed = {"model", "messages", "stream"}
+    assert [
+        streamed | {"stream_options", "rid"},
+        streamed | {"stream_options"},
+        streamed,
+        streamed,
+    ] == fields[:4]
+    assert [{"model", "messages"}] == fields[4:]
+    assert [["rid", "stream_options"]] == [entry["fields"] for entry in logs]
+
+
+async def test_a_field_is_not_to_blame_for_every_refusal() -> None:
+    """A server that refuses the request without it as well is sent it again."""
+    whole = HEAD % len(ANSWER) + ANSWER
+    other = refusal(b"temperature")
+    async with raw([refusal(b"rid"), other, whole]) as (client, server):
+        with pytest.raises(RequestRefused):
+            await client.chat(REQUEST, "m", "r-1")
+        await client.chat(REQUEST, "m", "r-2")
+    assert [True, False, True] == [b'"rid"' in body for body in server.bodies]
+
+
+async def test_missing_token_counts_are_logged_once() -> None:
+    """The first answer without them is."""
+    bare = ANSWER.replace(b"usage", b"other")
+    async with raw([HEAD % len(bare) + bare] * 2) as (client, server):
+        with capture_logs() as logs:
+            for rid in ("r-1", "r-2"):
+                assert (await client.chat(REQUEST, "m", rid)).tokens_estimated
+    assert [("fleet.no_token_counts", server.url)] == [(entry["event"], entry["server"]) for entry in logs]
 
 
 async def test_half_an_answer_is_an_unavailable_server() -> None:
@@ -353,10 +500,31 @@ async def test_a_wrong_key(key: str | None) -> None:
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_proxy_that_asks_for_a_key_everywhere(status: int) -> None:
-    """A key that is refused on /health raises ConfigError too."""
+    """A key that is refused for the list of models raises ConfigError; /health may need another one."""
     refusal = b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status
-    async with get_server(refusal) as client:
+    async with get_server(refusal, refusal) as client:
         with pytest.raises(ConfigError, match="STREAMSYN_API_KEY"):
+            await client.models()
+
+
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n"
+FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+ABSENT = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+MODELS = b'{"data": [{"id": "other"}]}'
+
+
+@pytest.mark.parametrize("health", [ABSENT, FORBIDDEN, REDIRECT])
+async def test_another_server_than_sglang(health: bytes) -> None:
+    """Whatever is at /health there, the list of models counts."""
+    async with get_server(health, HEAD % len(MODELS) + MODELS) as client:
+        assert ["other"] == await client.models()
+
+
+@pytest.mark.parametrize("models", [ABSENT, ABSENT.replace(b"404", b"405"), REDIRECT])
+async def test_no_list_of_models(models: bytes) -> None:
+    """The URL is not that of an API."""
+    async with get_server(ABSENT, models) as client:
+        with pytest.raises(WrongAddress, match="/v1/models"):
             await client.models()
 
 
@@ -366,14 +534,6 @@ async def test_a_server_that_is_not_healthy_yet(status: int) -> None:
     async with get_server(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as client:
         with pytest.raises(ServerUnavailable, match=f"/health answered {status}"):
             await client.models()
-
-
-async def test_another_server_than_sglang() -> None:
-    """A server without /health is asked for its models."""
-    models = b'{"data": [{"id": "other"}]}'
-    absent = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-    async with get_server(absent, HEAD % len(models) + models) as client:
-        assert ["other"] == await client.models()
 
 
 @asynccontextmanager

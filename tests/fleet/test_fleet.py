@@ -189,7 +189,7 @@ async def test_a_server_that_dies_with_requests_in_flight() -> None:
 async def test_a_server_that_dies_in_the_middle_of_an_answer(prefixes: tuple[str, ...]) -> None:
     """It counts as unavailable, and is ejected."""
     async with simulators() as simulated:
-        dying, other = await simulated.start(lambda *_: Fault.CUT_BODY), await simulated.start()
+        dying, other = await simulated.start([Fault.CUT_BODY]), await simulated.start()
         attempts: list[Attempt] = []
         async with fleet_of(dying.url, other.url, eject_after=1) as fleet:
             await fleet.complete(Request(REQUEST.messages, {}, prefixes=prefixes), attempts)
@@ -428,8 +428,8 @@ async def test_servers_that_disagree() -> None:
         async with opened(small.url, large.url) as fleet:
             with pytest.raises(ConfigError) as raised:
                 await fleet.ask_models()
-    assert f"small at {small.url}" in str(raised.value)
-    assert f"large at {large.url}" in str(raised.value)
+    assert f"{small.url} serves small" in str(raised.value)
+    assert f"{large.url} serves large" in str(raised.value)
 
 
 async def test_a_model_that_is_not_served() -> None:

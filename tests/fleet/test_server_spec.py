@@ -23,6 +23,34 @@ def test_urls_as_people_write_them() -> None:
 def test_a_host_called_v1() -> None:
     """Only a path loses its /v1."""
     assert [ServerSpec("http://v1")] == server_specs(section("http://v1/"))
+    assert [ServerSpec("http://models")] == server_specs(section("http://models"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/v1/chat/completions",
+        "/v1/chat/completions/",
+        "/v1/completions",
+        "/v1/models",
+        "/chat/completions",
+        "//",
+        "/v1//",
+        "/#top",
+        "/v1#a?b",
+    ],
+)
+def test_the_path_of_a_route_is_left_out(url: str) -> None:
+    """People copy the URL of an example."""
+    assert [ServerSpec("http://one:1")] == server_specs(section(f"http://one:1{url}"))
+    assert [ServerSpec("http://one:1/x")] == server_specs(section(f"http://one:1/x{url}"))
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/chat/completions"])
+def test_a_query_is_kept_apart(path: str) -> None:
+    """It goes along with each request, and is not part of the name."""
+    found = server_specs(section(f"http://one:1{path}?api-version=1&x=/v1#top"))
+    assert [ServerSpec("http://one:1", query="api-version=1&x=/v1")] == found
 
 
 def test_tables_have_weight_and_key() -> None:

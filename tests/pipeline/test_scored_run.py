@@ -228,7 +228,7 @@ def test_servers_that_cannot_score_are_found_at_the_start(tmp_path: Path) -> Non
     ("settings", "said"),
     [
         ([("scoring.servers", ["scorer"])], r"scoring\.servers: scorer is not a valid URL"),
-        ([("scoring.servers", [SCORERS[0], WRITERS[0]])], r"different models .*scoring\.model"),
+        ([("scoring.servers", [SCORERS[0], WRITERS[0]])], r"different models: .*scoring\.model"),
         ([("scoring.servers", SCORERS), ("scoring.model", "x")], r"scoring\.model: .* not x"),
         ([("scoring.model", "x")], r"scoring\.model: 'x' is not among .*simulated"),
     ],
