@@ -14,22 +14,32 @@ from streamsyn.urls import without_userinfo_within
 
 
 def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
-    """Send structlog's events to stderr: plain lines, or one JSON object a line."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
+    """Send structlog's events to stderr: lines for a person, or one JSON object a line.
+
+    An event may carry `plain`, a sentence: a person gets it in place of the event's name and fields.
+    """
+    shape: list[structlog.typing.Processor] = (
+        [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _without_plain,
+            structlog.processors.JSONRenderer(),
+        ]
         if as_json
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=28)
+        else [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            _plain,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0),
+        ]
     )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             _cut_userinfo,
-            renderer,
+            *shape,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # looked up each time: see `progress`
     )
     if as_json:  # log records of libraries become JSON too
         logging.captureWarnings(True)
@@ -41,6 +51,19 @@ def _cut_userinfo(
 ) -> structlog.typing.EventDict:
     """Cut passwords out of URLs: texts of libraries may have them."""
     return {key: without_userinfo_within(value) for key, value in event.items()}
+
+
+def _plain(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    if "plain" not in event:
+        return event
+    return {key: event[key] for key in ("timestamp", "level")} | {"event": event["plain"]}
+
+
+def _without_plain(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    event.pop("plain", None)
+    return event
 
 
 class _Forward(logging.Handler):

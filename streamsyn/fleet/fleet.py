@@ -87,6 +87,11 @@ class Fleet:
         return sum(server.cap for server in self.servers)
 
     @property
+    def gives_up_in_s(self) -> float | None:
+        """Seconds until the fleet is given up for want of a usable server; None while one is usable."""
+        return self._outage.gives_up_in_s(self._clock())
+
+    @property
     def in_flight(self) -> dict[str, int]:
         """Requests in flight, by server."""
         return {server.url: server.limiter.in_flight for server in self.servers}

@@ -208,6 +208,10 @@ class Outage:
             self._paused_s += ends - begins
             self._paused_until = ends
 
+    def gives_up_in_s(self, now: float) -> float | None:
+        """Return the seconds until the fleet is given up for want of a usable server; None while it is not."""
+        return None if self._timer is None else self._timer.when() - now
+
     def close(self) -> None:
         """Cancel the timers."""
         self.ended()

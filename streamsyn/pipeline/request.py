@@ -17,6 +17,11 @@ from streamsyn.telemetry import Counters
 class Supervisor(Protocol):
     """Supervises what goes on beside a run: a training on its samples."""
 
+    @property
+    def last_line(self) -> str:
+        """The last line that it wrote to its log."""
+        ...
+
     def start(self, drain: Callable[[str], None]) -> None:
         """The stages are set up. `drain` stops the run early, with a reason, from any thread."""
         ...

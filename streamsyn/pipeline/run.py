@@ -102,7 +102,13 @@ async def _run(parts: Parts) -> None:
                 stopper.pipeline = Pipeline(stages, queue_size, backlog, config.run.drain_timeout_s)
                 if supervisor is not None:
                     supervisor.start(stopper.drain)
-                progress = Progress(parts.counters, parts.reader, fleets.writing)
+                progress = Progress(
+                    parts.counters,
+                    parts.reader,
+                    fleets.writing,
+                    drain_ends_in_s=lambda: stopper.drain_ends_in_s,
+                    training=lambda: "" if supervisor is None else supervisor.last_line,
+                )
                 async with reporting(progress, show=parts.request.show_progress):
                     await stopper.pipeline.run()  # raises StoppedEarly when it leaves work to a later run
             finally:

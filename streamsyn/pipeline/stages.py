@@ -97,6 +97,11 @@ class Pipeline:
             or self._is_cancelled  # at least samples that assembly did not make
         )
 
+    @property
+    def drain_ends_in_s(self) -> float | None:
+        """Seconds until what is in flight is given up; None while the pipeline is not draining."""
+        return None if self._deadline is None else self._deadline.when() - asyncio.get_running_loop().time()
+
     def drain(self, why: str) -> None:
         """Start nothing new; let what is in flight finish, for at most `drain_timeout_s`."""
         if self._why_stopped is not None or self._producing is None:
@@ -106,7 +111,10 @@ class Pipeline:
         self._discarded = self._work.discard()
         self._results.drain()
         self._stages.workers.drain()
-        log.info("run.draining", why=why, timeout_s=self._drain_timeout_s)
+        plain = (
+            f"{why}: finishing what is in flight, up to {self._drain_timeout_s:g} s; Ctrl-C again stops now"
+        )
+        log.info("run.draining", plain=plain, why=why, timeout_s=self._drain_timeout_s)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._drain_timeout_s, self.cancel, "the drain took too long")
 

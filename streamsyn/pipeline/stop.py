@@ -32,6 +32,11 @@ class Stopper:
         """Whether a signal has arrived."""
         return self._signals > 0
 
+    @property
+    def drain_ends_in_s(self) -> float | None:
+        """Seconds until what is in flight is given up; None while nothing is draining."""
+        return None if self.pipeline is None else self.pipeline.drain_ends_in_s
+
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Within the block, the first SIGTERM or SIGINT drains and the second cancels.

@@ -101,6 +101,11 @@ class TrainerSupervisor:
         """Why the trainer has ended: the error it reported, or else its last line."""
         return self._error or self._last_line
 
+    @property
+    def last_line(self) -> str:
+        """The last line that the trainer wrote to its log; empty before the first."""
+        return self._last_line
+
     def start(self, drain: Callable[[str], None]) -> None:
         """Start the trainer, once the run is up.
 

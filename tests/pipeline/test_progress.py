@@ -13,8 +13,9 @@ import structlog
 from streamsyn.config.loading import load
 from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import open_fleet
+from streamsyn.fleet.wire import Load
 from streamsyn.pipeline import progress as progress_module
-from streamsyn.pipeline.progress import Progress, _table, duration, reporting
+from streamsyn.pipeline.progress import Progress, _line, _table, duration, reporting
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.telemetry import Counters
 
@@ -63,6 +64,10 @@ async def test_nothing_yet(tmp_path: Path) -> None:
             "samples": 0,
             "rejects": {},
             "eta_s": None,
+            "generated_per_s": None,
+            "drain_ends_in_s": None,
+            "gives_up_in_s": None,
+            "training": "",
         }
         assert expected == progress.figures()
 
@@ -127,8 +132,30 @@ async def test_rates_and_time_left(tmp_path: Path) -> None:
         for _ in range(8):
             counters.now_s += 10
             figures = progress.figures()
-        assert (0.0, None) == (figures["outcomes_per_s"], figures["eta_s"])
-        assert 10 > len(progress._past)
+        assert 0.0 == figures["outcomes_per_s"]
+
+
+async def test_the_time_left_is_steady_when_answers_come_in_waves(tmp_path: Path) -> None:
+    """Waves of 80 answers every 40 s: after the first minutes the end that is predicted hardly moves."""
+    ends: list[float] = []
+    async with progress_of(tmp_path) as (progress, counters, _):
+        counters.reading_done, counters.drafts_read = True, 4000
+        for second in range(1200):
+            counters.now_s = float(second)
+            counters.contexts += 80 * (second % 40 == 39)
+            figures = progress.figures()
+            if second > 400:
+                ends.append(second + figures["eta_s"])
+    assert max(ends) - min(ends) < 0.15 * 2000
+
+
+async def test_what_servers_generate_is_a_sign_of_life(tmp_path: Path) -> None:
+    """The sum over the servers that report it; None if none does."""
+    async with progress_of(tmp_path) as (progress, _, _):
+        assert progress.figures()["generated_per_s"] is None
+        progress.fleet.servers[0].load = Load(running=3, waiting=0, generated_per_s=1234.5)
+        assert 1234.5 == progress.figures()["generated_per_s"]
+        assert "servers generate 1,234 tokens/s" in drawn(progress.figures())
 
 
 @pytest.mark.parametrize(
@@ -168,9 +195,40 @@ async def test_the_table(tmp_path: Path) -> None:
         progress.fleet.servers[1].health.ejected = True
         text = drawn(progress.figures())
         assert "~50" in drawn({**progress.figures(), "total": 50, "total_is_exact": False})
-    assert "seeds 1,204 of 2,000 ETA 7 s rate 120.4 outcomes/s" in text
+    assert "seeds 1,204 of 2,000 (60%) ETA 7 s rate 120.4 outcomes/s" in text
     assert "in flight http://one:1 0 of 8, http://two:2 ejected" in text
     assert "rejects empty 1, too_short 3" in text
+
+
+async def test_what_a_person_must_know_now(tmp_path: Path) -> None:
+    """A drain and an outage count down, and a training has a row; nothing in it is markup."""
+    async with progress_of(tmp_path) as (progress, _, _):
+        progress.drain_ends_in_s, progress.training = lambda: 58.7, lambda: "step 12 [bold]loss 1.3"
+        progress.fleet.servers[0].limiter.in_flight = 141
+        progress.fleet._outage.began(asyncio.get_running_loop())
+        figures = progress.figures()
+    text = drawn(figures)
+    assert "stopping 141 in flight, up to 59 s; Ctrl-C again stops now" in text
+    assert "servers none can be used; the run stops in 5 min 00 s (fleet.give_up_s)" in text
+    assert "training step 12 [bold]loss 1.3" in text
+    assert "up to 59 s; Ctrl-C again stops now; servers: none can be used" in _line(figures)
+
+
+async def test_many_servers_are_one_line(tmp_path: Path) -> None:
+    """Their sums, and the first of those that are ejected."""
+    urls = [f"http://gpu-{number}:1" for number in range(64)]
+    figures = {
+        "in_flight": dict.fromkeys(urls, 10),
+        "caps": dict.fromkeys(urls, 16),
+        "ejected": urls[:6],
+    }
+    async with progress_of(tmp_path) as (progress, _, _):
+        text = drawn({**progress.figures(), **figures})
+        line = _line({**progress.figures(), **figures})
+    first = ", ".join(urls[:4])
+    assert f"in flight 640 of 1,024 on 64 servers; 6 ejected: {first} and 2 more rejects none" in text
+    assert "in flight 640 of 1,024" in line
+    assert "6 of 64 servers ejected" in line
 
 
 async def test_log_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,5 +242,5 @@ async def test_log_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.
         before = len(logged)
         await asyncio.sleep(0)
     assert {"run.progress"} == {line["event"] for line in logged}
-    assert {*progress.figures(), "event", "log_level"} == set(logged[0])
+    assert {*progress.figures(), "plain", "event", "log_level"} == set(logged[0])
     assert before == len(logged)
