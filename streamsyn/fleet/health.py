@@ -209,7 +209,7 @@ class Outage:
             self._paused_until = ends
 
     def gives_up_in_s(self, now: float) -> float | None:
-        """Return the seconds until the fleet is given up for want of a usable server; None while it is not."""
+        """Return the seconds until the fleet, without a usable server, is given up; None if one is usable."""
         return None if self._timer is None else self._timer.when() - now
 
     def close(self) -> None:
