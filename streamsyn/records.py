@@ -94,10 +94,15 @@ Entry: TypeAlias = Seed | BadSeed
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The unit of work: one context to write for a seed, which has `recipe.contexts_per_seed` drafts."""
+    """The unit of work: one context to write for a seed, which has `recipe.contexts_per_seed` drafts.
+
+    Attributes:
+        supersedes: The `seq` of the reject that its outcome supersedes, where a retry asks for it again.
+    """
 
     seed: Seed
     number: int = 0
+    supersedes: int | None = None
 
     @property
     def id(self) -> str:
@@ -219,8 +224,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The document an LLM wrote for a seed: one line of `contexts/`, fields in this order."""
+    """The document an LLM wrote for a seed: one line of `contexts/`, fields in this order.
 
+    Attributes:
+        supersedes: The `seq` of the reject that it supersedes. None, which the line leaves out, is the rule.
+    """
+
+    supersedes: int | None = None
     id: str
     seed_id: str
     draft: int
@@ -254,8 +264,13 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reject:
-    """A draft that got no context, or an invalid line: one line of `rejects/`."""
+    """A draft that got no context, or an invalid line: one line of `rejects/`.
 
+    Attributes:
+        supersedes: As in `Context`.
+    """
+
+    supersedes: int | None = None
     key: bytes
     reason: RejectReason
     detail: str

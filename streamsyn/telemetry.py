@@ -90,6 +90,8 @@ class Counters:
     reading_done: bool = False
     contexts: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    reject_examples: dict[str, Reject] = field(default_factory=dict)
+    """The first reject of each reason."""
     samples: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -133,6 +135,7 @@ class Counters:
                 self.thinking_tokens += outcome.thinking_tokens
             case Reject():
                 self.rejects[outcome.reason] += 1
+                self.reject_examples.setdefault(outcome.reason, outcome)
 
     def count_scoring(self, figures: Mapping[str, int], retries: int, *, failed: bool) -> None:
         """Add the token counts and retries of scoring one context."""

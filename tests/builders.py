@@ -18,7 +18,7 @@ from streamsyn.fleet.server import Server
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
 from streamsyn.sink import shards
-from streamsyn.sink.log import RunLog, shard_paths
+from streamsyn.sink.log import RunLog, encode_row, shard_paths
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.shards import KINDS
@@ -110,8 +110,8 @@ def rows(root: Path, kind: str) -> list[dict[str, Any]]:
 
 def as_rows(records: Iterable[Outcome | Sample]) -> list[dict[str, Any]]:
     """What the log says of records, when they are all there is."""
-    plain = (orjson.loads(orjson.dumps(record, default=bytes.hex)) for record in records)
-    return [{"seq": seq, **row} for seq, row in enumerate(plain)]
+    plain = (orjson.loads(encode_row(0, record)) for record in records)
+    return [row | {"seq": seq} for seq, row in enumerate(plain)]
 
 
 def sealed_bytes(root: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from streamsyn.cli.exits import EXIT_OTHER, EXIT_STOPPED, EXIT_USAGE, as_json, f
 from streamsyn.cli.export import export
 from streamsyn.cli.preview import preview
 from streamsyn.cli.report import report
+from streamsyn.cli.retry import retry
 from streamsyn.cli.run import run
 from streamsyn.cli.simulate import simulate
 from streamsyn.cli.train import train
@@ -41,13 +42,13 @@ def cli() -> None:
     """  # noqa: D301 - click keeps the line breaks of a paragraph that starts with \b
 
 
-for _command in (run, preview, verify, export, report, train, show_config, demo, simulate):
+for _command in (run, retry, preview, verify, export, report, train, show_config, demo, simulate):
     cli.add_command(_command)
 
 
 def main() -> None:
     """Run the command line. Expected errors are printed as one line, without a traceback."""
-    if sys.argv[1:2] in (["run"], ["demo"], ["train"]):
+    if sys.argv[1:2] in (["run"], ["retry"], ["demo"], ["train"]):
         on_signals(stop_early)  # until the run sets its own handlers
         if "--tethered" in sys.argv:
             signal.signal(

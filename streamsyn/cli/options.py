@@ -11,6 +11,30 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+SERVER = click.option("--server", multiple=True, metavar="URL", help="URL of an SGLang server. Repeatable.")
+SETTINGS = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a configuration key. Repeatable.",
+)
+NO_PROGRESS = click.option("--no-progress", is_flag=True, help="Log lines instead of a progress display.")
+LOG_JSON = click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr.")
+LAUNCH = [
+    click.option("--launch", metavar="MODEL", help="Start a local SGLang server with MODEL for this run."),
+    click.option(
+        "--sglang-python",
+        type=click.Path(path_type=Path),
+        help="For --launch: Python interpreter with sglang.",
+    ),
+    click.option(
+        "--sglang-arg",
+        multiple=True,
+        metavar="FLAG",
+        help="For --launch: further flag of the server. Repeatable.",
+    ),
+]
 _INPUT_OPTIONS = [
     click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False)),
     click.option(
@@ -19,15 +43,9 @@ _INPUT_OPTIONS = [
         metavar="PATH|-",
         help="File, directory, glob, or - for NDJSON on stdin. Repeatable.",
     ),
-    click.option("--server", multiple=True, metavar="URL", help="URL of an SGLang server. Repeatable."),
+    SERVER,
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Read at most N seeds."),
-    click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a configuration key. Repeatable.",
-    ),
+    SETTINGS,
 ]
 _OUTPUT_OPTIONS = [
     click.option(
@@ -41,26 +59,15 @@ _OUTPUT_OPTIONS = [
         is_flag=True,
         help="With --stdout: start with the samples that earlier runs wrote.",
     ),
-    click.option("--no-progress", is_flag=True, help="Log lines instead of a progress display."),
-    click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr."),
+    NO_PROGRESS,
+    LOG_JSON,
     click.option(
         "--train",
         metavar="CONFIG",
         type=click.Path(path_type=Path, dir_okay=False),
         help="Train during the run, with the [train] section of this TOML file.",
     ),
-    click.option("--launch", metavar="MODEL", help="Start a local SGLang server with MODEL for this run."),
-    click.option(
-        "--sglang-python",
-        type=click.Path(path_type=Path),
-        help="For --launch: Python interpreter with sglang.",
-    ),
-    click.option(
-        "--sglang-arg",
-        multiple=True,
-        metavar="FLAG",
-        help="For --launch: further flag of the server. Repeatable.",
-    ),
+    *LAUNCH,
 ]
 
 
@@ -88,17 +95,17 @@ def resolve(given: dict[str, Any], out: Path | None) -> "Config":
     from streamsyn.config.loading import load, parse_override
 
     overrides: list[tuple[str, Any]] = []
-    if given["config"] is None and out is not None:
+    if given.get("config") is None and out is not None:
         overrides += _saved_sections(out)
-    if given["seeds"]:
+    if given.get("seeds"):
         overrides.append(("seeds.sources", [{"path": path} for path in given["seeds"]]))
     if given["server"]:
         overrides.append(("fleet.servers", list(given["server"])))
         overrides += [("fleet.servers_file", None), ("fleet.servers_dns", None)]
-    if given["limit"]:
+    if given.get("limit"):
         overrides.append(("seeds.limit", given["limit"]))
     overrides += map(parse_override, given["settings"])
-    return load(given["config"], overrides)
+    return load(given.get("config"), overrides)
 
 
 def _saved_sections(out: Path) -> list[tuple[str, Any]]:

@@ -63,7 +63,7 @@ def run(**given: Any) -> None:
                 on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
             if stream is not None:
                 stream.close()
-        _summarise(summary, as_json=given["log_json"])
+        summarise(summary, as_json=given["log_json"])
         stopped = summary.stopped is not None or summary.interrupted
         trained = 0 if training is None else training.finish(stopped=stopped)
     on_signals(signal.SIG_IGN)
@@ -75,16 +75,21 @@ def run(**given: Any) -> None:
         fail(f"the run finished, but its training failed: {training.error}", EXIT_OTHER)
     if trained:
         sys.exit(EXIT_STOPPED)
-    if summary.reject_fraction > config.run.max_reject_fraction:
+    judge_rejects(summary, config.run.max_reject_fraction)
+
+
+def judge_rejects(summary: "RunSummary", allowed: float) -> None:
+    """Exit with EXIT_REJECTS if more than `allowed` of the outcomes are rejects."""
+    if summary.reject_fraction > allowed:
         fail(
             f"rejects are {summary.reject_fraction:.1%} of the outcomes, more than "
-            f"run.max_reject_fraction = {config.run.max_reject_fraction:.1%}",
+            f"run.max_reject_fraction = {allowed:.1%}",
             EXIT_REJECTS,
             prefix="",
         )
 
 
-def _summarise(summary: "RunSummary", *, as_json: bool) -> None:
+def summarise(summary: "RunSummary", *, as_json: bool) -> None:
     """Print the summary of a run, or log it as run.done."""
     import structlog
 

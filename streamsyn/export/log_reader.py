@@ -14,6 +14,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.export.rows import Row, context_fields, row_of
 from streamsyn.records import Sample
+from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Part, Snapshot
 
@@ -92,9 +93,8 @@ class LogReader:
             self._summary.left_out.update(assembler.left_out)
 
     def rejects(self) -> Iterator[Row]:
-        """Yield the rows of rejects."""
-        for part in self._snapshot.parts["rejects"]:
-            yield from part.rows()
+        """Yield the rows of rejects that hold."""
+        return holding_rejects(self._snapshot)
 
     def _samples(self, assembler: Assembler, *, is_first: bool) -> Iterator[Sample]:
         flushes = set(self._manifest.flushes)

@@ -9,6 +9,7 @@ Modules in reading order:
     stages      the stages and the bounded queues between them; decides whether a stop leaves work
     stop        signals, a fleet that is gone, a training that ends: drain first, then cancel
     producer    reads seeds, skips what has an outcome, feeds the work queue
+    reopened    rejects that a retry asks again: what it may change, where their seeds come from
     work_order  prefix groups kept together; hard tasks first
     workers     each turns one draft at a time into an outcome; the pool keeps them running
     delivery    samples to the reader of stdout, then to the log

@@ -6,11 +6,12 @@ hard tasks come first.
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from streamsyn.config.loading import Config
+from streamsyn.pipeline.reopened import Reopened, Sought
 from streamsyn.pipeline.work_order import GroupOrder, TaskLosses, TaskOrder
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work
@@ -35,6 +36,7 @@ class Producer:
         config: Sets the drafts per seed, the limit of seeds, and the order.
         counters: Counts what is read.
         group_of: The recipe's `group`: returns the prefix group of a seed.
+        reopened: The rejects that a retry asks again, if one is open.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Producer:
         config: Config,
         counters: Counters,
         group_of: Callable[[Seed], str] = lambda _: "",
+        reopened: Reopened | None = None,
     ) -> None:
         self._reader = reader
         self._claims = claims
@@ -51,6 +54,7 @@ class Producer:
         self._limit = config.seeds.limit
         self._counters = counters
         self._group_of = group_of
+        self._reopened = reopened
         self._has_groups = config.seeds.group_window > 0
         self._order: GroupOrder[Work] | TaskOrder[Work] = GroupOrder(config.seeds.group_window)
         self._losses: TaskLosses | None = None
@@ -90,6 +94,7 @@ class Producer:
             if reading is not None:
                 reading.cancel()
             self._reader.stop()  # ends a read that waits for stdin
+            thread.submit(batches.close)
             thread.shutdown(wait=False)
 
     async def _refresh_losses(self) -> None:
@@ -99,10 +104,23 @@ class Producer:
             self._refreshed = now
             await asyncio.to_thread(self._losses.refresh)
 
-    def _batches(self) -> Iterator[_Batch]:
+    def _batches(self) -> Generator[_Batch]:
+        if self._reopened is None:
+            yield from self._unread(None)
+            return
+        for drafts in self._reopened.drafts():
+            self._counters.drafts_read += len(drafts)
+            yield [(self._group(draft), draft) for draft in drafts]
+        with self._reopened.in_sources() as sought:
+            yield from self._unread(sought)
+
+    def _unread(self, sought: Sought | None) -> Iterator[_Batch]:
+        """What the sources hold and has no outcome yet, and what is `sought` there to be asked again."""
         for entries in self._reader.batches(self._is_known):
             items = [(entry, self._work_of(entry)) for entry in entries]
             finished = self._claims.finished([key for _, parts in items for key, _ in parts])
+            if sought is not None:
+                items = [(entry, _sought(sought, entry, parts, finished)) for entry, parts in items]
             with self._claims.batch():
                 new = [work for entry, parts in items for work in self._unfinished(entry, parts, finished)]
             grouped = [(self._group(item), item) for item in new]
@@ -147,6 +165,15 @@ class Producer:
     def _is_known(self, entry: Entry) -> bool:
         """Whether the spool need not hold an entry: it holds it already, or all its drafts are finished."""
         return self._claims.is_known([key for key, _ in self._work_of(entry)])
+
+
+def _sought(
+    sought: Sought, entry: Entry, parts: list[tuple[bytes, Work]], finished: set[bytes]
+) -> list[tuple[bytes, Work]]:
+    """The parts of an entry, with those that are asked again no longer among the finished ones."""
+    again = sought.found(entry, parts, finished)
+    finished.difference_update(again)
+    return [(key, again.get(key, work)) for key, work in parts]
 
 
 def _task(item: Work) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from streamsyn.config.loading import Config
 from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.delivery import SampleStream
+from streamsyn.records import RejectReason
 from streamsyn.telemetry import Counters
 
 
@@ -49,6 +50,7 @@ class RunRequest:
         launch_args: More flags for the launched server.
         show_progress: Draw progress on stderr when it is a terminal.
         supervisor: Supervises a training beside the run, if there is one.
+        retry: Ask rejects of these reasons again; empty only resumes.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class RunRequest:
     launch_args: Sequence[str] = ()
     show_progress: bool = True
     supervisor: Supervisor | None = None
+    retry: Sequence[RejectReason] = ()
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ class RunSummary:
         stopped: Why the run stopped early; None when it did not.
         interrupted: Whether a signal arrived that found nothing left to stop.
         contexts: Contexts in the directory, of all runs into it.
-        rejects: Rejects in the directory.
+        rejects: Rejects in the directory that no later outcome supersedes.
         samples: Samples in the directory.
         servers: Returns the metrics of each server.
     """

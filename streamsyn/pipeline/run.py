@@ -18,12 +18,13 @@ from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.fleet.server_spec import server_specs
-from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.progress import Progress, reporting
+from streamsyn.pipeline.reopened import may_change
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.setup import (
     Parts,
     make_assembly,
+    make_producer,
     make_workers,
     metrics_served,
     open_fleets,
@@ -60,7 +61,8 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     summary = summary or RunSummary(request.out, Counters())
     directory = RunDirectory(request.out)
     try:
-        directory.check(shaping, fingerprint(Config()))
+        may_differ = may_change(request.out) if request.retry else None
+        directory.check(shaping, fingerprint(Config()), may_differ)
         with _open_log(request) as run_log:
             parts = Parts(request, directory, run_log, reader, recipe, resources, shaping, summary)
             _collect_garbage_rarely()
@@ -72,7 +74,7 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
                 if not isinstance(cause, StoppedEarly):
                     raise cause from None
                 summary.stopped = str(cause)
-        summary.contexts, summary.rejects = run_log.contexts.rows, run_log.rejects.rows
+        summary.contexts, summary.rejects = run_log.contexts.rows, run_log.holding_rejects
         summary.samples = run_log.samples.rows
     finally:
         if request.stream is not None:
@@ -92,7 +94,7 @@ async def _run(parts: Parts) -> None:
             assembly = make_assembly(parts)
             try:
                 stages = Stages(
-                    producer=Producer(parts.reader, claims, config, parts.counters, parts.recipe.group),
+                    producer=make_producer(parts, claims),
                     workers=make_workers(parts, fleets),
                     sink=OutcomeWriter(parts.log, config.sink, parts.counters),
                     assembly=assembly,
@@ -135,7 +137,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         server_specs(config.fleet)
     spool = request.out / "spool"
     reader = SeedReader(config.seeds, config.run.seed, spool, takes_documents=recipe.takes_documents)
-    if not reader.has_sources:
+    if not (reader.has_sources or request.retry):
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     return reader
 

@@ -18,11 +18,14 @@ from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
 from streamsyn.io.open_files import free_files, raise_limit
 from streamsyn.pipeline.delivery import SampleDelivery
+from streamsyn.pipeline.producer import Producer
+from streamsyn.pipeline.reopened import Reopened, may_change
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.pipeline.workers import Worker, WorkerPool
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.seeds.reader import SeedReader
+from streamsyn.sink.completed_keys import Claims
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.telemetry import Counters
@@ -197,9 +200,28 @@ async def record_fingerprint(parts: Parts, fleets: Fleets) -> None:
     request, examination = parts.request, fleets.examination
     model = ", ".join(sorted(fleets.writing.models))
     shaping = {**parts.shaping, "model": model, **(examination.shaping if examination else {})}
-    await asyncio.to_thread(parts.directory.check, shaping, fingerprint(Config()))
-    await asyncio.to_thread(parts.directory.save, with_absolute_paths(request.config), shaping)
+    await asyncio.to_thread(_record, parts, shaping)
     log.info("run.started", model=model, servers=len(fleets.writing.servers), out=str(request.out))
+
+
+def _record(parts: Parts, shaping: dict[str, Any]) -> None:
+    request, directory, run_log = parts.request, parts.directory, parts.log
+    may_differ = may_change(request.out) if request.retry else None
+    directory.check(shaping, fingerprint(Config()), may_differ)
+    rows = {"contexts": run_log.contexts.rows, "rejects": run_log.rejects.rows} if request.retry else {}
+    directory.save(with_absolute_paths(request.config), shaping, rows)
+    # After the settings: a kill in between leaves the rejects as they are, and not asked with old settings.
+    if request.retry:
+        run_log.add_retry(request.retry)
+
+
+def make_producer(parts: Parts, claims: Claims) -> Producer:
+    """The producer, which begins with the rejects of a retry that is open."""
+    reopened = None
+    if parts.log.manifest.open_retries:
+        reopened = Reopened(parts.log, takes_documents=parts.recipe.takes_documents)
+    config, group = parts.request.config, parts.recipe.group
+    return Producer(parts.reader, claims, config, parts.counters, group, reopened)
 
 
 def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:

@@ -5,9 +5,36 @@ from typing import Any
 
 from streamsyn.pipeline.progress import duration
 from streamsyn.pipeline.request import RunSummary
+from streamsyn.records import Reject, RejectReason
 
 _MAX_SERVERS = 8
 """Servers listed one by one."""
+_MAX_DETAIL = 140
+"""Characters shown of why a reject was rejected."""
+GOVERNED_BY: dict[RejectReason, str] = {
+    RejectReason.NOT_A_SEED: "seeds.fields",
+    RejectReason.LINE_TOO_LONG: "seeds.max_line_bytes",
+    RejectReason.EMPTY: "recipe.tries",
+    RejectReason.TOO_SHORT: "checks.min_words",
+    RejectReason.TOO_LONG: "checks.max_words",
+    RejectReason.REFUSAL: "checks.refusal",
+    RejectReason.TRUNCATED: "recipe.max_tokens",
+    RejectReason.STILL_THINKING: "recipe.max_tokens",
+    RejectReason.REPETITION: "checks.max_repetition",
+    RejectReason.PROMPT_ECHO: "checks.prompt_echo",
+    RejectReason.QA_PASTED: "checks.qa_pasted",
+    RejectReason.NO_PAIR: "recipe.tries",
+    RejectReason.NEAR_DUPLICATE: "checks.near_duplicate",
+    RejectReason.CONTAMINATED: "checks.on_contaminated",
+    RejectReason.LOW_CONTEXT_GAIN: "checks.reject_gain_below",
+    RejectReason.NOT_ANSWERABLE: "checks.reject_answer_below",
+    RejectReason.REQUEST_REFUSED: "recipe.sampling",
+    RejectReason.TIMEOUT: "fleet.request_timeout_s",
+    RejectReason.BROKEN_RESPONSE: "fleet.max_attempts",
+    RejectReason.SERVER_UNAVAILABLE: "fleet.max_attempts",
+}
+"""The key that decides whether a seed is rejected for a reason. Reasons without one are faults of the data or
+of the code."""
 
 
 def closing_lines(summary: RunSummary) -> Iterator[str]:
@@ -23,6 +50,9 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
     if counters.rejects:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in counters.rejects.most_common())
         yield f"  rejects    {reasons}"
+        for reason, reject in counters.reject_examples.items():
+            yield f"  {'':10} {_example(reason, reject)}"
+        yield f"  {'':10} to ask them again: streamsyn retry {out}"
     if counters.finished_before or counters.repeated:
         yield f"  skipped    {counters.finished_before:,} finished before, {counters.repeated:,} repeated ids"
     yield (
@@ -50,6 +80,17 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
     elif summary.samples:
         pattern = f"{out}/samples/*.jsonl*"
         yield f'  load       datasets.load_dataset("json", data_files="{pattern}", split="train")'
+
+
+def _example(reason: str, reject: Reject) -> str:
+    """One reject of a reason: where, why, and the key that governs it."""
+    key = GOVERNED_BY.get(RejectReason(reason))
+    why = reject.detail.strip()
+    if reason == RejectReason.INTERNAL_ERROR:
+        why = why.rpartition("\n")[2]  # the last line of a traceback names the error
+    why = " ".join(why.split())
+    why = why if len(why) <= _MAX_DETAIL else f"{why[: _MAX_DETAIL - 3]}..."
+    return f"{reason}, such as {reject.origin}: {why}" + (f" ({key})" if key else "")
 
 
 def _server_lines(summary: RunSummary) -> Iterator[str]:

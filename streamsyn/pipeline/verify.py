@@ -8,6 +8,7 @@ and rejects, then samples, which `Reassembly` makes again from the contexts to c
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,12 +20,14 @@ from streamsyn.assembly.resources import AssemblyResources, ResourceMissing, wit
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.derived import open_scratch
 from streamsyn.io.durable import write_whole
 from streamsyn.io.spool import never_synced
 from streamsyn.sink import shards
-from streamsyn.sink.completed_keys import Claim, Claims, row_key
+from streamsyn.sink.completed_keys import row_key
 from streamsyn.sink.log import RunLog, encode_row
-from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.manifest import Manifest, Retry, SealedShard
+from streamsyn.sink.retries import SeqSet, superseded_by
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, Snapshot
@@ -153,13 +156,12 @@ class Verification:
         for kind in ("contexts", "rejects"):
             for part in self._snapshot.parts[kind]:
                 yield from self._check_part(part)
-        with tempfile.TemporaryDirectory() as folder:
-            claims = Claims(None, Path(folder) / "keys.sqlite")
-            try:
-                for kind in ("contexts", "rejects"):
-                    yield from self._check_rows(kind, claims)
-            finally:
-                claims.close()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            closing(OutcomeChains(Path(folder) / "keys.sqlite", self.manifest.retries)) as chains,
+        ):
+            for kind in ("rejects", "contexts"):  # a context may supersede a reject, never the reverse
+                yield from self._check_rows(kind, chains)
 
     def _check_part(self, part: Part) -> Problems:
         path = self._root / part.name
@@ -176,19 +178,18 @@ class Verification:
         else:
             self.notes.append(f"{part.name}: sealed, but not listed in manifest.jsonl")
 
-    def _check_rows(self, kind: str, claims: Claims) -> Problems:
+    def _check_rows(self, kind: str, chains: "OutcomeChains") -> Problems:
         for part in self._snapshot.parts[kind]:
-            with claims.batch():
-                for row in part.rows():
-                    yield from self._check_seq(kind, part, row)
-                    where = f"{part.name}: row {row.get('seq')}"
-                    try:
-                        key = row_key(row)
-                    except (KeyError, TypeError, ValueError, AttributeError):
-                        yield f"{where} does not name its seed"
-                        continue
-                    if claims.claim(key) is Claim.REPEATED:
-                        yield f"{where}: {row.get('id') or row.get('origin')} has more than one outcome"
+            for row in part.rows():
+                yield from self._check_seq(kind, part, row)
+                where = f"{part.name}: row {row.get('seq')}"
+                try:
+                    key = row_key(row)
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    yield f"{where} does not name its seed"
+                    continue
+                if problem := chains.add(kind, key, row):
+                    yield f"{where}: {problem}"
 
     def _check_all_samples(self, reassemble: Reassemble | None) -> Problems:
         contexts = (row for part in self._snapshot.parts["contexts"] for row in part.rows())
@@ -238,6 +239,52 @@ class Verification:
                 else:
                     self.notes.append(f"spool/stdin.jsonl: {len(line)} bytes of an unfinished last line")
                 return
+
+
+class OutcomeChains:
+    """The outcomes of each draft in order: one, or rejects that retries superseded and the one that holds.
+
+    Args:
+        path: A scratch file for the keys.
+        retries: The retries of the manifest.
+    """
+
+    def __init__(self, path: Path, retries: Sequence[Retry]) -> None:
+        table = "CREATE TABLE latest (key BLOB PRIMARY KEY, reject INTEGER) WITHOUT ROWID"
+        self._db = open_scratch(path, table, busy_timeout_s=0)
+        self._db.execute("BEGIN")
+        self._retries = retries
+        self._lines = SeqSet()
+        """The rejects of lines that were not seeds: a seed that is read there later has a key of its own."""
+
+    def add(self, kind: str, key: bytes, row: Row) -> str:
+        """Add the next outcome; returns what is wrong with it, "" if nothing is.
+
+        Args:
+            kind: Rejects, all of them first, or contexts.
+            key: The key of its draft.
+            row: Its row.
+        """
+        seq, earlier = row.get("seq"), superseded_by(row)
+        if kind == "rejects" and row.get("seed_id") is None and isinstance(seq, int):
+            self._lines.add(seq)
+        new = (key, seq if kind == "rejects" else None)
+        is_first = self._db.execute("INSERT OR IGNORE INTO latest VALUES (?, ?)", new).rowcount
+        if not is_first:
+            (latest,) = self._db.execute("SELECT reject FROM latest WHERE key = ?", (key,)).fetchone()
+            if latest is None or latest != earlier:
+                return f"{row.get('id') or row.get('origin')} has more than one outcome"
+            self._db.execute("UPDATE latest SET reject = ? WHERE key = ?", (new[1], key))
+        if earlier is None:
+            return ""
+        asked = any(isinstance(seq, int) and retry.allows(kind, seq, earlier) for retry in self._retries)
+        if not asked or (is_first and earlier not in self._lines):
+            return f"supersedes reject {earlier}, which no retry has asked again for it"
+        return ""
+
+    def close(self) -> None:
+        """Close the scratch file."""
+        self._db.close()
 
 
 class Reassembly:

@@ -169,6 +169,7 @@ class Worker:
         seed, steps = draft.seed, document.steps
         last, tokens = steps[-1], sum(step.completion_tokens for step in steps)
         return Context(
+            supersedes=draft.supersedes,
             id=draft.id,
             seed_id=seed.id,
             draft=draft.number,
@@ -203,6 +204,7 @@ class Worker:
         assert self.current is not None, "a worker rejects only its current item"
         draft, seed = self.current, self.current.seed
         return Reject(
+            supersedes=draft.supersedes,
             key=draft.key,
             reason=reason,
             detail=detail,

@@ -19,6 +19,7 @@ from streamsyn.report.report_examples import (
     opening,
 )
 from streamsyn.report.traffic import Traffic
+from streamsyn.sink.retries import superseded
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Snapshot
@@ -66,6 +67,8 @@ class RunMetrics:
         self.sample_target: LengthTarget | None = sample_target(config.assembly)
         self.flags: Counter[str] = Counter()
         self.truncated = self.unscored = 0
+        self.superseded = 0
+        """Rejects that a retry has superseded; they count for time and tokens only."""
         self.reasons: Counter[str] = Counter()
         self._examples: dict[str, BottomK[RejectExample]] = {}
         self.duplicates: BottomK[RepeatExample] = BottomK(_MAX_REPEATS)
@@ -78,11 +81,13 @@ class RunMetrics:
             snapshot = Snapshot(root)
         except SinkError as error:
             raise ConfigError(str(error)) from error
+        self._gone = superseded(snapshot)
         self._read(snapshot)
         self.openings = self._openings(snapshot)
         """The beginnings of the contexts that the shown near-duplicates repeat, by id."""
         final = snapshot.manifest.final
-        self.is_complete = final is not None and all(final.get(kind) == self.counts[kind] for kind in KINDS)
+        rows = self.counts | {"rejects": self.counts["rejects"] + self.superseded}
+        self.is_complete = final is not None and all(final.get(kind) == rows[kind] for kind in KINDS)
 
     @property
     def outcomes(self) -> int:
@@ -97,11 +102,10 @@ class RunMetrics:
         add = {"contexts": self._add_context, "rejects": self._add_reject, "samples": self._add_sample}
         for kind in KINDS:
             for part in snapshot.parts[kind]:
-                before = self.counts[kind]
+                read = 0
                 for row in part.rows():
-                    self.counts[kind] += 1
+                    read += 1
                     add[kind](row)
-                read = self.counts[kind] - before
                 if part.sealed is not None and read != part.sealed.rows:
                     self.notes.append(
                         f"{part.path}: only {read:,} of {part.sealed.rows:,} rows could be read; "
@@ -122,6 +126,7 @@ class RunMetrics:
         return openings
 
     def _add_context(self, row: dict[str, Any]) -> None:
+        self.counts["contexts"] += 1
         checks, task = checks_of(row), self.tasks.name(text(row, "task"))
         for scores in (self.all, self.tasks.of(task)):
             scores.add(row, self._answerable_from, self._known_above)
@@ -156,9 +161,13 @@ class RunMetrics:
             )
 
     def _add_reject(self, row: dict[str, Any]) -> None:
+        self.traffic.add_reject(row)
+        if row.get("seq") in self._gone:
+            self.superseded += 1
+            return
+        self.counts["rejects"] += 1
         reason = text(row, "reason") or "?"
         self.reasons[reason] += 1
-        self.traffic.add_reject(row)
         if text(row, "task"):
             self.tasks.of(text(row, "task")).rejects += 1
         where = text(row, "id") or text(row, "origin")
@@ -166,6 +175,7 @@ class RunMetrics:
         examples.offer(draw_key("reject", where), lambda: RejectExample.of(row, where))
 
     def _add_sample(self, row: dict[str, Any]) -> None:
+        self.counts["samples"] += 1
         passages, limit = len(row.get("context_seqs") or ()), self.config.assembly.max_tokens
         tokens = number(row, "n_tokens")
         self.sample_tokens.add(tokens)

@@ -164,6 +164,8 @@ def rejects_fact(metrics: RunMetrics) -> Fact:
         reason, most = metrics.reasons.most_common(1)[0]
         severity = grade_low(number / outcomes, REJECTS_LOOK, REJECTS_BAD)
         fact.add(severity, f"{number:,} of {outcomes:,} outcomes are rejects; {most:,} of them are {reason}.")
+    if metrics.superseded:
+        fact.add(Severity.GOOD, f"{metrics.superseded:,} earlier rejects were retried and no longer hold.")
     return fact
 
 

@@ -5,6 +5,7 @@ shard; when that reaches `sink.shard_bytes` the next one is opened. The full one
 manifest and added to the index of completed keys, in this order, which takes syncs and so is done apart.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -22,13 +23,16 @@ from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
 from streamsyn.sink.journal import Journal
-from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.manifest import Manifest, Retry, SealedShard
+from streamsyn.sink.retries import SeqSet, open_rejects, superseded
 from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard
+from streamsyn.sink.snapshot import Snapshot
 
 log = structlog.get_logger()
 
 Record = Context | Reject | Sample
 
+_NOT_SUPERSEDING = b'{"supersedes":null,'
 _STATE = "assembly.json"
 _MAX_ROWS = 64
 """Rows in one append: bounds the buffer for samples of many MB."""
@@ -72,17 +76,52 @@ class RunLog:
         """Keys of drafts with steps in the journal whose outcome is written, but not yet synced."""
         self._lock = Lock()
         """Guards `_unsynced`."""
+        self._superseded = SeqSet()
+        """While a retry is open: the rejects that no longer hold."""
+        self._find_superseded()
 
     @property
     def outcomes(self) -> int:
         """Number of contexts and rejects in the log."""
         return self.contexts.rows + self.rejects.rows
 
+    @property
+    def holding_rejects(self) -> int:
+        """Number of rejects that no later outcome supersedes."""
+        return self.rejects.rows - self.superseded
+
+    @property
+    def superseded(self) -> int:
+        """Number of rejects that a later outcome supersedes."""
+        return len(self._superseded) if self.manifest.open_retries else self.manifest.superseded
+
+    def add_retry(self, reasons: Sequence[str]) -> None:
+        """Have the rejects of these reasons asked again: they are open until the log is finished."""
+        self.rejects.seal()  # so that a mirror has them before the outcomes that supersede them
+        retry = Retry(
+            reasons=list(reasons),
+            contexts=self.contexts.rows,
+            rejects=self.rejects.rows,
+            seeds_read=self.manifest.seeds_read,
+            at=time.time(),
+        )
+        self.manifest.add_retry(retry)
+        self._find_superseded()
+
+    def open_rejects(self) -> Iterator[dict[str, Any]]:
+        """The rows of rejects that are to be asked again."""
+        if self.manifest.open_retries:
+            with disk_errors(f"read the rejects of {self.root}"):
+                yield from open_rejects(Snapshot(self.root), self._superseded)
+
     def claims(self) -> Claims:
         """The set by which the producer knows what is already completed, or read earlier in this run."""
         claims = Claims(self._completed.path, self.root / "index" / "read.sqlite")
         # An earlier run may have been killed between syncing these outcomes and dropping their steps.
-        self.journal.drop(claims.finished(self.journal.keys()))
+        finished = claims.finished(self.journal.keys())
+        if finished and self.manifest.open_retries:
+            finished.difference_update(map(row_key, self.open_rejects()))
+        self.journal.drop(finished)
         return claims
 
     @property
@@ -104,6 +143,9 @@ class RunLog:
             written += zip(self.rejects.write(rejects), rejects, strict=True)
         with self._lock:
             self._unsynced += [outcome.key for outcome in outcomes if self.journal.holds(outcome.key)]
+        for outcome in outcomes:
+            if outcome.supersedes is not None:
+                self._superseded.add(outcome.supersedes)
         return written
 
     def sync(self) -> None:
@@ -154,8 +196,15 @@ class RunLog:
                 "rejects": self.rejects.rows,
                 "samples": self.samples.rows,
             }
+            if self.superseded:
+                totals["superseded"] = self.superseded
             self.manifest.add_final(totals)
         self.journal.close(remove_empty=True)
+
+    def _find_superseded(self) -> None:
+        if self.manifest.open_retries:
+            with disk_errors(f"read {self.root}"):
+                self._superseded = superseded(Snapshot(self.root))
 
     def close(self, *, quietly: bool = False) -> None:
         """Sync and leave the open shards for a later run. Closes everything, even when a sync fails.
@@ -376,7 +425,8 @@ class ShardLog:
 def encode_row(seq: int, record: Record) -> bytes:
     """The line of a record in the log."""
     body = orjson.dumps(record, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
-    return b'{"seq":%d,%s' % (seq, body[1:])
+    start = len(_NOT_SUPERSEDING) if body.startswith(_NOT_SUPERSEDING) else 1
+    return b'{"seq":%d,%s' % (seq, body[start:])
 
 
 def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:

@@ -2,12 +2,14 @@
 
 A `flush` line records that a stream of seeds ended after N contexts: there, contexts that still waited for
 distractors were assembled with what there was. So samples are a function of the log and of these lines.
+
+A `retry` line records that rejects are to be asked again. It is open until the next final line.
 """
 
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,33 @@ class SealedShard:
     sealed_at: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """The manifest's entry for `streamsyn retry`: which rejects are to be asked again.
+
+    Attributes:
+        reasons: The reasons of the rejects.
+        contexts: Contexts in the log at that time: later ones may supersede a reject.
+        rejects: Rejects in the log at that time: these are asked again, and later ones may supersede them.
+        seeds_read: Whether all seeds had been read, so that sources that are gone since hold nothing new.
+        at: When, in Unix seconds.
+    """
+
+    reasons: list[str]
+    contexts: int
+    rejects: int
+    seeds_read: bool
+    at: float
+
+    def allows(self, kind: str, seq: int, superseded: int) -> bool:
+        """Whether row `seq` of contexts or rejects may supersede the reject `superseded`."""
+        return superseded < self.rejects and seq >= (self.contexts if kind == "contexts" else self.rejects)
+
+    def reopens(self, reject: dict[str, Any]) -> bool:
+        """Whether a row of rejects is one of those to be asked again."""
+        return bool(reject["seq"] < self.rejects) and reject.get("reason") in self.reasons
+
+
 class Manifest:
     """The manifest of a run directory: read once, then appended to; each line is synced.
 
@@ -46,6 +75,12 @@ class Manifest:
         self.shards: list[SealedShard] = []
         self.flushes: list[int] = []
         """Numbers of contexts after which a stream of seeds ended."""
+        self.retries: list[Retry] = []
+        """All retries, in order."""
+        self.open_retries: list[Retry] = []
+        """Those since the last final line: some of their rejects may not have been asked again yet."""
+        self.superseded = 0
+        """Rejects that no longer held at the last final line."""
         self.final: dict[str, Any] | None = None
         self.good_bytes = 0
         """Size of the whole lines, without a torn last line."""
@@ -58,6 +93,11 @@ class Manifest:
     def of_kind(self, kind: str) -> list[SealedShard]:
         """The shards of one kind, in order."""
         return [shard for shard in self.shards if shard.kind == kind]
+
+    @property
+    def seeds_read(self) -> bool:
+        """Whether all seeds were read: the run was finished, before a retry that is open or now."""
+        return self.final is not None or any(retry.seeds_read for retry in self.open_retries)
 
     @property
     def torn_bytes(self) -> int:
@@ -84,11 +124,17 @@ class Manifest:
             self.flushes.append(contexts)
             self.final = None
 
+    def add_retry(self, retry: Retry) -> None:
+        """Record that rejects are to be asked again."""
+        with self._lock:
+            self._append({"retry": True, **asdict(retry)})
+            self._open(retry)
+
     def add_final(self, line: dict[str, Any]) -> None:
         """Record that every seed has its outcome and every sample is written."""
         with self._lock:
             self._append({"final": True, **line})
-            self.final = line
+            self._close(line)
 
     def _append(self, line: Any) -> None:
         data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
@@ -119,10 +165,22 @@ class Manifest:
     def _refuse(self, number: int, error: Exception) -> SinkError:
         return SinkError(f"{self._path}:{number}: invalid manifest line: {error}")
 
+    def _open(self, retry: Retry) -> None:
+        self.final = None
+        self.retries.append(retry)
+        self.open_retries.append(retry)
+
+    def _close(self, final: dict[str, Any]) -> None:
+        self.final = final
+        self.superseded = int(final.get("superseded", 0))
+        self.open_retries = []
+
     def _take(self, line: dict[str, Any]) -> None:
         self.final = None
         if line.get("final"):
-            self.final = line
+            self._close(line)
+        elif line.pop("retry", False):
+            self._open(Retry(**line))
         elif line.get("flush"):
             self.flushes.append(int(line["contexts"]))
         else:

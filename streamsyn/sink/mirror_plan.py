@@ -191,6 +191,8 @@ class MirrorPlan:
                 is_true = line["path"] in self._copied
             elif line.get("flush"):
                 is_true = line["contexts"] <= self._contexts
+            elif line.get("retry"):
+                is_true = True  # the rejects that it reopens come before it
             else:  # the final line: all shards must be there
                 is_true = all(one["path"] in self._copied for _, one in lines if "path" in one)
             if is_true:

@@ -51,13 +51,19 @@ class RunDirectory:
         """Release the lock."""
         self._lock.close()
 
-    def check(self, fingerprint: dict[str, Any], defaults: Mapping[str, Any] = _NO_DEFAULTS) -> None:
+    def check(
+        self,
+        fingerprint: dict[str, Any],
+        defaults: Mapping[str, Any] = _NO_DEFAULTS,
+        may_differ: Callable[[str], bool] | None = None,
+    ) -> None:
         """Refuse to resume a run under a different fingerprint.
 
         Args:
             fingerprint: What shapes outputs now. Without `model` (the servers have not answered yet), the
                 keys that are known late are not compared.
             defaults: Values of keys that did not exist yet when the run began.
+            may_differ: Of a retry: whether it may change a key.
 
         Raises:
             ConfigError: Keys differ; the message names each with both values.
@@ -68,20 +74,47 @@ class RunDirectory:
         before = saved["fingerprint"]
         if "model" not in now:  # the servers have not answered yet
             before, now = ({k: v for k, v in keys.items() if k not in _LATE} for keys in (before, now))
-        if different := differences(before, now, defaults):
-            raise ConfigError(
-                f"{self.root} holds a run with a different configuration ({different}); "
-                "choose a different --out"
+        if may_differ is not None:
+            before, now, defaults = (
+                {key: value for key, value in keys.items() if not may_differ(key)}
+                for keys in (before, now, defaults)
             )
+        if not (different := differences(before, now, defaults)):
+            return
+        if may_differ is not None:
+            raise ConfigError(
+                f"a retry cannot change what the other rows of {self.root} depend on ({different}); "
+                "start a new run for that"
+            )
+        raise ConfigError(
+            f"{self.root} holds a run with a different configuration ({different}); choose a different --out"
+        )
 
     def saved(self) -> dict[str, Any] | None:
         """The content of run.json; None in a new directory."""
         return read_run_json(self.root)
 
-    def save(self, config: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-        """Replace run.json atomically, keeping the time of its creation."""
+    def save(
+        self,
+        config: dict[str, Any],
+        fingerprint: dict[str, Any],
+        rows: Mapping[str, int] = _NO_DEFAULTS,
+    ) -> None:
+        """Replace run.json atomically, keeping the time of its creation.
+
+        Args:
+            config: The configuration from now on.
+            fingerprint: Its fingerprint.
+            rows: Numbers of contexts and rejects so far. If a retry has changed the fingerprint, they tell
+                which rows were written under the one before it, which goes to the list `replaced`.
+        """
         before = self.saved() or {}
-        data = {
+        replaced = list(before.get("replaced", ()))
+        changed = before and before["fingerprint"] != orjson.loads(orjson.dumps(fingerprint))
+        if rows and changed:
+            kept = {key: before.get(key) for key in ("config", "fingerprint", "versions")}
+            replaced.append({"rows_before": dict(rows), **kept})
+        data: dict[str, Any] = {
             "format": FORMAT,
             "created_at": before.get("created_at", time.time()),
             "updated_at": time.time(),
@@ -93,6 +126,8 @@ class RunDirectory:
                 **{name: version(name) for name in _REPORTED},
             },
         }
+        if replaced:
+            data["replaced"] = replaced
         write_whole(self.root / "run.json", orjson.dumps(data, option=orjson.OPT_INDENT_2))
 
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from streamsyn.config.loading import known_keys
 from streamsyn.pipeline.request import RunSummary
-from streamsyn.pipeline.summary import closing_figures, closing_lines
+from streamsyn.pipeline.summary import GOVERNED_BY, closing_figures, closing_lines
+from streamsyn.records import Reject, RejectReason
 from streamsyn.telemetry import Counters
 
 
@@ -30,10 +32,34 @@ def test_a_run_that_is_done() -> None:
         "done after 2 min 00 s",
         "  this run   230 contexts, 10 rejects, 200 samples; 2.0 outcomes/s",
         "  rejects    empty 7, too_short 3",
+        "             to ask them again: streamsyn retry out",
         "  tokens     900,000 useful, 100,000 wasted (10.0%); 4 failed tries; 42% of prompt tokens cached",
         "  directory  out: 1,230 contexts, 10 rejects, 1,200 samples",
         '  load       datasets.load_dataset("json", data_files="out/samples/*.jsonl*", split="train")',
     ] == list(closing_lines(summary()))
+
+
+def test_one_reject_of_each_reason_is_quoted() -> None:
+    """Where, why, and the key that governs it; a traceback by its last line."""
+    quoted = summary()
+    bug = "Traceback ...\n  File x\nValueError: " + "x" * 300 + "\n"
+    for number, (reason, detail) in enumerate(
+        [("too_short", "31 words, fewer than 50"), ("too_short", "8 words"), ("internal_error", bug)]
+    ):
+        quoted.counters.count_outcome(
+            Reject(key=b"k", reason=RejectReason(reason), detail=detail, origin=f"a.jsonl:{number}")
+        )
+    lines = list(closing_lines(quoted))
+    at = lines.index("             too_short, such as a.jsonl:0: 31 words, fewer than 50 (checks.min_words)")
+    assert lines[at + 1].startswith("             internal_error, such as a.jsonl:2: ValueError: xxx")
+    assert lines[at + 1].endswith("x...")
+
+
+def test_the_key_of_a_reason_exists() -> None:
+    """Faults of the data and of the code have none."""
+    assert set(GOVERNED_BY.values()) <= {*known_keys(), "seeds.fields"}
+    without = {"invalid_utf8", "invalid_json", "internal_error"}
+    assert without == {str(reason) for reason in RejectReason} - set(map(str, GOVERNED_BY))
 
 
 def test_a_run_that_was_stopped() -> None:
