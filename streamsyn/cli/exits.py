@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from streamsyn.stop_signals import stop_signals
 from streamsyn.urls import without_userinfo
 
 EXIT_OTHER = 1
@@ -45,8 +46,8 @@ def as_json() -> bool:
 
 
 def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    """Set one handler for SIGTERM and SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Set one handler for all signals that stop a command."""
+    for number in stop_signals():
         signal.signal(number, handler)
 
 

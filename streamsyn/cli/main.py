@@ -51,9 +51,8 @@ def main() -> None:
     if sys.argv[1:2] in (["run"], ["retry"], ["demo"], ["train"]):
         on_signals(stop_early)  # until the run sets its own handlers
         if "--tethered" in sys.argv:
-            signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # the terminal sends it to the run too, which stops us
+            for number in (signal.SIGINT, signal.SIGHUP):  # they come from the terminal, to the run too
+                signal.signal(number, signal.SIG_IGN)
     secure_stdio()
     try:
         cli.main(standalone_mode=False)

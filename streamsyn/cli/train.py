@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from streamsyn.cli.exits import on_signals
 from streamsyn.errors import ConfigError, StreamsynError, TrainingFailed
 
 _EXAMPLES = """\b
@@ -86,8 +87,7 @@ def train(
         from streamsyn.trainer.training import train as run_training
 
         code = run_training(request.config, request.source, request.model, request.out)
-        for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to stop
-            signal.signal(number, signal.SIG_IGN)
+        on_signals(signal.SIG_IGN)  # nothing is left to stop
         if plot and os.environ.get("RANK", "0") == "0":
             _plot(request.out)
     except (ConfigError, TrainingFailed) as error:  # a restart would end the same way

@@ -26,7 +26,8 @@ class RunSection(Section):
     """Exit with code 3 when rejects are more than this fraction of the outcomes, from 0 to 1. The default 1
     never does."""
     drain_timeout_s: Annotated[Seconds, operational] = 60.0
-    """Seconds that requests in flight may take to finish after the first SIGTERM or SIGINT."""
+    """Seconds that requests in flight may take to finish after the first signal: SIGINT, SIGTERM,
+    SIGHUP or SIGUSR1."""
     max_consecutive_bugs: Annotated[Count, operational] = 16
     """Stop the run after this many internal errors in a row, with no outcome in between."""
     metrics_listen: Annotated[str | None, operational] = None

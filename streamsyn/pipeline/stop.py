@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 from streamsyn.errors import StoppedEarly
 from streamsyn.pipeline.stages import Pipeline
+from streamsyn.stop_signals import GENTLE, stop_signals
 
 
 class Stopper:
@@ -39,15 +40,15 @@ class Stopper:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within the block, the first SIGTERM or SIGINT drains and the second cancels.
+        """Within the block, the first signal drains and a second SIGTERM or SIGINT cancels.
 
         Raises:
             StoppedEarly: The run was stopped before the pipeline was set up.
         """
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in stop_signals()}
         for number in before:
-            loop.add_signal_handler(number, self._on_signal, number.name)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         except asyncio.CancelledError:
@@ -72,12 +73,14 @@ class Stopper:
             self._cancelled_setup = why
             self._main.cancel()
 
-    def _on_signal(self, name: str) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signals and number in GENTLE:
+            return
         self._signals += 1
         if self._signals == 1:
-            self._drain(f"stopped by {name}")
+            self._drain(f"stopped by {number.name}")
             return
-        self.cancel(f"stopped by {name}")
+        self.cancel(f"stopped by {number.name}")
         if self._signals == 2 and self._on_second_signal is not None:
             self._on_second_signal()
 

@@ -1,6 +1,6 @@
 """How a training is told to stop: by signals, and by the end of the run that started it.
 
-SIGTERM and SIGINT: the first one finishes the step, saves and ends; a later one ends at once.
+The first signal finishes the step, saves and ends; a later SIGTERM or SIGINT ends at once.
 
 A trainer that was started by `run --train` also ends with its run. Its stdin is one end of a socket pair: end
 of file means that the run has ended or died, so the trainer saves and exits. The exit code goes back over the
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Self
 
 from streamsyn.errors import ConfigError
+from streamsyn.stop_signals import GENTLE
 
 EXIT_STOPPED = 75
 END_OF_RUN = signal.SIGUSR1
@@ -48,10 +49,11 @@ def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.mo
         if first is None:
             first = now()
             stop()
-        elif number != END_OF_RUN and now() - first > _SAME_SIGNAL_S:
+        elif number not in GENTLE and now() - first > _SAME_SIGNAL_S:
             os._exit(EXIT_STOPPED)
 
-    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, END_OF_RUN)}
+    numbers = (signal.SIGTERM, signal.SIGINT, *GENTLE)
+    found = {number: signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, on_signal)
@@ -65,15 +67,16 @@ def stop_on_signals(stop: Callable[[], None], now: Callable[[], float] = time.mo
 class ParentLiveness:
     """The trainer's end of the socket to the run that started it.
 
-    When the run ends or dies, END_OF_RUN is sent to this process. SIGINT is ignored from now on: Ctrl-C is
-    meant for the run, which then stops its trainer.
+    When the run ends or dies, END_OF_RUN is sent to this process. SIGINT and SIGHUP are ignored from now on:
+    they come from the terminal and are meant for the run, which then stops its trainer.
 
     Raises:
         ConfigError: Stdin is not a socket.
     """
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         try:
             self._socket = socket.socket(fileno=os.dup(0))
         except OSError as error:

@@ -24,6 +24,7 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError
+from streamsyn.stop_signals import GENTLE, stop_signals
 from streamsyn.trainer.signals import EXIT_STOPPED
 from streamsyn.trainer.training_request import check, check_launcher, resolve
 
@@ -40,15 +41,16 @@ _PREFIX = "streamsyn: "
 _GONE_S = 60.0
 """Time for the ranks of a launcher to save and end after the launcher has died."""
 
-# Runs in the child before it becomes the trainer or its launcher: Ctrl-C at the terminal is meant for the
-# run.
-_IGNORE_SIGINT = """
+# Runs in the child before it becomes the trainer or its launcher: Ctrl-C at the terminal, and its end, are
+# meant for the run.
+_IGNORE_TERMINAL = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 # torchrun would set a handler nevertheless; newer versions read from this variable which signals to handle.
-_ENVIRONMENT = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT"}
+_ENVIRONMENT = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGQUIT"}
 
 
 def training_beside(path: Path, run_out: Path, *, as_json: bool) -> "TrainerSupervisor":
@@ -151,7 +153,7 @@ class TrainerSupervisor:
         """A context around the run: handles signals while the run has no handlers, and stops the trainer on
         errors.
         """
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in stop_signals()}
         for number in before:
             signal.signal(number, self._on_signal)
         try:
@@ -163,13 +165,13 @@ class TrainerSupervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._code is None:
             os._exit(EXIT_STOPPED)  # nothing was started yet
-        elif self._stopping:
-            self.end()
-        else:
+        elif not self._stopping:
             self.stop()
+        elif number not in GENTLE:
+            self.end()
 
     def _supervise(self, drain: Callable[[str], None]) -> int:
         while True:
@@ -291,7 +293,7 @@ class TrainerProcess:
         with theirs, ExitStack() as on_failure:
             on_failure.callback(self._socket.close)
             self._process = subprocess.Popen(  # noqa: S603 - what the user has configured
-                [sys.executable, "-I", "-S", "-c", _IGNORE_SIGINT, *command],
+                [sys.executable, "-I", "-S", "-c", _IGNORE_TERMINAL, *command],
                 stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -163,8 +163,10 @@ def test_with_log_json_an_error_is_an_event(
         assert named in last["error"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.15, 0.3])
+@pytest.mark.parametrize(
+    ("number", "delay_s"),
+    [(signal.SIGTERM, 0.05), (signal.SIGINT, 0.0), (signal.SIGUSR1, 0.15), (signal.SIGTERM, 0.3)],
+)
 def test_a_signal_at_the_start_ends_a_run_quietly(
     number: signal.Signals, delay_s: float, seeds: Seeds, tmp_path: Path
 ) -> None:
@@ -188,7 +190,7 @@ import streamsyn.pipeline.summary
 from streamsyn.cli.main import main
 lines = streamsyn.pipeline.summary.closing_lines
 def late(summary):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         os.kill(os.getpid(), number)
     return lines(summary)
 streamsyn.pipeline.summary.closing_lines = late

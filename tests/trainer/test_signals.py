@@ -9,10 +9,12 @@ PROGRAM = """
 import signal, sys
 from streamsyn.trainer.signals import END_OF_RUN, stop_on_signals
 
-times = iter(float(arg.removeprefix("run:")) for arg in sys.argv[1:])
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+times = iter(float(arg.split(":")[-1]) for arg in sys.argv[1:])
 with stop_on_signals(lambda: print("stop", flush=True), lambda: next(times)):
     for arg in sys.argv[1:]:
-        signal.raise_signal(END_OF_RUN if arg.startswith("run:") else signal.SIGTERM)
+        kind = arg.split(":")[0]
+        signal.raise_signal({"run": END_OF_RUN, "hup": signal.SIGHUP}.get(kind, signal.SIGTERM))
 print("saved")
 """
 
@@ -23,6 +25,7 @@ print("saved")
         (["5"], 0, "stop\nsaved\n"),
         (["5", "5.2", "5.9"], 0, "stop\nsaved\n"),
         (["5", "5.2", "7"], 75, "stop\n"),
+        (["hup:5", "hup:7"], 0, "stop\nsaved\n"),
         (["run:5"], 0, "stop\nsaved\n"),
         (["5", "run:7"], 0, "stop\nsaved\n"),
         (["run:5", "run:7", "9"], 75, "stop\n"),
