@@ -1,8 +1,8 @@
 """The signals that stop a run or a training.
 
-SIGTERM and SIGINT: the first one drains, a later one ends at once. SIGHUP (the terminal was closed) and SIGUSR1
-(sent by Slurm before the time limit, with `--signal=USR1@60`) only ever drain: a terminal that closes sends
-SIGHUP twice, from the kernel and from the shell.
+SIGTERM and SIGINT: the first one drains, a later one ends at once. SIGHUP (the terminal was closed) and
+SIGUSR1 (sent by Slurm before the time limit, with `--signal=USR1@60`) only ever drain: a terminal that closes
+sends SIGHUP twice, from the kernel and from the shell.
 """
 
 import signal

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -73,7 +73,10 @@ async def test_what_nohup_ignores_stays_ignored() -> None:
 
 @pytest.mark.usefixtures("restored")
 async def test_a_signal_during_the_set_up_ends_it() -> None:
-    set_up: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
-    with pytest.raises(StoppedEarly, match="SIGUSR1"), Stopper().signals():
-        signal.raise_signal(signal.SIGUSR1)
+    async def set_up() -> None:
+        with Stopper().signals():
+            signal.raise_signal(signal.SIGUSR1)
+            await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(StoppedEarly, match="SIGUSR1"):
         await set_up()
