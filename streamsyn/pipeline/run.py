@@ -25,6 +25,7 @@ from streamsyn.pipeline.setup import (
     Parts,
     make_assembly,
     make_producer,
+    make_sink,
     make_workers,
     metrics_served,
     open_fleets,
@@ -38,7 +39,6 @@ from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
 
 
@@ -96,7 +96,7 @@ async def _run(parts: Parts) -> None:
                 stages = Stages(
                     producer=make_producer(parts, claims),
                     workers=make_workers(parts, fleets),
-                    sink=OutcomeWriter(parts.log, config.sink, parts.counters),
+                    sink=make_sink(parts, fleets),
                     assembly=assembly,
                 )
                 # A sync begins at `sync_rows`, and more drafts may end while it runs.

@@ -28,6 +28,7 @@ from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
@@ -253,6 +254,14 @@ def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:
     for fleet in each:
         fleet.on_room(pool.grow)
     return pool
+
+
+def make_sink(parts: Parts, fleets: Fleets) -> OutcomeWriter:
+    """The stage that writes the log; the examiner learns which contexts are on disk."""
+    section = parts.request.config.sink
+    if fleets.examination is None:
+        return OutcomeWriter(parts.log, section, parts.counters)
+    return OutcomeWriter(parts.log, section, parts.counters, fleets.examination.examiner.logged)
 
 
 def make_assembly(parts: Parts) -> AssemblyStage | NoAssembly:

@@ -141,8 +141,8 @@ class Worker:
             before = len(self.attempts)
             completion = await self._fleet.complete(made, self.attempts, model)
             asked, made = made, await steps.next(completion)
-            if isinstance(made, Document):
-                break
+            if isinstance(made, Document) and not (self._examiner and self._examiner.asks_servers):
+                break  # the log holds it next
             is_kept = await self._keep(draft, number, asked, completion, self.attempts[before:])
             if is_kept and self._is_draining():
                 raise StoppedEarly("draining: the next run resumes with the next step")
@@ -203,6 +203,8 @@ class Worker:
             )
         assert self.current is not None, "a worker rejects only its current item"
         draft, seed = self.current, self.current.seed
+        if self._examiner is not None:
+            self._examiner.forget(draft)
         return Reject(
             supersedes=draft.supersedes,
             key=draft.key,

@@ -6,12 +6,15 @@ is compared with the originals that share a band with it. A near-duplicate does 
 otherwise, in a chain of texts of which each resembles the one before, a text could be a duplicate although it
 resembles none of those that remain when duplicates are left out.
 
-The file is derived from the log. `catch_up` adds what it lacks and removes what never reached the log. A
-missing or damaged file is made anew; when the disk fails, comparison is switched off. Nothing here raises.
+The file is a function of the log: it holds the originals among the first `next_seq` contexts, by their seq.
+Those whose outcome is not on disk yet are held in memory. So a rejected draft or a kill leaves nothing
+behind, and a run that resumes reads the contexts from `next_seq` on. A missing or damaged file is made anew;
+when the disk fails, comparison is switched off. Nothing here raises.
 """
 
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +42,9 @@ _BATCH_ROWS: Final = 500
 _COMMIT_ROWS: Final = 5000
 _COMMIT_S: Final = 10.0
 """Bands are spread over the whole file: the more are written at once, the fewer pages are written twice."""
+_SCHEMA: Final = 2
 _TABLES: Final = """
-CREATE TABLE IF NOT EXISTS originals (n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, low BLOB NOT NULL,
-    logged INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS originals (n INTEGER PRIMARY KEY, id TEXT NOT NULL, low BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS bands (key INTEGER, n INTEGER, PRIMARY KEY (key, n)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
@@ -64,8 +67,42 @@ class _Text:
     low: bytes
 
 
+class _Pending:
+    """Originals whose outcome is not on disk yet. No call blocks."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, _Text] = {}
+        self._by_key: dict[int, dict[str, _Text]] = {}
+        self._lock = Lock()
+
+    def add(self, text: _Text) -> None:
+        """Add an original, in place of one with the same id."""
+        self.pop(text.id)
+        with self._lock:
+            self._texts[text.id] = text
+            for key in text.keys:
+                self._by_key.setdefault(key, {})[text.id] = text
+
+    def pop(self, draft_id: str) -> _Text | None:
+        """Remove and return an original, if there is one of that id."""
+        with self._lock:
+            text = self._texts.pop(draft_id, None)
+            for key in text.keys if text is not None else ():
+                same = self._by_key[key]
+                del same[draft_id]
+                if not same:
+                    del self._by_key[key]
+            return text
+
+    def sharing_a_band(self, text: _Text) -> list[tuple[str, bytes]]:
+        """The id and the low bytes of each original that shares a band with `text`."""
+        with self._lock:
+            found = {one.id: one.low for key in text.keys for one in self._by_key.get(key, {}).values()}
+            return list(found.items())
+
+
 class Duplicates:
-    """The originals of a run. Any number of threads may use it; all methods block.
+    """The originals of a run. Any number of threads may use it; all methods block, unless they say otherwise.
 
     Args:
         path: The SQLite file, which need not exist.
@@ -83,38 +120,42 @@ class Duplicates:
         self._was_damaged = False
         self._uncommitted = 0
         self._committed_at = time.monotonic()
+        self._pending = _Pending()
+        self._logged: deque[tuple[int, str]] = deque()
+        """Seqs and ids of contexts on disk that are not in the file yet."""
         self.next_seq = 0
-        """The first row of the log that `catch_up` needs."""
+        """The first row of the log that the file does not cover, and that `catch_up` needs."""
         self._do(self._load, None)
 
-    def check_and_add(self, draft_id: str, text: str) -> Match | None:
-        """The most similar original, or None: the text is an original from now on.
+    def find(self, draft_id: str, text: str) -> Match | None:
+        """The most similar original other than that of `draft_id`; None if none is similar enough."""
+        new = self._text(draft_id, text)
+        return self._do(lambda db: self._most_similar(db, new), None)
 
-        Of two similar texts that are checked at the same time, exactly one has a match. A text replaces an
-        earlier one of the same id: a draft that is written again is not a duplicate of itself.
+    def check_and_add(self, draft_id: str, text: str) -> Match | None:
+        """As `find`; a text without a match is an original from now on.
+
+        Call it when nothing else can reject the draft. Of two similar texts that are checked at the same
+        time, exactly one has a match.
         """
         new = self._text(draft_id, text)
 
         def check_and_add(db: sqlite3.Connection) -> Match | None:
-            self._begin(db)
-            db.execute("DELETE FROM originals WHERE id = ?", (draft_id,))
+            self._add_logged(db)
             match = self._most_similar(db, new)
             if match is None:
-                _insert(db, new, logged=False)
-            self._commit_sometimes(db)
+                self._pending.add(new)
             return match
 
         return self._do(check_and_add, None)
 
     def forget(self, draft_id: str) -> None:
-        """Remove an original whose draft did not become a context after all."""
+        """Remove an original whose draft did not become a context after all. Does not block."""
+        self._pending.pop(draft_id)
 
-        def forget(db: sqlite3.Connection) -> None:
-            self._begin(db)
-            db.execute("DELETE FROM originals WHERE id = ?", (draft_id,))
-            self._commit_sometimes(db)
-
-        self._do(forget, None)
+    def logged(self, seq: int, draft_id: str) -> None:
+        """Record that a context is on disk: the next one in the order of the log. Does not block."""
+        self._logged.append((seq, draft_id))
 
     def catch_up(self, rows: Iterable[dict[str, Any]]) -> bool:
         """Bring the originals in line with the log, before a run begins.
@@ -129,7 +170,7 @@ class Duplicates:
         seen = iter(rows)
         while batch := list(islice(seen, _BATCH_ROWS)):
             fresh = [row for row in batch if row["seq"] >= self.next_seq]
-            if not self._do(partial(self._add_logged, rows=fresh), False):
+            if not self._do(partial(self._add_rows, rows=fresh), False):
                 return self._is_off
         if was_empty and self.next_seq:
             log.warning(
@@ -138,10 +179,11 @@ class Duplicates:
                 why="missing, or made by another version",
                 rows=self.next_seq,
             )
-        return self._do(self._drop_ghosts, False) or self._is_off
+        return True
 
     def close(self) -> None:
-        """Commit, and close the file."""
+        """Add what is on disk, commit, and close the file."""
+        self._do(self._add_logged, None)
         self._do(self._commit, None)
         with self._lock:
             self._file.close()
@@ -158,6 +200,8 @@ class Duplicates:
             f"(SELECT n FROM bands WHERE key IN ({places})) AND length(low) = ? ORDER BY n LIMIT ?",
             (*new.keys, PERMUTATIONS, MAX_CANDIDATES),
         ).fetchall()
+        candidates += self._pending.sharing_a_band(new)
+        candidates = [one for one in candidates if one[0] != new.id]  # written again, after a kill
         if not candidates:
             return None
         known = numpy.frombuffer(b"".join([low for _, low in candidates]), numpy.uint8)
@@ -168,29 +212,36 @@ class Duplicates:
         similarity = max(0.0, (float(shares[best]) - 1 / 256) / (1 - 1 / 256))
         return Match(candidates[best][0], similarity) if similarity >= self._similarity else None
 
-    def _add_logged(self, db: sqlite3.Connection, rows: list[dict[str, Any]]) -> bool:
+    def _add_rows(self, db: sqlite3.Connection, rows: list[dict[str, Any]]) -> bool:
         self._begin(db)
         for row in rows:
             if "near_duplicate" in (row.get("checks") or ()):
                 continue
-            confirmed = db.execute("UPDATE originals SET logged = 1 WHERE id = ?", (row["id"],)).rowcount
-            if not confirmed:
-                _insert(db, self._text(row["id"], row["context"]), logged=True)
-        next_seq = rows[-1]["seq"] + 1 if rows else self.next_seq
-        _put_fact(db, "next_seq", next_seq)
+            text = self._text(row["id"], row["context"])
+            # A later draft of a seed with a document repeats the first, unmarked.
+            if not row.get("draft") or self._most_similar(db, text) is None:
+                _insert(db, row["seq"], text)
+        self._cover(db, rows[-1]["seq"] + 1 if rows else self.next_seq)
         self._commit(db)
-        self.next_seq = next_seq
         return True
 
-    def _drop_ghosts(self, db: sqlite3.Connection) -> bool:
-        """Remove what was added for drafts that never reached the log, because of a kill."""
-        self._begin(db)
-        logged_n = _fact(db, "logged_n") or 0
-        db.execute("DELETE FROM originals WHERE n > ? AND NOT logged", (logged_n,))
-        last = db.execute("SELECT max(n) FROM originals").fetchone()[0] or 0
-        _put_fact(db, "logged_n", last)
-        self._commit(db)
-        return True
+    def _add_logged(self, db: sqlite3.Connection) -> None:
+        """Move originals whose outcome is on disk from memory to the file."""
+        while self._logged:
+            seq, draft_id = self._logged.popleft()
+            self._begin(db)
+            text = self._pending.pop(draft_id)
+            if text is not None:
+                _insert(db, seq, text)
+            if seq == self.next_seq:  # not after the file was made anew: then a later run reads the log
+                self._cover(db, seq + 1)
+            self._uncommitted += 1
+        self._commit_sometimes(db)
+
+    def _cover(self, db: sqlite3.Connection, next_seq: int) -> None:
+        """Record that the file holds the originals among all contexts below `next_seq`."""
+        _put_fact(db, "next_seq", next_seq)
+        self.next_seq = next_seq
 
     def _do(self, act: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
         """What `act` returns, or `otherwise` if the file fails; a damaged one is made anew, once."""
@@ -207,7 +258,7 @@ class Duplicates:
             return otherwise
 
     def _load(self, db: sqlite3.Connection) -> None:
-        version = f"{VERSION}/{self._rows}"
+        version = f"{_SCHEMA}/{VERSION}/{self._rows}"
         if _fact(db, "version") not in (None, version):  # its signatures cannot be compared with ours
             self._file.delete()
             db = self._file.connect()
@@ -220,7 +271,6 @@ class Duplicates:
 
     def _commit_sometimes(self, db: sqlite3.Connection) -> None:
         """Commit now and then: what a kill takes is read from the log again."""
-        self._uncommitted += 1
         if self._uncommitted >= _COMMIT_ROWS or time.monotonic() - self._committed_at > _COMMIT_S:
             self._commit(db)
 
@@ -260,10 +310,9 @@ def _rows_of_a_band(similarity: float) -> int:
     )
 
 
-def _insert(db: sqlite3.Connection, new: _Text, *, logged: bool) -> None:
-    query = "INSERT INTO originals (id, low, logged) VALUES (?, ?, ?)"
-    number = db.execute(query, (new.id, new.low, logged)).lastrowid
-    db.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?)", [(key, number) for key in new.keys])
+def _insert(db: sqlite3.Connection, seq: int, new: _Text) -> None:
+    db.execute("INSERT OR REPLACE INTO originals VALUES (?, ?, ?)", (seq, new.id, new.low))
+    db.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?)", [(key, seq) for key in new.keys])
 
 
 def _fact(db: sqlite3.Connection, name: str) -> Any:

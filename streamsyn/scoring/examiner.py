@@ -4,6 +4,7 @@ Cheap checks come first. A finding becomes a field or a flag of `Context.checks`
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,14 @@ from streamsyn.config.sections import ChecksSection, ScoringSection
 from streamsyn.errors import ServerError
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.recipes.recipe import RejectedDraft
-from streamsyn.records import Document, Draft, RejectReason
+from streamsyn.records import Context, Document, Draft, RejectReason
 from streamsyn.scoring.measures import Answers, Gain
 from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
     from streamsyn.scoring.contamination import EvalSets
-    from streamsyn.scoring.duplicates import Duplicates
+    from streamsyn.scoring.duplicates import Duplicates, Match
 
 log = structlog.get_logger()
 
@@ -153,6 +154,11 @@ class Examiner:
         self._duplicates = duplicates
         self._scores = scores
 
+    @property
+    def asks_servers(self) -> bool:
+        """Whether it asks servers, so that a kill or a drain may come between a document and its outcome."""
+        return self._scores is not None
+
     async def examine(self, draft: Draft, document: Document) -> Document:
         """Return the document with the findings in its checks.
 
@@ -164,18 +170,25 @@ class Examiner:
         if self._eval_sets is not None:
             written = (document.text, document.instruction, document.answer)
             await self._check_contamination(self._eval_sets, findings, "\n\n".join(filter(None, written)))
-        # The drafts of a seed with a document share that document.
-        is_shared = bool(draft.seed.context) and draft.number > 0
-        if self._duplicates is not None and not is_shared:
-            await self._check_duplicates(self._duplicates, findings, draft.id, document.text)
+        is_repeat = False
         if self._scores is not None:
-            try:
-                await self._scores.measure(findings, _question(draft, document), document.text)
-            except RejectedDraft:
-                if self._duplicates is not None:  # it will not be in the log
-                    await asyncio.to_thread(self._duplicates.forget, draft.id)
-                raise
+            if self._duplicates is not None:  # scoring a repeat would be a waste
+                is_repeat = await self._is_repeat(self._duplicates.find, findings, draft, document)
+            await self._scores.measure(findings, _question(draft, document), document.text)
+        # Last: a draft that was rejected after it had become an original would take similar ones with it.
+        if self._duplicates is not None and not is_repeat:
+            await self._is_repeat(self._duplicates.check_and_add, findings, draft, document)
         return replace(document, checks={**findings.checks, "flags": findings.flags})
+
+    def forget(self, draft: Draft) -> None:
+        """Record that a draft became a reject: similar texts are no near-duplicates of it."""
+        if self._duplicates is not None:
+            self._duplicates.forget(draft.id)
+
+    def logged(self, seq: int, context: Context) -> None:
+        """Record that a context is on disk: the next one in the order of the log."""
+        if self._duplicates is not None:
+            self._duplicates.logged(seq, context.id)
 
     async def _check_contamination(self, eval_sets: "EvalSets", findings: Findings, text: str) -> None:
         overlap = await asyncio.to_thread(eval_sets.overlap, text)
@@ -191,17 +204,27 @@ class Examiner:
         findings.checks["contaminated"] = found
         findings.flags.append("contaminated")
 
-    async def _check_duplicates(
-        self, duplicates: "Duplicates", findings: Findings, draft_id: str, text: str
-    ) -> None:
-        match = await asyncio.to_thread(duplicates.check_and_add, draft_id, text)
-        if match is None:
-            return
+    async def _is_repeat(
+        self,
+        look: Callable[[str, str], "Match | None"],
+        findings: Findings,
+        draft: Draft,
+        document: Document,
+    ) -> bool:
+        """Whether `look` finds an original like the document; if so, reject the draft or add the finding."""
+        match = await asyncio.to_thread(look, draft.id, document.text)
+        if match is None or (draft.seed.context and _is_draft_of(match.id, draft.seed.id)):
+            return False  # the drafts of a seed with a document share that document
         if self._section.near_duplicate == "reject":
             detail = f"repeats the context {match.id} (similarity {match.similarity:.2f})"
             raise RejectedDraft(RejectReason.NEAR_DUPLICATE, detail)
         findings.checks["near_duplicate"] = {"id": match.id, "similarity": round(match.similarity, 4)}
         findings.flags.append("near_duplicate")
+        return True
+
+
+def _is_draft_of(draft_id: str, seed_id: str) -> bool:
+    return draft_id == seed_id or draft_id.startswith(f"{seed_id}#")
 
 
 def _question(draft: Draft, document: Document) -> Question:

@@ -2,7 +2,8 @@
 
 The journal, OUT/journal.sqlite, is not part of the log: if it is lost or damaged, its steps are requested
 again. It holds only drafts in flight: the steps of a draft are dropped once its outcome is on disk, and the
-file is removed when a run ends with nothing in it. Recipes of a single step never open it.
+file is removed when a run ends with nothing in it. A recipe of a single step opens it only where servers
+score its answers: such an answer is kept until its outcome is.
 """
 
 import sqlite3

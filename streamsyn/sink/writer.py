@@ -30,14 +30,27 @@ _GATHER_S = 0.005
 class OutcomeWriter:
     """Writes outcomes from `results` until its end; passes contexts to `durable` once they are synced.
 
+    Args:
+        log: The log.
+        sink: When to sync.
+        counters: Counts the outcomes.
+        on_durable: Called with each context that is synced, in the order of `seq`; must not block.
+
     Raises (from `run`):
         SinkError: The log cannot be written.
     """
 
-    def __init__(self, log: RunLog, sink: SinkSection, counters: Counters) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        sink: SinkSection,
+        counters: Counters,
+        on_durable: Callable[[int, Context], None] = lambda _seq, _context: None,
+    ) -> None:
         self._log = log
         self._sink = sink
         self._counters = counters
+        self._on_durable = on_durable
         self._written: deque[tuple[int, Outcome]] = deque()
         """Outcomes that were written and not passed on; `results` bounds them."""
         self._rows = 0
@@ -105,6 +118,7 @@ class OutcomeWriter:
             passed_on += 1
             self._counters.count_outcome(outcome)
             if isinstance(outcome, Context):
+                self._on_durable(seq, outcome)
                 await durable.put((seq, outcome))
             results.done()
 

@@ -312,6 +312,24 @@ async def test_a_draft_that_drains_before_it_is_examined_is_put_down() -> None:
         assert [] == await worked(fleet, drafts("a"), examiner=examiner_of(fleet))
 
 
+async def test_an_answer_that_waits_for_its_examination_is_kept(journal: Journal) -> None:
+    """A drain or a kill comes before the servers have scored it: the next run does not ask for it again."""
+
+    def drain(_: int, body: dict[str, object]) -> None:
+        if "input_ids" not in body:
+            fleet.drain()
+            fleet.servers[0].limiter.cap = 0
+
+    item = drafts("a")
+    async with fleet_at(drain) as (fleet, _):
+        assert [] == await worked(fleet, item, journal=journal, examiner=examiner_of(fleet))
+    async with fleet_at([]) as (fleet, server):
+        [context] = await worked(fleet, item, journal=journal, examiner=examiner_of(fleet))
+        assert 0 == server.simulation.stats.by_route["/v1/chat/completions"]
+    assert isinstance(context, Context)
+    assert "context_gain" in context.checks
+
+
 async def test_a_bug_costs_one_draft() -> None:
     """It becomes a reject with the traceback; a new worker replaces the failed one."""
     async with fleet_at([]) as (fleet, _):

@@ -1,10 +1,12 @@
 """Near-duplicates of a run: found once, also after a kill, and never at the run's cost."""
 
 import random
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -133,6 +135,57 @@ def test_a_forgotten_text_is_not_an_original(duplicates: Duplicates) -> None:
     duplicates.forget("never-seen")
 
     assert duplicates.check_and_add("b", text(1)) is None
+
+
+def rows_in(path: Path) -> dict[str, int]:
+    """The number of rows in each table of the file."""
+    with closing(sqlite3.connect(path)) as db:
+        tables = ("originals", "bands")
+        return {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
+
+
+def test_forgotten_texts_leave_nothing_behind(duplicates: Duplicates) -> None:
+    """Neither in the file nor in memory, however many drafts are rejected later."""
+    for number in range(50):
+        duplicates.check_and_add(f"{number}", text(number))
+        duplicates.forget(f"{number}")
+    duplicates.check_and_add("kept", text(50))
+    duplicates.logged(0, "kept")
+    duplicates.close()
+
+    assert {"originals": 1, "bands": 128 // duplicates._rows} == rows_in(duplicates.path)
+    assert not duplicates._pending._texts
+    assert not duplicates._pending._by_key
+
+
+def test_the_file_is_the_same_whether_it_followed_the_run_or_was_made_from_the_log(tmp_path: Path) -> None:
+    """Checked in a different order than logged, some rejected, some repeats, and killed in between."""
+    rng, path = random.Random(3), tmp_path / "followed.sqlite"
+    log: list[dict[str, Any]] = []
+    followed = Duplicates(path, 0.8)
+    for part in range(4):
+        waiting: list[tuple[str, int, Match | None]] = []
+        for number in range(30):
+            seed = rng.randrange(20)
+            match = followed.check_and_add(f"{part}-{number}", text(seed))
+            waiting.append((f"{part}-{number}", seed, match))
+        rng.shuffle(waiting)
+        for draft_id, seed, match in waiting[:20]:
+            checks = {"near_duplicate": {"id": match.id}} if match else {}
+            log.append({"seq": len(log), "id": draft_id, "context": text(seed), "checks": checks})
+            followed.logged(log[-1]["seq"], draft_id)
+        for draft_id, _, _ in waiting[20:]:
+            followed.forget(draft_id)
+        followed.close()
+        followed = Duplicates(path, 0.8)
+        assert len(log) == followed.next_seq
+    followed.close()
+    made = Duplicates(tmp_path / "made.sqlite", 0.8)
+    made.catch_up(log)
+    made.close()
+
+    with closing(sqlite3.connect(path)) as one, closing(sqlite3.connect(made.path)) as other:
+        assert [*one.iterdump()] == [*other.iterdump()]
 
 
 def test_of_texts_that_come_at_once_exactly_one_is_the_original(duplicates: Duplicates) -> None:

@@ -16,7 +16,8 @@ from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Document, Draft, RejectReason, Seed
 from streamsyn.scoring.contamination import EvalSets
 from streamsyn.scoring.duplicates import Duplicates
-from streamsyn.scoring.examiner import Examiner, Scores
+from streamsyn.scoring.examiner import Examiner, Findings, Scores
+from streamsyn.scoring.requests import Question
 from streamsyn.simulator.app import RunningSimulator
 from streamsyn.simulator.faults import Fault, Script
 from streamsyn.telemetry import Counters
@@ -177,6 +178,37 @@ async def test_what_is_rejected_by_its_score_can_be_repeated(tmp_path: Path) -> 
                 await examiner.examine(draft(name), document(UNRELATED * 3))
             assert RejectReason.LOW_CONTEXT_GAIN == rejected.value.reason
     await asyncio.to_thread(duplicates.close)
+
+
+async def test_a_draft_that_is_rejected_later_does_not_take_its_twin_with_it(tmp_path: Path) -> None:
+    """The first is being scored, and fails, while the second is examined: the second is not its repeat."""
+    wanted = ChecksSection.model_validate({**SCORES, "near_duplicate": "reject", "reject_gain_below": 0.5})
+    duplicates = await asyncio.to_thread(Duplicates, tmp_path / "index.sqlite", 0.8)
+    is_scoring, may_end = asyncio.Event(), asyncio.Event()
+
+    class Failing(Scores):
+        """Fails the draft in the end."""
+
+        async def measure(self, findings: Findings, question: Question, context: str) -> None:
+            is_scoring.set()
+            await may_end.wait()
+            raise RejectedDraft(RejectReason.LOW_CONTEXT_GAIN, "too low")
+
+    async with asyncio.timeout(20), fleet_at() as (fleet, _):
+        failing = Failing(wanted, ScoringSection(), PROMPT, fleet, fleet.models[0], Counters())
+        first = asyncio.create_task(
+            Examiner(wanted, None, duplicates, failing).examine(draft("a"), document(HELPS * 3))
+        )
+        await is_scoring.wait()
+        second = await Examiner(wanted, duplicates=duplicates).examine(draft("b"), document(HELPS * 3))
+        may_end.set()
+        with pytest.raises(RejectedDraft, match="too low"):
+            await first
+        with pytest.raises(RejectedDraft, match="repeats the context b"):
+            await Examiner(wanted, duplicates=duplicates).examine(draft("c"), document(HELPS * 3))
+    await asyncio.to_thread(duplicates.close)
+
+    assert "near_duplicate" not in second.checks
 
 
 async def test_contamination_is_checked_first(tmp_path: Path) -> None:
