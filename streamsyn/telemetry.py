@@ -4,12 +4,12 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
-from streamsyn.records import Context, Outcome, Reject
+from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.urls import without_userinfo_within
 
 
@@ -74,6 +74,10 @@ class _Forward(logging.Handler):
         log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
 
 
+_REACHED = 0.95
+"""Share of its target length from which a sample counts as long enough."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What this process has done so far. Stages add to it; progress, metrics and summary read it."""
@@ -92,7 +96,13 @@ class Counters:
     rejects: Counter[str] = field(default_factory=Counter)
     reject_examples: dict[str, Reject] = field(default_factory=dict)
     """The first reject of each reason."""
+    context_words: int = 0
+    """Words of the contexts."""
+    flags: Counter[str] = field(default_factory=Counter)
+    """Contexts by flag: what is odd about them, though they passed the checks."""
     samples: int = 0
+    short_samples: int = 0
+    """Samples under 95 % of their target length."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     useful_tokens: int = 0
@@ -132,10 +142,20 @@ class Counters:
                 self.prompt_tokens += outcome.prompt_tokens
                 self.cached_tokens += outcome.cached_tokens
                 self.useful_tokens += outcome.completion_tokens
+                self.context_words += outcome.checks.get("words", 0)
+                self.flags.update(outcome.checks.get("flags", ()))
                 self.thinking_tokens += outcome.thinking_tokens
             case Reject():
                 self.rejects[outcome.reason] += 1
                 self.reject_examples.setdefault(outcome.reason, outcome)
+
+    def count_samples(self, samples: Sequence[Sample]) -> None:
+        """Add samples that have been delivered."""
+        self.samples += len(samples)
+        self.short_samples += sum(
+            sample.target_tokens is not None and sample.n_tokens < _REACHED * sample.target_tokens
+            for sample in samples
+        )
 
     def count_scoring(self, figures: Mapping[str, int], retries: int, *, failed: bool) -> None:
         """Add the token counts and retries of scoring one context."""

@@ -246,12 +246,16 @@ class Fleet:
             self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True)
             if isinstance(error, ServerError):
                 self._record_failure(server, error)
+            if scored is None:
+                server.record_unfinished(self._since(started))
             raise
         except RateLimited as error:
             self._record_rate_limit(server, pool, error, budget)
             raise
         except ServerError as error:
             self._record_failure(server, error)
+            if scored is None and isinstance(error, BrokenResponse):
+                server.record_unfinished(self._since(started))
             raise
         finally:
             self._outage.done(rid)
@@ -281,10 +285,7 @@ class Fleet:
         server.health.answered()
         server.rate_limit.answered()
         self._answers += 1
-        server.completions += 1
-        server.completion_tokens += completion.completion_tokens
-        server.prompt_tokens += completion.prompt_tokens
-        server.cached_tokens += completion.cached_tokens
+        server.record_answer(completion, seconds, generated=generated)
         cap = server.limiter.cap
         if generated:
             server.limiter.answered(self._clock(), seconds, completion.completion_tokens)

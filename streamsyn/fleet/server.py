@@ -14,7 +14,7 @@ from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.wire import Load
-from streamsyn.records import Request
+from streamsyn.records import Completion, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +60,11 @@ class Server:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     planned_cached_tokens: float = 0.0
+    unfinished: int = 0
+    """Requests that ended without their answer after the server had begun it: aborted, timed out, broken."""
+    unfinished_s: float = 0.0
+    _answered_s: float = 0.0
+    _answered_tokens: int = 0
 
     @property
     def url(self) -> str:
@@ -86,9 +91,40 @@ class Server:
         """Maximum requests in flight."""
         return self.limiter.cap
 
+    def record_answer(self, completion: Completion, seconds: float, *, generated: bool) -> None:
+        """Add an answer to the counters.
+
+        Args:
+            completion: The answer.
+            seconds: From sending the request to the end of the answer.
+            generated: Whether it was written; a scored answer is only read.
+        """
+        self.completions += 1
+        self.completion_tokens += completion.completion_tokens
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+        if generated:
+            self._answered_s += seconds
+            self._answered_tokens += completion.completion_tokens
+
+    def record_unfinished(self, seconds: float) -> None:
+        """Add a request that ended without its answer `seconds` after it was sent."""
+        self.unfinished += 1
+        self.unfinished_s += seconds
+
+    @property
+    def unfinished_tokens(self) -> int:
+        """Tokens written for unfinished answers, estimated from the tokens per second of whole ones.
+
+        No server reports them: the answer that would carry them never comes.
+        """
+        return round(self.unfinished_s * self._answered_tokens / self._answered_s) if self._answered_s else 0
+
     def counts(self) -> dict[str, int]:
         """Return its counters since the start of the run."""
         return {
+            "unfinished": self.unfinished,
+            "unfinished_tokens": self.unfinished_tokens,
             "completions": self.completions,
             "completion_tokens": self.completion_tokens,
             "prompt_tokens": self.prompt_tokens,

@@ -59,7 +59,7 @@ class SampleDelivery:
             self._stream.resume(self._log.root / _MARKER)
             self._stream.write(self._log.samples.encode(samples))
         self._log.samples.append(samples)
-        self._counters.samples += len(samples)
+        self._counters.count_samples(samples)
 
     def stop(self) -> None:
         """End a `deliver` that waits for the reader, from any thread."""

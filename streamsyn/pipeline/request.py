@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Protocol
 
 from streamsyn.config.loading import Config
+from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.delivery import SampleStream
 from streamsyn.records import RejectReason
@@ -82,6 +83,7 @@ class RunSummary:
         rejects: Rejects in the directory that no later outcome supersedes.
         samples: Samples in the directory.
         servers: Returns the metrics of each server.
+        recipe: What was asked for, to compare with.
     """
 
     out: Path
@@ -92,6 +94,7 @@ class RunSummary:
     rejects: int = 0
     samples: int = 0
     servers: Callable[[], list[dict[str, Any]]] = list
+    recipe: RecipeSection | None = None
 
     @property
     def reject_fraction(self) -> float:

@@ -59,6 +59,7 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     shaping = {**fingerprint(request.config), **recipe.fingerprint(), **resources.fingerprint()}
     reader = _check(request, recipe)
     summary = summary or RunSummary(request.out, Counters())
+    summary.recipe = request.config.recipe
     directory = RunDirectory(request.out)
     try:
         may_differ = may_change(request.out) if request.retry else None

@@ -35,12 +35,19 @@ GOVERNED_BY: dict[RejectReason, str] = {
 }
 """The key that decides whether a seed is rejected for a reason. Reasons without one are faults of the data or
 of the code."""
+_FAR_OFF = 0.2
+"""A mean length that differs from its target by more is reported."""
+_LENGTH_FLAGS = {
+    "truncated": "were cut off at recipe.max_tokens; see recipe.on_truncated",
+    "below_target": "ended before recipe.target_tokens",
+}
 
 
 def closing_lines(summary: RunSummary) -> Iterator[str]:
     """The summary as lines of text."""
     counters, out = summary.counters, summary.out
-    written = counters.useful_tokens + counters.wasted_tokens
+    unfinished, unfinished_tokens = _unfinished(summary)
+    wasted = counters.wasted_tokens + unfinished_tokens
     how = f"stopped early ({summary.stopped})" if summary.stopped else "done"
     yield f"{how} after {duration(counters.elapsed_s)}"
     yield (
@@ -55,9 +62,14 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         yield f"  {'':10} to ask them again: streamsyn retry {out}"
     if counters.finished_before or counters.repeated:
         yield f"  skipped    {counters.finished_before:,} finished before, {counters.repeated:,} repeated ids"
+    yield from _length_lines(summary)
+    within = (
+        f", about {unfinished_tokens:,} of them in {unfinished:,} unfinished answers" if unfinished else ""
+    )
+    share = wasted / max(1, counters.useful_tokens + wasted)
     yield (
-        f"  tokens     {counters.useful_tokens:,} useful, {counters.wasted_tokens:,} wasted "
-        f"({counters.wasted_tokens / max(1, written):.1%}); {counters.retries:,} failed tries; "
+        f"  tokens     {counters.useful_tokens:,} useful, {wasted:,} wasted "
+        f"({share:.1%}{within}); {counters.retries:,} failed tries; "
         f"{counters.cached_tokens / max(1, counters.prompt_tokens):.0%} of prompt tokens cached"
     )
     if counters.thinking_tokens:
@@ -93,6 +105,35 @@ def _example(reason: str, reject: Reject) -> str:
     return f"{reason}, such as {reject.origin}: {why}" + (f" ({key})" if key else "")
 
 
+def _unfinished(summary: RunSummary) -> tuple[int, int]:
+    """The answers that were aborted, timed out or broken, and their tokens, estimated from their time."""
+    servers = summary.servers()
+    return (
+        sum(server.get("unfinished", 0) for server in servers),
+        sum(server.get("unfinished_tokens", 0) for server in servers),
+    )
+
+
+def _length_lines(summary: RunSummary) -> Iterator[str]:
+    """Lengths that differ from what the configuration asks for, with the keys that govern them."""
+    counters, recipe = summary.counters, summary.recipe
+    contexts, samples = max(1, counters.contexts), max(1, counters.samples)
+    found: list[str] = []
+    if recipe is not None and recipe.use == "context" and not recipe.tasks:
+        words = counters.context_words / contexts
+        if counters.contexts and not 1 - _FAR_OFF < words / recipe.target_words < 1 + _FAR_OFF:
+            found.append(
+                f"{words:,.0f} words a context (mean), recipe.target_words = {recipe.target_words:,}"
+            )
+    for flag, advice in _LENGTH_FLAGS.items():
+        if number := counters.flags[flag]:
+            found.append(f"{number / contexts:.0%} of the contexts {advice}")
+    if number := counters.short_samples:
+        found.append(f"{number / samples:.0%} of the samples are shorter than assembly.target_tokens")
+    for place, text in enumerate(found):
+        yield f"  {'lengths' if place == 0 else '':10} {text}"
+
+
 def _server_lines(summary: RunSummary) -> Iterator[str]:
     """One line for each server, busiest first: its answers, cap, and cached tokens against the plan."""
     servers = sorted(summary.servers(), key=lambda server: -server["completions"])
@@ -110,6 +151,7 @@ def _server_lines(summary: RunSummary) -> Iterator[str]:
 def closing_figures(summary: RunSummary) -> dict[str, Any]:
     """The summary as JSON: counts of this run, and under `directory` those of all runs into it."""
     counters = summary.counters
+    unfinished, unfinished_tokens = _unfinished(summary)
     return {
         "out": str(summary.out),
         "stopped": summary.stopped,
@@ -121,7 +163,11 @@ def closing_figures(summary: RunSummary) -> dict[str, Any]:
         "repeated": counters.repeated,
         "useful_tokens": counters.useful_tokens,
         "thinking_tokens": counters.thinking_tokens,
-        "wasted_tokens": counters.wasted_tokens,
+        "wasted_tokens": counters.wasted_tokens + unfinished_tokens,
+        "unfinished_answers": unfinished,
+        "unfinished_tokens": unfinished_tokens,
+        "flags": dict(counters.flags),
+        "short_samples": counters.short_samples,
         "prompt_tokens": counters.prompt_tokens,
         "cached_tokens": counters.cached_tokens,
         "failed_tries": counters.retries,

@@ -269,7 +269,11 @@ def lengths_fact(metrics: RunMetrics) -> Fact:
         )
     share = percent(metrics.truncated, contexts)
     severity = Severity.LOOK if metrics.truncated / contexts > TRUNCATED_LOOK else Severity.GOOD
-    sentence = f"{share if metrics.truncated else 'None'} of the contexts were cut off."
+    sentence = (
+        f"{share} of the contexts were cut off at recipe.max_tokens (see recipe.on_truncated)."
+        if metrics.truncated
+        else "None of the contexts were cut off."
+    )
     fact.add(severity, sentence, f"{share} cut off")
     return fact
 

@@ -310,7 +310,11 @@ async def test_a_timeout_aborts_at_the_server() -> None:
         server = await simulated.start(rids.script)
         rids.listen_to(server)
         async with fleet_of(server.url, request_timeout_s=0.5) as fleet:
-            await ask(fleet)
+            answer = await ask(fleet)
+            metrics = fleet.metrics()[0]
+        # Two tries of half a second, at the rate of the whole answer, which took much less.
+        assert 2 == metrics["unfinished"]
+        assert answer.completion_tokens < metrics["unfinished_tokens"]
         assert 0 == server.simulation.stats.in_flight
     assert rids.asked[:2] == rids.aborted
     assert 3 == len(set(rids.asked))
@@ -329,6 +333,7 @@ async def test_a_cancelled_request_is_aborted_at_the_server() -> None:
             asked.cancel()
         assert asked.cancelled()
         assert {server.url: 0} == fleet.in_flight
+        assert 1 == fleet.metrics()[0]["unfinished"]
     assert rids.asked == rids.aborted
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from streamsyn.config.loading import known_keys
+from streamsyn.config.sections import RecipeSection
 from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.summary import GOVERNED_BY, closing_figures, closing_lines
 from streamsyn.records import Reject, RejectReason
@@ -127,3 +128,36 @@ def test_a_run_that_scored() -> None:
         )
     )
     assert 42 == closing_figures(scored)["cached_tokens"] / 10
+
+
+def test_tokens_of_unfinished_answers_are_wasted() -> None:
+    """Aborted, timed out and broken answers: their tokens are estimated and count as waste."""
+    stopped = summary(servers=lambda: [server(unfinished=141, unfinished_tokens=300_000)])
+    assert (
+        "  tokens     900,000 useful, 400,000 wasted "
+        "(30.8%, about 300,000 of them in 141 unfinished answers); 4 failed tries; "
+        "42% of prompt tokens cached"
+    ) in closing_lines(stopped)
+    figures = closing_figures(stopped)
+    assert (400_000, 141) == (figures["wasted_tokens"], figures["unfinished_answers"])
+
+
+def server(**counts: int) -> dict[str, object]:
+    """The figures of a server."""
+    names = ("completions", "cap", "prompt_tokens", "cached_tokens", "planned_cached_tokens")
+    return {"server": "http://gpu-1:30000", **dict.fromkeys(names, 0), **counts}
+
+
+def test_lengths_that_were_missed() -> None:
+    """Each is listed with the key that governs it; lengths as asked for are not."""
+    missed = summary(recipe=RecipeSection())
+    missed.counters.context_words = 230 * 2100
+    assert not [line for line in closing_lines(missed) if "  lengths" in line]
+    missed.counters.context_words = 230 * 640
+    missed.counters.flags["truncated"], missed.counters.short_samples = 46, 100
+    lines = "\n".join(closing_lines(missed))
+    assert (
+        "  lengths    640 words a context (mean), recipe.target_words = 2,000\n"
+        "             20% of the contexts were cut off at recipe.max_tokens; see recipe.on_truncated\n"
+        "             50% of the samples are shorter than assembly.target_tokens\n"
+    ) in lines

@@ -101,7 +101,7 @@ def test_truncated_contexts_need_a_look(tmp_path: Path) -> None:
     found, severities = judged(run_of(tmp_path, contexts))
 
     assert (Severity.LOOK, "Look closer") == (severities["Lengths"], found.headline)
-    assert "34% of the contexts were cut off." == found.reason
+    assert "34% of the contexts were cut off at recipe.max_tokens (see recipe.on_truncated)." == found.reason
 
 
 def test_few_contexts_need_a_look(tmp_path: Path) -> None:
