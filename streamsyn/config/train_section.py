@@ -109,7 +109,8 @@ class TrainSection(Section):
     """Command prefix with which `run --train` starts a trainer of several ranks, such as ["accelerate",
     "launch", "--config_file", "deploy/accelerate/fsdp2.yaml"]. By default one process is started."""
     chat_template: str | None = None
-    """A file with a chat template (Jinja2), for a model that has none or in place of its own."""
+    """A file with a chat template (Jinja2), for a model that has none, or in place of one that changes
+    messages, as some do that cut thoughts at `</think>`."""
     seq_len: Annotated[Count, Field(ge=16)] = 32_768
     """Maximum tokens of a row. Whole samples are packed into rows."""
     rows_per_step: Count = 8

@@ -15,7 +15,9 @@ from streamsyn.records import digest
 
 Tokens: TypeAlias = NDArray[numpy.int32]
 
-DropReason = Literal["overlong", "empty_answer", "template", "bad_row"]
+DropReason = Literal["overlong", "empty_answer", "template", "bad_row", "special_tokens"]
+Changed: TypeAlias = Literal["answers", "prompts"]
+"""What a chat template renders other than it stands in the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Example:
         tokens: int32 [n]: prompt, answer, stop token.
         loss_from: The targets are tokens[loss_from:]: the answer and its stop token.
         seen_at: When this process made it from its row, in seconds on the monotonic clock.
+        changed: What the chat template has changed; None if messages stand in the text as in the row.
     """
 
     key: Key
@@ -57,6 +60,7 @@ class Example:
     tokens: Tokens
     loss_from: int
     seen_at: float = field(default_factory=time.monotonic, repr=False)
+    changed: Changed | None = None
 
     @property
     def length(self) -> int:

@@ -281,6 +281,9 @@ def _finish(controller: Controller, section: TrainSection) -> int:
         wait=f"{ended['wait_share']:.0%}",
         verdict=ended["verdict"] or "nothing trained on",
     )
+    if changed := stream["changed"]:
+        what = " and ".join(f"{count} {name}" for name, count in sorted(changed.items()))
+        log.warning("train.template_changes", why=f"the chat template changes {what} of the samples")
     if controller.stopped is not None:
         return EXIT_STOPPED
     if ended["step"] == 0:
@@ -301,6 +304,8 @@ def _why_all_dropped(dropped: dict[str, int], section: TrainSection) -> str:
     return {
         "overlong": f"train.seq_len = {section.seq_len}: {share} samples are longer",
         "template": f"train.chat_template: the template fails on {share} samples",
+        "special_tokens": f"--from: {share} samples spell special tokens, which the tokenizer cannot read as "
+        "text",
         "empty_answer": f"--from: the answers of {share} samples are empty",
         "bad_row": f"--from: {share} rows are not conversations (`messages` of role and content, as `run` "
         "and `export` write them)",

@@ -184,6 +184,7 @@ def test_waiting_is_counted() -> None:
         "examples": 18,
         "held_out": 0,
         "dropped": {"bad_row": 1, "overlong": 1},
+        "changed": {},
         "held": 0,
     } == figures
 

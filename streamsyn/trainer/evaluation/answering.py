@@ -18,6 +18,7 @@ from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.model.attention import SEGMENTS, VARLEN
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.stream.render import ChatTokenizer, Renderer, Unrenderable, chat_text
+from streamsyn.trainer.stream.spelled_tokens import Unspeakable
 
 log = structlog.get_logger()
 
@@ -38,7 +39,9 @@ class Chat:
 
     def __init__(self, tokenizer: ChatTokenizer, more_stops: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        trained_stop = Renderer(tokenizer, 0, "drop").stop
+        renderer = Renderer(tokenizer, 0, "drop")
+        self._spelled = renderer.spelled
+        trained_stop = renderer.stop
         eos = tokenizer.eos_token_id
         self.stop = frozenset((trained_stop, *more_stops, *(() if eos is None else (eos,))))
 
@@ -74,12 +77,14 @@ class Chat:
         return text.strip()
 
     def _tokens(self, message: str) -> list[int]:
+        messages = [{"role": "user", "content": message}]
         try:
-            text = chat_text(self._tokenizer, [{"role": "user", "content": message}], asks=True)
-        except Unrenderable as error:
+            hidden = self._spelled.hidden(messages)
+            text = chat_text(self._tokenizer, hidden or messages, asks=True)
+            return self._spelled.encode(text) if hidden else self.encode(text)
+        except (Unrenderable, Unspeakable) as error:
             why = f"train.needles or train.longbench: a question cannot be rendered: {error}"
             raise ConfigError(why) from error
-        return self.encode(text)
 
 
 Answer = tuple[int, ...]

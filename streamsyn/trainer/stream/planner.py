@@ -101,7 +101,8 @@ class Planner:
     def statistics(self) -> dict[str, Any]:
         """What was read, what it became, and how many seconds this process has waited for the stream.
 
-        `rows_read`, `examples`, `held_out` and `dropped` (by reason) count since the beginning of the stream.
+        `rows_read`, `examples`, `held_out`, `dropped` (by reason) and `changed` (by the chat template) count
+        since the beginning of the stream.
         """
         counts = self._reader.counts
         return {
@@ -109,6 +110,7 @@ class Planner:
             "examples": counts["examples"],
             "held_out": counts["held_out"],
             "dropped": dict(self._reader.dropped),
+            "changed": dict(self._reader.template_changes),
             "held": len(self._buffer) + sum(map(len, self._packer.layout())) + len(self._drawn),
             "waited_s": self._waited_s,
         }

@@ -3,10 +3,13 @@
 The prompt is exactly what the model will be given, including what the template puts before an answer. The
 targets are the answer and the token that ends it. A conversation with several turns is trained on its last
 answer only.
+
+Messages are text: what spells a special token in them is not one (`spelled_tokens.py`).
 """
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,7 +18,8 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Dropped, Example, Key
+from streamsyn.trainer.examples import Changed, Dropped, Example, Key
+from streamsyn.trainer.stream.spelled_tokens import SpelledTokens, Unspeakable
 
 _GENERATION_TAG = "generation"
 """A Jinja tag that transformers adds and plain Jinja does not know."""
@@ -39,6 +43,7 @@ class Renderer:
 
     Attributes:
         stop: The token that ends an answer.
+        spelled: Keeps what spells a special token as text.
     """
 
     def __init__(
@@ -48,29 +53,31 @@ class Renderer:
         self._seq_len = seq_len
         self._overlong = overlong
         self._lock = threading.Lock()  # tokenizers are not thread-safe
+        self._special = special_tokens(tokenizer)
+        self.spelled = SpelledTokens(self._special, getattr(tokenizer, "backend_tokenizer", None))
         self._learn_ending()
 
     def render_batch(self, rows: Sequence[tuple[dict[str, Any], Key]]) -> list[Example | Dropped]:
         """For each row its example, or the reason why there is none. Slow: call it in a thread."""
         with self._lock:
             texts = [self._texts(row) for row, _ in rows]
-            good = [text for pair in texts if not isinstance(pair, Dropped) for text in pair]
-            tokens = iter(self._encode(good) if good else ())
-            made: list[Example | Dropped] = []
-            for (row, key), pair in zip(rows, texts, strict=True):
-                if isinstance(pair, Dropped):
-                    made.append(pair)
-                else:
-                    made.append(self._example(row, key, pair, next(tokens), next(tokens)))
-            return made
+            plain = [one for one in texts if isinstance(one, Rendered) and not one.spells]
+            in_bulk = (
+                self._encode([text for one in plain for text in (one.prompt, one.whole)]) if plain else []
+            )
+            tokens = {id(one): in_bulk[2 * place : 2 * place + 2] for place, one in enumerate(plain)}
+            return [
+                one if isinstance(one, Dropped) else self._example(row, key, one, tokens.get(id(one)))
+                for (row, key), one in zip(rows, texts, strict=True)
+            ]
 
     def _learn_ending(self) -> None:
         """Find out how the template ends an answer, and check that a small conversation can be trained on."""
         if not self._tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template: set train.chat_template")
         try:
-            prompt, whole = self._as_texts(_PROBE)
-            _, found, ending = whole.rpartition(_PROBE[-1]["content"])
+            probe = self._rendered(_PROBE)
+            _, found, ending = probe.whole.rpartition(_PROBE[-1]["content"])
             if not found:
                 raise Unrenderable("the template leaves the answer out")
             self._tail = self._from_first_special(ending)
@@ -78,7 +85,7 @@ class Renderer:
             if stop is None:
                 raise Unrenderable("no token ends an answer: there is none in the template, and no eos token")
             self.stop = stop
-            self._split(prompt, whole, *self._encode([prompt, whole]))
+            self._split(probe, *self._encode([probe.prompt, probe.whole]))
         except Unrenderable as error:
             raise ConfigError(f"the model's chat template cannot be trained on: {error}") from error
 
@@ -87,25 +94,27 @@ class Renderer:
 
         Tokens before it vary: they may be merged with the end of the answer.
         """
-        added = self._tokenizer.added_tokens_decoder.items()
-        special = {*self._tokenizer.all_special_ids, *(number for number, token in added if token.special)}
         tokens = self._encode([ending])[0]
-        at = next((at for at, token in enumerate(tokens) if token in special), len(tokens))
+        at = next((at for at, token in enumerate(tokens) if token in self._special), len(tokens))
         return tokens[at:]
 
-    def _texts(self, row: dict[str, Any]) -> tuple[str, str] | Dropped:
+    def _texts(self, row: dict[str, Any]) -> "Rendered | Dropped":
         """The text of the prompt, and of prompt and answer; or why there are none."""
         messages = _conversation(row)
         if isinstance(messages, Dropped):
             return messages
         try:
-            return self._as_texts(messages)
+            hidden = self.spelled.hidden(messages)
+            return self._rendered(hidden or messages, spells=hidden is not None)
+        except Unspeakable as error:
+            return Dropped("special_tokens", str(error))
         except Unrenderable as error:
             return Dropped("template", str(error))
 
-    def _as_texts(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+    def _rendered(self, messages: list[dict[str, str]], *, spells: bool = False) -> "Rendered":
         prompt = chat_text(self._tokenizer, messages[:-1], asks=True)
-        return prompt, chat_text(self._tokenizer, messages, asks=False)
+        whole = chat_text(self._tokenizer, messages, asks=False)
+        return Rendered(prompt, whole, spells=spells, changed=_changed(messages, whole))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # The template already contains the tokens that a tokenizer would add.
@@ -114,10 +123,13 @@ class Renderer:
         return ids
 
     def _example(
-        self, row: dict[str, Any], key: Key, texts: tuple[str, str], prompt: list[int], whole: list[int]
+        self, row: dict[str, Any], key: Key, text: "Rendered", encoded: list[list[int]] | None
     ) -> Example | Dropped:
         try:
-            tokens = self._split(*texts, prompt, whole)
+            prompt, whole = encoded or map(self.spelled.encode, (text.prompt, text.whole))
+            tokens = self._split(text, prompt, whole)
+        except Unspeakable as error:
+            return Dropped("special_tokens", str(error))
         except Unrenderable as error:
             return Dropped("template", str(error))
         loss_from, answer = len(prompt), len(tokens) - len(prompt)
@@ -134,15 +146,17 @@ class Renderer:
             task=task if isinstance(task, str) else key.source,
             tokens=numpy.array(tokens, dtype=numpy.int32),
             loss_from=loss_from,
+            changed=text.changed,
         )
 
-    def _split(self, prompt_text: str, text: str, prompt: list[int], whole: list[int]) -> list[int]:
+    def _split(self, text: "Rendered", prompt: list[int], whole: list[int]) -> list[int]:
         """The tokens of prompt, answer and stop token; they begin with exactly the tokens of `prompt`."""
         if whole[: len(prompt)] != prompt:
             # A token may span prompt and answer; the model will never be given that token.
-            if not text.startswith(prompt_text):
+            if not text.whole.startswith(text.prompt):
                 raise Unrenderable("the text before the answer is not the prompt that the model is given")
-            separate = prompt + self._encode([text[len(prompt_text) :]])[0]
+            rest = text.whole[len(text.prompt) :]
+            separate = prompt + (self.spelled.encode(rest) if text.spells else self._encode([rest])[0])
             if self._tokenizer.decode(separate) != self._tokenizer.decode(whole):
                 raise Unrenderable("prompt and answer are different text when they are tokenized separately")
             whole = separate
@@ -153,6 +167,46 @@ class Renderer:
         if len(ended) < len(prompt) + 2:
             raise Unrenderable("the template leaves the answer out")
         return ended
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The text of a conversation.
+
+    Attributes:
+        prompt: Up to what stands before the answer.
+        whole: With the answer.
+        spells: Whether placeholders stand in it for special tokens that messages spell.
+        changed: What the chat template has changed.
+    """
+
+    prompt: str
+    whole: str
+    spells: bool
+    changed: Changed | None
+
+
+def _changed(messages: Sequence[dict[str, str]], whole: str) -> Changed | None:
+    """Whether the answer, or what it answers, stands differently in the text, white space aside.
+
+    Earlier answers do not count: templates may shorten them.
+    """
+    *before, answer = messages
+    if not _stands_in(answer["content"], whole):
+        return "answers"
+    asked = (message["content"] for message in before if message["role"] != "assistant")
+    return None if all(_stands_in(content, whole) for content in asked) else "prompts"
+
+
+def _stands_in(content: str, whole: str) -> bool:
+    return content.strip() in whole or " ".join(content.split()) in " ".join(whole.split())
+
+
+def special_tokens(tokenizer: "ChatTokenizer") -> dict[int, str]:
+    """The special tokens of a tokenizer, by number."""
+    added = tokenizer.added_tokens_decoder
+    numbers = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    return {number: str(added[number]) if number in added else "" for number in sorted(numbers)}
 
 
 def chat_text(tokenizer: "ChatTokenizer", messages: Sequence[dict[str, str]], *, asks: bool) -> str:

@@ -20,7 +20,7 @@ import structlog
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import digest
-from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, Row, is_held_out
+from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Row, is_held_out
 from streamsyn.trainer.sources.source import Source, Sources
 
 log = structlog.get_logger()
@@ -83,6 +83,8 @@ class StreamReader:
         """Rows `read`, rows `held_out`, and `examples` with their `tokens`: everything returned so far."""
         self.dropped: Counter[str] = Counter(state["dropped"])
         """Rows that cannot be trained on, by reason."""
+        self.template_changes: Counter[str] = Counter(state.get("changed", {}))
+        """Examples whose `answers` or `prompts` the chat template changes."""
         self.held_out: list[HeldOut] = []
         """What is kept for evaluation, in the order of the stream."""
         self._warned_behind = False
@@ -95,6 +97,7 @@ class StreamReader:
             "mix": {reader.source.name: reader.state() for reader, _ in self._mix},
             "counts": dict(self.counts),
             "dropped": dict(self.dropped),
+            "changed": dict(self.template_changes),
         }
 
     @property
@@ -174,6 +177,8 @@ class StreamReader:
             case Example() as example:
                 self.counts["examples"] += 1
                 self.counts["tokens"] += example.length
+                if example.changed is not None:
+                    self._count_changed(example.key, example.changed)
                 return example
             case Dropped() as dropped:
                 self._drop(loaded.key, dropped)
@@ -182,6 +187,16 @@ class StreamReader:
                 if len(self.held_out) < self._section.holdout_samples:
                     self.held_out.append(held_out)
         return None
+
+    def _count_changed(self, key: Key, changed: Changed) -> None:
+        self.template_changes[changed] += 1
+        if self.template_changes[changed] <= _MAX_LOGGED:
+            log.warning(
+                "stream.changed",
+                source=key.source,
+                row=key.seq,
+                why=f"the chat template changes its {changed[:-1]}: see train.chat_template",
+            )
 
     def _drop(self, key: Key, dropped: Dropped) -> None:
         self.dropped[dropped.reason] += 1
