@@ -292,7 +292,7 @@ class FleetSection(Section):
     leader_wait_s: Annotated[Seconds, operational] = 5.0
     """Maximum seconds that requests wait for the first token of the request that brings their prefix into a
     cache."""
-    hedge_tail: Annotated[bool | Annotated[float, Field(ge=0, le=1)], operational] = False
+    hedge_tail: Annotated[bool | Annotated[float, Field(ge=0, le=1)], operational] = True
     """At the end of a run, when at most this fraction of the workers is still at work, send their requests to
     a second server and take the first answer. `true` is 0.05, `false` is off."""
     tls_ca: Annotated[Path | None, operational] = None

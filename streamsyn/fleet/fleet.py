@@ -175,7 +175,10 @@ class Fleet:
             at, started = time.time(), self._clock()
             try:
                 if self._hedging.is_on and request.scored is None:
-                    completion = await self._hedging.ask(Call(request, place, pool, budget, started))
+                    call = Call(request, place, pool, budget, started)
+                    completion = await self._hedging.ask(call)
+                    if call.failure is not None:
+                        attempts.append(_failed(place.server.url, at, *call.failure))
                 else:
                     completion = await self._ask(place, pool, request, budget)
             except ServerError as error:
@@ -188,11 +191,11 @@ class Fleet:
                 pool.release(place)
             took, url = self._since(started), place.server.url
             if not isinstance(failure, ServerBusy):  # not a try, and there may be thousands
-                attempts.append(_failed(url, at, took, failure))
+                attempts.append(_failed(url, at, failure, took))
             pause_s = budget.pause_after(failure, took)
             if pause_s is None:
                 if isinstance(failure, RateLimited):
-                    attempts.append(_failed(url, at, took, failure))
+                    attempts.append(_failed(url, at, failure, took))
                 raise failure
             await self._pause(pause_s, failure)
 
@@ -219,6 +222,8 @@ class Fleet:
 
     def tail(self, busy: int, workers: int) -> None:
         """Record that there is no new work, and that `busy` of `workers` workers are still busy."""
+        if self._draining.is_set():
+            return  # nothing new is sent
         self._hedging.tail(busy, workers)
 
     async def _ask(self, place: Place, pool: Placement, request: Request, budget: RetryBudget) -> Completion:
@@ -243,7 +248,9 @@ class Fleet:
         except (ServerTimeout, asyncio.CancelledError) as error:
             # A server continues a request whose client has disconnected, for seconds at least.
             # The abort needs the whole rid: with one tokenizer worker, the default, a prefix has no effect.
-            self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True)
+            if task := self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True):
+                server.aborts.add(task)
+                task.add_done_callback(server.aborts.discard)
             if isinstance(error, ServerError):
                 self._record_failure(server, error)
             if scored is None:
@@ -378,7 +385,7 @@ async def open_fleet(
             await tasks.close()  # before the connections, which aborts still need
 
 
-def _failed(url: str, at: float, seconds: float, error: ServerError) -> Attempt:
+def _failed(url: str, at: float, error: ServerError, seconds: float) -> Attempt:
     return Attempt(url, at, seconds, f"{type(error).__name__}: {error}", error.completion_tokens)
 
 

@@ -5,7 +5,7 @@ Source: "hedged requests" of Dean and Barroso, "The Tail at Scale", 2013.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -26,17 +26,31 @@ _LATE = 1.2
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One try in flight."""
+    """One try in flight.
+
+    Attributes:
+        request: The request.
+        place: Where it was sent first.
+        pool: Hands out a place at a second server.
+        budget: The retry budget of the request.
+        started: When it was sent, in seconds of the event loop.
+        failure: The failure at its own server, and the seconds until then, if the second one answered.
+        scope: Ends the first try when the second server has answered; None when it has ended.
+        second: The task of the second try.
+        is_sent: Whether the second try was sent.
+        answer: The second server's answer.
+    """
 
     request: Request
     place: Place
     pool: Placement
     budget: RetryBudget
     started: float
+    failure: tuple[ServerError, float] | None = None
     scope: asyncio.Timeout | None = None
     second: "asyncio.Task[None] | None" = None
+    is_sent: bool = False
     answer: Completion | None = None
-    """The second server's answer, if that came first."""
 
 
 class Hedging:
@@ -82,6 +96,15 @@ class Hedging:
             if call.answer is None:
                 raise
             return call.answer
+        except ServerError as error:
+            if call.second is None or not call.is_sent:
+                raise
+            call.scope, seconds = None, asyncio.get_running_loop().time() - call.started
+            await asyncio.wait([call.second])
+            if call.answer is None:
+                raise
+            call.failure = error, round(seconds, 4)
+            return call.answer
         finally:
             del self._calls[call]
             if call.second is not None:
@@ -102,15 +125,20 @@ class Hedging:
         clock = asyncio.get_running_loop().time
         late_at = call.started + _LATE * self._total_s / self._answers
         await asyncio.sleep(max(0.0, late_at - clock()))
+        if not any(server.is_usable and server is not call.place.server for server in call.pool.servers):
+            return
+        # Without its group, which stays at its server for its later requests.
+        request = replace(call.request, group="", prefixes=())
         try:
-            place = await call.pool.acquire(call.request, avoid=call.place.server)
+            place = await call.pool.acquire(request, avoid=call.place.server)
         except StoppedEarly:
             return
         try:
             if place.server is call.place.server:
                 return  # there is no other server
-            log.info("fleet.hedged", server=call.place.server.url, second=place.server.url)
-            call.answer = await self._ask(place, call.pool, call.request, call.budget)
+            log.debug("fleet.hedged", server=call.place.server.url, second=place.server.url)
+            call.is_sent = True
+            call.answer = await self._ask(place, call.pool, request, call.budget)
         except ServerError as error:
             log.debug("fleet.hedge_failed", server=place.server.url, error=str(error))
         else:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import count
@@ -61,6 +61,8 @@ class Membership:
         self._outage = outage
         self._rng = rng
         self._transports: dict[Server, AsyncExitStack] = {}
+        self._watching: dict[Server, set[asyncio.Task[None]]] = {}
+        """The probe and the load watch of each server."""
         self._without_server: set[str] = set()
         """Models without a usable server."""
         self.removed_counts: dict[str, Counter[str]] = {}
@@ -105,18 +107,19 @@ class Membership:
         clock = asyncio.get_running_loop().time
         for model in agreed_models(served, self._section):
             affinity = Affinity(self._section.balance_factor, clock)
-            self.pools[model] = Placement([], affinity, self._section.leader_wait_s, clock)
-        for server in self.servers:
-            if server.url in served:
+            self.pools[model] = Placement([], affinity, self._section.leader_wait_s, clock, self.let_go)
+        for server in list(self.servers):
+            if server.is_removed:
+                self.let_go(server)
+            elif server.url in served:
                 self._join(server, served[server.url])
-                self._tasks.start(self._watch(server), name=f"load-{server.url}")
+                self._run_for(server, self._watch(server), "load")
             else:
                 self._start(server)
         self.check_usable()
 
     async def apply(self, wanted: Iterable[ServerSpec]) -> None:
-        """Change to the `wanted` servers: add new ones; drain and later remove those not wanted any more."""
-        await self._close_removed()
+        """Change to the `wanted` servers: add new ones; drain those not wanted any more, and let them go."""
         unwanted = {server.url: server for server in self.servers}
         for spec in wanted:
             server = unwanted.pop(spec.url, None)
@@ -132,20 +135,48 @@ class Membership:
         for server in unwanted.values():
             server.is_removed = True
             self._set_draining(server, draining=True)
+            self.let_go(server)
         if self.pools:
             self.check_usable()
+
+    def let_go(self, server: Server) -> None:
+        """Forget a server that was removed and has answered everything; its connections are closed."""
+        if not server.is_removed or server.limiter.in_flight or not self.pools:
+            return
+        self.servers.remove(server)
+        self.removed_counts.setdefault(server.url, Counter()).update(server.counts())
+        if server.model:
+            self.pools[server.model].servers.remove(server)
+        log.info("fleet.removed", server=server.url)
+        self._tasks.start(self._close(server), name=f"close-{server.url}", finish=True)
+
+    async def _close(self, server: Server) -> None:
+        watching = self._watching.pop(server, set())
+        for task in watching:
+            task.cancel()
+        if pending := watching | server.aborts:
+            await asyncio.wait(pending)
+        await self._transports.pop(server).aclose()
+
+    def _run_for(self, server: Server, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Run `work` in the background until it ends or the server is let go."""
+        task = self._tasks.start(work, name=f"{what}-{server.url}")
+        if task is not None:
+            running = self._watching.setdefault(server, set())
+            running.add(task)
+            task.add_done_callback(running.discard)
 
     def _start(self, server: Server) -> None:
         """Probe a new server; it becomes usable once it has said what it serves."""
         server.health.ejected = True
-        self._tasks.start(self._probe(server), name=f"probe-{server.url}")
-        self._tasks.start(self._watch(server), name=f"load-{server.url}")
+        self._run_for(server, self._probe(server), "probe")
+        self._run_for(server, self._watch(server), "load")
 
     def eject(self, server: Server, error: ServerError) -> None:
         """Send no requests to `server` until it answers a probe."""
         log.warning("fleet.ejected", server=server.url, error=str(error))
         self._withdraw(server)
-        self._tasks.start(self._probe(server), name=f"probe-{server.url}")
+        self._run_for(server, self._probe(server), "probe")
         self.check_usable()
 
     def check_usable(self) -> None:
@@ -223,16 +254,6 @@ class Membership:
         key_name = spec.key_env or KEY_VARIABLE
         return ServerClient(spec.url, transport, self._section.request_timeout_s, key_name)
 
-    async def _close_removed(self) -> None:
-        """Close removed servers that have no request in flight."""
-        for server in [server for server in self.servers if server.is_removed]:
-            if not server.limiter.in_flight:
-                self.servers.remove(server)
-                self.removed_counts.setdefault(server.url, Counter()).update(server.counts())
-                if server.model:
-                    self.pools[server.model].servers.remove(server)
-                await self._transports.pop(server).aclose()
-
     async def _ask_all(self, served: dict[str, list[str]], failures: dict[str, ServerError]) -> None:
         """Ask all servers what they serve. Fill `served`, and `failures` with errors, by URL.
 
@@ -266,8 +287,6 @@ class Membership:
         if server.health.ejections > 1:  # the last time it answered only probes
             await asyncio.sleep(self._probe_pause(server.health.ejections))
         for step in count():
-            if server not in self.servers:
-                return
             try:
                 models = await self._models(server)
                 if server.model and server.model not in models:
@@ -289,7 +308,7 @@ class Membership:
     async def _watch(self, server: Server) -> None:
         """Read the server's load metrics at intervals."""
         clock = asyncio.get_running_loop().time
-        while server in self.servers:
+        while True:
             if server.is_usable:
                 try:
                     load = await server.client.load()

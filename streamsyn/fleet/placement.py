@@ -33,15 +33,22 @@ class Placement:
         affinity: Maps groups to servers.
         leader_wait_s: Longest wait for a leader's first token.
         clock: Seconds of the event loop.
+        on_release: Called with the server of each place that is given back.
     """
 
     def __init__(
-        self, servers: list[Server], affinity: Affinity, leader_wait_s: float, clock: Callable[[], float]
+        self,
+        servers: list[Server],
+        affinity: Affinity,
+        leader_wait_s: float,
+        clock: Callable[[], float],
+        on_release: Callable[[Server], None] = lambda _: None,
     ) -> None:
         self.servers = servers
         self.affinity = affinity
         self._leader_wait_s = leader_wait_s
         self._clock = clock
+        self._on_release = on_release
         self._queue: deque[Waiter] = deque()
         self._numbers = count()
         self._timer: asyncio.TimerHandle | None = None
@@ -76,6 +83,7 @@ class Placement:
         if place.leads:  # no first token came
             self._release_followers(server, place.leads, warm=False)
         self._fill(server)
+        self._on_release(server)
 
     def warmed(self, place: Place) -> None:
         """Record the first token: the request's prefixes are in the server's cache."""
@@ -92,6 +100,8 @@ class Placement:
         """Stop using `server`: its waiters are placed elsewhere, and its groups choose other servers."""
         self.affinity.forget(server)
         server.prefixes.clear()
+        for key in [key for key in self._wait_ends if key[0] is server]:
+            self._wait_ends.pop(key).cancel()
         waiters = [*server.queue, *server.warm_up.clear()]
         server.queue.clear()
         for waiter in sorted(waiters, key=lambda waiter: waiter.number):

@@ -32,6 +32,7 @@ class Server:
         prefixes: What its prefix cache should hold.
         queue: Requests that wait for a place here, since their group belongs here.
         groups: Number of prefix groups that belong here.
+        aborts: Requests to abort that it has not answered.
         draining: It gets no new requests.
         is_removed: It is no longer wanted; it stays until its last request has ended.
         load: Its last load metrics.
@@ -50,6 +51,7 @@ class Server:
     prefixes: PrefixModel = field(default_factory=PrefixModel)
     queue: "deque[Waiter]" = field(default_factory=deque)
     groups: int = 0
+    aborts: "set[asyncio.Task[None]]" = field(default_factory=set)
     draining: bool = False
     is_removed: bool = False
     load: Load | None = None

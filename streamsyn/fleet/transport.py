@@ -137,6 +137,8 @@ class HttpTransport:
         A connection that is lost at once and without a byte is most likely a kept-alive one that the server
         was closing. The request is then sent once more, on a new connection.
         """
+        if self._session.closed:
+            raise ServerUnavailable(f"{self._url} was removed")
         clock = asyncio.get_running_loop().time
         started = clock()
         try:

@@ -1,7 +1,10 @@
-"""Membership changes, several models, prefixes and hedging, over real sockets to simulated servers."""
+"""Membership changes, several models, prefixes, over real sockets to simulated servers."""
 
 import asyncio
+import gc
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,8 +15,10 @@ from structlog.testing import capture_logs
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone
 from streamsyn.fleet.fleet import Fleet, open_fleet
+from streamsyn.fleet.server import Server
+from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.fleet.transport import Transport
 from streamsyn.records import Attempt, Completion, Request, digest
-from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -102,7 +107,7 @@ async def test_servers_come_and_go_with_the_file(tmp_path: Path) -> None:
             await until(lambda: fleet.servers[0].draining)
             assert {second.url} == {answer.server for answer in await ask_many(fleet, 12)}
             await write(file, f"{first.url}\n")
-            await until(lambda: not fleet.servers[0].draining and fleet.servers[1].draining)
+            await until(lambda: [one.url for one in fleet.servers if one.is_usable] == [first.url])
             assert {first.url} == {answer.server for answer in await ask_many(fleet, 4)}
             await write(file, f"{first.url}\n{second.url}\n")
             await until(lambda: len(fleet.servers) == 2 and all(server.is_usable for server in fleet.servers))
@@ -164,25 +169,6 @@ async def test_a_server_with_none_of_the_models() -> None:
         async with opened(server.url, models={"big": 1.0}) as fleet:
             with pytest.raises(ConfigError, match=r"fleet\.models: http.* serves other, none of big"):
                 await fleet.ask_models()
-
-
-@pytest.mark.usefixtures("no_task_left")
-async def test_a_straggler_at_the_end_is_asked_again_elsewhere() -> None:
-    """The first answer counts; the slower try is aborted, which is not a failure of its server."""
-    async with simulators() as simulated:
-        stuck = await simulated.start(lambda number, _: Fault.STALL if number == 3 else None)
-        other = await simulated.start()
-        async with fleet_of(stuck.url, other.url, concurrency=4, hedge_tail=True) as fleet:
-            await ask_many(fleet, 4)
-            async with asyncio.TaskGroup() as group:
-                asking = group.create_task(ask_many(fleet, 2))
-                await until(lambda: stuck.simulation.stats.in_flight == 1 and other.simulation.stats.answered)
-                fleet.tail(1, 30)
-            servers = [answer.server for answer in asking.result()]
-            await until(lambda: stuck.simulation.stats.in_flight == 0)
-            assert {stuck.url: 0, other.url: 0} == fleet.in_flight
-    assert {other.url} == set(servers)
-    assert 1 == stuck.simulation.stats.by_route["/abort_request"]
 
 
 @pytest.mark.usefixtures("no_task_left")
@@ -261,11 +247,74 @@ async def test_a_server_that_comes_back_while_it_leaves_is_one(tmp_path: Path) -
             await asking
             assert [server.url, other.url] == [one.url for one in fleet.servers]
             await write(file, f"{other.url}\n")
-            await until(lambda: fleet.servers[0].draining)
-            await write(file, f"{other.url} weight=2\n")
             await until(lambda: len(fleet.servers) == 1)
             told = {one["server"]: one["completions"] for one in fleet.metrics()}
     assert {server.url: 2, other.url: 2} == told
+
+
+class Closing(InProcessServers):
+    """Simulated servers; notes which connections were closed, and when."""
+
+    def __init__(self, simulations: dict[str, Simulation]) -> None:
+        super().__init__(simulations)
+        self.closed: dict[str, float] = {}
+
+    @asynccontextmanager
+    async def connect(self, spec: ServerSpec) -> AsyncIterator[Transport]:
+        async with super().connect(spec) as transport:
+            yield transport
+            self.closed[spec.url] = asyncio.get_running_loop().time()
+
+
+@pytest.mark.parametrize("ending", ["answered", "cancelled"])
+def test_a_removed_server_is_let_go_as_soon_as_it_has_answered(ending: str) -> None:
+    """Its connections are closed at once, after an abort was sent; nothing refers to it any more."""
+    leaving, staying = "http://one:1", "http://two:1"
+
+    async def main() -> None:
+        simulations = {url: Simulation(SimulatorConfig(latency_ms=5000)) for url in (leaving, staying)}
+        servers = Closing(simulations)
+        section = FleetSection(servers=(leaving, staying), load_interval_s=600.0)
+        async with open_fleet(section, lambda _: None, {}, servers.connect, Random(0)) as fleet:
+            await fleet.ask_models()
+            asking = asyncio.create_task(fleet.complete(request("geese", 1), []))
+            await asyncio.sleep(1)
+            await fleet._membership.apply([ServerSpec(staying)])
+            await asyncio.sleep(1)
+            assert {} == servers.closed
+            if ending == "cancelled":
+                asking.cancel()
+            await asyncio.wait([asking])
+            ended = asyncio.get_running_loop().time()
+            await asyncio.sleep(0.1)
+            assert {leaving: ended} == servers.closed
+            assert [staying] == [server.url for server in fleet.servers]
+            del asking  # its traceback refers to the server
+            gc.collect()
+            kept = [one for one in gc.get_objects() if isinstance(one, Server) and one.url == leaving]
+            assert [] == kept
+        assert simulations[leaving].stats.by_route["/abort_request"] == (ending == "cancelled")
+
+    run_virtually(main())
+
+
+def test_an_idle_server_that_is_removed_is_let_go_at_once() -> None:
+    """Its load watch ends with it, even in the middle of a reading."""
+
+    async def main() -> None:
+        urls = ("http://one:1", "http://two:1")
+        servers = Closing({url: Simulation(SimulatorConfig()) for url in urls})
+        section = FleetSection(servers=urls)
+        async with open_fleet(section, lambda _: None, {}, servers.connect, Random(0)) as fleet:
+            await fleet.ask_models()
+            await fleet._membership.apply([ServerSpec(urls[1])])
+            await asyncio.sleep(0.1)
+            assert {urls[0]} == servers.closed.keys()
+            names = {task.get_name() for task in asyncio.all_tasks()}
+            assert f"load-{urls[1]}" in names
+            assert f"load-{urls[0]}" not in names
+
+    run_virtually(main())
 
 
 async def cap_after(requests: int, *, tells_load: bool, **config: Any) -> tuple[Fleet, Simulation]:
