@@ -209,8 +209,11 @@ class Outage:
             self._paused_until = ends
 
     def gives_up_in_s(self, now: float) -> float | None:
-        """Return the seconds until the fleet, without a usable server, is given up; None if one is usable."""
-        return None if self._timer is None else self._timer.when() - now
+        """Return the seconds until the fleet is given up; None if a server is usable and does not refuse."""
+        timers = [self._timer]
+        if now - self._refused_since >= _ACCEPTED_AFTER_S:  # before, it may pass
+            timers.append(self._refusal_timer)
+        return min((timer.when() - now for timer in timers if timer is not None), default=None)
 
     def close(self) -> None:
         """Cancel the timers."""

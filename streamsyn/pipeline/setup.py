@@ -154,7 +154,7 @@ async def _open_examination(
         request.out,
         lambda first: run_log.read_contexts(first, run_log.contexts.rows),
         writing,
-        lambda section: opening(section, lambda why: stopper.cancel(f"scoring: {why}")),
+        lambda section: opening(section, lambda why: stopper.cancel(f"scoring servers: {why}")),
         parts.counters,
     ) as examination:
         if examination.fleet is not None and examination.fleet is not writing:

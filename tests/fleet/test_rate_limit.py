@@ -179,6 +179,10 @@ def test_a_fleet_that_refuses_everything_is_given_up(fault: Fault) -> None:
         run = Run(lambda *_: fault, lambda *_: fault, give_up_s=30.0)
         async with run.opened() as fleet:
             asking = [asyncio.create_task(fleet.complete(request(), [])) for _ in range(20)]
+            await asyncio.sleep(12)
+            left_s = fleet.gives_up_in_s
+            assert left_s is not None
+            assert left_s <= 30
             at, why = await run.gone
             assert not any(one.done() for one in asking)
             for one in asking:
