@@ -68,7 +68,8 @@ def test_kills_at_named_points(
     point: str,
 ) -> None:
     """Whatever the point, one outcome a seed, and few requests are sent twice."""
-    server, path, out = serve("--latency-ms", "5"), seeds(SEEDS), tmp_path / "out"
+    # One answer in 10 ms, so that the 5 ms in which the sink gathers a batch hold one at most.
+    server, path, out = serve("--latency-ms", "10", "--slots", "1"), seeds(SEEDS), tmp_path / "out"
     run = ["run", "--seeds", "-" if source == "pipe" else path, "--server", server.url, "--out", out]
     run += ["--no-progress", "--set", f"sink.compression={compression}", "--set", "sink.shard_bytes=10000"]
     run += ["--set", f"fleet.max_in_flight={IN_FLIGHT}", "--set", "sink.sync_interval_s=0.02"]
@@ -91,5 +92,5 @@ def test_kills_at_named_points(
     assert killed > 0
     assert [] == problems
     assert {"contexts": SEEDS, "rejects": 0, "samples": SEEDS} == found.counts
-    # What was in flight, and as much again that was answered while the sink gathered the batch it writes.
-    assert server.stats()["requests"] - SEEDS <= 2 * IN_FLIGHT * killed
+    # What was in flight, and what was answered while the sink gathered the batch that it writes next.
+    assert server.stats()["requests"] - SEEDS <= (IN_FLIGHT + 1) * killed
