@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 from weakref import finalize
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 from streamsyn.assembly.window import Piece, shuffled
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
-from streamsyn.io.paths import TEXT_KINDS, Kind, kind_of, matches, paths_below, suffixes_of
-from streamsyn.io.row_reader import ReadOptions, decode_all, read_text
+from streamsyn.io.paths import TEXT_KINDS, find_rows, is_text_file
+from streamsyn.io.row_reader import decode_all
+from streamsyn.io.row_types import ReadOptions
+from streamsyn.io.text import read_text
 from streamsyn.words import word_count, word_starts
 
 _KEY: Final = "assembly.corpus"
@@ -117,7 +118,7 @@ def load_corpus(section: AssemblySection) -> Corpus:
 
 
 def read_documents(patterns: Sequence[str], field: str) -> Iterator[Iterable[str]]:
-    """The documents in files, directories and globs, each as pieces of text, in a fixed order.
+    """The documents in files and datasets, each as pieces of text, in a fixed order.
 
     Args:
         patterns: `assembly.corpus`.
@@ -128,27 +129,11 @@ def read_documents(patterns: Sequence[str], field: str) -> Iterator[Iterable[str
     """
     options = ReadOptions(columns={field: "assembly.corpus_field"}, key=_KEY)
     for pattern in patterns:
-        for path in _files(pattern):
-            if kind_of(path) is Kind.TEXT:
-                yield read_text(path, options)
+        for place in find_rows(pattern, _KEY, TEXT_KINDS).places:
+            if is_text_file(place):
+                yield read_text(place, options)
             else:
-                yield from ([_text_of(row, field, place)] for place, row in decode_all(path, options))
-
-
-def _files(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        found = [file for file in paths_below(path, TEXT_KINDS, strict=False) if file.is_file()]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [file for file in matches(pattern) if file.is_file()]
-    if not found:
-        raise ConfigError(f"{_KEY}: there are no files to read at {pattern}")
-    for file in found:
-        if kind_of(file) not in TEXT_KINDS:
-            raise ConfigError(f"{_KEY}: {file} is of no known format; there are {suffixes_of(TEXT_KINDS)}")
-    return found
+                yield from ([_text_of(row, field, where)] for where, row in decode_all(place, options))
 
 
 def _text_of(row: Any, field: str, place: str) -> str:

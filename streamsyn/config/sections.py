@@ -40,7 +40,8 @@ class SourceSection(Section):
     """One source of seeds."""
 
     path: str
-    """A file, a directory, a glob, or `-` for NDJSON on stdin."""
+    """A file, a directory, a glob, a URL of these, `org/name` or `org/name:split` of a dataset on the Hugging
+    Face hub, or `-` for NDJSON on stdin."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Relative weight of this source when sources are interleaved."""
     task: str | None = None
@@ -59,9 +60,12 @@ class FieldsSection(Section):
     task: str = "task"
     """Optional field with the task."""
     messages: str = "messages"
-    """Field with a chat-format pair, used where instruction and answer are absent."""
+    """Field with a chat, used where instruction and answer are absent."""
     context: str = "context"
     """Field with the document, for recipes that start from documents."""
+
+
+SeedFormat = Literal["auto", "pair", "alpaca", "messages", "sharegpt", "prompt_completion", "question_answer"]
 
 
 class SeedsSection(Section):
@@ -73,6 +77,10 @@ class SeedsSection(Section):
     """Mix the sources by weight instead of reading them one after the other."""
     fields: FieldsSection = FieldsSection()
     """Names of the fields of a seed."""
+    format: SeedFormat = "auto"
+    """The form of the rows. `auto` finds it for each row by its fields: `pair` (the names in `seeds.fields`),
+    `alpaca` (instruction, input, output), `messages` (chats of role and content), `sharegpt` (chats of from
+    and value), `prompt_completion`, `question_answer`. Another value takes rows of that form alone."""
     max_line_bytes: Annotated[Count, operational] = 8 * 2**20
     """Longest line in bytes. A longer line is rejected and never held in memory."""
     limit: Annotated[Count | None, operational] = None
@@ -207,7 +215,7 @@ class ChecksSection(Section):
     """Two contexts are near-duplicates from this Jaccard similarity of their five-word runs on, from 0 to 1.
     It is estimated by MinHash."""
     eval_sets: Annotated[tuple[str, ...], operational] = ()
-    """Files, directories or globs of evaluation data: JSON lines in LongBench's format, Parquet or text. A
+    """Evaluation data, as paths of seeds are given: rows in LongBench's or any other format, or text. A
     context that shares a run of `checks.eval_ngram_words` words with them is `contaminated`."""
     eval_ngram_words: Annotated[Count, Field(ge=4)] = 13
     """Length of such a run in words, ignoring case and punctuation."""
@@ -394,9 +402,9 @@ class AssemblySection(Section):
     """Where distractors come from: contexts of the `same_task` or of `any_task`, passages of a `corpus`, or
     `none`. A mix, such as {same_task = 3, corpus = 1}, is drawn from for each distractor."""
     corpus: Annotated[tuple[str, ...], operational] = ()
-    """Files, directories or globs of documents to take distractors from: text, JSON lines or Parquet."""
+    """Documents to take distractors from, as paths of seeds are given: rows of every format, or text."""
     corpus_field: str = "text"
-    """Field with the text, in JSON lines and Parquet."""
+    """Field with the text, in files of rows."""
     corpus_words: Count = 1500
     """Maximum words of a passage. Longer documents are split."""
     position: Literal["uniform"] | Unit | Annotated[tuple[Unit, ...], Field(min_length=1)] = "uniform"

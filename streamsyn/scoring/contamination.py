@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy
@@ -19,8 +18,11 @@ import structlog
 from numpy.typing import NDArray
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.paths import TEXT_KINDS, Kind, kind_of, matches, paths_below, suffixes_of
-from streamsyn.io.row_reader import ReadOptions, decode_all, read_text
+from streamsyn.io.paths import TEXT_KINDS, find_rows, is_text_file
+from streamsyn.io.places import Place
+from streamsyn.io.row_reader import decode_all
+from streamsyn.io.row_types import ReadOptions
+from streamsyn.io.text import read_text
 from streamsyn.shingles import Hashes, split_words
 
 log = structlog.get_logger()
@@ -56,7 +58,7 @@ class EvalSets:
     """The runs of words in evaluation sets. Reading them blocks, about 5 seconds per 10 million runs.
 
     Args:
-        paths: Files, directories, globs.
+        paths: Files, directories, globs, URLs, names on the hub.
         ngram_words: Words of a run.
 
     Raises:
@@ -70,7 +72,7 @@ class EvalSets:
     def __init__(self, paths: Sequence[str], ngram_words: int) -> None:
         self._words = ngram_words
         started = time.monotonic()
-        found = {pattern: find_sets(pattern) for pattern in paths}
+        found = {pattern: find_rows(pattern, _KEY, TEXT_KINDS).places for pattern in paths}
         self.files = list(dict.fromkeys(file for files in found.values() for file in files))
         gathered = GatheredRuns(len(self.files))
         counts = [self._read(file, number, gathered) for number, file in enumerate(self.files)]
@@ -103,7 +105,7 @@ class EvalSets:
         end = min(last + self._words, first + max(SHOWN_WORDS, self._words))
         return Overlap(len(where), str(self.files[owners[0]]), words.text(first, end))
 
-    def _read(self, file: Path, number: int, runs: "GatheredRuns") -> tuple[int, int]:
+    def _read(self, file: Place, number: int, runs: "GatheredRuns") -> tuple[int, int]:
         """Add the runs of a file; returns the number of its texts and of its runs."""
         count = found = 0
         for text in texts(file):
@@ -123,37 +125,17 @@ class EvalSets:
             )
 
 
-def find_sets(pattern: str) -> list[Path]:
-    """The files that a path, a directory (all below it) or a glob names, sorted.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    path = Path(pattern)
-    try:
-        found = [path] if pattern and path.exists() else sorted(matches(pattern), key=str)
-        below = (file for match in found for file in paths_below(match, TEXT_KINDS) if file.is_file())
-        files = list(dict.fromkeys(below))
-    except OSError as error:
-        raise ConfigError(f"{_KEY}: {pattern} cannot be read: {error}") from error
-    if files:
-        return files
-    if not found:
-        raise ConfigError(f"{_KEY}: {pattern!r} does not exist")
-    raise ConfigError(f"{_KEY}: {pattern} has no file of a known format; there are {suffixes_of(TEXT_KINDS)}")
-
-
-def texts(path: Path) -> Iterator[str]:
+def texts(place: Place) -> Iterator[str]:
     """All strings in a file of rows, or the text of a text file; long ones in pieces that overlap.
 
     Raises:
         ConfigError: It cannot be read to its end, or a row of it cannot be decoded.
     """
-    options = ReadOptions(MAX_LINE_BYTES, key=_KEY)
-    if kind_of(path) is Kind.TEXT:
-        yield from pieces(read_text(path, options))
+    options = ReadOptions(MAX_LINE_BYTES, key=_KEY, documents=True, all_splits=True)
+    if is_text_file(place):
+        yield from pieces(read_text(place, options))
         return
-    for _, row in decode_all(path, options, documents=True):
+    for _, row in decode_all(place, options):
         for text in _strings(row):
             yield from pieces([text])
 

@@ -6,8 +6,11 @@ from typing import Final, Protocol
 
 from streamsyn.config.sections import SeedsSection
 from streamsyn.io.lines import Line
-from streamsyn.io.row_reader import BATCH_ROWS, RawRow, ReadOptions, open_rows
+from streamsyn.io.places import Place, RemoteFile
+from streamsyn.io.row_reader import open_rows
+from streamsyn.io.row_types import BATCH_ROWS, RawRow, ReadOptions
 from streamsyn.records import Entry
+from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.parse import SeedParser
 
 _BATCH_DOCUMENTS: Final = 16
@@ -31,28 +34,43 @@ class SeedSource(Protocol):
 
 
 class FileSource:
-    """The seeds of one file or saved dataset.
+    """The seeds of one file or dataset.
 
     Args:
-        path: A file of rows, or a directory written by `datasets.save_to_disk`.
-        task: The task of seeds that name none; by default the file's stem or the directory's name.
+        place: The file or dataset.
+        task: The task of seeds that name none; by default the file's stem or the dataset's name.
         seeds: The section of the configuration.
         takes_documents: Whether a seed is a document instead of a pair.
+        seen: Counts the forms of rows.
     """
 
     def __init__(
-        self, path: Path, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
+        self,
+        place: Place,
+        task: str | None,
+        seeds: SeedsSection,
+        *,
+        takes_documents: bool = False,
+        seen: FormsSeen | None = None,
     ) -> None:
-        self._task = task or _default_task(path)
+        self._task = task or _default_task(place)
         self._max_line_bytes = seeds.max_line_bytes
-        self._parser = SeedParser(seeds.fields, takes_documents=takes_documents)
+        self._parser = SeedParser(seeds.fields, form=seeds.format, takes_documents=takes_documents, seen=seen)
         batch_rows = _BATCH_DOCUMENTS if takes_documents else BATCH_ROWS
-        self._rows = open_rows(path, ReadOptions(seeds.max_line_bytes, batch_rows))
+        self._rows = open_rows(place, ReadOptions(seeds.max_line_bytes, batch_rows))
 
     def batches(self) -> Iterator[list[Entry]]:
         for batch in self._rows.batches():
             parsed = [self._entry(row, batch.source) for row in batch.rows]
             yield [entry for entry in parsed if entry is not None]
+
+    def check(self) -> None:
+        """Look at the beginning of a local file.
+
+        Raises:
+            ConfigError: It is wrong as a whole: of a different format or encoding.
+        """
+        self._rows.check()
 
     def fraction(self) -> float | None:
         return self._rows.fraction()
@@ -61,15 +79,13 @@ class FileSource:
         source = _printable(source)
         if isinstance(row, Line):
             return self._parser.line(row, source, self._task, self._max_line_bytes)
-        origin = f"{source}:{row.number}"
-        if row.error is not None:
-            return self._parser.unreadable(row.error, origin)
-        return self._parser.row(row.value, origin, self._task, b"row")
+        return self._parser.table_row(row, f"{source}:{row.number}", self._task)
 
 
-def _default_task(path: Path) -> str:
-    name = _printable(path.name)
-    return name if path.is_dir() else name.split(".")[0] or name
+def _default_task(place: Place) -> str:
+    name = _printable(place.name)
+    is_file = isinstance(place, RemoteFile) or (isinstance(place, Path) and not place.is_dir())
+    return (name.split(".")[0] if is_file else name) or name
 
 
 def _printable(name: str) -> str:

@@ -1,35 +1,52 @@
 """Parses a line or a row into a Seed, or into a BadSeed with the reason and the detail of what is wrong."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
-from streamsyn.config.sections import FieldsSection
+from streamsyn.config.data_paths import is_url
+from streamsyn.config.sections import FieldsSection, SeedFormat
+from streamsyn.io.content import encoding_hint
+from streamsyn.io.json_rows import decode_json
 from streamsyn.io.lines import Line
+from streamsyn.io.row_types import TableRow
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
+from streamsyn.seeds.forms import FormsSeen, pair_in
+from streamsyn.seeds.metadata import storable_fields
+from streamsyn.seeds.values import NotASeed, is_absent, text_in
 
 _PREVIEW_BYTES: Final = 120
 """The beginning of a bad line that its detail quotes."""
-_WRAPPING: Final = 16
-"""Levels of nesting that the log may put around a seed's metadata: JSON's nesting is limited."""
+ANSWERS: Final = "answers"
+"""The metadata field with all answers that count as right, where there are several."""
 
 
 class SeedParser:
-    """Parses rows by the field names of `seeds.fields`.
+    """Parses rows by their form and the field names of `seeds.fields`.
 
     Args:
         fields: The names.
+        form: `seeds.format`.
         takes_documents: Whether a seed is a document; an instruction or answer beside it is metadata then.
+        seen: Counts the forms of rows.
     """
 
-    def __init__(self, fields: FieldsSection, *, takes_documents: bool = False) -> None:
+    def __init__(
+        self,
+        fields: FieldsSection,
+        *,
+        form: SeedFormat = "auto",
+        takes_documents: bool = False,
+        seen: FormsSeen | None = None,
+    ) -> None:
         self._fields = fields
+        self._form: SeedFormat = form
         self._takes_documents = takes_documents
-        parts = (fields.context,) if takes_documents else (fields.instruction, fields.answer)
-        self._named = frozenset((*parts, fields.id, fields.task))
+        self._seen = seen
 
     def line(self, line: Line, source: str, task: str, max_line_bytes: int) -> Entry | None:
         """The seed in one JSON line; None for a blank line.
@@ -47,7 +64,7 @@ class SeedParser:
         if not line.text or line.text.isspace():
             return None
         try:
-            row = orjson.loads(line.text)
+            row = decode_json(line.text)
         except orjson.JSONDecodeError as error:
             return _bad(origin, *_json_problem(line.text, error), line.text)
         if not isinstance(row, dict):
@@ -55,105 +72,130 @@ class SeedParser:
             return _bad(origin, RejectReason.NOT_A_SEED, detail, line.text)
         return self.row(row, origin, task, line.text)
 
-    def row(self, row: Mapping[str, Any], origin: str, task: str, raw: bytes) -> Entry:
-        """The seed in a decoded row, whose place is `origin`; `raw` is hashed into the key of a bad one."""
+    def table_row(self, row: TableRow, origin: str, task: str) -> Entry:
+        """The seed in a row of a table, whose place is `origin`."""
+        if row.error is not None:
+            return _bad(origin, RejectReason.NOT_A_SEED, f"the row cannot be read: {row.error}", b"row")
+        return self.row(row.value, origin, task, b"row", row.unreadable)
+
+    def row(
+        self,
+        row: Mapping[str, Any],
+        origin: str,
+        task: str,
+        raw: bytes,
+        unreadable: Mapping[str, Exception] | None = None,
+    ) -> Entry:
+        """The seed in a decoded row.
+
+        Args:
+            row: The fields by name.
+            origin: Its place.
+            task: The task if the row names none.
+            raw: Hashed into the key of a bad row.
+            unreadable: Fields with a value that Python cannot hold; `row` has them as text.
+        """
         try:
-            if self._takes_documents:
-                instruction, answer, context = "", "", _text(row, self._fields.context)
-            else:
-                instruction, answer, context = *self._pair(row), ""
-            task = _optional(row, self._fields.task) or task
-            parts = (context,) if self._takes_documents else (instruction, answer)
-            seed_id = _optional(row, self._fields.id) or digest(*parts).hex()
-            metadata = self._rest(row)
-        except _NotASeed as error:
+            seed, taken = self._seed(row, origin, task)
+            seed_texts = (seed.instruction, seed.answer, seed.context, seed.id, seed.task)
+            if not all(map(_is_encodable, seed_texts)):
+                return _bad(
+                    origin, RejectReason.INVALID_JSON, "it holds a lone surrogate, which is not text", raw
+                )
+        except NotASeed as error:
             return _bad(origin, RejectReason.NOT_A_SEED, str(error), raw)
-        return Seed(seed_id, task, instruction, answer, origin, metadata, context)
+        for name, problem in (unreadable or {}).items():
+            if name in taken:
+                return _unreadable(problem, origin)
+        return seed
 
-    def unreadable(self, error: Exception, origin: str) -> Entry:
-        """The BadSeed for a row with a value that Python cannot hold."""
-        utf8 = isinstance(error, UnicodeDecodeError)
-        reason = RejectReason.INVALID_UTF8 if utf8 else RejectReason.NOT_A_SEED
-        return _bad(origin, reason, f"the row cannot be read: {error}", b"row")
-
-    def _pair(self, row: Mapping[str, Any]) -> tuple[str, str]:
+    def _seed(self, row: Mapping[str, Any], origin: str, task: str) -> tuple[Seed, frozenset[str]]:
+        """The seed, and the fields that it was made of."""
         fields = self._fields
-        if fields.instruction not in row and fields.answer not in row and fields.messages in row:
-            return _chat_pair(row[fields.messages], fields.messages)
-        return _text(row, fields.instruction), _text(row, fields.answer)
+        if self._takes_documents:
+            taken, instruction = frozenset({fields.context}), ""
+            answers: Sequence[str] = ("",)
+            kept: frozenset[str] = frozenset()
+            if is_absent(row, fields.context):
+                raise NotASeed(_missing_document(row, fields.context))
+            context = text_in(row, fields.context)
+            identity: tuple[str, ...] = (context,)
+        else:
+            pair = pair_in(row, fields, self._form)
+            taken, instruction, answers, context = pair.taken, pair.instruction, pair.answers, ""
+            identity = pair.identity
+            # A template of the user's own may use the field by itself.
+            kept = frozenset({"input"} if pair.form == "alpaca" else ())
+            if self._seen is not None:
+                self._seen.note(pair)
+        own_id, own_task = _label(row, fields.id), _label(row, fields.task)
+        gone = set(taken - kept)
+        gone |= {name for name, own in ((fields.id, own_id), (fields.task, own_task)) if own is not None}
+        nulls = {fields.id, fields.task}
+        if not self._takes_documents:
+            nulls |= {fields.instruction, fields.answer, fields.messages}
+        rest = {
+            name: value
+            for name, value in row.items()
+            if name not in gone and not (name in nulls and is_absent(row, name))
+        }
+        metadata = storable_fields(rest)
+        if len(answers) > 1:
+            metadata[ANSWERS] = list(answers)
+        seed_id = own_id if own_id is not None else digest(*map(_encodable, identity)).hex()
+        return Seed(seed_id, own_task or task, instruction, answers[0], origin, metadata, context), taken
 
-    def _rest(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        taken = self._named
-        if not self._takes_documents and self._fields.instruction not in row:
-            taken = taken | {self._fields.messages}
-        rest = {key: value for key, value in row.items() if key not in taken}
-        if not rest:
-            return rest
-        try:
-            # Metadata is written to the log later: what cannot be written is refused here.
-            wrapped: Any = rest
-            for _ in range(_WRAPPING):
-                wrapped = [wrapped]
-            encoded = orjson.dumps(wrapped, default=str)
-        except (TypeError, ValueError) as error:  # orjson.JSONEncodeError is a TypeError
-            raise _NotASeed(f"the other fields cannot be written as JSON: {error}") from error
-        decoded: dict[str, Any] = orjson.loads(encoded[_WRAPPING:-_WRAPPING])
-        return decoded
 
-
-class _NotASeed(Exception):
-    """Raised when a row is not a valid seed; its text says why."""
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
+def _label(row: Mapping[str, Any], name: str) -> str | None:
+    """An id or a task: a text or a number; None for anything else, which stays a field like others."""
     value = row.get(name)
-    if value is None:
-        raise _NotASeed(f"field {name!r} is missing; fields: {_names(row)}")
-    if not isinstance(value, str):
-        raise _NotASeed(f"field {name!r} is not a string but {type(value).__name__}")
-    if not value.strip():
-        raise _NotASeed(f"field {name!r} is empty")
-    return value
-
-
-def _optional(row: Mapping[str, Any], name: str) -> str | None:
-    value = row.get(name)
-    if value is None or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _NotASeed(f"field {name!r} is not a string or an integer but {type(value).__name__}")
-    return str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    return None if value in {"", "NaN"} else str(value)
 
 
-def _chat_pair(messages: Any, name: str) -> tuple[str, str]:
-    """The instruction and the answer of a single-turn chat; system messages are ignored."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _NotASeed(f"field {name!r} is not a list of messages")
-    turns = [message for message in messages if message.get("role") != "system"]
-    if [message.get("role") for message in turns] != ["user", "assistant"]:
-        roles = ", ".join(str(message.get("role")) for message in messages) or "none"
-        raise _NotASeed(f"field {name!r} is not one user message and one assistant message (roles: {roles})")
-    return _text(turns[0], "content"), _text(turns[1], "content")
+def _missing_document(row: Mapping[str, Any], name: str) -> str:
+    if row.get(name) is not None:
+        return f"field {name!r} is empty"
+    names = ", ".join(sorted(map(str, row))[:8]) or "none"
+    return (
+        f"field {name!r} is missing; fields: {names}; set seeds.fields.context to the field with the document"
+    )
+
+
+def _is_encodable(text: str) -> bool:
+    return text.isascii() or _encodable(text) == text
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _unreadable(error: Exception, origin: str) -> Entry:
+    utf8 = isinstance(error, UnicodeDecodeError)
+    reason = RejectReason.INVALID_UTF8 if utf8 else RejectReason.NOT_A_SEED
+    return _bad(origin, reason, f"the row cannot be read: {error}", b"row")
 
 
 def _json_problem(text: bytes, error: orjson.JSONDecodeError) -> tuple[RejectReason, str]:
     try:
         text.decode()
     except UnicodeDecodeError as encoding:
-        return RejectReason.INVALID_UTF8, f"invalid UTF-8 at byte {encoding.start}: {_preview(text)}"
+        where = f"invalid UTF-8 at byte {encoding.start}: {_preview(text)}"
+        return RejectReason.INVALID_UTF8, where + encoding_hint(text)
     return RejectReason.INVALID_JSON, f"{error.msg} at column {error.colno}: {_preview(text)}"
 
 
 def _bad(origin: str, reason: RejectReason, detail: str, raw: bytes) -> BadSeed:
-    # The key of a file's line has the absolute path in it; a pipe has none.
-    place = origin if origin.startswith("-:") else str(Path(origin).absolute())
+    # The key of a file's line has the absolute path in it; a pipe and a URL have none.
+    place = origin if origin.startswith("-:") or is_url(origin) else str(Path(origin).absolute())
     return BadSeed(origin, reason, detail, digest("bad", os.fsencode(place), raw))
 
 
 def _preview(text: bytes) -> str:
     start = text[:_PREVIEW_BYTES].decode(errors="replace")
     return repr(start) + ("..." if len(text) > _PREVIEW_BYTES else "")
-
-
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(map(str, row))[:8]) or "none"

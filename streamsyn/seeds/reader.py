@@ -4,13 +4,19 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.io.paths import find_rows
+from streamsyn.io.places import shown_url
 from streamsyn.records import Entry
 from streamsyn.seeds.files import FileSource, SeedSource
+from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.stdin import SeedSpool, StdinSource
+
+_CHECKED_FILES: Final = 1000
+"""Files whose beginnings are looked at before the first is read, so that one that is wrong costs nothing."""
 
 
 class SeedReader:
@@ -23,7 +29,7 @@ class SeedReader:
         takes_documents: Whether the recipe takes documents instead of pairs.
 
     Raises:
-        ConfigError: A source does not exist or is of no known format.
+        ConfigError: A source does not exist, or is of no known format or wrong as a whole.
     """
 
     def __init__(
@@ -39,6 +45,9 @@ class SeedReader:
         self._random = random.Random(run_seed)
         self._spool = SeedSpool(spool_folder) if spool_folder is not None else None
         self._stdin: StdinSource | None = None
+        self._seen: list[FormsSeen] = []
+        self.left_out: list[str] = []
+        """What lies in the sources and is not read, one line a source."""
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
 
     @property
@@ -71,23 +80,36 @@ class SeedReader:
         known = [part for part in parts if part is not None]
         return sum(known) / len(parts) if parts and len(known) == len(parts) else None
 
+    def forms(self) -> Iterator[str]:
+        """The forms of the rows read so far and how their fields were used, one line each."""
+        for seen in self._seen:
+            yield from seen.lines()
+
     def stop(self) -> None:
         """End a read that waits for stdin, from any thread."""
         if self._stdin is not None:
             self._stdin.stop()
 
     def _open(self, source: SourceSection) -> Sequence[SeedSource]:
+        seen = FormsSeen("stdin" if source.path == "-" else shown_url(source.path))
+        self._seen.append(seen)
         if source.path == "-":
             if self._stdin is not None:
                 raise ConfigError("seeds: stdin (`-`) is given twice; it can only be read once")
             if sys.stdin is None:  # closed when Python started; the number 0 may be a different file by now
                 raise ConfigError("seeds: stdin (`-`) is closed; pipe seeds in, or give --seeds a path")
-            self._stdin = StdinSource(0, source.task, self._seeds, takes_documents=self._documents)
+            self._stdin = StdinSource(0, source.task, self._seeds, takes_documents=self._documents, seen=seen)
             return [self._stdin]
-        return [
-            FileSource(path, source.task, self._seeds, takes_documents=self._documents)
-            for path in find_rows(source.path, "seeds")
+        found = find_rows(source.path, "seeds")
+        files = [
+            FileSource(place, source.task, self._seeds, takes_documents=self._documents, seen=seen)
+            for place in found.places
         ]
+        for file in files[:_CHECKED_FILES]:
+            file.check()
+        if found.left_out.counts:
+            self.left_out.append(f"{shown_url(source.path)}: {found.left_out}")
+        return files
 
     def _stream(
         self, parts: Sequence[SeedSource], is_known: Callable[[Entry], bool]

@@ -1,6 +1,7 @@
 """Seeds from a pipe. It cannot be read twice, so what is read is on disk before it is acted on."""
 
 import os
+import re
 import select
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,12 +11,16 @@ import orjson
 
 from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError
+from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
+from streamsyn.io.decompression import is_compressed
 from streamsyn.io.lines import Line, LineSplitter
 from streamsyn.io.spool import Spool
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed
+from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.parse import SeedParser
 
 _CHUNK_BYTES: Final = 256 * 1024
+_ARRAY_OF_OBJECTS: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
 _NAME: Final = "-"
 """The name of the pipe in the origin of an entry, as in `-:17`."""
 
@@ -28,21 +33,32 @@ class StdinSource:
         task: The task of seeds that name none; by default `stdin`.
         seeds: The section of the configuration.
         takes_documents: Whether a seed is a document instead of a pair.
+        seen: Counts the forms of rows.
     """
 
     def __init__(
-        self, fd: int, task: str | None, seeds: SeedsSection, *, takes_documents: bool = False
+        self,
+        fd: int,
+        task: str | None,
+        seeds: SeedsSection,
+        *,
+        takes_documents: bool = False,
+        seen: FormsSeen | None = None,
     ) -> None:
         self._fd = fd
         self._task = task or "stdin"
         self._max_line_bytes = seeds.max_line_bytes
-        self._parser = SeedParser(seeds.fields, takes_documents=takes_documents)
+        self._parser = SeedParser(seeds.fields, form=seeds.format, takes_documents=takes_documents, seen=seen)
         self._wake_read, self._wake_write = os.pipe()
         self._stopped = False
 
     def batches(self) -> Iterator[list[Entry]]:
         splitter = LineSplitter(self._max_line_bytes)
+        is_first = True
         while chunk := self._read():
+            if is_first:
+                _check_beginning(chunk)
+                is_first = False
             yield self._entries(splitter.feed(chunk))
         if not self._stopped:  # otherwise the last line may be incomplete
             yield self._entries(splitter.finish())
@@ -66,6 +82,22 @@ class StdinSource:
     def _entries(self, lines: Iterable[Line]) -> list[Entry]:
         parsed = [self._parser.line(line, _NAME, self._task, self._max_line_bytes) for line in lines]
         return [entry for entry in parsed if entry is not None]
+
+
+def _check_beginning(chunk: bytes) -> None:
+    """Refuse what is not one value a line, before it becomes one reject a line.
+
+    Raises:
+        ConfigError: It is compressed, of a different encoding, an array, or an object over several lines.
+    """
+    # The chunk may end within a character: whole lines alone say how they are encoded.
+    problem = problem_of(chunk[:HEAD_BYTES].rpartition(b"\n")[0])
+    if is_compressed(chunk):
+        problem = "is compressed; unpack it first, for example with zcat"
+    elif _ARRAY_OF_OBJECTS.match(chunk) and layout_of(chunk[:HEAD_BYTES]) is Layout.ARRAY:
+        problem = "is a JSON array; give the file with --seeds PATH, or one object a line (jq -c '.[]')"
+    if problem is not None:
+        raise ConfigError(f"seeds: stdin {problem}")
 
 
 class SeedSpool:

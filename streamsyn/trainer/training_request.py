@@ -7,11 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from streamsyn.config.data_paths import absolute_path, is_url
 from streamsyn.config.loading import Config, load, parse_override
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import base_url
-from streamsyn.io.paths import find_rows
+from streamsyn.io.paths import find_files
 from streamsyn.trainer.outdir import check_replaceable, check_shaping, recorded_sections
 from streamsyn.trainer.sources.locate import folder_of_a_run, is_read_with, is_run, real_path
 from streamsyn.trainer.sources.source import path_errors
@@ -93,8 +94,6 @@ def check(request: TrainRequest) -> None:
         if find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name} needs the package {name}: pip install {name}")
     source, out = request.source, request.out
-    if "://" in source:
-        raise ConfigError(f"--from {source}: URLs are not supported; give a run directory, files or -")
     with path_errors("--from", source):
         _check_source(source, out)
     with path_errors("--model", request.model):
@@ -120,20 +119,17 @@ def check_launcher(section: TrainSection) -> None:
 def _with_absolute_paths(section: TrainSection) -> TrainSection:
     """Make paths absolute, so that a training can be resumed from any working directory."""
     absolute: dict[str, Any] = {
-        "mix": tuple(one.model_copy(update={"path": _absolute_path(one.path)}) for one in section.mix)
+        "mix": tuple(one.model_copy(update={"path": absolute_path(one.path)}) for one in section.mix)
     }
-    for key in ("chat_template", "control"):
-        if (path := getattr(section, key)) is not None:
-            absolute[key] = _absolute_path(path)
+    if section.chat_template is not None:
+        absolute["chat_template"] = str(Path(section.chat_template).absolute())
+    if section.control is not None:
+        absolute["control"] = absolute_path(section.control)
     if section.longbench is not None:
         absolute["longbench"] = section.longbench.model_copy(
-            update={"path": _absolute_path(section.longbench.path)}
+            update={"path": absolute_path(section.longbench.path)}
         )
     return section.model_copy(update=absolute)
-
-
-def _absolute_path(path: str) -> str:
-    return str(Path(path).absolute()) if path else path  # an empty path is refused where it is read
 
 
 def _check_source(source: str, out: Path) -> None:
@@ -159,7 +155,7 @@ def _check_out(out: Path, source: str, section: TrainSection) -> None:
         paths.append(("train.longbench.path", section.longbench.path))
     for key, path in paths:
         if path is not None:
-            find_rows(path, key)
+            find_files(path, key)
             _check_apart(out, f"{key}: {path}", path)
 
 
@@ -175,7 +171,7 @@ def _check_keys(section: TrainSection) -> None:
 
 
 def _check_apart(out: Path, named: str, pattern: str) -> None:
-    if is_read_with(out, pattern):
+    if not is_url(pattern) and is_read_with(out, pattern):
         raise ConfigError(
             f"--out {out} lies among the files of {named}, and would be read as rows; use another --out"
         )

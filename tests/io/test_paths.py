@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.paths import TEXT_KINDS, find_rows, is_row_file, paths_below
+from streamsyn.io.paths import TEXT_KINDS, find_files, find_rows, is_row_file
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -19,7 +19,8 @@ def write(path: Path) -> Path:
 
 
 def find(pattern: object) -> list[Path]:
-    return find_rows(str(pattern), "seeds")
+    found = find_rows(str(pattern), "seeds").places
+    return [place for place in found if isinstance(place, Path)]
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_a_socket_is_refused(tmp_path: Path) -> None:
     ("pattern", "message"),
     [
         ("missing.jsonl", "seeds: {} does not exist"),
-        ("*.csv", "seeds: {} does not exist"),
+        ("*.tsv", "seeds: {} does not exist"),
         ("pictures", "seeds: there is no file to read in {}; the formats are .jsonl, "),
         ("pictures/*", "seeds: there is no file to read in {}; the formats are .jsonl, "),
         ("README.md", "seeds: {} is of no known format; there are .jsonl, "),
@@ -144,28 +145,50 @@ def test_what_stands_for_nothing_is_refused(tree: Path, pattern: str, message: s
     assert str(raised.value).startswith(message.format(path))
 
 
-def test_a_directory_may_be_read_as_rglob_does(tree: Path) -> None:
-    """Not strict: links to directories, and directories that cannot be listed, are skipped."""
+def test_each_real_directory_is_visited_once(tree: Path) -> None:
+    """Links to directories are followed; a link back to a directory above ends there, and is counted."""
+    (tree / "deep" / "loop").symlink_to(tree)
     (tree / "linked").symlink_to(tree / "deep")
-    (tree / "again.txt").symlink_to(tree / "deep" / "notes.txt")
-    locked = tree / "locked"
-    write(locked / "e.jsonl")
-    locked.chmod(0)
-    here = ["a.jsonl.gz", "again.txt", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst", "deep/notes.txt"]
-    linked = ["linked/c.parquet", "linked/er/d.ndjson.zst", "linked/notes.txt"]
-    try:
-        lenient = [str(path.relative_to(tree)) for path in paths_below(tree, TEXT_KINDS, strict=False)]
-        if os.geteuid() == 0:  # to whom nothing is locked
-            lenient.remove("locked/e.jsonl")
-        else:
-            with pytest.raises(PermissionError):
-                list(paths_below(tree, TEXT_KINDS))
-    finally:
-        locked.chmod(0o700)
-    strict = [str(path.relative_to(tree)) for path in paths_below(tree, TEXT_KINDS)]
+    found = find_files(str(tree), "seeds")
 
-    assert here == lenient
-    assert [*here, *linked, "locked/e.jsonl"] == strict
+    names = [str(place).removeprefix(f"{tree}/") for place in found.places]
+    assert ["a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/er/d.ndjson.zst"] == names
+    assert 2 == found.left_out.counts["linked directories that were visited before"]
+
+
+def test_what_is_left_out_is_said_in_one_line(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of other formats by name, hidden ones and checkpoints of notebooks by number."""
+    for name in (".a.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl", "e.csv", "f.zip"):
+        write(tree / name)
+
+    names = [path.name for path in find(tree)]
+
+    assert ["a.jsonl.gz", "b.jsonl", "c.parquet", "d.ndjson.zst", "e.csv"] == names
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "files.left_out" in line]
+    assert "2 hidden, 3 of no known format (notes.txt, f.zip, cat.png)" in line
+
+
+def test_text_is_a_format_where_documents_are_wanted(tree: Path) -> None:
+    """A corpus may be of plain text."""
+    names = [place.name for place in find_files(str(tree), "assembly.corpus", TEXT_KINDS).places]
+
+    assert "notes.txt" in names
+
+
+def test_a_directory_that_cannot_be_listed_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in it would be left out silently."""
+    locked = tree / "locked"
+    locked.mkdir()
+
+    def refuse(path: Path) -> list[Path]:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return [Path(entry.path) for entry in os.scandir(path)]
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may list every directory
+
+    with pytest.raises(ConfigError, match=r"seeds: .*locked cannot be used: Permission denied"):
+        find(tree)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +202,12 @@ def test_a_directory_may_be_read_as_rglob_does(tree: Path) -> None:
         ("a.parquet", True),
         ("a.parquet.gz", False),
         ("a.gz", False),
-        ("a.csv", False),
+        ("a.csv", True),
+        ("a.TSV.Gz", True),
+        ("A.JSONL", True),
+        ("a.jsonl.bz2", True),
+        ("a.json.xz", True),
+        ("a.txt", False),
         ("jsonl", False),
     ],
 )

@@ -245,12 +245,12 @@ def test_the_digest_does_not_depend_on_the_process(longbench_sets: EvalSets) -> 
     ("name", "data", "says"),
     [
         ("none.jsonl", None, "does not exist"),
-        ("a.csv", b"a,b", "no file of a known format"),
+        ("a.pdf", b"a,b", "is of no known format"),
         ("empty.jsonl", b"", "there is no text in"),
         ("numbers.jsonl", b'{"a": [1, 2]}\n', "there is no text in"),
         ("short.jsonl", b'{"a": "too short"}\n', "eval_ngram_words = 13"),
         ("bad.jsonl", b'{"a": "x"}\n{"a": \n', "bad.jsonl:2 is not valid JSON"),
-        ("bad.json", b'[\n{"a": \n', "bad.json:3 is not valid JSON"),
+        ("bad.json", b'[\n{"a": \n', "bad.json:1 is not valid JSON"),
         ("bad.txt", b"a b c \xff\xfe d e", "bad.txt is not valid UTF-8"),
         # Without the time: these bytes are part of the test's name, and pytest's workers must agree on names.
         (

@@ -164,7 +164,7 @@ def test_parquet_holds_what_json_does_not(tmp_path: Path) -> None:
     expected = {
         "at": "1843-09-01",
         "price": "1.50",
-        "share": None,
+        "share": "NaN",
         "raw": "b'\\xff'",
         "tags": ["a", "b"],
         "more": {"pages": 3},
@@ -172,8 +172,8 @@ def test_parquet_holds_what_json_does_not(tmp_path: Path) -> None:
     assert [expected] == metadata
 
 
-def test_a_value_that_python_cannot_hold_spoils_its_own_row_alone(tmp_path: Path) -> None:
-    """Text that is no UTF-8, or a date beyond the year 9999, is a bad seed among good ones."""
+def test_a_value_that_python_cannot_hold_costs_no_pair(tmp_path: Path) -> None:
+    """A date beyond the year 9999 becomes text; an instruction that is not UTF-8 is a bad seed."""
     import pyarrow
 
     offsets, data = struct.pack("<4i", 0, 4, 6, 10), b"Who?\xff\xfeWhy?"
@@ -187,8 +187,10 @@ def test_a_value_that_python_cannot_hold_spoils_its_own_row_alone(tmp_path: Path
     read = entries(source_at(path))
 
     bad = [(entry.origin, entry.reason) for entry in read if isinstance(entry, BadSeed)]
-    assert [(f"{path}:2", RejectReason.INVALID_UTF8), (f"{path}:3", RejectReason.NOT_A_SEED)] == bad
-    assert ["Who?"] == [entry.instruction for entry in read if isinstance(entry, Seed)]
+    assert [(f"{path}:2", RejectReason.INVALID_UTF8)] == bad
+    assert ["Who?", "Why?"] == [entry.instruction for entry in read if isinstance(entry, Seed)]
+    assert isinstance(read[2], Seed)
+    assert isinstance(read[2].metadata["at"], str)
 
 
 @pytest.fixture

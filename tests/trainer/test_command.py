@@ -397,7 +397,7 @@ def test_a_different_training_in_the_same_directory_is_refused(
 @pytest.mark.parametrize(
     ("named", "source", "out", "more"),
     [
-        ("--from http://host:1", "http://host:1", "out", []),
+        ("http://host:1 is of no known format", "http://host:1", "out", []),
         ("odd", "odd", "out", []),
         ("no such directory", "run", "out", ["--model", "./nowhere"]),
         ("is not a model", "run", "out", ["--model", "odd"]),

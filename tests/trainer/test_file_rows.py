@@ -257,7 +257,7 @@ def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "nothing.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match=r"^--from .*nothing.jsonl is empty$"):
         opened(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(ConfigError, match="a URL cannot be followed"):
+    with pytest.raises(ConfigError, match="http://host/stream is of no known format"):
         opened("http://host/stream")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from streamsyn.config.data_paths import hub_name, is_url
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.io.paths import is_row_file, is_run_directory
@@ -40,7 +41,8 @@ def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
 
     Args:
         stream: `--from`: `-` for NDJSON on stdin; a run directory, which need not exist yet; or a file, glob,
-            saved data set or directory of files, which do not change.
+            saved dataset or directory of files, a URL of these, or `org/name:split` on the hub: they do not
+            change. `org/name` alone is a run directory that may still come.
         section: The section `train`; `train.mix` names what is mixed in.
         out: OUT; what is read from stdin is kept in OUT/spool.
 
@@ -57,8 +59,6 @@ def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
 def _open_stream(stream: str, out: Path) -> Source:
     if stream == "-":
         return _open_stdin(out / "spool")
-    if "://" in stream:
-        raise ConfigError(f"--from {stream}: a URL cannot be followed; give a run directory, files or -")
     with path_errors("--from", stream):
         if not is_run(stream, out):
             return _open_files(stream)
@@ -88,6 +88,8 @@ def _open_stdin(spool: Path) -> Source:
 def is_run(stream: str, out: Path) -> bool:
     """Whether `--from` is a run directory, or a place where a run may still start."""
     path = Path(stream)
+    if is_url(stream) or ((hub := hub_name(stream)) is not None and hub.split is not None):
+        return False
     if is_run_directory(path):
         return True
     if path.is_dir():

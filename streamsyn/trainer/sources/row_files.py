@@ -1,4 +1,4 @@
-"""Rows of files that do not change: JSON lines, Parquet, saved datasets.
+"""Rows of files and datasets that do not change, in every format that seeds have.
 
 Of a dataset with splits, an export or a DatasetDict, only `train` is read where there is one.
 """
@@ -14,8 +14,11 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError
+from streamsyn.io.json_rows import decode_json
 from streamsyn.io.paths import find_rows
-from streamsyn.io.row_reader import RawRow, ReadOptions, RowReader, TableRow, is_blank, open_rows
+from streamsyn.io.places import Place
+from streamsyn.io.row_reader import open_rows
+from streamsyn.io.row_types import RawRow, ReadOptions, RowReader, TableRow, is_blank
 from streamsyn.trainer.examples import Row
 from streamsyn.trainer.sources.source import path_errors
 
@@ -34,10 +37,10 @@ _Placed: TypeAlias = tuple[str, RawRow]
 
 
 class FileRows:
-    """Source: the rows of a file or a saved dataset, or of all in a directory or a glob, sorted by name.
+    """Source: the rows of a file or a dataset, or of all in a directory or a glob, sorted by name.
 
     Args:
-        path: The file, saved dataset, directory or glob.
+        path: The file, saved dataset, directory, glob, URL or name on the hub.
         name: Identifies the source in keys.
         key: The option or the configuration key of the path, for messages: `train.mix`.
         count: Count the rows before the first is read, so that the total is known from the beginning.
@@ -49,7 +52,7 @@ class FileRows:
     def __init__(self, path: str, name: str, key: str, *, count: bool) -> None:
         self.name = name
         self._options = ReadOptions(MAX_LINE_BYTES, key=key)
-        found = find_rows(path, key)
+        found = find_rows(path, key).places
         with path_errors(f"{key}:", path):
             self._paths = without_other_splits(found, key)
         if not self._paths:
@@ -111,7 +114,7 @@ def _decoded(seq: int, placed: _Placed) -> Row:
     if row.text is None:
         return Row(seq, None, f"{place} is longer than {MAX_LINE_BYTES} bytes")
     try:
-        value = orjson.loads(row.text)
+        value = decode_json(row.text)
     except orjson.JSONDecodeError as error:
         return Row(seq, None, f"{place} is not valid JSON: {error}")
     if isinstance(value, dict):
@@ -119,14 +122,14 @@ def _decoded(seq: int, placed: _Placed) -> Row:
     return Row(seq, None, f"{place} is not a JSON object but {type(value).__name__}")
 
 
-def without_other_splits(paths: Sequence[Path], key: str) -> list[Path]:
+def without_other_splits(places: Sequence[Place], key: str) -> list[Place]:
     """The files, and the saved datasets split by split, that are to be read.
 
     Where a dataset has a split `train`, its other splits are left out; where it has none (splits by task,
     or with names of the user's own), all are read. Either is logged.
 
     Args:
-        paths: Files and saved datasets.
+        places: Files and datasets; what does not lie on this machine is read as it is.
         key: The option or the configuration key that they were given as, for messages.
 
     Raises:
@@ -134,7 +137,7 @@ def without_other_splits(paths: Sequence[Path], key: str) -> list[Path]:
         OSError: It cannot be read.
     """
     is_export = cache(_is_export)
-    parts = [part for path in paths for part in _parts(path, is_export)]
+    parts = [part for place in places for part in _parts(place, is_export)]
     with_train = {part.dataset for part in parts if part.is_train}
     read = [part for part in parts if part.is_train or part.dataset not in with_train]
     for dataset in dict.fromkeys(part.dataset for part in parts if part.dataset is not None):
@@ -157,13 +160,16 @@ class _Part:
         is_train: Whether that is the split to train on.
     """
 
-    path: Path
+    path: Place
     dataset: Path | None = None
     split: str = ""
     is_train: bool = False
 
 
-def _parts(path: Path, is_export: Callable[[Path], bool]) -> Iterator[_Part]:
+def _parts(path: Place, is_export: Callable[[Path], bool]) -> Iterator[_Part]:
+    if not isinstance(path, Path):
+        yield _Part(path)
+        return
     if (path / "dataset_dict.json").is_file():
         for name in _saved_splits(path):
             yield _saved_part(path, path / name)

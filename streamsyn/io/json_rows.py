@@ -1,0 +1,258 @@
+"""Rows of JSON files: one value a line, one array, or one object; numbers beyond 64 bits and NaN are kept."""
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
+from streamsyn.io.decompression import READ_ERRORS, file_chunks
+from streamsyn.io.lines import split_lines
+from streamsyn.io.places import RemoteFile, size_of
+from streamsyn.io.row_types import Batch, ReadOptions, TableRow, is_blank
+
+_INEXACT: Final = re.compile(rb"[0-9]{19}|[0-9][eE]\+?[0-9]{3}")
+"""Numbers that orjson may read as a float with fewer digits, or as infinity."""
+_SPACE: Final = re.compile(r"\s*")
+
+
+class JsonReader:
+    """A file of JSON values, compressed or not."""
+
+    def __init__(self, place: Path | RemoteFile, options: ReadOptions) -> None:
+        self._place = place
+        self._options = options
+        try:
+            self._size = size_of(place)
+        except OSError as error:
+            raise options.error(place, f"cannot be read: {error.strerror or error}") from error
+        self._position = 0
+
+    def batches(self) -> Iterator[Batch]:
+        source = str(self._place)
+        try:
+            chunks = file_chunks(self._place, self._note_position)
+            head, chunks = _with_head(chunks)
+            match self._layout(head):
+                case Layout.ARRAY:
+                    for rows in _array_batches(chunks, self._options, source):
+                        yield Batch(source, rows)
+                case Layout.DOCUMENT:
+                    yield Batch(source, [TableRow(1, _document(chunks, self._options, source))])
+                case Layout.LINES:
+                    for lines in split_lines(chunks, self._options.max_line_bytes):
+                        yield Batch(source, lines)
+        except READ_ERRORS as error:
+            raise self._options.error(source, f"cannot be read to its end: {error}") from error
+
+    def check(self) -> None:
+        if isinstance(self._place, RemoteFile):
+            return
+        try:
+            self._layout(_with_head(file_chunks(self._place))[0])
+        except READ_ERRORS as error:
+            raise self._options.error(self._place, f"cannot be read to its end: {error}") from error
+
+    def count(self) -> int:
+        return sum(not is_blank(row) for batch in self.batches() for row in batch.rows)
+
+    def fraction(self) -> float | None:
+        if self._size is None:
+            return None
+        return self._position / self._size if self._size else 1.0
+
+    def _layout(self, head: bytes) -> Layout:
+        if (problem := problem_of(head)) is not None:
+            raise self._options.error(self._place, problem)
+        layout = layout_of(head)
+        if layout is Layout.DOCUMENT and not self._options.documents:
+            problem = "is a JSON object over several lines; give an array, or one object a line (jq -c .)"
+            raise self._options.error(self._place, problem)
+        return layout
+
+    def _note_position(self, offset: int) -> None:
+        self._position = offset
+
+
+def decode_json(text: bytes) -> Any:
+    """The value of a JSON text. Numbers are kept exactly, or as text where a float would be infinite.
+
+    NaN and Infinity, which Python and pandas write, become text.
+
+    Raises:
+        orjson.JSONDecodeError: It is not valid JSON.
+    """
+    try:
+        if _INEXACT.search(text) is None:
+            return orjson.loads(text)
+        value = orjson.loads(text)  # what is not JSON is found here
+    except orjson.JSONDecodeError as error:
+        try:
+            return _DECODER.decode(text.decode())
+        except (ValueError, RecursionError):
+            raise error from None
+    try:
+        return _DECODER.decode(text.decode())
+    except RecursionError:
+        return value
+
+
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # Python refuses to convert thousands of digits
+        return digits
+
+
+def _float(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
+
+
+_DECODER: Final = json.JSONDecoder(parse_int=_integer, parse_float=_float, parse_constant=str)
+
+
+def _with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The beginning of a file, and all its chunks, those of the beginning too.
+
+    Where the beginning is damaged, the chunks before that come first, and then the error.
+    """
+    head: list[bytes] = []
+    size = 0
+    try:
+        for chunk in chunks:
+            head.append(chunk)
+            size += len(chunk)
+            if size >= HEAD_BYTES:
+                break
+    except READ_ERRORS as error:
+        if not head:
+            raise
+        chunks = _raising(error)
+    return b"".join(head)[:HEAD_BYTES], chain(head, chunks)
+
+
+def _raising(error: Exception) -> Iterator[bytes]:
+    yield from ()
+    raise error
+
+
+def _document(chunks: Iterator[bytes], options: ReadOptions, source: str) -> Any:
+    data = b"".join(chunks).removeprefix(codecs.BOM_UTF8)
+    try:
+        return decode_json(data)
+    except orjson.JSONDecodeError as error:
+        raise options.error(f"{source}:{error.lineno}", f"is not valid JSON: {error}") from error
+
+
+def _array_batches(chunks: Iterator[bytes], options: ReadOptions, source: str) -> Iterator[list[TableRow]]:
+    """The elements of an array as rows, numbered from 1."""
+    batch: list[TableRow] = []
+    for number, value in enumerate(_Array(chunks, options, source).elements(), 1):
+        if isinstance(value, dict):
+            batch.append(TableRow(number, value))
+        else:
+            batch.append(TableRow(number, {}, TypeError(f"not a JSON object but {type(value).__name__}")))
+        if len(batch) >= options.batch_rows:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Array:
+    """A JSON array that is decoded element by element; holds about one element and one chunk."""
+
+    def __init__(self, chunks: Iterator[bytes], options: ReadOptions, source: str) -> None:
+        self._chunks = chunks
+        self._options = options
+        self._source = source
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text = ""
+        self._at = 0
+        self._number = 0
+        self._ended = False
+
+    def elements(self) -> Iterator[Any]:
+        """The elements in order.
+
+        Raises:
+            ConfigError: The array is damaged, cut short or followed by something else.
+        """
+        self._expect("[")
+        if self._next() == "]":
+            self._at += 1
+        else:
+            while True:
+                self._number += 1
+                yield self._element()
+                if self._expect(",]") == "]":
+                    break
+                self._next()
+        if rest := self._next():
+            raise self._error(f"has {rest!r} behind its end")
+
+    def _element(self) -> Any:
+        """Decode the next element; the text is extended until it holds all of it, and a character more."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except RecursionError as error:
+                raise self._error("is nested too deeply") from error
+            except json.JSONDecodeError as error:
+                if self._fits_another_chunk() and self._read():
+                    continue
+                raise self._error(f"is not valid JSON: {error.msg}") from error
+            if end == len(self._text) and self._read():  # a number may go on
+                continue
+            self._at = end
+            return value
+
+    def _fits_another_chunk(self) -> bool:
+        if len(self._text) - self._at > self._options.max_line_bytes:
+            raise self._error(f"is longer than {self._options.max_line_bytes} bytes, or not valid JSON")
+        return True
+
+    def _next(self) -> str:
+        """The next character that is not white space, which is not taken; "" at the end."""
+        while True:
+            found = _SPACE.match(self._text, self._at)
+            self._at = found.end() if found is not None else self._at
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read():
+                return ""
+
+    def _expect(self, wanted: str) -> str:
+        found = self._next()
+        if not found or found not in wanted:
+            where = f"has {found!r}" if found else "ends"
+            raise self._error(f"is not a valid JSON array: it {where} where {' or '.join(wanted)} belongs")
+        self._at += 1
+        return found
+
+    def _read(self) -> bool:
+        """Add a chunk, or as much as an unfinished element has so far, so that no text is decoded often."""
+        wanted, parts = len(self._text) - self._at, [self._text[self._at :]]
+        self._at = 0
+        added = 0
+        while not self._ended and added <= wanted:
+            chunk = next(self._chunks, None)
+            self._ended = chunk is None
+            try:
+                parts.append(self._decode(chunk or b"", chunk is None))
+            except UnicodeDecodeError as error:
+                raise self._error(f"is not valid UTF-8: {error.reason}") from error
+            added += len(parts[-1])
+        self._text = "".join(parts)
+        return added > 0
+
+    def _error(self, problem: str) -> Exception:
+        place = f"{self._source}:{self._number}" if self._number else self._source
+        return self._options.error(place, problem)

@@ -1,0 +1,132 @@
+"""Where rows lie: a local path, a file or a saved dataset behind a URL, a dataset on the Hugging Face hub."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
+
+from streamsyn.config.data_paths import HubName
+from streamsyn.io.remote import reason
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_SECRETS: Final = re.compile(r"(?<=://)[^/@]*@|[?#].*\Z")
+"""User and password, and what follows the path, such as a signature."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file behind a URL.
+
+    Attributes:
+        filesystem: Where it is.
+        path: Its path there.
+        url: Its URL without credentials, for messages and origins.
+    """
+
+    filesystem: "AbstractFileSystem"
+    path: str
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return PurePosixPath(self.url).name
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSaved:
+    """A directory behind a URL that `datasets.save_to_disk` has written."""
+
+    location: str
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return PurePosixPath(self.url).name
+
+
+@dataclass(frozen=True, slots=True)
+class HubDataset:
+    """A dataset on the hub, which is streamed."""
+
+    hub: HubName
+
+    def __str__(self) -> str:
+        return f"hf://datasets/{self.hub.repository}"
+
+    @property
+    def name(self) -> str:
+        """The dataset's name without its organisation."""
+        return PurePosixPath(self.hub.repository).name
+
+
+Place: TypeAlias = Path | RemoteFile | RemoteSaved | HubDataset
+
+
+def shown_url(url: str) -> str:
+    """A URL without credentials: what may be logged and written."""
+    return _SECRETS.sub("", url)
+
+
+@contextmanager
+def opened(place: Path | RemoteFile) -> Iterator[IO[bytes]]:
+    """The bytes of a file.
+
+    Raises:
+        OSError: It cannot be opened or read; the errors of remote file systems become OSErrors.
+    """
+    if isinstance(place, Path):
+        with place.open("rb") as file:
+            yield file
+        return
+    with _as_os_errors():
+        remote = place.filesystem.open(place.path, "rb")
+    with remote:
+        yield _Remote(remote)  # type: ignore[misc]  # what readers need of a file
+
+
+class _Remote:
+    """A remote file whose errors are OSErrors: each file system has its own exceptions."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        with _as_os_errors():
+            data: bytes = self._file.read(size)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise OSError(reason(error)) from error
+
+
+def size_of(place: Path | RemoteFile) -> int | None:
+    """The size of a file in bytes; None if its server does not tell.
+
+    Raises:
+        OSError: It cannot be found.
+    """
+    if isinstance(place, Path):
+        return place.stat().st_size
+    with _as_os_errors():
+        size: int | None = place.filesystem.size(place.path)
+    return size

@@ -1,0 +1,106 @@
+"""What the readers of rows have in common: rows and their places, options, the interface of a reader."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeAlias
+
+from streamsyn.errors import ConfigError
+from streamsyn.io.lines import Line
+
+BATCH_ROWS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One decoded row.
+
+    Attributes:
+        number: Counts from 1 in its source; of a delimited file, the number of its first line.
+        value: The fields by name.
+        error: Why the row cannot be read; `value` is empty then.
+        unreadable: Fields with a value that Python cannot hold, and why; `value` has it as text.
+    """
+
+    number: int
+    value: dict[str, Any]
+    error: Exception | None = None
+    unreadable: Mapping[str, Exception] = field(default_factory=dict)
+
+
+RawRow: TypeAlias = Line | TableRow
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Consecutive rows of one file or split.
+
+    Attributes:
+        source: The file, or `directory[split]`: `source:number` is the place of a row.
+        rows: The rows, numbered from 1 in their source; blank lines are among them and count too.
+    """
+
+    source: str
+    rows: Sequence[RawRow]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How files are read.
+
+    Attributes:
+        max_line_bytes: A longer line is counted, not held in memory.
+        batch_rows: Rows that are held at once, at most.
+        columns: The only columns of a table that are read, each with the key that names it, for messages.
+        key: The option or the configuration key that the path was given as, for messages.
+        documents: Take a file that is one JSON object over several lines for one row.
+        all_splits: Read all splits of a dataset on the hub, not only `train`.
+    """
+
+    max_line_bytes: int = sys.maxsize
+    batch_rows: int = BATCH_ROWS
+    columns: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+    documents: bool = False
+    all_splits: bool = False
+
+    def error(self, place: object, problem: str) -> ConfigError:
+        """The error that names the key, the place (a file, or `file:row`) and the problem."""
+        return ConfigError(f"{self.key}: {place} {problem}" if self.key else f"{place} {problem}")
+
+
+class RowReader(Protocol):
+    """Reads the rows of one file or dataset, from its first to its last."""
+
+    def batches(self) -> Iterator[Batch]:
+        """All rows, in batches of a bounded size.
+
+        Raises:
+            ConfigError: It cannot be read to its end; the rows before that have been yielded.
+        """
+        ...
+
+    def check(self) -> None:
+        """Look at the beginning of a local file; what lies elsewhere is not looked at.
+
+        Raises:
+            ConfigError: The file is wrong as a whole: of a different format or encoding.
+        """
+        ...
+
+    def count(self) -> int:
+        """The number of rows without blank lines; lines are not decoded.
+
+        Raises:
+            ConfigError: It cannot be read to its end.
+        """
+        ...
+
+    def fraction(self) -> float | None:
+        """The share that `batches` has read, 0..1; None while the size is not known."""
+        ...
+
+
+def is_blank(row: RawRow) -> bool:
+    """Whether a row is a line of white space alone: it counts for line numbers only."""
+    return isinstance(row, Line) and row.text is not None and not row.text.strip()

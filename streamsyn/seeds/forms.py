@@ -1,0 +1,224 @@
+"""The forms in which people have instruction-answer pairs, recognised by the fields of each row.
+
+| form | fields |
+|---|---|
+| `pair` | `seeds.fields.instruction` and `seeds.fields.answer` |
+| `alpaca` | `instruction`, `output`, and `input`, which is a part of the question |
+| `messages` | a chat of `role` and `content` |
+| `sharegpt` | a chat of `from` and `value` |
+| `prompt_completion` | `prompt` and `completion`, and the like |
+| `question_answer` | `question` and `answer` or `answers`, and the like |
+
+The first form in this order whose fields hold something is a row's form. Null and empty count as absent.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from streamsyn.config.sections import FieldsSection, SeedFormat
+from streamsyn.seeds.chats import chat_pair, is_chat, with_system
+from streamsyn.seeds.values import NotASeed, answers_in, is_absent, text_in
+
+log = structlog.get_logger()
+
+_DEFAULTS: Final = FieldsSection()
+_CHATS: Final = ("messages", "conversations", "conversation")
+_SYSTEMS: Final = ("system", "system_prompt")
+_PROMPTS: Final = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "response"),
+    ("input", "output"),
+)
+_QUESTIONS: Final = tuple(
+    (question, answer)
+    for question in ("question", "query", "input")
+    for answer in ("answer", "answers", "response")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a row holds.
+
+    Attributes:
+        form: The name of its form.
+        instruction: The instruction, with all that belongs to the question.
+        answers: The answers that count as right; the first is the gold answer.
+        identity: The texts that the seed's id is a hash of, if the row has no id.
+        taken: The fields that the instruction and the answers were made of.
+        asks: How the instruction was made, for messages: `instruction + input`.
+        answered: How the answer was made.
+    """
+
+    form: SeedFormat
+    instruction: str
+    answers: Sequence[str]
+    identity: tuple[str, str]
+    taken: frozenset[str]
+    asks: str
+    answered: str
+
+
+Reading = Callable[[Mapping[str, Any], FieldsSection], Pair | None]
+"""Returns the pair of a row of one form; None for a row of a different form. Raises NotASeed."""
+
+
+def pair_in(row: Mapping[str, Any], fields: FieldsSection, form: SeedFormat) -> Pair:
+    """The instruction-answer pair of a row.
+
+    Args:
+        row: The fields by name.
+        fields: `seeds.fields`. Where it names other fields for a pair, only these and chats are looked at.
+        form: `seeds.format`.
+
+    Raises:
+        NotASeed: There is none; the text names what is missing and the keys to set.
+    """
+    for reading in _readings(fields, form):
+        if (pair := reading(row, fields)) is not None:
+            return pair
+    if form not in {"auto", "pair"}:
+        raise NotASeed(f"seeds.format = {form!r}, and the row is not of this form; fields: {_names(row)}")
+    chats = sorted(name for name in (fields.messages, *_CHATS) if not is_absent(row, name))
+    if chats and form == "auto":
+        raise NotASeed(f"field {chats[0]!r} is not a list of messages")
+    for name, key in ((fields.instruction, "instruction"), (fields.answer, "answer")):
+        if is_absent(row, name):
+            if row.get(name) is not None:
+                raise NotASeed(f"field {name!r} is empty")
+            advice = f"set seeds.fields.{key} to the field with the {key}"
+            raise NotASeed(f"field {name!r} is missing; fields: {_names(row)}; {advice}")
+    raise NotASeed(f"no pair was found; fields: {_names(row)}")
+
+
+def _readings(fields: FieldsSection, form: SeedFormat) -> Iterator[Reading]:
+    if form != "auto":
+        yield _READINGS[form]
+        return
+    is_mapped = (fields.instruction, fields.answer) != (_DEFAULTS.instruction, _DEFAULTS.answer)
+    if is_mapped and (fields.instruction, fields.answer) == ("instruction", "output"):
+        yield _alpaca
+    yield _named
+    if not is_mapped:
+        yield _alpaca
+    yield _messages
+    yield _sharegpt
+    if not is_mapped:
+        yield _prompt_completion
+        yield _question_answer
+
+
+def _named(row: Mapping[str, Any], fields: FieldsSection) -> Pair | None:
+    return _pair_of(row, "pair", ((fields.instruction, fields.answer),))
+
+
+def _alpaca(row: Mapping[str, Any], _: FieldsSection) -> Pair | None:
+    return _pair_of(row, "alpaca", (("instruction", "output"),), more="input", systems=_SYSTEMS)
+
+
+def _prompt_completion(row: Mapping[str, Any], _: FieldsSection) -> Pair | None:
+    for prompt, completion in _PROMPTS:
+        asked, answered = row.get(prompt), row.get(completion)
+        if is_chat(asked) and is_chat(answered):
+            chat = chat_pair([*asked, *answered], prompt)
+            form: SeedFormat = "prompt_completion"
+            both, answers = (chat.instruction, chat.answer), [chat.answer]
+            taken = frozenset({prompt, completion})
+            return Pair(form, chat.instruction, answers, both, taken, prompt, completion)
+    return _pair_of(row, "prompt_completion", _PROMPTS, systems=_SYSTEMS)
+
+
+def _question_answer(row: Mapping[str, Any], _: FieldsSection) -> Pair | None:
+    return _pair_of(row, "question_answer", _QUESTIONS, systems=_SYSTEMS)
+
+
+def _messages(row: Mapping[str, Any], fields: FieldsSection) -> Pair | None:
+    return _chat_of(row, "messages", "role", fields.messages)
+
+
+def _sharegpt(row: Mapping[str, Any], fields: FieldsSection) -> Pair | None:
+    return _chat_of(row, "sharegpt", "from", fields.messages)
+
+
+def _pair_of(
+    row: Mapping[str, Any],
+    form: SeedFormat,
+    names: Sequence[tuple[str, str]],
+    *,
+    more: str | None = None,
+    systems: Sequence[str] = (),
+) -> Pair | None:
+    """The pair in two fields; `more` of the question and a system prompt may be in others."""
+    found = next((two for two in names if not is_absent(row, two[0]) and not is_absent(row, two[1])), None)
+    if found is None:
+        return None
+    asks, answered = found
+    instruction, answers = text_in(row, asks), answers_in(row[answered], answered)
+    parts = [asks]
+    if more is not None and not is_absent(row, more):
+        instruction = f"{instruction}\n\n{text_in(row, more)}"
+        parts.append(more)
+    system = next((name for name in systems if isinstance(row.get(name), str) and row[name].strip()), None)
+    if system is not None:
+        instruction = with_system(row[system], instruction)
+        parts.insert(0, system)
+    identity, taken = (instruction, answers[0]), frozenset({*found, *parts})
+    return Pair(form, instruction, answers, identity, taken, " + ".join(parts), answered)
+
+
+def _chat_of(row: Mapping[str, Any], form: SeedFormat, speaker: str, mapped: str) -> Pair | None:
+    """The last question of a chat and its answer; what stands before is a part of the instruction."""
+    name = next((one for one in (mapped, *_CHATS) if is_chat(row.get(one), speaker)), None)
+    if name is None:
+        return None
+    chat = chat_pair(row[name], name)
+    instruction, asks, taken = chat.instruction, f"{chat.asks} of {name}", {name}
+    identity = chat.identity
+    if form == "sharegpt" and isinstance(system := row.get("system"), str) and system.strip():
+        instruction, asks, taken = with_system(system, instruction), f"system + {asks}", {name, "system"}
+        identity = (instruction, chat.answer)
+    return Pair(form, instruction, [chat.answer], identity, frozenset(taken), asks, f"last answer of {name}")
+
+
+_READINGS: Final[dict[SeedFormat, Reading]] = {
+    "pair": _named,
+    "alpaca": _alpaca,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _prompt_completion,
+    "question_answer": _question_answer,
+}
+
+
+class FormsSeen:
+    """The forms of a source's rows; each is logged when it is first seen.
+
+    Args:
+        source: The source, for messages.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+
+    def note(self, pair: Pair) -> None:
+        """Count the form of a row."""
+        key = (pair.form, pair.asks, pair.answered)
+        if key not in self._counts:
+            how = {"form": pair.form, "instruction": pair.asks, "answer": pair.answered}
+            log.info("seeds.form", source=self.source, **how)
+        self._counts[key] += 1
+
+    def lines(self) -> Iterator[str]:
+        """One line for each form and mapping so far, for `streamsyn preview`."""
+        for (form, asks, answered), count in self._counts.most_common():
+            yield f"{self.source}: form {form} ({count}): instruction = {asks}; answer = {answered}"
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(map(str, row))[:8]) or "none"
