@@ -14,6 +14,7 @@ from streamsyn.cli.preview import preview
 from streamsyn.cli.report import report
 from streamsyn.cli.retry import retry
 from streamsyn.cli.run import run
+from streamsyn.cli.score import score
 from streamsyn.cli.simulate import simulate
 from streamsyn.cli.train import train
 from streamsyn.cli.verify import verify
@@ -42,7 +43,7 @@ def cli() -> None:
     """  # noqa: D301 - click keeps the line breaks of a paragraph that starts with \b
 
 
-for _command in (run, retry, preview, verify, export, report, train, show_config, demo, simulate):
+for _command in (run, retry, score, preview, verify, export, report, train, show_config, demo, simulate):
     cli.add_command(_command)
 
 

@@ -14,6 +14,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.export.rows import Row, context_fields, row_of
 from streamsyn.records import Sample
+from streamsyn.scoring.sidecar import with_scores
 from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Part, Snapshot
@@ -124,7 +125,7 @@ class LogReader:
     def _contexts(self) -> Iterator[Row]:
         next_seq = 0
         for part in self._snapshot.parts["contexts"]:
-            for row in part.rows():
+            for row in with_scores(self._request.root, part.rows()):
                 if row.get("seq") != next_seq:
                     raise self._unreadable(part, next_seq)
                 yield row

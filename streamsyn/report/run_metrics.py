@@ -19,6 +19,7 @@ from streamsyn.report.report_examples import (
     opening,
 )
 from streamsyn.report.traffic import Traffic
+from streamsyn.scoring.sidecar import measured, with_scores
 from streamsyn.sink.retries import superseded
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
@@ -52,6 +53,7 @@ class RunMetrics:
         config, saved = saved_config(root), read_run_json(root)
         if config is None or saved is None:
             raise ConfigError(f"{root} is not a run directory: it has no run.json")
+        self._root = root
         self.name = root.resolve().name
         self.config: Config = config
         self.version = str((saved.get("versions") or {}).get("streamsyn", "?"))
@@ -81,6 +83,8 @@ class RunMetrics:
             snapshot = Snapshot(root)
         except SinkError as error:
             raise ConfigError(str(error)) from error
+        self.scored = measured(root)
+        """Contexts that `streamsyn score` has measured, by measure."""
         self._gone = superseded(snapshot)
         self._read(snapshot)
         self.openings = self._openings(snapshot)
@@ -103,7 +107,8 @@ class RunMetrics:
         for kind in KINDS:
             for part in snapshot.parts[kind]:
                 read = 0
-                for row in part.rows():
+                rows = part.rows() if kind != "contexts" else with_scores(self._root, part.rows())
+                for row in rows:
                     read += 1
                     add[kind](row)
                 if part.sealed is not None and read != part.sealed.rows:

@@ -219,9 +219,11 @@ def repeats_fact(metrics: RunMetrics) -> Fact:
     checks, contexts = metrics.config.checks, max(1, metrics.counts["contexts"])
     number, leaks = metrics.flags["near_duplicate"], metrics.flags["contaminated"]
     fact = Fact("Repeats", _UNMEASURED)
-    if checks.near_duplicate == "off" and not number:
+    if checks.near_duplicate == "off" and not number and not metrics.scored["duplicates"]:
         fact.add(
-            Severity.UNKNOWN, 'Near-duplicates were not searched for; set checks.near_duplicate = "flag".'
+            Severity.UNKNOWN,
+            "Near-duplicates were not searched for; run `streamsyn score`, "
+            'or set checks.near_duplicate = "flag".',
         )
     else:
         share, rejected = percent(number, contexts), _rejected(metrics, "near_duplicate")
@@ -230,9 +232,11 @@ def repeats_fact(metrics: RunMetrics) -> Fact:
             f"{share} of the contexts repeat an earlier one" if number else "No near-duplicates were kept"
         )
         fact.add(severity, f"{sentence}{rejected}.", f"{share} repeats")
-    if not checks.eval_sets and not leaks:
+    if not checks.eval_sets and not leaks and not metrics.scored["leaks"]:
         fact.add(
-            Severity.UNKNOWN, "Leaks were not searched for; set checks.eval_sets to files of evaluation data."
+            Severity.UNKNOWN,
+            "Leaks were not searched for; run `streamsyn score` with checks.eval_sets set to files of "
+            "evaluation data.",
         )
     else:
         severity = Severity.BAD if leaks / contexts > LEAKS_BAD else Severity.LOOK if leaks else Severity.GOOD
@@ -298,7 +302,9 @@ def _sample_lengths(metrics: RunMetrics, fact: Fact) -> None:
 
 def _unmeasured(is_on: bool, setting: str) -> str:
     """Return why there is no value, or how to measure it."""
-    return "No context has a score yet." if is_on else f"Not measured; set {setting}."
+    return (
+        "No context has a score yet." if is_on else f"Not measured; run `streamsyn score`, or set {setting}."
+    )
 
 
 def grade_low(share: float, look: float, bad: float) -> Severity:

@@ -10,5 +10,7 @@ then asks a fleet of servers how much the context helps to find the gold answer.
     requests         questions, prompts and requests to the scoring fleet; results shared by drafts
     answer_metrics   F1 and ROUGE-L
     contamination    n-grams shared with evaluation sets
+    score_log        `streamsyn score`: measures the contexts of a log
+    sidecar          its findings, beside the log, and how readers get them
     duplicates       near-duplicates among the contexts so far (MinHash)
 """

@@ -20,7 +20,7 @@ from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
-    from streamsyn.scoring.contamination import EvalSets
+    from streamsyn.scoring.contamination import EvalSets, Overlap
     from streamsyn.scoring.duplicates import Duplicates, Match
 
 log = structlog.get_logger()
@@ -93,6 +93,17 @@ class Findings:
         self._section = section
         self.checks = dict(checks)
         self.flags: list[str] = list(checks.get("flags", ()))
+
+    def add_leak(self, overlap: "Overlap") -> None:
+        """Add what the context has in common with evaluation sets, and its flag."""
+        found = {"ngrams": overlap.ngrams, "file": overlap.file, "words": overlap.words}
+        self.checks["contaminated"] = found
+        self.flags.append("contaminated")
+
+    def add_duplicate(self, match: "Match") -> None:
+        """Add the earlier context that this one repeats, and its flag."""
+        self.checks["near_duplicate"] = {"id": match.id, "similarity": round(match.similarity, 4)}
+        self.flags.append("near_duplicate")
 
     def add_gain(self, found: dict[str, Any]) -> None:
         """Add the fields that `Gain.measure` returned.
@@ -200,9 +211,7 @@ class Examiner:
                 f"{overlap.ngrams} runs of {self._section.eval_ngram_words} words stand in {overlap.file} "
                 f"too, such as {overlap.words!r}",
             )
-        found = {"ngrams": overlap.ngrams, "file": overlap.file, "words": overlap.words}
-        findings.checks["contaminated"] = found
-        findings.flags.append("contaminated")
+        findings.add_leak(overlap)
 
     async def _is_repeat(
         self,
@@ -213,17 +222,17 @@ class Examiner:
     ) -> bool:
         """Whether `look` finds an original like the document; if so, reject the draft or add the finding."""
         match = await asyncio.to_thread(look, draft.id, document.text)
-        if match is None or (draft.seed.context and _is_draft_of(match.id, draft.seed.id)):
+        if match is None or (draft.seed.context and is_draft_of(match.id, draft.seed.id)):
             return False  # the drafts of a seed with a document share that document
         if self._section.near_duplicate == "reject":
             detail = f"repeats the context {match.id} (similarity {match.similarity:.2f})"
             raise RejectedDraft(RejectReason.NEAR_DUPLICATE, detail)
-        findings.checks["near_duplicate"] = {"id": match.id, "similarity": round(match.similarity, 4)}
-        findings.flags.append("near_duplicate")
+        findings.add_duplicate(match)
         return True
 
 
-def _is_draft_of(draft_id: str, seed_id: str) -> bool:
+def is_draft_of(draft_id: str, seed_id: str) -> bool:
+    """Whether a draft, by its id, is one of a seed."""
     return draft_id == seed_id or draft_id.startswith(f"{seed_id}#")
 
 

@@ -74,10 +74,10 @@ async def open_examination(
     ):
         scores: Scores | None = None
         if fleet is not None:
-            model = _model(fleet, scoring.model)
+            model = scoring_model(fleet, scoring.model)
             prompt = await asyncio.to_thread(AnswerPrompt, scoring.template)
             if checks.context_gain:
-                await _check_logprobs(fleet, model)
+                await check_logprobs(fleet, model)
             scores = Scores(checks, scoring, prompt, fleet, model, counters)
             shaping |= {"scoring.model": model, "scoring.prompt": prompt.digest}
         yield Examination(Examiner(checks, eval_sets, duplicates, scores), fleet, shaping)
@@ -92,14 +92,27 @@ async def _scoring_fleet(config: Config, writing: Fleet, opening: Opening) -> As
     elif not scoring.servers:
         yield writing
     else:
-        own: dict[str, Any] = {"servers": scoring.servers, "model": scoring.model, "models": {}}
-        section = config.fleet.model_copy(update={**own, "servers_file": None, "servers_dns": None})
-        with _errors_name_scoring():
-            server_specs(section)
-        async with opening(section) as fleet:
-            with _errors_name_scoring():
-                await fleet.ask_models()
+        async with own_fleet(config, opening) as fleet:
             yield fleet
+
+
+@asynccontextmanager
+async def own_fleet(config: Config, opening: Opening) -> AsyncIterator[Fleet]:
+    """The fleet of `scoring.servers`, after its models are known.
+
+    Raises:
+        ConfigError: A server or a model of `scoring` cannot be used.
+        FleetGone: No server became ready.
+    """
+    scoring = config.scoring
+    own: dict[str, Any] = {"servers": scoring.servers, "model": scoring.model, "models": {}}
+    section = config.fleet.model_copy(update={**own, "servers_file": None, "servers_dns": None})
+    with _errors_name_scoring():
+        server_specs(section)
+    async with opening(section) as fleet:
+        with _errors_name_scoring():
+            await fleet.ask_models()
+        yield fleet
 
 
 @contextmanager
@@ -142,15 +155,24 @@ def _catch_up(duplicates: "Duplicates", contexts: Rows) -> None:
         duplicates.catch_up(contexts(0))
 
 
-def _model(fleet: Fleet, wanted: str | None) -> str:
-    """The model that scores: `scoring.model`, else the first by name."""
+def scoring_model(fleet: Fleet, wanted: str | None) -> str:
+    """The model that scores: `scoring.model`, else the first by name.
+
+    Raises:
+        ConfigError: No server has `scoring.model`.
+    """
     if wanted is not None and wanted not in fleet.models:
         configured = ", ".join(sorted(fleet.models))
         raise ConfigError(f"scoring.model: {wanted!r} is not among the models of the servers: {configured}")
     return wanted or min(fleet.models)
 
 
-async def _check_logprobs(fleet: Fleet, model: str) -> None:
+async def check_logprobs(fleet: Fleet, model: str) -> None:
+    """Check that the servers of a model can measure context gain.
+
+    Raises:
+        ConfigError: They cannot.
+    """
     try:
         await fleet.check_scores(model)
     except ConfigError as error:
