@@ -6,11 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
+from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut, visible
 from streamsyn.records import Context, Outcome, Reject, Sample
-from streamsyn.urls import without_userinfo_within
+from streamsyn.urls import without_userinfo
+
+_TRACEBACK_BYTES = 2**15
+"""Longest traceback in the log."""
 
 
 def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
@@ -35,7 +40,7 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.format_exc_info,
-            _cut_userinfo,
+            _make_safe,
             *shape,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -46,11 +51,29 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
         logging.basicConfig(handlers=[_Forward()])
 
 
-def _cut_userinfo(
+def _make_safe(
     _logger: object, _method: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Cut passwords out of URLs: texts of libraries may have them."""
-    return {key: without_userinfo_within(value) for key, value in event.items()}
+    """Shorten texts, cut passwords out of URLs in them, and make control characters visible.
+
+    Servers, seeds and libraries wrote some of them.
+    """
+    return {
+        key: _safe(value, _TRACEBACK_BYTES if key == "exception" else MAX_MESSAGE_BYTES)
+        for key, value in event.items()
+    }
+
+
+def _safe(value: Any, max_bytes: int) -> Any:
+    match value:
+        case str():
+            return visible(without_userinfo(cut(value, max_bytes)))
+        case dict():
+            return {_safe(key, max_bytes): _safe(below, max_bytes) for key, below in value.items()}
+        case list() | tuple():
+            return [_safe(below, max_bytes) for below in value]
+        case _:
+            return value
 
 
 def _plain(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsyn.cli.options import examples
+from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
     from streamsyn.pipeline.request import RunSummary
@@ -75,9 +76,9 @@ def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
             run(request, summary)
     problems, _ = verify(folder)
     for line in [*_best_sample(folder), *closing_lines(summary), *_directory(folder)]:
-        click.echo(line)
+        click.echo(visible(line))
     for problem in problems:
-        click.echo(f"problem: {problem}", err=True)
+        click.echo(f"problem: {visible(problem)}", err=True)
     sys.exit(75 if summary.stopped else 1 if problems or not summary.samples else 0)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from streamsyn.plain_text import visible
 from streamsyn.stop_signals import stop_signals
 from streamsyn.urls import without_userinfo
 
@@ -36,7 +37,7 @@ def fail(text: str, code: int, *, prefix: str = "streamsyn: ", **fields: Any) ->
         configure_logs(as_json=True)
         structlog.get_logger().error("run.failed", error=text, exit_code=code, **fields)
     else:
-        click.echo(prefix + text, err=True)
+        click.echo(prefix + visible(text), err=True)
     sys.exit(code)
 
 

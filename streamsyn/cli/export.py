@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsyn.cli.options import examples
+from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
     from streamsyn.export.export_request import ExportSummary
@@ -159,7 +160,7 @@ def export(directory: Path, **given: Any) -> None:
         on_progress=log_progress,
     )
     for line in closing_lines(directory, export_run(request)):
-        click.echo(without_userinfo(line))
+        click.echo(visible(without_userinfo(line)))
 
 
 def closing_lines(directory: Path, summary: "ExportSummary") -> list[str]:

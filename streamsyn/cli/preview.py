@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from streamsyn.cli.options import examples, resolve, run_options
+from streamsyn.plain_text import visible
 
 
 @click.command(
@@ -25,7 +26,7 @@ def preview(**given: Any) -> None:
     config = resolve(given, given["out"])
     try:
         for text in preview_seeds(config, given["limit"] or 3):
-            click.echo(text)
+            click.echo(visible(text))
     except BrokenPipeError:
         # The reader (`head`, a pager) has closed the pipe. Discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from streamsyn.cli.options import examples
+from streamsyn.plain_text import visible
 
 
 @click.command(
@@ -39,4 +40,4 @@ def report(directory: Path, to: str | None) -> None:
         return
     path = Path(to) if to is not None else directory / "report.html"
     _, found = write_report(directory, path)
-    click.echo(f"{path}: {found.headline}. {found.reason}")
+    click.echo(visible(f"{path}: {found.headline}. {found.reason}"))

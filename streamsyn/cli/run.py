@@ -10,6 +10,7 @@ import click
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, EXIT_USAGE, fail, on_signals
 from streamsyn.cli.options import examples, resolve, run_options
 from streamsyn.errors import ConfigError
+from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
     from streamsyn.pipeline.request import RunSummary
@@ -99,4 +100,4 @@ def summarise(summary: "RunSummary", *, as_json: bool) -> None:
         structlog.get_logger().info("run.done", **closing_figures(summary))
         return
     for line in closing_lines(summary):
-        click.echo(line, err=True)
+        click.echo(visible(line), err=True)

@@ -8,6 +8,7 @@ import click
 
 from streamsyn.cli.exits import EXIT_OTHER
 from streamsyn.cli.options import examples
+from streamsyn.plain_text import visible
 
 
 @click.command(
@@ -31,9 +32,9 @@ def verify(directory: Path, repair: bool) -> None:
         repair_directory(directory)
     problems, found = verify_directory(directory)
     for line in found.notes:
-        click.echo(f"note: {line}")
+        click.echo(f"note: {visible(line)}")
     for line in problems:
-        click.echo(f"problem: {line}")
+        click.echo(f"problem: {visible(line)}")
     counts = ", ".join(f"{number:,} {kind}" for kind, number in found.counts.items())
     click.echo(f"{directory}: {counts}; " + (f"{len(problems)} problems" if problems else "no problems"))
     sys.exit(EXIT_OTHER if problems else 0)

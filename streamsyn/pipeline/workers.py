@@ -24,6 +24,7 @@ from streamsyn.errors import (
 )
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
+from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
 from streamsyn.records import (
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_LINE_BYTES = MAX_MESSAGE_BYTES // 4
+"""Longest line of a traceback: the text of an exception may be of any length."""
 _REJECT_TEXTS = ("detail", "origin", "task", "instruction", "answer")
 _LONG_CHARS = 2**15
 """Characters of a draft from which its recipe works in a thread. Parsing and checking more may take longer
@@ -196,6 +199,7 @@ class Worker:
 
     def reject(self, reason: RejectReason, detail: str) -> Reject:
         """The reject for the current item."""
+        detail = cut(detail)
         if isinstance(self.current, BadSeed):
             bad = self.current
             return Reject(
@@ -376,7 +380,8 @@ class WorkerPool:
         if self._bugs >= self._max_bugs:
             self._start = None
             raise bug
-        detail = "".join(traceback.format_exception(bug))
+        lines = [cut(line, _LINE_BYTES) for line in traceback.format_exception(bug)]
+        detail = "".join(lines)[-MAX_MESSAGE_BYTES:]  # the end says what happened
         results.put(_loggable(worker.reject(RejectReason.INTERNAL_ERROR, detail)))
 
     def _reset_bugs(self) -> None:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from streamsyn.cli.preview import preview as preview_command
 from streamsyn.config.loading import Config, load
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.preview import preview
@@ -30,6 +32,16 @@ def test_the_first_seeds(tmp_path: Path) -> None:
     assert ["--- system", "--- user"] == [line for line in rest if line.startswith("---")]
     assert ["When did it burn?" in one, "In 1847." in one, "321" in one] == [True] * 3
     assert f"=== {tmp_path}/seeds.jsonl:2: would be rejected: not_a_seed: " == bad[: bad.index("field")]
+
+
+def test_a_seed_cannot_control_the_terminal(tmp_path: Path) -> None:
+    """Control characters are shown as escapes, in prompts and in what would be rejected."""
+    path = tmp_path / "seeds.jsonl"
+    path.write_text('{"instruction": "Go?\\u001b[2J", "answer": "Yes\\nno\\u009b2J"}\nbad \x1b[2J\n')
+    shown = CliRunner().invoke(preview_command, ["--seeds", str(path)])
+    assert 0 == shown.exit_code
+    assert [True] * 3 == [text in shown.stdout for text in (r"Go?\x1b[2J", "Yes\nno", r"\x9b2J")]
+    assert "\x1b" not in shown.stdout
 
 
 def test_no_more_than_there_are(tmp_path: Path) -> None:

@@ -342,6 +342,25 @@ async def test_a_bug_costs_one_draft() -> None:
     assert 1 == len(bug.attempts)
 
 
+async def test_the_detail_of_a_reject_is_short() -> None:
+    """Whatever a plug-in's failure or exception says; the end of a traceback is kept."""
+
+    def fail(name: str) -> bool:
+        if name == "a":
+            raise RejectedDraft(RejectReason.EMPTY, "long " * 1_000_000)
+        raise ValueError("long " * 1_000_000)
+
+    async with fleet_at([]) as (fleet, _):
+        outcomes = await worked(fleet, drafts("a", "b"), Buggy(fail))
+    for outcome in outcomes:
+        assert isinstance(outcome, Reject)
+        assert len(outcome.detail) <= 2048
+        assert "long long" in outcome.detail
+    bug = next(outcome for outcome in outcomes if getattr(outcome, "reason", "") == "internal_error")
+    assert isinstance(bug, Reject)
+    assert "raise ValueError" in bug.detail
+
+
 async def test_a_run_of_bugs_ends_the_run() -> None:
     """After `max_consecutive_bugs` without an outcome in between, the bug itself is raised."""
     async with fleet_at([]) as (fleet, server):

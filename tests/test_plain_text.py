@@ -1,0 +1,89 @@
+"""Text of servers and seeds as it is shown and kept: visible, short, one line where it is a message."""
+
+import logging
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamsyn.errors import BrokenResponse
+from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut, message, short_repr, visible
+from streamsyn.telemetry import configure_logs
+from tests.examples import examples
+
+ANY_TEXT = st.text(st.characters(), max_size=80) | st.text(st.sampled_from("\x1b\r\n\t\u202e\ud800aé€😀"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain é 漢 😀\n\tnext\r\n", "plain é 漢 😀\n\tnext\r\n"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\rb", r"a\rb"),
+        ("\x9b2J\x7f", r"\x9b2J\x7f"),
+        ("abc\u202edef", r"abc\u202edef"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_control_characters_become_visible(text: str, expected: str) -> None:
+    """Letters of any script, line ends and tabs stay."""
+    assert expected == visible(text)
+
+
+@given(text=ANY_TEXT, limit=st.integers(40, 200))
+@examples(200)
+def test_cut(text: str, limit: int) -> None:
+    """Never longer than the limit; unchanged if it is short enough; else it says how long it was."""
+    found, size = cut(text * 3, limit), len((text * 3).encode(errors="replace"))
+    if size <= limit:
+        assert text * 3 == found
+    else:
+        assert len(found.encode()) <= limit
+        assert found.endswith(f"... (cut: {size:,} bytes)")
+
+
+@given(text=ANY_TEXT, times=st.sampled_from([1, 1000]))
+@examples(200)
+def test_a_message_is_one_visible_line(text: str, times: int) -> None:
+    """Of at most 2 KB."""
+    found = message(text * times)
+    assert len(found.encode()) <= MAX_MESSAGE_BYTES
+    assert not {"\n", "\r", "\x1b"} & set(found)
+    assert visible(found) == found
+
+
+def test_errors_of_servers_are_messages() -> None:
+    """Whatever they quote."""
+    error = BrokenResponse("first\n\nsecond \x1b[2J" + "x" * 10_000_000)
+    assert str(error).startswith(r"first second \x1b[2Jxxx")
+    assert len(str(error)) <= MAX_MESSAGE_BYTES
+
+
+def test_a_deep_value_has_a_short_repr() -> None:
+    """`repr` itself fails there."""
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(short_repr(deep)) < 100
+    assert len(short_repr({"a": "x" * 10_000, "b": list(range(10_000))})) < 300
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nothing_in_a_log_line_controls_the_terminal(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In names and values, at any depth; long ones are cut."""
+    before = structlog.get_config()
+    try:
+        configure_logs(as_json=as_json, level=logging.INFO)
+        bad = "\x1b[2J\x9b2J\u202e"
+        structlog.get_logger().warning(
+            f"event{bad}", server=bad, more={bad: [bad, (bad,)]}, error="x" * 10_000_000
+        )
+    finally:
+        structlog.configure(**before)
+    err = capsys.readouterr().err
+    assert 5 == err.count("x1b[2J")
+    assert visible(err.replace("\x1b[0m", "")) == err
+    assert len(err) < 3000
