@@ -58,6 +58,7 @@ def train(
     OUT/model is then a directory that from_pretrained and SGLang load. A signal finishes the step, saves and
     exits with 75.
     """
+    from streamsyn.io.temporary import temporary_files_near
     from streamsyn.sink.rundir import wait_until_free
     from streamsyn.telemetry import configure_logs
     from streamsyn.trainer.signals import ParentLiveness
@@ -79,6 +80,7 @@ def train(
     parent = ParentLiveness.of_this_rank(wanted=tethered)
     try:
         request = resolve(config, source, model, folder, settings)
+        temporary_files_near(request.out)
         check(request)
         if plot and find_spec("matplotlib") is None:  # found now rather than after a week of training
             raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")

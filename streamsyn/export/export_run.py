@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 from streamsyn.export.card import CardFacts, CardMetrics, card
 from streamsyn.export.export_request import ExportRequest, ExportSummary
@@ -10,6 +11,7 @@ from streamsyn.export.formats import ShardWriter, save_states
 from streamsyn.export.log_reader import LogReader, open_log
 from streamsyn.export.splits import Layout, Splits
 from streamsyn.export.target import Target
+from streamsyn.io.temporary import temporary_files_near
 
 _PROGRESS_INTERVAL_S = 5.0
 
@@ -26,6 +28,7 @@ def export(request: ExportRequest) -> ExportSummary:
     """
     summary = ExportSummary(request.to)
     request.check()
+    temporary_files_near(request.root if "://" in request.to else Path(request.to))
     splits = Splits(request.splits, request.split_seed)
     with open_log(request, summary) as log:
         summary.is_final = log.is_final

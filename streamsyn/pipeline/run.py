@@ -18,6 +18,7 @@ from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.fleet.server_spec import server_specs
+from streamsyn.io.temporary import temporary_files_near
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.reopened import may_change
 from streamsyn.pipeline.request import RunRequest, RunSummary
@@ -54,6 +55,7 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         SinkError: The log cannot be written; the directory can be resumed.
         LaunchError: The server to be launched did not come up.
     """
+    temporary_files_near(request.out)
     recipe = load_recipe(request.config.recipe, request.config.checks)
     resources = AssemblyResources(request.config.assembly)
     shaping = {**fingerprint(request.config), **recipe.fingerprint(), **resources.fingerprint()}

@@ -23,6 +23,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.derived import open_scratch
 from streamsyn.io.durable import write_whole
 from streamsyn.io.spool import never_synced
+from streamsyn.io.temporary import temporary_files_near
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import row_key
 from streamsyn.sink.log import RunLog, encode_row
@@ -53,6 +54,7 @@ def verify(root: Path) -> "tuple[list[str], Verification]":
         ConfigError: It is not a run directory.
     """
     config, shaping = _saved(root)
+    temporary_files_near(root)
     verification = Verification(root)
     problems: list[str] = []
     reassembly = None

@@ -1,6 +1,7 @@
 """`verify`: nothing is wrong with a run directory that is as it should be; each damage is found and named."""
 
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -605,3 +606,14 @@ def test_samples_of_an_older_version_are_not_compared(finished: Path) -> None:
 
     (note,) = notes(finished)
     assert "newer version" in note
+
+
+def test_where_only_the_directory_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its temporary files are made there, and deleted."""
+    run(tmp_path, config_of(), [outcome(number) for number in range(8)], to_the_end=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    monkeypatch.setenv("TMPDIR", "/proc/none")
+    assert verify(tmp_path)[0] == []
+    assert before == sorted(tmp_path.rglob("*"))
