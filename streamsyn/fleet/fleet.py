@@ -325,7 +325,7 @@ class Fleet:
         now = self._clock()
         server.health.answered()  # it is alive
         self._outage.refused(asyncio.get_running_loop(), str(error), error.retry_after_s or 0.0)
-        if server.rate_limit.is_news(now):
+        if server.rate_limit.take_warning(now):
             log.warning(
                 "fleet.rate_limited", server=server.url, error=str(error), pause_s=error.retry_after_s
             )

@@ -130,8 +130,8 @@ class RateLimit:
         self.in_a_row += 1
         return self.in_a_row >= max(_IN_A_ROW, cap // 8)
 
-    def is_news(self, now: float) -> bool:
-        """Return whether to log a warning at `now`: at the first refusal, and later once in five minutes."""
+    def take_warning(self, now: float) -> bool:
+        """Return whether a warning is due, at the first refusal and every five minutes; it is then given."""
         if self._warned_at is not None and now - self._warned_at < _WARN_EVERY_S:
             return False
         self._warned_at = now

@@ -9,12 +9,13 @@ from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
 
 from streamsyn.config.data_paths import HubName
 from streamsyn.io.remote import reason
+from streamsyn.urls import without_userinfo
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-_SECRETS: Final = re.compile(r"(?<=://)[^/@]*@|[?#].*\Z")
-"""User and password, and what follows the path, such as a signature."""
+_QUERY: Final = re.compile(r"[?#].*\Z")
+"""What follows the path, such as a signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ Place: TypeAlias = Path | RemoteFile | RemoteSaved | HubDataset
 
 def shown_url(url: str) -> str:
     """A URL without credentials: what may be logged and written."""
-    return _SECRETS.sub("", url)
+    return _QUERY.sub("", without_userinfo(url))
 
 
 @contextmanager
