@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import NoReturn
 
 import click
 
@@ -57,11 +58,11 @@ def main() -> None:
     secure_stdio()
     try:
         cli.main(standalone_mode=False)
+    except click.NoSuchOption as error:
+        keys = _keys_named(error.option_name)
+        _refuse(click.UsageError(f"No such option {error.option_name}; {keys}", error.ctx) if keys else error)
     except click.ClickException as error:
-        if not as_json():
-            error.show()
-            sys.exit(EXIT_USAGE)
-        fail(error.format_message(), EXIT_USAGE)
+        _refuse(error)
     except click.Abort:
         sys.exit(EXIT_STOPPED)
     except ConfigError as error:
@@ -74,3 +75,20 @@ def main() -> None:
         if not as_json():
             raise
         fail(repr(error), EXIT_OTHER, exc_info=True)
+
+
+def _refuse(error: click.ClickException) -> NoReturn:
+    """Report a mistake in the command line, and exit."""
+    if as_json():
+        fail(error.format_message(), EXIT_USAGE)
+    error.show()
+    sys.exit(EXIT_USAGE)
+
+
+def _keys_named(option: str) -> str:
+    """What to write in place of an option that does not exist, if a configuration key has its name."""
+    from streamsyn.config.loading import known_keys
+    from streamsyn.config.mistakes import keys_named
+
+    keys = keys_named(option, known_keys())
+    return " or ".join(f"--set {key}=VALUE" for key in keys[:3])

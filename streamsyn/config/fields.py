@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 def _refuse_bool(value: Any) -> Any:
     """Refuse true and false where a number belongs: Python would take them as 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("Input should be a number, not true or false")  # noqa: TRY004 - pydantic expects ValueError
+        raise ValueError("expected a number, not true or false")  # noqa: TRY004 - pydantic expects ValueError
     return value
 
 

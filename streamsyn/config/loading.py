@@ -1,6 +1,5 @@
 """Load the configuration: one TOML file, with overrides on top."""
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from streamsyn.config.fields import Section, operational
+from streamsyn.config.mistakes import describe
 from streamsyn.config.sections import (
     AssemblySection,
     ChecksSection,
@@ -49,16 +49,25 @@ def load(path: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Config
         try:
             tree = tomllib.loads(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+            raise ConfigError(f"cannot read the configuration {path}: {error}{_hint(path)}") from error
         except ValueError as error:  # from tomllib, or from int() for a number with too many digits
-            raise ConfigError(f"{path}: invalid TOML: {error}") from error
+            raise ConfigError(f"{path}: invalid TOML: {error}{_hint(path)}") from error
     for key, value in overrides:
         _put(tree, key, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
-        raise ConfigError(where + "; ".join(_describe(error.errors()))) from error
+        raise ConfigError(where + "; ".join(describe(error.errors(), known_keys()))) from error
+
+
+def _hint(path: Path) -> str:
+    """What to do with a file, or a URL, that is in the place of the configuration by mistake."""
+    if path.suffix == ".toml":
+        return ""
+    if str(path).startswith(("http:", "https:")):
+        return "; servers are given with --server URL"
+    return f"; the configuration is a TOML file, seeds are given with --seeds {path}"
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -84,45 +93,6 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"unknown key {key}: {section} is a value, not a table")
     tree[name] = value
-
-
-def _describe(problems: Iterable[Any]) -> Iterable[str]:
-    """Describe pydantic's problems, one text per key.
-
-    Where a value may have several types, pydantic reports a problem for each of them: they are joined.
-    """
-    by_key: dict[str, list[Any]] = {}
-    for problem in problems:
-        key = ".".join(str(part) for part in problem["loc"] if not _is_type_name(str(part)))
-        by_key.setdefault(key, []).append(problem)
-    for key, found in by_key.items():
-        if any(longer.startswith(f"{key}.") for longer in by_key):
-            continue  # the problem of the longer key is more precise
-        if found[0]["type"] == "extra_forbidden":
-            yield _describe_unknown(key)
-        else:
-            messages = " or ".join(
-                dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in found)
-            )
-            yield f"{key}: {messages} (got {found[0]['input']!r})"
-
-
-def _is_type_name(part: str) -> bool:
-    """Whether a part of pydantic's location is one of the types of a value, not a key."""
-    return part in ("str", "bool", "int", "float") or "[" in part or part.endswith(("-float", "Section"))
-
-
-def _describe_unknown(key: str) -> str:
-    *level, name = key.split(".")
-    known = [parts for parts in (key.split(".") for key in known_keys()) if len(parts) > len(level)]
-    siblings = {
-        parts[len(level)]
-        for parts in known
-        if all(part in ("*", above) for part, above in zip(parts, level, strict=False))
-    }
-    near = difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.5)
-    near = [".".join([*level, *near])] if near else difflib.get_close_matches(key, known_keys(), 1, 0)
-    return f"unknown key {key}; the nearest known one is {near[0]}"
 
 
 def known_keys() -> list[str]:

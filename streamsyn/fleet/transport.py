@@ -216,6 +216,8 @@ class HttpTransport:
                 return ConfigError(f"{self._url} is not a valid URL")
             case aiohttp.ClientConnectorError() if error.os_error.errno in _NO_FILES:
                 return ServerBusy(f"too many open files for a connection to {self._url}: raise `ulimit -n`")
+            case aiohttp.ClientConnectorError() if _is_not_tls(error.os_error):
+                return ServerUnreachable(f"{self._url} does not speak TLS; use http:// in place of https://")
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
                 return ServerUnreachable(f"cannot connect to {self._url}: {error}")
             case TimeoutError():
@@ -279,6 +281,11 @@ def _authority(name: str, url: str) -> str:
     """Return `name` with the port of `url`."""
     port = urlsplit(url).port
     return name if port is None else f"{name}:{port}"
+
+
+def _is_not_tls(error: OSError) -> bool:
+    """Whether a handshake failed since the server answered with something else than TLS."""
+    return isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
 
 
 def tls_context(section: FleetSection) -> ssl.SSLContext | None:

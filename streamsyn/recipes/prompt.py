@@ -78,6 +78,7 @@ class Prompt:
         if path is not None and blocks is not None:
             self._below = PromptTemplate(name, packaged("prompts", name), example)
             _check_blocks(str(path), self._template.block_names, blocks)
+        self._name, self._example = name if path is None else str(path), example
         layers = [layer for layer in (self._template, self._below) if layer is not None]
         self.digest = digest(*(layer.source for layer in layers)).hex()
         """Hash of the template's text."""
@@ -103,6 +104,17 @@ class Prompt:
         """
         own = self._template.render_blocks(**variables)
         return {**self._below.render_blocks(**variables), **own} if self._below is not None else own
+
+    def check_depends_on(self, variable: str) -> None:
+        """Refuse a template that renders the same text whatever the value of a variable.
+
+        Raises:
+            ConfigError: It does; the message names the file.
+        """
+        other = {**self._example, variable: f"not {self._example[variable]}"}
+        render = self.blocks if self.block_names else self.whole
+        if render(self._example) == render(other):
+            raise ConfigError(f"template {self._name}: it never mentions {{{{ {variable} }}}}")
 
 
 def first_messages(system: str, group: str, own: str) -> Opening:

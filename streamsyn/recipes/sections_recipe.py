@@ -72,6 +72,8 @@ class SectionsRecipe:
             for task, section in recipe.tasks.items()
             if section.template is not None
         }
+        for prompt in (self._prompt, *self._prompts.values()):
+            prompt.check_depends_on("answer")
         if "max_tokens" in recipe.sampling:
             raise ConfigError(
                 "recipe.sampling: the recipe sections takes max_tokens from recipe.section_tokens"

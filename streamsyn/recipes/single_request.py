@@ -123,4 +123,6 @@ def _prompt(path: Path | None, name: str, example: dict[str, Any]) -> Prompt:
     if prompt.block_names and "user" not in prompt.block_names:
         found = ", ".join(sorted(prompt.block_names))
         raise ConfigError(f"template {path}: the block `user` is missing; its blocks are {found}")
+    if "answer" in example:
+        prompt.check_depends_on("answer")
     return prompt

@@ -22,6 +22,9 @@ from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.shards import KINDS
 
 FORMAT = 1
+_OURS = frozenset({*KINDS, "index", "spool", "run.json", "manifest.jsonl", ".lock"})
+_BESIDES = (".toml", ".j2", ".log", "lost+found")
+"""Endings of what may lie in a directory before its run begins."""
 _LOCK_NAME = ".lock"
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
 
@@ -40,6 +43,7 @@ class RunDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        _refuse_foreign(root)
         try:
             for folder in (*KINDS, "index"):
                 make_folder(root / folder)
@@ -176,6 +180,28 @@ def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
         for key, value in section.items()
         if value is not None
     }
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Refuse a directory that holds something else than a run: it may be another one than was meant.
+
+    Configurations, templates, logs and hidden files may lie in a directory before its run begins.
+
+    Raises:
+        ConfigError: The directory is foreign, or cannot be read.
+    """
+    try:
+        names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    except OSError as error:
+        raise ConfigError(f"cannot read the run directory {root}: {error.strerror}") from error
+    if names & _OURS:
+        return
+    foreign = sorted(name for name in names if not name.startswith(".") and not name.endswith(_BESIDES))
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise ConfigError(
+            f"--out {root} is not a run directory, and is not empty ({shown}); choose a new directory"
+        )
 
 
 class DirectoryLock:

@@ -381,13 +381,13 @@ def test_a_template_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, key:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("fleet.concurrency", 0, "fleet.concurrency: Input should be 'auto' or Input should be greater"),
-        ("fleet.concurrency", True, "fleet.concurrency: Input should be 'auto' or Input should be a number"),
+        ("fleet.concurrency", 0, "fleet.concurrency: expected 'auto' or at least 1 (got 0)"),
+        ("fleet.concurrency", True, "fleet.concurrency: expected 'auto' or expected a number, not true"),
         ("fleet.hedge_tail", 5, "fleet.hedge_tail: "),
         ("fleet.models", {"m": True}, "fleet.models.m: "),
         ("fleet.servers", [{"url": "u", "keyenv": "K"}], "the nearest known one is fleet.servers.0.key_env"),
-        ("fleet.servers", [{"url": "u", "weight": 0}], "fleet.servers.0.weight: Input should be greater"),
-        ("fleet.servers", [3], "fleet.servers.0: Input should be a valid string or Input should be a valid"),
+        ("fleet.servers", [{"url": "u", "weight": 0}], "fleet.servers.0.weight: expected more than 0"),
+        ("fleet.servers", [3], "fleet.servers.0: expected text or a table (got 3)"),
     ],
 )
 def test_values_of_several_kinds(key: str, value: Any, expected: str) -> None:
@@ -405,3 +405,53 @@ def test_paths_are_kept_so_that_they_hold_from_anywhere() -> None:
 
     assert str(Path("tuned/task_losses.json").absolute()) == saved["seeds"]["task_losses"]
     assert with_absolute_paths(Config())["seeds"]["task_losses"] is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("fleet.servers", "http://x:1", "fleet.servers: expected a list (got 'http://x:1')"),
+        ("recipe.tasks", 3, "recipe.tasks: expected a table (got 3)"),
+        ("recipe.target_words", "many", "recipe.target_words: expected a whole number (got 'many')"),
+        ("sink.compression", "zst", "expected 'none' or 'zstd' (got 'zst'); did you mean 'zstd'?"),
+        ("recipe.lr", 1, "unknown key recipe.lr; the nearest known one is train.learning_rate"),
+        ("train.lr", 1, "unknown key train.lr; the nearest known one is train.learning_rate"),
+        ("recipe.max_in_flight", 1, "the nearest known one is fleet.max_in_flight"),
+        ("sink.qqqqq", 1, "unknown key sink.qqqqq; the keys there are "),
+    ],
+)
+def test_mistakes_are_in_plain_words(key: str, value: Any, expected: str) -> None:
+    """What is expected, what was given, and the likely key, whatever other software calls it."""
+    with pytest.raises(ConfigError) as raised:
+        load(None, [(key, value)])
+    assert expected in str(raised.value)
+
+
+def test_no_words_of_a_library_reach_a_person() -> None:
+    """For every key, with values of every kind."""
+    refused: list[str] = []
+    for key in known_keys():
+        for value in ("q?", -1, 10**30, 1.5, True, [], ["q?"], {}, {"q?": "q?"}, [[1]], float("nan")):
+            try:
+                load(None, [(key.replace("*", "0"), value)])
+            except ConfigError as error:
+                refused.append(str(error).partition(" (got ")[0])
+    assert len(refused) > 500
+    assert [] == [text for text in refused if "Input should" in text or " valid " in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("seeds.jsonl", "seeds are given with --seeds seeds.jsonl"),
+        ("http://127.0.0.1:30000", "servers are given with --server URL"),
+    ],
+)
+def test_what_is_in_the_place_of_the_configuration(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of seeds or a URL given as the configuration: the message says where it belongs."""
+    monkeypatch.chdir(tmp_path)
+    Path("seeds.jsonl").write_text('{"instruction": "i", "answer": "a"}\n')
+    with pytest.raises(ConfigError, match=expected):
+        load(Path(name))

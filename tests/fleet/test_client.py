@@ -439,6 +439,15 @@ async def test_the_pause_that_a_server_asks_for(head: bytes, pause_s: float | No
     assert pause_s == raised.value.retry_after_s
 
 
+async def test_a_server_without_tls() -> None:
+    """TLS spoken to a server that does not: the message says what to change."""
+    async with simulated() as (plain, _):
+        url = plain.url.replace("http://", "https://")
+        async with client_of(url) as client:
+            with pytest.raises(ServerUnreachable, match=f"{url} does not speak TLS; use http://"):
+                await client.chat(REQUEST, "m", "r-1")
+
+
 async def test_no_answer_in_time() -> None:
     """The timeout covers the whole exchange, and the message has its value."""
     async with simulated([Fault.STALL], request_timeout_s=0.1) as (client, server):

@@ -105,20 +105,21 @@ def test_the_sampling_parameters() -> None:
 
 def test_a_task_of_its_own(tmp_path: Path) -> None:
     """Length and template may differ for one task; what is left out is as for all."""
-    path = write(tmp_path, "Write {{ target_words }} words on {{ instruction }}")
+    path = write(tmp_path, "Write {{ target_words }} words on {{ instruction }} {{ answer }}")
     made = recipe(target_words=500, tasks={"qa": {"target_words": 50}, "summary": {"template": path}})
     assert ["50" in text for text in messages(made).values()] == [True, True]
     summary = Seed("s", "summary", "Sum up.", "All is well.", "f:1")
-    assert {"user": "Write 500 words on Sum up."} == messages(made, summary)
+    assert {"user": "Write 500 words on Sum up. All is well."} == messages(made, summary)
     assert "500" in messages(made, Seed("s", "other", "i", "a", "f:1"))["user"]
 
 
 def test_a_template_with_blocks(tmp_path: Path) -> None:
     """The blocks `system` and `user` become the two messages."""
     path = write(
-        tmp_path, "{% block system %}You write.{% endblock %}\n{% block user %}{{ task }}{% endblock %}"
+        tmp_path,
+        "{% block system %}You write.{% endblock %}\n{% block user %}{{ task }}: {{ answer }}{% endblock %}",
     )
-    assert {"system": "You write.", "user": "qa"} == messages(recipe(template=path))
+    assert {"system": "You write.", "user": f"qa: {SEED.answer}"} == messages(recipe(template=path))
 
 
 def test_a_template_without_blocks(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_an_answer_that_repeats_our_prompt(tmp_path: Path) -> None:
         RejectReason.PROMPT_ECHO is rejected(recipe(tries=1), completion_of(f"{PROSE} {echo.upper()}")).reason
     )
     own = "Please be so good as to write the document which has been lost to us."
-    made = recipe(template=write(tmp_path, f"{own}\n{{{{ instruction }}}}"), tries=1)
+    made = recipe(template=write(tmp_path, f"{own}\n{{{{ answer }}}}"), tries=1)
     assert RejectReason.PROMPT_ECHO is rejected(made, completion_of(f"{PROSE}\n{own}")).reason
 
 
@@ -284,7 +285,7 @@ def test_continuations_are_bounded() -> None:
 
 def test_the_prompt_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     """Another prompt makes other outputs; the same one, wherever it lies, the same."""
-    own = recipe(template=write(tmp_path, "{{ instruction }}")).fingerprint()
+    own = recipe(template=write(tmp_path, "{{ answer }}")).fingerprint()
     assert recipe().fingerprint() == recipe().fingerprint() != own
 
 
@@ -298,11 +299,11 @@ def test_a_recipe_by_its_name() -> None:
 def test_a_template_may_use_any_metadata(tmp_path: Path) -> None:
     """What other fields seeds have is not known when a template is loaded."""
     template = tmp_path / "mine.j2"
-    template.write_text("{% block user %}{{ metadata.title }}: {{ instruction }}{% endblock %}")
+    template.write_text("{% block user %}{{ metadata.title }}: {{ instruction }} {{ answer }}{% endblock %}")
     recipe = ContextRecipe(RecipeSection(template=template), ChecksSection())
     seed = Seed("id", "task", "Who?", "Me", "x:1", {"title": "Rivers"})
 
-    assert "Rivers: Who?" == recipe.request(Draft(seed)).messages[0]["content"]
+    assert "Rivers: Who? Me" == recipe.request(Draft(seed)).messages[0]["content"]
 
 
 def test_a_template_with_blocks_but_no_user_block_is_refused(tmp_path: Path) -> None:
@@ -311,6 +312,18 @@ def test_a_template_with_blocks_but_no_user_block_is_refused(tmp_path: Path) -> 
     template.write_text("{% block usr %}{{ instruction }}{% endblock %}")
 
     with pytest.raises(ConfigError, match="block `user` is missing; its blocks are usr"):
+        ContextRecipe(RecipeSection(template=template), ChecksSection())
+
+
+@pytest.mark.parametrize(
+    "text", ["Write about {{ task }}.", "{% block user %}{{ instruction }}{% endblock %}"]
+)
+def test_a_template_without_the_answer_is_refused(text: str, tmp_path: Path) -> None:
+    """Contexts from which the answer does not follow would be worthless, and nothing would show it."""
+    template = tmp_path / "mine.j2"
+    template.write_text(text)
+
+    with pytest.raises(ConfigError, match=r"mine.j2: it never mentions \{\{ answer \}\}"):
         ContextRecipe(RecipeSection(template=template), ChecksSection())
 
 
@@ -341,7 +354,7 @@ def test_a_text_that_several_seeds_share(tmp_path: Path) -> None:
     """The block `group` stands between the system message and what is the seed's own."""
     path = write(
         tmp_path,
-        "{% block user %}{{ instruction }}{% endblock %}"
+        "{% block user %}{{ instruction }} {{ answer }}{% endblock %}"
         "{% block system %}{{ 's' * 1000 }}{% endblock %}"
         "{% block group %}{{ metadata.passage }}{% endblock %}",
     )
@@ -350,7 +363,7 @@ def test_a_text_that_several_seeds_share(tmp_path: Path) -> None:
     passages = (one, one, another, "")
     seeds = [Seed(f"s{n}", "qa", f"i {n}", "a", "f", {"passage": text}) for n, text in enumerate(passages)]
     requests = [made.request(Draft(seed)) for seed in seeds]
-    assert [f"{one}\n\ni 0", f"{one}\n\ni 1", f"{another}\n\ni 2", "i 3"] == [
+    assert [f"{one}\n\ni 0 a", f"{one}\n\ni 1 a", f"{another}\n\ni 2 a", "i 3 a"] == [
         request.messages[1]["content"] for request in requests
     ]
     assert [request.group for request in requests] == [made.group(seed) for seed in seeds]

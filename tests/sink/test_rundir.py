@@ -224,3 +224,17 @@ def test_a_new_directory_survives_a_loss_of_power(tmp_path: Path, synced: list[P
     RunDirectory(tmp_path / "runs" / "first").close()
 
     assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "first"} <= set(synced)
+
+
+def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
+    """Something else's files are named; configurations, logs and hidden files may be there before a run."""
+    for name in ("run.toml", "prompt.j2", "sglang.log", ".gitignore"):
+        (tmp_path / name).touch()
+    RunDirectory(tmp_path).close()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+
+    with pytest.raises(ConfigError, match=r"--out .*foreign is not a run directory.*thesis.tex"):
+        RunDirectory(foreign)
+    assert ["thesis.tex"] == [path.name for path in foreign.iterdir()]

@@ -124,10 +124,10 @@ def test_a_file_without_conversations_is_refused(start: Start, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"betas": "[0.9,1.0]"}, "train.betas.1: Input should be less than 1"),
-        ({"betas": "[-0.1,0.9]"}, "train.betas.0: Input should be greater than or equal to 0"),
-        ({"seq_len": 10**23}, "train.seq_len: Input should be less than or equal to"),
-        ({"warmup_steps": 10**23}, "train.warmup_steps: Input should be less than or equal to"),
+        ({"betas": "[0.9,1.0]"}, "train.betas.1: expected less than 1"),
+        ({"betas": "[-0.1,0.9]"}, "train.betas.0: expected at least 0"),
+        ({"seq_len": 10**23}, "train.seq_len: expected at most"),
+        ({"warmup_steps": 10**23}, "train.warmup_steps: expected at most"),
     ],
 )
 def test_a_number_out_of_range_is_refused(
