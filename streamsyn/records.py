@@ -8,7 +8,7 @@ All are frozen: a stage passes on a new record and never edits one it received.
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 
 def digest(*parts: str | bytes) -> bytes:
@@ -49,6 +49,10 @@ class RejectReason(StrEnum):
     SERVER_UNAVAILABLE = "server_unavailable"
     # a bug in streamsyn or in a plug-in recipe
     INTERNAL_ERROR = "internal_error"
+
+
+ANSWERS: Final = "answers"
+"""The metadata field with all answers to an instruction that count as right, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)

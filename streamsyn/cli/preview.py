@@ -22,7 +22,9 @@ def preview(**given: Any) -> None:
     Takes the same options as `run`; those that do not shape prompts have no effect.
     """
     from streamsyn.pipeline.preview import preview as preview_seeds
+    from streamsyn.telemetry import configure_logs
 
+    configure_logs(as_json=given["log_json"])
     config = resolve(given, given["out"])
     try:
         for text in preview_seeds(config, given["limit"] or 3):

@@ -1,6 +1,6 @@
 """`streamsyn preview`: the requests for the first seeds, rendered without asking a server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from streamsyn.config.loading import Config
@@ -8,6 +8,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.fleet.thinking import Thinking
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
+from streamsyn.recipes.unused_text import unused_text
 from streamsyn.records import BadSeed, Draft, RejectReason, Request, Seed
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.words import word_count
@@ -25,26 +26,30 @@ def preview(config: Config, limit: int) -> Iterator[str]:
     )
     if not reader.has_sources:
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
-    entries = (entry for batch in reader.batches(lambda _: False) for entry in batch)
-    for entry in islice(entries, limit):
+    batches = reader.batches(lambda _: False)
+    entries = list(islice((entry for batch in batches for entry in batch), limit))
+    yield from (f"=== {form}\n" for form in reader.forms())
+    for entry in entries:
         if isinstance(entry, BadSeed):
             yield _reject_text(entry.origin, entry.reason, entry.detail)
             continue
         try:
             request = thinking.request(next(recipe.steps(Draft(entry))), config.fleet.model or "")
-            yield _preview_text(entry, request, recipe.outlook())
+            yield _preview_text(entry, request, recipe.outlook(), unused_text(entry, request))
         except RejectedDraft as rejected:
             yield _reject_text(entry.origin, rejected.reason, rejected.detail)
     reader.stop()
 
 
-def _preview_text(seed: Seed, request: Request, outlook: str) -> str:
+def _preview_text(seed: Seed, request: Request, outlook: str, unused: Sequence[str]) -> str:
     sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
     document = f", a document of {word_count(seed.context)} words" if seed.context else ""
     parts = [f"=== {seed.origin}: seed {seed.id}, task {seed.task}{document} ({sampling})"]
     parts += [f"--- {message['role']}\n{message['content']}" for message in request.messages]
     if outlook:
         parts.append(f"--- {outlook}")
+    if unused:
+        parts.append(f"--- not in the prompt: the text in {', '.join(unused)}")
     return "\n".join(parts) + "\n"
 
 

@@ -37,6 +37,7 @@ class Producer:
         counters: Counts what is read.
         group_of: The recipe's `group`: returns the prefix group of a seed.
         reopened: The rejects that a retry asks again, if one is open.
+        look: Called with each seed that is put on the queue.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Producer:
         counters: Counters,
         group_of: Callable[[Seed], str] = lambda _: "",
         reopened: Reopened | None = None,
+        look: Callable[[Seed], None] = lambda _: None,
     ) -> None:
         self._reader = reader
         self._claims = claims
@@ -55,6 +57,7 @@ class Producer:
         self._counters = counters
         self._group_of = group_of
         self._reopened = reopened
+        self._look = look
         self._has_groups = config.seeds.group_window > 0
         self._order: GroupOrder[Work] | TaskOrder[Work] = GroupOrder(config.seeds.group_window)
         self._losses: TaskLosses | None = None
@@ -123,6 +126,9 @@ class Producer:
                 items = [(entry, _sought(sought, entry, parts, finished)) for entry, parts in items]
             with self._claims.batch():
                 new = [work for entry, parts in items for work in self._unfinished(entry, parts, finished)]
+            for item in new:
+                if isinstance(item, Draft):
+                    self._look(item.seed)
             grouped = [(self._group(item), item) for item in new]
             yield grouped  # outside the transaction: the next batch may be asked for much later
             if self._is_enough:

@@ -84,6 +84,7 @@ class RunSummary:
         samples: Samples in the directory.
         servers: Returns the metrics of each server.
         recipe: What was asked for, to compare with.
+        notes: What to know about the seeds, one line each.
     """
 
     out: Path
@@ -95,6 +96,7 @@ class RunSummary:
     samples: int = 0
     servers: Callable[[], list[dict[str, Any]]] = list
     recipe: RecipeSection | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def reject_fraction(self) -> float:

@@ -79,6 +79,7 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
                 summary.stopped = str(cause)
         summary.contexts, summary.rejects = run_log.contexts.rows, run_log.holding_rejects
         summary.samples = run_log.samples.rows
+        summary.notes = list(reader.notes())
     finally:
         if request.stream is not None:
             request.stream.leave()
@@ -138,8 +139,13 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         raise ConfigError("--train trains on samples, but assembly.write = false makes none")
     if request.launch is None:
         server_specs(config.fleet)
-    spool = request.out / "spool"
-    reader = SeedReader(config.seeds, config.run.seed, spool, takes_documents=recipe.takes_documents)
+    reader = SeedReader(
+        config.seeds,
+        config.run.seed,
+        request.out / "spool",
+        takes_documents=recipe.takes_documents,
+        ids=request.out / "index" / "ids.sqlite",
+    )
     if not (reader.has_sources or request.retry):
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     return reader

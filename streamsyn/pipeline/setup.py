@@ -24,6 +24,7 @@ from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.pipeline.workers import Worker, WorkerPool
 from streamsyn.recipes.recipe import Recipe
+from streamsyn.recipes.unused_text import UnusedText
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
 from streamsyn.sink.log import RunLog
@@ -222,7 +223,8 @@ def make_producer(parts: Parts, claims: Claims) -> Producer:
     if parts.log.manifest.open_retries:
         reopened = Reopened(parts.log, takes_documents=parts.recipe.takes_documents)
     config, group = parts.request.config, parts.recipe.group
-    return Producer(parts.reader, claims, config, parts.counters, group, reopened)
+    look = UnusedText(parts.recipe).look
+    return Producer(parts.reader, claims, config, parts.counters, group, reopened, look)
 
 
 def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:

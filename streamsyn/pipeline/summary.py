@@ -62,6 +62,7 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         yield f"  {'':10} to ask them again: streamsyn retry {out}"
     if counters.finished_before or counters.repeated:
         yield f"  skipped    {counters.finished_before:,} finished before, {counters.repeated:,} repeated ids"
+    yield from (f"  seeds      {note}" for note in summary.notes)
     yield from _length_lines(summary)
     within = (
         f", about {unfinished_tokens:,} of them in {unfinished:,} unfinished answers" if unfinished else ""
@@ -177,6 +178,7 @@ def closing_figures(summary: RunSummary) -> dict[str, Any]:
         "scoring_cached_tokens": counters.scoring_cached_tokens,
         "scoring_tokens": counters.scoring_tokens,
         "scoring_failed_tries": counters.scoring_retries,
+        "seeds": summary.notes,
         "servers": summary.servers(),
         "directory": {
             "contexts": summary.contexts,

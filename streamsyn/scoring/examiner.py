@@ -16,7 +16,7 @@ from streamsyn.fleet.fleet import Fleet
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Context, Document, Draft, RejectReason
 from streamsyn.scoring.measures import Answers, Gain
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, other_answers
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
@@ -242,4 +242,5 @@ def _question(draft: Draft, document: Document) -> Question:
         seed.instruction if document.instruction is None else document.instruction,
         seed.answer if document.answer is None else document.answer,
         seed.task,
+        other_answers(seed.metadata) if document.answer is None else (),
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamsyn.records import Request
-from streamsyn.scoring.answer_metrics import answer_score
 from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, SingleFlight, context_group
 
 
@@ -83,11 +82,10 @@ class Answers:
         """
         answer = await self.answer(client, question, context)
         closed_book = await self._closed_book.get(question.key, lambda: self.answer(client, question))
-        metric = question.metric
         return {
-            "answer_metric": metric,
-            "answer_score": round(answer_score(metric, answer, question.answer), 4),
-            "closed_book_score": round(answer_score(metric, closed_book, question.answer), 4),
+            "answer_metric": question.metric,
+            "answer_score": round(question.score(answer), 4),
+            "closed_book_score": round(question.score(closed_book), 4),
             "model_answer": answer,
             "closed_book_answer": closed_book,
         }

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from streamsyn.fleet.fleet import Fleet
-from streamsyn.records import Attempt, Completion, Request, digest
-from streamsyn.scoring.answer_metrics import Metric, metric_of
+from streamsyn.records import ANSWERS, Attempt, Completion, Request, digest
+from streamsyn.scoring.answer_metrics import Metric, answer_score, metric_of
 from streamsyn.templates import PromptTemplate, packaged, read
 
 T = TypeVar("T")
@@ -113,11 +113,23 @@ _EXAMPLE: dict[str, Any] = {"context": "c", "instruction": "i", "task": "t", "ki
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An instruction and its gold answer, from the seed or written with the context."""
+    """An instruction and its gold answer, from the seed or written with the context.
+
+    Attributes:
+        instruction: The instruction.
+        answer: The gold answer.
+        task: The name of its task.
+        also_right: Other answers that count as right.
+    """
 
     instruction: str
     answer: str
     task: str
+    also_right: tuple[str, ...] = ()
+
+    def score(self, answer: str) -> float:
+        """The score of an answer against the right answer that it is closest to, from 0 to 1."""
+        return max(answer_score(self.metric, answer, right) for right in (self.answer, *self.also_right))
 
     @property
     def metric(self) -> Metric:
@@ -133,6 +145,14 @@ class Question:
     def key(self) -> bytes:
         """A digest, the same for all drafts of one seed."""
         return digest("question", self.task, self.instruction, self.answer)
+
+
+def other_answers(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The answers beside the gold answer that a seed's metadata lists."""
+    answers = metadata.get(ANSWERS)
+    if not isinstance(answers, list):
+        return ()
+    return tuple(answer for answer in answers if isinstance(answer, str) and answer.strip())
 
 
 class AnswerPrompt:

@@ -8,6 +8,7 @@ An entry is a `Seed`, or a `BadSeed` that becomes a reject with the place (`file
 Modules in reading order:
     reader   all sources of a run as one stream, in turn or interleaved by weight
     files    the seeds of one file or dataset
+    id_owners  which pair each id belongs to
     stdin    the seeds of a pipe, and its spool
     parse    from a line or a row to an entry
     forms    the pair in a row: Alpaca, chats, questions and answers, and others

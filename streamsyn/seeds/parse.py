@@ -14,15 +14,13 @@ from streamsyn.io.content import encoding_hint
 from streamsyn.io.json_rows import decode_json
 from streamsyn.io.lines import Line
 from streamsyn.io.row_types import TableRow
-from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
+from streamsyn.records import ANSWERS, BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.forms import FormsSeen, pair_in
 from streamsyn.seeds.metadata import storable_fields
 from streamsyn.seeds.values import NotASeed, is_absent, text_in
 
 _PREVIEW_BYTES: Final = 120
 """The beginning of a bad line that its detail quotes."""
-ANSWERS: Final = "answers"
-"""The metadata field with all answers that count as right, where there are several."""
 
 
 class SeedParser:

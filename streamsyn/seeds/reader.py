@@ -13,6 +13,7 @@ from streamsyn.io.places import shown_url
 from streamsyn.records import Entry
 from streamsyn.seeds.files import FileSource, SeedSource
 from streamsyn.seeds.forms import FormsSeen
+from streamsyn.seeds.id_owners import IdOwners
 from streamsyn.seeds.stdin import SeedSpool, StdinSource
 
 _CHECKED_FILES: Final = 1000
@@ -27,6 +28,7 @@ class SeedReader:
         run_seed: The random seed of the order of interleaved sources.
         spool_folder: The folder for what is read from stdin; None keeps nothing (`preview`).
         takes_documents: Whether the recipe takes documents instead of pairs.
+        ids: The SQLite file with the owners of ids; None changes no id (`preview`).
 
     Raises:
         ConfigError: A source does not exist, or is of no known format or wrong as a whole.
@@ -39,15 +41,16 @@ class SeedReader:
         spool_folder: Path | None,
         *,
         takes_documents: bool = False,
+        ids: Path | None = None,
     ) -> None:
         self._seeds = seeds
         self._documents = takes_documents
         self._random = random.Random(run_seed)
         self._spool = SeedSpool(spool_folder) if spool_folder is not None else None
         self._stdin: StdinSource | None = None
+        self._owners = None if ids is None else IdOwners(ids)
         self._seen: list[FormsSeen] = []
-        self.left_out: list[str] = []
-        """What lies in the sources and is not read, one line a source."""
+        self._left_out: list[str] = []
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
 
     @property
@@ -65,8 +68,15 @@ class SeedReader:
             ConfigError: A source cannot be read to its end.
             SinkError: The spool cannot be written, or is damaged.
         """
+        try:
+            yield from self._batches(is_known)
+        finally:
+            if self._owners is not None:
+                self._owners.close()
+
+    def _batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
         if self._spool is not None:
-            yield from self._spool.replay()
+            yield from map(self._owned, self._spool.replay())
         streams = [(weight, self._stream(parts, is_known)) for weight, parts in self._sources]
         if self._seeds.interleave and len(streams) > 1:
             yield from _interleaved(streams, self._random)
@@ -84,6 +94,13 @@ class SeedReader:
         """The forms of the rows read so far and how their fields were used, one line each."""
         for seen in self._seen:
             yield from seen.lines()
+
+    def notes(self) -> Iterator[str]:
+        """What a person should know about the seeds at the end of a run, one line each."""
+        for left_out in self._left_out:
+            yield f"left out of {left_out}"
+        if self._owners is not None and (count := self._owners.renamed):
+            yield f"{count:,} with the id of a different pair, kept as ID@FILE-HASH"
 
     def stop(self) -> None:
         """End a read that waits for stdin, from any thread."""
@@ -108,17 +125,21 @@ class SeedReader:
         for file in files[:_CHECKED_FILES]:
             file.check()
         if found.left_out.counts:
-            self.left_out.append(f"{shown_url(source.path)}: {found.left_out}")
+            self._left_out.append(f"{shown_url(source.path)}: {found.left_out}")
         return files
 
     def _stream(
         self, parts: Sequence[SeedSource], is_known: Callable[[Entry], bool]
     ) -> Iterator[list[Entry]]:
         for part in parts:
+            batches = map(self._owned, part.batches())
             if part is self._stdin and self._spool is not None:
-                yield from self._spool.follow(part.batches(), is_known)
+                yield from self._spool.follow(batches, is_known)
             else:
-                yield from part.batches()
+                yield from batches
+
+    def _owned(self, batch: list[Entry]) -> list[Entry]:
+        return batch if self._owners is None else self._owners.own(batch)
 
 
 def _interleaved(

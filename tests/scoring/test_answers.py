@@ -9,7 +9,7 @@ import pytest
 from streamsyn.errors import ConfigError
 from streamsyn.scoring.answer_metrics import f1
 from streamsyn.scoring.measures import Answers
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
+from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, other_answers
 from streamsyn.simulator.faults import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
@@ -47,6 +47,17 @@ async def test_closed_book_is_asked_once_and_greedily() -> None:
     assert 5 == len(asked)
     assert {(0, 12)} == {(body["temperature"], body["max_tokens"]) for body in asked}
     assert 1 == sum(HELPS not in body["messages"][0]["content"] for body in asked)
+
+
+def test_any_right_answer_counts() -> None:
+    """The closest one; the first decides the metric."""
+    question = Question("Who?", "Ada Brown", "qa", ("Brown", "A. Brown of Velmora"))
+
+    assert [1.0, 1.0, 1.0, 0.0] == [
+        question.score(said) for said in ("Ada Brown", "brown", "A Brown of Velmora.", "Tarn")
+    ]
+    assert ("Tarn", "7") == other_answers({"answers": ["Tarn", " ", 3, "7"]})
+    assert () == other_answers({"answers": "Tarn"}) == other_answers({})
 
 
 def test_a_user_template_replaces_the_packaged_one(tmp_path: Path) -> None:

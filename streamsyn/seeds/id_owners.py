@@ -1,0 +1,119 @@
+"""Which pair each id belongs to, so that ids which begin anew in each file cost no pair.
+
+The first pair that is read with an id keeps it. A different pair with the same id is named after its file and
+a hash of the pair: `0` of b.jsonl becomes `0@b-1f3a9c2e`. The same pair under the same id stays a duplicate.
+
+The owners are in a SQLite file in the run directory, so that a resumed run gives the same ids, also where
+files come in a different order. If the file is lost, ids belong to the pairs that are then read first.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import structlog
+
+from streamsyn.errors import SinkError
+from streamsyn.io.derived import SQLITE_ERRORS, DerivedDatabase, is_disk_error
+from streamsyn.records import Entry, Seed, digest
+
+log = structlog.get_logger()
+
+_PAIR_BYTES: Final = 8
+_KEYS_A_QUERY: Final = 500
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS owners (key BLOB PRIMARY KEY, pair BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS renamed (key BLOB PRIMARY KEY, id TEXT) WITHOUT ROWID;
+"""
+
+
+class IdOwners:
+    """Gives each pair an id of its own. For one thread at a time.
+
+    An id that is the hash of its pair needs no owner: only ids that rows bring along are looked at.
+
+    Args:
+        path: The SQLite file; made by the first seed with an id of its own.
+
+    Attributes:
+        renamed: Seeds that got a different id, this time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = DerivedDatabase(path, _TABLES)
+        self.renamed = 0
+
+    def own(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries, with different ids where an id belongs to a different pair.
+
+        Raises:
+            SinkError: The file cannot be used, for a reason that making it anew does not cure.
+        """
+        if all(not isinstance(entry, Seed) or _is_hash(entry) for entry in entries):
+            return list(entries)
+        try:
+            try:
+                return self._own(entries)
+            except SQLITE_ERRORS as error:
+                self._file.discard(error)
+                log.warning("index.rebuilt", path=str(self._file.path), why=str(error))
+                return self._own(entries)
+        except (*SQLITE_ERRORS, OSError) as error:
+            advice = (
+                "make room and run again to resume" if is_disk_error(error) else "delete it and run again"
+            )
+            raise SinkError(f"cannot use {self._file.path}: {error}; {advice}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _own(self, entries: Sequence[Entry]) -> list[Entry]:
+        db = self._file.connect()
+        seeds = (entry for entry in entries if isinstance(entry, Seed))
+        keys = [digest("id", seed.id) for seed in seeds if not _is_hash(seed)]
+        owners: dict[bytes, bytes] = {}
+        for start in range(0, len(keys), _KEYS_A_QUERY):
+            some = keys[start : start + _KEYS_A_QUERY]
+            query = f"SELECT key, pair FROM owners WHERE key IN ({','.join('?' * len(some))})"  # noqa: S608
+            owners.update(db.execute(query, some))
+        before = set(owners)
+        found = [self._owned(entry, owners) for entry in entries]
+        with db:
+            db.execute("BEGIN")
+            new = ((key, pair) for key, pair in owners.items() if key not in before)
+            db.executemany("INSERT OR IGNORE INTO owners VALUES (?, ?)", new)
+        return found
+
+    def _owned(self, entry: Entry, owners: dict[bytes, bytes]) -> Entry:
+        if not isinstance(entry, Seed) or _is_hash(entry):
+            return entry
+        pair = digest("pair", entry.instruction, entry.answer, entry.context)[:_PAIR_BYTES]
+        if owners.setdefault(digest("id", entry.id), pair) == pair:
+            return entry
+        return replace(entry, id=self._renamed(entry, pair))
+
+    def _renamed(self, seed: Seed, pair: bytes) -> str:
+        """The id of a pair whose own id belongs to a different one; the same wherever the pair is."""
+        db = self._file.connect()
+        key = digest("renamed", seed.id, pair)
+        new = f"{seed.id}@{_file(seed.origin)}-{pair[:4].hex()}"
+        db.execute("INSERT OR IGNORE INTO renamed VALUES (?, ?)", (key, new))
+        [(name,)] = db.execute("SELECT id FROM renamed WHERE key = ?", (key,)).fetchall()
+        self.renamed += 1
+        if self.renamed == 1:
+            log.warning("seeds.id_taken", id=seed.id, at=seed.origin, now=name)
+        return str(name)
+
+
+def _is_hash(seed: Seed) -> bool:
+    parts: Iterable[str] = (seed.context,) if seed.context else (seed.instruction, seed.answer)
+    return seed.id == digest(*parts).hex()
+
+
+def _file(origin: str) -> str:
+    """The name of the file in an origin, without its endings."""
+    source = origin.rpartition(":")[0]
+    name = PurePosixPath(source).name
+    return "stdin" if source == "-" else name.split(".")[0] or name
