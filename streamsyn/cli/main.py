@@ -11,12 +11,14 @@ from streamsyn.cli.config import show_config
 from streamsyn.cli.demo import demo
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_STOPPED, EXIT_USAGE, as_json, fail, on_signals, stop_early
 from streamsyn.cli.export import export
+from streamsyn.cli.init import init_config
 from streamsyn.cli.preview import preview
 from streamsyn.cli.report import report
 from streamsyn.cli.retry import retry
 from streamsyn.cli.run import run
 from streamsyn.cli.score import score
 from streamsyn.cli.simulate import simulate
+from streamsyn.cli.status import status
 from streamsyn.cli.train import train
 from streamsyn.cli.verify import verify
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
@@ -44,7 +46,21 @@ def cli() -> None:
     """  # noqa: D301 - click keeps the line breaks of a paragraph that starts with \b
 
 
-for _command in (run, retry, score, preview, verify, export, report, train, show_config, demo, simulate):
+for _command in (
+    run,
+    retry,
+    score,
+    preview,
+    verify,
+    export,
+    report,
+    train,
+    show_config,
+    demo,
+    simulate,
+    status,
+    init_config,
+):
     cli.add_command(_command)
 
 

@@ -15,7 +15,7 @@ from streamsyn.errors import ConfigError, StreamsynError, TrainingFailed
 _EXAMPLES = """\b
 Examples:
   streamsyn train --from runs/first --model models/base --out tuned/first
-  streamsyn run run.toml --stdout | streamsyn train train.toml --from -
+  streamsyn run run.toml --out runs/first --stdout | streamsyn train train.toml --from -
   accelerate launch -m streamsyn train train.toml --from runs/first
 """
 

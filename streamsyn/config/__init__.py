@@ -10,6 +10,7 @@ In reading order:
     loading         `load` and `parse_override`; errors name the key, the value and the nearest known key
     fingerprint     the keys that a resumed run must have in common with the first one
     toml_text       the configuration as commented TOML
+    starter         the ten keys that `streamsyn init` writes
 
 To add a key, add a field with a docstring to its section. Mark it as `operational` unless it shapes contexts
 or samples: all other keys become part of the fingerprint.

@@ -42,10 +42,11 @@ def _section(section: Section, name: str) -> Iterator[str]:
 def _line(key: str, value: Any, field: FieldInfo) -> Iterator[str]:
     for line in (field.description or "").splitlines():
         yield f"# {line}"
-    yield f"# {key} =" if value is None else f"{key} = {_value(value)}"
+    yield f"# {key} =" if value is None else f"{key} = {toml_value(value)}"
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return a value as TOML."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -56,12 +57,12 @@ def _value(value: Any) -> str:
         case str() | Path():
             return _string(without_userinfo(str(value)))
         case dict():
-            return "{" + ", ".join(f"{_key(key)} = {_value(entry)}" for key, entry in value.items()) + "}"
+            return "{" + ", ".join(f"{_key(key)} = {toml_value(entry)}" for key, entry in value.items()) + "}"
         case Section():
             set_fields = {key: entry for key, entry in value if entry is not None}
-            return _value(set_fields)
+            return toml_value(set_fields)
         case _:
-            return "[" + ", ".join(map(_value, value)) + "]"
+            return "[" + ", ".join(map(toml_value, value)) + "]"
 
 
 def _key(key: str) -> str:

@@ -25,7 +25,8 @@ FORMAT = 1
 _OURS = frozenset({*KINDS, "index", "spool", "run.json", "manifest.jsonl", ".lock"})
 _BESIDES = (".toml", ".j2", ".log", "lost+found")
 """Endings of what may lie in a directory before its run begins."""
-_LOCK_NAME = ".lock"
+LOCK_NAME = ".lock"
+"""In a directory that one process at a time writes to."""
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
 
 _LATE = frozenset({"model", "scoring.model", "scoring.prompt", "checks.eval_sets"})
@@ -213,11 +214,11 @@ class DirectoryLock:
     """
 
     def __init__(self, root: Path) -> None:
-        self._file = os.open(root / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(self._file)
+            holder = lock_holder(self._file)
             os.close(self._file)
             raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
         os.ftruncate(self._file, 0)
@@ -231,17 +232,18 @@ class DirectoryLock:
 def wait_until_free(root: Path, on_wait: Callable[[str], None]) -> None:
     """Wait until no process holds the lock of `root`; `on_wait` is called with its holder."""
     try:
-        file = os.open(root / _LOCK_NAME, os.O_RDWR)
+        file = os.open(root / LOCK_NAME, os.O_RDWR)
     except OSError:
         return  # a new directory; or locking it will report the error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        on_wait(_holder(file))
+        on_wait(lock_holder(file))
         fcntl.flock(file, fcntl.LOCK_EX)
     finally:
         os.close(file)
 
 
-def _holder(file: int) -> str:
+def lock_holder(file: int) -> str:
+    """The text in an open lock file, which names the process that holds the lock."""
     return os.pread(file, 100, 0).decode(errors="replace").strip()

@@ -1,0 +1,187 @@
+"""`streamsyn status`: what a run is doing, or how it ended, by what is on disk."""
+
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.pipeline.progress import duration
+from streamsyn.scoring.sidecar import measured
+from streamsyn.sink.retries import open_rejects, superseded
+from streamsyn.sink.rundir import LOCK_NAME, lock_holder, read_run_json
+from streamsyn.sink.snapshot import Part, Snapshot
+
+State = Literal["running", "finished", "unfinished"]
+
+_RATE_OVER_S: Final = 300.0
+"""The rate is that of this time before the last outcome."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What a run directory says.
+
+    Attributes:
+        directory: The run directory.
+        state: `running` while a process holds its lock; else `finished` if every seed has its outcome, or
+            `unfinished`: it was stopped or killed.
+        process: The process that holds the lock.
+        contexts: Contexts in the log.
+        rejects: Rejects that hold.
+        superseded: Rejects that retries have superseded.
+        reasons: The rejects that hold, by reason.
+        samples: Samples in the log.
+        retrying: Rejects that a retry is to ask again and has not.
+        prompt_tokens: Tokens in, of all contexts in sealed shards.
+        completion_tokens: Tokens out, likewise.
+        outcomes_per_s: The rate over the last five minutes of work; None where nothing tells.
+        started_at: When the run began, in Unix seconds.
+        last_outcome_at: When the last outcome was written; None before the first.
+        model: The models that write.
+        version: The version of streamsyn that ran last.
+        scored: Contexts that `streamsyn score` has measured, by measure.
+    """
+
+    directory: str
+    state: State
+    process: str | None
+    contexts: int
+    rejects: int
+    superseded: int
+    reasons: dict[str, int]
+    samples: int
+    retrying: int
+    prompt_tokens: int
+    completion_tokens: int
+    outcomes_per_s: float | None
+    started_at: float | None
+    last_outcome_at: float | None
+    model: str
+    version: str
+    scored: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+def status(root: Path) -> Status:
+    """Read the status of a run directory; a run may be writing to it.
+
+    Raises:
+        ConfigError: It is not a run directory, or its manifest is damaged.
+        SinkError: The findings of `streamsyn score` cannot be read.
+    """
+    saved = read_run_json(root)
+    if saved is None:
+        raise ConfigError(f"{root} is not a run directory: it has no run.json")
+    process = _process(root)
+    try:
+        snapshot = Snapshot(root)
+    except SinkError as error:
+        raise ConfigError(str(error)) from error
+    gone, reasons, rows = superseded(snapshot), Counter[str](), Counter[str]()
+    for row in (row for part in snapshot.parts["rejects"] for row in part.rows()):
+        rows["rejects"] += 1
+        if row.get("seq") not in gone:
+            reasons[str(row.get("reason"))] += 1
+    for kind in ("contexts", "samples"):
+        rows[kind] = sum(map(_rows_of, snapshot.parts[kind]))
+    final = snapshot.manifest.final
+    is_finished = final is not None and all(final.get(kind, 0) == rows[kind] for kind in rows)
+    sealed = [shard.tokens for shard in snapshot.manifest.of_kind("contexts")]
+    times = _recent_times(snapshot)
+    return Status(
+        directory=str(root),
+        state="running" if process is not None else "finished" if is_finished else "unfinished",
+        process=process,
+        contexts=rows["contexts"],
+        rejects=reasons.total(),
+        superseded=len(gone),
+        reasons=dict(reasons.most_common()),
+        samples=rows["samples"],
+        retrying=sum(1 for _ in open_rejects(snapshot, gone)),
+        prompt_tokens=sum(tokens.get("prompt", 0) for tokens in sealed),
+        completion_tokens=sum(tokens.get("completion", 0) for tokens in sealed),
+        outcomes_per_s=_rate(times),
+        started_at=saved.get("created_at"),
+        last_outcome_at=times[-1] if times else None,
+        model=str(saved["fingerprint"].get("model", "")),
+        version=str((saved.get("versions") or {}).get("streamsyn", "?")),
+        scored=dict(measured(root)),
+    )
+
+
+def status_lines(found: Status, now: float) -> Iterator[str]:
+    """Yield the status as text.
+
+    Args:
+        found: The status.
+        now: The present time, in Unix seconds.
+    """
+    how = {
+        "running": f"running ({found.process})",
+        "finished": "finished: every seed has its outcome",
+        "unfinished": f"not finished: stopped or killed; `streamsyn run --out {found.directory}` resumes",
+    }
+    yield f"{found.directory}: {how[found.state]}"
+    yield f"  outcomes   {found.contexts:,} contexts, {found.rejects:,} rejects"
+    if found.reasons:
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in found.reasons.items())
+        yield f"  rejects    {reasons}"
+    if found.superseded or found.retrying:
+        yield f"  retries    {found.superseded:,} rejects superseded, {found.retrying:,} not yet asked again"
+    yield f"  samples    {found.samples:,}"
+    tokens = f"{found.completion_tokens:,} written, {found.prompt_tokens:,} of prompts"
+    yield f"  tokens     {tokens}, in sealed shards"
+    if found.last_outcome_at is not None:
+        ago = duration(max(0.0, now - found.last_outcome_at))
+        rate = "" if found.outcomes_per_s is None else f"; {found.outcomes_per_s:,.1f} outcomes/s before it"
+        yield f"  last       outcome {ago} ago{rate}"
+    if found.scored:
+        yield "  scored     " + ", ".join(f"{name} {number:,}" for name, number in found.scored.items())
+    yield f"  model      {found.model}; streamsyn {found.version}"
+
+
+def _process(root: Path) -> str | None:
+    """The holder of the directory's lock; None if nobody holds it."""
+    try:
+        file = os.open(root / LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        # Shared and let go at once, so that two that look do not disturb each other. A run that begins within
+        # these microseconds would be refused; the lock of `flock` cannot be looked at without taking it.
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return lock_holder(file) or "an unknown process"
+    finally:
+        os.close(file)
+    return None
+
+
+def _rows_of(part: Part) -> int:
+    return part.sealed.rows if part.sealed is not None else sum(1 for _ in part.rows())
+
+
+def _recent_times(snapshot: Snapshot) -> list[float]:
+    """When the latest outcomes were written, in order: those of the last shard of each kind."""
+    times = [
+        float(time)
+        for kind in ("contexts", "rejects")
+        for part in [part for part in snapshot.parts[kind] if part.bytes][-1:]
+        for row in part.rows()
+        if isinstance(time := row.get("written_at"), int | float) and time > 0
+    ]
+    return sorted(times)
+
+
+def _rate(times: list[float]) -> float | None:
+    recent = [time for time in times if times[-1] - time <= _RATE_OVER_S]
+    seconds = sum(after - before for before, after in pairwise(recent))
+    return (len(recent) - 1) / seconds if seconds > 0 else None
