@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 import click
@@ -23,6 +24,7 @@ from streamsyn.cli.train import train
 from streamsyn.cli.verify import verify
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.pipeline.delivery import secure_stdio
+from streamsyn.urls import without_userinfo
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -87,9 +89,10 @@ def main() -> None:
         fail(str(error), EXIT_OTHER)
     except StreamsynError as error:
         fail(str(error), EXIT_STOPPED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, its text may have passwords
         if not as_json():
-            raise
+            click.echo(without_userinfo(traceback.format_exc()), err=True, nl=False)
+            sys.exit(EXIT_OTHER)
         fail(repr(error), EXIT_OTHER, exc_info=True)
 
 
@@ -97,7 +100,8 @@ def _refuse(error: click.ClickException) -> NoReturn:
     """Report a mistake in the command line, and exit."""
     if as_json():
         fail(error.format_message(), EXIT_USAGE)
-    error.show()
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    click.UsageError(without_userinfo(error.format_message()), context).show()
     sys.exit(EXIT_USAGE)
 
 

@@ -324,14 +324,14 @@ class Fleet:
         """
         now = self._clock()
         server.health.answered()  # it is alive
-        self._outage.refused(asyncio.get_running_loop(), str(error), error.retry_after_s or 0.0)
         if server.rate_limit.take_warning(now):
             log.warning(
                 "fleet.rate_limited", server=server.url, error=str(error), pause_s=error.retry_after_s
             )
-        budget.rate_limited(now, self._answers)
+        budget.rate_limited(now, self._answers, others_are=self._outage.is_refused)
         if budget.has_own_limit:
             return
+        self._outage.refused(asyncio.get_running_loop(), str(error), error.retry_after_s or 0.0)
         if error.retry_after_s is not None:
             server.limiter.hold(now + error.retry_after_s)
             pool.held(server)

@@ -34,9 +34,9 @@ class RetryBudget:
     limited: int = 0
     """Refusals by rate limits."""
     own: int = 0
-    """Of these, refusals with other answers since the refusal before."""
+    """Of these, refusals after which only this request waited: others were answered, or none was left."""
     own_s: float = 0.0
-    """Seconds between those pairs of refusals."""
+    """Seconds before these refusals, each since the one before."""
     _limited_at: float = 0.0
     _answers: int = 0
 
@@ -45,9 +45,15 @@ class RetryBudget:
         """Whether servers refuse this request while they answer others."""
         return self.own >= _OWN_AFTER
 
-    def rate_limited(self, now: float, answers: int) -> None:
-        """Record a refusal by a rate limit, `answers` answers of the fleet after its start."""
-        if self.limited and answers > self._answers:
+    def rate_limited(self, now: float, answers: int, *, others_are: bool) -> None:
+        """Record a refusal by a rate limit.
+
+        Args:
+            now: Seconds of the event loop.
+            answers: Answers of the fleet since its start.
+            others_are: Whether requests without a limit of their own have been refused since the last answer.
+        """
+        if self.limited and (answers > self._answers or (self.has_own_limit and not others_are)):
             self.own += 1
             self.own_s += now - self._limited_at
         self.limited += 1
@@ -214,6 +220,11 @@ class Outage:
         if now - self._refused_since >= _ACCEPTED_AFTER_S:  # before, it may pass
             timers.append(self._refusal_timer)
         return min((timer.when() - now for timer in timers if timer is not None), default=None)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether requests have been refused since the last answer."""
+        return self._refusal_timer is not None
 
     def close(self) -> None:
         """Cancel the timers."""

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from streamsyn.errors import ConfigError
+from streamsyn.urls import without_userinfo
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -46,10 +47,10 @@ def translated(what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The reason why a file system failed, in one line."""
+    """The reason why a file system failed, in one line, without passwords of URLs."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return without_userinfo(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def names_below(filesystem: "AbstractFileSystem", path: str) -> dict[str, int]:

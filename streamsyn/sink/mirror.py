@@ -20,6 +20,7 @@ from streamsyn.io.remote import reason
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import SealedShard
 from streamsyn.sink.mirror_plan import MirrorPlan
+from streamsyn.urls import without_userinfo
 
 log = structlog.get_logger()
 
@@ -67,14 +68,14 @@ class Mirror:
 
     def __init__(self, root: Path, url: str, rng: Random | None = None) -> None:
         self._root = root
-        self._url = url
+        self._url = without_userinfo(url)
         self._rng = rng or Random()
         self._stopped = threading.Event()
         self._plan = MirrorPlan(root, url, self._stopped)
         try:
             self._plan.connect()
         except OSError as error:  # it is down; the thread will try again
-            log.warning("mirror.behind", url=url, why=reason(error))
+            log.warning("mirror.behind", url=self._url, why=reason(error))
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._changed = threading.Condition()
         # All that follows is guarded by the condition.

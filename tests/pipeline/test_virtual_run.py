@@ -5,10 +5,12 @@ from random import Random
 from typing import Any
 
 import orjson
+import pytest
 
 from streamsyn.config.loading import load
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -59,3 +61,38 @@ def test_a_simulated_run_is_repeatable(tmp_path: Path) -> None:
     first, second = played(tmp_path / "first"), played(tmp_path / "second")
     assert first == second
     assert any(tries > 1 for *_, tries in first)
+
+
+@pytest.mark.parametrize("fault", [Fault.RATE_LIMIT, Fault.PAUSE])
+def test_a_seed_that_is_always_rate_limited_becomes_a_reject(tmp_path: Path, fault: Fault) -> None:
+    """Also when all others are finished long before `fleet.give_up_s`; the text of the server is kept."""
+
+    def script(_: int, body: dict[str, Any]) -> Fault | None:
+        return fault if "light 7?" in str(body["messages"]) else None
+
+    seeds = tmp_path / "seeds.jsonl"
+    lines = [{"instruction": f"Who kept light {n}?", "answer": f"Keeper {n}."} for n in range(60)]
+    seeds.write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    config = SimulatorConfig(slots=4, latency_ms=2000)
+    servers = InProcessServers({"http://gpu:1": Simulation(config, script)})
+    settings = [
+        ("seeds.sources", [{"path": str(seeds)}]),
+        ("fleet.servers", list(servers.simulations)),
+        ("assembly.write", False),
+    ]
+    request = RunRequest(
+        config=load(None, settings),
+        out=tmp_path / "out",
+        connect=servers.connect,
+        runner=servers.run,
+        rng=Random(0),
+        show_progress=False,
+    )
+    summary = run(request)
+    assert (59, 1, None) == (summary.contexts, summary.rejects, summary.stopped)
+    (reject,) = (
+        orjson.loads(line) for line in (tmp_path / "out/rejects/part-000000.jsonl").read_bytes().splitlines()
+    )
+    assert "request_refused" == reject["reason"]
+    assert "You exceeded your current quota" in reject["detail"]
+    assert 1 == len(reject["attempts"])

@@ -24,7 +24,7 @@ def test_every_seed_has_one_outcome_whatever_the_servers_do(
     serve: Serve, seeds: Seeds, tmp_path: Path, compression: str
 ) -> None:
     """With all faults on at two servers, each seed ends once, `verify` is clean, samples load."""
-    rates = dict.fromkeys(Fault, "0.02") | {Fault.STALL: "0.004", Fault.PAUSE: "0.001"}
+    rates = dict.fromkeys(Fault, "0.02") | {Fault.STALL: "0.004", Fault.PAUSE: "0"}
     faults = [part for fault, rate in rates.items() for part in ("--fault", f"{fault}={rate}")]
     servers = [
         serve("--latency-ms", "10", "--seed", str(n), "--queue-limit", "20", "--slots", "24", *faults)
@@ -70,13 +70,16 @@ def test_passwords_of_urls_are_not_written(serve: Serve, seeds: Seeds, tmp_path:
     shown = streamsyn("config", "--set", f'fleet.servers=["{url}"]')
     mistake = streamsyn("run", "--server", "http://ada:hunter 2@host", "--seeds", seeds(1), "--out", out)
 
-    assert [0, 0, 0, 2] == [one.returncode for one in (done, report, shown, mistake)], done.stderr
+    usage = streamsyn("run", f"--limit={url}")
+
+    ended = (done, report, shown, mistake, usage)
+    assert [0, 0, 0, 2, 2] == [one.returncode for one in ended], done.stderr
     contexts, rejects = rows(out, "contexts"), rows(out, "rejects")
     assert {server.url} == {row["server"] for row in contexts}
     assert any(attempt["error"] for row in contexts for attempt in row["attempts"])
     assert rejects
     written = [path.read_bytes() for path in [*out.rglob("*"), tmp_path / "report.html"] if path.is_file()]
-    texts = [text.encode() for one in (done, report, shown, mistake) for text in (one.stdout, one.stderr)]
+    texts = [text.encode() for one in ended for text in (one.stdout, one.stderr)]
     assert not [text for text in written + texts if b"hunter" in text]
     again = streamsyn("run", "--out", out, "--server", url, *QUICK)
     assert 0 == again.returncode, again.stderr
