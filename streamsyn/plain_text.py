@@ -12,7 +12,7 @@ MAX_MESSAGE_BYTES: Final = 2048
 _UNSAFE: Final = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
 )
-_LINE_ENDS: Final = re.compile(r"[\r\n]+\s*")
+_BREAKS: Final = re.compile(r"[\r\n\t]\s*")
 
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
@@ -36,7 +36,7 @@ def cut(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
 
 def message(text: str) -> str:
     """Return `text` as a message: one visible line of at most 2 KB."""
-    return cut(_LINE_ENDS.sub(" ", visible(cut(text).strip())))
+    return cut(_BREAKS.sub(" ", visible(cut(text).strip())))
 
 
 def short_repr(value: Any) -> str:

@@ -49,7 +49,7 @@ def test_a_message_is_one_visible_line(text: str, times: int) -> None:
     """Of at most 2 KB."""
     found = message(text * times)
     assert len(found.encode()) <= MAX_MESSAGE_BYTES
-    assert not {"\n", "\r", "\x1b"} & set(found)
+    assert not {"\n", "\r", "\t", "\x1b"} & set(found)
     assert visible(found) == found
 
 

@@ -4,6 +4,7 @@ The text counts: what only describes it is optional. Missing token counts are es
 the one that was asked for is taken.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ _UNFINISHED = (
 )
 """How finish reasons of answers begin whose text is incomplete, or is not the answer. Any other is a stop."""
 _DONE = b"[DONE]"
+_LINES = re.compile(rb"(?:[^\r\n]+(?:\r\n|\r|\n|\Z))+")
+"""Lines up to a blank one."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -110,14 +113,11 @@ def events_in(body: bytes) -> Iterator[bytes]:
     Source: "Server-sent events" in the HTML standard; unlike there, an event may be ended by the end of the
     stream.
     """
-    data: list[bytes] = []
-    for line in (*body.removeprefix(_BYTE_ORDER_MARK).splitlines(), b""):
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            data.append(value.removeprefix(b" "))
-        elif not line and data:
+    for event in _LINES.finditer(body.removeprefix(_BYTE_ORDER_MARK)):
+        fields = (line.partition(b":") for line in event[0].splitlines())
+        data = [value.removeprefix(b" ") for name, _, value in fields if name == b"data"]
+        if data:
             yield b"\n".join(data)
-            data = []
 
 
 def _text_and_thought(message: dict[str, Any]) -> tuple[str, str]:

@@ -17,6 +17,8 @@ BLOCK_CHARS = 256
 CHARS_PER_TOKEN = 4
 POOL_TOKENS = 400_000
 """Assumed size of a server's KV pool until it reports its own."""
+MAX_BLOCKS = 2**18
+"""Most blocks of one server, about 17 million tokens: its own figure may be wrong, and memory is bounded."""
 _MAX_WARM = 16_384
 """Warm prefixes remembered per server."""
 
@@ -39,7 +41,7 @@ class PrefixModel:
 
     def resize(self, pool_tokens: int) -> None:
         """Set the size of the server's KV pool in tokens."""
-        self._max_blocks = max(1, pool_tokens * CHARS_PER_TOKEN // BLOCK_CHARS)
+        self._max_blocks = min(max(1, pool_tokens * CHARS_PER_TOKEN // BLOCK_CHARS), MAX_BLOCKS)
         self._evict()
 
     def cached_share(self, text: str, keys: list[int]) -> float:

@@ -205,6 +205,7 @@ class HttpTransport:
         if size > limit:
             answer.close()
             if is_ok:
+                chunks.clear()  # the error's traceback would keep them
                 raise BrokenResponse(
                     f"{self._url} sent an answer of more than fleet.max_answer_bytes = {limit} bytes"
                 )

@@ -19,6 +19,7 @@ from streamsyn.fleet.limiter import AdaptiveLimiter
 from streamsyn.fleet.models import agreed_models
 from streamsyn.fleet.retry_after import retry_after_s
 from streamsyn.fleet.transport import Reply, http_transport
+from streamsyn.plain_text import visible
 from streamsyn.records import Completion, Request
 from tests.examples import examples
 from tests.fleet.scripted import ScriptedTransport
@@ -230,7 +231,8 @@ def test_any_answer(call: str, data: st.DataObject) -> None:
     """Only our own errors come out, and what is taken can be used and logged."""
     error = ask(call, data.draw(replies(call)))
     if isinstance(error, ServerError):
-        assert str(error).isprintable()
+        assert not {"\n", "\t"} & set(str(error))
+        assert visible(str(error)) == str(error)
         assert len(str(error).encode()) <= 2048
     elif error is not None:
         assert call == "models"  # a key that is not accepted; no model, or several

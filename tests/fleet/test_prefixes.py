@@ -3,7 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.fleet.prefixes import BLOCK_CHARS, PrefixModel, block_keys, conversation_text, with_answer
+from streamsyn.fleet.prefixes import (
+    BLOCK_CHARS,
+    MAX_BLOCKS,
+    PrefixModel,
+    block_keys,
+    conversation_text,
+    with_answer,
+)
 from streamsyn.records import Request
 
 
@@ -50,3 +57,11 @@ def test_what_was_used_last_is_forgotten_last() -> None:
         model.add(block_keys(text))
     assert 6 == len(model)
     assert [0.5, 1.0, 1.0] == [model.cached_share(text, block_keys(text)) for text in texts]
+
+
+def test_a_pool_of_any_size_is_bounded() -> None:
+    """What a server reports cannot make the model grow for ever."""
+    model = PrefixModel()
+    model.resize(2**53)
+    model.add(list(range(MAX_BLOCKS + 100)))
+    assert MAX_BLOCKS == len(model)
