@@ -261,7 +261,11 @@ class ScoringSection(Section):
     answer_tokens: Count = 256
     """Maximum tokens of a gold answer that are scored: the first ones."""
     max_answer_tokens: Count = 256
-    """Maximum tokens of an answer that `checks.answerable` asks for."""
+    """Maximum tokens of an answer that `checks.answerable` asks for, without a thought before it."""
+    thinking: Literal["off", "on", "auto"] = "off"
+    """As `recipe.thinking`, for `checks.answerable`. `checks.context_gain` is measured without a thought."""
+    thinking_tokens: Count = 4096
+    """Tokens added to `scoring.max_answer_tokens` for a model that thinks."""
     template: Path | None = None
     """A Jinja2 file for the question, in place of the packaged one. Its variable `context` is empty for the
     question without context."""

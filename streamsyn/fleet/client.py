@@ -7,8 +7,9 @@ import structlog
 from streamsyn.errors import ConfigError, ServerUnavailable, WrongAddress
 from streamsyn.fleet import wire
 from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream
-from streamsyn.fleet.logprobs import check_scores, score
-from streamsyn.fleet.thinking import cleaned
+from streamsyn.fleet.logprobs import Scorer
+from streamsyn.fleet.prompt_end import PromptEnds
+from streamsyn.fleet.thinking import CONTINUES, cleaned, template_fields
 from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request
@@ -40,18 +41,23 @@ class ServerClient:
         self._without: frozenset[str] = frozenset()
         """Optional fields of a chat request that the server refused."""
         self._has_usage = True
+        self._prompt_ends = PromptEnds(transport, url)
+        self._scorer = Scorer(transport, url, self._prompt_ends)
 
     async def complete(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
     ) -> Completion:
-        """Return the answer to `request`, as `chat` does; if it is to be scored, the logprobs of its answer.
+        """Return the answer to `request`, without a thought or a second turn, or the logprobs to score.
 
         Raises:
             ServerError: No usable answer came; the subclass says what to do next.
         """
         if request.scored is None:
-            return await self.chat(request, model, rid, on_first_token)
-        return await score(self.transport, self.url, request, model, rid, self._request_timeout_s)
+            # Before the request: an answer that has come must not wait for anything.
+            end = await self._prompt_ends.of(model, template_fields(request))
+            completion = await self.chat(request, model, rid, on_first_token)
+            return cleaned(completion, is_open=end.is_open and CONTINUES not in request.sampling)
+        return await self._scorer.score(request, model, rid, self._request_timeout_s)
 
     async def check_scores(self, model: str, rid: str) -> None:
         """Check that the server can score.
@@ -60,12 +66,12 @@ class ServerClient:
             RequestRefused: It cannot.
             ServerError: It did not answer.
         """
-        await check_scores(self.transport, self.url, model, rid, _CONTROL_TIMEOUT_S)
+        await self._scorer.check(model, rid, _CONTROL_TIMEOUT_S)
 
     async def chat(
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
     ) -> Completion:
-        """Send a chat request and return the whole answer, without a thought or a second turn.
+        """Send a chat request and return the whole answer.
 
         With `on_first_token` the answer is streamed, and the callback is called when it begins: from then on
         the prompt is in the server's prefix cache.
@@ -75,7 +81,7 @@ class ServerClient:
         """
         reply = await self._send(request, model, rid, on_first_token)
         parse = parse_chat if on_first_token is None else parse_chat_stream
-        completion = cleaned(parse(reply.status, reply.body, Asked(self.url, request, model)))
+        completion = parse(reply.status, reply.body, Asked(self.url, request, model))
         if completion.tokens_estimated and self._has_usage:
             self._has_usage = False
             log.warning("fleet.no_token_counts", server=self.url, then="tokens are estimated from the text")

@@ -7,7 +7,7 @@ to the server that they came from: an id that is out of range ends its process.
 This needs SGLang (tested with 0.5.23): `/tokenize` that takes messages, and `/generate` that takes ids and
 returns `input_token_logprobs`. vLLM has the first and not the second. A router forwards `/generate`, but may
 answer `/tokenize` with a tokenizer or a server of its own choice, which is correct only if all its servers
-have the same tokenizer. `check_scores` finds out whether a server has both routes.
+have the same tokenizer. `Scorer.check` finds out whether a server has both routes.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ import orjson
 
 from streamsyn.errors import BrokenResponse, RequestRefused
 from streamsyn.fleet import wire
+from streamsyn.fleet.prompt_end import PromptEnds
+from streamsyn.fleet.thinking import template_fields
 from streamsyn.fleet.transport import Transport
 from streamsyn.plain_text import short_repr
 from streamsyn.records import Completion, Request
@@ -31,62 +33,84 @@ class NoScores(RequestRefused):
     """Raised when a server lacks the routes that scoring needs."""
 
 
-async def score(
-    transport: Transport, url: str, request: Request, model: str, rid: str, timeout_s: float
-) -> Completion:
-    """Return a completion with the logprobs of `request.scored`; its text is empty.
+class Scorer:
+    """Scores answers at one server.
 
     Args:
         transport: Carries requests to the server.
         url: The server's URL, for messages.
-        request: The messages and the answer to score.
-        model: The model to use.
-        rid: Request id of the prefill, the only call that takes long.
-        timeout_s: Timeout of each of the three calls.
-
-    Raises:
-        ServerError: No usable answer came; the subclass says what to do next.
+        ends: How its chat templates end prompts.
     """
-    assert request.scored is not None, "the request has no answer to score"
-    headers = {wire.ROUTING_KEY: request.group} if request.group else {}
 
-    async def ask(path: str, body: dict[str, Any]) -> Any:
-        reply = await transport.exchange(
-            "POST", path, body=orjson.dumps(body), headers=headers, timeout_s=timeout_s
+    def __init__(self, transport: Transport, url: str, ends: PromptEnds) -> None:
+        self._transport = transport
+        self._url = url
+        self._ends = ends
+
+    async def score(self, request: Request, model: str, rid: str, timeout_s: float) -> Completion:
+        """Return a completion with the logprobs of `request.scored`; its text is empty.
+
+        A thought that the prompt opens is closed before the answer.
+
+        Args:
+            request: The messages and the answer to score.
+            model: The model to use.
+            rid: Request id of the prefill, the only call that takes long.
+            timeout_s: Timeout of each call in seconds.
+
+        Raises:
+            ServerError: No usable answer came; the subclass says what to do next.
+        """
+        assert request.scored is not None, "the request has no answer to score"
+        url, fields = self._url, template_fields(request)
+
+        async def ask(path: str, body: dict[str, Any]) -> Any:
+            return await self._ask(path, body, request.group, timeout_s)
+
+        prompt = _ids(await ask(wire.TOKENIZE, {"model": model, "messages": request.messages, **fields}), url)
+        answer = _ids(
+            await ask(wire.TOKENIZE, {"model": model, "prompt": request.scored, "add_special_tokens": False}),
+            url,
+        )[: request.sampling.get("max_tokens")]
+        if not prompt or not answer:
+            raise RequestRefused(f"{url} finds no tokens in the messages or in the answer to score")
+        prompt = (await self._ends.of(model, fields)).closed(prompt)
+        body = {
+            "input_ids": prompt + answer,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": len(prompt) - 1,  # tokens before it may come from the cache
+            "rid": rid,
+        }
+        answered = await ask(wire.GENERATE, body)
+        try:
+            return _completion(answered["meta_info"], answer, model, url)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise BrokenResponse(
+                f"{url} sent an invalid score ({error!r}): {short_repr(answered)}"
+            ) from error
+
+    async def check(self, model: str, rid: str, timeout_s: float) -> None:
+        """Check that the server can score, by scoring a few words.
+
+        Raises:
+            RequestRefused: It cannot; the message says why.
+            ServerError: It did not answer.
+        """
+        await self.score(_PROBE, model, rid, timeout_s)
+
+    async def _ask(self, path: str, body: dict[str, Any], group: str, timeout_s: float) -> Any:
+        reply = await self._transport.exchange(
+            "POST",
+            path,
+            body=orjson.dumps(body),
+            headers={wire.ROUTING_KEY: group} if group else {},
+            timeout_s=timeout_s,
         )
-        wire.check_rate_limit(reply.status, reply.body, url, reply.retry_after_s)
+        wire.check_rate_limit(reply.status, reply.body, self._url, reply.retry_after_s)
         if reply.status in _ABSENT:
-            raise NoScores(f"scoring needs SGLang: {url} answered {reply.status} to {path}")
-        return wire.parse_object(reply.status, reply.body, url)
-
-    prompt = _ids(await ask(wire.TOKENIZE, {"model": model, "messages": request.messages}), url)
-    answer = _ids(
-        await ask(wire.TOKENIZE, {"model": model, "prompt": request.scored, "add_special_tokens": False}), url
-    )[: request.sampling.get("max_tokens")]
-    if not prompt or not answer:
-        raise RequestRefused(f"{url} finds no tokens in the messages or in the answer to score")
-    body = {
-        "input_ids": prompt + answer,
-        "sampling_params": {"max_new_tokens": 0, "temperature": 0},
-        "return_logprob": True,
-        "logprob_start_len": len(prompt) - 1,  # tokens before it may come from the cache
-        "rid": rid,
-    }
-    answered = await ask(wire.GENERATE, body)
-    try:
-        return _completion(answered["meta_info"], answer, model, url)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BrokenResponse(f"{url} sent an invalid score ({error!r}): {short_repr(answered)}") from error
-
-
-async def check_scores(transport: Transport, url: str, model: str, rid: str, timeout_s: float) -> None:
-    """Check that the server can score, by scoring a few words.
-
-    Raises:
-        RequestRefused: It cannot; the message says why.
-        ServerError: It did not answer.
-    """
-    await score(transport, url, _PROBE, model, rid, timeout_s)
+            raise NoScores(f"scoring needs SGLang: {self._url} answered {reply.status} to {path}")
+        return wire.parse_object(reply.status, reply.body, self._url)
 
 
 def _ids(answered: Any, url: str) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from streamsyn.fleet.thinking import template_fields
 from streamsyn.records import Request
 
 BLOCK_CHARS = 256
@@ -77,8 +78,13 @@ class PrefixModel:
 
 
 def conversation_text(request: Request) -> str:
-    """Return the messages as one text, such that a continued conversation starts with the one before."""
-    return "".join([f"\x02{message['role']}\n{message['content']}" for message in request.messages])
+    """Return the messages as one text, such that a continued conversation starts with the one before.
+
+    What the chat template sees besides them comes first: it may change a prompt from its beginning on.
+    """
+    fields = template_fields(request)
+    seen = f"\x01{sorted(fields.items())}" if fields else ""
+    return seen + "".join([f"\x02{message['role']}\n{message['content']}" for message in request.messages])
 
 
 def with_answer(text: str, answer: str) -> str:

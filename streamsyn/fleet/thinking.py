@@ -116,7 +116,8 @@ def cleaned(completion: Completion, *, is_open: bool = False) -> Completion:
         completion: As the server sent it; `thinking_tokens` are those that the server counted.
         is_open: Whether the prompt ends with the opening mark of a thought.
     """
-    thought, text = split_thought(completion.text, is_open=is_open)
+    kept_apart = completion.thinking_tokens > 0
+    thought, text = split_thought(completion.text, is_open=is_open and not kept_apart)
     text, has_ended = first_turn(text)
     thinking_tokens = completion.thinking_tokens or thought_tokens(
         thought, text, completion.completion_tokens

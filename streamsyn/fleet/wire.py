@@ -33,6 +33,7 @@ HEALTH = "/health"
 ABORT = "/abort_request"
 LOADS = "/v1/loads?include=core,queues"
 TOKENIZE = "/tokenize"
+DETOKENIZE = "/detokenize"
 GENERATE = "/generate"
 ROUTING_KEY = "X-SMG-Routing-Key"
 """Header by which a router sends requests of one group to one server; servers accept it too."""
@@ -47,7 +48,9 @@ NAME_BYTES = 512
 _MAX_NUMBER = 2**53
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-_OPTIONAL_FIELDS = {name: re.compile(rb"\b%b\b" % name.encode()) for name in ("rid", "stream_options")}
+_OPTIONAL_FIELDS = {
+    name: re.compile(rb"\b%b\b" % name.encode()) for name in ("rid", "stream_options", "chat_template_kwargs")
+}
 _REFUSES_FIELDS = (400, 422)
 _UNKNOWN_FIELD = re.compile(
     rb"extra|additional|unknown|unrecogni[sz]ed|unexpected|unsupported"

@@ -48,7 +48,11 @@ class Scores:
         counters: Counters,
     ) -> None:
         self.gain = Gain(prompt, scoring.answer_tokens) if checks.context_gain else None
-        self.answers = Answers(prompt, scoring.max_answer_tokens) if checks.answerable else None
+        self.answers: Answers | None = None
+        if checks.answerable:
+            self.answers = Answers(
+                prompt, scoring.max_answer_tokens, scoring.thinking, scoring.thinking_tokens
+            )
         self._fleet = fleet
         self._model = model
         self._counters = counters

@@ -7,7 +7,9 @@ answer in the context, and whether it already knows it without one (closed-book)
 from dataclasses import dataclass
 from typing import Any
 
-from streamsyn.records import Request
+from streamsyn.errors import BrokenResponse
+from streamsyn.fleet.thinking import Mode
+from streamsyn.records import Completion, Request
 from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, SingleFlight, context_group
 
 
@@ -67,10 +69,17 @@ class Answers:
     Args:
         prompt: Renders the question; the same as for `Gain`, so that servers have its prefix in their caches.
         max_tokens: Maximum tokens of an answer.
+        thinking: Whether the model should think before it.
+        thinking_tokens: Tokens added to `max_tokens` for a model that thinks.
     """
 
-    def __init__(self, prompt: AnswerPrompt, max_tokens: int) -> None:
+    def __init__(
+        self, prompt: AnswerPrompt, max_tokens: int, thinking: Mode = "off", thinking_tokens: int = 4096
+    ) -> None:
         self._prompt = prompt
+        self._thinking: Mode = thinking
+        self._thinking_tokens = thinking_tokens
+        self._thinks = thinking == "on"
         self._sampling = {"temperature": 0, "max_tokens": max_tokens}
         self._closed_book: SingleFlight[str] = SingleFlight()
 
@@ -91,11 +100,26 @@ class Answers:
         }
 
     async def answer(self, client: ScoringClient, question: Question, context: str = "") -> str:
-        """The model's answer with a context, or without one. Reasoning in front of it is left out.
+        """The model's answer with a context, or without one. A thought before it is left out.
+
+        A model that fills its answer with a thought is asked again, with room for one; from then on at once.
 
         Raises:
-            ServerError: The request failed.
+            ServerError: The request failed, or the model was still thinking at its maximum of tokens.
         """
-        messages = self._prompt.messages(question, context)
-        completion = await client.complete(Request(messages, self._sampling, context_group(context)))
+        request = Request(self._prompt.messages(question, context), self._sampling, context_group(context))
+        had_room = self._thinks
+        completion = await self._complete(client, request)
+        if completion.is_only_thought and not had_room:
+            self._thinks = True
+            completion = await self._complete(client, request)
+        if completion.is_only_thought:
+            raise BrokenResponse(
+                "the model was still thinking at scoring.max_answer_tokens + scoring.thinking_tokens = "
+                f"{completion.completion_tokens}: raise scoring.thinking_tokens"
+            )
         return completion.text.strip()
+
+    async def _complete(self, client: ScoringClient, request: Request) -> Completion:
+        more_tokens = self._thinking_tokens if self._thinks else 0
+        return await client.complete(request, self._thinking, more_tokens=more_tokens)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from streamsyn.fleet.fleet import Fleet
+from streamsyn.fleet.thinking import Mode, switched
 from streamsyn.records import ANSWERS, Attempt, Completion, Request, digest
 from streamsyn.scoring.answer_metrics import Metric, answer_score, metric_of
 from streamsyn.templates import PromptTemplate, packaged, read
@@ -82,14 +83,20 @@ class ScoringClient:
         """The number of failed attempts."""
         return sum(attempt.error is not None for attempt in self._attempts)
 
-    async def complete(self, request: Request) -> Completion:
+    async def complete(self, request: Request, thinking: Mode = "off", *, more_tokens: int = 0) -> Completion:
         """Send a request.
+
+        Args:
+            request: The request.
+            thinking: Whether the model should think.
+            more_tokens: Room for the thought in tokens.
 
         Raises:
             ServerError: It failed, after retries.
             StoppedEarly: The run is draining.
         """
-        completion = await self._fleet.complete(request, self._attempts, self._model)
+        sent = switched(request, thinking, self._model, more_tokens=more_tokens)
+        completion = await self._fleet.complete(sent, self._attempts, self._model)
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         return completion

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, ServerError
-from streamsyn.fleet import logprobs, routers, weight_update, wire
+from streamsyn.fleet import routers, weight_update, wire
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.limiter import AdaptiveLimiter
 from streamsyn.fleet.models import agreed_models
@@ -75,6 +75,7 @@ ANSWERS: dict[str, Any] = {
     wire.MODEL_INFO: {"weight_version": "1"},
     "/v1/loads": {"loads": [RANK, RANK]},
     wire.TOKENIZE: {"tokens": [1, 2]},
+    wire.DETOKENIZE: {"text": "assistant\n<think>\n"},
     wire.GENERATE: SCORE,
     routers.WORKERS: {"workers": [{"url": URL, "labels": {"policy": "cache_aware"}}]},
     routers.SERVER_INFO: {"router_manager": True, "workers_count": 3},
@@ -99,17 +100,17 @@ async def models(client: ServerClient) -> None:
 
 async def chat(client: ServerClient) -> None:
     """Whatever is read as an answer, the log can hold it."""
-    _check(await client.chat(REQUEST, "m", "r-1"))
+    _check(await client.complete(REQUEST, "m", "r-1"))
 
 
 async def stream(client: ServerClient) -> None:
     """As `chat`."""
-    _check(await client.chat(REQUEST, "m", "r-1", lambda: None))
+    _check(await client.complete(REQUEST, "m", "r-1", lambda: None))
 
 
 async def score(client: ServerClient) -> None:
     """As `chat`."""
-    _check(await logprobs.score(client.transport, URL, SCORED, "m", "r-1", 5.0))
+    _check(await client.complete(SCORED, "m", "r-1"))
 
 
 def _check(completion: Completion) -> None:
@@ -120,9 +121,9 @@ def _check(completion: Completion) -> None:
 
 
 CALLS: dict[str, tuple[Callable[[ServerClient], Awaitable[object]], tuple[str, ...]]] = {
-    "chat": (chat, (wire.CHAT,)),
+    "chat": (chat, (wire.CHAT, wire.TOKENIZE, wire.DETOKENIZE)),
     "stream": (stream, (wire.CHAT,)),
-    "score": (score, (wire.TOKENIZE, wire.GENERATE)),
+    "score": (score, (wire.TOKENIZE, wire.DETOKENIZE, wire.SERVER_INFO, wire.GENERATE)),
     "models": (models, (wire.HEALTH, wire.MODELS, wire.SERVER_INFO)),
     "load": (load, ("/v1/loads",)),
     "weight_version": (lambda client: client.weight_version(), (wire.MODEL_INFO,)),

@@ -14,7 +14,8 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import BrokenResponse, ConfigError, RequestRefused, ServerError
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.limiter import AdaptiveLimiter
-from streamsyn.fleet.logprobs import NoScores, score
+from streamsyn.fleet.logprobs import NoScores, Scorer
+from streamsyn.fleet.prompt_end import PromptEnds
 from streamsyn.fleet.transport import Reply
 from streamsyn.records import Attempt, Request
 from streamsyn.simulator.app import RunningSimulator, running
@@ -38,12 +39,14 @@ class Canned:
         self._answers = answers
         self.asked: list[tuple[str, Any, dict[str, str]]] = []
 
-    async def exchange(self, _method: str, path: str, *, body: bytes, headers: Any, **_: Any) -> Reply:
+    async def exchange(
+        self, _method: str, path: str, *, body: bytes | None = None, headers: Any = (), **_: Any
+    ) -> Reply:
         """The answer, or 404."""
-        self.asked.append((path, orjson.loads(body), dict(headers)))
+        self.asked.append((path, orjson.loads(body or b"{}"), dict(headers)))
         answer = self._answers.get(path)
         if callable(answer):
-            answer = answer(orjson.loads(body))
+            answer = answer(orjson.loads(body or b"{}"))
         return Reply(404, b'{"detail":"Not Found"}') if answer is None else Reply(200, orjson.dumps(answer))
 
 
@@ -71,7 +74,8 @@ def scored_as(**changes: Any) -> Routes:
 async def scored(answers: Routes, request: Request = REQUEST) -> tuple[Any, Canned]:
     """What is made of it, and what was asked for that."""
     server: Any = Canned(answers)
-    return await score(server, "http://server", request, "m", "rid", 1.0), server
+    scorer = Scorer(server, "http://server", PromptEnds(server, "http://server"))
+    return await scorer.score(request, "m", "rid", 1.0), server
 
 
 async def test_ids_go_back_to_the_server_that_made_them() -> None:
@@ -82,6 +86,8 @@ async def test_ids_go_back_to_the_server_that_made_them() -> None:
     assert [
         ("/tokenize", {"model": "m", "messages": MESSAGES}, group),
         ("/tokenize", {"model": "m", "prompt": ANSWER, "add_special_tokens": False}, group),
+        ("/tokenize", {"model": "m", "messages": [{"role": "user", "content": "Is it?"}]}, {}),
+        ("/detokenize", {"model": "m", "tokens": [1, 2, 3, 4, 5, 6, 7], "skip_special_tokens": False}, {}),
         (
             "/generate",
             {
@@ -255,7 +261,8 @@ async def test_a_server_that_is_merely_unwell_is_not_refused() -> None:
 async def test_the_simulator_scores_in_the_process_too() -> None:
     """Logprobs and ids are the same as over HTTP."""
     simulation: Any = InProcessTransport(Simulation(SimulatorConfig()))
-    inside = await score(simulation, "http://inside", REQUEST, "m", "rid", 1.0)
+    scorer = Scorer(simulation, "http://inside", PromptEnds(simulation, "http://inside"))
+    inside = await scorer.score(REQUEST, "m", "rid", 1.0)
     async with simulator() as server, fleet_of(server.url) as fleet:
         outside = await fleet.complete(REQUEST, [])
 

@@ -105,6 +105,11 @@ def test_tokens_that_the_server_counted_are_kept() -> None:
     assert 9 == cleaned(completion(f"<think>{THOUGHT}</think>{TEXT}", thinking_tokens=9)).thinking_tokens
 
 
+def test_a_text_beside_a_thought_that_the_server_keeps_apart_is_text() -> None:
+    """Also if the prompt opens a thought: the server has closed it."""
+    assert TEXT == cleaned(completion(TEXT, thinking_tokens=9), is_open=True).text
+
+
 def test_a_second_turn_is_cut() -> None:
     """The first one ended, whatever ended the second."""
     made = cleaned(completion(f"{TEXT}<|im_end|>\n<|im_start|>user\nMore?", "length"))
