@@ -32,7 +32,8 @@ test-browser: .venv/stamp chromium  ## the report, looked at in a browser
 
 test-all: test test-crash test-browser test-real  ## all four
 
-torture: .venv/stamp  ## many kills; STREAMSYN_KILLS and STREAMSYN_KILLS_SEED choose how many and which
+torture: .venv/stamp  ## every crash state of small runs, then many kills; STREAMSYN_KILLS and STREAMSYN_KILLS_SEED choose how many and which
+	$(BIN)/python -m tests.system.crash_states
 	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m crash -o timeout=1800
 
 coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml
