@@ -17,8 +17,11 @@ from streamsyn.io.lines import split_lines
 from streamsyn.io.places import RemoteFile, size_of
 from streamsyn.io.row_types import Batch, ReadOptions, TableRow, is_blank
 
-_INEXACT: Final = re.compile(rb"[0-9]{19}|[0-9][eE]\+?[0-9]{3}")
-"""Numbers that orjson may read as a float with fewer digits, or as infinity."""
+_SHAPE: Final = bytes.maketrans(b"123456789E", b"000000000e")
+_INEXACT: Final = (b"0" * 19, b"0e000", b"0e+000")
+"""In the shape of texts with numbers that orjson reads as floats with fewer digits, or as infinity."""
+_SHALLOW: Final = 200
+"""Opening brackets with which a value can be written wherever it goes: orjson's nesting is limited."""
 _SPACE: Final = re.compile(r"\s*")
 
 
@@ -88,19 +91,29 @@ def decode_json(text: bytes) -> Any:
     Raises:
         orjson.JSONDecodeError: It is not valid JSON.
     """
+    return decode_row(text)[0]
+
+
+def decode_row(text: bytes) -> tuple[Any, bool]:
+    """The value of a JSON text, as `decode_json` returns it, and whether orjson can write it as it is.
+
+    Raises:
+        orjson.JSONDecodeError: It is not valid JSON.
+    """
     try:
-        if _INEXACT.search(text) is None:
-            return orjson.loads(text)
-        value = orjson.loads(text)  # what is not JSON is found here
+        value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         try:
-            return _DECODER.decode(text.decode())
+            return _DECODER.decode(text.decode()), False
         except (ValueError, RecursionError):
             raise error from None
+    shape = text.translate(_SHAPE)
+    if not any(part in shape for part in _INEXACT):
+        return value, text.count(b"[") + text.count(b"{") < _SHALLOW
     try:
-        return _DECODER.decode(text.decode())
+        return _DECODER.decode(text.decode()), False
     except RecursionError:
-        return value
+        return value, False
 
 
 def _integer(digits: str) -> int | str:

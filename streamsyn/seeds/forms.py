@@ -41,7 +41,7 @@ _QUESTIONS: Final = tuple(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pair:
     """What a row holds.
 
@@ -68,32 +68,45 @@ Reading = Callable[[Mapping[str, Any], FieldsSection], Pair | None]
 """Returns the pair of a row of one form; None for a row of a different form. Raises NotASeed."""
 
 
-def pair_in(row: Mapping[str, Any], fields: FieldsSection, form: SeedFormat) -> Pair:
-    """The instruction-answer pair of a row.
+class PairReader:
+    """Reads the instruction-answer pairs of rows.
 
     Args:
-        row: The fields by name.
         fields: `seeds.fields`. Where it names other fields for a pair, only these and chats are looked at.
         form: `seeds.format`.
-
-    Raises:
-        NotASeed: There is none; the text names what is missing and the keys to set.
     """
-    for reading in _readings(fields, form):
-        if (pair := reading(row, fields)) is not None:
-            return pair
+
+    def __init__(self, fields: FieldsSection, form: SeedFormat) -> None:
+        self._fields = fields
+        self._form = form
+        self._readings = tuple(_readings(fields, form))
+
+    def pair(self, row: Mapping[str, Any]) -> Pair:
+        """The pair of a row.
+
+        Raises:
+            NotASeed: There is none; the text names what is missing and the keys to set.
+        """
+        for reading in self._readings:
+            if (pair := reading(row, self._fields)) is not None:
+                return pair
+        raise _missing(row, self._fields, self._form)
+
+
+def _missing(row: Mapping[str, Any], fields: FieldsSection, form: SeedFormat) -> NotASeed:
+    """Why a row is of no form."""
     if form not in {"auto", "pair"}:
-        raise NotASeed(f"seeds.format = {form!r}, and the row is not of this form; fields: {_names(row)}")
+        return NotASeed(f"seeds.format = {form!r}, and the row is not of this form; fields: {_names(row)}")
     chats = sorted(name for name in (fields.messages, *_CHATS) if not is_absent(row, name))
     if chats and form == "auto":
-        raise NotASeed(f"field {chats[0]!r} is not a list of messages")
+        return NotASeed(f"field {chats[0]!r} is not a list of messages")
     for name, key in ((fields.instruction, "instruction"), (fields.answer, "answer")):
         if is_absent(row, name):
             if row.get(name) is not None:
-                raise NotASeed(f"field {name!r} is empty")
+                return NotASeed(f"field {name!r} is empty")
             advice = f"set seeds.fields.{key} to the field with the {key}"
-            raise NotASeed(f"field {name!r} is missing; fields: {_names(row)}; {advice}")
-    raise NotASeed(f"no pair was found; fields: {_names(row)}")
+            return NotASeed(f"field {name!r} is missing; fields: {_names(row)}; {advice}")
+    return NotASeed(f"no pair was found; fields: {_names(row)}")
 
 
 def _readings(fields: FieldsSection, form: SeedFormat) -> Iterator[Reading]:
@@ -154,20 +167,22 @@ def _pair_of(
     systems: Sequence[str] = (),
 ) -> Pair | None:
     """The pair in two fields; `more` of the question and a system prompt may be in others."""
-    found = next((two for two in names if not is_absent(row, two[0]) and not is_absent(row, two[1])), None)
-    if found is None:
+    for asks, answered in names:
+        if not is_absent(row, asks) and not is_absent(row, answered):
+            break
+    else:
         return None
-    asks, answered = found
     instruction, answers = text_in(row, asks), answers_in(row[answered], answered)
     parts = [asks]
     if more is not None and not is_absent(row, more):
         instruction = f"{instruction}\n\n{text_in(row, more)}"
         parts.append(more)
-    system = next((name for name in systems if isinstance(row.get(name), str) and row[name].strip()), None)
-    if system is not None:
-        instruction = with_system(row[system], instruction)
-        parts.insert(0, system)
-    identity, taken = (instruction, answers[0]), frozenset({*found, *parts})
+    for system in systems:
+        if isinstance(row.get(system), str) and row[system].strip():
+            instruction = with_system(row[system], instruction)
+            parts.insert(0, system)
+            break
+    identity, taken = (instruction, answers[0]), frozenset((answered, *parts))
     return Pair(form, instruction, answers, identity, taken, " + ".join(parts), answered)
 
 
@@ -196,20 +211,22 @@ _READINGS: Final[dict[SeedFormat, Reading]] = {
 
 
 class FormsSeen:
-    """The forms of a source's rows; each is logged when it is first seen.
+    """The forms of a source's rows.
 
     Args:
         source: The source, for messages.
+        logs: Log each form when it is first seen.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, logs: bool = True) -> None:
         self.source = source
+        self._logs = logs
         self._counts: Counter[tuple[str, str, str]] = Counter()
 
     def note(self, pair: Pair) -> None:
         """Count the form of a row."""
         key = (pair.form, pair.asks, pair.answered)
-        if key not in self._counts:
+        if self._logs and key not in self._counts:
             how = {"form": pair.form, "instruction": pair.asks, "answer": pair.answered}
             log.info("seeds.form", source=self.source, **how)
         self._counts[key] += 1

@@ -21,6 +21,7 @@ from streamsyn.records import Entry, Seed, digest
 log = structlog.get_logger()
 
 _PAIR_BYTES: Final = 8
+_HASH_CHARS: Final = 32
 _KEYS_A_QUERY: Final = 500
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS owners (key BLOB PRIMARY KEY, pair BLOB) WITHOUT ROWID;
@@ -108,6 +109,8 @@ class IdOwners:
 
 
 def _is_hash(seed: Seed) -> bool:
+    if len(seed.id) != _HASH_CHARS:
+        return False
     parts: Iterable[str] = (seed.context,) if seed.context else (seed.instruction, seed.answer)
     return seed.id == digest(*parts).hex()
 

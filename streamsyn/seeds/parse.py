@@ -11,16 +11,18 @@ import orjson
 from streamsyn.config.data_paths import is_url
 from streamsyn.config.sections import FieldsSection, SeedFormat
 from streamsyn.io.content import encoding_hint
-from streamsyn.io.json_rows import decode_json
+from streamsyn.io.json_rows import decode_row
 from streamsyn.io.lines import Line
 from streamsyn.io.row_types import TableRow
 from streamsyn.records import ANSWERS, BadSeed, Entry, RejectReason, Seed, digest
-from streamsyn.seeds.forms import FormsSeen, pair_in
-from streamsyn.seeds.metadata import storable_fields
+from streamsyn.seeds.forms import FormsSeen, PairReader
+from streamsyn.seeds.metadata import storable_fields, text_of
 from streamsyn.seeds.values import NotASeed, is_absent, text_in
 
 _PREVIEW_BYTES: Final = 120
 """The beginning of a bad line that its detail quotes."""
+_INPUT: Final = frozenset(("input",))
+"""A field that stays in the metadata though it is a part of the question: a template may use it by itself."""
 
 
 class SeedParser:
@@ -42,7 +44,7 @@ class SeedParser:
         seen: FormsSeen | None = None,
     ) -> None:
         self._fields = fields
-        self._form: SeedFormat = form
+        self._pairs = PairReader(fields, form)
         self._takes_documents = takes_documents
         self._seen = seen
 
@@ -62,13 +64,13 @@ class SeedParser:
         if not line.text or line.text.isspace():
             return None
         try:
-            row = decode_json(line.text)
+            row, is_plain = decode_row(line.text)
         except orjson.JSONDecodeError as error:
             return _bad(origin, *_json_problem(line.text, error), line.text)
         if not isinstance(row, dict):
             detail = f"not a JSON object but {type(row).__name__}: {_preview(line.text)}"
             return _bad(origin, RejectReason.NOT_A_SEED, detail, line.text)
-        return self.row(row, origin, task, line.text)
+        return self.row(row, origin, task, line.text, is_plain=is_plain)
 
     def table_row(self, row: TableRow, origin: str, task: str) -> Entry:
         """The seed in a row of a table, whose place is `origin`."""
@@ -83,6 +85,8 @@ class SeedParser:
         task: str,
         raw: bytes,
         unreadable: Mapping[str, Exception] | None = None,
+        *,
+        is_plain: bool = False,
     ) -> Entry:
         """The seed in a decoded row.
 
@@ -92,85 +96,80 @@ class SeedParser:
             task: The task if the row names none.
             raw: Hashed into the key of a bad row.
             unreadable: Fields with a value that Python cannot hold; `row` has them as text.
+            is_plain: Whether all values can be written as JSON as they are.
         """
         try:
-            seed, taken = self._seed(row, origin, task)
-            seed_texts = (seed.instruction, seed.answer, seed.context, seed.id, seed.task)
-            if not all(map(_is_encodable, seed_texts)):
-                return _bad(
-                    origin, RejectReason.INVALID_JSON, "it holds a lone surrogate, which is not text", raw
-                )
+            seed, taken = self._seed(row, origin, task, is_plain=is_plain)
         except NotASeed as error:
             return _bad(origin, RejectReason.NOT_A_SEED, str(error), raw)
-        for name, problem in (unreadable or {}).items():
-            if name in taken:
-                return _unreadable(problem, origin)
+        if not is_plain:
+            texts = (seed.instruction, seed.answer, seed.context, seed.id, seed.task)
+            if any(text_of(text) != text for text in texts):
+                detail = "it holds a lone surrogate, which is not text"
+                return _bad(origin, RejectReason.INVALID_JSON, detail, raw)
+            for name, problem in (unreadable or {}).items():
+                if name in taken:
+                    return _unreadable(problem, origin)
         return seed
 
-    def _seed(self, row: Mapping[str, Any], origin: str, task: str) -> tuple[Seed, frozenset[str]]:
+    def _seed(
+        self, row: Mapping[str, Any], origin: str, task: str, *, is_plain: bool
+    ) -> tuple[Seed, frozenset[str]]:
         """The seed, and the fields that it was made of."""
-        fields = self._fields
+        fields, rest = self._fields, dict(row)
+        answers: Sequence[str] = ()
+        kept: frozenset[str] = frozenset()
         if self._takes_documents:
-            taken, instruction = frozenset({fields.context}), ""
-            answers: Sequence[str] = ("",)
-            kept: frozenset[str] = frozenset()
-            if is_absent(row, fields.context):
-                raise NotASeed(_missing_document(row, fields.context))
-            context = text_in(row, fields.context)
+            taken, instruction, answer = frozenset((fields.context,)), "", ""
+            context = _document(row, fields.context)
             identity: tuple[str, ...] = (context,)
         else:
-            pair = pair_in(row, fields, self._form)
+            pair = self._pairs.pair(row)
             taken, instruction, answers, context = pair.taken, pair.instruction, pair.answers, ""
-            identity = pair.identity
-            # A template of the user's own may use the field by itself.
-            kept = frozenset({"input"} if pair.form == "alpaca" else ())
+            answer, identity = answers[0], pair.identity
+            if pair.form == "alpaca":
+                kept = _INPUT
             if self._seen is not None:
                 self._seen.note(pair)
+            for name in (fields.instruction, fields.answer, fields.messages):
+                if name in rest and rest[name] is None:
+                    del rest[name]
+        for name in taken - kept:
+            rest.pop(name, None)
         own_id, own_task = _label(row, fields.id), _label(row, fields.task)
-        gone = set(taken - kept)
-        gone |= {name for name, own in ((fields.id, own_id), (fields.task, own_task)) if own is not None}
-        nulls = {fields.id, fields.task}
-        if not self._takes_documents:
-            nulls |= {fields.instruction, fields.answer, fields.messages}
-        rest = {
-            name: value
-            for name, value in row.items()
-            if name not in gone and not (name in nulls and is_absent(row, name))
-        }
-        metadata = storable_fields(rest)
+        for name, own in ((fields.id, own_id), (fields.task, own_task)):
+            if own is not None or is_absent(row, name):
+                rest.pop(name, None)
+        metadata = rest if is_plain else storable_fields(rest)
         if len(answers) > 1:
             metadata[ANSWERS] = list(answers)
-        seed_id = own_id if own_id is not None else digest(*map(_encodable, identity)).hex()
-        return Seed(seed_id, own_task or task, instruction, answers[0], origin, metadata, context), taken
+        if own_id is None:
+            own_id = digest(*(identity if is_plain else map(text_of, identity))).hex()
+        return Seed(own_id, own_task or task, instruction, answer, origin, metadata, context), taken
 
 
 def _label(row: Mapping[str, Any], name: str) -> str | None:
     """An id or a task: a text or a number; None for anything else, which stays a field like others."""
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return None if value in {"", "NaN"} else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
         return str(int(value)) if value.is_integer() else str(value)
-    return None if value in {"", "NaN"} else str(value)
+    return str(value)
 
 
-def _missing_document(row: Mapping[str, Any], name: str) -> str:
+def _document(row: Mapping[str, Any], name: str) -> str:
+    if not is_absent(row, name):
+        return text_in(row, name)
     if row.get(name) is not None:
-        return f"field {name!r} is empty"
+        raise NotASeed(f"field {name!r} is empty")
     names = ", ".join(sorted(map(str, row))[:8]) or "none"
-    return (
-        f"field {name!r} is missing; fields: {names}; set seeds.fields.context to the field with the document"
-    )
-
-
-def _is_encodable(text: str) -> bool:
-    return text.isascii() or _encodable(text) == text
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    advice = "set seeds.fields.context to the field with the document"
+    raise NotASeed(f"field {name!r} is missing; fields: {names}; {advice}")
 
 
 def _unreadable(error: Exception, origin: str) -> Entry:

@@ -108,7 +108,8 @@ class SeedReader:
             self._stdin.stop()
 
     def _open(self, source: SourceSection) -> Sequence[SeedSource]:
-        seen = FormsSeen("stdin" if source.path == "-" else shown_url(source.path))
+        name = "stdin" if source.path == "-" else shown_url(source.path)
+        seen = FormsSeen(name, logs=self._owners is not None)  # `preview` shows the forms itself
         self._seen.append(seen)
         if source.path == "-":
             if self._stdin is not None:
