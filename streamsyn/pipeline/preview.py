@@ -28,7 +28,7 @@ def preview(config: Config, limit: int) -> Iterator[str]:
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     batches = reader.batches(lambda _: False)
     entries = list(islice((entry for batch in batches for entry in batch), limit))
-    yield from (f"=== {form}\n" for form in reader.forms())
+    yield from (f"{form}\n" for form in reader.forms())
     for entry in entries:
         if isinstance(entry, BadSeed):
             yield _reject_text(entry.origin, entry.reason, entry.detail)

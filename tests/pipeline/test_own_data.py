@@ -209,5 +209,5 @@ def test_preview_says_how_fields_were_used(tmp_path: Path) -> None:
 
     form, seed = preview(load(None, [("seeds.sources", [{"path": str(path)}])]), 3)
 
-    assert f"=== {path}: form question_answer (1): instruction = question; answer = answer\n" == form
+    assert f"{path}: form question_answer (1): instruction = question; answer = answer\n" == form
     assert seed.endswith("--- not in the prompt: the text in page\n")
