@@ -6,6 +6,7 @@ Source: "hedged requests" of Dean and Barroso, "The Tail at Scale", 2013.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
@@ -35,7 +36,7 @@ class Call:
         budget: The retry budget of the request.
         started: When it was sent, in seconds of the event loop.
         failure: The failure at its own server, and the seconds until then, if the second one answered.
-        scope: Ends the first try when the second server has answered; None when it has ended.
+        task: Awaits the first try; None when that has ended.
         second: The task of the second try.
         is_sent: Whether the second try was sent.
         answer: The second server's answer.
@@ -47,7 +48,7 @@ class Call:
     budget: RetryBudget
     started: float
     failure: tuple[ServerError, float] | None = None
-    scope: asyncio.Timeout | None = None
+    task: "asyncio.Task[Any] | None" = None
     second: "asyncio.Task[None] | None" = None
     is_sent: bool = False
     answer: Completion | None = None
@@ -87,25 +88,27 @@ class Hedging:
             ServerError: Neither answered; the error is that of its own server.
         """
         self._calls[call] = None
+        task = call.task = asyncio.current_task()
+        assert task is not None, "called from an asyncio task"
         try:
-            # The timeout is set only when the second answer comes: it then cancels the first try, which
-            # aborts the request at its server.
-            async with asyncio.timeout(None) as call.scope:
-                completion = await self._ask(call.place, call.pool, call.request, call.budget)
-        except TimeoutError:
-            if call.answer is None:
+            completion = await self._ask(call.place, call.pool, call.request, call.budget)
+        except asyncio.CancelledError:
+            # When the second answer comes, it cancels the first try, which aborts the request at its server.
+            if call.answer is None or task.uncancel() > 0:
                 raise
             return call.answer
         except ServerError as error:
+            call.task = None
             if call.second is None or not call.is_sent:
                 raise
-            call.scope, seconds = None, asyncio.get_running_loop().time() - call.started
+            seconds = asyncio.get_running_loop().time() - call.started
             await asyncio.wait([call.second])
             if call.answer is None:
                 raise
             call.failure = error, round(seconds, 4)
             return call.answer
         finally:
+            call.task = None
             del self._calls[call]
             if call.second is not None:
                 call.second.cancel()
@@ -142,7 +145,7 @@ class Hedging:
         except ServerError as error:
             log.debug("fleet.hedge_failed", server=place.server.url, error=str(error))
         else:
-            if call.scope is not None and not call.scope.expired():
-                call.scope.reschedule(clock())
+            if call.task is not None:
+                call.task.cancel()
         finally:
             call.pool.release(place)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.fleet.health import Health
+from streamsyn.fleet.health import Health, RateLimit
 
 
 def test_failures_in_a_row_eject() -> None:
@@ -60,3 +60,17 @@ def test_ejections_and_readmissions_alternate(eject_after: int, events: list[str
             getattr(health, event)()
             is_in = is_in or event == "readmit"
         assert is_in is not health.ejected
+
+
+def test_refusals_in_a_row_concern_the_server() -> None:
+    """Four of them, or an eighth of a large cap; an answer ends the row."""
+    limit = RateLimit()
+    assert [False, False, False, True] == [limit.refused(8) for _ in range(4)]
+    limit.answered()
+    assert [False] * 7 + [True] == [limit.refused(64) for _ in range(8)]
+
+
+def test_warnings_are_rare() -> None:
+    """There is one at the first refusal, and later one in five minutes."""
+    limit = RateLimit()
+    assert [True, False, False, True, False] == [limit.take_warning(now) for now in (5, 6, 304, 305, 306)]

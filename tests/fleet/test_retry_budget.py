@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import (
     BrokenResponse,
+    RateLimited,
     RequestRefused,
     ServerBusy,
     ServerError,
@@ -97,3 +98,36 @@ def test_a_budget_is_never_overdrawn(
         assert tries < max_attempts
         assert kind in FREE or seconds < total_s + 1e-6
         assert pause_s <= section.backoff_max_s
+
+
+def test_a_request_with_a_limit_of_its_own_gives_up() -> None:
+    """It is refused while others are answered; then it has `give_up_s`, whatever the pauses."""
+    spent = budget(give_up_s=100.0, backoff_base_s=1.0)
+    pauses = []
+    for number in range(40):
+        spent.rate_limited(10.0 * number, answers=number, others_are=False)
+        pauses.append(spent.pause_after(RateLimited("x"), 0.1))
+        assert (number >= 3) is spent.has_own_limit
+    assert [False] * 11 + [True] * 29 == [pause is None for pause in pauses]
+    assert 0 == spent.tries
+
+
+def test_an_outage_is_nobodys_own_limit() -> None:
+    """While all requests are refused, none gives up."""
+    spent = budget(give_up_s=100.0, backoff_max_s=30.0)
+    for number in range(40):
+        spent.rate_limited(100.0 * number, answers=7, others_are=True)
+        pause_s = spent.pause_after(RateLimited("x"), 0.1)
+        assert pause_s is not None
+        assert pause_s <= 30
+        assert not spent.has_own_limit
+
+
+def test_the_pause_that_a_server_asks_for() -> None:
+    """All requests wait for the server together; one with a limit of its own waits by itself."""
+    spent = budget()
+    spent.rate_limited(0.0, answers=0, others_are=False)
+    assert 0.0 == spent.pause_after(RateLimited("x", retry_after_s=7.0), 0.1)
+    for number in range(1, 4):
+        spent.rate_limited(float(number), answers=number, others_are=False)
+    assert 7.0 == spent.pause_after(RateLimited("x", retry_after_s=7.0), 0.1)
