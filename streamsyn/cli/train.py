@@ -40,6 +40,7 @@ Examples:
 @click.option(
     "--plot", is_flag=True, help="Draw OUT/training.png at the end; without --from, draw it and exit."
 )
+@click.option("--wait", is_flag=True, help="Wait for the run of --from, if its directory does not exist yet.")
 @click.option("--log-json", is_flag=True, help="Write only JSON objects to stderr, one per line.")
 @click.option("--tethered", is_flag=True, hidden=True)  # set by `run --train`: see streamsyn.trainer.signals
 def train(
@@ -49,6 +50,7 @@ def train(
     out: str | None,
     settings: tuple[str, ...],
     plot: bool,
+    wait: bool,
     log_json: bool,
     tethered: bool,
 ) -> None:
@@ -62,6 +64,7 @@ def train(
     from streamsyn.sink.rundir import wait_until_free
     from streamsyn.telemetry import configure_logs
     from streamsyn.trainer.signals import ParentLiveness
+    from streamsyn.trainer.sources.locate import is_run
     from streamsyn.trainer.training_request import check, resolve
 
     configure_logs(as_json=log_json)
@@ -82,6 +85,10 @@ def train(
         request = resolve(config, source, model, folder, settings)
         temporary_files_near(request.out)
         check(request)
+        if not (wait or source == "-" or Path(source).exists()) and is_run(source, request.out):
+            raise ConfigError(
+                f"--from {source}: there is no such directory; --wait waits for a run that has yet to start"
+            )
         if plot and find_spec("matplotlib") is None:  # found now rather than after a week of training
             raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
         if parent is not None:

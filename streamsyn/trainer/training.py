@@ -224,7 +224,11 @@ def _lead(training: Training, loop: Loop, store: Store, info: Mapping[str, Any])
             with suppress(SinkError):  # the first error is the one to report
                 _finish(controller, section)
             raise
-        return _finish(controller, section)
+        code = _finish(controller, section)
+        model = training.out / "model"
+        if code == 0:
+            log.info("train.model", plain=f"the tuned model is in {model}", path=str(model))
+        return code
 
 
 def _open(

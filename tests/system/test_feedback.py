@@ -58,7 +58,7 @@ def test_the_loop_closes(tmp_path: Path, serve: Callable[..., Server]) -> None:
     base, out, run = tiny.write_model(tmp_path / "base"), tmp_path / "out", tmp_path / "run"
     server = serve("--words", "20", "--latency-ms", "150")
     publish = {**TRAIN, "train.publish.servers": json.dumps([server.url])}
-    command = ["train", "--from", run, "--model", base, "--out", out, *sets(publish)]
+    command = ["train", "--from", run, "--wait", "--model", base, "--out", out, *sets(publish)]
     with (tmp_path / "stderr").open("wb") as said:
         training = start(*command, env=environment(OMP_NUM_THREADS="1"), stderr=said)
     until = time.monotonic() + 60

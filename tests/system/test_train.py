@@ -45,7 +45,7 @@ def test_training_follows_a_run(
     taken while the run goes on."""
     base, out, run = tiny.write_model(tmp_path / "base"), tmp_path / "out", tmp_path / "run"
     server = serve("--words", "30", "--ms-per-token", "2", "--latency-ms", "250")
-    command = ["train", "--from", run, "--model", base, "--out", out, *sets(SETTINGS)]
+    command = ["train", "--from", run, "--wait", "--model", base, "--out", out, *sets(SETTINGS)]
     with (tmp_path / "stderr").open("wb") as stderr:
         training = start(*command, env=ONE_THREAD, stderr=stderr)
     command = [

@@ -126,7 +126,16 @@ class Trainings:
         """One more, on the run's directory or on a named pipe; its process."""
         assert self._server.stdin is not None
         source = str(self._folder / "run") if pipe is None else "-"
-        given = ["train", "--from", source, "--model", str(self._folder / "base"), "--out", str(self.out)]
+        given = [
+            "train",
+            "--from",
+            source,
+            "--wait",
+            "--model",
+            str(self._folder / "base"),
+            "--out",
+            str(self.out),
+        ]
         stdin = None if pipe is None else str(pipe)
         task = {
             "argv": [*given, *sets(SETTINGS)],

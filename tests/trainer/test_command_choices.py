@@ -63,6 +63,10 @@ def test_model_and_out_may_be_in_the_configuration(start: Start, tmp_path: Path)
         (["--from", "run", "--out", "out"], "pass --model PATH, or set train.model"),
         (["--from", "run", "--model", "base"], "pass --out DIR, or set train.out"),
         (["--from", "run", "--out", "o", "--model", "base/my-bsae"], "there is no such directory"),
+        (
+            ["--from", "nope", "--out", "o", "--model", "base"],
+            "--from nope: there is no such directory; --wait",
+        ),
         (["--plot"], "pass --out DIR, or set train.out"),
         (["--plot", "--out", "nowhere"], "nowhere"),
         (["nowhere.toml", "--from", "run"], "nowhere.toml"),

@@ -47,7 +47,8 @@ def test_a_slow_generator_is_waited_for_and_named(start: Start, tmp_path: Path, 
 
     assert 0 == training.wait(), training.stderr()
     assert samples == sum(line["examples"] for line in lines(out))
-    done = training.stderr().splitlines()[-1]
+    done, model = training.stderr().splitlines()[-2:]
+    assert f"the tuned model is in {out}/model" in model
     assert "train.done" in done
     assert "verdict=generation-bound" in done
 
