@@ -4,8 +4,9 @@
     exits     the exit codes, and how a command ends with one
     options   the options of `run`, which `preview` shares, and the configuration that they give
     run, preview, train, demo         write contexts and samples; tune a model on them
-    export, report, verify            read a run directory
-    config, simulate                  print the configuration; serve the simulator
+    retry, score                      ask rejects again; measure contexts beside the log
+    export, report, verify, status    read a run directory
+    init, config, simulate            write or print a configuration; serve the simulator
 
 Commands import what they need when they run, so that `streamsyn --help` takes 0.1 s. Results go to stdout;
 logs, progress and errors go to stderr.

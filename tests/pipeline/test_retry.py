@@ -1,5 +1,6 @@
 """Rejects that are asked again: what holds afterwards, for every reader, whatever kills the retry."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,6 +242,75 @@ def test_a_retry_that_is_killed_goes_on_where_it_was(
     assert [] == verify(tmp_path / "out")[0]
     idle = played(tmp_path)
     assert (0, 0) == (idle.counters.outcomes, idle.rejects)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_outcomes_that_a_loss_of_power_takes_leave_their_rejects_holding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str, share: float
+) -> None:
+    """The open shard is cut anywhere: what it held is asked again, once. (No samples are made of it.)"""
+    rejected(tmp_path, [*STRICT, ("sink.compression", compression), ("assembly.write", False)])
+    append, appended = RunLog.append, 0
+
+    def killing(log: RunLog, outcomes: Any) -> Any:
+        nonlocal appended
+        if appended >= 6:
+            raise SinkError("killed")
+        appended += len(outcomes)
+        return append(log, outcomes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "append", killing)
+        with pytest.raises(SinkError, match="killed"):
+            played(tmp_path, [*LENIENT, ("fleet.max_in_flight", 2)], ALL)
+    (shard,) = (tmp_path / "out" / "contexts").glob("part-*.open")
+    os.truncate(shard, int(shard.stat().st_size * share))
+    left = len(rows(tmp_path / "out", "contexts"))
+    assert left <= appended
+    assert SEEDS - left == len(list(holding_rejects(Snapshot(tmp_path / "out"))))
+
+    resumed = played(tmp_path)
+    assert (SEEDS, 0, SEEDS - left) == (resumed.contexts, resumed.rejects, resumed.counters.outcomes)
+    assert [] == verify(tmp_path / "out")[0]
+
+
+def test_a_torn_line_of_the_manifest_is_no_retry(tmp_path: Path) -> None:
+    """The rejects hold as before, and the next retry asks for them."""
+    rejected(tmp_path)
+    log = RunLog(tmp_path / "out", saved_config(tmp_path / "out").sink)  # type: ignore[union-attr]
+    log.add_retry([str(reason) for reason in ALL])
+    log.close()
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    os.truncate(manifest, manifest.stat().st_size - 20)
+
+    idle = played(tmp_path)
+    assert (0, SEEDS, 0) == (idle.contexts, idle.rejects, idle.counters.outcomes)
+    assert (SEEDS, 0) == (played(tmp_path, LENIENT, ALL).contexts, played(tmp_path).rejects)
+    assert [] == verify(tmp_path / "out")[0]
+
+
+def test_a_run_goes_on_with_a_retry_only_under_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings before the retry are refused, by key; the retry itself may be repeated with others."""
+    rejected(tmp_path)
+
+    def killed(log: RunLog, outcomes: Any) -> None:
+        raise SinkError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "append", killed)
+        with pytest.raises(SinkError, match="killed"):
+            played(tmp_path, LENIENT, [RejectReason.TOO_SHORT])
+    with pytest.raises(ConfigError, match=r"checks\.min_words: 5 before, 100000 now"):
+        played(tmp_path, STRICT)
+    again = played(tmp_path, [("checks.min_words", 6)], [RejectReason.TIMEOUT])
+    assert (SEEDS, 0) == (again.contexts, again.rejects)
+    saved = read_run_json(tmp_path / "out")
+    assert saved is not None
+    found = [one["fingerprint"]["checks.min_words"] for one in saved["replaced"]]
+    assert ([100_000, 5], 6) == (found, saved["fingerprint"]["checks.min_words"])
 
 
 def test_a_kill_before_the_retry_is_recorded_leaves_the_rejects(
