@@ -25,7 +25,7 @@ from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.retries import SeqSet, holding_rejects
+from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Snapshot
 from streamsyn.trainer.sources.run_samples import RunSamples
@@ -350,13 +350,3 @@ def test_verify_finds_an_outcome_that_no_retry_asked_for(tmp_path: Path) -> None
     assert [] == verify(out)[0]
     repair(out)
     assert [] == verify(out)[0]
-
-
-def test_a_set_of_row_numbers() -> None:
-    """What is added is in it, and nothing else."""
-    found = SeqSet()
-    for seq in (0, 7, 8, 1000, 8):
-        found.add(seq)
-    assert 4 == len(found)
-    assert [0, 7, 8, 1000] == [seq for seq in range(-9, 2000) if seq in found]
-    assert None not in found
