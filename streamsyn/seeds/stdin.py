@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -50,6 +51,7 @@ class StdinSource:
         self._max_line_bytes = seeds.max_line_bytes
         self._parser = SeedParser(seeds.fields, form=seeds.format, takes_documents=takes_documents, seen=seen)
         self._wake_read, self._wake_write = os.pipe()
+        weakref.finalize(self, _close, self._wake_read, self._wake_write)  # `stop` may be called until then
         self._stopped = False
 
     def batches(self) -> Iterator[list[Entry]]:
@@ -132,6 +134,11 @@ class SeedSpool:
                 if new:
                     self._spool.append(new)
                 yield batch
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def is_from_pipe(entry: Entry) -> bool:

@@ -1,5 +1,6 @@
 """Seeds from a pipe: they arrive as they come, and are on disk before anything is made of them."""
 
+import gc
 import os
 import queue
 import threading
@@ -313,3 +314,13 @@ def test_a_spool_that_cannot_be_written_stops_the_run(tmp_path: Path, spoil: Cal
 
     assert [] == yielded
     assert str(raised.value).startswith(f"cannot write {folder / 'stdin.jsonl'}: ")
+
+
+def test_a_source_leaves_no_file_open(pipe: Pipe) -> None:
+    """A process that makes many runs reads from many pipes."""
+    source = source_of(pipe)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    del source
+    gc.collect()
+
+    assert before - 2 == len(list(Path("/proc/self/fd").iterdir()))

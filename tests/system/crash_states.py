@@ -253,6 +253,7 @@ class Bench:
             )
             summary = run(request)
         gc.unfreeze()  # there are thousands of runs in this process
+        gc.collect()
         assert summary.stopped is None, summary.stopped
         return _read_all(self._read)
 
