@@ -15,7 +15,8 @@ _NARROW = 14.0
 """Labels nearer than this to an edge (in per cent) are aligned to the edge."""
 _BREAK, _BREAKS = 4.0, 30.0
 """Width of a stop, and maximum width of all stops, in per cent."""
-_MAX_LABELS = 3
+_LABEL_ROOM = 45.0
+"""Least distance of two labels of pauses in per cent, so that they do not collide on a phone."""
 
 
 def number_text(value: float) -> str:
@@ -55,9 +56,13 @@ def columns(
     body += [
         _text(_x(value, low, high), _HEIGHT - 4, number_text(value), "tick") for value in ticks(low, high, 4)
     ]
+    labelled: list[float] = []
     for value, label in markers:
         x = _x(value, low, high)
-        body += [_line(x, x, _TOP - 2, _BASE, "mark"), _text(x, _TOP - 6, label, "marked")]
+        body.append(_line(x, x, _TOP - 2, _BASE, "mark"))
+        if all(abs(x - other) >= _LABEL_ROOM for other in labelled):
+            body.append(_text(x, _TOP - 6, label, "marked"))
+            labelled.append(x)
     return _svg(_HEIGHT, title, description, body)
 
 
@@ -100,13 +105,23 @@ class _Placed:
     rate: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """A band between columns, with its position and width in per cent."""
+
+    x: float
+    width: float
+    seconds: float
+    label: str
+
+
 def over_time(stretches: Sequence[Stretch], measure: str, per_s: float, title: str) -> Markup:
-    """Return a chart of a measure over time, with stops as narrow bands. The rate is per `per_s` seconds."""
-    columns, stops = _layout(stretches, MEASURES.index(measure), per_s)
+    """Return a chart of a measure over time, with pauses as narrow bands. The rate is per `per_s` seconds."""
+    columns, pauses = _layout(stretches, MEASURES.index(measure), per_s)
     most = max((column.rate for column in columns), default=0.0)
     if not most:
         return Markup()
-    body = [_rect(x, width, 0, 64, "stop", f"stopped for {duration(seconds)}") for x, width, seconds in stops]
+    body = [_rect(pause.x, pause.width, 0, 64, "stop", pause.label) for pause in pauses]
     for column in columns:
         tall = 56 * column.rate / most
         tip = f"{clock(column.at)}: {number_text(column.rate)}"
@@ -122,19 +137,20 @@ def highest_rate(stretches: Sequence[Stretch], measure: str, per_s: float) -> st
 
 
 def time_axis(stretches: Sequence[Stretch]) -> Markup:
-    """Return the time axis: start, end, and the longest stops."""
-    columns, stops = _layout(stretches, 0, 1)
+    """Return the time axis: start, end, and the longest pauses, as far as their labels have room."""
+    columns, pauses = _layout(stretches, 0, 1)
     if not columns:
         return Markup()
     body = [_text(0, 14, clock(columns[0].at), "tick")]
     last = stretches[-1].columns[-1]
     body.append(_text(100, 14, clock(last.at + last.seconds), "tick"))
-    longest = sorted(stops, key=lambda stop: -stop[2])[:_MAX_LABELS]
-    body += [
-        _text(x + width / 2, 30, f"stopped {duration(seconds)}", "tick") for x, width, seconds in longest
-    ]
+    labelled: list[_Pause] = []
+    for pause in sorted(pauses, key=lambda pause: -pause.seconds):
+        if all(abs(pause.x - other.x) >= _LABEL_ROOM for other in labelled):
+            labelled.append(pause)
+    body += [_text(pause.x + pause.width / 2, 30, pause.label, "tick") for pause in labelled]
     return _svg(
-        36 if stops else 20, "time", f"from {clock(columns[0].at)} to {clock(last.at + last.seconds)}", body
+        36 if pauses else 20, "time", f"from {clock(columns[0].at)} to {clock(last.at + last.seconds)}", body
     )
 
 
@@ -143,24 +159,26 @@ def clock(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _layout(
-    stretches: Sequence[Stretch], measure: int, per_s: float
-) -> tuple[list[_Placed], list[tuple[float, float, float]]]:
-    """Return columns, and stops as (x, width, seconds)."""
+def _layout(stretches: Sequence[Stretch], measure: int, per_s: float) -> tuple[list[_Placed], list[_Pause]]:
+    """Return columns and pauses with their places."""
     gap = min(_BREAK, _BREAKS / max(1, len(stretches) - 1)) if len(stretches) > 1 else 0.0
     active = sum(column.seconds for stretch in stretches for column in stretch.columns)
     scale = (100 - gap * max(0, len(stretches) - 1)) / max(active, 1e-9)
-    columns, stops, x = [], [], 0.0
+    columns: list[_Placed] = []
+    pauses: list[_Pause] = []
+    x = 0.0
     for index, stretch in enumerate(stretches):
         if index:
-            stops.append((x + 0.15 * gap, 0.7 * gap, stretch.stopped_s))
+            kind = "no outcomes for" if stretch.was_running else "stopped for"
+            label = f"{kind} {duration(stretch.pause_s)}"
+            pauses.append(_Pause(x + 0.15 * gap, 0.7 * gap, stretch.pause_s, label))
             x += gap
         for column in stretch.columns:
             width = column.seconds * scale
             rate = column.sums[measure] * per_s / column.seconds
             columns.append(_Placed(x, width, column.at, rate))
             x += width
-    return columns, stops
+    return columns, pauses
 
 
 def _x(value: float, low: float, high: float) -> float:

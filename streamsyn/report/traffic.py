@@ -66,13 +66,13 @@ class Traffic:
             _usage(self.servers, text(part, "server") or "?").add(part)
         if scoring := checks_of(row).get("scoring"):
             self.scoring.add(scoring)
-        at = self._add_outcome(row)
-        self.timeline.add(at, "contexts")
+        at, asked_at = self._add_outcome(row), _asked_at(row)
+        self.timeline.add(at, "contexts", asked_at=asked_at)
         self.timeline.add(at, "tokens", number(row, "completion_tokens"))
 
     def add_reject(self, row: dict[str, Any]) -> None:
         """Count a row of rejects."""
-        self.timeline.add(self._add_outcome(row), "rejects")
+        self.timeline.add(self._add_outcome(row), "rejects", asked_at=_asked_at(row))
 
     def _add_outcome(self, row: dict[str, Any]) -> float:
         """Count what contexts and rejects have in common; return when the row was written (Unix seconds)."""
@@ -86,6 +86,11 @@ class Traffic:
                 _usage(self.servers, text(attempt, "server") or "?").failed += 1
                 self.timeline.add(number(attempt, "at"), "failed attempts")
         return at
+
+
+def _asked_at(row: dict[str, Any]) -> float:
+    """When the first request of an outcome was sent, in Unix seconds; 0 if it had none."""
+    return min((number(attempt, "at") for attempt in row.get("attempts") or ()), default=0.0)
 
 
 def _usage(usages: dict[str, Usage], name: str) -> Usage:
@@ -103,9 +108,16 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Columns without a stop between them, and the length of the stop before them in seconds."""
+    """Columns without a long pause between them.
 
-    stopped_s: float
+    Attributes:
+        pause_s: Length of the pause before them, in seconds; 0 for the first stretch.
+        was_running: Whether the run went on in that pause: the next outcome was asked for early in it.
+        columns: The columns.
+    """
+
+    pause_s: float
+    was_running: bool
     columns: list[Column]
 
 
@@ -115,13 +127,23 @@ class Timeline:
     def __init__(self) -> None:
         self._step = 1
         self._cells: dict[int, list[float]] = {}
+        self._asked: dict[int, float] = {}
+        """When the first request for an outcome of a cell was sent, in Unix seconds."""
 
-    def add(self, at: float, measure: str, amount: float = 1) -> None:
-        """Add to a measure at a time in Unix seconds; 0 (not recorded) is ignored."""
+    def add(self, at: float, measure: str, amount: float = 1, asked_at: float = 0.0) -> None:
+        """Add to a measure at a time in Unix seconds; 0 (not recorded) is ignored.
+
+        Args:
+            at: When it happened.
+            measure: One of MEASURES.
+            amount: How much.
+            asked_at: When it was asked for.
+        """
         if at <= 0:
             return
-        cell = self._cells.setdefault(int(at) // self._step, [0.0] * len(MEASURES))
-        cell[MEASURES.index(measure)] += amount
+        number = int(at) // self._step
+        self._cells.setdefault(number, [0.0] * len(MEASURES))[MEASURES.index(measure)] += amount
+        self._asked[number] = min(asked_at or at, self._asked.get(number, at))
         while len(self._cells) > _MAX_CELLS:
             self._double()
 
@@ -129,7 +151,14 @@ class Timeline:
         """Return the stretches in order, with about _COLUMNS columns in all."""
         runs = list(self._runs())
         merge = -(-sum(cells[-1] - cells[0] + 1 for _, cells in runs) // _COLUMNS)
-        return [Stretch(stop * self._step, self._columns(cells, merge)) for stop, cells in runs]
+        return [
+            Stretch(pause * self._step, self._was_running(pause, cells[0]), self._columns(cells, merge))
+            for pause, cells in runs
+        ]
+
+    def _was_running(self, pause: int, cell: int) -> bool:
+        """Whether the first outcome after a pause of `pause` cells was asked for in its first half."""
+        return pause > 0 and self._asked[cell] < (cell - pause / 2) * self._step
 
     def _runs(self) -> Iterator[tuple[int, list[int]]]:
         """Yield the number of empty cells before each stretch, and its cells."""
@@ -169,6 +198,10 @@ class Timeline:
         for cell, sums in self._cells.items():
             _add(merged.setdefault(cell // 2, [0.0] * len(MEASURES)), sums)
         self._cells = merged
+        asked: dict[int, float] = {}
+        for cell, at in self._asked.items():
+            asked[cell // 2] = min(at, asked.get(cell // 2, at))
+        self._asked = asked
 
 
 def _add(into: list[float], sums: list[float]) -> None:

@@ -222,7 +222,7 @@ def repeats_fact(metrics: RunMetrics) -> Fact:
     if checks.near_duplicate == "off" and not number and not metrics.scored["duplicates"]:
         fact.add(
             Severity.UNKNOWN,
-            "Near-duplicates were not searched for; run `streamsyn score`, "
+            "Near-duplicates were not searched for; run streamsyn score, "
             'or set checks.near_duplicate = "flag".',
         )
     else:
@@ -235,7 +235,7 @@ def repeats_fact(metrics: RunMetrics) -> Fact:
     if not checks.eval_sets and not leaks and not metrics.scored["leaks"]:
         fact.add(
             Severity.UNKNOWN,
-            "Leaks were not searched for; run `streamsyn score` with checks.eval_sets set to files of "
+            "Leaks were not searched for; run streamsyn score with checks.eval_sets set to files of "
             "evaluation data.",
         )
     else:
@@ -302,9 +302,7 @@ def _sample_lengths(metrics: RunMetrics, fact: Fact) -> None:
 
 def _unmeasured(is_on: bool, setting: str) -> str:
     """Return why there is no value, or how to measure it."""
-    return (
-        "No context has a score yet." if is_on else f"Not measured; run `streamsyn score`, or set {setting}."
-    )
+    return "No context has a score yet." if is_on else f"Not measured; run streamsyn score, or set {setting}."
 
 
 def grade_low(share: float, look: float, bad: float) -> Severity:

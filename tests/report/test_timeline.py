@@ -39,7 +39,7 @@ def test_a_stop_separates_stretches() -> None:
     stretches = filled([float(at) for at in (*first, *(at + week for at in first))]).stretches()
 
     assert [60, 60] == [len(stretch.columns) for stretch in stretches]
-    assert [0, week - 60] == [stretch.stopped_s for stretch in stretches]
+    assert [0, week - 60] == [stretch.pause_s for stretch in stretches]
 
 
 def test_a_slow_run_has_no_stops() -> None:
@@ -61,7 +61,19 @@ def test_charts_of_time() -> None:
 
     assert "at most 120" in over_time(stretches, "contexts", 60, "Contexts a minute")
     assert "stopped for 1 h 06 min" in over_time(stretches, "contexts", 60, "Contexts a minute")
-    assert "stopped 1 h 06 min" in time_axis(stretches)
+    assert "stopped for 1 h 06 min" in time_axis(stretches)
     assert not over_time(stretches, "rejects", 60, "Rejects")
+
+
+def test_a_pause_of_a_run_that_goes_on_is_not_a_stop() -> None:
+    """The next outcome was asked for before the pause, or early in it."""
+    timeline = filled([1000.0 + at for at in range(60)])
+    timeline.add(9000.0, "contexts", asked_at=1030.0)
+    for at in range(60):
+        timeline.add(20_000.0 + at, "contexts", asked_at=19_990.0 + at)
+    axis = time_axis(timeline.stretches())
+    assert [False, True, False] == [stretch.was_running for stretch in timeline.stretches()]
+    assert "no outcomes for 2 h 12 min" in over_time(timeline.stretches(), "contexts", 60, "Contexts")
+    assert "stopped for 3 h 03 min" in axis
     assert not time_axis([])
     assert "contexts" in MEASURES

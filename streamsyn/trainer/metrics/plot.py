@@ -258,7 +258,7 @@ def _rate(axes: "Axes", curves: Curves) -> None:
 
 
 def _speed(axes: "Axes", curves: Curves) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator
+    from matplotlib.ticker import LogLocator
 
     for line, name, colour in (
         (curves.tokens, "all tokens", _GREEN),
@@ -269,11 +269,19 @@ def _speed(axes: "Axes", curves: Curves) -> None:
         axes.plot(times, smoothed(line.values, _reach(line)), color=colour, linewidth=2, label=name)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(lambda value, _: _rate_text(value))
     axes.yaxis.set_minor_formatter("")
     axes.set_xlim(left=0)
     _resumed(axes, curves)
     _label(axes, "Throughput (evaluations and checkpoints left out)", "tokens/s", "")
+
+
+def _rate_text(value: float) -> str:
+    """A rate with k and M for thousands and millions; below one, plain decimals."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _waits(axes: "Axes", curves: Curves) -> None:
