@@ -143,6 +143,9 @@ class Request:
         prefixes: Keys of the prefixes shared with other requests, shortest first: the template's, then the
             group's. The first request with a key warms a server's cache; the others wait for that.
         scored: If given, nothing is generated: the server scores this text as the answer.
+        task: Task of the seed: answers of one task have similar lengths.
+        conversation_tokens: If more requests will extend this conversation, the expected tokens of all its
+            answers and later questions; else 0.
     """
 
     messages: list[dict[str, str]]
@@ -150,6 +153,8 @@ class Request:
     group: str = ""
     prefixes: tuple[str, ...] = ()
     scored: str | None = None
+    task: str = ""
+    conversation_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

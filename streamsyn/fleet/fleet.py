@@ -272,6 +272,7 @@ class Fleet:
         if request.group and scored is None:  # the conversation may continue
             keys = prefixes.block_keys(prefixes.with_answer(text, completion.text), keys)
         server.prefixes.add(keys)
+        server.limiter.learn(request, completion)
         self._record_answer(server, completion, self._since(started), generated=scored is None)
         if completion.weight_version is None and server.weight_version is not None:
             completion = replace(completion, weight_version=await self._current_weights(server))

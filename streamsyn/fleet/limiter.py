@@ -1,12 +1,19 @@
 """How many requests a server may have in flight: a fixed cap, or one that adapts to the server's load.
 
-Plain state machines: no I/O and no clock of their own. `now` is always in seconds of one monotonic clock.
+An adaptive cap follows what limits the server. Where the KV pool does, it is what the pool holds (`kv_pool`).
+Where the number of seats in the batch does, it keeps a short queue behind a full batch. Without load metrics
+it follows throughput and latency.
+
+Plain state machines: no I/O and no clock of their own. `now` is always in seconds of one monotonic clock. A
+query (`room`, `has_room`, `next_room_at`, `cap_at`, `is_ramping`) changes nothing.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
+from streamsyn.fleet.kv_pool import NOTHING, Expected, PoolCap
 from streamsyn.fleet.wire import Load
+from streamsyn.records import Completion, Request
 
 START = 8
 """Where an adaptive cap starts."""
@@ -45,6 +52,15 @@ class Limiter:
     _next_hold_s: float = _FIRST_HOLD_S
     _back_since: float | None = None
 
+    def begin(self, request: Request, now: float) -> Expected:  # noqa: ARG002 - AdaptiveLimiter uses them
+        """Count a request as in flight. Return what it is expected to hold at the server, for `end`."""
+        self.in_flight += 1
+        return NOTHING
+
+    def end(self, expected: Expected) -> None:  # noqa: ARG002 - AdaptiveLimiter uses it
+        """Undo `begin`: the request is not in flight any more."""
+        self.in_flight -= 1
+
     def room(self, now: float) -> int:
         """Return how many more requests may be sent."""
         return 0 if now < self.held_until else self.cap_at(now) - self.in_flight
@@ -57,19 +73,18 @@ class Limiter:
         """Return when there may be room without a release; None when there will be none."""
         if now < self.held_until:
             return self.held_until
-        if self._back_since is None:
-            return None
-        return now + _SLOW_START * self.slow_start_s
+        return now + _SLOW_START * self.slow_start_s if self._start_share(now) < 1 else None
 
     def cap_at(self, now: float) -> int:
         """Return the cap, reduced during a slow start."""
-        if self._back_since is None:
-            return self.cap
-        share = (now - self._back_since) / self.slow_start_s if self.slow_start_s else 1.0
-        if share >= 1:
-            self._back_since = None
-            return self.cap
-        return max(1, int(self.cap * max(share, _SLOW_START)))
+        share = self._start_share(now)
+        return self.cap if share >= 1 else max(1, int(self.cap * max(share, _SLOW_START)))
+
+    def _start_share(self, now: float) -> float:
+        """Return the part of a slow start that has passed; 1 if there is none."""
+        if self._back_since is None or not self.slow_start_s:
+            return 1.0
+        return (now - self._back_since) / self.slow_start_s
 
     def busy(self, now: float, jitter: float) -> bool:
         """Record that the server refused a request because its queue is full; `jitter` is in [0, 1).
@@ -89,6 +104,9 @@ class Limiter:
     def answered(self, now: float, seconds: float, tokens: int) -> None:  # noqa: ARG002 - AdaptiveLimiter uses them
         """Record an answer of `tokens` tokens that took `seconds`."""
         self._next_hold_s = _FIRST_HOLD_S
+
+    def learn(self, request: Request, completion: Completion) -> None:
+        """Record what an answer shows about the prompts and answers to come."""
 
     def scored(self, now: float, seconds: float, tokens: int) -> None:  # noqa: ARG002 - AdaptiveLimiter uses them
         """Record a scored request that took `seconds` and computed `tokens` uncached prompt tokens."""
@@ -180,10 +198,11 @@ class ThroughputProbe:
 class AdaptiveLimiter(Limiter):
     """A cap that keeps the server's batch full, with a short queue before it.
 
-    With load metrics, the cap follows them. As long as no request waits at the server it doubles at each
-    reading, or grows in small steps once a queue was seen. A queue that is too long is subtracted from it. A
-    retraction or KV pressure stops or reverts growth. Without load metrics, or when they are stale, the cap
-    follows throughput and latency (`ThroughputProbe`). A failure stops growth until the next answer.
+    With load metrics, the cap follows them. Where the KV pool limits the batch, `PoolCap` decides. Elsewhere,
+    as long as no request waits at the server the cap doubles at each reading, or grows in small steps once a
+    queue was seen. A queue that is too long is subtracted from it. A retraction or KV pressure stops or
+    reverts growth. Without load metrics, or when they are stale, the cap follows throughput and latency
+    (`ThroughputProbe`). A failure stops growth until the next answer.
 
     Source of the idea: prime-rl's orchestrator, whose cap follows vLLM's metrics.
     """
@@ -205,11 +224,22 @@ class AdaptiveLimiter(Limiter):
     _has_generated: bool = False
     """Whether the server has generated text, and not only scored some."""
 
-    def room(self, now: float) -> int:
+    _pool: PoolCap = field(default_factory=PoolCap)
+
+    def begin(self, request: Request, now: float) -> Expected:
         """See Limiter."""
-        room = Limiter.room(self, now)
-        self._cap_reached = self._cap_reached or room <= 1
-        return room
+        self.in_flight += 1
+        self._cap_reached = self._cap_reached or self.in_flight >= self.cap_at(now)
+        return self._pool.begin(request)
+
+    def end(self, expected: Expected) -> None:
+        """See Limiter."""
+        self.in_flight -= 1
+        self._pool.end(expected)
+
+    def learn(self, request: Request, completion: Completion) -> None:
+        """See Limiter."""
+        self._pool.learn(request, completion)
 
     def busy(self, now: float, jitter: float) -> bool:
         """See Limiter. The first refusal of a burst also lowers the cap."""
@@ -242,7 +272,7 @@ class AdaptiveLimiter(Limiter):
         factor = self._probe.answered(now, seconds, tokens, self.cap)
         if factor is None:
             return
-        may_grow = self._cap_reached and now >= self._calm_until
+        may_grow = (self._cap_reached or self.in_flight >= self.cap) and now >= self._calm_until
         self._cap_reached = False
         if factor > 1 and may_grow:
             self._move(max(self.cap * factor, self.cap + 1), "pays")
@@ -258,6 +288,17 @@ class AdaptiveLimiter(Limiter):
         if self._last is not None and load.taken_at is not None and load.taken_at == self._last.taken_at:
             return  # the same reading again; stale after a while
         before, self._last, self._read_at = self._last, load, now
+        self._cap_reached = self._cap_reached or self.in_flight >= self.cap
+        pool_cap = self._pool.cap(load)
+        if pool_cap is None:
+            self._follow_queue(load, before, now)
+        else:
+            self._ramping = pool_cap < self._pool.level / 2
+            self._move(pool_cap if now >= self._calm_until else min(self.cap, pool_cap), "kv_pool")
+        self._cap_reached = self.in_flight >= self.cap
+
+    def _follow_queue(self, load: Load, before: Load | None, now: float) -> None:
+        """Set the cap by the server's queue, and by its retractions since the reading `before`."""
         wanted = self._wanted_queue(load)
         if load.waiting:
             self._steps = 0
@@ -273,7 +314,6 @@ class AdaptiveLimiter(Limiter):
             self._ramping = False  # the queue is as long as wanted
         elif self._may_grow(load, now):
             self._grow(load, wanted)
-        self._cap_reached = self.in_flight >= self.cap
 
     @property
     def is_ramping(self) -> bool:

@@ -79,7 +79,7 @@ class Placement:
     def release(self, place: Place) -> None:
         """Give a place back."""
         server = place.server
-        server.limiter.in_flight -= 1
+        server.limiter.end(place.expected)
         if place.leads:  # no first token came
             self._release_followers(server, place.leads, warm=False)
         self._fill(server)
@@ -174,8 +174,8 @@ class Placement:
         leads = server.warm_up.lead(shared) if shared else ()
         for key in leads:
             self._limit_wait(server, key)
-        server.limiter.in_flight += 1
-        waiter.turn.set_result(Place(server, leads))
+        expected = server.limiter.begin(waiter.request, self._clock())
+        waiter.turn.set_result(Place(server, leads, expected))
         return True
 
     def _fill(self, server: Server) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, RateLimit
+from streamsyn.fleet.kv_pool import NOTHING, Expected
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
@@ -163,10 +164,12 @@ class Place:
     Attributes:
         server: The server.
         leads: Keys of the prefixes that this request brings into the server's cache.
+        expected: Tokens that the request is expected to hold there.
     """
 
     server: Server
     leads: tuple[str, ...] = ()
+    expected: Expected = NOTHING
 
 
 @dataclass(slots=True, eq=False)

@@ -142,8 +142,9 @@ class Worker:
             made, number = await steps.next(finished.completion), number + 1
         while isinstance(made, Request):
             before = len(self.attempts)
-            completion = await self._fleet.complete(made, self.attempts, model)
-            asked, made = made, await steps.next(completion)
+            asked = replace(made, task=draft.seed.task)
+            completion = await self._fleet.complete(asked, self.attempts, model)
+            made = await steps.next(completion)
             if isinstance(made, Document) and not (self._examiner and self._examiner.asks_servers):
                 break  # the log holds it next
             is_kept = await self._keep(draft, number, asked, completion, self.attempts[before:])

@@ -175,10 +175,16 @@ class Conversation:
         group: `Request.group` of each request.
         prefixes: `Request.prefixes` of each request.
         recipe: Its `tries` is the maximum number of answers per step.
+        expected_tokens: Tokens of all answers that it will hold in the end.
     """
 
     def __init__(
-        self, opening: Opening, group: str, prefixes: tuple[str, ...], recipe: RecipeSection
+        self,
+        opening: Opening,
+        group: str,
+        prefixes: tuple[str, ...],
+        recipe: RecipeSection,
+        expected_tokens: int,
     ) -> None:
         *self._messages, first = opening.messages
         self.question = first["content"]
@@ -186,6 +192,7 @@ class Conversation:
         self._group = group
         self._beginnings = prefixes
         self._recipe = recipe
+        self._expected_tokens = expected_tokens
         self.tokens = 0
         """Tokens of the whole conversation, as the server counted them at the last answer."""
         self.answers: list[Completion] = []
@@ -200,7 +207,13 @@ class Conversation:
             RejectedDraft: All tries failed.
         """
         messages = [*self._messages, {"role": "user", "content": question}]
-        request = Request(messages, sampling, self._group, self._beginnings)
+        request = Request(
+            messages,
+            sampling,
+            self._group,
+            self._beginnings,
+            conversation_tokens=self._expected_tokens,
+        )
         failure: Failure | None = None
         for _ in range(self._recipe.tries):
             completion = yield request

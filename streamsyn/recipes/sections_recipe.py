@@ -131,7 +131,11 @@ class SectionsRecipe:
     def _conversation(self, seed: Seed) -> Conversation:
         opening = self._opening(seed)
         prefixes = opening.prefixes_of_drafts if self._recipe.contexts_per_seed > 1 else opening.prefixes
-        return Conversation(opening, opening.group or seed_group(seed), prefixes, self._recipe)
+        target = self._target_tokens(seed)
+        sections = Manuscript(target, self._recipe.section_tokens).planned
+        whole = target + _HEADING_TOKENS * min(sections, _MOST_HEADINGS) + _FRAME_TOKENS // 2 * sections
+        tokens = min(whole, self._recipe.window_tokens)
+        return Conversation(opening, opening.group or seed_group(seed), prefixes, self._recipe, tokens)
 
     def _opening(self, seed: Seed) -> Opening:
         planned = Manuscript(self._target_tokens(seed), self._recipe.section_tokens).planned

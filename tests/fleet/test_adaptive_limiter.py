@@ -1,5 +1,6 @@
 """The adaptive cap against a fake server: it finds the level, keeps it, shrinks and recovers."""
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,6 +9,10 @@ from hypothesis import strategies as st
 
 from streamsyn.fleet.limiter import FLOOR, START, AdaptiveLimiter
 from streamsyn.fleet.wire import Load
+from streamsyn.records import Request
+from tests.examples import examples
+
+REQUEST = Request([{"role": "user", "content": "x" * 400}], {"max_tokens": 4000})
 
 
 @dataclass
@@ -24,7 +29,6 @@ class MadeUp:
         self.now += 1.0
         limiter = self.limiter
         limiter.in_flight = limiter.cap
-        assert not limiter.has_room(self.now)
         running = min(self.batch, limiter.in_flight)
         a_token = 0.01 * max(1.0, limiter.in_flight / self.batch)
         for number in range(max(1, running // 4) if not loads else 1):
@@ -141,6 +145,57 @@ def test_a_readmitted_server_starts_small() -> None:
     assert 1 == server.limiter.cap_at(server.now)
 
 
+def test_where_the_pool_is_the_limit_it_decides() -> None:
+    """The cap is what the pool holds; readings are frequent until it holds half of that."""
+    limiter = AdaptiveLimiter()
+    held = [limiter.begin(REQUEST, 0.0) for _ in range(8)]
+    limiter.observe(Load(8, 0, token_usage=0.01, pool_tokens=400_000, taken_at=(1.0,)), 1.0)
+    assert (400_000 // 3 // 4000, "kv_pool", True) == (limiter.cap, limiter.last_decision, limiter.is_ramping)
+    held += [limiter.begin(REQUEST, 1.0) for _ in range(100)]
+    limiter.observe(Load(108, 0, token_usage=0.6, pool_tokens=400_000, taken_at=(2.0,)), 2.0)
+    assert 108 < limiter.cap < 180
+    assert not limiter.is_ramping
+    for expected in held:
+        limiter.end(expected)
+    assert 0 == limiter.in_flight
+
+
+def test_a_full_queue_keeps_the_cap_down_also_where_the_pool_is_the_limit() -> None:
+    """After a refusal the pool's room does not count for a while."""
+    limiter = AdaptiveLimiter()
+    for _ in range(33):
+        limiter.begin(REQUEST, 0.0)
+    limiter.observe(Load(33, 0, token_usage=0.8, pool_tokens=400_000, taken_at=(1.0,)), 1.0)
+    limiter.busy(1.0, 0.5)
+    lowered = limiter.cap
+    assert lowered <= 33 * 0.85
+    limiter.observe(Load(33, 0, token_usage=0.8, pool_tokens=400_000, taken_at=(2.0,)), 2.0)
+    assert lowered == limiter.cap
+    limiter.observe(Load(33, 0, token_usage=0.8, pool_tokens=400_000, taken_at=(12.0,)), 12.0)
+    assert limiter.cap > 100
+
+
+@examples(100)
+@given(st.integers(0, 40), st.floats(0, 30), st.booleans(), st.booleans())
+def test_a_query_changes_nothing(begun: int, now: float, is_back: bool, is_held: bool) -> None:
+    """Asking for room, in a slow start, a hold or at the cap, has no effect on what follows."""
+    limiter = AdaptiveLimiter(slow_start_s=10.0)
+    if is_back:
+        limiter.readmitted(0.0)
+    if is_held:
+        limiter.hold(5.0)
+    for _ in range(begun):
+        limiter.begin(REQUEST, 0.0)
+    before = copy.deepcopy(limiter)
+    room = limiter.room(now)
+    assert limiter.has_room(now) == (room > 0)
+    limiter.next_room_at(now)
+    limiter.cap_at(now)
+    assert not is_back or now >= 10 or limiter.cap_at(now) <= limiter.cap
+    assert limiter.is_ramping
+    assert before == limiter
+
+
 EVENTS = st.sampled_from(["observe", "answered", "failed", "busy", "readmitted"])
 
 
@@ -160,7 +215,6 @@ def test_whatever_happens_it_stays_within_its_bounds(
         now += seconds
         before = (limiter.cap, limiter.decisions.total())
         limiter.in_flight = min(first, limiter.cap)
-        limiter.has_room(now)
         match name:
             case "observe":
                 limiter.observe(Load(first, second, token_usage=share, retracted=first % 7 == 0), now)

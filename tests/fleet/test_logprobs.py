@@ -275,7 +275,6 @@ def moved_by(limiter: AdaptiveLimiter, *, scores: int, writes: bool) -> int:
     for number in range(400):
         now += 0.01
         limiter.in_flight = limiter.cap
-        limiter.room(now)
         for _ in range(scores):
             limiter.scored(now, 0.1, 300)
         if writes:

@@ -1,0 +1,203 @@
+"""How many requests the KV pool of a server holds: the cap where the pool is the limit, not the seats.
+
+A request holds its prompt from the start and grows by a token with each step of the server, until its answer
+is complete and all of it is free again. So a pool holds on average the prompt and half of the answer of each
+request: that gives the *level* of the cap. Prompts and answers are counted as the server's answers show them;
+before the first answer of its kind a request is expected to use all of its `max_tokens`.
+
+But requests that began together grow together and end together: filled to its level at once, the pool
+overflows when all of them are nearly complete, and half of it is empty after that. So requests begin at an
+even pace. If they do, n requests have written n * n / level halves of an answer, and the cap is the n for
+which the pool holds what was really written. Where many began or ended at once, this spreads those that
+follow over the time of an answer. Only a first third of the pool is filled at once, and later up to half of
+the level, which fits even when all of it began together.
+
+A server that retracts requests although the level was kept (answers are longer than they were, or it has
+other clients) lowers the level once, towards what really runs; it recovers with later answers.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import NamedTuple
+
+from streamsyn.fleet.wire import Load
+from streamsyn.records import Completion, Request
+
+_FILL = 0.87
+"""Share of the pool to fill. SGLang admits no request into the last part: it keeps room for the answer of the
+new request and for a tenth of what the running ones may still write (`new_token_ratio`)."""
+_LEAST_FILL = _FILL / 2
+_FIRST_SHARE = 1 / 3
+"""Share of the pool that requests which begin together may fill with their complete answers."""
+_LESS = 0.95
+_MOST_AT_ONCE = 0.75
+"""Factors of `_FILL` after a retraction: of what really runs, and at least."""
+_RECOVERY = 1e-3
+"""By how much the share recovers with each answer, from one generation of requests after a retraction on."""
+_QUEUE = 0.08
+_SHORTEST_QUEUE = 2
+"""Queue to aim for at a server, as a share of its running requests and in requests."""
+
+_CHARS_PER_TOKEN = 4.0
+_UNKNOWN_TOKENS = 4096
+"""Expected answer without `max_tokens`; SGLang expects no more either."""
+_PRIOR = 8
+_PRIOR_SHARE = 1 / 8
+"""Answers of the length asked for that count as seen before the first one: so many, or this share of the
+requests in flight. The first answers to come are the shortest."""
+_MEMORY = 500
+"""Answers after which older ones are forgotten little by little."""
+_MAX_KINDS = 1000
+
+
+class Expected(NamedTuple):
+    """Tokens that a request is expected to hold in the pool.
+
+    Attributes:
+        prompt: From its start, without what it shares with other requests.
+        growth: By how many it grows until its end, or until the end of its conversation.
+    """
+
+    prompt: int
+    growth: int
+
+
+NOTHING = Expected(0, 0)
+
+
+@dataclass(slots=True)
+class Mean:
+    """A mean that forgets old values little by little."""
+
+    value: float
+    weight: float = 0
+
+    def add(self, value: float) -> None:
+        """Add a value."""
+        self.weight = min(self.weight + 1, _MEMORY)
+        self.value += (value - self.value) / self.weight
+
+
+@dataclass(slots=True)
+class PoolCap:
+    """The cap of one server by its KV pool. No I/O, no clock.
+
+    Attributes:
+        level: The cap at an even pace, as of the last reading.
+    """
+
+    level: float = 0.0
+    _number: int = 0
+    _prompts: int = 0
+    _growth: int = 0
+    """Requests in flight, and the sums of what they are expected to hold."""
+    _last: Expected = NOTHING
+    _answers: dict[Hashable, Mean] = field(default_factory=dict)
+    """Tokens of an answer by kind: the task, and `max_tokens`, which tells the steps of a recipe apart."""
+    _chars_per_token: Mean = field(default_factory=lambda: Mean(_CHARS_PER_TOKEN))
+    _shared: Mean = field(default_factory=lambda: Mean(0.0))
+    """Tokens of a prompt that were cached because other requests have them too."""
+    _fill: float = _FILL
+    _answers_until_change: int = 0
+    """Answers until the share to fill may change again."""
+    _seen: int = 0
+    """Answers so far."""
+
+    def begin(self, request: Request) -> Expected:
+        """Count a request as in flight. Return what it is expected to hold, for `end`."""
+        expected = self.expected(request)
+        self._number += 1
+        self._prompts += expected.prompt
+        self._growth += expected.growth
+        self._last = expected
+        return expected
+
+    def end(self, expected: Expected) -> None:
+        """Undo `begin`: the request is not in flight any more."""
+        self._number -= 1
+        self._prompts -= expected.prompt
+        self._growth -= expected.growth
+
+    def expected(self, request: Request) -> Expected:
+        """Return what a request is expected to hold."""
+        growth = request.conversation_tokens
+        if not growth and request.scored is None:
+            seen = self._answers.get(_kind(request))
+            growth = _asked(request) if seen is None else round(seen.value)
+        prompt = _opening_chars(request) / self._chars_per_token.value - self._shared.value
+        return Expected(max(1, round(prompt)), growth)
+
+    def learn(self, request: Request, completion: Completion) -> None:
+        """Record an answer: how long it is, how many tokens its prompt has, and how many were shared."""
+        self._seen += 1
+        if self._answers_until_change:
+            self._answers_until_change -= 1
+        else:
+            self._fill = min(_FILL, self._fill + _RECOVERY)
+        if request.scored is None and not request.conversation_tokens:
+            kind = _kind(request)
+            if kind not in self._answers and len(self._answers) >= _MAX_KINDS:
+                del self._answers[next(iter(self._answers))]
+            prior = Mean(_asked(request), max(_PRIOR, _PRIOR_SHARE * self._number))
+            self._answers.setdefault(kind, prior).add(completion.completion_tokens)
+        if completion.tokens_estimated or not completion.prompt_tokens:
+            return
+        chars = sum(len(message["content"]) for message in request.messages)
+        self._chars_per_token.add(chars / completion.prompt_tokens)
+        if all(message["role"] != "assistant" for message in request.messages):
+            self._shared.add(completion.cached_tokens)
+
+    def cap(self, load: Load) -> int | None:
+        """Return the cap for these load metrics; None if the pool is not known, or not the limit."""
+        if not load.pool_tokens or self._last is NOTHING:
+            return None
+        prompt, growth = self._means()
+        self._adapt(load)
+        self.level = max(1.0, self._fill * load.pool_tokens / (prompt + growth / 2))
+        queue = max(_SHORTEST_QUEUE, _QUEUE * load.running)
+        if load.max_running and self.level >= load.max_running + queue:
+            return None
+        cap = self.level
+        if growth:
+            written = max(0.0, load.token_usage * load.pool_tokens - load.running * prompt)
+            first = _FIRST_SHARE * load.pool_tokens / growth
+            if self._seen >= self.level:  # its answers are known
+                first = max(first, self.level / 2)
+            cap = min(cap, max(first, sqrt(2 * self.level * written / growth)))
+        if load.waiting > queue:  # those in the queue will begin together: send none after them
+            cap = min(cap, self._number - load.waiting + queue)
+        return max(1, int(cap))
+
+    def _means(self) -> tuple[float, float]:
+        """Return what a request in flight holds on average: prompt, and growth until its end."""
+        if not self._number:
+            return self._last
+        return self._prompts / self._number, self._growth / self._number
+
+    def _adapt(self, load: Load) -> None:
+        """Lower the share to fill after a retraction, once in a generation of requests."""
+        if not load.retracted or self._answers_until_change or not self.level:
+            return
+        runs = _LESS * load.running / self.level
+        self._fill = max(_LEAST_FILL, self._fill * min(_LESS, max(_MOST_AT_ONCE, runs)))
+        self._answers_until_change = max(1, self._number)
+
+
+def _kind(request: Request) -> Hashable:
+    return request.task, _asked(request)
+
+
+def _asked(request: Request) -> int:
+    asked = request.sampling.get("max_tokens", request.sampling.get("max_completion_tokens"))
+    return asked if isinstance(asked, int) and asked > 0 else _UNKNOWN_TOKENS
+
+
+def _opening_chars(request: Request) -> int:
+    """Return the characters of the prompt; of a conversation, those before its first answer."""
+    chars = 0
+    for message in request.messages:
+        if request.conversation_tokens and message["role"] == "assistant":
+            break
+        chars += len(message["content"])
+    return chars
