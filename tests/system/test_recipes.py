@@ -114,8 +114,9 @@ def test_documents_through_a_pipe(serve: Serve, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert 30 == len(rows(out, "contexts"))
     rejects = {row["origin"]: (row["reason"], row["detail"]) for row in rows(out, "rejects")}
+    missing = "field 'context' is missing; fields: answer, instruction; "
     assert {
-        "-:31": ("not_a_seed", "field 'context' is missing; fields: answer, instruction"),
+        "-:31": ("not_a_seed", f"{missing}set seeds.fields.context to the field with the document"),
         "-:32": ("too_short", "the document has 2 words, fewer than checks.min_words = 50"),
     } == rejects
     assert_clean(out)
