@@ -41,7 +41,7 @@ _INPUT_OPTIONS = [
         "--seeds",
         multiple=True,
         metavar="PATH|-",
-        help="File, directory, glob, URL, org/name on the Hugging Face hub, or - for NDJSON on stdin. Repeatable.",
+        help="File, directory, glob, URL, org/name on the Hugging Face hub, or - for stdin. Repeatable.",
     ),
     SERVER,
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Read at most N seeds."),
