@@ -55,3 +55,14 @@ def test_what_is_no_reading(text: bytes) -> None:
     """Any other body raises BrokenResponse."""
     with pytest.raises(BrokenResponse, match="/v1/loads"):
         parse_load(text)
+
+
+@pytest.mark.parametrize(
+    "value", ["1e308", "-1", "NaN", "Infinity", "1e999", "9" * 400, '"5"', "true", "[1]"]
+)
+@pytest.mark.parametrize("name", sorted(RANK.keys() - {"dp_rank", "queues"}))
+def test_a_figure_that_no_server_can_have(name: str, value: str) -> None:
+    """Steering by it would fail, or would be wrong for ever."""
+    text = body({**RANK, name: "VALUE"}).replace(b'"VALUE"', value.encode())
+    with pytest.raises(BrokenResponse, match="/v1/loads"):
+        parse_load(text)
