@@ -12,7 +12,7 @@ In reading order:
     limiter, health             how many requests a server gets; when it is ejected; when a run gives up
     hedging                     second tries for the last stragglers
     client, wire, logprobs      what one server is sent, and what its answers mean
-    transport                   HTTP and TLS
+    transport, retry_after      HTTP and TLS; how long a server asks to wait
     routers                     warns of a router that splits prefix groups
     weight_update               new weights for a running server, used by the trainer
     launch                      starts a local SGLang server for the length of a run

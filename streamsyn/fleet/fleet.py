@@ -69,6 +69,7 @@ class Fleet:
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
         self._answers = 0
+        self._limited = 0
         self._draining = asyncio.Event()
 
     @property
@@ -90,6 +91,11 @@ class Fleet:
     def gives_up_in_s(self) -> float | None:
         """Seconds until the fleet is given up for want of a usable server; None while one is usable."""
         return self._outage.gives_up_in_s(self._clock())
+
+    @property
+    def limited(self) -> int:
+        """Requests with rate limits of their own, which wait without a place; at most `capacity` counts."""
+        return min(self._limited, self.capacity)
 
     @property
     def in_flight(self) -> dict[str, int]:
@@ -160,7 +166,7 @@ class Fleet:
 
         Args:
             request: The request.
-            attempts: Each try is appended to it, full queues aside.
+            attempts: Each try is appended to it, full queues and rate limits aside.
             model: The model to use; may be None if there is only one.
 
         Raises:
@@ -169,6 +175,14 @@ class Fleet:
         """
         pool = self._membership.pools[model or self.models[0]]
         budget = RetryBudget(self._section, self._rng)
+        try:
+            return await self._complete(request, attempts, pool, budget)
+        finally:
+            self._limited -= budget.has_own_limit
+
+    async def _complete(
+        self, request: Request, attempts: list[Attempt], pool: Placement, budget: RetryBudget
+    ) -> Completion:
         failed_at: Server | None = None
         while True:
             place = await pool.acquire(request, failed_at)
@@ -329,8 +343,12 @@ class Fleet:
             log.warning(
                 "fleet.rate_limited", server=server.url, error=str(error), pause_s=error.retry_after_s
             )
+        had_own_limit = budget.has_own_limit
         budget.rate_limited(now, self._answers, others_are=self._outage.is_refused)
         if budget.has_own_limit:
+            self._limited += not had_own_limit
+            budget.is_one_of_many = self._limited > self.capacity
+            self._membership.on_room()  # its worker waits, and needs no place
             return
         self._outage.refused(asyncio.get_running_loop(), str(error), error.retry_after_s or 0.0)
         if error.retry_after_s is not None:

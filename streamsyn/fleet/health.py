@@ -37,6 +37,8 @@ class RetryBudget:
     """Of these, refusals after which only this request waited: others were answered, or none was left."""
     own_s: float = 0.0
     """Seconds before these refusals, each since the one before."""
+    is_one_of_many: bool = False
+    """Whether more requests have limits of their own than there are places."""
     _limited_at: float = 0.0
     _answers: int = 0
 
@@ -76,6 +78,8 @@ class RetryBudget:
     def _pause_after_limit(self, error: RateLimited) -> float | None:
         if self.own_s > min(self.fleet.give_up_s, self.fleet.total_timeout_s):
             return None
+        if self.is_one_of_many and self.own >= self.fleet.max_attempts:
+            return None  # they would hold all workers
         if error.retry_after_s is None:
             step = self.limited - 1
             return full_jitter(self.fleet.backoff_base_s, self.fleet.backoff_max_s, step, self.rng)

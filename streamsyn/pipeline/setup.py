@@ -240,7 +240,8 @@ def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:
 
     def size() -> int:
         capacity = sum(fleet.capacity for fleet in each)
-        return capacity + capacity // 8 + 1  # so that no place waits for a worker
+        waiting = sum(fleet.limited for fleet in each)  # their workers need no place
+        return capacity + capacity // 8 + 1 + waiting  # so that no place waits for a worker
 
     def tail(left: int, of: int) -> None:
         for fleet in each:

@@ -1,5 +1,7 @@
 """A whole run in virtual time: servers in the process, a clock that jumps, and twice the same."""
 
+import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -8,7 +10,7 @@ import orjson
 import pytest
 
 from streamsyn.config.loading import load
-from streamsyn.pipeline.request import RunRequest
+from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run
 from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.in_process import InProcessServers
@@ -63,17 +65,22 @@ def test_a_simulated_run_is_repeatable(tmp_path: Path) -> None:
     assert any(tries > 1 for *_, tries in first)
 
 
-@pytest.mark.parametrize("fault", [Fault.RATE_LIMIT, Fault.PAUSE])
-def test_a_seed_that_is_always_rate_limited_becomes_a_reject(tmp_path: Path, fault: Fault) -> None:
-    """Also when all others are finished long before `fleet.give_up_s`; the text of the server is kept."""
+def limited_run(root: Path, limited: set[int], number: int, fault: Fault) -> tuple[RunSummary, float]:
+    """A run in which some seeds are always refused; returns also its seconds."""
 
     def script(_: int, body: dict[str, Any]) -> Fault | None:
-        return fault if "light 7?" in str(body["messages"]) else None
+        return fault if any(f"light {n}?" in str(body["messages"]) for n in limited) else None
 
-    seeds = tmp_path / "seeds.jsonl"
-    lines = [{"instruction": f"Who kept light {n}?", "answer": f"Keeper {n}."} for n in range(60)]
+    async def timed(main: Coroutine[Any, Any, None]) -> None:
+        await main
+        ended.append(asyncio.get_running_loop().time())
+
+    ended: list[float] = []
+    seeds = root / "seeds.jsonl"
+    root.mkdir(exist_ok=True)
+    lines = [{"instruction": f"Who kept light {n}?", "answer": f"Keeper {n}."} for n in range(number)]
     seeds.write_bytes(b"\n".join(map(orjson.dumps, lines)))
-    config = SimulatorConfig(slots=4, latency_ms=2000)
+    config = SimulatorConfig(slots=8, latency_ms=2000)
     servers = InProcessServers({"http://gpu:1": Simulation(config, script)})
     settings = [
         ("seeds.sources", [{"path": str(seeds)}]),
@@ -82,13 +89,19 @@ def test_a_seed_that_is_always_rate_limited_becomes_a_reject(tmp_path: Path, fau
     ]
     request = RunRequest(
         config=load(None, settings),
-        out=tmp_path / "out",
+        out=root / "out",
         connect=servers.connect,
-        runner=servers.run,
+        runner=lambda main: servers.run(timed(main)),
         rng=Random(0),
         show_progress=False,
     )
-    summary = run(request)
+    return run(request), ended[0]
+
+
+@pytest.mark.parametrize("fault", [Fault.RATE_LIMIT, Fault.PAUSE])
+def test_a_seed_that_is_always_rate_limited_becomes_a_reject(tmp_path: Path, fault: Fault) -> None:
+    """Also when all others are finished long before `fleet.give_up_s`; the text of the server is kept."""
+    summary, _ = limited_run(tmp_path, {7}, 60, fault)
     assert (59, 1, None) == (summary.contexts, summary.rejects, summary.stopped)
     (reject,) = (
         orjson.loads(line) for line in (tmp_path / "out/rejects/part-000000.jsonl").read_bytes().splitlines()
@@ -96,3 +109,11 @@ def test_a_seed_that_is_always_rate_limited_becomes_a_reject(tmp_path: Path, fau
     assert "request_refused" == reject["reason"]
     assert "You exceeded your current quota" in reject["detail"]
     assert 1 == len(reject["attempts"])
+
+
+def test_many_seeds_that_are_always_rate_limited_do_not_hold_all_workers(tmp_path: Path) -> None:
+    """A tenth of the seeds: the run takes `fleet.give_up_s` longer than without them, and does not stop."""
+    _, alone_s = limited_run(tmp_path / "alone", set(), 360, Fault.RATE_LIMIT)
+    summary, beside_s = limited_run(tmp_path / "beside", set(range(0, 400, 10)), 400, Fault.RATE_LIMIT)
+    assert (360, 40) == (summary.contexts, summary.rejects)
+    assert beside_s < alone_s + 300 + 60
