@@ -40,11 +40,13 @@ from streamsyn.pipeline.delivery import SampleStream
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
 from streamsyn.pipeline.verify import verify
+from streamsyn.records import RejectReason
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.snapshot import Snapshot
 from streamsyn.telemetry import configure_logs
 from tests.system.recorded_disk import Call, Content, Disk, recorded, some_of
@@ -65,6 +67,7 @@ class Mode:
         to_stdout: Whether samples go to stdout.
         sync_s: How long a sync takes in the run that is recorded, so that full shards wait for theirs. It
             runs in real time.
+        is_retry: Whether what is recorded asks the rejects of an earlier run again.
     """
 
     seeds: int = 7
@@ -73,6 +76,7 @@ class Mode:
     from_pipe: bool = False
     to_stdout: bool = False
     sync_s: float = 0.0
+    is_retry: bool = False
 
     def lines(self) -> bytes:
         """The seeds, with one bad line among them."""
@@ -94,6 +98,7 @@ MODES = {
     "pipe": Mode(from_pipe=True, to_stdout=True),
     "drafts": Mode(seeds=3, drafts=3, to_stdout=True),
     "slow": Mode(seeds=14, to_stdout=True, sync_s=0.1),
+    "retry": Mode(is_retry=True),
 }
 
 
@@ -187,6 +192,18 @@ class Bench:
         os.close(self._read)
         os.close(self._write)
 
+    def first(self) -> State | None:
+        """The state from which the first run is recorded; None is an empty folder."""
+        if not self._mode.is_retry:
+            return None
+        self._run(min_words=10_000)  # all are rejected
+        files = {
+            str(path.relative_to(self._out)): path.read_bytes()
+            for path in self._out.rglob("*")
+            if path.is_file()
+        }
+        return State("the first run", True, files, files, b"")
+
     def record(self, start: State | None) -> list[Call]:
         """Run from a state to the end; returns what the run did to the disk and to stdout."""
         self._put({} if start is None else start.files)
@@ -197,7 +214,7 @@ class Bench:
             sync(log)
 
         with mock.patch.object(RunLog, "sync", synced), recorded(self._out, self._write) as calls:
-            self._run(is_slow=slow > 0)
+            self._run(is_slow=slow > 0, retry=self._mode.is_retry)
         return calls
 
     def check(self, state: State) -> None:
@@ -218,13 +235,14 @@ class Bench:
             and len(state.name) % 2
         ):
             received += self._run(with_seeds=False)
-        received += self._run()
+        received += self._run(retry=self._mode.is_retry)
         after = self._rows()
         problems, _ = verify(self._out)
         assert [] == problems
-        ids = Counter(row.get("id") or row["key"] for kind in ("contexts", "rejects") for row in after[kind])
+        rejects = list(holding_rejects(Snapshot(self._out)))
+        ids = Counter(row.get("id") or row["key"] for row in [*after["contexts"], *rejects])
         assert self._mode.outcomes() == len(ids) == ids.total(), ids
-        assert 1 == len(after["rejects"])
+        assert 1 == len(rejects)
         assert len(after["contexts"]) == len(after["samples"])
         for kind in KINDS:
             assert before[kind] == after[kind][: len(before[kind])], f"{kind} have changed"
@@ -235,7 +253,9 @@ class Bench:
         if self._mode.to_stdout:
             _check_reader(state, received, before["samples"], after["samples"])
 
-    def _run(self, *, with_seeds: bool = True, is_slow: bool = False) -> bytes:
+    def _run(
+        self, *, with_seeds: bool = True, is_slow: bool = False, retry: bool = False, min_words: int = 1
+    ) -> bytes:
         """Run to the end; returns what went to stdout."""
         latency_ms, jitter_ms = (10.0, 0.0) if is_slow else (200.0, 150.0)
         simulation = Simulation(SimulatorConfig(latency_ms=latency_ms, jitter_ms=jitter_ms, words=30))
@@ -243,13 +263,14 @@ class Bench:
         pipe = self._seeds if self._mode.from_pipe and with_seeds else Path(os.devnull)
         with _standard_streams(pipe, self._write) as stream:
             request = RunRequest(
-                config=self._config(with_seeds=with_seeds),
+                config=self._config(min_words, with_seeds=with_seeds),
                 out=self._out,
                 connect=servers.connect,
                 runner=asyncio.run if is_slow else servers.run,
                 rng=Random(0),
                 show_progress=False,
                 stream=stream if self._mode.to_stdout else None,
+                retry=tuple(RejectReason) if retry else (),
             )
             summary = run(request)
         gc.unfreeze()  # there are thousands of runs in this process
@@ -257,7 +278,7 @@ class Bench:
         assert summary.stopped is None, summary.stopped
         return _read_all(self._read)
 
-    def _config(self, *, with_seeds: bool) -> Config:
+    def _config(self, min_words: int, *, with_seeds: bool) -> Config:
         """Small shards and frequent syncs, so that much happens in few rows."""
         source = {"path": "-" if self._mode.from_pipe else str(self._seeds), "task": "qa"}
         is_plain = self._mode.compression == "none"
@@ -268,7 +289,7 @@ class Bench:
                 ("fleet.servers", [URL]),
                 ("fleet.max_in_flight", 3),
                 ("recipe.contexts_per_seed", self._mode.drafts),
-                ("checks.min_words", 1),
+                ("checks.min_words", min_words),
                 ("assembly.contexts_per_sample", 2),
                 ("sink.compression", self._mode.compression),
                 ("sink.shard_bytes", 3500 if is_plain else 1200),
@@ -362,7 +383,8 @@ def check_all(
     """
     rng, result = Random(f"{name} {seed}"), Result()
     with tempfile.TemporaryDirectory() as folder, closing(Bench(MODES[name], Path(folder))) as bench:
-        found = _drawn(list(states(None, bench.record(None), rng, mixes)), sample, rng)
+        first = bench.first()
+        found = _drawn(list(states(first, bench.record(first), rng, mixes)), sample, rng)
         for state in found:
             _check(bench, state, name, result, keep)
         for start in rng.sample(found, min(deep, len(found))):
