@@ -119,7 +119,7 @@ class Producer:
 
     def _unread(self, sought: Sought | None) -> Iterator[_Batch]:
         """What the sources hold and has no outcome yet, and what is `sought` there to be asked again."""
-        for entries in self._reader.batches(self._is_known):
+        for entries in self._reader.batches(self._is_known, self._is_taken):
             items = [(entry, self._work_of(entry)) for entry in entries]
             finished = self._claims.finished([key for _, parts in items for key, _ in parts])
             if sought is not None:
@@ -167,6 +167,10 @@ class Producer:
         self._counters.drafts_read += len(parts)
         self._counters.finished_before += len(parts) - len(left)
         return left
+
+    def _is_taken(self, seed: Seed) -> bool:
+        """Whether this run has read a seed with the same id."""
+        return self._claims.is_claimed(Draft(seed).key)
 
     def _is_known(self, entry: Entry) -> bool:
         """Whether the spool need not hold an entry: it holds it already, or all its drafts are finished."""

@@ -7,7 +7,7 @@ The owners are in a SQLite file in the run directory, so that a resumed run give
 files come in a different order. If the file is lost, ids belong to the pairs that are then read first.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS renamed (key BLOB PRIMARY KEY, id TEXT) WITHOUT ROWID
 class IdOwners:
     """Gives each pair an id of its own. For one thread at a time.
 
-    An id that is the hash of its pair needs no owner: only ids that rows bring along are looked at.
+    An id that is the hash of its pair belongs to it without a record. A chat whose system message does not
+    count for its id may have the same one: then it is recorded, and hashes are looked up as well.
 
     Args:
         path: The SQLite file; made by the first seed with an id of its own.
@@ -43,23 +44,30 @@ class IdOwners:
 
     def __init__(self, path: Path) -> None:
         self._file = DerivedDatabase(path, _TABLES)
+        self._looks_up_hashes = path.exists()
         self.renamed = 0
 
-    def own(self, entries: Sequence[Entry]) -> list[Entry]:
+    def own(
+        self, entries: Sequence[Entry], is_taken: Callable[[Seed], bool] = lambda _: False
+    ) -> list[Entry]:
         """The entries, with different ids where an id belongs to a different pair.
+
+        Args:
+            entries: What was read next.
+            is_taken: Whether this run has read a seed with the id before.
 
         Raises:
             SinkError: The file cannot be used, for a reason that making it anew does not cure.
         """
-        if all(not isinstance(entry, Seed) or _is_hash(entry) for entry in entries):
+        if not self._looks_up_hashes and all(not isinstance(one, Seed) or _is_hash(one) for one in entries):
             return list(entries)
         try:
             try:
-                return self._own(entries)
+                return self._own(entries, is_taken)
             except SQLITE_ERRORS as error:
                 self._file.discard(error)
                 log.warning("index.rebuilt", path=str(self._file.path), why=str(error))
-                return self._own(entries)
+                return self._own(entries, is_taken)
         except (*SQLITE_ERRORS, OSError) as error:
             advice = (
                 "make room and run again to resume" if is_disk_error(error) else "delete it and run again"
@@ -70,35 +78,50 @@ class IdOwners:
         """Close the file."""
         self._file.close()
 
-    def _own(self, entries: Sequence[Entry]) -> list[Entry]:
+    def _own(self, entries: Sequence[Entry], is_taken: Callable[[Seed], bool]) -> list[Entry]:
         db = self._file.connect()
-        seeds = (entry for entry in entries if isinstance(entry, Seed))
-        keys = [digest("id", seed.id) for seed in seeds if not _is_hash(seed)]
+        keys = [digest("id", entry.id) for entry in entries if isinstance(entry, Seed)]
         owners: dict[bytes, bytes] = {}
         for start in range(0, len(keys), _KEYS_A_QUERY):
             some = keys[start : start + _KEYS_A_QUERY]
             query = f"SELECT key, pair FROM owners WHERE key IN ({','.join('?' * len(some))})"  # noqa: S608
             owners.update(db.execute(query, some))
-        before = set(owners)
-        found = [self._owned(entry, owners) for entry in entries]
+        new: dict[bytes, bytes] = {}
+        hashes: set[str] = set()
+        found: list[Entry] = []
+        for entry in entries:
+            if isinstance(entry, Seed):
+                is_hash, pair = _is_hash(entry), _pair(entry)
+                key = digest("id", entry.id)
+                owner = owners.get(key, new.get(key))
+                if owner is None and is_hash:
+                    hashes.add(entry.id)
+                    owner = pair
+                elif owner is None and not self._belongs_to_its_hash(entry, pair, hashes, is_taken):
+                    owner = new[key] = pair
+                    self._looks_up_hashes = self._looks_up_hashes or len(entry.id) == _HASH_CHARS
+                found.append(entry if owner == pair else replace(entry, id=self._renamed(entry, pair)))
+            else:
+                found.append(entry)
         with db:
             db.execute("BEGIN")
-            new = ((key, pair) for key, pair in owners.items() if key not in before)
-            db.executemany("INSERT OR IGNORE INTO owners VALUES (?, ?)", new)
+            db.executemany("INSERT OR IGNORE INTO owners VALUES (?, ?)", new.items())
         return found
 
-    def _owned(self, entry: Entry, owners: dict[bytes, bytes]) -> Entry:
-        if not isinstance(entry, Seed) or _is_hash(entry):
-            return entry
-        pair = digest("pair", entry.instruction, entry.answer, entry.context)[:_PAIR_BYTES]
-        if owners.setdefault(digest("id", entry.id), pair) == pair:
-            return entry
-        return replace(entry, id=self._renamed(entry, pair))
+    def _belongs_to_its_hash(
+        self, seed: Seed, pair: bytes, hashes: set[str], is_taken: Callable[[Seed], bool]
+    ) -> bool:
+        """Whether an id without a recorded owner is the hash of a different pair that was read before."""
+        if len(seed.id) != _HASH_CHARS:
+            return False
+        query = "SELECT 1 FROM renamed WHERE key = ?"
+        was_renamed = self._file.connect().execute(query, (_renamed_key(seed, pair),)).fetchall()
+        return bool(was_renamed) or seed.id in hashes or is_taken(seed)
 
     def _renamed(self, seed: Seed, pair: bytes) -> str:
         """The id of a pair whose own id belongs to a different one; the same wherever the pair is."""
         db = self._file.connect()
-        key = digest("renamed", seed.id, pair)
+        key = _renamed_key(seed, pair)
         new = f"{seed.id}@{_file(seed.origin)}-{pair[:4].hex()}"
         db.execute("INSERT OR IGNORE INTO renamed VALUES (?, ?)", (key, new))
         [(name,)] = db.execute("SELECT id FROM renamed WHERE key = ?", (key,)).fetchall()
@@ -106,6 +129,14 @@ class IdOwners:
         if self.renamed == 1:
             log.warning("seeds.id_taken", id=seed.id, at=seed.origin, now=name)
         return str(name)
+
+
+def _renamed_key(seed: Seed, pair: bytes) -> bytes:
+    return digest("renamed", seed.id, pair)
+
+
+def _pair(seed: Seed) -> bytes:
+    return digest("pair", seed.instruction, seed.answer, seed.context)[:_PAIR_BYTES]
 
 
 def _is_hash(seed: Seed) -> bool:

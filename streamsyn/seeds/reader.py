@@ -10,7 +10,7 @@ from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.io.paths import find_rows
 from streamsyn.io.places import shown_url
-from streamsyn.records import Entry
+from streamsyn.records import Entry, Seed
 from streamsyn.seeds.files import FileSource, SeedSource
 from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.id_owners import IdOwners
@@ -49,6 +49,7 @@ class SeedReader:
         self._spool = SeedSpool(spool_folder) if spool_folder is not None else None
         self._stdin: StdinSource | None = None
         self._owners = None if ids is None else IdOwners(ids)
+        self._is_taken: Callable[[Seed], bool] = lambda _: False
         self._seen: list[FormsSeen] = []
         self._left_out: list[str] = []
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
@@ -58,16 +59,20 @@ class SeedReader:
         """Whether there is anything to read: a source, or what an earlier run spooled."""
         return bool(self._sources) or (self._spool is not None and self._spool.exists())
 
-    def batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
+    def batches(
+        self, is_known: Callable[[Entry], bool], is_taken: Callable[[Seed], bool] = lambda _: False
+    ) -> Iterator[list[Entry]]:
         """The entries of all sources, in batches.
 
         Args:
             is_known: Whether an entry of a pipe is spooled or finished already.
+            is_taken: Whether a seed with the id of this one was read before.
 
         Raises:
             ConfigError: A source cannot be read to its end.
             SinkError: The spool cannot be written, or is damaged.
         """
+        self._is_taken = is_taken
         try:
             yield from self._batches(is_known)
         finally:
@@ -140,7 +145,7 @@ class SeedReader:
                 yield from batches
 
     def _owned(self, batch: list[Entry]) -> list[Entry]:
-        return batch if self._owners is None else self._owners.own(batch)
+        return batch if self._owners is None else self._owners.own(batch, self._is_taken)
 
 
 def _interleaved(

@@ -174,6 +174,11 @@ class Claims:
             spooled = self._db.execute(query, (keys[0],)).fetchall()
         return bool(spooled) or len(self.finished(keys)) == len(set(keys))
 
+    def is_claimed(self, key: bytes) -> bool:
+        """Whether `key` was read before in this run."""
+        with self._in_use():
+            return bool(self._db.execute("SELECT 1 FROM main.claimed WHERE key = ?", (key,)).fetchall())
+
     @contextmanager
     def batch(self) -> Iterator[None]:
         """One transaction for the claims of a batch of seeds.

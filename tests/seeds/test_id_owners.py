@@ -82,6 +82,37 @@ def test_content_hashes_and_bad_lines_need_no_owner(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_chat_with_and_without_a_system_message_are_two_seeds(
+    tmp_path: Path, first: int, batches: int
+) -> None:
+    """They have the same hash: the one that is read first keeps it, in this run and when it is resumed."""
+    name = digest("Who?", "Ada.").hex()
+    bare = Seed(name, "task", "Who?", "Ada.", "a.jsonl:1")
+    both = [bare, Seed(name, "task", "Be brief.\n\nWho?", "Ada.", "a.jsonl:2")]
+    both = both[::-1] if first else both
+    parts = [both] if batches == 1 else [[one] for one in both]
+
+    def read() -> list[str]:
+        owners = IdOwners(tmp_path / "ids.sqlite")
+        found: list[str] = []
+
+        def is_taken(seed: Seed) -> bool:
+            return seed.id in found
+
+        for part in parts:
+            owned = owners.own(part, is_taken)
+            found += [entry.id for entry in owned if isinstance(entry, Seed)]
+        owners.close()
+        return found
+
+    ids_first = read()
+    assert name == ids_first[0]
+    assert 2 == len(set(ids_first))
+    assert ids_first == read()
+
+
 def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     """Ids belong to the pairs that are read first from then on."""
     path = tmp_path / "ids.sqlite"
@@ -98,7 +129,7 @@ def test_a_full_disk_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorcode = sqlite3.SQLITE_FULL
 
-    def fails(entries: Sequence[Entry]) -> list[Entry]:
+    def fails(*_: object) -> list[Entry]:
         raise full
 
     monkeypatch.setattr(owners, "_own", fails)
