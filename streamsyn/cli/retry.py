@@ -17,6 +17,7 @@ from streamsyn.errors import ConfigError
 
 if TYPE_CHECKING:
     from streamsyn.records import RejectReason
+    from streamsyn.sink.manifest import Manifest
 
 
 def _reasons(_: click.Context, __: click.Parameter, given: Sequence[str]) -> "list[RejectReason]":
@@ -65,9 +66,7 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
     from streamsyn.pipeline.request import RunRequest
     from streamsyn.pipeline.run import run as run_pipeline
     from streamsyn.records import RejectReason
-    from streamsyn.sink.retries import holding_rejects
     from streamsyn.sink.rundir import read_run_json
-    from streamsyn.sink.snapshot import Snapshot
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
@@ -77,18 +76,11 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
     asked = reasons or tuple(RejectReason)
-    snapshot = Snapshot(directory)
-    found = Counter(str(row["reason"]) for row in holding_rejects(snapshot) if row["reason"] in asked)
-    if not found and not snapshot.manifest.open_retries:
-        only = f" of reason {', '.join(asked)}" if reasons else ""
-        click.echo(f"{directory} has no rejects{only}: nothing to retry", err=True)
+    manifest = _announce(directory, asked, as_json=given["log_json"])
+    if manifest is None:
         return
-    by_reason = ", ".join(f"{reason} {number:,}" for reason, number in found.most_common())
-    click.echo(f"retrying {found.total():,} rejects: {by_reason}", err=True)
-    if snapshot.manifest.seeds_read:
-        config = without_missing_sources(config)
     request = RunRequest(
-        config=config,
+        config=without_missing_sources(config) if manifest.seeds_read else config,
         out=directory,
         launch=given["launch"],
         launch_python=given["sglang_python"],
@@ -103,4 +95,47 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
     summarise(summary, as_json=given["log_json"])
     if summary.stopped:
         sys.exit(EXIT_STOPPED)
+    _report_left(directory, as_json=given["log_json"])
     judge_rejects(summary, config.run.max_reject_fraction)
+
+
+def _announce(directory: Path, asked: "Sequence[RejectReason]", *, as_json: bool) -> "Manifest | None":
+    """Print how many rejects are asked again; return the manifest, or None if there is nothing to do."""
+    from streamsyn.sink.retries import holding_rejects
+    from streamsyn.sink.snapshot import Snapshot
+
+    snapshot = Snapshot(directory)
+    found = Counter(str(row["reason"]) for row in holding_rejects(snapshot) if row["reason"] in asked)
+    by_reason = ", ".join(f"{reason} {number:,}" for reason, number in found.most_common())
+    is_idle = not found and not snapshot.manifest.open_retries
+    text = f"retrying {found.total():,} rejects: {by_reason}" if found else "going on with the retry before"
+    if is_idle:
+        text = f"{directory} has no rejects of these reasons ({', '.join(asked)}): nothing to retry"
+    _say(text, "retry.idle" if is_idle else "retry.started", dict(found), as_json=as_json)
+    return None if is_idle else snapshot.manifest
+
+
+def _report_left(directory: Path, *, as_json: bool) -> None:
+    """Print how many rejects could not be asked again."""
+    from streamsyn.sink.retries import holding_rejects
+    from streamsyn.sink.snapshot import Snapshot
+
+    snapshot = Snapshot(directory)
+    retry = snapshot.manifest.retries[-1]
+    left = Counter(str(row["reason"]) for row in holding_rejects(snapshot) if retry.reopens(row))
+    if left:
+        text = (
+            f"  not asked  {left.total():,} rejects: their lines still cannot be read, or the file is gone, "
+            "or their seed has an outcome by now"
+        )
+        _say(text, "retry.left", dict(left), as_json=as_json)
+
+
+def _say(text: str, event: str, rejects: dict[str, int], *, as_json: bool) -> None:
+    """Print a text, or log an event with the numbers of rejects by reason."""
+    import structlog
+
+    if as_json:
+        structlog.get_logger().info(event, rejects=rejects)
+    else:
+        click.echo(text, err=True)

@@ -103,7 +103,7 @@ def _example(reason: str, reject: Reject) -> str:
         why = why.rpartition("\n")[2]  # the last line of a traceback names the error
     why = " ".join(why.split())
     why = why if len(why) <= _MAX_DETAIL else f"{why[: _MAX_DETAIL - 3]}..."
-    return f"{reason}, such as {reject.origin}: {why}" + (f" ({key})" if key else "")
+    return f"{reason}, such as {reject.origin}: {why}" + (f" ({key})" if key and key not in why else "")
 
 
 def _unfinished(summary: RunSummary) -> tuple[int, int]:

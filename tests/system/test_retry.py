@@ -25,25 +25,31 @@ def test_the_command_line_of_a_retry(
     """A typo is answered with the reason meant; the summary of a run quotes one reject with its key."""
     out = tmp_path / "out"
     server = serve()
-    run = ["run", "--seeds", seeds(3), "--server", server.url, "--out", out, "--no-progress"]
+    path = seeds(3)
+    with path.open("a") as file:
+        file.write("no json\n")
+    run = ["run", "--seeds", path, "--server", server.url, "--out", out, "--no-progress"]
+    run += ["--set", "run.max_reject_fraction=1"]
     first = streamsyn(*run, "--set", "checks.min_words=90000", "--set", "checks.max_words=100000")
     typo = streamsyn("retry", out, "--reason", "tooshort")
     none = streamsyn("retry", out, "--reason", "timeout")
     asked = server.stats()["requests"]
     again = streamsyn("retry", out, "--no-progress", "--set", "checks.min_words=5")
+    left = streamsyn("retry", out, "--log-json")
 
     assert "too_short, such as" in first.stderr
-    assert "(checks.min_words)" in first.stderr
+    assert "fewer than checks.min_words = 90000" in first.stderr
     assert f"streamsyn retry {out}" in first.stderr
     assert 2 == typo.returncode
     assert "'tooshort' is not a reason of rejection; did you mean too_short?" in typo.stderr
-    assert (0, f"{out} has no rejects of reason timeout: nothing to retry\n") == (
-        none.returncode,
-        none.stderr,
-    )
+    nothing = f"{out} has no rejects of these reasons (timeout): nothing to retry\n"
+    assert (0, nothing) == (none.returncode, none.stderr)
     assert (0, asked + 3) == (again.returncode, server.stats()["requests"]), again.stderr
-    assert "retrying 3 rejects: too_short 3" in again.stderr
-    assert "3 contexts, 0 rejects" in again.stderr
+    assert "retrying 4 rejects: too_short 3, invalid_json 1" in again.stderr
+    assert "3 contexts, 1 rejects" in again.stderr
+    assert "  not asked  1 rejects: their lines still cannot be read" in again.stderr
+    events = [orjson.loads(line) for line in left.stderr.splitlines()]
+    assert {"invalid_json": 1} == next(one["rejects"] for one in events if one["event"] == "retry.left")
 
 
 @pytest.mark.crash
@@ -60,7 +66,12 @@ def test_a_retry_killed_at_named_points(
         "checks.max_words": 100000,
         "assembly.contexts_per_sample": 2,
     }
-    strict |= {"fleet.max_in_flight": IN_FLIGHT, "sink.sync_interval_s": 0.02, "sink.shard_bytes": 10000}
+    strict |= {
+        "run.max_reject_fraction": 1,
+        "fleet.max_in_flight": IN_FLIGHT,
+        "sink.sync_interval_s": 0.02,
+        "sink.shard_bytes": 10000,
+    }
     for key, value in strict.items():
         run += ["--set", f"{key}={value}"]
     first = streamsyn(*run)
