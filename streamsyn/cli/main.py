@@ -24,6 +24,7 @@ from streamsyn.cli.train import train
 from streamsyn.cli.verify import verify
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.pipeline.delivery import secure_stdio
+from streamsyn.plain_text import visible
 from streamsyn.urls import without_userinfo
 
 
@@ -91,7 +92,7 @@ def main() -> None:
         fail(str(error), EXIT_STOPPED)
     except Exception as error:  # noqa: BLE001 - whatever it is, its text may have passwords
         if not as_json():
-            click.echo(without_userinfo(traceback.format_exc()), err=True, nl=False)
+            click.echo(visible(without_userinfo(traceback.format_exc())), err=True, nl=False)
             sys.exit(EXIT_OTHER)
         fail(repr(error), EXIT_OTHER, exc_info=True)
 

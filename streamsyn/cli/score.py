@@ -7,6 +7,7 @@ import click
 
 from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
 from streamsyn.errors import ConfigError
+from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
     from streamsyn.scoring.score_log import ScoreSummary
@@ -78,7 +79,7 @@ def _summarise(directory: Path, summary: "ScoreSummary", *, as_json: bool) -> No
     for measure, number in total.items():
         click.echo(f"  {measure:10} {summary.measured[measure]:,} measured now, {number:,} in all", err=True)
     for reason in summary.skipped:
-        click.echo(f"  skipped    {reason}", err=True)
+        click.echo(f"  skipped    {visible(reason)}", err=True)
     if unscored := summary.counters.unscored:
         click.echo(f"  failed     {unscored:,} measurements; run again to repeat them", err=True)
     if not summary.is_final:

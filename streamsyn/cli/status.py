@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from streamsyn.cli.options import examples
+from streamsyn.plain_text import visible
 
 
 @click.command(
@@ -27,4 +28,4 @@ def status(directory: Path, *, as_json: bool) -> None:
         click.echo(json.dumps(found.as_dict()))
         return
     for line in status_lines(found, time.time()):
-        click.echo(line)
+        click.echo(visible(line))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import structlog
 
-from streamsyn.errors import ConfigError, ServerUnavailable, WrongAddress
+from streamsyn.errors import BrokenResponse, ConfigError, ServerUnavailable, WrongAddress
 from streamsyn.fleet import wire
 from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream
 from streamsyn.fleet.logprobs import Scorer
@@ -18,6 +18,7 @@ log = structlog.get_logger()
 
 _CONTROL_TIMEOUT_S = 15.0
 _LOAD_TIMEOUT_S = 5.0
+_GIVE_BASE = f"give the base URL of an OpenAI-compatible API, to which {wire.MODELS} can be added"
 _ABORT_TIMEOUT_S = 2.0
 
 
@@ -171,13 +172,13 @@ class ServerClient:
                 "the user and password in the URL"
             )
         if reply.status in (404, 405):
-            raise WrongAddress(
-                f"{self.url}{wire.MODELS} answered {reply.status}: give the base URL of an OpenAI-compatible "
-                f"API, such as http://HOST:PORT, to which {wire.MODELS} can be added"
-            )
+            raise WrongAddress(f"{self.url}{wire.MODELS} answered {reply.status}: {_GIVE_BASE}")
         if reply.status != 200:
             raise wire.error_for(reply.status, "no list of models", self.url)
-        models = wire.parse_models(reply.body)
+        try:
+            models = wire.parse_models(reply.body)
+        except BrokenResponse as error:  # the page of a web interface, most likely
+            raise WrongAddress(f"{self.url}: {error}: {_GIVE_BASE}") from error
         return [await self._served_name(model) if model.startswith("/") else model for model in models]
 
     async def _served_name(self, model: str) -> str:

@@ -24,6 +24,7 @@ from streamsyn.fleet.routers import warn_about_router
 from streamsyn.fleet.server import Server
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import KEY_VARIABLE, Transport
+from streamsyn.plain_text import cut
 
 log = structlog.get_logger()
 
@@ -97,12 +98,12 @@ class Membership:
                     if served:
                         break
                     if failures and all(isinstance(error, WrongAddress) for error in failures.values()):
-                        raise ConfigError("; ".join(map(str, failures.values())))
+                        raise ConfigError(cut("; ".join(map(str, failures.values()))))
                     if step == 0:
                         log.warning("fleet.waiting", servers=_texts(failures))
                     await asyncio.sleep(self._probe_pause(step))
         except TimeoutError:
-            reasons = "; ".join(_texts(failures).values())
+            reasons = cut("; ".join(_texts(failures).values()))
             raise FleetGone(f"no healthy server within {self._section.give_up_s:g} s: {reasons}") from None
         clock = asyncio.get_running_loop().time
         for model in agreed_models(served, self._section):

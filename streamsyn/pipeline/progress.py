@@ -12,6 +12,7 @@ import structlog
 
 from streamsyn.background import background
 from streamsyn.fleet.fleet import Fleet
+from streamsyn.plain_text import visible
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.telemetry import Counters
 
@@ -187,7 +188,7 @@ def _table(figures: dict[str, Any]) -> Any:
         *_alarms(figures),
     ]
     for name, text in rows:
-        table.add_row(name, Text(text, overflow="ellipsis"))  # Text: nothing in it is markup
+        table.add_row(name, Text(visible(text), overflow="ellipsis"))  # Text: nothing in it is markup
     return table
 
 

@@ -529,7 +529,10 @@ async def test_another_server_than_sglang(health: bytes) -> None:
         assert ["other"] == await client.models()
 
 
-@pytest.mark.parametrize("models", [ABSENT, ABSENT.replace(b"404", b"405"), REDIRECT])
+PAGE = HEAD % 15 + b"<!doctype html>"
+
+
+@pytest.mark.parametrize("models", [ABSENT, ABSENT.replace(b"404", b"405"), REDIRECT, PAGE])
 async def test_no_list_of_models(models: bytes) -> None:
     """The URL is not that of an API."""
     async with get_server(ABSENT, models) as client:

@@ -68,7 +68,13 @@ async def at_start(servers: ScriptedServers, *urls: str, **options: Any) -> list
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"/health": Reply(200, b"")}, {"/v1/models": WrongAddress("it redirects to /v1/models")}]
+    "wrong",
+    [
+        {},
+        {"/health": Reply(200, b"")},
+        {"/v1/models": WrongAddress("it redirects to /v1/models")},
+        {"/v1/models": Reply(200, b"<!doctype html>")},
+    ],
 )
 async def test_wrong_addresses_are_a_mistake(wrong: dict[str, Reply | Exception]) -> None:
     """No wait where every server says that there is no API: the run cannot begin."""
