@@ -617,3 +617,15 @@ def test_where_only_the_directory_can_be_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TMPDIR", "/proc/none")
     assert verify(tmp_path)[0] == []
     assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_a_repair_keeps_the_owners_of_ids(finished: Path) -> None:
+    """They are not derived from the log: a resumed run would give other ids."""
+    ids, derived = finished / "index" / "ids.sqlite", finished / "index" / "read.sqlite"
+    ids.write_bytes(b"owners")
+    derived.write_bytes(b"keys")
+
+    repair(finished)
+
+    assert b"owners" == ids.read_bytes()
+    assert not derived.exists()
