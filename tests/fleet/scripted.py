@@ -28,11 +28,13 @@ class ScriptedServers:
     """Servers by URL, for `open_fleet`; `opened` are the specs that were connected to."""
 
     def __init__(self, replies: Mapping[str, Mapping[str, Reply | Exception]]) -> None:
-        self.replies = replies
+        self.replies: dict[str, dict[str, Reply | Exception]] = {
+            url: dict(routes) for url, routes in replies.items()
+        }
         self.opened: list[ServerSpec] = []
 
     @asynccontextmanager
     async def connect(self, spec: ServerSpec) -> AsyncIterator[Transport]:
         """Open a transport to a server."""
         self.opened.append(spec)
-        yield ScriptedTransport(self.replies.get(spec.url, {}))
+        yield ScriptedTransport(self.replies.setdefault(spec.url, {}))

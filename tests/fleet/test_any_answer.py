@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from random import Random
 from typing import Any
 
 import orjson
@@ -15,14 +16,16 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, ServerError
 from streamsyn.fleet import routers, weight_update, wire
 from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.limiter import AdaptiveLimiter
 from streamsyn.fleet.models import agreed_models
 from streamsyn.fleet.retry_after import retry_after_s
 from streamsyn.fleet.transport import Reply, http_transport
 from streamsyn.plain_text import visible
 from streamsyn.records import Completion, Request
+from streamsyn.simulator.virtual_time import run_virtually
 from tests.examples import examples
-from tests.fleet.scripted import ScriptedTransport
+from tests.fleet.scripted import ScriptedServers, ScriptedTransport
 
 URL = "http://one:1"
 REQUEST = Request([{"role": "user", "content": "About geese."}], {})
@@ -227,7 +230,7 @@ def test_good_answers_are_used() -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 @given(data=st.data())
-@examples(400)
+@examples(200)
 def test_any_answer(call: str, data: st.DataObject) -> None:
     """Only our own errors come out, and what is taken can be used and logged."""
     error = ask(call, data.draw(replies(call)))
@@ -246,6 +249,35 @@ def test_any_refusal(status: int, body: bytes) -> None:
     wire.refused_field(status, body)
     with suppress(ServerError):
         wire.parse_object(status, body, URL)
+
+
+@given(data=st.data(), stream=st.booleans())
+@examples(60)
+def test_a_fleet_survives_any_answers(data: st.DataObject, stream: bool) -> None:
+    """A server that answers anything for a while, on all routes, is used again when it answers well."""
+    good = {path: Reply(200, orjson.dumps(answer)) for path, answer in ANSWERS.items()}
+    odd: dict[str, Reply] = {}
+    for call in CALLS:
+        odd |= data.draw(replies(call))
+    run_virtually(_odd_for_a_while(good, odd, ("shared",) if stream else ()), limit_s=86_400)
+
+
+async def _odd_for_a_while(
+    good: Mapping[str, Reply], odd: Mapping[str, Reply], prefixes: tuple[str, ...]
+) -> None:
+    servers = ScriptedServers({URL: dict(good)})
+    section = FleetSection(servers=(URL,), max_attempts=2, request_timeout_s=60)
+    request = Request(REQUEST.messages, {}, prefixes=prefixes)
+    async with open_fleet(section, lambda _: None, {}, connect=servers.connect, rng=Random(0)) as fleet:
+        await fleet.ask_models()
+        servers.replies[URL].update(odd)
+        for _ in range(4):
+            with suppress(ServerError, TimeoutError):
+                async with asyncio.timeout(100):
+                    await fleet.complete(request, [])
+        servers.replies[URL].clear()
+        servers.replies[URL].update(good)
+        assert "Geese fly." == (await fleet.complete(request, [])).text
 
 
 @given(value=st.text(), date=st.text())
