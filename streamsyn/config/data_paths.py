@@ -5,10 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from streamsyn.urls import without_userinfo
+
 _HUB: Final = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.+-]+))?(?::([\w.+-]+))?")
 _FILE_SUFFIX: Final = re.compile(
     r"\.(?:jsonl?|ndjson|csv|tsv|txt|parquet|arrow|gz|zst|bz2|xz|zip|tar|toml)", re.IGNORECASE
 )
+
+_QUERY: Final = re.compile(r"[?#].*\Z")
+"""What follows the path, such as a signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +55,13 @@ def absolute_path(path: str) -> str:
     if path in {"", "-"} or is_url(path) or hub_name(path) is not None:
         return path
     return str(Path(path).absolute())
+
+
+def shown_url(url: str) -> str:
+    """A URL without credentials: what may be logged and written."""
+    return _QUERY.sub("", without_userinfo(url))
+
+
+def saved_path(path: str) -> str:
+    """A path as a configuration is saved with: absolute, and without credentials."""
+    return shown_url(path) if is_url(path) else absolute_path(path)

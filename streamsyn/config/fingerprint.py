@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamsyn.config.data_paths import absolute_path
+from streamsyn.config.data_paths import saved_path
 from streamsyn.config.fields import Section, is_operational
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
@@ -69,10 +69,10 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     """
     saved = config.model_dump(mode="json")
     for source in saved["seeds"]["sources"]:
-        source["path"] = absolute_path(source["path"])
+        source["path"] = saved_path(source["path"])
     recipe, assembly, checks, sink = saved["recipe"], saved["assembly"], saved["checks"], saved["sink"]
     for settings, key in ((assembly, "corpus"), (checks, "eval_sets")):
-        settings[key] = [absolute_path(path) for path in settings[key]]
+        settings[key] = [saved_path(path) for path in settings[key]]
     if sink["mirror"] and "://" not in sink["mirror"]:
         sink["mirror"] = str(Path(sink["mirror"]).absolute())
     if assembly["tokenizer"] is not None and Path(assembly["tokenizer"]).is_dir():  # else a name on the hub

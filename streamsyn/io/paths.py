@@ -14,10 +14,10 @@ from typing import Any, Final, TypeGuard
 
 import structlog
 
-from streamsyn.config.data_paths import hub_name, is_url
+from streamsyn.config.data_paths import hub_name, is_url, shown_url
 from streamsyn.errors import ConfigError
 from streamsyn.io.decompression import SUFFIXES
-from streamsyn.io.places import HubDataset, Place, RemoteFile, RemoteSaved, shown_url
+from streamsyn.io.places import HubDataset, Place, RemoteFile, RemoteSaved
 from streamsyn.io.remote import open_url, reason
 
 log = structlog.get_logger()

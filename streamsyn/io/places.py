@@ -1,21 +1,16 @@
 """Where rows lie: a local path, a file or a saved dataset behind a URL, a dataset on the Hugging Face hub."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from streamsyn.config.data_paths import HubName
 from streamsyn.io.remote import reason
-from streamsyn.urls import without_userinfo
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-
-_QUERY: Final = re.compile(r"[?#].*\Z")
-"""What follows the path, such as a signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +68,6 @@ class HubDataset:
 
 
 Place: TypeAlias = Path | RemoteFile | RemoteSaved | HubDataset
-
-
-def shown_url(url: str) -> str:
-    """A URL without credentials: what may be logged and written."""
-    return _QUERY.sub("", without_userinfo(url))
 
 
 @contextmanager

@@ -378,7 +378,7 @@ def _drop_samples(root: Path, manifest: Manifest, first: str) -> None:
 
 
 def _drop_derived(root: Path) -> None:
-    """Remove what can be made from the log: the index without the owners of ids, and the state of assembly."""
+    """Remove what can be made from the log: the index but for the owners of ids, and assembly's state."""
     for path in (*(root / "index").glob("*.sqlite*"), root / "assembly.json"):
         if not path.name.startswith("ids."):
             path.unlink(missing_ok=True)

@@ -12,10 +12,10 @@ import fsspec
 import orjson
 import pytest
 
-from streamsyn.config.data_paths import HubName, absolute_path, hub_name
+from streamsyn.config.data_paths import HubName, absolute_path, hub_name, saved_path, shown_url
 from streamsyn.errors import ConfigError
 from streamsyn.io.paths import find_files
-from streamsyn.io.places import HubDataset, RemoteFile, shown_url
+from streamsyn.io.places import HubDataset, RemoteFile
 from streamsyn.io.row_reader import decode_all, open_rows
 from streamsyn.io.row_types import ReadOptions
 
@@ -134,7 +134,7 @@ def test_files_are_read_over_http(http: str, tmp_path: Path) -> None:
     assert isinstance(place, RemoteFile)
     assert ROWS == [row for _, row in rows]
     assert f"{http}/a.jsonl.gz:1" == rows[0][0]
-    assert "https://host/a" == shown_url("https://user:pw@host/a?x=y#z")
+    assert "https://host/a" == shown_url("https://user:pw@host/a?x=y#z") == saved_path("https://u:p@host/a?x")
 
 
 @pytest.mark.parametrize(
