@@ -52,7 +52,11 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer
 
     async def serve() -> None:
         async with launched(
-            model, python=python, log_path=log_path, on_wait=lambda *told: waits.append(told)
+            model,
+            python=python,
+            log_path=log_path,
+            extra_args=["--trust-request-chat-template"],  # tests of thinking models bring their own
+            on_wait=lambda *told: waits.append(told),
         ) as server:
             started.set_result(server)
             await asyncio.to_thread(ended.wait)

@@ -1,6 +1,8 @@
 """Special tokens that messages spell out stay text, with tokenizers of several kinds."""
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
+from streamsyn.trainer import training
 from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.examples import Dropped, Example, Key
 from streamsyn.trainer.sources.source import Sources
 from streamsyn.trainer.stream.render import Renderer
 from streamsyn.trainer.stream.spelled_tokens import SpelledTokens, Unspeakable
 from tests.examples import examples
+from tests.trainer import tiny
+from tests.trainer.by_hand import fresh
 from tests.trainer.streams import Arriving, planner, plans
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "START"]
@@ -169,3 +175,29 @@ def test_changed_samples_are_counted() -> None:
     assert 5 == sum(entry["event"] == "stream.changed" for entry in logs)
     assert {"prompts": 9} == stream.statistics()["changed"]
     assert {"prompts": 9} == steps[-1].state["feed"]["changed"]
+
+
+def test_changed_samples_are_named_at_the_end_of_a_training(tmp_path: Path) -> None:
+    """A warning, with their number."""
+    template = tmp_path / "cutting.jinja"
+    template.write_text(tiny.TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]"))
+    tiny.write_model(tmp_path / "base")
+    rows = [chat("Why?", f"<think>Hm.</think>Because {number}.") for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        "seq_len": 256,
+        "rows_per_step": 1,
+        "chat_template": str(template),
+        "holdout": 0.0,
+        "max_steps": 1,
+    }
+    with fresh(), capture_logs() as logs:
+        training.train(
+            load(None, [("train", given)]),
+            str(tmp_path / "rows.jsonl"),
+            str(tmp_path / "base"),
+            tmp_path / "out",
+        )
+
+    [warning] = [entry for entry in logs if entry["event"] == "train.template_changes"]
+    assert warning["why"] == "the chat template changes 3 answers of the samples"
