@@ -23,6 +23,7 @@ from streamsyn.errors import (
     ServerBusy,
     ServerError,
     ServerTimeout,
+    ServerUnavailable,
     ServerUnreachable,
     StoppedEarly,
 )
@@ -275,7 +276,7 @@ class Fleet:
             raise
         except ServerError as error:
             self._record_failure(server, error)
-            if scored is None and isinstance(error, BrokenResponse):
+            if scored is None and _was_begun(error):
                 server.record_unfinished(self._since(started))
             raise
         finally:
@@ -402,6 +403,11 @@ async def open_fleet(
         finally:
             outage.close()
             await tasks.close()  # before the connections, which aborts still need
+
+
+def _was_begun(error: ServerError) -> bool:
+    """Whether the server may have written a part of an answer."""
+    return isinstance(error, BrokenResponse | ServerUnavailable) and not isinstance(error, ServerUnreachable)
 
 
 def _failed(url: str, at: float, error: ServerError, seconds: float) -> Attempt:

@@ -38,7 +38,7 @@ _SERVER_COUNTERS = {
     "prompt_tokens": "Prompt tokens sent.",
     "cached_tokens": "Prompt tokens found in the prefix cache.",
     "planned_cached_tokens": "Prompt tokens planned to be found in the prefix cache.",
-    "unfinished": "Requests that ended without their answer: aborted, timed out or broken.",
+    "unfinished": "Requests that ended without their answer: aborted, timed out, lost or broken.",
     "unfinished_tokens": "Tokens generated for these, estimated from their time.",
 }
 
