@@ -197,7 +197,7 @@ class HttpTransport:
         if size <= limit or not is_ok:
             size = 0
             while size <= limit and (chunk := await answer.content.readany()):
-                if on_data is not None and is_ok:  # a refusal is not a first token
+                if on_data is not None and is_ok and not _is_comment(chunk):  # nor is a refusal a first token
                     on_data()
                     on_data = None
                 chunks.append(chunk)
@@ -231,6 +231,11 @@ class HttpTransport:
                 return BrokenResponse(f"invalid HTTP response from {self._url}: {error.message}")
             case _:
                 return BrokenResponse(f"invalid HTTP response from {self._url}: {error}")
+
+
+def _is_comment(chunk: bytes) -> bool:
+    """Whether there are only comments in a piece of a stream: servers send them while a request waits."""
+    return chunk.startswith(b":") and b"data" not in chunk
 
 
 def _redirected(base: str, path: str, status: int, location: str) -> WrongAddress:

@@ -8,6 +8,8 @@ import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import orjson
 import pytest
@@ -627,3 +629,26 @@ async def test_our_own_limit_of_open_files_is_not_the_servers_failure() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert (await client.chat(REQUEST, "sim", "r2")).text
+
+
+@pytest.mark.parametrize(
+    ("chunks", "first"),
+    [
+        ([b": ping\n\n", b": ping\n\n", b"data: {}\n\n", b"data: {}\n\n"], 3),
+        ([b": ping\n\ndata: {}\n\n", b"data: {}\n\n"], 1),
+        ([b'{"model": "m"', b"}"], 1),
+        ([b": ping\n\n"], None),
+    ],
+)
+async def test_a_comment_is_not_a_first_token(chunks: list[bytes], first: int | None) -> None:
+    """A server sends comments while a request waits in its queue."""
+    left, called_at = list(chunks), []
+
+    async def readany() -> bytes:
+        return left.pop(0) if left else b""
+
+    answer: Any = SimpleNamespace(status=200, content_length=None, content=SimpleNamespace(readany=readany))
+    async with http_transport("http://one:1", {}) as transport:
+        body = await transport._read(answer, lambda: called_at.append(len(chunks) - len(left)))
+    assert b"".join(chunks) == body
+    assert ([] if first is None else [first]) == called_at
