@@ -9,6 +9,7 @@ files come in a different order. If the file is lost, ids belong to the pairs th
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -80,7 +81,8 @@ class IdOwners:
 
     def _own(self, entries: Sequence[Entry], is_taken: Callable[[Seed], bool]) -> list[Entry]:
         db = self._file.connect()
-        keys = [digest("id", entry.id) for entry in entries if isinstance(entry, Seed)]
+        keyed = [(entry, _key(entry.id) if isinstance(entry, Seed) else b"") for entry in entries]
+        keys = [key for _, key in keyed if key]
         owners: dict[bytes, bytes] = {}
         for start in range(0, len(keys), _KEYS_A_QUERY):
             some = keys[start : start + _KEYS_A_QUERY]
@@ -89,10 +91,9 @@ class IdOwners:
         new: dict[bytes, bytes] = {}
         hashes: set[str] = set()
         found: list[Entry] = []
-        for entry in entries:
+        for entry, key in keyed:
             if isinstance(entry, Seed):
                 is_hash, pair = _is_hash(entry), _pair(entry)
-                key = digest("id", entry.id)
                 owner = owners.get(key, new.get(key))
                 if owner is None and is_hash:
                     hashes.add(entry.id)
@@ -135,8 +136,13 @@ def _renamed_key(seed: Seed, pair: bytes) -> bytes:
     return digest("renamed", seed.id, pair)
 
 
+def _key(seed_id: str) -> bytes:
+    return blake2b(seed_id.encode(), digest_size=16).digest()
+
+
 def _pair(seed: Seed) -> bytes:
-    return digest("pair", seed.instruction, seed.answer, seed.context)[:_PAIR_BYTES]
+    text = f"{len(seed.instruction)} {len(seed.answer)} {seed.instruction}{seed.answer}{seed.context}"
+    return blake2b(text.encode(), digest_size=_PAIR_BYTES).digest()
 
 
 def _is_hash(seed: Seed) -> bool:

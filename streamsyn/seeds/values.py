@@ -37,6 +37,8 @@ def answers_in(value: Any, name: str) -> list[str]:
     Raises:
         NotASeed: There is none.
     """
+    if isinstance(value, str) and value.strip():
+        return [value]
     found = list(dict.fromkeys(text for text in _answers(value, name) if text.strip()))
     if not found:
         raise NotASeed(f"field {name!r} is empty")

@@ -152,15 +152,23 @@ BAD = {
     "no object": "[1]",
     "no context": {"input": "?", "answers": ["a"], "dataset": "qasper"},
     "empty context": row(context="  "),
-    "answers no list": row(answers="a"),
+    "no right answers": row(answers=None),
+    "answers of objects": row(answers=[{"a": 1}]),
     "no answers": row(answers=[]),
     "blank answers": row(answers=[" "]),
-    "answers of numbers": row(answers=[1]),
     "no input": row(input=None),
     "no data set": row(dataset=None),
     "odd data set": row(dataset="a/b"),
     "question too long": row(input="why " * 3000),
 }
+
+
+@pytest.mark.parametrize(("answers", "expected"), [("a", ("a",)), ([1, "one"], ("1", "one")), (7, ("7",))])
+def test_answers_may_be_one_or_numbers(tmp_path: Path, answers: Any, expected: tuple[str, ...]) -> None:
+    """As in seeds."""
+    [question] = read(tmp_path, row(answers=answers))
+
+    assert expected == question.wanted
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
@@ -179,7 +187,7 @@ def test_a_bad_row_is_skipped_and_logged(tmp_path: Path, bad: Any) -> None:
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     """With the key, the path and the reason; so is a missing file."""
     with pytest.raises(
-        ConfigError, match=r"train\.longbench\.path: .*test\.jsonl.* there is no answer \(2\)"
+        ConfigError, match=r"train\.longbench\.path: .*test\.jsonl.* field 'answers' is empty \(2\)"
     ):
         read(tmp_path, row(answers=[]), row(answers=[]))
     with pytest.raises(ConfigError, match=r"train\.longbench\.path"):

@@ -12,6 +12,7 @@ from streamsyn.assembly.sample_prompts import FAMILIES, KNOWN_TASKS
 from streamsyn.config.train_section import LongBenchSection
 from streamsyn.errors import ConfigError
 from streamsyn.scoring.answer_metrics import metric_of
+from streamsyn.seeds.values import NotASeed, answers_in
 from streamsyn.templates import PromptTemplate, packaged
 from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.exam import Question
@@ -118,12 +119,12 @@ def item_of(row: Mapping[str, Any], number: int) -> Item:
     dataset = row["dataset"].strip().lower().removesuffix("_e")
     if not re.fullmatch(r"[\w.-]+", dataset):
         raise _BadRow("the dataset name has characters other than letters, digits, _, - and .")
-    answers = row.get("answers")
-    if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
-        raise _BadRow("the field `answers` is missing or not a list of strings")
-    right = tuple(one for one in answers if one.strip())
-    if not right:
-        raise _BadRow("there is no answer")
+    if row.get("answers") is None:
+        raise _BadRow("the field `answers` is missing")
+    try:
+        right = tuple(answers_in(row["answers"], "answers"))
+    except NotASeed as error:
+        raise _BadRow(str(error)) from error
     named = row.get("_id", row.get("id"))
     item_id = str(named) if isinstance(named, str | int) else str(number)
     return Item(dataset, item_id, row["input"].strip(), row["context"], right)
