@@ -67,7 +67,7 @@ def run_once(
     with tempfile.TemporaryDirectory() as folder:
         settings: list[tuple[str, Any]] = [
             ("recipe.target_words", words),
-            ("recipe.max_tokens", 100 * words),
+            ("recipe.max_tokens", 16 * words),
             ("checks.min_words", 1),
             ("checks.max_repetition", 1.0),
             ("assembly.write", False),
