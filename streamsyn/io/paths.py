@@ -51,6 +51,8 @@ _SAVED_MARKS: Final = ("dataset_dict.json", "state.json")
 _RUN_MARKS: Final = ("run.json", "manifest.jsonl")
 _NOTES: Final = ("readme", "license")
 """Beginnings of the names of files that nobody takes for data."""
+_DESCRIPTIONS: Final = ("dataset_info.json", "dataset_infos.json")
+"""Files that describe the data beside them, as datasets of the hub have."""
 _NAMED: Final = 3
 """Files left out that a message names."""
 
@@ -229,6 +231,8 @@ def _below(
 ) -> Iterator[Path]:
     """`path` itself, or all files and saved datasets below it, sorted by name."""
     if not path.is_dir():
+        if path.name in _DESCRIPTIONS:
+            return
         if kind_of(path) in kinds:
             _check_regular(path, key)
             yield path
@@ -315,6 +319,8 @@ def _remote_places(
                 yield RemoteSaved(location, shown_url(location))
         elif any(one in runs for one in folders):
             left_out.add(_RUNS, below)
+        elif PurePosixPath(url).name in _DESCRIPTIONS:
+            continue
         elif _kind_of_name(PurePosixPath(url).name) in kinds:
             yield RemoteFile(filesystem, name, url)
         else:

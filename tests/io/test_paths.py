@@ -157,13 +157,14 @@ def test_each_real_directory_is_visited_once(tree: Path) -> None:
 
 
 def test_what_is_left_out_is_said_in_one_line(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files of other formats by name, hidden ones and checkpoints of notebooks by number."""
-    for name in (".a.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl", "e.csv", "f.zip"):
+    """Files of other formats by name, hidden ones by number; notes beside the data are not meant."""
+    names = (".a.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl", "e.csv", "f.zip", "dataset_infos.json")
+    for name in names:
         write(tree / name)
 
-    names = [path.name for path in find(tree)]
+    found = [path.name for path in find(tree)]
 
-    assert ["a.jsonl.gz", "b.jsonl", "c.parquet", "d.ndjson.zst", "e.csv"] == names
+    assert ["a.jsonl.gz", "b.jsonl", "c.parquet", "d.ndjson.zst", "e.csv"] == found
     [line] = [line for line in capsys.readouterr().out.splitlines() if "files.left_out" in line]
     assert "2 hidden, 3 of no known format (notes.txt, f.zip, cat.png)" in line
 
