@@ -18,7 +18,7 @@ from streamsyn.pipeline.run import run
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
-from tests.builders import rows
+from tests.builders import context, opened, rows
 
 URL = "http://gpu-1:30000"
 
@@ -83,6 +83,16 @@ def test_an_earlier_run_gives_tokens_and_rate(tmp_path: Path) -> None:
     assert f"at {found.tokens_per_s:,.0f} output tokens/s (measured in" in text
     with pytest.raises(ConfigError, match="has no contexts to measure"):
         measure(tmp_path / "nothing")
+
+
+def test_invented_answers_that_fail_a_check_are_asked_for_once(tmp_path: Path) -> None:
+    """Tries are not known before a run; nor is a pause between two runs part of an earlier rate."""
+    config = config_of(tmp_path, 4)
+    strict = config.checks.model_copy(update={"min_words": 15_000})
+    assert 4 == figures(config.model_copy(update={"checks": strict}), Terms())["requests"]
+    with opened(tmp_path / "paused", config.sink) as log:
+        log.append([context(number, written_at=at) for number, at in enumerate((10.0, 11.0, 5000.0, 5001.0))])
+    assert 3 * 10 / 2.0 == measure(tmp_path / "paused").tokens_per_s
 
 
 def test_seeds_are_counted_and_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,23 @@ def test_other_settings_are_refused_until_all_is_measured_anew(
     assert {"duplicates": SEEDS, "leaks": SEEDS} == measured(out)
 
 
+def log_of(root: Path, texts: Sequence[str]) -> None:
+    """Log contexts with these texts behind those that are there."""
+    config = load(None, [("fleet.servers", [URL])])
+    directory = RunDirectory(root)
+    directory.save(config.model_dump(mode="json"), fingerprint(config))
+    directory.close()
+    with opened(root, config.sink) as log:
+        first = log.contexts.rows
+        log.append([context(number, context=text) for number, text in enumerate(texts, first)])
+
+
+def repeats(root: Path) -> list[str | None]:
+    """The id of the context that each one repeats, if any."""
+    found = with_scores(root, rows(root, "contexts"))
+    return [(row["checks"].get("near_duplicate") or {}).get("id") for row in found]
+
+
 def test_near_duplicates_are_compared_in_the_order_of_a_growing_log(
     tmp_path: Path, simulation: Simulation
 ) -> None:
@@ -185,20 +202,29 @@ def test_near_duplicates_are_compared_in_the_order_of_a_growing_log(
     text = " ".join(f"word{number}" for number in range(80))
     texts = [" ".join(f"{n}x{word}" for word in range(80)) for n in range(6)]
     texts[1] = texts[2] = texts[4] = text
-    config = load(None, [("fleet.servers", [URL])])
-    directory = RunDirectory(tmp_path)
-    directory.save(config.model_dump(mode="json"), fingerprint(config))
-    directory.close()
-    with opened(tmp_path, config.sink) as log:
-        for number, written in enumerate(texts):
-            log.append([context(number, context=written)])
-            if number in (1, 3):
-                assert not scored(tmp_path, simulation, measures=["duplicates"]).is_final
+    log_of(tmp_path, texts[:2])
+    assert not scored(tmp_path, simulation, measures=["duplicates"]).is_final
+    log_of(tmp_path, texts[2:4])
+    scored(tmp_path, simulation, measures=["duplicates"])
+    (tmp_path / "scores" / "duplicates.sqlite").unlink()  # it is derived
+    log_of(tmp_path, texts[4:])
     scored(tmp_path, simulation, measures=["duplicates"])
 
-    found = [row["checks"].get("near_duplicate") for row in with_scores(tmp_path, rows(tmp_path, "contexts"))]
-    repeat = {"id": "seed-1", "similarity": 1.0}
-    assert [None, None, repeat, None, repeat, None] == found
+    assert [None, None, "seed-1", None, "seed-1", None] == repeats(tmp_path)
+
+
+def test_near_duplicates_are_the_same_when_they_are_looked_for_anew(
+    tmp_path: Path, simulation: Simulation
+) -> None:
+    """An index that is ahead of the findings is not used: the second text is nearer to the third."""
+    words = [f"word{number}" for number in range(600)]
+    log_of(tmp_path, [" ".join(words[start : start + 400]) for start in (0, 100, 150)])
+    settings = [("checks.similarity", 0.5)]
+    scored(tmp_path, simulation, settings, measures=["duplicates"])
+    first = repeats(tmp_path)
+    scored(tmp_path, simulation, settings, measures=["duplicates"], again=True)
+
+    assert [None, "seed-0", None] == first == repeats(tmp_path)
 
 
 def test_findings_belong_to_a_text(tmp_path: Path) -> None:
