@@ -252,6 +252,7 @@ def with_streamsyn(scenario: Scenario, name: str, more: list[tuple[str, Any]]) -
             runner=runner,
             rng=Random(0),
             show_progress=False,
+            preflight=False,
         )
         run(request, summary)
     if summary.contexts != scenario.seeds * scenario.drafts:

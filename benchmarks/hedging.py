@@ -102,6 +102,7 @@ def run_once(
             runner=lambda main: servers.run(timed(main)),
             rng=Random(seed),
             show_progress=False,
+            preflight=False,
         )
         run(request, summary)
     asked = sum(server.stats.requests for server in servers.simulations.values())

@@ -3,7 +3,8 @@
 0    every seed has an outcome
 1    any other error
 2    usage or configuration error; the message names the key, the option or the file
-3    rejects are more than run.max_reject_fraction of the outcomes
+3    rejects are more than run.max_reject_fraction of the outcomes, or the first ones all failed in one way;
+     running again resumes
 75   stopped early (a signal, a closed pipe, no usable server); running again resumes
 """
 

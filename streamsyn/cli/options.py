@@ -62,6 +62,11 @@ _OUTPUT_OPTIONS = [
     NO_PROGRESS,
     LOG_JSON,
     click.option(
+        "--no-preflight",
+        is_flag=True,
+        help="Do not check a sample of the seeds, and one request, before a new run starts.",
+    ),
+    click.option(
         "--train",
         metavar="CONFIG",
         type=click.Path(path_type=Path, dir_okay=False),

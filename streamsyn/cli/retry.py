@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsyn.cli.exits import EXIT_STOPPED, on_signals
+from streamsyn.cli.exits import on_signals
 from streamsyn.cli.options import LAUNCH, LOG_JSON, NO_PROGRESS, SERVER, SETTINGS, examples, resolve
-from streamsyn.cli.run import judge_rejects, summarise
+from streamsyn.cli.run import exit_code_of, judge_rejects, summarise
 from streamsyn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
         on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
     summarise(summary, as_json=given["log_json"])
     if summary.stopped:
-        sys.exit(EXIT_STOPPED)
+        sys.exit(exit_code_of(summary))
     _report_left(directory, as_json=given["log_json"])
     judge_rejects(summary, config.run.max_reject_fraction)
 

@@ -55,6 +55,7 @@ def run(**given: Any) -> None:
         launch_args=given["sglang_arg"],
         show_progress=not (given["no_progress"] or given["log_json"]),
         supervisor=training,
+        preflight=not given["no_preflight"],
     )
     with nullcontext() if training is None else training.beside():
         try:
@@ -71,12 +72,17 @@ def run(**given: Any) -> None:
     if training is not None and trained == EXIT_USAGE:
         fail(f"the training cannot start or continue: {training.error}", EXIT_USAGE)
     if summary.stopped:
-        sys.exit(EXIT_STOPPED)
+        sys.exit(exit_code_of(summary))
     if training is not None and trained == EXIT_OTHER:
         fail(f"the run finished, but its training failed: {training.error}", EXIT_OTHER)
     if trained:
         sys.exit(EXIT_STOPPED)
     judge_rejects(summary, config.run.max_reject_fraction)
+
+
+def exit_code_of(summary: "RunSummary") -> int:
+    """Return the exit code of a run that stopped early."""
+    return EXIT_REJECTS if summary.too_many_rejects else EXIT_STOPPED
 
 
 def judge_rejects(summary: "RunSummary", allowed: float) -> None:

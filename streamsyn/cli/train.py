@@ -60,7 +60,6 @@ def train(
     OUT/model is then a directory that from_pretrained and SGLang load. A signal finishes the step, saves and
     exits with 75.
     """
-    from streamsyn.io.temporary import temporary_files_near
     from streamsyn.sink.rundir import wait_until_free
     from streamsyn.telemetry import configure_logs
     from streamsyn.trainer.signals import ParentLiveness
@@ -83,7 +82,6 @@ def train(
     parent = ParentLiveness.of_this_rank(wanted=tethered)
     try:
         request = resolve(config, source, model, folder, settings)
-        temporary_files_near(request.out)
         check(request)
         if not (wait or source == "-" or Path(source).exists()) and is_run(source, request.out):
             raise ConfigError(

@@ -22,9 +22,10 @@ class RunSection(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random choices: interleaved sources, distractors, lengths, positions."""
-    max_reject_fraction: Annotated[float, Field(ge=0, le=1), operational] = 1.0
-    """Exit with code 3 when rejects are more than this fraction of the outcomes, from 0 to 1. The default 1
-    never does."""
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1), operational] = 0.5
+    """Stop with exit code 3 when rejects are more than this fraction of the outcomes, from 0 to 1. It is
+    judged during the run, from 200 outcomes on, and at its end. A run also stops when its first 32 outcomes
+    are rejects for one reason; their seeds are asked again by the next run. 1 switches both off."""
     drain_timeout_s: Annotated[Seconds, operational] = 60.0
     """Seconds that requests in flight may take to finish after the first signal: SIGINT, SIGTERM,
     SIGHUP or SIGUSR1."""

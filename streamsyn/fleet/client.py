@@ -181,6 +181,15 @@ class ServerClient:
             raise WrongAddress(f"{self.url}: {error}: {_GIVE_BASE}") from error
         return [await self._served_name(model) if model.startswith("/") else model for model in models]
 
+    async def context_tokens(self, model: str) -> int | None:
+        """Return the context length of a model in tokens; None if the server does not report one.
+
+        Raises:
+            ServerError: It did not answer.
+        """
+        reply = await self.transport.exchange("GET", wire.MODELS, timeout_s=_CONTROL_TIMEOUT_S)
+        return wire.parse_context_tokens(reply.body, model) if reply.status == 200 else None
+
     async def _served_name(self, model: str) -> str:
         """Return the name of a model before a weight update from the directory `model`.
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import count
@@ -40,6 +40,11 @@ from streamsyn.fleet.transport import Transport, http_transport, tls_context
 from streamsyn.records import Attempt, Completion, Request
 
 log = structlog.get_logger()
+
+_MAX_CHECKED = 3
+"""Servers of a model that are asked before a run."""
+_REFUSED_WITHIN_S = 3.0
+"""A request that has not been refused within this time is accepted."""
 
 
 class Fleet:
@@ -155,6 +160,51 @@ class Fleet:
                     group.create_task(check(server), name=f"check-{server.url}")
         if refused:
             raise ConfigError(min(refused))
+
+    async def check_accepted(self, requests: Sequence[Request], model: str) -> Completion | None:
+        """Check that the servers of `model` accept one of `requests`, outside the run's own requests.
+
+        A server refuses a request at once, so an answer that takes longer than a few seconds is not awaited.
+
+        Returns:
+            The answer, if it came.
+
+        Raises:
+            ConfigError: All servers that were asked refused all requests.
+        """
+        usable = [server for server in self._membership.pools[model].servers if server.is_usable]
+        asked = [(server, request) for request in requests[:1] for server in usable[:_MAX_CHECKED]]
+        asked += [(server, request) for request in requests[1:] for server in usable[:1]]
+        refused: list[str] = []
+        for server, request in asked:
+            rid, started = f"{self._run_rid}-{next(self._requests):012x}", self._clock()
+            try:
+                async with asyncio.timeout(_REFUSED_WITHIN_S):
+                    return await server.client.complete(request, model, rid)
+            except TimeoutError:
+                self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True)
+                server.record_unfinished(self._since(started))
+                return None
+            except RequestRefused as error:
+                refused.append(str(error))
+            except ServerError as error:  # down, busy or broken: no mistake of the configuration
+                log.info("fleet.acceptance_unknown", server=server.url, error=str(error))
+                return None
+        if refused:
+            raise ConfigError(refused[0])
+        return None
+
+    async def context_tokens(self, model: str) -> int | None:
+        """Return the smallest context length that servers of `model` report; None if none does."""
+        found: list[int] = []
+        for server in self._membership.pools[model].servers[:_MAX_CHECKED]:
+            try:
+                length = await server.client.context_tokens(model)
+            except (ServerError, ConfigError) as error:
+                log.debug("fleet.context_length_unknown", server=server.url, error=str(error))
+            else:
+                found += [] if length is None else [length]
+        return min(found, default=None)
 
     def model_of(self, key: bytes) -> str:
         """Return the model that writes the draft with this key; the same one in every run."""

@@ -204,6 +204,16 @@ def parse_models(body: bytes) -> list[str]:
         raise BrokenResponse(f"invalid answer of {MODELS}: {preview(body)}") from error
 
 
+def parse_context_tokens(body: bytes, model: str) -> int | None:
+    """Return the context length of a model in an answer of /v1/models; None if it is not there."""
+    try:
+        lengths = {one["id"]: one.get("max_model_len") for one in read_json(body)["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    length = lengths.get(model)
+    return length if type(length) is int and length > 0 else None
+
+
 def weight_versions_of(meta: Any) -> str | None:
     """Return the version of the weights that wrote an answer, from its `metadata` or `meta_info`, if present.
 

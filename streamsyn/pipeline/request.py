@@ -50,6 +50,7 @@ class RunRequest:
         launch_python: The interpreter that has sglang installed.
         launch_args: More flags for the launched server.
         show_progress: Draw progress on stderr when it is a terminal.
+        preflight: Check what all seeds have in common before the first is taken.
         supervisor: Supervises a training beside the run, if there is one.
         retry: Ask rejects of these reasons again; empty only resumes.
     """
@@ -67,6 +68,7 @@ class RunRequest:
     launch_args: Sequence[str] = ()
     show_progress: bool = True
     supervisor: Supervisor | None = None
+    preflight: bool = True
     retry: Sequence[RejectReason] = ()
 
 
@@ -78,6 +80,7 @@ class RunSummary:
         out: The run directory.
         counters: What this process did.
         stopped: Why the run stopped early; None when it did not.
+        too_many_rejects: Whether rejects are why it stopped early.
         interrupted: Whether a signal arrived that found nothing left to stop.
         contexts: Contexts in the directory, of all runs into it.
         rejects: Rejects in the directory that no later outcome supersedes.
@@ -90,6 +93,7 @@ class RunSummary:
     out: Path
     counters: Counters
     stopped: str | None = None
+    too_many_rejects: bool = False
     interrupted: bool = False
     contexts: int = 0
     rejects: int = 0

@@ -19,6 +19,7 @@ from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.fleet.server_spec import server_specs
 from streamsyn.io.temporary import temporary_files_near
+from streamsyn.pipeline.preflight import preflight
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.reopened import may_change
 from streamsyn.pipeline.request import RunRequest, RunSummary
@@ -93,13 +94,14 @@ async def _run(parts: Parts) -> None:
     stopper = Stopper(None if supervisor is None else supervisor.end)
     with stopper.signals():  # the first signal drains the pipeline, the second cancels it
         async with open_fleets(parts, stopper) as fleets:
+            await preflight(parts, fleets.writing)
             await record_fingerprint(parts, fleets)
             claims = await asyncio.to_thread(parts.log.claims)
             assembly = make_assembly(parts)
             try:
                 stages = Stages(
                     producer=make_producer(parts, claims),
-                    workers=make_workers(parts, fleets),
+                    workers=make_workers(parts, fleets, stopper),
                     sink=make_sink(parts, fleets),
                     assembly=assembly,
                 )

@@ -19,12 +19,15 @@ from streamsyn.fleet.thinking import Thinking
 from streamsyn.io.open_files import free_files, raise_limit
 from streamsyn.pipeline.delivery import SampleDelivery
 from streamsyn.pipeline.producer import Producer
+from streamsyn.pipeline.reject_limits import RejectLimits
 from streamsyn.pipeline.reopened import Reopened, may_change
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.stop import Stopper
+from streamsyn.pipeline.summary import GOVERNED_BY
 from streamsyn.pipeline.workers import Worker, WorkerPool
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.unused_text import UnusedText
+from streamsyn.records import Reject, RejectReason
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
 from streamsyn.sink.log import RunLog
@@ -227,7 +230,7 @@ def make_producer(parts: Parts, claims: Claims) -> Producer:
     return Producer(parts.reader, claims, config, parts.counters, group, reopened, look)
 
 
-def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:
+def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:
     """The workers: slightly more than the fleets have places for."""
     draining = asyncio.Event()
     examiner = None if fleets.examination is None else fleets.examination.examiner
@@ -253,10 +256,26 @@ def make_workers(parts: Parts, fleets: Fleets) -> WorkerPool:
         max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
         on_drain=drain,
         on_idle=tail,
+        limits=_reject_limits(parts, stopper),
     )
     for fleet in each:
         fleet.on_room(pool.grow)
     return pool
+
+
+def _reject_limits(parts: Parts, stopper: Stopper) -> RejectLimits:
+    def stop(why: str, at_once: bool) -> None:
+        parts.summary.too_many_rejects = True
+        if at_once:
+            stopper.cancel(why)
+        else:
+            stopper.drain(why)
+
+    def advice(reject: Reject) -> str:
+        key = GOVERNED_BY.get(RejectReason(reject.reason))
+        return f"see {key}" if key else "see the log"
+
+    return RejectLimits(parts.request.config.run.max_reject_fraction, stop, advice, parts.counters)
 
 
 def make_sink(parts: Parts, fleets: Fleets) -> OutcomeWriter:

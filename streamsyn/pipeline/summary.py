@@ -88,7 +88,10 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         f"  directory  {out}: {summary.contexts:,} contexts, {summary.rejects:,} rejects, "
         f"{summary.samples:,} samples"
     )
-    if summary.stopped:
+    if summary.too_many_rejects:
+        yield f"  resume     mend the cause, then run again with --out {out}"
+        yield f"  {'':10} or accept such rejects: --set run.max_reject_fraction=1"
+    elif summary.stopped:
         yield f"  resume     run again with --out {out}"
     elif summary.samples:
         pattern = f"{out}/samples/*.jsonl*"

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -24,6 +24,7 @@ from streamsyn.errors import (
 )
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
+from streamsyn.pipeline.reject_limits import LimitedResults, RejectLimits
 from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
@@ -91,9 +92,7 @@ class Worker:
         self.current: Work | None = None
         self.attempts: list[Attempt] = []
 
-    async def run(
-        self, work: BoundedQueue[Work], results: Backlog[Outcome], on_outcome: Callable[[], None]
-    ) -> None:
+    async def run(self, work: BoundedQueue[Work], results: "Results", on_outcome: Callable[[], None]) -> None:
         """Put one outcome on `results` for each item of `work`; an item is begun when `results` has room.
 
         Raises:
@@ -295,6 +294,18 @@ def _step_row(step: Completion) -> dict[str, Any]:
     }
 
 
+class Results(Protocol):
+    """Takes the outcomes of workers."""
+
+    async def room(self) -> None:
+        """Wait until an item may be begun."""
+        ...
+
+    def put(self, item: Outcome, /) -> None:
+        """Take an outcome."""
+        ...
+
+
 class WorkerPool:
     """Keeps workers running. A worker that fails with a bug is replaced; bugs in a row end the run.
 
@@ -305,6 +316,7 @@ class WorkerPool:
         on_drain: Called when the run starts to drain.
         on_idle: Called when a worker finds no more work, with the number of workers still at work and the
             number that were started.
+        limits: Holds back the first rejects, and stops a run with too many.
 
     Attributes:
         left_work: Whether workers put drafts down because of a drain.
@@ -317,6 +329,7 @@ class WorkerPool:
         max_consecutive_bugs: int,
         on_drain: Callable[[], None] = lambda: None,
         on_idle: Callable[[int, int], None] = lambda _left, _of: None,
+        limits: RejectLimits | None = None,
     ) -> None:
         self._new_worker = new_worker
         self._size = size
@@ -324,13 +337,15 @@ class WorkerPool:
         self._bugs = 0
         self._on_drain = on_drain
         self._on_idle = on_idle
+        self._limits = limits
         self._start: Callable[[int], None] | None = None
         self._started = self._ended = 0
+        self._is_draining = False
         self.left_work = False
 
     def drain(self) -> None:
         """Start nothing new; finish only what is in flight."""
-        self._start = None
+        self._start, self._is_draining = None, True
         self._on_drain()
 
     def grow(self) -> None:
@@ -344,6 +359,15 @@ class WorkerPool:
 
     async def run(self, work: BoundedQueue[Work], results: Backlog[Outcome]) -> None:
         """Run workers until `work` ends."""
+        if self._limits is None:
+            await self._run(work, results)
+            return
+        limited = LimitedResults(results, self._limits)
+        await self._run(work, limited)
+        if limited.end(drop=self._is_draining):
+            self.left_work = True
+
+    async def _run(self, work: BoundedQueue[Work], results: Results) -> None:
         async with asyncio.TaskGroup() as pool:
 
             def start(number: int) -> None:
@@ -356,7 +380,7 @@ class WorkerPool:
             self._start = start
             self.grow()
 
-    async def _keep_one(self, work: BoundedQueue[Work], results: Backlog[Outcome]) -> None:
+    async def _keep_one(self, work: BoundedQueue[Work], results: Results) -> None:
         while True:
             worker = self._new_worker()
             try:
@@ -372,7 +396,7 @@ class WorkerPool:
                 self._on_idle(self._started - self._ended, self._started)
                 return
 
-    def _reject_after_bug(self, worker: Worker, bug: Exception, results: Backlog[Outcome]) -> None:
+    def _reject_after_bug(self, worker: Worker, bug: Exception, results: Results) -> None:
         if worker.current is None:
             self._start = None
             raise bug  # not caused by a seed: the queues themselves are broken

@@ -13,6 +13,7 @@ from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import base_url
 from streamsyn.io.paths import find_files
+from streamsyn.io.temporary import temporary_files_near
 from streamsyn.trainer.outdir import check_replaceable, check_shaping, recorded_sections
 from streamsyn.trainer.sources.locate import folder_of_a_run, is_read_with, is_run, real_path
 from streamsyn.trainer.sources.source import path_errors
@@ -84,6 +85,7 @@ def check(request: TrainRequest) -> None:
     Raises:
         ConfigError: It cannot; the message names the package, flag or key.
     """
+    temporary_files_near(request.out)
     section = request.config.train
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if section.lora is not None and find_spec("peft") is None:

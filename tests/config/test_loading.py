@@ -52,7 +52,7 @@ def sections(kind: type[BaseModel]) -> list[type[BaseModel]]:
     ("key", "default"),
     [
         ("run.seed", 0),
-        ("run.max_reject_fraction", 1.0),
+        ("run.max_reject_fraction", 0.5),
         ("run.drain_timeout_s", 60.0),
         ("seeds.max_line_bytes", 8 * 1024 * 1024),
         ("recipe.use", "context"),

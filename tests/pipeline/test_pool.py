@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from streamsyn.pipeline.workers import Worker, WorkerPool
+from streamsyn.pipeline.workers import Results, Worker, WorkerPool
 from streamsyn.queues import Backlog, BoundedQueue
-from streamsyn.records import BadSeed, Outcome, RejectReason, Work
+from streamsyn.records import BadSeed, RejectReason, Work
 
 
 class Idle(Worker):
@@ -19,9 +19,7 @@ class Idle(Worker):
     def __init__(self) -> None:
         """Needs nothing."""
 
-    async def run(
-        self, work: BoundedQueue[Work], results: Backlog[Outcome], on_outcome: Callable[[], None]
-    ) -> None:
+    async def run(self, work: BoundedQueue[Work], results: Results, on_outcome: Callable[[], None]) -> None:
         """Count those at work."""
         async for _ in work:
             Idle.at_work += 1

@@ -61,6 +61,7 @@ def played(root: Path, settings: Settings = (), retry: Sequence[RejectReason] = 
         runner=servers.run,
         rng=Random(0),
         show_progress=False,
+        preflight=False,
         retry=retry,
     )
     return run(request)

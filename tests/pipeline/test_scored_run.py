@@ -77,6 +77,7 @@ def ran(
         runner=servers.run,
         rng=Random(0),
         show_progress=False,
+        preflight=False,
     )
     return run(request)
 
@@ -157,7 +158,9 @@ def test_a_run_without_servers_that_score_stops(tmp_path: Path) -> None:
 
 def test_rejects_by_score_have_their_reason(tmp_path: Path) -> None:
     """A threshold makes rejects; their tokens count as wasted, without those of scoring."""
-    summary = ran(tmp_path, Fleet(), [*SCORED, ("checks.reject_gain_below", 0.5)])
+    summary = ran(
+        tmp_path, Fleet(), [*SCORED, ("checks.reject_gain_below", 0.5), ("run.max_reject_fraction", 1.0)]
+    )
 
     rejects = rows(tmp_path / "out", "rejects")
     assert {"low_context_gain"} == {row["reason"] for row in rejects}

@@ -78,6 +78,7 @@ SECTIONS = {
     "checks.max_repetition": 1,
     "fleet.concurrency": 4,
     "assembly.write": "false",
+    "run.max_reject_fraction": 1,
     "seeds.limit": 3,
 }
 

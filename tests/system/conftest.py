@@ -48,6 +48,9 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 def _process(*arguments: object, **options: Any) -> subprocess.Popen[Any]:
     given = list(map(str, arguments))
+    if given[:1] == ["run"] and "preflight" not in options:  # tests count requests
+        given.insert(1, "--no-preflight")
+    options.pop("preflight", None)
     if "preexec_fn" in options:
         # Only a process of its own can be given limits, and they would hit the file of a coverage run, too.
         unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}

@@ -271,6 +271,7 @@ class Bench:
                 show_progress=False,
                 stream=stream if self._mode.to_stdout else None,
                 retry=tuple(RejectReason) if retry else (),
+                preflight=False,
             )
             summary = run(request)
         gc.unfreeze()  # there are thousands of runs in this process

@@ -126,7 +126,7 @@ def test_answers_without_a_pair_are_rejects(serve: Serve, tmp_path: Path) -> Non
     """Each document is asked about `recipe.tries` times."""
     server, out = serve("--fault", "short=1"), tmp_path / "out"
     path = documents(tmp_path / "books.jsonl", 4)
-    settings = ["--set", "recipe.use=instruction", "--no-progress"]
+    settings = ["--set", "recipe.use=instruction", "--set", "run.max_reject_fraction=1", "--no-progress"]
 
     assert 0 == streamsyn("run", "--seeds", path, "--server", server.url, "--out", out, *settings).returncode
 

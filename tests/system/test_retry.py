@@ -65,6 +65,7 @@ def test_a_retry_killed_at_named_points(
         "checks.min_words": 90000,
         "checks.max_words": 100000,
         "assembly.contexts_per_sample": 2,
+        "run.max_reject_fraction": 1.0,
     }
     strict |= {
         "run.max_reject_fraction": 1,

@@ -118,7 +118,7 @@ def test_one_interrupt_stops_the_run_and_then_the_training(
 
     assert 75 == process.returncode, stderr
     assert "trainer| saved behind the run" in stderr
-    assert stderr.index("run.draining") < stderr.index("trainer| saved")
+    assert stderr.index("finishing what is in flight") < stderr.index("trainer| saved")
     assert_clean(out)
 
 
@@ -148,7 +148,7 @@ def test_a_second_interrupt_ends_both_at_once(tmp_path: Path, serve: Serve, seed
     )
     wait_for_line(process, r"trainer\| here")
     interrupted(process)
-    wait_for_line(process, "run.draining")
+    wait_for_line(process, "finishing what is in flight")
     interrupted(process)
     stderr_after(process, 15)
 
@@ -243,7 +243,7 @@ def test_a_trainer_that_refuses_its_configuration_stops_the_run(
     done = streamsyn(*given)
 
     assert 2 == done.returncode, done.stderr
-    assert "run.draining" in done.stderr
+    assert "finishing what is in flight" in done.stderr
     assert (
         "streamsyn: the training cannot start or continue: that is no model" == done.stderr.splitlines()[-1]
     )

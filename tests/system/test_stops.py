@@ -50,7 +50,7 @@ def test_second_signal_cancels_and_aborts_at_the_server(serve: Serve, seeds: See
     while server.stats()["in_flight"] < 8:
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    wait_for_line(process, "run.draining")
+    wait_for_line(process, "finishing what is in flight")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
 
@@ -134,7 +134,7 @@ def test_a_pipe_that_outlives_runs_loses_no_sample(
             process.kill()
         else:
             process.send_signal(signal.SIGINT)
-            wait_for_line(process, "run.draining")
+            wait_for_line(process, "finishing what is in flight")
             process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
     last = start(*command, stdout=write)

@@ -1,0 +1,149 @@
+"""Rejects at the beginning are held back until something succeeds; too many of them stop a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+
+from streamsyn.config.loading import load
+from streamsyn.pipeline.reject_limits import RejectLimits
+from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.run import run
+from streamsyn.records import Attempt, Outcome, Reject, RejectReason
+from streamsyn.simulator.in_process import InProcessServers
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
+from streamsyn.telemetry import Counters
+from tests.builders import context, rows
+from tests.builders import reject as bad_line
+
+
+class Limits:
+    """Limits that note how they stopped the run."""
+
+    def __init__(self, allowed: float = 0.5) -> None:
+        self.stopped: list[tuple[str, bool]] = []
+        self.counters = Counters()
+        self.limits = RejectLimits(
+            allowed, lambda *how: self.stopped.append(how), lambda _: "see key", self.counters
+        )
+
+    def take(self, *outcomes: Outcome) -> list[Outcome]:
+        """What is written of outcomes that begin and end one after the other."""
+        written = []
+        for outcome in outcomes:
+            self.limits.began()
+            written += self.limits.take(outcome)
+        return written
+
+
+def rejects(number: int, reason: RejectReason = RejectReason.REQUEST_REFUSED) -> list[Reject]:
+    """Rejects of drafts that a server was asked for."""
+    attempt = Attempt("http://a", 0.0, 0.1, "refused", 0)
+    return [
+        replace(bad_line(n), reason=reason, detail="no system role", attempts=[attempt], wasted_tokens=3)
+        for n in range(number)
+    ]
+
+
+def test_rejects_are_held_until_the_first_context() -> None:
+    case, held = Limits(), rejects(31)
+    assert case.take(*held) == []
+    assert case.take(context(1)) == [*held, context(1)]
+    assert case.take(*rejects(40)) == rejects(40)
+    assert case.stopped == []
+
+
+def test_32_rejects_for_one_reason_stop_the_run_and_are_not_written() -> None:
+    case = Limits()
+    assert case.take(*rejects(40)) == []
+    ((why, at_once),) = case.stopped
+    assert "32 drafts were rejected as request_refused before any context was written" in why
+    assert "no system role (see key)" in why
+    assert at_once
+    assert case.limits.end(drop=False) == []
+    assert case.counters.wasted_tokens == 3 * 40
+
+
+def test_a_context_in_flight_meanwhile_is_written() -> None:
+    case = Limits()
+    case.take(*rejects(32))
+    assert case.take(context(1), *rejects(1)) == [context(1)]
+
+
+def test_refusals_are_quicker_than_answers() -> None:
+    """Those in flight may succeed: a tenth of the seeds is refused at once, and the others take a minute."""
+    case = Limits()
+    for _ in range(100):
+        case.limits.began()
+    case.take(*rejects(99))
+    assert case.stopped == []
+    case.take(*rejects(1))
+    assert len(case.stopped) == 1
+
+
+def test_several_reasons_are_not_one_mistake() -> None:
+    case = Limits()
+    held = rejects(31) + rejects(31, RejectReason.TOO_SHORT)
+    assert case.take(*held) == []
+    assert case.stopped == []
+    assert case.limits.end(drop=False) == held
+
+
+def test_lines_that_are_no_seeds_do_not_count() -> None:
+    case = Limits()
+    lines = [bad_line(n) for n in range(300)]
+    assert case.take(*lines) == lines
+    assert case.stopped == []
+
+
+def test_the_share_is_judged_from_200_outcomes_on() -> None:
+    case = Limits(allowed=0.5)
+    case.take(context(0), *rejects(198))
+    assert case.stopped == []
+    assert case.take(*rejects(1)) == rejects(1)
+    ((why, at_once),) = case.stopped
+    assert "99.5% of 200 outcomes are rejects, more than run.max_reject_fraction = 50.0%" in why
+    assert not at_once
+
+
+def test_1_accepts_any_rejects() -> None:
+    case = Limits(allowed=1.0)
+    assert case.take(*rejects(300)) == rejects(300)
+    assert case.stopped == []
+
+
+def run_at(server: SimulatorConfig, root: Path, contexts_per_seed: int) -> RunSummary:
+    """A run of 40 seeds in virtual time."""
+    lines = [{"instruction": f"Who kept light {n}?", "answer": f"Keeper {n}."} for n in range(40)]
+    (root / "seeds.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    servers = InProcessServers({"http://gpu:30000": Simulation(server)})
+    settings = [
+        ("seeds.sources", [{"path": str(root / "seeds.jsonl")}]),
+        ("fleet.servers", ["http://gpu:30000"]),
+        ("assembly.contexts_per_sample", 2),
+        ("recipe.contexts_per_seed", contexts_per_seed),
+    ]
+    request = RunRequest(
+        config=load(None, settings),
+        out=root / "out",
+        connect=servers.connect,
+        runner=servers.run,
+        show_progress=False,
+    )
+    return run(request)
+
+
+@pytest.mark.parametrize("contexts_per_seed", [1, 2])
+def test_a_server_that_fails_every_request_uses_up_no_seeds(tmp_path: Path, contexts_per_seed: int) -> None:
+    """Mended, the run makes a context of each."""
+    summary = run_at(SimulatorConfig(faults={"bad_json": 1.0}), tmp_path, contexts_per_seed)
+    assert summary.too_many_rejects
+    assert "broken_response" in (summary.stopped or "")
+    assert (summary.contexts, summary.rejects) == (0, 0)
+
+    summary = run_at(SimulatorConfig(), tmp_path, contexts_per_seed)
+    assert summary.stopped is None
+    assert (summary.contexts, summary.rejects) == (40 * contexts_per_seed, 0)
+    assert len(rows(tmp_path / "out", "contexts")) == 40 * contexts_per_seed
