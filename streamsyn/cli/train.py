@@ -87,8 +87,7 @@ def train(
             raise ConfigError(
                 f"--from {source}: there is no such directory; --wait waits for a run that has yet to start"
             )
-        if plot and find_spec("matplotlib") is None:  # found now rather than after a week of training
-            raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
+        _check_plot(wanted=plot)
         if parent is not None:
             wait_until_free(request.out, partial(_log_waiting, request.out))
         from streamsyn.trainer.training import train as run_training
@@ -104,6 +103,12 @@ def train(
     if parent is not None:
         parent.send_exit_code(code)
     _exit(code)
+
+
+def _check_plot(*, wanted: bool) -> None:
+    """Find out now rather than after a week of training that nothing can be drawn."""
+    if wanted and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'streamsyn[train]'")
 
 
 def _exit(code: int) -> None:
