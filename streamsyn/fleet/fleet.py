@@ -37,6 +37,7 @@ from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
 from streamsyn.fleet.server_spec import ServerSpec, headers_of
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
+from streamsyn.io.open_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
 
 log = structlog.get_logger()
@@ -439,7 +440,7 @@ async def open_fleet(
     discovery = Discovery(section, environ)
     first = await discovery.first()
     if max_sockets is not None:
-        section = _within(max_sockets, section, len(first))
+        section = within_sockets(max_sockets, section, len(first))
     connect = connect or await _connect_http(section, environ)
     rng = rng or Random()
     outage = Outage(section, on_gone)
@@ -462,22 +463,6 @@ def _was_begun(error: ServerError) -> bool:
 
 def _failed(url: str, at: float, error: ServerError, seconds: float) -> Attempt:
     return Attempt(url, at, seconds, f"{type(error).__name__}: {error}", error.completion_tokens)
-
-
-def _within(max_sockets: int, section: FleetSection, servers: int) -> FleetSection:
-    """Return `section` with a `max_in_flight` for which there are enough sockets; a lower one is logged."""
-    most = max(1, max_sockets // max(1, servers))
-    wanted = section.max_in_flight
-    if section.concurrency != "auto":
-        wanted = min(wanted, section.concurrency)
-    if most >= wanted:
-        return section
-    log.warning(
-        "fleet.few_open_files",
-        why=f"the limit of open files leaves {max_sockets} for connections: at most {most} requests in "
-        f"flight per server instead of {wanted}; raise it with `ulimit -n`",
-    )
-    return section.model_copy(update={"max_in_flight": most})
 
 
 async def _connect_http(section: FleetSection, environ: Mapping[str, str]) -> Connect:

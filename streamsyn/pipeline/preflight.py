@@ -11,12 +11,12 @@ from typing import Final
 
 import structlog
 
+from streamsyn.config.data_paths import shown_url
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
-from streamsyn.io.places import shown_url
 from streamsyn.pipeline.setup import Parts
 from streamsyn.pipeline.summary import GOVERNED_BY
 from streamsyn.plain_text import message
