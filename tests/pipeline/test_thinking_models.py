@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.fleet.thinking import Thinking, cleaned
 from streamsyn.pipeline.workers import Worker
@@ -71,6 +72,8 @@ async def test_a_context_is_written_without_its_thought() -> None:
         context.wasted_tokens,
     )
     assert [20] == [step["thinking_tokens"] for step in context.steps]
+    row = asdict(context) | {"seq": 0}
+    assert 20 == Passage.of_context(0, context).tokens == Passage.of_row(row).tokens
     counters = Counters()
     counters.count_outcome(context)
     assert (40, 20) == (counters.useful_tokens, counters.thinking_tokens)
