@@ -50,6 +50,7 @@ bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside ba
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.resume
 	$(BIN)/python -m benchmarks.fleet
+	$(BIN)/python -m benchmarks.fleet faulty
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.export
 

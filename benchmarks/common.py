@@ -7,9 +7,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from types import TracebackType
 
 import orjson
+
+from streamsyn.simulator.prose import Prose
 
 
 class Simulator:
@@ -31,6 +34,24 @@ class Simulator:
     ) -> None:
         self._process.terminate()
         self._process.wait()
+
+
+class VariedProse(Prose):
+    """Writes texts whose lengths have a log-normal distribution around the given one.
+
+    Args:
+        seed: Determines texts and lengths.
+        sigma: Standard deviation of the logarithm of the length.
+    """
+
+    def __init__(self, seed: int, sigma: float) -> None:
+        super().__init__(seed)
+        self._sigma = sigma
+        self._lengths = Random(f"lengths {seed}")
+
+    def write(self, words: int) -> str:
+        """Return a text of about `words` words, more or less."""
+        return super().write(round(words * self._lengths.lognormvariate(0, self._sigma)))
 
 
 def seeds_file(folder: Path, number: int) -> Path:

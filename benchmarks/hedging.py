@@ -18,12 +18,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.common import seeds_file
+from benchmarks.common import VariedProse, seeds_file
 from streamsyn.config.loading import load
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run
 from streamsyn.simulator.in_process import InProcessServers
-from streamsyn.simulator.prose import Prose
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.telemetry import Counters, configure_logs
@@ -32,17 +31,6 @@ SERVERS = 8
 SLOTS = 64
 SLOW = 0.3
 SIGMA = 0.5
-
-
-class VariedProse(Prose):
-    """Writes texts whose lengths have a log-normal distribution around the given one."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self._lengths = Random(f"lengths {seed}")
-
-    def write(self, words: int) -> str:
-        return super().write(round(words * self._lengths.lognormvariate(0, SIGMA)))
 
 
 def fleet(words: int, seed: int, *, slow: bool, varied: bool) -> InProcessServers:
@@ -55,7 +43,7 @@ def fleet(words: int, seed: int, *, slow: bool, varied: bool) -> InProcessServer
         )
         simulation = servers[f"http://gpu-{number}:30000"] = Simulation(config)
         if varied:
-            simulation._prose = VariedProse(config.seed)  # noqa: SLF001 - the simulator has no such setting
+            simulation._prose = VariedProse(config.seed, SIGMA)  # noqa: SLF001 - the simulator has no such setting
     return InProcessServers(servers)
 
 
