@@ -1,6 +1,7 @@
 """Seeds from a pipe: they arrive as they come, and are on disk before anything is made of them."""
 
 import gc
+import gzip
 import os
 import queue
 import threading
@@ -324,3 +325,28 @@ def test_a_source_leaves_no_file_open(pipe: Pipe) -> None:
     gc.collect()
 
     assert before - 2 == len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b'[\n{"instruction": "Who?"', "stdin is a JSON array; give the file with --seeds PATH"),
+        (gzip.compress(b'{"instruction": "Who?"}\n'), "stdin is compressed; unpack it first"),
+        ('{"instruction": "Who?"}\n'.encode("utf-16"), "stdin is UTF-16, not UTF-8"),
+        (b'{"instruction": "Caf\xc3', None),  # a chunk that ends within a character
+        (b"[1]\n", None),
+    ],
+)
+def test_what_is_not_one_object_a_line_is_refused_at_once(
+    pipe: Pipe, data: bytes, problem: str | None
+) -> None:
+    """Before it becomes one reject a line."""
+    pipe.write(data)
+    pipe.end()
+    batches = source_of(pipe).batches()
+
+    if problem is None:
+        assert 1 == len([entry for batch in batches for entry in batch])
+    else:
+        with pytest.raises(ConfigError, match=problem):
+            list(batches)
