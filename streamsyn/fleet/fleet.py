@@ -188,6 +188,10 @@ class Fleet:
                 return None
             except RequestRefused as error:
                 refused.append(str(error))
+            except RateLimited as error:  # the run's own requests wait, too
+                budget = RetryBudget(self._section, self._rng)
+                self._record_rate_limit(server, self._membership.pools[model], error, budget)
+                return None
             except ServerError as error:  # down, busy or broken: no mistake of the configuration
                 log.info("fleet.acceptance_unknown", server=server.url, error=str(error))
                 return None

@@ -142,6 +142,18 @@ def test_a_server_that_asks_for_a_pause_is_left_alone(group: str) -> None:
     virtually(main())
 
 
+def test_the_pause_that_a_check_before_the_run_met_holds_for_the_run() -> None:
+    """The first request of the run is sent when the pause has passed."""
+
+    async def main() -> float:
+        async with Run(first_of_all(Fault.PAUSE)).opened() as fleet:
+            assert await fleet.check_accepted([request()], fleet.models[0]) is None
+            await fleet.complete(request(), [])
+        return asyncio.get_running_loop().time()
+
+    assert PAUSE_S <= virtually(main()) < PAUSE_S + 1
+
+
 def test_requests_that_wait_for_a_server_do_not_wait_for_its_pause() -> None:
     """When the server of a group asks for a long pause, its queue goes to the other server at once."""
 
