@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
@@ -21,6 +22,13 @@ def _no_blocking_calls() -> Iterator[BlockBuster]:
     """A blocking call made from a coroutine of ours fails the test; in a thread it is fine."""
     with blockbuster_ctx("streamsyn") as detector:
         yield detector
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured_logs() -> Iterator[None]:
+    """A command that a test runs in this process configures the logs for itself alone."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

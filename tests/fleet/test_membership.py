@@ -269,7 +269,7 @@ class Closing(InProcessServers):
 @pytest.mark.parametrize("ending", ["answered", "cancelled"])
 def test_a_removed_server_is_let_go_as_soon_as_it_has_answered(ending: str) -> None:
     """Its connections are closed at once, after an abort was sent; nothing refers to it any more."""
-    leaving, staying = "http://one:1", "http://two:1"
+    leaving, staying = "http://leaving-3:1", "http://staying-3:1"  # names that no other test has servers of
 
     async def main() -> None:
         simulations = {url: Simulation(SimulatorConfig(latency_ms=5000)) for url in (leaving, staying)}

@@ -320,6 +320,7 @@ def test_a_spool_that_cannot_be_written_stops_the_run(tmp_path: Path, spoil: Cal
 def test_a_source_leaves_no_file_open(pipe: Pipe) -> None:
     """A process that makes many runs reads from many pipes."""
     source = source_of(pipe)
+    gc.collect()  # what earlier tests left
     before = len(list(Path("/proc/self/fd").iterdir()))
     del source
     gc.collect()

@@ -211,6 +211,7 @@ def test_what_came_through_a_pipe_survives_a_kill(serve: Serve, seeds: Seeds, tm
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_a_seed_is_spooled_unless_all_its_drafts_are_finished(
     serve: Serve, seeds: Seeds, tmp_path: Path
 ) -> None:
@@ -236,7 +237,7 @@ def test_a_seed_is_spooled_unless_all_its_drafts_are_finished(
         process.kill()
         process.communicate()
 
-    finished = streamsyn(*arguments)
+    finished = streamsyn(*arguments, "--set", "fleet.max_in_flight=40")
 
     assert finished.returncode == 0, finished.stderr
     drafts = {(row["seed_id"], row["draft"]) for row in rows(out, "contexts")}
