@@ -84,6 +84,8 @@ _NEXT_TURN = re.compile(
 )
 _HINT = re.compile(r"<[|/\w\uff5c]|\[[A-Z|g]")
 """Every token begins like this; a text without it needs no further search."""
+_BRACKETS = ("<", "[")
+"""The first characters of tokens, which are found much faster than `_HINT`."""
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 _APART = frozenset(" \t\"'`()[]{},;:\u2018\u2019\u201c\u201d\u00ab\u00bb")
 """Characters before a mark that the text talks about."""
@@ -121,7 +123,7 @@ def first_turn(text: str) -> tuple[str, bool]:
 
     Control tokens before the text are removed too. Those that the text mentions are kept.
     """
-    if not _HINT.search(text):
+    if not _has_hint(text):
         return text, False
     text = text[text_start(text) :]
     fences, ends = Fences(text), list[int]()
@@ -150,4 +152,8 @@ def text_start(text: str) -> int:
 
 def has_control_tokens(text: str) -> bool:
     """Whether a control token is spelled out in the text."""
-    return _TOKEN.search(text) is not None
+    return _has_hint(text) and _TOKEN.search(text) is not None
+
+
+def _has_hint(text: str) -> bool:
+    return any(bracket in text for bracket in _BRACKETS) and _HINT.search(text) is not None

@@ -81,8 +81,8 @@ _SURE = [form for form in FORMS if not form.needs_opening]
 _ANY_OPENING = re.compile("|".join(_pattern(form.opening) for form in _SURE))
 _ANY_CLOSING = re.compile("|".join(_pattern(form.closing) for form in _SURE))
 _CLOSING = {form: re.compile(_pattern(form.closing)) for form in FORMS}
-_HINT = re.compile(r"[<\[\u25c1]|assistantfinal|Here is my")
-"""Every form has this; a text without it needs no further search."""
+_HINTS = ("<", "[", "\u25c1", "assistantfinal", "Here is my")
+"""Every form has one of these; a text without them needs no further search."""
 _SPACE = re.compile(r"\s*")
 _MAX_FURTHER = 8
 """Thoughts that are looked for behind the first one."""
@@ -99,7 +99,7 @@ def split_thought(answer: str, *, is_open: bool = False) -> tuple[str, str]:
         is_open: Whether the prompt ends with an opening mark: then an answer without a closing one is all
             thought.
     """
-    if not _HINT.search(answer):
+    if not _has_hint(answer):
         return (answer, "") if is_open else ("", answer)
     end = _opened_end(answer, text_start(answer))
     if end is None:
@@ -139,7 +139,11 @@ def opens_thought(prompt: str) -> Form | None:
 
 def has_marks(text: str) -> bool:
     """Whether a mark of a thought stands in a text."""
-    return bool(_HINT.search(text)) and bool(_ANY_OPENING.search(text) or _ANY_CLOSING.search(text))
+    return _has_hint(text) and bool(_ANY_OPENING.search(text) or _ANY_CLOSING.search(text))
+
+
+def _has_hint(text: str) -> bool:
+    return any(hint in text for hint in _HINTS)
 
 
 def _opened_end(answer: str, at: int) -> int | None:

@@ -1,5 +1,6 @@
 """Words in every script: as `str.split` finds them where spaces are written, and by letters elsewhere."""
 
+import re
 from pathlib import Path
 from random import Random
 
@@ -87,7 +88,26 @@ def test_filler_is_repetition(filler: str) -> None:
 
     assert Checks(ChecksSection()).measure(f"{prose}{filler} end")["repetition"] > 0.6
     assert Checks(ChecksSection()).measure(ruled)["repetition"] < 0.05
-    assert prose.split() == words_and_filler(prose.replace(" ", "\n\n"))
+    assert prose.split() == words_and_filler(prose.replace(" ", "\n\n"))[1]
+
+
+RUNS = st.builds(
+    lambda character, times: character * times,
+    st.sampled_from(["=", "a", "\u3002", "\u5929", "\n", "\n ", " ", "word ", "\U0001f600"]),
+    st.sampled_from([1, 2, 3, 22, 23, 24, 25, 48]),
+)
+
+
+@examples(200)
+@given(st.lists(RUNS | st.text(max_size=5), max_size=6).map("".join))
+def test_filler_is_found_wherever_it_is(text: str) -> None:
+    """Filler adds words where a run of a character or blank lines are, and only there."""
+    words, with_filler = words_and_filler(text)
+
+    has_run = any(len(set(text[at : at + 24])) == 1 for at in range(len(text) - 23) if text[at].strip())
+    has_blank_lines = re.search(r"\n[^\S\n]*\n[^\S\n]*\n", text) is not None
+    assert words == words_of(text)
+    assert (has_run or has_blank_lines) == (with_filler != words)
 
 
 @pytest.mark.parametrize("sentence", [CHINESE, THAI])

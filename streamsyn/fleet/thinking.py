@@ -7,6 +7,7 @@ ignore variables that they do not know; some models and services take `reasoning
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import structlog
@@ -65,7 +66,9 @@ def switched(request: Request, mode: Mode, model: str, *, more_tokens: int = 0) 
         model: The name of the model, by which `SWITCHES` is searched.
         more_tokens: Added to its `max_tokens`, as room for the thought.
     """
-    switch = next(one for one in SWITCHES if re.search(one.pattern, model, re.IGNORECASE))
+    if mode == "auto" and not more_tokens:
+        return request
+    switch = _switch_of(model)
     fields = {"auto": {}, "off": switch.off, "on": switch.on}[mode]
     sampling = {**fields, **request.sampling}
     given = request.sampling.get(TEMPLATE_VARIABLES)
@@ -74,6 +77,11 @@ def switched(request: Request, mode: Mode, model: str, *, more_tokens: int = 0) 
     if more_tokens and isinstance(sampling.get("max_tokens"), int):
         sampling["max_tokens"] += more_tokens
     return replace(request, sampling=sampling)
+
+
+@cache
+def _switch_of(model: str) -> Switch:
+    return next(one for one in SWITCHES if re.search(one.pattern, model, re.IGNORECASE))
 
 
 def template_fields(request: Request) -> dict[str, Any]:
@@ -119,6 +127,8 @@ def cleaned(completion: Completion, *, is_open: bool = False) -> Completion:
     kept_apart = completion.thinking_tokens > 0
     thought, text = split_thought(completion.text, is_open=is_open and not kept_apart)
     text, has_ended = first_turn(text)
+    if len(text) == len(completion.text):
+        return completion  # nothing was removed
     thinking_tokens = completion.thinking_tokens or thought_tokens(
         thought, text, completion.completion_tokens
     )

@@ -10,7 +10,7 @@ import numpy
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.records import Completion, RejectReason, Seed
 from streamsyn.shingles import Hashes, ngrams
-from streamsyn.words import word_count, words_and_filler
+from streamsyn.words import words_and_filler
 
 _CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
 _WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
@@ -57,8 +57,8 @@ class Checks:
 
     def measure(self, text: str) -> dict[str, Any]:
         """Return the statistics of a text that are stored in the context's `checks`."""
-        share = repetition(words_and_filler(text))
-        return {"words": word_count(text), "repetition": round(share, 4)}
+        words, with_filler = words_and_filler(text)
+        return {"words": len(words), "repetition": round(repetition(with_filler), 4)}
 
     def failure(
         self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
@@ -81,7 +81,7 @@ class Checks:
         return (
             self.refusal(text)
             or self._echo(normalised(text), own_lines)
-            or self._repetition(repetition(words_and_filler(text), words_and_filler(before)))
+            or self._repetition(repetition(words_and_filler(text)[1], words_and_filler(before)[1]))
         )
 
     def refusal(self, text: str) -> Failure | None:
@@ -162,14 +162,19 @@ def repetition(words: list[str], before: list[str] | None = None) -> float:
     runs = len(words) - _RUN + 1
     if runs < 1:
         return 0.0
-    new = numpy.setdiff1d(_runs(words), _runs(before or []), assume_unique=True)
+    new = _runs(words)
+    if before:
+        new = numpy.setdiff1d(new, _runs(before), assume_unique=True)
     return 1 - len(new) / runs
 
 
 def _runs(words: list[str]) -> Hashes:
     """Return the different runs as numbers: ten times as fast as a set of tuples for a long text."""
     hashes = numpy.fromiter(map(hash, words), numpy.int64, len(words)).view(numpy.uint64)
-    return numpy.unique(ngrams(hashes, _RUN))
+    runs = numpy.sort(ngrams(hashes, _RUN))  # a tenth of the time of numpy.unique
+    is_first = numpy.ones(len(runs), numpy.bool_)
+    is_first[1:] = runs[1:] != runs[:-1]
+    return runs[is_first]
 
 
 def normalised(text: str) -> str:
