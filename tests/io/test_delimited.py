@@ -20,7 +20,7 @@ def places_and_rows(path: Path, data: bytes, **options: Any) -> list[tuple[str, 
     ("name", "data"),
     [
         ("a.csv", b'\xef\xbb\xbfq, a\r\n"Who, then?",007\r\n\r\n"two\nlines",b\r\n'),
-        ("A.CSV.GZ", gzip.compress(b'q;a\n"Who, then?";007\n\n"two\nlines";b')),
+        ("A.CSV.GZ", gzip.compress(b'q;a\n"Who, then?";007\n\n"two\nlines";b', mtime=0)),
         ("a.tsv", b'q\ta\nWho, then?\t007\n\n"two\nlines"\tb\n'),
         ("a.csv", b'q\ta\nWho, then?\t007\n\n"two\nlines"\tb\n'),
     ],

@@ -332,7 +332,7 @@ def test_a_source_leaves_no_file_open(pipe: Pipe) -> None:
     ("data", "problem"),
     [
         (b'[\n{"instruction": "Who?"', "stdin is a JSON array; give the file with --seeds PATH"),
-        (gzip.compress(b'{"instruction": "Who?"}\n'), "stdin is compressed; unpack it first"),
+        (gzip.compress(b'{"instruction": "Who?"}\n', mtime=0), "stdin is compressed; unpack it first"),
         ('{"instruction": "Who?"}\n'.encode("utf-16"), "stdin is UTF-16, not UTF-8"),
         (b'{"instruction": "Caf\xc3', None),  # a chunk that ends within a character
         (b"[1]\n", None),
