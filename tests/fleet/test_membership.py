@@ -291,7 +291,7 @@ def test_a_removed_server_is_let_go_as_soon_as_it_has_answered(ending: str) -> N
             assert [staying] == [server.url for server in fleet.servers]
             del asking  # its traceback refers to the server
             gc.collect()
-            kept = [one for one in gc.get_objects() if isinstance(one, Server) and one.url == leaving]
+            kept = [one for one in gc.get_objects() if type(one) is Server and one.url == leaving]
             assert [] == kept
         assert simulations[leaving].stats.by_route["/abort_request"] == (ending == "cancelled")
 
