@@ -70,7 +70,8 @@ def test_kills_at_named_points(
     """Whatever the point, one outcome a seed, and few requests are sent twice."""
     # One answer in 10 ms, so that the 5 ms in which the sink gathers a batch hold one at most.
     server, path, out = serve("--latency-ms", "10", "--slots", "1"), seeds(SEEDS), tmp_path / "out"
-    run = ["run", "--seeds", "-" if source == "pipe" else path, "--server", server.url, "--out", out]
+    run = ["run", "--no-preflight", "--seeds", "-" if source == "pipe" else path]
+    run += ["--server", server.url, "--out", out]
     run += ["--no-progress", "--set", f"sink.compression={compression}", "--set", "sink.shard_bytes=10000"]
     run += ["--set", f"fleet.max_in_flight={IN_FLIGHT}", "--set", "sink.sync_interval_s=0.02"]
     run += ["--set", "assembly.contexts_per_sample=2", "--set", "checks.min_words=5"]
