@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP_FLAGS := --quiet --disable-pip-version-check -c deploy/constraints.txt
 # Three files of tests at a time, longest first: on two cores a third keeps them busy while others wait for a process.
 AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
 HERMETIC := not crash and not real_sglang and not chromium
@@ -65,16 +64,12 @@ clean:  ## remove what the other targets made
 
 # For development: torch and all that tests and benchmarks need.
 .venv/stamp: pyproject.toml deploy/constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamsyn needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	PYTHON=$(PYTHON) deploy/venv.sh .venv '[dev]'
 	touch $@
 
 # For the demo: the core alone, without torch.
 .venv-core/stamp: pyproject.toml deploy/constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamsyn needs Python 3.11 or newer")'
-	test -x .venv-core/bin/python || $(PYTHON) -m venv .venv-core
-	.venv-core/bin/python -m pip install $(PIP_FLAGS) -e .
+	PYTHON=$(PYTHON) deploy/venv.sh .venv-core
 	touch $@
 
 .PHONY: sglang router chromium

@@ -12,7 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 home=$(realpath -m "${STREAMSYN_SGLANG_HOME:-$here/../../.sglang-cpu}")
 python=${PYTHON:-python3}
 model_name=SmolLM2-135M-Instruct  # also the name under which it is served
-uv_version=0.13.9
+source "$here/../uv.sh"
 
 say() { printf 'sglang-cpu: %s\n' "$*" >&2; }
 
@@ -26,24 +26,8 @@ finished() {
   [[ -x $home/venv/bin/python && -f $home/model/config.json && -f $home/stamp && $(<"$home/stamp") == "$(inputs)" ]]
 }
 
-# uv downloads and unpacks in parallel: with compiling, 35 to 50 s for what takes pip 118. It does not read pip's
-# settings, so pass on where this machine's pip is told to look, and pip's rule that the best version of all wins.
-pip_setting() {
-  "$python" -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | sed -n 1p
-}
-
-uv_settings() {
-  local index extra links
-  index=$(pip_setting index-url) extra=$(pip_setting extra-index-url) links=$(pip_setting find-links)
-  export UV_INDEX_STRATEGY=unsafe-best-match UV_NO_CONFIG=1 UV_NO_CACHE=1 UV_HTTP_TIMEOUT=180
-  if [[ -n $index ]]; then export UV_DEFAULT_INDEX=$index; fi
-  if [[ -n $extra ]]; then export UV_INDEX=${extra//\\n/ }; fi
-  if [[ -n $links ]]; then links=${links//\\n/ }; export UV_FIND_LINKS=${links// /,}; fi
-}
-
 install_packages() {
-  "$python" -m pip install -qq --disable-pip-version-check --root-user-action ignore --no-cache-dir \
-    --target "$home/build/uv" "uv==$uv_version"
+  install_uv "$home/build/uv"
   uv_settings
   local uv=$home/build/uv/bin/uv
   "$uv" pip install --quiet --python "$home/venv/bin/python" -r "$here/requirements.txt" -c "$here/constraints.txt"
