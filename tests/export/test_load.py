@@ -59,6 +59,17 @@ def test_tasks_and_splits_load(run: Path, tmp_path: Path, form: str) -> None:
     assert {"default", "govreport", "qasper", "R_te_Co"} == set(datasets.get_dataset_config_names(str(out)))
 
 
+def test_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    """Tasks and splits named `000`, `no` or `2024` are names, not numbers and not false."""
+    outcomes = [scored(number, task=("000", "no", "2024")[number % 3]) for number in range(12)]
+    run, out = make_run(tmp_path / "run", outcomes)[0], tmp_path
+    export(ExportRequest(root=run, to=str(out / "a"), format="parquet", splits=["task"]))
+    export(ExportRequest(root=run, to=str(out / "b"), format="parquet", splits=["no=0.5,yes=0.5"]))
+
+    assert {"default", "000", "no", "2024"} == set(datasets.get_dataset_config_names(str(out / "a")))
+    assert {"no", "yes"} == set(load(out / "b"))
+
+
 @pytest.mark.parametrize(
     ("splits", "names"),
     [
