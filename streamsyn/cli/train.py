@@ -84,9 +84,7 @@ def train(
         request = resolve(config, source, model, folder, settings)
         check(request)
         if not (wait or source == "-" or Path(source).exists()) and is_run(source, request.out):
-            raise ConfigError(
-                f"--from {source}: there is no such directory; --wait waits for a run that has yet to start"
-            )
+            raise ConfigError(f"--from {source}: there is no such directory; pass --wait to wait for its run")
         _check_plot(wanted=plot)
         if parent is not None:
             wait_until_free(request.out, partial(_log_waiting, request.out))

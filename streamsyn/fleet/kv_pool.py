@@ -44,8 +44,8 @@ _UNKNOWN_TOKENS = 4096
 """Expected answer without `max_tokens`; SGLang expects no more either."""
 _PRIOR = 8
 _PRIOR_SHARE = 1 / 8
-"""Answers of the length asked for that count as seen before the first one: so many, or this share of the
-requests in flight. The first answers to come are the shortest."""
+"""Weight of the length asked for in the mean of a kind, in answers: `_PRIOR`, or `_PRIOR_SHARE` of the
+requests in flight if that is more. The first answers to arrive are the shortest: alone they would mislead."""
 _MEMORY = 500
 """Answers after which older ones are forgotten little by little."""
 _MAX_KINDS = 1000

@@ -25,7 +25,7 @@ _WINDOW = 16
 _MAX_SPACE = 4
 """Tokens of white space after an opening mark that are recognised."""
 _CHANNELS = ("<|start|>assistant", "<|channel|>final<|message|>")
-"""The end of a prompt of gpt-oss, and what begins an answer that is no thought."""
+"""The end of a gpt-oss prompt, and the start of an answer without a thought."""
 _TIMEOUT_S = 5.0
 
 

@@ -13,7 +13,7 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
 
     Args:
         headers: Those of the answer. A date is compared with its `Date`, so that clocks need not agree.
-        now: Unix time in seconds, used if there is no valid `Date`.
+        now: Unix time in seconds, used if `Date` is missing or invalid.
     """
     value = headers.get("Retry-After", "").strip()
     if not value:

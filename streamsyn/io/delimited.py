@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from streamsyn.io.places import RemoteFile, size_of
+from streamsyn.io.places import RemoteFile
 from streamsyn.io.row_types import Batch, ReadOptions, TableRow
 from streamsyn.io.text import read_text
 
@@ -27,10 +27,7 @@ class DelimitedReader:
         self._place = place
         self._options = options
         self._delimiter = delimiter
-        try:
-            self._size = size_of(place)
-        except OSError as error:
-            raise options.error(place, f"cannot be read: {error.strerror or error}") from error
+        self._size = options.size_of(place)
         self._position = 0
 
     def batches(self) -> Iterator[Batch]:

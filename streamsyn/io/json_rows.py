@@ -14,7 +14,7 @@ import orjson
 from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
 from streamsyn.io.decompression import READ_ERRORS, file_chunks
 from streamsyn.io.lines import split_lines
-from streamsyn.io.places import RemoteFile, size_of
+from streamsyn.io.places import RemoteFile
 from streamsyn.io.row_types import Batch, ReadOptions, TableRow, is_blank
 
 _SHAPE: Final = bytes.maketrans(b"123456789E", b"000000000e")
@@ -31,10 +31,7 @@ class JsonReader:
     def __init__(self, place: Path | RemoteFile, options: ReadOptions) -> None:
         self._place = place
         self._options = options
-        try:
-            self._size = size_of(place)
-        except OSError as error:
-            raise options.error(place, f"cannot be read: {error.strerror or error}") from error
+        self._size = options.size_of(place)
         self._position = 0
 
     def batches(self) -> Iterator[Batch]:

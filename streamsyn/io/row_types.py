@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
 from streamsyn.errors import ConfigError
 from streamsyn.io.lines import Line
+from streamsyn.io.places import RemoteFile, size_of
 
 BATCH_ROWS: Final = 256
 
@@ -67,6 +69,17 @@ class ReadOptions:
     def error(self, place: object, problem: str) -> ConfigError:
         """The error that names the key, the place (a file, or `file:row`) and the problem."""
         return ConfigError(f"{self.key}: {place} {problem}" if self.key else f"{place} {problem}")
+
+    def size_of(self, place: Path | RemoteFile) -> int | None:
+        """The size of a file in bytes; None if its server does not tell.
+
+        Raises:
+            ConfigError: It cannot be found.
+        """
+        try:
+            return size_of(place)
+        except OSError as error:
+            raise self.error(place, f"cannot be read: {error.strerror or error}") from error
 
 
 class RowReader(Protocol):

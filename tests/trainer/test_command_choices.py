@@ -65,7 +65,7 @@ def test_model_and_out_may_be_in_the_configuration(start: Start, tmp_path: Path)
         (["--from", "run", "--out", "o", "--model", "base/my-bsae"], "there is no such directory"),
         (
             ["--from", "nope", "--out", "o", "--model", "base"],
-            "--from nope: there is no such directory; --wait",
+            "--from nope: there is no such directory; pass --wait",
         ),
         (["--plot"], "pass --out DIR, or set train.out"),
         (["--plot", "--out", "nowhere"], "nowhere"),
