@@ -53,6 +53,7 @@ class RunRequest:
         preflight: Check what all seeds have in common before the first is taken.
         supervisor: Supervises a training beside the run, if there is one.
         retry: Ask rejects of these reasons again; empty only resumes.
+        on_rows: Tells readers of the directory how many rows of a kind they may see, as `RunLog` describes.
     """
 
     config: Config
@@ -70,6 +71,7 @@ class RunRequest:
     supervisor: Supervisor | None = None
     preflight: bool = True
     retry: Sequence[RejectReason] = ()
+    on_rows: Callable[[str, int], None] = lambda _kind, _rows: None
 
 
 @dataclass(slots=True)

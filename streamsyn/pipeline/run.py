@@ -157,7 +157,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
 def _open_log(request: RunRequest) -> Iterator[RunLog]:
     """The log, mirrored and closed at the end of the block; an error of the block takes precedence."""
     with mirrored(request.out, request.config.sink) as mirror:
-        run_log = RunLog(request.out, request.config.sink)
+        run_log = RunLog(request.out, request.config.sink, request.on_rows)
         if mirror is not None:
             mirror.follow(run_log)
         try:

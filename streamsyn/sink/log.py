@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -49,12 +50,18 @@ class RunLog:
     Args:
         root: The run directory, which this process has locked.
         sink: Size of a shard, and compression.
+        on_rows: Called with a kind and the number of its rows that readers may see, whenever it has grown,
+            in the thread that wrote or synced; must not block. It counts contexts and rejects once they are
+            synced, and samples once they are written: a sample is made of synced contexts, so a loss of
+            power can only have it written again with the same bytes.
 
     Raises (all methods):
         SinkError: The disk failed, or a file of the log is damaged.
     """
 
-    def __init__(self, root: Path, sink: SinkSection) -> None:
+    def __init__(
+        self, root: Path, sink: SinkSection, on_rows: Callable[[str, int], None] = lambda _kind, _rows: None
+    ) -> None:
         self.root = root
         manifest = root / "manifest.jsonl"
         with disk_errors(f"write {manifest}"):
@@ -65,9 +72,9 @@ class RunLog:
         self.manifest.cut_torn_line()
         self._completed = CompletedKeys(root / "index" / "finished.sqlite")
         index = self._completed.add_shard
-        self.contexts = ShardLog(root, "contexts", self.manifest, sink, index)
-        self.rejects = ShardLog(root, "rejects", self.manifest, sink, index)
-        self.samples = ShardLog(root, "samples", self.manifest, sink)
+        self.contexts = ShardLog(root, "contexts", self.manifest, sink, index, partial(on_rows, "contexts"))
+        self.rejects = ShardLog(root, "rejects", self.manifest, sink, index, partial(on_rows, "rejects"))
+        self.samples = ShardLog(root, "samples", self.manifest, sink, on_rows=partial(on_rows, "samples"))
         self.samples.recover()
         tail = [*self.contexts.recover(), *self.rejects.recover()]
         self._completed.catch_up(self.manifest, root, [row_key(row) for row in tail])
@@ -240,6 +247,7 @@ class ShardLog:
         manifest: Gets an entry for each sealed shard.
         sink: Size of a shard, and compression.
         on_sealed: Called with each sealed shard and the keys of its rows, one after the other.
+        on_rows: Called with the number of rows that readers may see, as `RunLog` describes.
     """
 
     def __init__(
@@ -249,12 +257,14 @@ class ShardLog:
         manifest: Manifest,
         sink: SinkSection,
         on_sealed: Callable[[SealedShard, bytes], None] | None = None,
+        on_rows: Callable[[int], None] = lambda _rows: None,
     ) -> None:
         self._root = root
         self._kind = kind
         self._manifest = manifest
         self._sink = sink
         self._on_sealed = on_sealed
+        self._on_rows = on_rows
         self._keys = bytearray()
         """Keys of the rows in the open shard."""
         self._shard: OpenShard | None = None
@@ -287,6 +297,7 @@ class ShardLog:
         if self._on_sealed is not None:
             for row in kept:
                 self._keys += row_key(row)
+        self._on_rows(self.rows)
         return kept
 
     def _take_up(self, number: int) -> list[dict[str, Any]] | None:
@@ -315,8 +326,9 @@ class ShardLog:
         return bool(self._full)
 
     def append(self, records: Sequence[Record]) -> list[int]:
-        """As `write`, then seal the shards that this has filled."""
+        """As `write`, then show the rows to readers, and seal the shards that this has filled."""
         seqs = self.write(records)
+        self._on_rows(self.rows)
         self._seal_full()
         return seqs
 
@@ -330,17 +342,20 @@ class ShardLog:
 
     def sync(self) -> None:
         """Sync the rows written so far, so that they survive a loss of power, and seal full shards."""
-        shard = self._shard  # before the full ones are sealed: a writing thread may add it to them meanwhile
+        # Before the full ones are sealed: a writing thread may add to them meanwhile.
+        rows, shard = self.rows, self._shard
         self._seal_full()
         if shard is not None:
             with disk_errors(f"sync {self._kind} in {self._root}"):
                 shard.sync()
+        self._on_rows(rows)
 
     def seal(self) -> None:
         """Seal the open shard, if it has rows."""
         if self._shard is not None and self._shard.rows:
             self._finish_shard()
         self._seal_full()
+        self._on_rows(self.rows)
 
     def close(self) -> None:
         """Sync, and leave the unsealed shards for a later run."""

@@ -533,3 +533,23 @@ def test_contexts_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
         with pytest.raises(SinkError, match=r"row 1 of .*contexts cannot be read"):
             next(reading)
         assert [3, 4] == [row["seq"] for row in log.read_contexts(3, 5)]
+
+
+def test_readers_see_outcomes_once_synced_and_samples_once_written(tmp_path: Path) -> None:
+    """What a loss of power may take back and replace by a different row is not shown."""
+    shown: list[tuple[str, int]] = []
+    log = RunLog(new_run(tmp_path), sink(), lambda kind, rows: shown.append((kind, rows)))
+    log.append([context(0), context(1), outcome(3)])
+    log.samples.append([sample(0)])
+    assert shown == [("samples", 0), ("contexts", 0), ("rejects", 0), ("samples", 1)]
+    shown.clear()
+    log.sync()
+    log.append([context(number) for number in (4, 5, 6, 8, 9, 10)])  # fills a shard, and syncs none
+    assert shown == [("contexts", 2), ("rejects", 1)]
+    shown.clear()
+    log.sync()
+    assert shown == [("contexts", 8), ("rejects", 1)]
+    log.close()
+    shown.clear()
+    RunLog(tmp_path, sink(), lambda kind, rows: shown.append((kind, rows))).close()
+    assert shown == [("samples", 1), ("contexts", 8), ("rejects", 1)]
