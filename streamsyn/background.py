@@ -1,9 +1,13 @@
-"""Background asyncio tasks, such as probes and aborts, that end with the block that opened them."""
+"""Work beside a block that ends with it: background asyncio tasks, and contexts whose ends block."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractContextManager, asynccontextmanager
+from contextvars import copy_context
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Background:
@@ -59,3 +63,48 @@ async def background() -> AsyncIterator[Background]:
             yield tasks
         finally:
             await tasks.close()
+
+
+@asynccontextmanager
+async def in_threads(blocking: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a context whose beginning and end block, each in a thread.
+
+    Neither is abandoned when the caller is cancelled: what was opened is closed first.
+    """
+    try:
+        value = await finished_in_thread(blocking.__enter__)
+    except _CancelledMeanwhile:
+        await finished_in_thread(blocking.__exit__, None, None, None)
+        raise
+    try:
+        yield value
+    except BaseException as error:
+        if not await finished_in_thread(blocking.__exit__, type(error), error, error.__traceback__):
+            raise
+    else:
+        await finished_in_thread(blocking.__exit__, None, None, None)
+
+
+async def finished_in_thread(call: Callable[..., T], *args: Any) -> T:
+    """Run a blocking call in a thread and wait for its end, even if cancelled; then raise the cancellation.
+
+    Raises:
+        CancelledError: The caller was cancelled, and the call has returned.
+        Exception: What the call raised.
+    """
+    context = copy_context()  # for what the caller has bound to its log lines
+    working = asyncio.get_running_loop().run_in_executor(None, partial(context.run, call, *args))
+    cancelled = False
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError:
+            cancelled = True
+    result = working.result()
+    if cancelled:
+        raise _CancelledMeanwhile
+    return result
+
+
+class _CancelledMeanwhile(asyncio.CancelledError):
+    """Raised when the caller was cancelled while a call was made that returned."""

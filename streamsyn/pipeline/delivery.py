@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamsyn.errors import ConfigError, ReaderGone, SinkError
 
@@ -26,6 +26,18 @@ _MARKER = Path("index") / "stdout.open"
 """In the run directory while samples are written to stdout; left behind when the last line may be torn."""
 
 
+class SampleGate(Protocol):
+    """Learns how many samples the log holds, and may hold up the run. Called in the thread of assembly."""
+
+    def written(self, samples: int) -> None:
+        """The log holds `samples` samples by now. May block: assembly waits, and so does all before it."""
+        ...
+
+    def stop(self) -> None:
+        """End a `written` that waits, now and from now on; from any thread."""
+        ...
+
+
 class SampleDelivery:
     """Gives samples to the reader of stdout, then records them in the log.
 
@@ -35,12 +47,20 @@ class SampleDelivery:
         run_log: The log.
         stream: Stdout, if samples go there.
         counters: Counts the samples.
+        gate: Learns of the samples in the log, if anything does.
     """
 
-    def __init__(self, run_log: "RunLog", stream: "SampleStream | None", counters: "Counters") -> None:
+    def __init__(
+        self,
+        run_log: "RunLog",
+        stream: "SampleStream | None",
+        counters: "Counters",
+        gate: SampleGate | None = None,
+    ) -> None:
         self._log = run_log
         self._stream = stream
         self._counters = counters
+        self._gate = gate
 
     def replay(self) -> None:
         """Give the reader the samples of earlier runs: a reader that was killed may not have all of them."""
@@ -60,11 +80,15 @@ class SampleDelivery:
             self._stream.write(self._log.samples.encode(samples))
         self._log.samples.append(samples)
         self._counters.count_samples(samples)
+        if self._gate is not None:
+            self._gate.written(self._log.samples.rows)
 
     def stop(self) -> None:
         """End a `deliver` that waits for the reader, from any thread."""
         if self._stream is not None:
             self._stream.stop()
+        if self._gate is not None:
+            self._gate.stop()
 
 
 class SampleStream:

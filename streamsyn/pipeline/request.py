@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.membership import Connect
-from streamsyn.pipeline.delivery import SampleStream
+from streamsyn.pipeline.delivery import SampleGate, SampleStream
+from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
 from streamsyn.telemetry import Counters
 
@@ -54,6 +55,9 @@ class RunRequest:
         supervisor: Supervises a training beside the run, if there is one.
         retry: Ask rejects of these reasons again; empty only resumes.
         on_rows: Tells readers of the directory how many rows of a kind they may see, as `RunLog` describes.
+        handles_signals: Drain at a signal. Only the main thread of a process can.
+        control: Stops the run from outside.
+        after_samples: Learns of samples in the log, and may hold up the run.
     """
 
     config: Config
@@ -72,6 +76,9 @@ class RunRequest:
     preflight: bool = True
     retry: Sequence[RejectReason] = ()
     on_rows: Callable[[str, int], None] = lambda _kind, _rows: None
+    handles_signals: bool = True
+    control: RunControl = field(default_factory=RunControl)
+    after_samples: SampleGate | None = None
 
 
 @dataclass(slots=True)
@@ -88,6 +95,8 @@ class RunSummary:
         rejects: Rejects in the directory that no later outcome supersedes.
         samples: Samples in the directory.
         servers: Returns the metrics of each server.
+        progress: Returns the present progress; empty before the run has begun. Call it in the event loop of
+            the run.
         recipe: What was asked for, to compare with.
         notes: What to know about the seeds, one line each.
     """
@@ -101,6 +110,7 @@ class RunSummary:
     rejects: int = 0
     samples: int = 0
     servers: Callable[[], list[dict[str, Any]]] = list
+    progress: Callable[[], dict[str, Any]] = dict
     recipe: RecipeSection | None = None
     notes: list[str] = field(default_factory=list)
 

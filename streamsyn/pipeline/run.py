@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
+from streamsyn.background import in_threads
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
@@ -47,6 +48,8 @@ from streamsyn.telemetry import Counters
 def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     """Run until every seed has an outcome, or until stopped; `RunSummary.stopped` has the reason.
 
+    For a process that does nothing else: it handles signals, and has the garbage collector run rarely.
+
     Args:
         request: What is to be run.
         summary: A summary to fill while the run goes on, for a caller who watches it.
@@ -56,43 +59,76 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         SinkError: The log cannot be written; the directory can be resumed.
         LaunchError: The server to be launched did not come up.
     """
+    summary = summary or RunSummary(request.out, Counters())
+    with _opened(request, summary) as parts:
+        _collect_garbage_rarely()
+        with _early_stop_noted(summary), metrics_served(parts):
+            request.runner(_run(parts))
+    return summary
+
+
+async def run_in_loop(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
+    """Run as `run` does, in the event loop of the caller, beside whatever else goes on there.
+
+    Nothing blocks the loop. A cancelled run stops at once; its directory is closed before this returns, and
+    can be resumed.
+
+    Args:
+        request: What is to be run; its `runner` is not used.
+        summary: A summary to fill while the run goes on.
+
+    Raises:
+        ConfigError, SinkError, LaunchError: As `run`.
+    """
+    summary = summary or RunSummary(request.out, Counters())
+    async with in_threads(_opened(request, summary)) as parts:
+        with _early_stop_noted(summary):
+            await _run(parts)
+    return summary
+
+
+@contextmanager
+def _opened(request: RunRequest, summary: RunSummary) -> Iterator[Parts]:
+    """Check the request, and open the directory and the log for the block; then complete the summary."""
     temporary_files_near(request.out)
     recipe = load_recipe(request.config.recipe, request.config.checks)
     resources = AssemblyResources(request.config.assembly)
     shaping = {**fingerprint(request.config), **recipe.fingerprint(), **resources.fingerprint()}
     reader = _check(request, recipe)
-    summary = summary or RunSummary(request.out, Counters())
     summary.recipe = request.config.recipe
     directory = RunDirectory(request.out)
     try:
         may_differ = may_change(request.out) if request.retry else None
         directory.check(shaping, fingerprint(Config()), may_differ)
         with _open_log(request) as run_log:
-            parts = Parts(request, directory, run_log, reader, recipe, resources, shaping, summary)
-            _collect_garbage_rarely()
-            try:
-                with metrics_served(parts):
-                    request.runner(_run(parts))
-            except (StoppedEarly, BaseExceptionGroup) as raised:
-                cause = root_cause(raised)
-                if not isinstance(cause, StoppedEarly):
-                    raise cause from None
-                summary.stopped = str(cause)
-        summary.contexts, summary.rejects = run_log.contexts.rows, run_log.holding_rejects
-        summary.samples = run_log.samples.rows
-        summary.notes = list(reader.notes())
+            yield Parts(request, directory, run_log, reader, recipe, resources, shaping, summary)
+            summary.contexts, summary.rejects = run_log.contexts.rows, run_log.holding_rejects
+            summary.samples = run_log.samples.rows
+            summary.notes = list(reader.notes())
     finally:
         if request.stream is not None:
             request.stream.leave()
         directory.close()
-    return summary
+
+
+@contextmanager
+def _early_stop_noted(summary: RunSummary) -> Iterator[None]:
+    """Note in the summary why the block stopped early; of several errors, raise the one to report."""
+    try:
+        yield
+    except (StoppedEarly, BaseExceptionGroup) as raised:
+        cause = root_cause(raised)
+        if not isinstance(cause, StoppedEarly):
+            raise cause from None
+        summary.stopped = str(cause)
 
 
 async def _run(parts: Parts) -> None:
     """Everything that runs on the event loop: connect, set up the stages, run them, seal the log."""
-    config, supervisor = parts.request.config, parts.request.supervisor
+    config, supervisor, control = parts.request.config, parts.request.supervisor, parts.request.control
     stopper = Stopper(None if supervisor is None else supervisor.end)
-    with stopper.signals():  # the first signal drains the pipeline, the second cancels it
+    # The first signal drains the pipeline, the second cancels it.
+    with stopper.stopping(signals=parts.request.handles_signals), control.of(stopper):
         async with open_fleets(parts, stopper) as fleets:
             await preflight(parts, fleets.writing)
             await record_fingerprint(parts, fleets)
@@ -117,6 +153,7 @@ async def _run(parts: Parts) -> None:
                     drain_ends_in_s=lambda: stopper.drain_ends_in_s,
                     training=lambda: "" if supervisor is None else supervisor.last_line,
                 )
+                parts.summary.progress = progress.figures
                 async with reporting(progress, show=parts.request.show_progress):
                     await stopper.pipeline.run()  # raises StoppedEarly when it leaves work to a later run
             finally:

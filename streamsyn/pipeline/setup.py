@@ -291,7 +291,7 @@ def make_assembly(parts: Parts) -> AssemblyStage | NoAssembly:
     config = parts.request.config
     if not config.assembly.write:
         return NoAssembly()
-    delivery = SampleDelivery(parts.log, parts.request.stream, parts.counters)
+    delivery = SampleDelivery(parts.log, parts.request.stream, parts.counters, parts.request.after_samples)
     return AssemblyStage(
         parts.resources.assembler(config.run.seed),
         parts.log,

@@ -22,7 +22,10 @@ from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.shards import KINDS
 
 FORMAT = 1
-_OURS = frozenset({*KINDS, "index", "spool", "training", "run.json", "manifest.jsonl", ".lock"})
+_OURS = frozenset(
+    {*KINDS, "index", "spool", "templates", "training", "run.json", "manifest.jsonl", ".lock"}
+    | {"service.json", "consumers.json"}  # the daemon's
+)
 _BESIDES = (".toml", ".j2", ".log", "lost+found")
 """Endings of what may lie in a directory before its run begins."""
 LOCK_NAME = ".lock"

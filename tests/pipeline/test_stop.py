@@ -41,7 +41,7 @@ async def told_after(*numbers: signal.Signals) -> list[str]:
     """What a pipeline is told when these signals arrive one after the other."""
     stopper, stages = Stopper(), Stages()
     stopper.pipeline = cast("Pipeline", stages)
-    with stopper.signals():
+    with stopper.stopping(signals=True):
         for number in numbers:
             signal.raise_signal(number)
             for _ in range(10):  # through the loop's own socket, then its queue
@@ -74,7 +74,7 @@ async def test_what_nohup_ignores_stays_ignored() -> None:
 @pytest.mark.usefixtures("restored")
 async def test_a_signal_during_the_set_up_ends_it() -> None:
     async def set_up() -> None:
-        with Stopper().signals():
+        with Stopper().stopping(signals=True):
             signal.raise_signal(signal.SIGUSR1)
             await asyncio.get_running_loop().create_future()
 
