@@ -146,6 +146,9 @@ class Request:
         task: Task of the seed: answers of one task have similar lengths.
         conversation_tokens: If more requests will extend this conversation, the expected tokens of all its
             answers and later questions; else 0.
+        model: The model to ask; "" for the one that the fleet chose for the draft.
+        body: If given, this chat request is sent as it is, and the whole answer is kept. `messages` and
+            `sampling` then only describe it: its texts, for placement, and its parameters.
     """
 
     messages: list[dict[str, str]]
@@ -155,6 +158,8 @@ class Request:
     scored: str | None = None
     task: str = ""
     conversation_tokens: int = 0
+    model: str = ""
+    body: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,7 @@ class Completion:
         thought: What the model wrote before the text, with its marks; "" if the server keeps thoughts apart.
         thinking_tokens: Tokens of the thought: as the server counts them, else estimated from its characters.
         tokens_estimated: Whether token counts are estimated from the text, since the server sent none.
+        body: The whole answer of the server to a `Request.body`, of which `text` is the first choice.
     """
 
     text: str
@@ -200,6 +206,7 @@ class Completion:
     thought: str = ""
     thinking_tokens: int = 0
     tokens_estimated: bool = False
+    body: dict[str, Any] | None = None
 
     @property
     def text_tokens(self) -> int:

@@ -66,7 +66,9 @@ class FieldsSection(Section):
     """Field with the document, for recipes that start from documents."""
 
 
-SeedFormat = Literal["auto", "pair", "alpaca", "messages", "sharegpt", "prompt_completion", "question_answer"]
+SeedFormat = Literal[
+    "auto", "pair", "alpaca", "messages", "sharegpt", "prompt_completion", "question_answer", "request"
+]
 
 
 class SeedsSection(Section):
@@ -81,7 +83,8 @@ class SeedsSection(Section):
     format: SeedFormat = "auto"
     """The form of the rows. `auto` finds it for each row by its fields: `pair` (the names in `seeds.fields`),
     `alpaca` (instruction, input, output), `messages` (chats of role and content), `sharegpt` (chats of from
-    and value), `prompt_completion`, `question_answer`. Another value takes rows of that form alone."""
+    and value), `prompt_completion`, `question_answer`. Another value takes rows of that form alone. `request`
+    is for the recipe `chat`: lines of OpenAI's Batch API, with `custom_id`, `method`, `url` and `body`."""
     max_line_bytes: Annotated[Count, operational] = 8 * 2**20
     """Longest line in bytes. A longer line is rejected and never held in memory."""
     limit: Annotated[Count | None, operational] = None
@@ -135,7 +138,9 @@ class RecipeSection(Section):
     use: str = "context"
     """The recipe. `context` asks for one document in one request. `sections` asks for an outline and then
     section by section, for documents of 4k to 128k tokens. `instruction` takes documents and asks for a
-    question and its answer. `my_package.recipes:Mine` is a class of your own."""
+    question and its answer. `chat` sends request lines of OpenAI's Batch API as they are and keeps the whole
+    answers; it needs `seeds.format = "request"` and `assembly.write = false`. `my_package.recipes:Mine` is a
+    class of your own."""
     options: dict[str, Any] = {}
     """Options of a recipe of your own. streamsyn does not read them."""
     window_words: Count | None = None

@@ -6,6 +6,7 @@ the one that was asked for is taken.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from streamsyn.errors import BrokenResponse, ServerUnavailable
@@ -34,6 +35,8 @@ _UNFINISHED = (
     "tool_calls",
 )
 """How finish reasons of answers begin whose text is incomplete, or is not the answer. Any other is a stop."""
+_LOST = ("abort", "cancel", "error", "insufficient_system_resource")
+"""How finish reasons of answers begin that the server did not finish."""
 _DONE = b"[DONE]"
 _LINES = re.compile(rb"(?:[^\r\n]+(?:\r\n|\r|\n|\Z))+")
 """Lines up to a blank one."""
@@ -64,6 +67,29 @@ def parse_chat(status: int, body: bytes, asked: Asked) -> Completion:
             f"{asked.server} sent an invalid answer ({error!r}): {wire.preview(body)}"
         ) from error
     return _completion(text, thought, reason, answer, asked)
+
+
+def parse_whole(status: int, body: bytes, asked: Asked) -> Completion:
+    """Return the completion in an answer to a `Request.body`, with the whole answer.
+
+    Calls of tools, several choices and filtered content are answers like others.
+
+    Raises:
+        ServerError: There is no answer; the subclass says what to do next.
+    """
+    answer = wire.parse_object(status, body, asked.server)
+    try:
+        choices = [wire.expect(choice, dict) for choice in answer["choices"]]
+        reasons = [str(choice.get("finish_reason") or "stop") for choice in choices]
+        text, thought = _text_and_thought(wire.expect(choices[0]["message"], dict))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BrokenResponse(
+            f"{asked.server} sent an invalid answer ({error!r}): {wire.preview(body)}"
+        ) from error
+    if lost := next((reason for reason in reasons if reason.lower().startswith(_LOST)), None):
+        raise BrokenResponse(f"{asked.server} ended its answer with finish_reason {lost!r}")
+    read = _completion(text, thought, "stop", answer, asked)
+    return replace(read, finish_reason=cut(reasons[0], wire.NAME_BYTES), body=answer)
 
 
 def parse_chat_stream(status: int, body: bytes, asked: Asked) -> Completion:

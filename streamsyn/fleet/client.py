@@ -6,7 +6,7 @@ import structlog
 
 from streamsyn.errors import BrokenResponse, ConfigError, ServerUnavailable, WrongAddress
 from streamsyn.fleet import wire
-from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream
+from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream, parse_whole
 from streamsyn.fleet.logprobs import Scorer
 from streamsyn.fleet.prompt_end import PromptEnds
 from streamsyn.fleet.thinking import CONTINUES, cleaned, template_fields
@@ -53,6 +53,8 @@ class ServerClient:
         Raises:
             ServerError: No usable answer came; the subclass says what to do next.
         """
+        if request.body is not None:
+            return await self.chat(request, model, rid)  # whole: not streamed, and nothing is removed
         if request.scored is None:
             # Before the request: an answer that has come must not wait for anything.
             end = await self._prompt_ends.of(model, template_fields(request))
@@ -81,7 +83,10 @@ class ServerClient:
             ServerError: No usable answer came; the subclass says what to do next.
         """
         reply = await self._send(request, model, rid, on_first_token)
-        parse = parse_chat if on_first_token is None else parse_chat_stream
+        if request.body is not None:
+            parse = parse_whole
+        else:
+            parse = parse_chat if on_first_token is None else parse_chat_stream
         completion = parse(reply.status, reply.body, Asked(self.url, request, model))
         if completion.tokens_estimated and self._has_usage:
             self._has_usage = False

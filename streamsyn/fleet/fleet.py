@@ -32,7 +32,7 @@ from streamsyn.fleet.discovery import Discovery
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
 from streamsyn.fleet.membership import Connect, Membership, open_membership
-from streamsyn.fleet.models import ModelWeights
+from streamsyn.fleet.models import ModelWeights, listed
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
 from streamsyn.fleet.server_spec import ServerSpec, headers_of
@@ -223,13 +223,16 @@ class Fleet:
         Args:
             request: The request.
             attempts: Each try is appended to it, full queues and rate limits aside.
-            model: The model to use; may be None if there is only one.
+            model: The model to use where the request names none; may be None if there is only one.
 
         Raises:
-            ServerError: The last failure: the request was refused, or its retry budget is used up.
+            ServerError: The last failure: the request was refused, or its retry budget is used up, or no
+                server serves its model.
             StoppedEarly: The run is draining, and no server has a free place.
         """
-        pool = self._membership.pools[model or self.models[0]]
+        pool = self._membership.pools.get(request.model or model or self.models[0])
+        if pool is None:
+            raise RequestRefused(f"no server serves {request.model}; served: {listed(self.models)}")
         budget = RetryBudget(self._section, self._rng)
         try:
             return await self._complete(request, attempts, pool, budget)

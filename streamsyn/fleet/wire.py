@@ -69,8 +69,11 @@ def chat_body(
         model: The model to use.
         rid: Its id.
         stream: Ask for a streamed answer.
-        without: Optional fields to leave out.
+        without: Optional fields to leave out; of a `Request.body` only the rid.
     """
+    if request.body is not None:
+        own = {"model": model} if "rid" in without else {"model": model, "rid": rid}
+        return orjson.dumps(request.body | own)
     body = {"model": model, "messages": request.messages, "rid": rid, **request.sampling}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -291,6 +291,7 @@ def _step_row(step: Completion) -> dict[str, Any]:
         "thinking_tokens": step.thinking_tokens,
         "server": step.server,
         **({"tokens_estimated": True} if step.tokens_estimated else {}),
+        **({"body": step.body} if step.body is not None else {}),
     }
 
 

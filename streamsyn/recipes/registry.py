@@ -21,6 +21,7 @@ import structlog
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
+from streamsyn.recipes.chat_recipe import ChatRecipe
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.instruction import InstructionRecipe
 from streamsyn.recipes.recipe import Recipe, Steps
@@ -35,6 +36,7 @@ RECIPES: dict[str, Callable[[RecipeSection, ChecksSection], Recipe]] = {
     "context": ContextRecipe,
     "sections": SectionsRecipe,
     "instruction": InstructionRecipe,
+    "chat": ChatRecipe,
 }
 
 

@@ -8,8 +8,10 @@
 | `sharegpt` | a chat of `from` and `value` |
 | `prompt_completion` | `prompt` and `completion`, and the like |
 | `question_answer` | `question` and `answer` or `answers`, and the like |
+| `request` | `custom_id`, `method`, `url`, `body`: a line of OpenAI's Batch API, for the recipe `chat` |
 
-The first form in this order whose fields hold something is a row's form. Null and empty count as absent.
+The first form in this order whose fields hold something is a row's form, unless `seeds.format` names one:
+`request` is used only where it does. Null and empty count as absent.
 """
 
 from collections import Counter
@@ -21,6 +23,7 @@ import structlog
 
 from streamsyn.config.sections import FieldsSection, SeedFormat
 from streamsyn.seeds.chats import chat_pair, is_chat, with_system
+from streamsyn.seeds.request_lines import read_request, texts_of
 from streamsyn.seeds.values import NotASeed, answers_in, is_absent, text_in
 
 log = structlog.get_logger()
@@ -53,6 +56,7 @@ class Pair:
         taken: The fields that the instruction and the answers were made of.
         asks: How the instruction was made, for messages: `instruction + input`.
         answered: How the answer was made.
+        id: The seed's id, if the form has one of its own.
     """
 
     form: SeedFormat
@@ -62,6 +66,7 @@ class Pair:
     taken: frozenset[str]
     asks: str
     answered: str
+    id: str | None = None
 
 
 Reading = Callable[[Mapping[str, Any], FieldsSection], Pair | None]
@@ -200,6 +205,14 @@ def _chat_of(row: Mapping[str, Any], form: SeedFormat, speaker: str, mapped: str
     return Pair(form, instruction, [chat.answer], identity, frozenset(taken), asks, f"last answer of {name}")
 
 
+def _request(row: Mapping[str, Any], _: FieldsSection) -> Pair:
+    """A request line: its last message is the instruction, and the answer is what the LLM will write."""
+    line = read_request(row)
+    question = texts_of(line.body["messages"][-1:])[0]["content"]
+    taken, asks = frozenset({"custom_id"}), "last message of body"
+    return Pair("request", question, ("",), (line.custom_id, ""), taken, asks, "the LLM's", line.custom_id)
+
+
 _READINGS: Final[dict[SeedFormat, Reading]] = {
     "pair": _named,
     "alpaca": _alpaca,
@@ -207,6 +220,7 @@ _READINGS: Final[dict[SeedFormat, Reading]] = {
     "sharegpt": _sharegpt,
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
+    "request": _request,
 }
 
 

@@ -119,6 +119,7 @@ class SeedParser:
         fields, rest = self._fields, dict(row)
         answers: Sequence[str] = ()
         kept: frozenset[str] = frozenset()
+        given_id: str | None = None
         if self._takes_documents:
             taken, instruction, answer = frozenset((fields.context,)), "", ""
             context = _document(row, fields.context)
@@ -126,7 +127,7 @@ class SeedParser:
         else:
             pair = self._pairs.pair(row)
             taken, instruction, answers, context = pair.taken, pair.instruction, pair.answers, ""
-            answer, identity = answers[0], pair.identity
+            answer, identity, given_id = answers[0], pair.identity, pair.id
             if pair.form == "alpaca":
                 kept = _INPUT
             if self._seen is not None:
@@ -143,6 +144,7 @@ class SeedParser:
         metadata = rest if is_plain else storable_fields(rest)
         if len(answers) > 1:
             metadata[ANSWERS] = list(answers)
+        own_id = given_id or own_id
         if own_id is None:
             own_id = digest(*(identity if is_plain else map(text_of, identity))).hex()
         return Seed(own_id, own_task or task, instruction, answer, origin, metadata, context), taken
