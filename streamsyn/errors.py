@@ -17,6 +17,7 @@
     │   └── RequestRefused     any other 4xx: reject, never retried
     ├── LaunchError            a server started for this run did not come up
     ├── SinkError              the log cannot be written (disk full, I/O error): stops the run
+    │   └── RunReplaced        a different run is in the place of the one that was followed
     └── TrainingFailed         a training failed and would fail again
 
 Errors of libraries are translated to one of these once, where the library is called.
@@ -115,6 +116,10 @@ class LaunchError(StreamsynError):
 
 class SinkError(StreamsynError):
     """Raised when the log cannot be written; what is on disk stays valid and resumable."""
+
+
+class RunReplaced(SinkError):
+    """Raised when the run that is followed was deleted and a different one begun in its place."""
 
 
 class TrainingFailed(StreamsynError):
