@@ -2,7 +2,10 @@
 
     StreamsynError
     ├── ConfigError            the user has to fix something: names the key or the file, exit 2
-    │   └── DirectoryInUse     another process holds the run directory
+    │   ├── DirectoryInUse     another process holds the run directory
+    │   ├── InboxClosed        seeds were submitted to a run that takes no more
+    │   ├── KeyInUse           a request with the same idempotency key has not ended yet: wait and try again
+    │   └── KeyReused          the idempotency key belongs to a request with a different content
     ├── StoppedEarly           resumable: exit 75
     │   ├── FleetGone          no server was usable for `fleet.give_up_s`
     │   └── ReaderGone         the reader of stdout closed the pipe
@@ -40,6 +43,18 @@ class ConfigError(StreamsynError):
 
 class DirectoryInUse(ConfigError):
     """Raised when another process is writing to the run directory."""
+
+
+class InboxClosed(ConfigError):
+    """Raised when seeds are submitted to a run whose inbox is closed."""
+
+
+class KeyInUse(ConfigError):
+    """Raised when a request with the same idempotency key is still being received."""
+
+
+class KeyReused(ConfigError):
+    """Raised when a request has the idempotency key of an earlier one with a different content."""
 
 
 class StoppedEarly(StreamsynError):

@@ -36,6 +36,11 @@ class LineSplitter:
         self._parts: list[bytes] = []
         self._size = 0
 
+    @property
+    def incomplete_bytes(self) -> int:
+        """Size so far of the line whose end has not come yet."""
+        return self._size
+
     def feed(self, chunk: bytes) -> Iterator[Line]:
         """The lines that `chunk` completes."""
         *ended, rest = chunk.split(b"\n")

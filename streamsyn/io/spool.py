@@ -39,8 +39,12 @@ class Spool(Generic[T]):
         """Whether an earlier run has made the file."""
         return self.path.exists()
 
-    def replay(self) -> Iterator[list[T]]:
+    def replay(self, offset: int = 0, lines: int = 0) -> Iterator[list[T]]:
         """All entries of earlier runs, in batches of a bounded size. Call it before the first `append`.
+
+        Args:
+            offset: Where to begin, in bytes: the beginning of a line.
+            lines: Number of lines before that offset.
 
         Raises:
             SinkError: A line is damaged that is not the last one (nothing is cut then), or the file cannot
@@ -50,8 +54,9 @@ class Spool(Generic[T]):
             return
         self._sync()
         batch: list[T] = []
-        end = begin = damaged = 0
-        for number, line in enumerate(self.lines(), 1):
+        end = begin = offset
+        damaged = 0
+        for number, line in enumerate(self.lines(offset), lines + 1):
             if damaged:
                 raise SinkError(f"{self.path}:{damaged} is damaged; repair or delete that line")
             entry = self._decode(line) if line.endswith(b"\n") else None
@@ -66,7 +71,7 @@ class Spool(Generic[T]):
                 yield batch
                 batch, begin = [], end
         if damaged:
-            self._cut(end)
+            self.cut(end)
         if batch:
             yield batch
 
@@ -113,6 +118,17 @@ class Spool(Generic[T]):
         except OSError as error:
             raise self._cannot_write(error) from error
 
+    def cut(self, size: int) -> None:
+        """Remove what is beyond `size` bytes: the part of a batch that `append` could not finish.
+
+        Raises:
+            SinkError: The file cannot be changed.
+        """
+        try:
+            os.truncate(self.path, size)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
     def close(self) -> None:
         """Close the file; `open` opens it again."""
         if self._file is not None:
@@ -133,12 +149,6 @@ class Spool(Generic[T]):
                 os.fsync(file.fileno())
         except IsADirectoryError:
             return  # reading it says so
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def _cut(self, size: int) -> None:
-        try:
-            os.truncate(self.path, size)
         except OSError as error:
             raise self._cannot_write(error) from error
 

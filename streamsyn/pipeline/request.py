@@ -14,6 +14,7 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.delivery import SampleGate, SampleStream
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
+from streamsyn.seeds.inbox import Inbox
 from streamsyn.telemetry import Counters
 
 
@@ -58,6 +59,8 @@ class RunRequest:
         handles_signals: Drain at a signal. Only the main thread of a process can.
         control: Stops the run from outside.
         after_samples: Learns of samples in the log, and may hold up the run.
+        inbox: Takes seeds while the run goes on, which ends when it is closed. Its owner releases it after
+            the run. None reads what was submitted to earlier runs.
     """
 
     config: Config
@@ -79,6 +82,7 @@ class RunRequest:
     handles_signals: bool = True
     control: RunControl = field(default_factory=RunControl)
     after_samples: SampleGate | None = None
+    inbox: Inbox | None = None
 
 
 @dataclass(slots=True)

@@ -186,6 +186,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         request.out / "spool",
         takes_documents=recipe.takes_documents,
         ids=request.out / "index" / "ids.sqlite",
+        inbox=request.inbox,
     )
     if not (reader.has_sources or request.retry):
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")

@@ -39,6 +39,8 @@ Row = dict[str, Any]
 Problems = Iterator[str]
 Reassemble: TypeAlias = Callable[[Iterator[Row], list[int]], Iterator[bytes]]
 
+_SPOOLED = frozenset({"seed", "bad", "answer", "closed"})
+"""The kinds of lines in a spool."""
 _DIFFERS = "differs from what the log assembles to"
 _RESOURCES = {
     "assembly.prompts": "packaged templates",
@@ -138,7 +140,8 @@ class Verification:
             yield problem
         # Samples cannot be made from a log that is not sound.
         yield from self._check_all_samples(reassemble if self.log_is_sound else None)
-        yield from self._check_spool()
+        for name in ("stdin.jsonl", "seeds.jsonl"):
+            yield from self._check_spool(name)
         final, sealed = self.manifest.final, self._sealed
         if final and (differing := [kind for kind in KINDS if final.get(kind) != sealed[kind]]):
             yield f"manifest.jsonl: its final line does not match the rows of {', '.join(differing)}"
@@ -224,8 +227,8 @@ class Verification:
         self._next_seq[kind] = (seq if isinstance(seq, int) else expected) + 1
         self.counts[kind] += 1
 
-    def _check_spool(self) -> Problems:
-        path = self._root / "spool" / "stdin.jsonl"
+    def _check_spool(self, name: str) -> Problems:
+        path = self._root / "spool" / name
         if not path.is_file():
             return
         with path.open("rb") as file:
@@ -235,11 +238,11 @@ class Verification:
                     offset += len(line)
                     continue
                 if never_synced(line, offset):
-                    self.notes.append("spool/stdin.jsonl: it ends in seeds that were never synced, nor used")
+                    self.notes.append(f"spool/{name}: it ends in seeds that were never synced, nor used")
                 elif file.read(1):
-                    yield f"spool/stdin.jsonl:{number} is damaged: seeds after it would not be read again"
+                    yield f"spool/{name}:{number} is damaged: seeds after it would not be read again"
                 else:
-                    self.notes.append(f"spool/stdin.jsonl: {len(line)} bytes of an unfinished last line")
+                    self.notes.append(f"spool/{name}: {len(line)} bytes of an unfinished last line")
                 return
 
 
@@ -360,7 +363,8 @@ def _is_spooled(line: bytes) -> bool:
         spooled = orjson.loads(line)
     except orjson.JSONDecodeError:
         return False
-    return line.endswith(b"\n") and isinstance(spooled, dict) and list(spooled) in (["seed"], ["bad"])
+    is_whole = line.endswith(b"\n") and isinstance(spooled, dict) and len(spooled) == 1
+    return is_whole and _SPOOLED.issuperset(spooled)
 
 
 def _drop_samples(root: Path, manifest: Manifest, first: str) -> None:

@@ -2,6 +2,7 @@
 
     files, datasets -> io.row_reader -> forms, parse -> entries, in batches -> the producer
     stdin -> the spool (OUT/spool/stdin.jsonl, on disk first) ----^
+    submitted -> the inbox (OUT/spool/seeds.jsonl, on disk first) ^
 
 An entry is a `Seed`, or a `BadSeed` that becomes a reject with the place (`file:line`) and the reason.
 
@@ -10,6 +11,9 @@ Modules in reading order:
     files    the seeds of one file or dataset
     id_owners  which pair each id belongs to
     stdin    the seeds of a pipe, and its spool
+    inbox    the seeds that are submitted while a run goes on
+    submission  one request that submits seeds, and its answer
+    inbox_lines, inbox_index  the file of an inbox, and its index
     parse    from a line or a row to an entry
     forms    the pair in a row: Alpaca, chats, questions and answers, and others
     chats    the pair in a chat

@@ -1,4 +1,4 @@
-"""All seed sources of a run as one stream: what was spooled, then the sources in turn or interleaved."""
+"""All seeds of a run as one stream: what was spooled, the sources in turn or interleaved, the inbox."""
 
 import random
 import sys
@@ -14,6 +14,7 @@ from streamsyn.records import Entry, Seed
 from streamsyn.seeds.files import FileSource, SeedSource
 from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.id_owners import IdOwners
+from streamsyn.seeds.inbox import Inbox, InboxSource
 from streamsyn.seeds.stdin import SeedSpool, StdinSource
 
 _CHECKED_FILES: Final = 1000
@@ -21,7 +22,9 @@ _CHECKED_FILES: Final = 1000
 
 
 class SeedReader:
-    """Reads what an earlier run spooled, then the sources. `batches` blocks: read it in a thread.
+    """Reads what an earlier run spooled, then the sources, then what is submitted.
+
+    `batches` blocks: read it in a thread.
 
     Args:
         seeds: The section of the configuration.
@@ -29,6 +32,8 @@ class SeedReader:
         spool_folder: The folder for what is read from stdin; None keeps nothing (`preview`).
         takes_documents: Whether the recipe takes documents instead of pairs.
         ids: The SQLite file with the owners of ids; None changes no id (`preview`).
+        inbox: Takes seeds while the run goes on; its end is that of the run's seeds. None reads what was
+            submitted to earlier runs.
 
     Raises:
         ConfigError: A source does not exist, or is of no known format or wrong as a whole.
@@ -42,6 +47,7 @@ class SeedReader:
         *,
         takes_documents: bool = False,
         ids: Path | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
         self._seeds = seeds
         self._documents = takes_documents
@@ -53,11 +59,17 @@ class SeedReader:
         self._seen: list[FormsSeen] = []
         self._left_out: list[str] = []
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
+        self._left_inbox: Inbox | None = None
+        if inbox is None and spool_folder is not None:
+            left = Inbox(spool_folder.parent, seeds, takes_documents=takes_documents)
+            inbox = self._left_inbox = left if left.exists() else None
+        self._submitted = None if inbox is None else InboxSource(inbox, waits=self._left_inbox is None)
 
     @property
     def has_sources(self) -> bool:
-        """Whether there is anything to read: a source, or what an earlier run spooled."""
-        return bool(self._sources) or (self._spool is not None and self._spool.exists())
+        """Whether there is anything to read: a source, an inbox, or what an earlier run spooled."""
+        is_spooled = self._spool is not None and self._spool.exists()
+        return bool(self._sources) or is_spooled or self._submitted is not None
 
     def batches(
         self, is_known: Callable[[Entry], bool], is_taken: Callable[[Seed], bool] = lambda _: False
@@ -78,6 +90,8 @@ class SeedReader:
         finally:
             if self._owners is not None:
                 self._owners.close()
+            if self._left_inbox is not None:
+                self._left_inbox.release()
 
     def _batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
         if self._spool is not None:
@@ -88,10 +102,14 @@ class SeedReader:
         else:
             for _, stream in streams:
                 yield from stream
+        if self._submitted is not None:
+            yield from map(self._owned, self._submitted.batches())
 
     def fraction(self) -> float | None:
         """The share of all sources that has been read, 0..1; None if the size of one is not known."""
         parts = [part.fraction() for _, parts in self._sources for part in parts]
+        if self._submitted is not None:
+            parts.append(self._submitted.fraction())
         known = [part for part in parts if part is not None]
         return sum(known) / len(parts) if parts and len(known) == len(parts) else None
 
@@ -108,9 +126,11 @@ class SeedReader:
             yield f"{count:,} with the id of a different pair, kept as ID@FILE-HASH"
 
     def stop(self) -> None:
-        """End a read that waits for stdin, from any thread."""
+        """End a read that waits for stdin or the inbox, from any thread."""
         if self._stdin is not None:
             self._stdin.stop()
+        if self._submitted is not None:
+            self._submitted.stop()
 
     def _open(self, source: SourceSection) -> Sequence[SeedSource]:
         name = "stdin" if source.path == "-" else shown_url(source.path)

@@ -461,16 +461,17 @@ def test_a_directory_in_place_of_a_shard_is_found(interrupted: Path, kind: str) 
         )
 
 
-def test_a_spool_that_was_cut_is_a_note(finished: Path) -> None:
+@pytest.mark.parametrize("name", ["stdin.jsonl", "seeds.jsonl"])
+def test_a_spool_that_was_cut_is_a_note(finished: Path, name: str) -> None:
     """A kill leaves half a line at its end; a damaged line before others is a problem."""
-    spool = finished / "spool" / "stdin.jsonl"
+    spool = finished / "spool" / name
     spool.parent.mkdir()
     spool.write_bytes(b'{"seed":{}}\n{"bad":{}}\n{"se')
     torn = notes(finished)
     spool.write_bytes(b'{"seed":{}}\n{"ba\n{"seed":{}}\n')
 
-    assert ["spool/stdin.jsonl: 4 bytes of an unfinished last line"] == torn
-    assert ["spool/stdin.jsonl:2 is damaged: seeds after it would not be read again"] == problems(finished)
+    assert [f"spool/{name}: 4 bytes of an unfinished last line"] == torn
+    assert [f"spool/{name}:2 is damaged: seeds after it would not be read again"] == problems(finished)
 
 
 def test_a_key_of_a_newer_version_is_named(finished: Path) -> None:
