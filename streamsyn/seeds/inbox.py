@@ -68,8 +68,8 @@ class _Group:
 class Inbox:
     """Takes seeds from any thread, and hands them to the run that reads them.
 
-    All calls block on the disk, `room` and the properties aside: call them in a thread. `open` or any other
-    call opens the files, and `release` closes them.
+    All calls block on the disk, `room` and the properties aside: call them in a thread. The first call opens
+    the files. After `release`, which closes them, only `open` does: whoever is late is refused.
 
     Args:
         out: The run directory.
@@ -79,7 +79,7 @@ class Inbox:
 
     def __init__(self, out: Path, seeds: SeedsSection, *, takes_documents: bool = False) -> None:
         self.path = out / "spool" / "seeds.jsonl"
-        self._section = seeds
+        self._max_line_bytes = seeds.max_line_bytes
         self._parser = SeedParser(seeds.fields, form=seeds.format, takes_documents=takes_documents)
         self._spool: Spool[_Sized] = Spool(self.path, _decode_sized)
         self._index = InboxIndex(out / "index" / "inbox.sqlite")
@@ -91,6 +91,7 @@ class Inbox:
         self._changed = Condition()
         self._covered = Covered()
         self._is_stale = True
+        self._is_released = False
         self._room: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
@@ -120,11 +121,13 @@ class Inbox:
             DirectoryInUse: A different process has the inbox open.
         """
         with self._writing:
+            self._is_released = False
             self._open()
 
     def release(self) -> None:
-        """Close the files; any later call opens them again."""
+        """Close the files. Calls from now on raise InboxClosed, until `open` is called."""
         with self._writing:
+            self._is_released = True
             with suppress(*SQLITE_ERRORS, OSError):  # derived: what is not saved is found again
                 if not self._is_stale:
                     self._index.begin()
@@ -135,6 +138,7 @@ class Inbox:
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
+        self.wake()
 
     def __enter__(self) -> Self:
         self.open()
@@ -162,12 +166,15 @@ class Inbox:
             return submission.finish()
 
     @contextmanager
-    def submission(self, key: str | None = None, *, keeps_bad: bool = False) -> Iterator[Submission]:
+    def submission(
+        self, key: str | None = None, *, keeps_bad: bool = False, max_line_bytes: int | None = None
+    ) -> Iterator[Submission]:
         """A request whose lines come in pieces; on disk is what `flush` or `finish` has returned for.
 
         Args:
             key: Its idempotency key, if it has one.
             keeps_bad: Keep bad lines as entries, which become rejects, instead of refusing them.
+            max_line_bytes: The longest line, if it is shorter than `seeds.max_line_bytes`.
 
         Raises:
             InboxClosed, KeyInUse, SinkError: As `submit`.
@@ -179,7 +186,12 @@ class Inbox:
                 self._keys_in_use.add(key)
         try:
             yield Submission(
-                self._append, self._parser, self._section, key, self._answer(key), keeps_bad=keeps_bad
+                self._append,
+                self._parser,
+                min(self._max_line_bytes, max_line_bytes or self._max_line_bytes),
+                key,
+                self._answer(key),
+                keeps_bad=keeps_bad,
             )
         finally:
             with self._mutex:
@@ -211,9 +223,15 @@ class Inbox:
             self._room.append((limit, loop, waiter))
         await waiter
 
-    def wake(self) -> None:
-        """End all waits for `room`: seeds are no longer taken, for example."""
+    def wait_for_room(self, limit: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Wait as `room` does, in a thread; `wake` ends the wait if `is_over` returns True."""
         with self._changed:
+            self._changed.wait_for(lambda: self.unread <= limit or self.closed or is_over())
+
+    def wake(self) -> None:
+        """End all waits for room: seeds are no longer taken, for example."""
+        with self._changed:
+            self._changed.notify_all()
             self._wake(lambda _: True)
 
     def entries(self, reading: "InboxSource") -> Iterator[list[Entry]]:
@@ -222,7 +240,8 @@ class Inbox:
         Raises:
             SinkError: A line is damaged, or the file cannot be read.
         """
-        self.open()
+        with self._writing:
+            self._open()
         position = number = read = 0
         try:
             with self.path.open("rb") as file:
@@ -265,6 +284,7 @@ class Inbox:
     def _took(self, read: int) -> None:
         with self._changed:
             self._covered.taken = max(self._covered.taken, read)
+            self._changed.notify_all()
             if self._room:
                 self._wake(lambda limit: self.unread <= limit)
 
@@ -279,7 +299,8 @@ class Inbox:
         self._room = staying
 
     def _set_closed(self, closed: bool) -> None:
-        self.open()
+        with self._writing:
+            self._open()
         if self._covered.closed != closed:
             self._write_part(_Part((), lambda _: Closing(closed)))
 
@@ -320,7 +341,7 @@ class Inbox:
                 except SQLITE_ERRORS as damage:
                     self._rebuild(damage)
                     self._store(parts)
-        except (SinkError, DirectoryInUse) as raised:
+        except (SinkError, DirectoryInUse, InboxClosed) as raised:
             self._is_stale = True
             error = raised
         except BaseException:
@@ -375,6 +396,8 @@ class Inbox:
     def _open(self) -> None:
         if not self._is_stale:
             return
+        if self._is_released:
+            raise InboxClosed("the run takes no more seeds: it has ended")
         with self._translated():
             self._index.close()  # rolls back a transaction
             if self._lock is None:

@@ -7,7 +7,6 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import KeyReused
 from streamsyn.io.lines import Line, LineSplitter
 from streamsyn.records import BadSeed, Entry, RejectReason, digest
@@ -82,7 +81,7 @@ class Submission:
     Args:
         append: Writes entries and returns the number of new ones.
         parser: Parses lines.
-        section: The longest line.
+        max_line_bytes: The longest line.
         key: The idempotency key of the request; None for none.
         known: The answer of an earlier request with this key.
         keeps_bad: Keep bad lines as entries instead of refusing them.
@@ -92,7 +91,7 @@ class Submission:
         self,
         append: _Append,
         parser: SeedParser,
-        section: SeedsSection,
+        max_line_bytes: int,
         key: str | None,
         known: StoredAnswer | None,
         *,
@@ -100,8 +99,8 @@ class Submission:
     ) -> None:
         self._append = append
         self._parser = parser
-        self._splitter = LineSplitter(section.max_line_bytes)
-        self._max_line_bytes = section.max_line_bytes
+        self._splitter = LineSplitter(max_line_bytes)
+        self._max_line_bytes = max_line_bytes
         self._key = key
         self._known = known
         self._keeps_bad = keeps_bad
@@ -113,9 +112,14 @@ class Submission:
         """What became of the lines that are on disk or refused."""
 
     @property
-    def line_bytes(self) -> int:
-        """Bytes of the line whose end has not come yet."""
-        return self._splitter.incomplete_bytes
+    def is_answered(self) -> bool:
+        """Whether an earlier request with its key was answered."""
+        return self._known is not None
+
+    @property
+    def is_in_long_line(self) -> bool:
+        """Whether the line whose end has not come yet is too long already."""
+        return self._splitter.incomplete_bytes > self._max_line_bytes
 
     def feed(self, chunk: bytes) -> None:
         """Take a piece of the body, which may end within a line.

@@ -232,6 +232,35 @@ async def test_waits_for_room_can_be_ended(inbox: Inbox) -> None:
             await asyncio.to_thread(end)
 
 
+def test_a_thread_can_wait_for_room(inbox: Inbox) -> None:
+    """Until the run has read on, the inbox is closed, or it is woken for a reason of its own."""
+    inbox.submit([line(1), line(2)])
+    over, read_on = threading.Event(), InboxSource(inbox).batches()
+    with ThreadPoolExecutor(2) as threads:
+        for number, end in enumerate((lambda: next(read_on), over.set, inbox.close)):
+            waits = [threads.submit(inbox.wait_for_room, 1, over.is_set) for _ in range(2)]
+            end()
+            inbox.wake()
+            assert [None, None] == [wait.result(10) for wait in waits]
+            over.clear()
+            if not inbox.closed:
+                inbox.submit([line(10 * number), line(10 * number + 1)])
+
+
+def test_a_released_inbox_refuses_who_is_late(inbox: Inbox) -> None:
+    """Its files stay closed, so that they can be opened anew; a run that waits for seeds is not ended."""
+    with inbox.submission() as late:
+        late.feed(line(1) + b"\n")
+        inbox.release()
+        with pytest.raises(InboxClosed, match="it has ended"):
+            late.flush()
+    with pytest.raises(InboxClosed):
+        inbox.submit([line(1)])
+    later = again(inbox)
+
+    assert Submitted(accepted=1) == later.submit([line(1)])
+
+
 def test_many_threads_share_few_syncs(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one sync runs, what the others submit is gathered for the next; each gets its own counts."""
     inbox.submit([line(0)])
@@ -421,6 +450,7 @@ class Inboxes(RuleBasedStateMachine):
         index = (self.out / "index" / "inbox.sqlite").read_bytes()
         size = self.inbox.path.stat().st_size
         if not self.is_closed:
+            self.inbox.open()
             self.inbox.submit([line(number) for number in numbers], key="c")
             self.inbox.release()
             lines = self.inbox.path.read_bytes()[size:].splitlines(keepends=True)
@@ -443,4 +473,4 @@ class Inboxes(RuleBasedStateMachine):
 
 
 TestInbox = Inboxes.TestCase
-TestInbox.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
+TestInbox.settings = settings(max_examples=10, stateful_step_count=10, deadline=None)
