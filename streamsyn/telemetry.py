@@ -38,6 +38,7 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
     )
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,  # the daemon's: run, request_id
             structlog.processors.add_log_level,
             structlog.processors.format_exc_info,
             _make_safe,

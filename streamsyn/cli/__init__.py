@@ -4,6 +4,7 @@
     exits     the exit codes, and how a command ends with one
     options   the options of `run`, which `preview` shares, and the configuration that they give
     run, preview, train, demo         write contexts and samples; tune a model on them
+    serve                             the daemon: many runs over one fleet
     retry, score                      ask rejects again; measure contexts beside the log
     export, report, verify, status    read a run directory
     init, config, simulate            write or print a configuration; serve the simulator

@@ -18,6 +18,7 @@ from streamsyn.cli.report import report
 from streamsyn.cli.retry import retry
 from streamsyn.cli.run import run
 from streamsyn.cli.score import score
+from streamsyn.cli.serve import serve
 from streamsyn.cli.simulate import simulate
 from streamsyn.cli.status import status
 from streamsyn.cli.train import train
@@ -58,6 +59,7 @@ for _command in (
     export,
     report,
     train,
+    serve,
     show_config,
     demo,
     simulate,

@@ -5,6 +5,7 @@
 
 In reading order:
     sections        all keys with their defaults; `streamsyn config` prints the docstring below a key
+    serve_section   the keys of `streamsyn serve`
     train_section   the keys of `streamsyn train`
     fields          base class and field types; `operational` marks keys that shape no outputs
     loading         `load` and `parse_override`; errors name the key, the value and the nearest known key

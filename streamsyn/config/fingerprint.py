@@ -80,6 +80,7 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     templates = [recipe, assembly, saved["scoring"], *recipe["tasks"].values(), *assembly["tasks"].values()]
     paths = [(settings, "template") for settings in templates]
     paths += [(saved["fleet"], key) for key in ("servers_file", "tls_ca", "tls_cert")]
+    paths += [(saved["serve"], key) for key in ("tokens_file", "tls_certificate", "tls_key")]
     paths.append((saved["seeds"], "task_losses"))
     for settings, key in paths:
         if settings[key] is not None:

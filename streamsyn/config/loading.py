@@ -20,6 +20,7 @@ from streamsyn.config.sections import (
     SeedsSection,
     SinkSection,
 )
+from streamsyn.config.serve_section import ServeSection
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 
@@ -35,6 +36,7 @@ class Config(Section):
     fleet: FleetSection = FleetSection()
     sink: SinkSection = SinkSection()
     assembly: AssemblySection = AssemblySection()
+    serve: Annotated[ServeSection, operational] = ServeSection()
     train: Annotated[TrainSection, operational] = TrainSection()
 
 

@@ -61,6 +61,7 @@ class RunRequest:
         after_samples: Learns of samples in the log, and may hold up the run.
         inbox: Takes seeds while the run goes on, which ends when it is closed. Its owner releases it after
             the run. None reads what was submitted to earlier runs.
+        on_begun: Called in the event loop when run.json and the log say what this run is to do.
     """
 
     config: Config
@@ -83,6 +84,7 @@ class RunRequest:
     control: RunControl = field(default_factory=RunControl)
     after_samples: SampleGate | None = None
     inbox: Inbox | None = None
+    on_begun: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -98,6 +100,8 @@ class RunSummary:
         contexts: Contexts in the directory, of all runs into it.
         rejects: Rejects in the directory that no later outcome supersedes.
         samples: Samples in the directory.
+        in_log: Returns the numbers of contexts, rejects that hold, and samples in the directory now; empty
+            before it is open.
         servers: Returns the metrics of each server.
         progress: Returns the present progress; empty before the run has begun. Call it in the event loop of
             the run.
@@ -113,6 +117,7 @@ class RunSummary:
     contexts: int = 0
     rejects: int = 0
     samples: int = 0
+    in_log: Callable[[], dict[str, int]] = dict
     servers: Callable[[], list[dict[str, Any]]] = list
     progress: Callable[[], dict[str, Any]] = dict
     recipe: RecipeSection | None = None

@@ -101,9 +101,11 @@ def _opened(request: RunRequest, summary: RunSummary) -> Iterator[Parts]:
         may_differ = may_change(request.out) if request.retry else None
         directory.check(shaping, fingerprint(Config()), may_differ)
         with _open_log(request) as run_log:
+            summary.in_log = run_log.counts
             yield Parts(request, directory, run_log, reader, recipe, resources, shaping, summary)
-            summary.contexts, summary.rejects = run_log.contexts.rows, run_log.holding_rejects
-            summary.samples = run_log.samples.rows
+            in_log = run_log.counts()
+            summary.contexts, summary.rejects = in_log["contexts"], in_log["rejects"]
+            summary.samples = in_log["samples"]
             summary.notes = list(reader.notes())
     finally:
         if request.stream is not None:
@@ -132,6 +134,7 @@ async def _run(parts: Parts) -> None:
         async with open_fleets(parts, stopper) as fleets:
             await preflight(parts, fleets.writing)
             await record_fingerprint(parts, fleets)
+            parts.request.on_begun()
             claims = await asyncio.to_thread(parts.log.claims)
             assembly = make_assembly(parts)
             try:

@@ -102,6 +102,14 @@ class RunLog:
         """Number of rejects that a later outcome supersedes."""
         return len(self._superseded) if self.manifest.open_retries else self.manifest.superseded
 
+    def counts(self) -> dict[str, int]:
+        """The numbers of contexts, of rejects that hold, and of samples in the log."""
+        return {
+            "contexts": self.contexts.rows,
+            "rejects": self.holding_rejects,
+            "samples": self.samples.rows,
+        }
+
     def add_retry(self, reasons: Sequence[str]) -> None:
         """Have the rejects of these reasons asked again: they are open until the log is finished."""
         self.rejects.seal()  # so that a mirror has them before the outcomes that supersede them

@@ -186,6 +186,11 @@ def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a file of this name must not lie in a directory before it is used."""
+    return not name.startswith(".") and not name.endswith(_BESIDES)
+
+
 def _refuse_foreign(root: Path) -> None:
     """Refuse a directory that holds something else than a run: it may be another one than was meant.
 
@@ -200,7 +205,7 @@ def _refuse_foreign(root: Path) -> None:
         raise ConfigError(f"cannot read the run directory {root}: {error.strerror}") from error
     if names & _OURS:
         return
-    foreign = sorted(name for name in names if not name.startswith(".") and not name.endswith(_BESIDES))
+    foreign = sorted(filter(is_foreign, names))
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ConfigError(
@@ -211,13 +216,17 @@ def _refuse_foreign(root: Path) -> None:
 class DirectoryLock:
     """The lock of a directory, held until `close` or the end of the process.
 
+    Args:
+        root: The directory.
+        name: The name of the lock file in it.
+
     Raises:
         OSError: The lock file cannot be opened.
         DirectoryInUse: A different process holds the lock; the message names it.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._file = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    def __init__(self, root: Path, name: str = LOCK_NAME) -> None:
+        self._file = os.open(root / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,0 +1,93 @@
+"""The daemon without HTTP: its directory, its servers and its runs, in one event loop.
+
+ROOT -> [lock] -> servers -> runs -> (tasks of runs)
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from streamsyn.background import Background, background, in_threads
+from streamsyn.config.loading import Config
+from streamsyn.daemon.access import Access
+from streamsyn.daemon.hosted_run import Hosting
+from streamsyn.daemon.root import opened_root
+from streamsyn.daemon.runs import Runs
+from streamsyn.fleet.membership import Connect
+
+
+@dataclass(slots=True)
+class Daemon:
+    """What request handlers reach by `request.app[DAEMON]`.
+
+    Attributes:
+        root: ROOT.
+        config: The operator's configuration.
+        access: Who may do what.
+        tasks: Starts tasks that end with the daemon.
+        hosting: What the runs share.
+        runs: The runs.
+        started_at: When the daemon started, in Unix seconds.
+    """
+
+    root: Path
+    config: Config
+    access: Access
+    tasks: Background
+    hosting: Hosting
+    runs: Runs
+    started_at: float = field(default_factory=time.time)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the daemon finishes what is in flight, to end then."""
+        return self.hosting.ending
+
+    async def drain(self) -> None:
+        """Finish what is in flight, for at most `run.drain_timeout_s` seconds, and begin nothing new.
+
+        Runs that were going on go on when the daemon starts again.
+        """
+        self.hosting.ending = True
+        await self.runs.stop("the daemon is ending", self.config.run.drain_timeout_s)
+
+
+DAEMON: Final = web.AppKey("daemon", Daemon)
+
+
+@asynccontextmanager
+async def open_daemon(
+    root: Path,
+    config: Config,
+    environ: Mapping[str, str] = os.environ,
+    connect: Connect | None = None,
+) -> AsyncIterator[Daemon]:
+    """Open ROOT, connect to the servers, and take up the runs.
+
+    At the end of the block runs are drained; if it raises, they are cancelled.
+
+    Args:
+        root: ROOT; made if it does not exist.
+        config: The operator's configuration.
+        environ: The environment, which holds the servers' credentials.
+        connect: The transport to servers; None is HTTP.
+
+    Raises:
+        ConfigError: ROOT or the configuration cannot be used.
+        SinkError: The disk failed.
+    """
+    async with in_threads(opened_root(root)):
+        access = await asyncio.to_thread(Access, config.serve.tokens_file)
+        async with background() as tasks:
+            hosting = Hosting(config, environ, connect, tasks)
+            daemon = Daemon(root, config, access, tasks, hosting, Runs(root / "runs", hosting))
+            await daemon.runs.open()
+            yield daemon
+            await daemon.drain()

@@ -1,0 +1,101 @@
+"""What the daemon keeps of a hosted run: DIR/service.json, replaced whole and synced at each change."""
+
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from streamsyn.daemon.run_state import State
+from streamsyn.errors import SinkError
+from streamsyn.io.durable import write_whole
+
+SERVICE_FILE: Final = "service.json"
+FORMAT_VERSION: Final = 1
+Priority = Literal["low", "normal", "high"]
+
+
+class Figures(BaseModel):
+    """Totals of a run up to the end of its last execution.
+
+    Attributes:
+        contexts: Contexts in the log.
+        rejects: Rejects that hold.
+        samples: Samples in the log.
+        rows: Rows of each kind in the log.
+        reasons: The rejects, by reason.
+        tokens: Tokens by kind.
+    """
+
+    contexts: int = 0
+    rejects: int = 0
+    samples: int = 0
+    rows: dict[str, int] = Field(default_factory=dict)
+    reasons: dict[str, int] = Field(default_factory=dict)
+    tokens: dict[str, int] = Field(default_factory=dict)
+
+
+class RunRecord(BaseModel):
+    """The content of service.json.
+
+    Attributes:
+        format_version: The version of this format.
+        id: The run's id.
+        created_at: When it was created, in Unix seconds.
+        given: The request that created it, to recognise its repetition.
+        shaping: The configuration that shapes outputs, as it was at creation.
+        state: The state that the run has, or goes on with when the daemon starts.
+        is_closed: Whether no more seeds will come.
+        error: Why it failed.
+        retry: Reasons of rejects that are to be asked again and have not been yet.
+        accepted: Seeds accepted until it finished.
+        figures: Totals.
+    """
+
+    model_config = ConfigDict(extra="allow")  # what later versions add is kept
+
+    format_version: int = FORMAT_VERSION
+    id: str
+    created_at: float
+    weight: float = 1.0
+    priority: Priority = "normal"
+    labels: dict[str, str] = Field(default_factory=dict)
+    given: dict[str, Any] = Field(default_factory=dict)
+    shaping: dict[str, Any] = Field(default_factory=dict)
+    state: State = "running"
+    is_closed: bool = False
+    error: str | None = None
+    retry: list[str] = Field(default_factory=list)
+    accepted: int = 0
+    figures: Figures = Field(default_factory=Figures)
+
+    def save(self, root: Path) -> None:
+        """Replace the file. Blocks on the disk.
+
+        Raises:
+            SinkError: It cannot be written.
+        """
+        write_whole(root / SERVICE_FILE, orjson.dumps(self.model_dump(mode="json")))
+
+    @classmethod
+    def load(cls, root: Path) -> Self | None:
+        """Read the file; None if there is none: the run was never created completely. Blocks on the disk.
+
+        Raises:
+            SinkError: It cannot be read.
+        """
+        path = root / SERVICE_FILE
+        try:
+            record = cls.model_validate(orjson.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SinkError(f"cannot read {path}: {error.strerror}") from error
+        except (orjson.JSONDecodeError, ValidationError) as error:
+            raise SinkError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        if record.format_version > FORMAT_VERSION:
+            raise SinkError(
+                f"{path} has format version {record.format_version}; this streamsyn reads versions up to "
+                f"{FORMAT_VERSION}"
+            )
+        return record
