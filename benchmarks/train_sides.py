@@ -54,9 +54,8 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     from streamsyn.trainer.commands import Command, Ranks, Step, Stop
     from streamsyn.trainer.examples import Example, Key
     from streamsyn.trainer.loop import Loop, Progress
-    from streamsyn.trainer.model.accelerator import start_accelerator
     from streamsyn.trainer.model.loss import denominator, target_weights
-    from streamsyn.trainer.model.placed import place
+    from streamsyn.trainer.model.placed import place, start_accelerator
     from streamsyn.trainer.model.pretrained import model_dtype, read_model
 
     per_step, gpu = plan["per_step"], plan["gpu"]

@@ -8,8 +8,7 @@ import click
 
 from streamsyn.cli.options import examples
 from streamsyn.errors import ConfigError
-from streamsyn.simulator.faults import Fault
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, SimulatorConfig
 
 _DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(SimulatorConfig)}
 

@@ -19,7 +19,7 @@ from streamsyn.assembly.sample_prompts import KNOWN_TASKS
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.export.export_request import ExportRequest, ExportSummary
-from streamsyn.export.rows import SCHEMA, SCORES, Row
+from streamsyn.export.log_reader import SCHEMA, SCORES, Row
 from streamsyn.templates import PromptTemplate, packaged
 
 _MAX_TASKS = 50

@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from streamsyn.export.export_request import ExportRequest
-from streamsyn.export.rows import SCHEMA, Row, row_bytes
+from streamsyn.export.log_reader import SCHEMA, Row, row_bytes
 from streamsyn.export.splits import Layout, Split
 from streamsyn.export.target import Target, TargetFile
 

@@ -1,9 +1,14 @@
-"""The log of a run directory as of one moment, assembled again with the run's settings or with others."""
+"""The log of a run directory as of one moment, assembled again with the run's settings or with others, as
+rows of an export: a sample, and the scores of its relevant context.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+import pyarrow
 
 from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.resources import AssemblyResources, with_templates
@@ -12,12 +17,66 @@ from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.export_request import ExportRequest, ExportSummary
-from streamsyn.export.rows import Row, context_fields, row_of
 from streamsyn.records import Sample
 from streamsyn.scoring.sidecar import with_scores
 from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Part, Snapshot
+
+Row: TypeAlias = dict[str, Any]
+
+SCHEMA = pyarrow.schema(
+    [
+        ("id", pyarrow.string()),
+        ("seed_id", pyarrow.string()),
+        ("task", pyarrow.string()),
+        ("instruction", pyarrow.string()),
+        (
+            "messages",
+            pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])),
+        ),
+        ("n_tokens", pyarrow.int64()),
+        ("target_tokens", pyarrow.int64()),
+        ("context_seqs", pyarrow.list_(pyarrow.int64())),
+        ("relevant_index", pyarrow.int64()),
+        ("epoch", pyarrow.int64()),
+        ("model", pyarrow.string()),
+        ("context_gain", pyarrow.float64()),
+        ("answer_score", pyarrow.float64()),
+        ("closed_book_score", pyarrow.float64()),
+        ("flags", pyarrow.list_(pyarrow.string())),
+    ]
+)
+"""The columns, in this order in every format."""
+
+SCORES = ("context_gain", "answer_score", "closed_book_score")
+"""Columns with scores of the relevant context; null where they were not measured."""
+
+
+def context_fields(context: Row) -> Row:
+    """Return the fields that a sample's row takes from the log row of its relevant context."""
+    checks = context.get("checks") or {}
+    fields: Row = {"model": context.get("model")}
+    fields.update({name: checks.get(name) for name in SCORES})
+    fields["flags"] = list(checks.get("flags") or ())
+    return fields
+
+
+def row_of(sample: Sample, epoch: int, fields: Row) -> Row:
+    """Return the row of a sample; `fields` are the `context_fields` of its relevant context."""
+    more = {"epoch": epoch, **fields}
+    # Not `asdict`, which copies the lists.
+    return {name: more[name] if name in more else getattr(sample, name) for name in SCHEMA.names}
+
+
+def row_bytes(row: Row) -> int:
+    """Return the approximate size of a row: the bytes of its texts, and a constant for the rest."""
+    return 256 + sum(_bytes(message["content"]) for message in row["messages"]) + 8 * len(row["context_seqs"])
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
 
 _PRUNE_INTERVAL = 1024
 """Contexts after which the fields of those that left the window are dropped."""

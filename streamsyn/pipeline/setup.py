@@ -36,7 +36,7 @@ from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:
-    from streamsyn.scoring.open_examiner import Examination
+    from streamsyn.scoring.examiner import Examination
 
 log = structlog.get_logger()
 
@@ -142,7 +142,7 @@ async def _open_examination(
     if not is_examined(config.checks):
         yield None
         return
-    from streamsyn.scoring.open_examiner import open_examination
+    from streamsyn.scoring.examiner import open_examination
 
     request = parts.request
     opening = partial(

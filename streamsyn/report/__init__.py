@@ -9,9 +9,8 @@ In reading order:
 - `verdict`: the six facts that decide whether a run is fit for training, and their thresholds.
 - `run_metrics`: all metrics of the page, collected in one pass over the log.
 - `traffic`: tokens and failed attempts by server and model, and what happened when.
-- `report_examples`: rejects, repeats and samples to read, drawn at random but always the same ones.
-- `excerpts`: long texts, cut in the middle, with the words of the answer marked.
-- `histogram`: distributions of values in bounded memory.
-- `charts`: inline SVG.
+- `report_examples`: rejects, repeats and samples to read, drawn at random but always the same ones; long
+  texts are cut in the middle, with the words of the answer marked.
+- `charts`: distributions of values in bounded memory, and charts as inline SVG.
 - `log_rows`: fields of a log row, which another version or a user's recipe may have written.
 """

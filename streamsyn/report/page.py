@@ -13,9 +13,8 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.report import charts
 from streamsyn.report import verdict as thresholds
-from streamsyn.report.excerpts import shortened
-from streamsyn.report.histogram import Bin, Histogram
-from streamsyn.report.report_examples import SampleExample
+from streamsyn.report.charts import Bin, Histogram
+from streamsyn.report.report_examples import SampleExample, shortened
 from streamsyn.report.run_metrics import DEPTHS, RunMetrics, Scores, tokens_target
 from streamsyn.report.verdict import Verdict, percent, verdict
 

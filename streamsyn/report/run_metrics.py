@@ -8,7 +8,7 @@ from typing import Any
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import AssemblySection, LengthsSection, RecipeSection
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.report.histogram import Histogram
+from streamsyn.report.charts import Histogram
 from streamsyn.report.log_rows import ANSWER_METRICS, checks_of, is_number, number, text, words_of
 from streamsyn.report.report_examples import (
     BottomK,

@@ -4,8 +4,7 @@ A worker passes each draft to the `Examiner`. It looks for text of evaluation se
 then asks a fleet of servers how much the context helps to find the gold answer. The findings become
 `Context.checks` and its flags, or the draft is rejected with a reason.
 
-    examination      from the configuration to an examiner, its index and its fleet
-    examiner         the order of the checks, thresholds, flags and rejects
+    examiner         the order of the checks, thresholds, flags and rejects; opens index and fleet
     measures         context gain (likelihood of the gold answer) and answerability
     requests         questions, prompts and requests to the scoring fleet; results shared by drafts
     answer_metrics   F1 and ROUGE-L

@@ -29,8 +29,15 @@ from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.scoring.contamination import EvalSets
 from streamsyn.scoring.duplicates import Duplicates
-from streamsyn.scoring.examiner import Findings, Scores, is_draft_of
-from streamsyn.scoring.open_examiner import Opening, check_logprobs, own_fleet, scoring_model
+from streamsyn.scoring.examiner import (
+    Findings,
+    Opening,
+    Scores,
+    check_logprobs,
+    is_draft_of,
+    own_fleet,
+    scoring_model,
+)
 from streamsyn.scoring.requests import AnswerPrompt, Question
 from streamsyn.scoring.sidecar import FOLDER, MEASURES, Found, Measure, Row, Sidecar, with_scores
 from streamsyn.sink.rundir import DirectoryLock

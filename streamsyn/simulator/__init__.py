@@ -2,7 +2,7 @@
 
 In reading order:
 
-    settings, faults, timeline       what to simulate: configuration, faults, events in a server's life
+    settings, timeline               what to simulate: configuration and faults, events in a server's life
     app, in_process                  two ways in: HTTP, or calls within the process
     protocol, routes                 requests, replies, and all routes over either way
     generation, chat, native         the routes that generate or score

@@ -15,10 +15,9 @@ from aiohttp import web
 
 from streamsyn.errors import ConfigError, root_cause
 from streamsyn.io.open_files import raise_limit
-from streamsyn.simulator.faults import Script
 from streamsyn.simulator.protocol import RawRequest, Reply
 from streamsyn.simulator.routes import Routes
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Script, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Timeline, playing
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.prose import Prose, answering_sentence, given_answer
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, SimulatorConfig
 from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN, count_tokens
 
 EOS_ID: Final = 2

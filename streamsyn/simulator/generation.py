@@ -8,9 +8,9 @@ import orjson
 from streamsyn.simulator import protocol
 from streamsyn.simulator.completion_request import Answer, CompletionRequest, Malformed, Refused, check_length
 from streamsyn.simulator.engine import DuplicateRid, QueueFull, ServerLost
-from streamsyn.simulator.faults import BAD_CONTENT, PAUSE_S, Fault
 from streamsyn.simulator.native import UnknownField
 from streamsyn.simulator.protocol import EventStream, RawRequest, ResponseWriter
+from streamsyn.simulator.settings import BAD_CONTENT, PAUSE_S, Fault
 from streamsyn.simulator.simulation import Simulation
 
 

@@ -20,10 +20,16 @@ from streamsyn.simulator.completion_request import (
     cut_short,
 )
 from streamsyn.simulator.engine import Engine, ServerLost, Work
-from streamsyn.simulator.faults import Fault, FaultPlan, Script
 from streamsyn.simulator.plain_engine import PlainEngine
 from streamsyn.simulator.prose import Prose
-from streamsyn.simulator.settings import PLAIN_CACHE_TOKENS, PLAIN_SLOTS, SimulatorConfig
+from streamsyn.simulator.settings import (
+    PLAIN_CACHE_TOKENS,
+    PLAIN_SLOTS,
+    Fault,
+    FaultPlan,
+    Script,
+    SimulatorConfig,
+)
 from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN, count_tokens
 from streamsyn.simulator.weights import Weights
 

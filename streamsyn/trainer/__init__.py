@@ -10,8 +10,7 @@ Modules in reading order:
     stream/           rows -> tokens -> the rows of each step, exactly resumable
     commands          what rank 0 sends to all ranks, and the channel
     controller        decides on rank 0 when to train, evaluate, save, publish and stop
-    schedule          the learning rate
-    loop              carries out the commands on every rank
+    loop              carries out the commands on every rank, at the learning rate of its schedule
     model/            the model on its devices: attention of packed rows, loss, adapters
     evaluation/       held-out losses, needles, LongBench
     metrics/          metrics.jsonl and what else is recorded

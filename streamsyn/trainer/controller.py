@@ -14,11 +14,10 @@ from streamsyn.errors import StreamsynError, TrainingFailed
 from streamsyn.trainer.commands import Command, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
-from streamsyn.trainer.loop import Progress
+from streamsyn.trainer.loop import Progress, Schedule
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.model.loss import denominator, target_weights
 from streamsyn.trainer.saving.store import Store
-from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.stream.planner import PlanQueue
 
 log = structlog.get_logger()

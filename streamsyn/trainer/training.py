@@ -21,12 +21,11 @@ from streamsyn.trainer.controller import Controller, Totals
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before, open_exam
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
-from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.loop import Loop, Progress, Schedule
 from streamsyn.trainer.metrics.mfu import mfu_of
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
-from streamsyn.trainer.model.accelerator import start_accelerator
-from streamsyn.trainer.model.placed import Placed, place
+from streamsyn.trainer.model.placed import Placed, place, start_accelerator
 from streamsyn.trainer.model.pretrained import (
     check_compatibility,
     memory_errors_explained,
@@ -38,7 +37,6 @@ from streamsyn.trainer.outdir import OutDirectory
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store, restore_optimizer
-from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.stream.planner import Planner, PlanQueue

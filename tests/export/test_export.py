@@ -18,7 +18,7 @@ from streamsyn.export import formats
 from streamsyn.export.export_request import COMPRESSIONS, ExportRequest, ExportSummary
 from streamsyn.export.export_run import export
 from streamsyn.export.formats import ShardWriter
-from streamsyn.export.rows import SCHEMA
+from streamsyn.export.log_reader import SCHEMA
 from streamsyn.export.splits import Split
 from streamsyn.export.target import Target
 from streamsyn.records import Outcome, Sample

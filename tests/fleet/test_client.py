@@ -32,8 +32,7 @@ from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.transport import http_transport
 from streamsyn.records import Request
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import BAD_CONTENT, Fault, Script
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import BAD_CONTENT, Fault, Script, SimulatorConfig
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 

@@ -22,8 +22,7 @@ from streamsyn.errors import (
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.records import Attempt, Completion, Request
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import BAD_CONTENT, Fault, Script
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import BAD_CONTENT, Fault, Script, SimulatorConfig
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 

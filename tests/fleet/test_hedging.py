@@ -12,9 +12,8 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ServerUnavailable
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.records import Attempt, Request
-from streamsyn.simulator.faults import Fault, Script
 from streamsyn.simulator.in_process import InProcessServers
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.virtual_time import run_virtually
 from tests.fleet.test_fleet import ask_many, fleet_of, simulators, until

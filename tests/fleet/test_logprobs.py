@@ -19,9 +19,8 @@ from streamsyn.fleet.prompt_end import PromptEnds
 from streamsyn.fleet.transport import Reply
 from streamsyn.records import Attempt, Request
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import Fault, Script
 from streamsyn.simulator.in_process import InProcessTransport
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 
 pytestmark = pytest.mark.usefixtures("no_task_left")

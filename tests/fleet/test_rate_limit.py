@@ -13,10 +13,9 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import RateLimited, StoppedEarly
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.records import Attempt, Request
-from streamsyn.simulator.faults import PAUSE_S, Fault, Script
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.protocol import QUOTA
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import PAUSE_S, Fault, Script, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.virtual_time import run_virtually
 

@@ -25,8 +25,7 @@ from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Context, Outcome, Sample
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import Fault, Script
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 from streamsyn.sink import shards
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory

@@ -12,9 +12,8 @@ import pytest
 from streamsyn.config.loading import load
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run
-from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.in_process import InProcessServers
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Event, Timeline
 

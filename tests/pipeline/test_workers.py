@@ -37,8 +37,7 @@ from streamsyn.records import (
 from streamsyn.scoring.examiner import Examiner, Scores
 from streamsyn.scoring.requests import AnswerPrompt
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import Fault, Script
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 from streamsyn.sink.journal import Journal
 from streamsyn.telemetry import Counters
 from tests.builders import opened, rows, sink

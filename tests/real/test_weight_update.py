@@ -12,8 +12,7 @@ from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.launch import find_packaged_model
 from streamsyn.records import Request
 from streamsyn.trainer.examples import Example
-from streamsyn.trainer.model.batch import make_batch
-from streamsyn.trainer.model.loss import token_losses
+from streamsyn.trainer.model.loss import make_batch, token_losses
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.model.pretrained import read_tokenizer
 from streamsyn.trainer.saving.publish import Publisher

@@ -20,9 +20,8 @@ from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import BadSeed, Completion, Draft, Seed
 from streamsyn.seeds.parse import SeedParser
-from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.in_process import InProcessServers
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from tests.builders import rows
 from tests.fleet.scripted import ScriptedServers

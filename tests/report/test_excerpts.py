@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.report.excerpts import answer_spans, excerpt, shortened, visible
-from streamsyn.report.report_examples import BottomK, draw_key
+from streamsyn.report.report_examples import BottomK, answer_spans, draw_key, excerpt, shortened, visible
 
 spans = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)).map(sorted).map(tuple), max_size=4)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.report.histogram import Histogram, round_width, ticks
+from streamsyn.report.charts import Histogram, round_width, ticks
 
 values = st.lists(st.floats(-1e9, 1e9) | st.integers(-(10**6), 10**6), min_size=1, max_size=200)
 

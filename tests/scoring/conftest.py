@@ -9,8 +9,7 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.scoring.requests import AnswerPrompt, Question
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import Script
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Script, SimulatorConfig
 
 QUESTION = Question("Who keeps the lighthouse of Velmora?", "Keeper Amund Tarn keeps it.", "narrativeqa")
 HELPS = (

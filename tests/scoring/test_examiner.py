@@ -19,7 +19,7 @@ from streamsyn.scoring.duplicates import Duplicates
 from streamsyn.scoring.examiner import Examiner, Findings, Scores
 from streamsyn.scoring.requests import Question
 from streamsyn.simulator.app import RunningSimulator
-from streamsyn.simulator.faults import Fault, Script
+from streamsyn.simulator.settings import Fault, Script
 from streamsyn.telemetry import Counters
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 

@@ -11,9 +11,8 @@ import pytest
 from streamsyn.simulator.completion_request import Answer, CompletionRequest
 from streamsyn.simulator.costs import CPU
 from streamsyn.simulator.engine import DuplicateRid, QueueFull, ServerLost
-from streamsyn.simulator.faults import Fault
 from streamsyn.simulator.routes import load, metrics, server_info
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.virtual_time import run_virtually
 

@@ -20,9 +20,8 @@ from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Transport, http_transport
 from streamsyn.records import Completion, Request
 from streamsyn.simulator.app import running
-from streamsyn.simulator.faults import Fault, Script
 from streamsyn.simulator.in_process import InProcessServers, InProcessTransport
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Event, Timeline
 

@@ -11,8 +11,7 @@ import orjson
 import pytest
 
 from streamsyn.simulator.app import RunningSimulator, running
-from streamsyn.simulator.faults import Fault, Script
-from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 
 MESSAGES = [
     {"role": "system", "content": "You write documents."},

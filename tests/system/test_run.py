@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streamsyn.simulator.faults import Fault
+from streamsyn.simulator.settings import Fault
 from tests.system.conftest import Server, assert_clean, environment, rows, start, streamsyn, wait_for_line
 
 Serve = Callable[..., Server]

@@ -13,19 +13,16 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from streamsyn.config.train_section import TrainSection
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.controller import Controller, Totals
-from streamsyn.trainer.evaluation.answering import Chat
 from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before
-from streamsyn.trainer.evaluation.exam import Exam, Question
+from streamsyn.trainer.evaluation.exam import Chat, Exam, Question
 from streamsyn.trainer.evaluation.heldout import WITH, deal_rows
 from streamsyn.trainer.examples import End, Example, Idle, StepPlan
-from streamsyn.trainer.loop import Loop, Progress
+from streamsyn.trainer.loop import Loop, Progress, Schedule
 from streamsyn.trainer.metrics.record import TrainingMetrics
-from streamsyn.trainer.model.accelerator import start_accelerator
-from streamsyn.trainer.model.placed import Placed, place
+from streamsyn.trainer.model.placed import Placed, place, start_accelerator
 from streamsyn.trainer.model.pretrained import model_dtype, read_model
 from streamsyn.trainer.saving.checkpoint import Checkpoints
 from streamsyn.trainer.saving.store import Store
-from streamsyn.trainer.schedule import Schedule
 from streamsyn.trainer.stream.planner import PlanQueue
 from tests.trainer import tiny
 

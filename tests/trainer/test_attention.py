@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model import attention
 from streamsyn.trainer.model.attention import SEGMENTS, implementation, segments
-from streamsyn.trainer.model.batch import Batch, make_batch
+from streamsyn.trainer.model.loss import Batch, make_batch
 from tests.trainer.tiny import example, furthest, gradients, model
 
 CPU = torch.device("cpu")

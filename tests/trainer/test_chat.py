@@ -7,7 +7,7 @@ import pytest
 
 from streamsyn.config.train_section import LongBenchSection, NeedlesSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Chat
 from streamsyn.trainer.evaluation.longbench import longbench_questions
 from streamsyn.trainer.evaluation.needles import needle_questions
 from tests.trainer import tiny

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.trainer.commands import Prompt, Ranks
-from streamsyn.trainer.evaluation.answering import _answer, answer_all, answering
+from streamsyn.trainer.evaluation.exam import _answer, answer_all, answering
 from streamsyn.trainer.model.attention import SEGMENTS
 from streamsyn.trainer.model.placed import Placed
 from tests.trainer import tiny

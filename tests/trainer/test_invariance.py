@@ -13,7 +13,7 @@ import torch
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.loop import Progress
-from streamsyn.trainer.model.accelerator import start_accelerator
+from streamsyn.trainer.model.placed import start_accelerator
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train, weights
 

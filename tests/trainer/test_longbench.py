@@ -12,8 +12,7 @@ from structlog.testing import capture_logs
 
 from streamsyn.config.train_section import LongBenchSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.evaluation.answering import Chat
-from streamsyn.trainer.evaluation.exam import Question
+from streamsyn.trainer.evaluation.exam import Chat, Question
 from streamsyn.trainer.evaluation.longbench import longbench_questions
 from tests.examples import examples
 from tests.trainer import tiny

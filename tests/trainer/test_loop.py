@@ -18,7 +18,7 @@ from streamsyn.errors import SinkError
 from streamsyn.trainer.commands import Step
 from streamsyn.trainer.examples import End, Idle, StepPlan
 from streamsyn.trainer.loop import Loop
-from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.loss import make_batch
 from streamsyn.trainer.model.placed import Placed
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.model.attention import implementation
-from streamsyn.trainer.model.batch import make_batch
-from streamsyn.trainer.model.loss import LossKind, denominator, target_weights, token_losses
+from streamsyn.trainer.model.loss import LossKind, denominator, make_batch, target_weights, token_losses
 from tests.examples import examples
 from tests.trainer.tiny import example, furthest, gradients, model
 

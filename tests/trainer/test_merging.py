@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-from streamsyn.trainer.evaluation.answering import answering
-from streamsyn.trainer.model.adapters import merged
+from streamsyn.trainer.evaluation.exam import answering
 from streamsyn.trainer.model.placed import whole_weights
+from streamsyn.trainer.model.pretrained import merged
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
 from tests.trainer.test_packing_isolation import SMALL

@@ -18,7 +18,7 @@ from streamsyn.trainer.examples import Example, Key, StepPlan
 from streamsyn.trainer.metrics.mfu import Mfu, ModelFlops, mfu_of, model_flops, peak_flops
 from streamsyn.trainer.metrics.record import TrainingMetrics, verdict
 from streamsyn.trainer.metrics.trackers import start_tracking
-from streamsyn.trainer.model.accelerator import start_accelerator
+from streamsyn.trainer.model.placed import start_accelerator
 from streamsyn.trainer.stream.planner import PlanQueue
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, plans, section, train

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.model.accelerator import start_accelerator
-from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.loss import make_batch
+from streamsyn.trainer.model.placed import start_accelerator
 from streamsyn.trainer.model.pretrained import model_dtype, read_model, read_tokenizer
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section

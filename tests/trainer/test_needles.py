@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from streamsyn.config.train_section import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.evaluation.answering import Chat
-from streamsyn.trainer.evaluation.exam import Question, recall
+from streamsyn.trainer.evaluation.exam import Chat, Question, recall
 from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions, sentences
 from tests.examples import examples
 from tests.trainer import tiny

@@ -8,7 +8,7 @@ import transformers
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.attention import check_packing_isolation, implementation
-from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.loss import make_batch
 from tests.trainer.tiny import VOCABULARY, example, furthest, gradients
 
 CPU = torch.device("cpu")

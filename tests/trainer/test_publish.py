@@ -18,8 +18,8 @@ from streamsyn.config.train_section import PublishSection
 from streamsyn.errors import ConfigError
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import SimulatorConfig
-from streamsyn.trainer.model.adapters import merged
 from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.model.pretrained import merged
 from streamsyn.trainer.saving import publish as servers_module
 from streamsyn.trainer.saving.publish import Publisher, Servers
 from tests.trainer import tiny

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.config.train_section import TrainSection
-from streamsyn.trainer.schedule import Schedule
+from streamsyn.trainer.loop import Schedule
 
 
 def section(**given: object) -> TrainSection:

@@ -16,11 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.trainer import training
-from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.evaluation.exam import Chat
 from streamsyn.trainer.examples import Dropped, Example, Key
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.render import Renderer
-from streamsyn.trainer.stream.spelled_tokens import SpelledTokens, Unspeakable
+from streamsyn.trainer.stream.render import Renderer, SpelledTokens, Unspeakable
 from tests.examples import examples
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh

@@ -12,13 +12,12 @@ import structlog
 from streamsyn.config.loading import Config
 from streamsyn.config.train_section import TrainSection
 from streamsyn.trainer.commands import Evaluate
-from streamsyn.trainer.evaluation.answering import Chat
-from streamsyn.trainer.evaluation.exam import Exam, Question
+from streamsyn.trainer.evaluation.exam import Chat, Exam, Question
 from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_rows, summary
 from streamsyn.trainer.evaluation.longbench import longbench_questions
 from streamsyn.trainer.evaluation.needles import needle_questions
 from streamsyn.trainer.examples import Example, Key
-from streamsyn.trainer.metrics.step_log import read_lines
+from streamsyn.trainer.metrics.record import read_lines
 
 log = structlog.get_logger()
 

@@ -1,20 +1,174 @@
-"""Questions that the tuned model answers during training: grading, metrics, and the files OUT/answers/."""
+"""Questions that the tuned model answers during training: decoding, grading, metrics, and OUT/answers/."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy
 import orjson
+import structlog
+import torch
+from accelerate.utils import DistributedType
 
-from streamsyn.errors import SinkError
+from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.scoring.answer_metrics import answer_score
 from streamsyn.thoughts import without_thought
-from streamsyn.trainer.commands import Prompt
-from streamsyn.trainer.evaluation.answering import Chat
+from streamsyn.trainer.commands import Prompt, Ranks
+from streamsyn.trainer.model.attention import SEGMENTS, VARLEN
+from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.stream.render import ChatTokenizer, Renderer, Unrenderable, Unspeakable, chat_text
+
+log = structlog.get_logger()
+
+
+class Chat:
+    """Converts messages to prompts and tokens to text, for one model. Not thread-safe.
+
+    Args:
+        tokenizer: The model's tokenizer, not shared with anything else.
+        more_stops: Further stop tokens besides those that the chat template puts after an answer.
+
+    Raises:
+        ConfigError: The model's chat template cannot be used.
+
+    Attributes:
+        stop: Tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, more_stops: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        renderer = Renderer(tokenizer, 0, "drop")
+        self._spelled = renderer.spelled
+        trained_stop = renderer.stop
+        eos = tokenizer.eos_token_id
+        self.stop = frozenset((trained_stop, *more_stops, *(() if eos is None else (eos,))))
+
+    def prompt(self, message: str, max_new_tokens: int) -> Prompt:
+        """The prompt for an answer to a user message.
+
+        Raises:
+            ConfigError: The chat template refuses the message.
+        """
+        return Prompt(numpy.array(self._tokens(message), dtype=numpy.int32), max_new_tokens, self.stop)
+
+    def length(self, message: str) -> int:
+        """The number of tokens of the prompt for a message.
+
+        Raises:
+            ConfigError: The chat template refuses the message.
+        """
+        return len(self._tokens(message))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without special tokens."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens that `encode` returned."""
+        text: str = self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return text
+
+    def answer(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without special tokens."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+    def _tokens(self, message: str) -> list[int]:
+        messages = [{"role": "user", "content": message}]
+        try:
+            hidden = self._spelled.hidden(messages)
+            text = chat_text(self._tokenizer, hidden or messages, asks=True)
+            return self._spelled.encode(text) if hidden else self.encode(text)
+        except (Unrenderable, Unspeakable) as error:
+            why = f"train.needles or train.longbench: a question cannot be rendered: {error}"
+            raise ConfigError(why) from error
+
+
+Answer = tuple[int, ...]
+_LOG_EVERY_S = 30.0
+_ATTENTION = "_attn_implementation"
+"""transformers reads it at each forward pass. Its public setter would look for kernels on the hub."""
+
+
+def answer_all(
+    placed: Placed, prompts: Sequence[Prompt | None], ranks: Ranks, wants_to_stop: Callable[[], bool]
+) -> list[Answer]:
+    """Answer the prompts of this rank. A collective: all ranks call it with the same number of prompts.
+
+    Args:
+        placed: The model; it is unchanged afterwards.
+        prompts: Prompts of this rank; None stands for padding, whose answer is empty.
+        ranks: All ranks.
+        wants_to_stop: Whether this rank has to stop. All ranks then stop before the next prompt.
+
+    Returns:
+        The tokens of each answer without the stop token; fewer than prompts if a rank wanted to stop.
+    """
+    # Under FSDP2 each forward pass needs all ranks.
+    sharded = placed.accelerator.distributed_type == DistributedType.FSDP
+    answers: list[Answer] = []
+    logged_at = time.monotonic()
+    with torch.no_grad(), answering(placed):
+        for prompt in prompts:
+            if ranks.any(wants_to_stop()):
+                break
+            if ranks.rank == 0 and time.monotonic() - logged_at > _LOG_EVERY_S:
+                log.info("train.answering", done=len(answers) * ranks.world, of=len(prompts) * ranks.world)
+                logged_at = time.monotonic()
+            any_wants_more = ranks.any if sharded else bool
+            answers.append(_answer(placed.plain, prompt, placed.accelerator.device, any_wants_more))
+    return answers
+
+
+@contextmanager
+def answering(placed: Placed) -> Iterator[None]:
+    """Inside this context the model is in evaluation mode and its attention supports a cache."""
+    config = placed.plain.config
+    before = getattr(config, _ATTENTION)
+    try:
+        placed.model.eval()
+        if before in (SEGMENTS, VARLEN):
+            setattr(config, _ATTENTION, "sdpa")
+        yield
+    finally:
+        setattr(config, _ATTENTION, before)
+        placed.model.train()
+
+
+def _answer(
+    model: Any, prompt: Prompt | None, device: torch.device, any_wants_more: Callable[[bool], bool]
+) -> Answer:
+    """One answer. `any_wants_more` takes whether this rank wants a further token, and returns whether any
+    rank does.
+    """
+    answer: list[int] = []
+    wants_more = prompt is not None
+    inputs = torch.zeros((1, 1), dtype=torch.long, device=device)
+    if prompt is not None:
+        inputs = torch.from_numpy(prompt.tokens).long()[None].to(device)
+    cache: Any = None
+    while any_wants_more(wants_more):
+        if prompt is None or not wants_more:  # other ranks need this rank's shards of the weights
+            model(input_ids=inputs[:, -1:], use_cache=False, logits_to_keep=1)
+            continue
+        out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        inputs = out.logits[:, -1].argmax(-1, keepdim=True)
+        token = int(inputs)
+        if token in prompt.stop:
+            wants_more = False
+        else:
+            answer.append(token)
+            wants_more = len(answer) < prompt.max_new_tokens
+    return tuple(answer)
+
 
 Grading: TypeAlias = Literal["recall", "f1", "rouge_l"]
 

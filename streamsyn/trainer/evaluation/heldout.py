@@ -16,8 +16,7 @@ import torch
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, Row
-from streamsyn.trainer.model.batch import make_batch
-from streamsyn.trainer.model.loss import example_means, token_losses
+from streamsyn.trainer.model.loss import example_means, make_batch, token_losses
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.stream.stream_reader import Rendering, row_digest
 

@@ -14,8 +14,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.scoring.answer_metrics import metric_of
 from streamsyn.seeds.values import NotASeed, answers_in
 from streamsyn.templates import PromptTemplate, packaged
-from streamsyn.trainer.evaluation.answering import Chat
-from streamsyn.trainer.evaluation.exam import Question
+from streamsyn.trainer.evaluation.exam import Chat, Question
 from streamsyn.trainer.sources.row_files import FileRows
 
 log = structlog.get_logger()

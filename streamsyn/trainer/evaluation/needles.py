@@ -21,8 +21,7 @@ import orjson
 from streamsyn.config.train_section import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
-from streamsyn.trainer.evaluation.answering import Chat
-from streamsyn.trainer.evaluation.exam import Question
+from streamsyn.trainer.evaluation.exam import Chat, Question
 
 
 @cache

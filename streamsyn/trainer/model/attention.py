@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Example, Key
-from streamsyn.trainer.model.batch import make_batch
+from streamsyn.trainer.model.loss import make_batch
 
 SEGMENTS = "streamsyn_segments"
 VARLEN = "streamsyn_varlen"

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 import streamsyn
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import SinkError
-from streamsyn.trainer.model.adapters import merged
 from streamsyn.trainer.model.placed import (
     Placed,
     load_optimizer,
@@ -20,6 +19,7 @@ from streamsyn.trainer.model.placed import (
     write_model,
     write_result,
 )
+from streamsyn.trainer.model.pretrained import merged
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, write_folder
 
 _RESULT = "model"
