@@ -117,6 +117,8 @@ class HostedRun:
         """Held while the inbox is opened or released: a file can be locked once."""
         self._changed = asyncio.Event()
         self._inbox: Inbox | None = None
+        self._submitting = 0
+        """Requests that are using the inbox."""
         self._is_deleted = False
 
     @property
@@ -173,6 +175,20 @@ class HostedRun:
                 self._inbox = await asyncio.to_thread(self._open_inbox)
             return self._inbox
 
+    @asynccontextmanager
+    async def submitting(self) -> AsyncIterator[Inbox]:
+        """The run's inbox, which stays open during the block, unless the run is deleted.
+
+        Raises:
+            ConfigError, SinkError: It cannot be opened.
+        """
+        self._submitting += 1
+        try:
+            yield await self.inbox()
+        finally:
+            self._submitting -= 1
+            await self._release_unused()
+
     def start(self) -> None:
         """Execute the run, if that is what it wants and it is not executed yet."""
         if self._task is None and self._wants_to_run:
@@ -184,8 +200,7 @@ class HostedRun:
             inbox = await self.inbox()
             await asyncio.to_thread(inbox.close)
             self._state.close()
-            if self.state in ENDED:
-                await self.release()
+            await self._release_unused()
 
     async def pause(self) -> None:
         """Begin nothing new; what is in flight is finished.
@@ -252,9 +267,19 @@ class HostedRun:
     async def release(self) -> None:
         """Close the files that are open beside an execution."""
         async with self._opening:
-            inbox, self._inbox = self._inbox, None
-            if inbox is not None:
-                await asyncio.to_thread(inbox.release)
+            await self._close_inbox()
+
+    async def _release_unused(self) -> None:
+        """Close the inbox if the run has ended and no request is using it."""
+        if self.state in ENDED:
+            async with self._opening:
+                if not self._submitting:
+                    await self._close_inbox()
+
+    async def _close_inbox(self) -> None:
+        inbox, self._inbox = self._inbox, None
+        if inbox is not None:
+            await asyncio.to_thread(inbox.release)
 
     def as_json(self) -> dict[str, Any]:
         """The run as the API shows it."""
@@ -316,6 +341,8 @@ class HostedRun:
         await asyncio.to_thread(record.save, self.root)
         self._on_state(self)
         self._notify()
+        if self._inbox is not None:
+            self._inbox.wake()
 
     def _notify(self) -> None:
         self._changed.set()
@@ -329,8 +356,7 @@ class HostedRun:
             while self._wants_to_run:
                 await self._execute()
                 async with self._changing:
-                    if self.state in ENDED:
-                        await self.release()
+                    await self._release_unused()
         finally:
             self._task = None
         self._notify()

@@ -14,7 +14,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from streamsyn.daemon import health_routes, run_routes
+from streamsyn.daemon import health_routes, run_routes, seed_routes
 from streamsyn.daemon.bodies import BODY_TIMEOUT_S
 from streamsyn.daemon.connections import Connections, RateLimit
 from streamsyn.daemon.daemon import DAEMON, Daemon
@@ -27,6 +27,7 @@ log = structlog.get_logger()
 ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
     *run_routes.ROUTES,
+    *seed_routes.ROUTES,
 )
 """All routes of the daemon."""
 

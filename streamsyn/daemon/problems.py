@@ -7,7 +7,15 @@ import orjson
 from aiohttp import web
 
 from streamsyn.daemon.run_state import Refused
-from streamsyn.errors import ConfigError, DirectoryInUse, SinkError, StoppedEarly, StreamsynError
+from streamsyn.errors import (
+    ConfigError,
+    DirectoryInUse,
+    InboxClosed,
+    KeyInUse,
+    SinkError,
+    StoppedEarly,
+    StreamsynError,
+)
 from streamsyn.plain_text import message
 
 OPENAI_PATHS: Final = ("/v1/files", "/v1/batches")
@@ -38,7 +46,7 @@ def problem_of(error: StreamsynError) -> Problem:
     match error:
         case Problem():
             return error
-        case DirectoryInUse() | Refused():
+        case DirectoryInUse() | Refused() | InboxClosed() | KeyInUse():
             return Problem(409, str(error))
         case ConfigError():
             return Problem(422, str(error))

@@ -37,9 +37,9 @@ class LineSplitter:
         self._size = 0
 
     @property
-    def incomplete_bytes(self) -> int:
-        """Size so far of the line whose end has not come yet."""
-        return self._size
+    def endless_line(self) -> int | None:
+        """The number of the line whose end has not come yet, if it is above the limit already."""
+        return self._number + 1 if self._size > self._max else None
 
     def feed(self, chunk: bytes) -> Iterator[Line]:
         """The lines that `chunk` completes."""

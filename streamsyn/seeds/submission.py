@@ -100,7 +100,7 @@ class Submission:
         self._append = append
         self._parser = parser
         self._splitter = LineSplitter(max_line_bytes)
-        self._max_line_bytes = max_line_bytes
+        self.max_line_bytes = max_line_bytes
         self._key = key
         self._known = known
         self._keeps_bad = keeps_bad
@@ -117,9 +117,9 @@ class Submission:
         return self._known is not None
 
     @property
-    def is_in_long_line(self) -> bool:
-        """Whether the line whose end has not come yet is too long already."""
-        return self._splitter.incomplete_bytes > self._max_line_bytes
+    def endless_line(self) -> int | None:
+        """The number of the line whose end has not come yet, if it is too long already."""
+        return self._splitter.endless_line
 
     def feed(self, chunk: bytes) -> None:
         """Take a piece of the body, which may end within a line.
@@ -147,7 +147,7 @@ class Submission:
             return
         if isinstance(row, bytes):
             text = raw.rstrip(b"\r\n")
-            is_short = len(text) <= self._max_line_bytes
+            is_short = len(text) <= self.max_line_bytes
             self._take(Line(self._rows, text if is_short else None, len(text)))
         elif isinstance(row, Mapping):
             self._keep(self._parser.row(row, f"{NAME}:{self._rows}", NAME, raw), self._rows, raw)
@@ -193,7 +193,7 @@ class Submission:
             self._hash.update(data)
 
     def _take(self, line: Line) -> None:
-        entry = self._parser.line(line, NAME, NAME, self._max_line_bytes)
+        entry = self._parser.line(line, NAME, NAME, self.max_line_bytes)
         if entry is not None:
             self._keep(entry, line.number, line.text or str(line.size).encode())
 

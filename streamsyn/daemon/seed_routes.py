@@ -1,0 +1,132 @@
+"""`POST /v1/runs/ID/seeds`: lines of seeds, streamed into the inbox of a run.
+
+    body -> pieces -> unpacked -> lines -> [on disk] -> the run
+
+Each piece is on disk before the next is read. While many accepted seeds wait to be taken up by the run, no
+more of the body is read, so that the client waits. A client that goes away leaves what was on disk by then.
+"""
+
+import asyncio
+from typing import Any, Final
+
+from aiohttp import web
+
+from streamsyn.background import in_threads
+from streamsyn.daemon.bodies import JsonBody, pieces
+from streamsyn.daemon.daemon import DAEMON
+from streamsyn.daemon.hosted_run import HostedRun
+from streamsyn.daemon.problems import Problem, problem_of
+from streamsyn.daemon.route import Route, json_response
+from streamsyn.daemon.run_routes import requested_run
+from streamsyn.daemon.unpacking import Unpacker, unpacker
+from streamsyn.errors import StreamsynError
+from streamsyn.seeds.inbox import Inbox
+from streamsyn.seeds.submission import Submission
+
+MAX_KEY_CHARS: Final = 255
+_NDJSON: Final = "application/x-ndjson"
+
+
+class RefusedLines(JsonBody):
+    """A line that is not a seed: its number in the body, counted from 1, and what is wrong with it."""
+
+    line: int
+    detail: str
+
+
+class Accepted(JsonBody):
+    """What became of the lines: `accepted` seeds are on disk; `duplicate` ones were before."""
+
+    accepted: int
+    duplicate: int
+    refused: int
+    refused_lines: list[RefusedLines]
+
+
+async def submit_seeds(request: web.Request) -> web.Response:
+    """Take the seeds in the body, and answer when all are on disk."""
+    run = await requested_run(request)
+    key = _idempotency_key(request)
+    if request.content_type.startswith("multipart/"):
+        raise Problem(415, f"expected one seed a line ({_NDJSON}), not {request.content_type[:100]!r}")
+    unpacks = unpacker(request.headers.get("Content-Encoding", ""))
+    if key is None:
+        _check_accepting(run)
+    async with run.submitting() as inbox:
+        return json_response(await _submit(request, run, inbox, unpacks, key), 202)
+
+
+async def _submit(
+    request: web.Request, run: HostedRun, inbox: Inbox, unpacks: Unpacker, key: str | None
+) -> dict[str, Any]:
+    serve = request.app[DAEMON].config.serve
+    async with in_threads(inbox.submission(key, max_line_bytes=serve.max_line_bytes)) as submission:
+        try:
+            left = serve.max_body_bytes
+            if not submission.is_answered:
+                _check_accepting(run)
+            async for piece in pieces(request, serve.max_body_bytes):
+                unpacks.feed(piece)
+                while unpacks.has_more:
+                    if not submission.is_answered:
+                        await _room(run, inbox, serve.max_unread_seeds)
+                    left -= await asyncio.to_thread(_take_chunk, unpacks, submission)
+                    _check_limits(submission, left, serve.max_body_bytes)
+            unpacks.end()
+            return (await asyncio.to_thread(submission.finish)).as_json()
+        except StreamsynError as error:
+            problem = problem_of(error)
+            if not submission.is_answered:
+                problem.extra |= submission.so_far.as_json()  # what is on disk by now
+            raise problem from error
+
+
+def _take_chunk(unpacks: Unpacker, submission: Submission) -> int:
+    """Put one chunk on disk, and return its bytes. Blocks."""
+    chunk = unpacks.chunk()
+    submission.feed(chunk)
+    submission.flush()
+    return len(chunk)
+
+
+def _check_limits(submission: Submission, left: int, max_bytes: int) -> None:
+    if left < 0:
+        raise Problem(413, f"the body is longer than {max_bytes:,} bytes when decompressed")
+    if (line := submission.endless_line) is not None:
+        raise Problem(413, f"line {line} is longer than {submission.max_line_bytes:,} bytes")
+
+
+def _check_accepting(run: HostedRun) -> None:
+    if not run.accepting:
+        raise Problem(409, run.why_not_accepting)
+
+
+async def _room(run: HostedRun, inbox: Inbox, limit: int) -> None:
+    """Wait while the run has many accepted seeds to take up, and takes them up."""
+    _check_accepting(run)
+    while run.state == "running" and inbox.unread > limit:
+        await inbox.room(limit)
+        _check_accepting(run)
+
+
+def _idempotency_key(request: web.Request) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not 0 < len(key) <= MAX_KEY_CHARS or not (key.isascii() and key.isprintable()):
+        raise Problem(422, f"Idempotency-Key: expected 1 to {MAX_KEY_CHARS} printable ASCII characters")
+    return key
+
+
+ROUTES: Final = (
+    Route(
+        method="POST",
+        path="/v1/runs/{id}/seeds",
+        handler=submit_seeds,
+        scope="write",
+        summary="Submit seeds, one a line, gzip or zstd allowed; answered when they are on disk.",
+        body=_NDJSON,
+        answers={202: Accepted},
+        problems=(400, 404, 408, 409, 413, 415, 422, 507),
+    ),
+)
