@@ -20,7 +20,8 @@
     │   └── RequestRefused     any other 4xx: reject, never retried
     ├── LaunchError            a server started for this run did not come up
     ├── SinkError              the log cannot be written (disk full, I/O error): stops the run
-    │   └── RunReplaced        a different run is in the place of the one that was followed
+    │   ├── RunReplaced        a different run is in the place of the one that was followed
+    │   └── RowsRemoved        retention has removed the rows that were asked for
     └── TrainingFailed         a training failed and would fail again
 
 Errors of libraries are translated to one of these once, where the library is called.
@@ -135,6 +136,18 @@ class SinkError(StreamsynError):
 
 class RunReplaced(SinkError):
     """Raised when the run that is followed was deleted and a different one begun in its place."""
+
+
+class RowsRemoved(SinkError):
+    """Raised when rows are asked for that retention has removed; the mirror has them.
+
+    Attributes:
+        first_seq: The `seq` of the first row that is left.
+    """
+
+    def __init__(self, message: str, first_seq: int) -> None:
+        super().__init__(message)
+        self.first_seq = first_seq
 
 
 class TrainingFailed(StreamsynError):

@@ -20,6 +20,7 @@ from streamsyn.daemon.access import Access
 from streamsyn.daemon.hosted_run import Hosting
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
+from streamsyn.daemon.tail import Streams
 from streamsyn.fleet.membership import Connect
 
 
@@ -86,7 +87,7 @@ async def open_daemon(
     async with in_threads(opened_root(root)):
         access = await asyncio.to_thread(Access, config.serve.tokens_file)
         async with background() as tasks:
-            hosting = Hosting(config, environ, connect, tasks)
+            hosting = Hosting(config, environ, connect, tasks, Streams())
             daemon = Daemon(root, config, access, tasks, hosting, Runs(root / "runs", hosting))
             await daemon.runs.open()
             yield daemon

@@ -16,9 +16,11 @@ import structlog
 
 from streamsyn.background import Background
 from streamsyn.config.loading import Config
+from streamsyn.daemon.consumers import Consumers
 from streamsyn.daemon.run_config import run_config, template_layer
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
+from streamsyn.daemon.tail import RunTails, Streams
 from streamsyn.errors import StreamsynError
 from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.request import RunRequest, RunSummary
@@ -51,6 +53,7 @@ class Hosting:
         environ: The environment, which holds the servers' credentials.
         connect: The transport to servers; None is HTTP.
         tasks: Starts the tasks of runs.
+        streams: What the readers of all runs share.
         ending: Whether the daemon is ending: no run is begun any more.
     """
 
@@ -58,6 +61,7 @@ class Hosting:
     environ: Mapping[str, str]
     connect: Connect | None
     tasks: Background
+    streams: Streams
     ending: bool = False
 
 
@@ -94,6 +98,8 @@ class HostedRun:
         id: Its id.
         root: The run directory.
         record: What is kept of it.
+        tails: Its rows, for readers.
+        consumers: Its named consumers.
     """
 
     def __init__(
@@ -106,6 +112,8 @@ class HostedRun:
         self.id = record.id
         self.root = root
         self.record = record
+        self.tails = RunTails(root, hosting.streams)
+        self.consumers = Consumers(root / "consumers.json")
         self._hosting = hosting
         self._on_state = on_state
         self._state = RunState(record.state, is_closed=record.is_closed, error=record.error)
@@ -260,6 +268,7 @@ class HostedRun:
                     f"the run is {self.state}: close it and let it finish, or delete it with ?force=true"
                 )
             self._is_deleted = True
+        self.tails.close()
         await self.stop("the run is deleted", at_once=True)
         await self.release()
         self._notify()
@@ -340,6 +349,7 @@ class HostedRun:
             record.accepted = self._inbox.accepted
         await asyncio.to_thread(record.save, self.root)
         self._on_state(self)
+        self.tails.has_changed()
         self._notify()
         if self._inbox is not None:
             self._inbox.wake()
@@ -397,6 +407,7 @@ class HostedRun:
 
         def on_rows(kind: str, rows: int) -> None:
             execution.rows[kind] = rows
+            self.tails.on_rows(kind, rows)
             loop.call_soon_threadsafe(self._notify)
 
         return RunRequest(

@@ -14,7 +14,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from streamsyn.daemon import health_routes, run_routes, seed_routes
+from streamsyn.daemon import consumer_routes, health_routes, run_routes, seed_routes, stream_routes
 from streamsyn.daemon.bodies import BODY_TIMEOUT_S
 from streamsyn.daemon.connections import Connections, RateLimit
 from streamsyn.daemon.daemon import DAEMON, Daemon
@@ -28,6 +28,8 @@ ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
     *run_routes.ROUTES,
     *seed_routes.ROUTES,
+    *stream_routes.ROUTES,
+    *consumer_routes.ROUTES,
 )
 """All routes of the daemon."""
 

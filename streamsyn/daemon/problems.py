@@ -12,6 +12,7 @@ from streamsyn.errors import (
     DirectoryInUse,
     InboxClosed,
     KeyInUse,
+    RowsRemoved,
     SinkError,
     StoppedEarly,
     StreamsynError,
@@ -50,6 +51,8 @@ def problem_of(error: StreamsynError) -> Problem:
             return Problem(409, str(error))
         case ConfigError():
             return Problem(422, str(error))
+        case RowsRemoved():
+            return Problem(410, str(error), first_seq=error.first_seq)
         case SinkError():
             return Problem(507, str(error))
         case StoppedEarly():

@@ -135,6 +135,7 @@ async def listening(daemon: Daemon) -> AsyncIterator[str]:
         finally:
             listener.close()
     finally:
+        daemon.hosting.streams.close()
         await runner.cleanup()
 
 

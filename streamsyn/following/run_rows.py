@@ -16,9 +16,10 @@ from typing import Any, Final, NoReturn, TypeAlias
 import orjson
 import structlog
 
-from streamsyn.errors import RunReplaced, SinkError
+from streamsyn.errors import RowsRemoved, RunReplaced, SinkError
 from streamsyn.following.shard_lines import Cursor, read_lines, seek
 from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.removed import removed_rows
 from streamsyn.sink.rundir import read_run_json
 from streamsyn.sink.shards import CHUNK_BYTES, KINDS, OPEN_SUFFIX, SUFFIXES, is_compressed
 
@@ -66,6 +67,7 @@ class RunRows:
 
     Raises (all methods):
         RunReplaced: The directory holds a different run than at the first look.
+        RowsRemoved: Retention has removed the rows that are asked for.
         ConfigError: The run has an unknown format.
         SinkError: A row that must exist cannot be read; the message names it.
     """
@@ -112,8 +114,12 @@ class RunRows:
         with self._os_errors():
             listing = self._update()
             while len(found) < limit and size < max_bytes:
-                left = limit - len(found)
-                some = self._read(listing, first + len(found), left, max_bytes - size, cursor)
+                seq, left = first + len(found), limit - len(found)
+                try:
+                    some = self._read(listing, seq, left, max_bytes - size, cursor)
+                except FileNotFoundError:
+                    self._refuse_removed(seq)
+                    raise
                 if not some:
                     break
                 found += some
@@ -256,6 +262,14 @@ class RunRows:
         elif odd is not None and odd >= 0:
             self._refuse(shard, seq, odd)
         return found
+
+    def _refuse_removed(self, seq: int) -> None:
+        if self.kind == "samples" and seq < (first := removed_rows(self.root)):
+            raise RowsRemoved(
+                f"{self.root}: samples before row {first} were removed by retention (row {seq} was asked "
+                "for); the mirror of the run has them",
+                first,
+            )
 
     def _refuse(self, shard: str, seq: int, odd: int | None, cause: Exception | None = None) -> NoReturn:
         missing = odd is not None and odd >= 0

@@ -15,6 +15,8 @@ from streamsyn.sink import shards
 from streamsyn.sink.shards import CHUNK_BYTES
 
 _SEQ: Final = re.compile(rb'\{"seq":(\d+)[,}]')
+_BLOCK_BYTES: Final = 64 * 2**10
+"""Bytes of a plain shard that are read at a time."""
 _FRAME_MAGIC: Final = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1
 
 
@@ -64,6 +66,39 @@ def read_lines(
         The lines, and the number that stands in the place of the row after them if that is a different one;
         -1 if it is damaged, None if nothing is there yet.
     """
+    read = _lines_of_frames if shards.is_compressed(path) else _plain_lines
+    return read(path, cursor, first, limit, max_bytes)
+
+
+def _plain_lines(
+    path: Path, cursor: Cursor, first: int, limit: int, max_bytes: int
+) -> tuple[list[bytes], int | None]:
+    found: list[bytes] = []
+    size = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(cursor.offset)
+        rest = b""
+        while block := file.read(max(_BLOCK_BYTES, len(rest))):  # twice as much for a line that is longer
+            *lines, rest = shards.split(rest + block)
+            if rest.endswith(b"\n"):
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                if (seq := seq_of(line)) != cursor.seq:
+                    return found, -1 if seq is None else seq
+                cursor.offset += len(line)
+                cursor.seq += 1
+                if cursor.seq <= first:
+                    continue
+                found.append(line)
+                size += len(line)
+                if len(found) == limit or size >= max_bytes:
+                    return found, None
+    return found, None
+
+
+def _lines_of_frames(
+    path: Path, cursor: Cursor, first: int, limit: int, max_bytes: int
+) -> tuple[list[bytes], int | None]:
     found: list[bytes] = []
     size = 0
     for end, data in shards.parts(path, cursor.offset):

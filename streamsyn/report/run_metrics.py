@@ -66,6 +66,8 @@ class RunMetrics:
         self.word_targets: Counter[int] = Counter()
         """Contexts by their target in words."""
         self.samples_reached = self.samples_too_long = self.samples_incomplete = 0
+        self.samples_removed = 0
+        """Samples that retention has removed; what is shown of samples is of those that are left."""
         self.sample_target: LengthTarget | None = sample_target(config.assembly)
         self.flags: Counter[str] = Counter()
         self.truncated = self.unscored = 0
@@ -87,10 +89,18 @@ class RunMetrics:
         """Contexts that `streamsyn score` has measured, by measure."""
         self._gone = superseded(snapshot)
         self._read(snapshot)
+        if self.samples_removed:
+            self.notes.append(
+                f"{self.samples_removed:,} samples were removed by retention; what is shown of samples is of "
+                "the rest"
+            )
         self.openings = self._openings(snapshot)
         """The beginnings of the contexts that the shown near-duplicates repeat, by id."""
         final = snapshot.manifest.final
-        rows = self.counts | {"rejects": self.counts["rejects"] + self.superseded}
+        rows = self.counts | {
+            "rejects": self.counts["rejects"] + self.superseded,
+            "samples": self.counts["samples"] + self.samples_removed,
+        }
         self.is_complete = final is not None and all(final.get(kind) == rows[kind] for kind in KINDS)
 
     @property
@@ -106,6 +116,9 @@ class RunMetrics:
         add = {"contexts": self._add_context, "rejects": self._add_reject, "samples": self._add_sample}
         for kind in KINDS:
             for part in snapshot.parts[kind]:
+                if part.is_removed and part.sealed is not None:
+                    self.samples_removed += part.sealed.rows
+                    continue
                 read = 0
                 rows = part.rows() if kind != "contexts" else with_scores(self._root, part.rows())
                 for row in rows:

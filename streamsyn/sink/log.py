@@ -25,6 +25,7 @@ from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
 from streamsyn.sink.journal import Journal
 from streamsyn.sink.manifest import Manifest, Retry, SealedShard
+from streamsyn.sink.removed import removed_rows
 from streamsyn.sink.retries import SeqSet, open_rejects, superseded
 from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard
 from streamsyn.sink.snapshot import Snapshot
@@ -179,8 +180,9 @@ class RunLog:
         return _read_rows(self.root, self.manifest, "contexts", first_seq, end_seq)
 
     def read_sample_lines(self) -> Iterator[bytes]:
-        """The samples in the log, each as its line."""
-        return map(shards.line, _read_rows(self.root, self.manifest, "samples", 0, self.samples.rows))
+        """The samples in the log that retention has not removed, each as its line."""
+        first = removed_rows(self.root)
+        return map(shards.line, _read_rows(self.root, self.manifest, "samples", first, self.samples.rows))
 
     def load_state(self) -> dict[str, Any] | None:
         """The assembly state saved last; None when there is none, or it is damaged."""

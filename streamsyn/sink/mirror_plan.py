@@ -17,6 +17,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.io.remote import names_below, open_url
 from streamsyn.sink import shards
+from streamsyn.sink.removed import removed_rows
 from streamsyn.sink.shards import KINDS
 from streamsyn.urls import without_userinfo
 
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 Line = dict[str, Any]
 _MANIFEST = "manifest.jsonl"
 _RUN = "run.json"
+_STATE = Path("index") / "mirror.json"
 
 
 class MirrorPlan:
@@ -91,6 +93,7 @@ class MirrorPlan:
         listed = set(there)
         self._listed = {line["path"] for raw, line in self._lines if "path" in line and raw in listed}
         self._find_copied(target)
+        self._refuse_lost()
 
     def copy(self, needed: Mapping[str, int]) -> None:
         """Copy everything that may be copied now.
@@ -148,7 +151,7 @@ class MirrorPlan:
 
     def _find_copied(self, target: "MirrorTarget") -> None:
         """Find the shards that an earlier run has verified in the mirror, or that verify now."""
-        known = self._load_state()
+        known = mirrored_shards(self._root, self._address)
         sizes = {name: size for kind in KINDS for name, size in target.sizes(kind).items()}
         for _, line in self._lines:
             if self._stopped.is_set():
@@ -159,6 +162,17 @@ class MirrorPlan:
             if known.get(path) == line["sha256"] or target.holds(path, line["bytes"], line["sha256"]):
                 self._add_copied(line)
         self._save_state()
+
+    def _refuse_lost(self) -> None:
+        """Refuse a mirror that lacks samples which retention has removed here."""
+        removed = 0 if self._stopped.is_set() else removed_rows(self._root)
+        for _, line in self._lines:
+            path = line.get("path")
+            if line.get("kind") == "samples" and line["last_seq"] < removed and path not in self._copied:
+                raise ConfigError(
+                    f"sink.mirror: {self._url} lacks {path}, which retention has removed from {self._root}: "
+                    "copy the earlier mirror there first"
+                )
 
     def _add_copied(self, line: Line) -> None:
         self._copied[line["path"]] = line["sha256"]
@@ -209,24 +223,22 @@ class MirrorPlan:
         path = self._root / name
         return path.read_bytes() if path.exists() else b""
 
-    @property
-    def _state_path(self) -> Path:
-        return self._root / "index" / "mirror.json"
-
-    def _load_state(self) -> dict[str, str]:
-        """The sha256 of each shard that earlier runs verified at this URL.
-
-        Empty when the file is lost or damaged: the shards are then verified again.
-        """
-        try:
-            state = orjson.loads(self._state_path.read_bytes())
-            return dict(state["shards"]) if state["url"] == self._url else {}
-        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-            return {}
-
     def _save_state(self) -> None:
         if not self._stopped.is_set():
-            write_whole(self._state_path, orjson.dumps({"url": self._url, "shards": self._copied}))
+            write_whole(self._root / _STATE, orjson.dumps({"url": self._url, "shards": self._copied}))
+
+
+def mirrored_shards(root: Path, url: str) -> dict[str, str]:
+    """The sha256 of each shard that runs into a directory have verified in its mirror.
+
+    Empty when the file that has them is lost or damaged, or is about a different URL: the next run verifies
+    the shards again.
+    """
+    try:
+        state = orjson.loads((root / _STATE).read_bytes())
+        return dict(state["shards"]) if state["url"] == without_userinfo(url) else {}
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return {}
 
 
 class CopyMismatch(SinkError):

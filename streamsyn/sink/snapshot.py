@@ -8,6 +8,7 @@ from typing import Any
 
 from streamsyn.sink import shards
 from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.removed import removed_rows
 from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
 
 _TRIES = 1000
@@ -23,6 +24,7 @@ class Part:
         bytes: Its size then; bytes behind it were written later.
         sealed: The manifest's entry; None when the manifest does not list it.
         is_open: Whether it had the name of an open shard.
+        is_removed: Whether retention has removed it.
     """
 
     root: Path
@@ -30,6 +32,7 @@ class Part:
     bytes: int
     sealed: SealedShard | None = None
     is_open: bool = False
+    is_removed: bool = False
 
     @property
     def name(self) -> str:
@@ -59,7 +62,7 @@ class Snapshot:
     Samples are listed before contexts, so that all contexts they were made of are included.
 
     Raises:
-        SinkError: The manifest has an invalid line.
+        SinkError: The manifest has an invalid line, or removed.json is damaged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -75,7 +78,11 @@ class Snapshot:
 
     def _parts(self, kind: str) -> list[Part]:
         listed = self.manifest.of_kind(kind)
-        parts = [Part(self._root, shard.path, shard.bytes, shard) for shard in listed]
+        removed = removed_rows(self._root) if kind == "samples" else 0
+        parts = [
+            Part(self._root, shard.path, shard.bytes, shard, is_removed=shard.last_seq < removed)
+            for shard in listed
+        ]
         for name in self._unlisted(kind):
             part = self._unsealed(f"{kind}/{name}")
             if part is not None and (not part.is_open or _continues(parts, part)):
