@@ -143,4 +143,5 @@ def samples_of(arranged: Iterable[Arrangement]) -> list[Sample]:
 def server_at(url: str, limiter: Limiter, weight: float = 1.0) -> Server:
     """A server that is never asked."""
     transport: Any = None
-    return Server(ServerSpec(url, weight), ServerClient(url, transport, 1.0), limiter, Health(3))
+    client = ServerClient(url, transport, 1.0)
+    return Server(ServerSpec(url, weight), client, limiter, Health(3), models=("",))

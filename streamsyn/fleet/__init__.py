@@ -8,6 +8,7 @@ In reading order:
     fleet                       `open_fleet`, `Fleet.complete`: place, try, retry
     server                      the state of one server
     placement                   which server a request goes to, and when
+    sharing, shares             many runs over the same servers: each has a fleet, and a fair share of places
     affinity, prefixes          a prefix group stays at one server; its prefix is warmed up once
     limiter, health             how many requests a server gets; when it is ejected; when a run gives up
     hedging                     second tries for the last stragglers

@@ -43,6 +43,7 @@ class Discovery:
         section: The `fleet` section of the configuration.
         environ: Holds the servers' keys.
         look_up: Resolves host names.
+        may_be_empty: Whether there may be no server at the start.
 
     Raises:
         ConfigError: See `server_specs`.
@@ -53,10 +54,13 @@ class Discovery:
         section: FleetSection,
         environ: Mapping[str, str] = os.environ,
         look_up: LookUp | None = None,
+        *,
+        may_be_empty: bool = False,
     ) -> None:
         self._environ = environ
         self._interval_s = section.discover_interval_s
-        self._configured = server_specs(section)
+        self._may_be_empty = may_be_empty
+        self._configured = server_specs(section, may_be_empty=may_be_empty)
         self._sources: list[_Source] = []
         if section.servers_file is not None:
             file = ServersFile(section.servers_file)
@@ -69,7 +73,7 @@ class Discovery:
         self._wanted: list[ServerSpec] = []
 
     async def first(self) -> list[ServerSpec]:
-        """Return the servers to start with: at least one, each with a valid key.
+        """Return the servers to start with, each with a valid key: at least one unless there may be none.
 
         Raises:
             ConfigError: The file cannot be read, a line is invalid (`FILE:LINE`), or a key is not set; or
@@ -84,7 +88,7 @@ class Discovery:
                 empty.append(error)
         self._wanted = self._union()
         for problem in empty:
-            if not self._wanted:
+            if not self._wanted and not self._may_be_empty:
                 raise problem
             log.warning("fleet.discovery_failed", error=str(problem))
         for spec in self._wanted:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import count
@@ -31,12 +31,10 @@ from streamsyn.fleet import prefixes
 from streamsyn.fleet.discovery import Discovery
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
-from streamsyn.fleet.membership import Connect, Membership, open_membership
+from streamsyn.fleet.membership import Connect, Membership, connect_http, open_membership
 from streamsyn.fleet.models import ModelWeights, listed
-from streamsyn.fleet.placement import Placement
-from streamsyn.fleet.server import Place, Server
-from streamsyn.fleet.server_spec import ServerSpec, headers_of
-from streamsyn.fleet.transport import Transport, http_transport, tls_context
+from streamsyn.fleet.server import Place, Server, Usage
+from streamsyn.fleet.shares import Share, Shares
 from streamsyn.io.open_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
 
@@ -58,20 +56,27 @@ class Fleet:
     def __init__(
         self,
         section: FleetSection,
-        discovery: Discovery,
+        agree: Callable[[FleetSection], Awaitable[list[str]]],
         membership: Membership,
         outage: Outage,
         tasks: Background,
         rng: Random,
+        shares: Shares,
+        share: Share,
     ) -> None:
         self._section = section
-        self._discovery = discovery
+        self._agree = agree
         self._membership = membership
         self._outage = outage
         self._tasks = tasks
         self._rng = rng
+        self._shares = shares
+        self._share = share
+        self._usage: dict[str, Usage] = {}
+        self._on_room: Callable[[], None] = lambda: None
+        self._models: list[str] = []
         self._model_weights = ModelWeights({"": 1.0})
-        self._hedging = Hedging(section.hedge_tail, tasks, self._ask)
+        self._hedging = Hedging(section.hedge_tail, membership.placement, tasks, self._ask)
         self._clock = asyncio.get_running_loop().time
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
@@ -87,12 +92,17 @@ class Fleet:
     @property
     def models(self) -> list[str]:
         """The models in use; set by `ask_models`."""
-        return list(self._membership.pools)
+        return self._models
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other runs may use the same servers."""
+        return self._membership.is_shared
 
     @property
     def capacity(self) -> int:
-        """Maximum requests in flight at all servers together."""
-        return sum(server.cap for server in self.servers)
+        """Maximum requests in flight at all servers together; of a shared fleet, this run's part of it."""
+        return self._shares.capacity(self._share, sum(server.cap for server in self.servers))
 
     @property
     def gives_up_in_s(self) -> float | None:
@@ -106,18 +116,27 @@ class Fleet:
 
     @property
     def in_flight(self) -> dict[str, int]:
-        """Requests in flight, by server."""
-        return {server.url: server.limiter.in_flight for server in self.servers}
+        """Requests of this run in flight, by server."""
+        at = self._share.in_flight_at
+        return {server.url: at.get(server.url, 0) for server in self.servers}
 
     @property
     def moves(self) -> int:
         """How often a prefix group changed its server."""
-        return sum(pool.affinity.moves for pool in self._membership.pools.values())
+        return self._membership.placement.moves
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics of each server; counters include those of removed servers with the same URL."""
+        """Return the metrics of each server; counters include those of removed servers with the same URL.
+
+        Of shared servers, requests in flight and counters are those of this run.
+        """
         found = {server.url: server.metrics() for server in list(self.servers)}
-        for url, counts in list(self._membership.removed_counts.items()):
+        removed: dict[str, Mapping[str, int]] = dict(self._membership.removed_counts)
+        if self.is_shared:
+            removed = {url: usage.counts() for url, usage in list(self._usage.items())}
+            for url, in_flight in self.in_flight.items():
+                found[url] |= Usage().counts() | {"in_flight": in_flight}
+        for url, counts in removed.items():
             metrics = found.setdefault(url, {"server": url, "in_flight": 0, "cap": 0, "queued": 0})
             for name, number in counts.items():
                 metrics[name] = metrics.get(name, 0) + number
@@ -125,17 +144,18 @@ class Fleet:
 
     def on_room(self, call: Callable[[], None]) -> None:
         """Call `call` whenever more requests may be in flight than before."""
-        self._membership.on_room = call
+        self._membership.on_room.pop(self._on_room, None)
+        self._on_room = call
+        self._membership.on_room[call] = None
 
     async def ask_models(self) -> None:
-        """Wait for one healthy server and agree on the models; then start probing, and watching for changes.
+        """Wait for a healthy server and agree on the models.
 
         Raises:
             ConfigError: Servers serve different models, or not those of the configuration.
-            FleetGone: No server was healthy within `fleet.give_up_s`.
+            FleetGone: No server was healthy within `fleet.give_up_s`; never for a shared fleet.
         """
-        self._tasks.start(self._discovery.watch(self._membership.apply), name="discovery")
-        await self._membership.agree_on_models()
+        self._models = await self._agree(self._section)
         self._model_weights = ModelWeights(self._section.models or dict.fromkeys(self.models, 1.0))
 
     async def check_scores(self, model: str) -> None:
@@ -156,7 +176,7 @@ class Fleet:
                 log.info("fleet.scores_unknown", server=server.url, error=str(error))
 
         async with asyncio.TaskGroup() as group:
-            for server in self._membership.pools[model].servers:
+            for server in self._with(model):
                 if server.is_usable:
                     group.create_task(check(server), name=f"check-{server.url}")
         if refused:
@@ -173,7 +193,7 @@ class Fleet:
         Raises:
             ConfigError: All servers that were asked refused all requests.
         """
-        usable = [server for server in self._membership.pools[model].servers if server.is_usable]
+        usable = [server for server in self._with(model) if server.is_usable]
         asked = [(server, request) for request in requests[:1] for server in usable[:_MAX_CHECKED]]
         asked += [(server, request) for request in requests[1:] for server in usable[:1]]
         refused: list[str] = []
@@ -183,14 +203,14 @@ class Fleet:
                 async with asyncio.timeout(_REFUSED_WITHIN_S):
                     return await server.client.complete(request, model, rid)
             except TimeoutError:
-                self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True)
-                server.record_unfinished(self._since(started))
+                self._tasks.start(server.abort(rid), name=f"abort-{rid}", finish=True)
+                self._record_unfinished(server, started)
                 return None
             except RequestRefused as error:
                 refused.append(str(error))
             except RateLimited as error:  # the run's own requests wait, too
                 budget = RetryBudget(self._section, self._rng)
-                self._record_rate_limit(server, self._membership.pools[model], error, budget)
+                self._record_rate_limit(server, error, budget)
                 return None
             except ServerError as error:  # down, busy or broken: no mistake of the configuration
                 log.info("fleet.acceptance_unknown", server=server.url, error=str(error))
@@ -202,7 +222,7 @@ class Fleet:
     async def context_tokens(self, model: str) -> int | None:
         """Return the smallest context length that servers of `model` report; None if none does."""
         found: list[int] = []
-        for server in self._membership.pools[model].servers[:_MAX_CHECKED]:
+        for server in self._with(model)[:_MAX_CHECKED]:
             try:
                 length = await server.client.context_tokens(model)
             except (ServerError, ConfigError) as error:
@@ -210,6 +230,9 @@ class Fleet:
             else:
                 found += [] if length is None else [length]
         return min(found, default=None)
+
+    def _with(self, model: str) -> list[Server]:
+        return [server for server in self.servers if model in server.models]
 
     def model_of(self, key: bytes) -> str:
         """Return the model that writes the draft with this key; the same one in every run."""
@@ -230,30 +253,31 @@ class Fleet:
                 server serves its model.
             StoppedEarly: The run is draining, and no server has a free place.
         """
-        pool = self._membership.pools.get(request.model or model or self.models[0])
-        if pool is None:
-            raise RequestRefused(f"no server serves {request.model}; served: {listed(self.models)}")
+        model = request.model or model or self._models[0]
+        if not self._membership.may_serve(model):
+            raise RequestRefused(f"no server serves {model}; served: {listed(self._membership.served)}")
         budget = RetryBudget(self._section, self._rng)
         try:
-            return await self._complete(request, attempts, pool, budget)
+            return await self._complete(request, attempts, model, budget)
         finally:
             self._limited -= budget.has_own_limit
 
     async def _complete(
-        self, request: Request, attempts: list[Attempt], pool: Placement, budget: RetryBudget
+        self, request: Request, attempts: list[Attempt], model: str, budget: RetryBudget
     ) -> Completion:
+        placement = self._membership.placement
         failed_at: Server | None = None
         while True:
-            place = await pool.acquire(request, failed_at)
+            place = await placement.acquire(request, failed_at, model, self._share)
             at, started = time.time(), self._clock()
             try:
                 if self._hedging.is_on and request.scored is None:
-                    call = Call(request, place, pool, budget, started)
+                    call = Call(request, place, budget, started)
                     completion = await self._hedging.ask(call)
                     if call.failure is not None:
                         attempts.append(_failed(place.server.url, at, *call.failure))
                 else:
-                    completion = await self._ask(place, pool, request, budget)
+                    completion = await self._ask(place, request, budget)
             except ServerError as error:
                 failure, failed_at = error, place.server
             else:
@@ -261,7 +285,7 @@ class Fleet:
                 attempts.append(Attempt(completion.server, at, took, None, completion.completion_tokens))
                 return completion
             finally:
-                pool.release(place)
+                placement.release(place)
             took, url = self._since(started), place.server.url
             if not isinstance(failure, ServerBusy):  # not a try, and there may be thousands
                 attempts.append(_failed(url, at, failure, took))
@@ -290,8 +314,7 @@ class Fleet:
     def drain(self) -> None:
         """Fail requests that wait for a place with StoppedEarly, now and from now on."""
         self._draining.set()
-        for pool in self._membership.pools.values():
-            pool.drain()
+        self._membership.placement.drain(self._share)
 
     def tail(self, busy: int, workers: int) -> None:
         """Record that there is no new work, and that `busy` of `workers` workers are still busy."""
@@ -299,7 +322,7 @@ class Fleet:
             return  # nothing new is sent
         self._hedging.tail(busy, workers)
 
-    async def _ask(self, place: Place, pool: Placement, request: Request, budget: RetryBudget) -> Completion:
+    async def _ask(self, place: Place, request: Request, budget: RetryBudget) -> Completion:
         """Make one try at one server, and update the server's state by its outcome."""
         server, started = place.server, self._clock()
         text = prefixes.conversation_text(request)
@@ -310,63 +333,55 @@ class Fleet:
 
         def first_token() -> None:
             server.prefixes.add(keys)
-            pool.warmed(place)
+            self._membership.placement.warmed(place)
 
         rid = f"{self._run_rid}-{next(self._requests):012x}"
         self._outage.sent(rid, started)
         try:
             completion = await server.client.complete(
-                request, server.model, rid, first_token if place.leads else None
+                request, place.model, rid, first_token if place.leads else None
             )
         except (ServerTimeout, asyncio.CancelledError) as error:
             # A server continues a request whose client has disconnected, for seconds at least.
             # The abort needs the whole rid: with one tokenizer worker, the default, a prefix has no effect.
-            if task := self._tasks.start(_abort(server, rid), name=f"abort-{rid}", finish=True):
+            if task := self._tasks.start(server.abort(rid), name=f"abort-{rid}", finish=True):
                 server.aborts.add(task)
                 task.add_done_callback(server.aborts.discard)
             if isinstance(error, ServerError):
                 self._record_failure(server, error)
             if scored is None:
-                server.record_unfinished(self._since(started))
+                self._record_unfinished(server, started)
             raise
         except RateLimited as error:
-            self._record_rate_limit(server, pool, error, budget)
+            self._record_rate_limit(server, error, budget)
             raise
         except ServerError as error:
             self._record_failure(server, error)
             if scored is None and _was_begun(error):
-                server.record_unfinished(self._since(started))
+                self._record_unfinished(server, started)
             raise
         finally:
             self._outage.done(rid)
         if place.leads:
-            pool.warmed(place)
-        server.planned_cached_tokens += planned * completion.prompt_tokens
+            self._membership.placement.warmed(place)
         if request.group and scored is None:  # the conversation may continue
             keys = prefixes.block_keys(prefixes.with_answer(text, completion.text), keys)
         server.prefixes.add(keys)
         server.limiter.learn(request, completion)
-        self._record_answer(server, completion, self._since(started), generated=scored is None)
+        self._record_answer(server, completion, planned, self._since(started), generated=scored is None)
         if completion.weight_version is None and server.weight_version is not None:
-            completion = replace(completion, weight_version=await self._current_weights(server))
+            completion = replace(completion, weight_version=await server.current_weights())
         return completion
 
-    async def _current_weights(self, server: Server) -> str | None:
-        """Ask `server` for the version of its weights: a streamed answer does not report it."""
-        try:
-            server.weight_version = await server.client.weight_version() or server.weight_version
-        except ServerError as error:
-            log.debug("fleet.weights_unknown", server=server.url, error=str(error))
-        return server.weight_version
-
     def _record_answer(
-        self, server: Server, completion: Completion, seconds: float, *, generated: bool
+        self, server: Server, completion: Completion, planned: float, seconds: float, *, generated: bool
     ) -> None:
         self._outage.answered()
         server.health.answered()
         server.rate_limit.answered()
         self._answers += 1
-        server.record_answer(completion, seconds, generated=generated)
+        for usage in self._usages(server):
+            usage.record_answer(completion, planned, seconds, generated=generated)
         cap = server.limiter.cap
         if generated:
             server.limiter.answered(self._clock(), seconds, completion.completion_tokens)
@@ -374,6 +389,16 @@ class Fleet:
             computed = completion.prompt_tokens - completion.cached_tokens
             server.limiter.scored(self._clock(), seconds, computed)
         self._membership.cap_changed(server, cap)
+
+    def _record_unfinished(self, server: Server, started: float) -> None:
+        for usage in self._usages(server):
+            usage.record_unfinished(self._since(started))
+
+    def _usages(self, server: Server) -> tuple[Usage, ...]:
+        """The counters of a server: of all its requests, and of a shared one those of this run, too."""
+        if not self.is_shared:
+            return (server,)
+        return server, self._usage.setdefault(server.url, Usage())
 
     def _record_failure(self, server: Server, error: ServerError) -> None:
         cap = server.limiter.cap
@@ -389,9 +414,7 @@ class Fleet:
         elif server.health.failed(reachable=not isinstance(error, ServerUnreachable)):
             self._membership.eject(server, error)
 
-    def _record_rate_limit(
-        self, server: Server, pool: Placement, error: RateLimited, budget: RetryBudget
-    ) -> None:
+    def _record_rate_limit(self, server: Server, error: RateLimited, budget: RetryBudget) -> None:
         """Hold the server for as long as it asks, or if it refuses several requests in a row.
 
         A request that is refused while others are answered waits by itself, and does not concern the server.
@@ -407,12 +430,12 @@ class Fleet:
         if budget.has_own_limit:
             self._limited += not had_own_limit
             budget.is_one_of_many = self._limited > self.capacity
-            self._membership.on_room()  # its worker waits, and needs no place
+            self._on_room()  # its worker waits, and needs no place
             return
         self._outage.refused(asyncio.get_running_loop(), str(error), error.retry_after_s or 0.0)
         if error.retry_after_s is not None:
             server.limiter.hold(now + error.retry_after_s)
-            pool.held(server)
+            self._membership.placement.held(server)
         elif server.rate_limit.refused(server.cap):
             cap = server.cap
             server.limiter.busy(now, self._rng.random())
@@ -448,14 +471,21 @@ async def open_fleet(
     first = await discovery.first()
     if max_sockets is not None:
         section = within_sockets(max_sockets, section, len(first))
-    connect = connect or await _connect_http(section, environ)
+    connect = connect or await connect_http(section, environ)
     rng = rng or Random()
     outage = Outage(section, on_gone)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(background())
         membership = Membership(section, connect, tasks, outage, rng)
         await stack.enter_async_context(open_membership(membership, first))
-        fleet = Fleet(section, discovery, membership, outage, tasks, rng)
+
+        async def agree(_: FleetSection) -> list[str]:
+            tasks.start(discovery.watch(membership.apply), name="discovery")
+            await membership.agree_on_models()
+            return membership.models
+
+        shares = Shares()
+        fleet = Fleet(section, agree, membership, outage, tasks, rng, shares, shares.open())
         try:
             yield fleet
         finally:
@@ -470,29 +500,3 @@ def _was_begun(error: ServerError) -> bool:
 
 def _failed(url: str, at: float, error: ServerError, seconds: float) -> Attempt:
     return Attempt(url, at, seconds, f"{type(error).__name__}: {error}", error.completion_tokens)
-
-
-async def _connect_http(section: FleetSection, environ: Mapping[str, str]) -> Connect:
-    tls = await asyncio.to_thread(tls_context, section)
-
-    @asynccontextmanager
-    async def connect(spec: ServerSpec) -> AsyncIterator[Transport]:
-        async with http_transport(
-            spec.url,
-            headers_of(spec, environ),
-            tls=tls,
-            connect_timeout_s=section.connect_timeout_s,
-            server_name=spec.server_name,
-            query=spec.query,
-            max_answer_bytes=section.max_answer_bytes,
-        ) as transport:
-            yield transport
-
-    return connect
-
-
-async def _abort(server: Server, rid: str) -> None:
-    try:
-        await server.client.abort(rid)
-    except ServerError as error:
-        log.debug("fleet.abort_failed", server=server.url, rid=rid, error=str(error))

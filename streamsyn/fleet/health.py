@@ -153,15 +153,16 @@ class Outage:
 
     Args:
         section: Has `give_up_s` and `request_timeout_s`.
-        on_gone: Called with the reason when the fleet is given up.
+        on_gone: Called with the reason when the fleet is given up; None never gives up.
     """
 
-    def __init__(self, section: FleetSection, on_gone: Callable[[str], None]) -> None:
+    def __init__(self, section: FleetSection, on_gone: Callable[[str], None] | None) -> None:
         self._section = section
         self._on_gone = on_gone
         self._timer: asyncio.TimerHandle | None = None
         self._gone_since: float | None = None
         self._refusal_timer: asyncio.TimerHandle | None = None
+        self._is_refused = False
         self._refusal = ""
         self._refused_since = self._paused_until = self._paused_s = 0.0
         self._tries: dict[str, float] = {}
@@ -177,7 +178,7 @@ class Outage:
 
     def answered(self) -> None:
         """Record that a request was answered."""
-        self._gone_since = None
+        self._gone_since, self._is_refused = None, False
         if self._refusal_timer is not None:
             self._refusal_timer.cancel()
             self._refusal_timer = None
@@ -187,7 +188,7 @@ class Outage:
 
         The time counts from the first such moment since the last answer.
         """
-        if self._timer is not None:
+        if self._timer is not None or self._on_gone is None:
             return
         if self._gone_since is None:
             self._gone_since = loop.time()
@@ -209,10 +210,14 @@ class Outage:
             message: The server's answer.
             pause_s: The pause in seconds that it asks for.
         """
+        self._is_refused = True
+        if self._on_gone is None:
+            return
         self._refusal, now = message, loop.time()
         if self._refusal_timer is None:
             self._refused_since, self._paused_until, self._paused_s = now, now, 0.0
-            self._refusal_timer = loop.call_at(now + self._section.give_up_s, self._give_up, loop)
+            give_up_at = now + self._section.give_up_s
+            self._refusal_timer = loop.call_at(give_up_at, self._give_up, loop, self._on_gone)
         begins, ends = max(now, self._paused_until), now + pause_s
         if ends > begins:
             self._paused_s += ends - begins
@@ -228,14 +233,14 @@ class Outage:
     @property
     def is_refused(self) -> bool:
         """Whether requests have been refused since the last answer."""
-        return self._refusal_timer is not None
+        return self._is_refused
 
     def close(self) -> None:
         """Cancel the timers."""
         self.ended()
         self.answered()
 
-    def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _give_up(self, loop: asyncio.AbstractEventLoop, on_gone: Callable[[str], None]) -> None:
         """Give up, unless a server asked for more time, or may still answer a request that it accepted."""
         give_up_s, now = self._section.give_up_s, loop.time()
         ends = self._refused_since + give_up_s + min(self._paused_s, LONGEST_S)
@@ -243,6 +248,6 @@ class Outage:
         if now - oldest > min(_ACCEPTED_AFTER_S, give_up_s / 2):
             ends = max(ends, oldest + self._section.request_timeout_s, now + _ACCEPTED_AFTER_S)
         if ends > now:
-            self._refusal_timer = loop.call_at(ends, self._give_up, loop)
+            self._refusal_timer = loop.call_at(ends, self._give_up, loop, on_gone)
             return
-        self._on_gone(f"every request was refused for fleet.give_up_s = {give_up_s:g} s: {self._refusal}")
+        on_gone(f"every request was refused for fleet.give_up_s = {give_up_s:g} s: {self._refusal}")

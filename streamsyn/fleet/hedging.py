@@ -32,7 +32,6 @@ class Call:
     Attributes:
         request: The request.
         place: Where it was sent first.
-        pool: Hands out a place at a second server.
         budget: The retry budget of the request.
         started: When it was sent, in seconds of the event loop.
         failure: The failure at its own server, and the seconds until then, if the second one answered.
@@ -44,7 +43,6 @@ class Call:
 
     request: Request
     place: Place
-    pool: Placement
     budget: RetryBudget
     started: float
     failure: tuple[ServerError, float] | None = None
@@ -59,6 +57,7 @@ class Hedging:
 
     Args:
         share: `fleet.hedge_tail`: hedge when at most this share of the workers is busy; 0 or False for never.
+        placement: Hands out places at second servers.
         tasks: Run the second tries.
         ask: Makes one try at one server.
     """
@@ -66,9 +65,11 @@ class Hedging:
     def __init__(
         self,
         share: bool | float,
+        placement: Placement,
         tasks: Background,
-        ask: Callable[[Place, Placement, Request, RetryBudget], Awaitable[Completion]],
+        ask: Callable[[Place, Request, RetryBudget], Awaitable[Completion]],
     ) -> None:
+        self._placement = placement
         self._share = _DEFAULT_SHARE if share is True else float(share)
         self._tasks = tasks
         self._ask = ask
@@ -91,7 +92,7 @@ class Hedging:
         task = call.task = asyncio.current_task()
         assert task is not None, "called from an asyncio task"
         try:
-            completion = await self._ask(call.place, call.pool, call.request, call.budget)
+            completion = await self._ask(call.place, call.request, call.budget)
         except asyncio.CancelledError:
             # When the second answer comes, it cancels the first try, which aborts the request at its server.
             if call.answer is None or task.uncancel() > 0:
@@ -128,24 +129,28 @@ class Hedging:
         clock = asyncio.get_running_loop().time
         late_at = call.started + _LATE * self._total_s / self._answers
         await asyncio.sleep(max(0.0, late_at - clock()))
-        if not any(server.is_usable and server is not call.place.server for server in call.pool.servers):
+        first = call.place
+        if not any(
+            server.is_usable and server is not first.server and first.model in server.models
+            for server in self._placement.servers
+        ):
             return
         # Without its group, which stays at its server for its later requests.
         request = replace(call.request, group="", prefixes=())
         try:
-            place = await call.pool.acquire(request, avoid=call.place.server)
+            place = await self._placement.acquire(request, first.server, first.model, first.share)
         except StoppedEarly:
             return
         try:
-            if place.server is call.place.server:
+            if place.server is first.server:
                 return  # there is no other server
-            log.debug("fleet.hedged", server=call.place.server.url, second=place.server.url)
+            log.debug("fleet.hedged", server=first.server.url, second=place.server.url)
             call.is_sent = True
-            call.answer = await self._ask(place, call.pool, request, call.budget)
+            call.answer = await self._ask(place, request, call.budget)
         except ServerError as error:
             log.debug("fleet.hedge_failed", server=place.server.url, error=str(error))
         else:
             if call.task is not None:
                 call.task.cancel()
         finally:
-            call.pool.release(place)
+            self._placement.release(place)

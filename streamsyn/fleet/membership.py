@@ -14,22 +14,24 @@ import structlog
 from streamsyn.background import Background
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable, WrongAddress
-from streamsyn.fleet.affinity import Affinity
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
-from streamsyn.fleet.models import agreed_models, first_wanted, listed
+from streamsyn.fleet.models import agreed_models, listed
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.routers import warn_about_router
 from streamsyn.fleet.server import Server
-from streamsyn.fleet.server_spec import ServerSpec
-from streamsyn.fleet.transport import KEY_VARIABLE, Transport
+from streamsyn.fleet.server_spec import ServerSpec, headers_of
+from streamsyn.fleet.transport import KEY_VARIABLE, Transport, http_transport, tls_context
 from streamsyn.plain_text import cut
 
 log = structlog.get_logger()
 
 _RAMP_INTERVAL = 0.25
 """Part of the load interval after which load metrics are read while a cap ramps up."""
+
+_NOTICE_S = 0.05
+"""Runs that share a fleet hear of unused places this long after the first one."""
 
 _GRACE_S = 2.0
 """Time that the other servers have to answer at the start, once one has."""
@@ -38,8 +40,32 @@ Connect: TypeAlias = Callable[[ServerSpec], AbstractAsyncContextManager[Transpor
 """Opens a transport to a server."""
 
 
+async def connect_http(section: FleetSection, environ: Mapping[str, str]) -> Connect:
+    """Return what opens a transport over HTTP to a server.
+
+    Raises:
+        ConfigError: A certificate of `section` cannot be used.
+    """
+    tls = await asyncio.to_thread(tls_context, section)
+
+    @asynccontextmanager
+    async def connect(spec: ServerSpec) -> AsyncIterator[Transport]:
+        async with http_transport(
+            spec.url,
+            headers_of(spec, environ),
+            tls=tls,
+            connect_timeout_s=section.connect_timeout_s,
+            server_name=spec.server_name,
+            query=spec.query,
+            max_answer_bytes=section.max_answer_bytes,
+        ) as transport:
+            yield transport
+
+    return connect
+
+
 class Membership:
-    """All servers of a fleet, in one pool per model.
+    """All servers of a fleet, and the models that they are used for.
 
     Args:
         section: The `fleet` section of the configuration.
@@ -47,15 +73,30 @@ class Membership:
         tasks: Runs probes and load watches.
         outage: Informed when a model has no usable server.
         rng: For jitter.
+        is_shared: Whether several runs use it: then a server may serve models that no run has asked for.
     """
 
     def __init__(
-        self, section: FleetSection, connect: Connect, tasks: Background, outage: Outage, rng: Random
+        self,
+        section: FleetSection,
+        connect: Connect,
+        tasks: Background,
+        outage: Outage,
+        rng: Random,
+        *,
+        is_shared: bool = False,
     ) -> None:
         self.servers: list[Server] = []
-        self.pools: dict[str, Placement] = {}
-        self.on_room: Callable[[], None] = lambda: None
-        """Called when more requests may be in flight than before."""
+        self.models: list[str] = []
+        """The models that runs ask for."""
+        self.on_room: dict[Callable[[], None], None] = {}
+        """Called when more requests may be in flight than before, or when a place is not used."""
+        self.joined = asyncio.Event()
+        """Set when a server has said what it serves; the next one is a new event."""
+        self.is_shared = is_shared
+        self._is_begun = False
+        """Whether servers are being used: new ones are contacted at once."""
+        self._notice: asyncio.TimerHandle | None = None
         self._section = section
         self._connect = connect
         self._tasks = tasks
@@ -68,6 +109,14 @@ class Membership:
         """Models without a usable server."""
         self.removed_counts: dict[str, Counter[str]] = {}
         """Counters of removed servers, by URL."""
+        self.placement = Placement(
+            self.servers,
+            section.balance_factor,
+            section.leader_wait_s,
+            asyncio.get_running_loop().time,
+            self.let_go,
+            self._unused if is_shared else None,
+        )
 
     async def open(self, specs: Iterable[ServerSpec]) -> None:
         """Add servers; they are first contacted by `agree_on_models`."""
@@ -76,8 +125,9 @@ class Membership:
 
     async def close(self) -> None:
         """Close all connections."""
-        for pool in self.pools.values():
-            pool.close()
+        self.placement.close()
+        if self._notice is not None:
+            self._notice.cancel()
         for transport in self._transports.values():
             await transport.aclose()
 
@@ -105,10 +155,8 @@ class Membership:
         except TimeoutError:
             reasons = cut("; ".join(_texts(failures).values()))
             raise FleetGone(f"no healthy server within {self._section.give_up_s:g} s: {reasons}") from None
-        clock = asyncio.get_running_loop().time
-        for model in agreed_models(served, self._section):
-            affinity = Affinity(self._section.balance_factor, clock)
-            self.pools[model] = Placement([], affinity, self._section.leader_wait_s, clock, self.let_go)
+        self.models += agreed_models(served, self._section)
+        self._is_begun = True
         for server in list(self.servers):
             if server.is_removed:
                 self.let_go(server)
@@ -119,6 +167,42 @@ class Membership:
                 self._start(server)
         self.check_usable()
 
+    def begin(self) -> None:
+        """Contact all servers; each is used from when it has answered."""
+        self._is_begun = True
+        for server in self.servers:
+            self._start(server)
+
+    def want(self, models: Iterable[str]) -> None:
+        """Use the servers for these models, too."""
+        self.models += [model for model in models if model not in self.models]
+        for server in self.servers:
+            server.models = self._wanted(server)
+        self.check_usable()
+
+    @property
+    def served(self) -> list[str]:
+        """The models that requests may name."""
+        if not self.is_shared:
+            return self.models
+        return sorted({model for server in self.servers for model in server.served})
+
+    def may_serve(self, model: str) -> bool:
+        """Whether servers serve `model` or may turn out to; from now on they are used for it, too.
+
+        Of a fleet of one run, only the models that it has agreed on.
+        """
+        if model in self.models:
+            return True
+        all_known = all(server.served for server in self.servers)
+        if not self.is_shared or (all_known and model not in self.served):
+            return False
+        self.want([model])
+        return True
+
+    def _wanted(self, server: Server) -> tuple[str, ...]:
+        return tuple(model for model in self.models if model in server.served)
+
     async def apply(self, wanted: Iterable[ServerSpec]) -> None:
         """Change to the `wanted` servers: add new ones; drain those not wanted any more, and let them go."""
         unwanted = {server.url: server for server in self.servers}
@@ -127,7 +211,7 @@ class Membership:
             if server is None:
                 server = await self._open_server(spec)
                 self.servers.append(server)
-                if self.pools:  # else `agree_on_models` asks it
+                if self._is_begun:  # else `agree_on_models` asks it
                     self._start(server)
             elif replace(server.spec, weight=spec.weight, draining=spec.draining) != spec:
                 server.client = await self._client(server, spec)
@@ -137,17 +221,15 @@ class Membership:
             server.is_removed = True
             self._set_draining(server, draining=True)
             self.let_go(server)
-        if self.pools:
+        if self._is_begun:
             self.check_usable()
 
     def let_go(self, server: Server) -> None:
         """Forget a server that was removed and has answered everything; its connections are closed."""
-        if not server.is_removed or server.limiter.in_flight or not self.pools:
+        if not server.is_removed or server.limiter.in_flight or not self._is_begun:
             return
         self.servers.remove(server)
         self.removed_counts.setdefault(server.url, Counter()).update(server.counts())
-        if server.model:
-            self.pools[server.model].servers.remove(server)
         log.info("fleet.removed", server=server.url)
         self._tasks.start(self._close(server), name=f"close-{server.url}", finish=True)
 
@@ -176,7 +258,7 @@ class Membership:
     def eject(self, server: Server, error: ServerError) -> None:
         """Send no requests to `server` until it answers a probe."""
         log.warning("fleet.ejected", server=server.url, error=str(error))
-        self._withdraw(server)
+        self.placement.withdraw(server)
         self._run_for(server, self._probe(server), "probe")
         self.check_usable()
 
@@ -184,33 +266,30 @@ class Membership:
         """Check that each model has a usable server, and start or end the outage."""
         without = {
             model
-            for model, pool in self.pools.items()
-            if not any(server.is_usable for server in pool.servers)
+            for model in self.models
+            if not any(server.is_usable and model in server.models for server in self.servers)
         }
         for model in sorted(without - self._without_server):
-            log.warning("fleet.no_usable_server", model=model, gives_up_after_s=self._section.give_up_s)
+            after = {} if self.is_shared else {"gives_up_after_s": self._section.give_up_s}
+            log.warning("fleet.no_usable_server", model=model, **after)
         self._without_server = without
         if without:
             self._outage.began(asyncio.get_running_loop())
         else:
             self._outage.ended()
 
-    def _withdraw(self, server: Server) -> None:
-        if server.model:
-            self.pools[server.model].withdraw(server)
-
-    def _join(self, server: Server, models: list[str]) -> None:
-        """Add `server` to the pool of the first wanted model that it serves.
+    def _join(self, server: Server, served: list[str]) -> None:
+        """Use `server` for the wanted models that it serves.
 
         Raises:
-            ServerUnavailable: It serves none of them.
+            ServerUnavailable: It serves none of them, and no other run can want one of its own.
         """
-        if server.model:
-            return
-        server.model = first_wanted(models, self.pools) or ""
-        if not server.model:
-            raise ServerUnavailable(f"{server.url} serves {listed(models)}, not {listed(self.pools)}")
-        self.pools[server.model].servers.append(server)
+        server.served = tuple(served)
+        server.models = self._wanted(server)
+        if not server.models and not self.is_shared:
+            raise ServerUnavailable(f"{server.url} serves {listed(served)}, not {listed(self.models)}")
+        self.joined.set()
+        self.joined = asyncio.Event()
 
     async def _models(self, server: Server) -> list[str]:
         """Return the models it serves; also ask what is asked once per start: router or not, weight version.
@@ -233,14 +312,27 @@ class Membership:
         server.draining = draining
         log.info("fleet.draining" if draining else "fleet.undrained", server=server.url)
         if draining:
-            self._withdraw(server)
-        elif server.model:
+            self.placement.withdraw(server)
+        elif server.served:
             server.limiter.readmitted(asyncio.get_running_loop().time())
-            self._dispatch(server)
+            self._dispatch()
 
-    def _dispatch(self, server: Server) -> None:
-        self.pools[server.model].dispatch()
-        self.on_room()
+    def _dispatch(self) -> None:
+        self.placement.dispatch()
+        self._room()
+
+    def _room(self) -> None:
+        for call in list(self.on_room):
+            call()
+
+    def _unused(self) -> None:
+        """Tell the runs, soon and once, that a place is free for which nobody waits."""
+        if self._notice is None:
+            self._notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._on_notice)
+
+    def _on_notice(self) -> None:
+        self._notice = None
+        self._room()
 
     async def _open_server(self, spec: ServerSpec) -> Server:
         client: Any = None  # set below: transports are kept by server
@@ -289,10 +381,7 @@ class Membership:
             await asyncio.sleep(self._probe_pause(server.health.ejections))
         for step in count():
             try:
-                models = await self._models(server)
-                if server.model and server.model not in models:
-                    raise ServerUnavailable(f"{server.url} serves {listed(models)}, not {server.model}")
-                self._join(server, models)
+                self._join(server, await self._models(server))
             except (ServerError, ConfigError) as error:
                 log_it = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info
                 log_it("fleet.probe_failed", server=server.url, error=str(error))
@@ -301,10 +390,12 @@ class Membership:
                 break
         is_new = not server.health.ejections and not server.completions
         server.health.readmit()
-        server.limiter.readmitted(asyncio.get_running_loop().time())
-        log.info("fleet.joined" if is_new else "fleet.readmitted", server=server.url, model=server.model)
+        if not is_new:
+            server.limiter.readmitted(asyncio.get_running_loop().time())
+        event = "fleet.joined" if is_new else "fleet.readmitted"
+        log.info(event, server=server.url, model=listed(server.served))
         self.check_usable()
-        self._dispatch(server)
+        self._dispatch()
 
     async def _watch(self, server: Server) -> None:
         """Read the server's load metrics at intervals."""
@@ -339,7 +430,7 @@ class Membership:
         log_it = log.info if is_news else log.debug
         log_it("fleet.cap", server=server.url, cap=cap, was=before, why=server.limiter.last_decision)
         if cap > before and server.is_usable:
-            self._dispatch(server)
+            self._dispatch()
 
     def _probe_pause(self, step: int) -> float:
         interval_s = self._section.probe_interval_s

@@ -1,7 +1,7 @@
 """Which models a fleet serves, and which of them writes a draft."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError
@@ -53,6 +53,33 @@ def agreed_models(served: Mapping[str, list[str]], section: FleetSection) -> lis
         f"the servers serve different models: {found}. Set fleet.model to use one, or fleet.models to give "
         "several a weight each"
     )
+
+
+def shared_models(served: Mapping[str, Sequence[str]], section: FleetSection) -> list[str] | None:
+    """Return the models for one run of several that share servers; None while servers must answer first.
+
+    A server may serve other models than this run wants.
+
+    Args:
+        served: Models of each server, by URL; empty for one that has not answered yet.
+        section: May name the wanted models.
+
+    Raises:
+        ConfigError: All servers have answered, and none serves a wanted model; or none is named and they
+            differ.
+    """
+    known = {url: list(models) for url, models in served.items() if models}
+    wanted = list(section.models) or ([] if section.model is None else [section.model])
+    if not known:
+        return None
+    if not wanted or (section.models and section.model is not None):
+        return agreed_models(known, section)
+    there = {model for models in known.values() for model in models}
+    missing = [model for model in wanted if model not in there]
+    if missing and len(known) == len(served):
+        key = "fleet.models" if section.models else "fleet.model"
+        raise ConfigError(f"{key}: no server serves {listed(missing)}; they serve {listed(sorted(there))}")
+    return None if missing else wanted
 
 
 def listed(models: Iterable[str], wanted: str = "") -> str:

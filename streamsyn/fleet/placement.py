@@ -1,4 +1,4 @@
-"""Placement: which server a request goes to and when, first come, first served.
+"""Placement: which server a request goes to and when: by fair shares of the runs, first come first within.
 
 A request without a group goes to the server with the lowest load. A request of a group waits for its group's
 server. A request whose prefix a leader is just bringing into a server's cache waits for the leader's first
@@ -6,14 +6,14 @@ token.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
 
 from streamsyn.errors import StoppedEarly
 from streamsyn.fleet.affinity import PATIENCE_S, Affinity
-from streamsyn.fleet.server import Place, Server, Waiter
+from streamsyn.fleet.server import Place, Server, Waiter, WaitQueue
+from streamsyn.fleet.shares import Share, next_share
 from streamsyn.records import Request
 
 _DRAINED = "the run is draining, and no server has a free place"
@@ -29,57 +29,86 @@ class Placement:
     cannot interrupt it.
 
     Args:
-        servers: The servers of one model; more may be added later.
-        affinity: Maps groups to servers.
+        servers: The servers; more may be added later.
+        balance_factor: See `Affinity`.
         leader_wait_s: Longest wait for a leader's first token.
         clock: Seconds of the event loop.
         on_release: Called with the server of each place that is given back.
+        on_unused: Called when a place is free and nobody waits for it.
     """
 
     def __init__(
         self,
         servers: list[Server],
-        affinity: Affinity,
+        balance_factor: float,
         leader_wait_s: float,
         clock: Callable[[], float],
         on_release: Callable[[Server], None] = lambda _: None,
+        on_unused: Callable[[], None] | None = None,
     ) -> None:
         self.servers = servers
-        self.affinity = affinity
+        self._balance_factor = balance_factor
         self._leader_wait_s = leader_wait_s
         self._clock = clock
         self._on_release = on_release
-        self._queue: deque[Waiter] = deque()
+        self._on_unused = on_unused
+        self._alone = Share()
+        """The share of requests that name none."""
+        self._queues: dict[str, WaitQueue] = {}
+        """Requests that any server of their model may take, by model."""
+        self._affinities: dict[str, Affinity] = {}
         self._numbers = count()
         self._timer: asyncio.TimerHandle | None = None
         self._wait_ends: dict[tuple[Server, str], asyncio.TimerHandle] = {}
-        self._is_draining = False
 
-    async def acquire(self, request: Request = _NO_GROUP, avoid: Server | None = None) -> Place:
+    @property
+    def moves(self) -> int:
+        """How often a prefix group changed its server."""
+        return sum(affinity.moves for affinity in self._affinities.values())
+
+    async def acquire(
+        self,
+        request: Request = _NO_GROUP,
+        avoid: Server | None = None,
+        model: str = "",
+        share: Share | None = None,
+    ) -> Place:
         """Wait for a place, if possible at a server other than `avoid`. Call `release` afterwards.
+
+        Args:
+            request: The request.
+            avoid: A server to use only if there is no other.
+            model: The model that the server must have.
+            share: The share of the run.
 
         Raises:
             StoppedEarly: `drain` was called, and no place is free.
         """
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(next(self._numbers), request, turn, avoid, self._clock())
+        share = share or self._alone
+        waiter = Waiter(next(self._numbers), request, model, share, turn, avoid, self._clock())
         self._put(waiter)
-        if not waiter.turn.done():
-            if self._is_draining:
-                waiter.turn.cancel()  # queues skip it
-                raise StoppedEarly(_DRAINED)
-            self._schedule_dispatch()
+        if turn.done():
+            return turn.result()
+        if share.is_draining:
+            turn.cancel()  # queues skip it
+            raise StoppedEarly(_DRAINED)
+        self._schedule_dispatch()
+        share.waiting += 1
         try:
-            return await waiter.turn
+            return await turn
         except asyncio.CancelledError:
-            if not waiter.turn.cancelled() and waiter.turn.done() and waiter.turn.exception() is None:
-                self.release(waiter.turn.result())
+            if not turn.cancelled() and turn.done() and turn.exception() is None:
+                self.release(turn.result())
             raise
+        finally:
+            share.waiting -= 1
 
     def release(self, place: Place) -> None:
         """Give a place back."""
         server = place.server
         server.limiter.end(place.expected)
+        place.share.end(server.url)
         if place.leads:  # no first token came
             self._release_followers(server, place.leads, warm=False)
         self._fill(server)
@@ -98,12 +127,12 @@ class Placement:
 
     def withdraw(self, server: Server) -> None:
         """Stop using `server`: its waiters are placed elsewhere, and its groups choose other servers."""
-        self.affinity.forget(server)
+        for affinity in self._affinities.values():
+            affinity.forget(server)
         server.prefixes.clear()
         for key in [key for key in self._wait_ends if key[0] is server]:
             self._wait_ends.pop(key).cancel()
-        waiters = [*server.queue, *server.warm_up.clear()]
-        server.queue.clear()
+        waiters = [*server.queue.take_all(), *server.warm_up.clear()]
         for waiter in sorted(waiters, key=lambda waiter: waiter.number):
             if not waiter.turn.done():
                 self._put(waiter)
@@ -112,23 +141,20 @@ class Placement:
         """Place the requests that wait for `server` elsewhere if it is held for more than `PATIENCE_S`."""
         if not self._is_held(server):
             return
-        waiters = list(server.queue)
-        server.queue.clear()
-        for waiter in waiters:
+        for waiter in server.queue.take_all():
             if not waiter.turn.done():
                 self._put(waiter)
 
     def _is_held(self, server: Server) -> bool:
         return server.limiter.held_until > self._clock() + PATIENCE_S
 
-    def drain(self) -> None:
-        """End all waits with StoppedEarly; requests in flight are not affected."""
-        self._is_draining = True
+    def drain(self, share: Share | None = None) -> None:
+        """End all waits of a share with StoppedEarly; requests in flight are not affected."""
+        share = share or self._alone
+        share.is_draining = True
         for waiter in self.waiting():
-            waiter.turn.set_exception(StoppedEarly(_DRAINED))
-        self._queue.clear()
-        for server in self.servers:
-            server.queue.clear()
+            if waiter.share is share:
+                waiter.turn.set_exception(StoppedEarly(_DRAINED))  # queues skip it
 
     def close(self) -> None:
         """Cancel the timers."""
@@ -139,29 +165,35 @@ class Placement:
 
     def waiting(self) -> list[Waiter]:
         """Return all requests that wait for a place."""
-        waiters = list(self._queue)
+        waiters = [waiter for queue in self._queues.values() for waiter in queue]
         for server in self.servers:
             waiters += [*server.queue, *server.warm_up.waiting()]
         return [waiter for waiter in waiters if not waiter.turn.done()]
 
     def _put(self, waiter: Waiter) -> None:
         """Give it a free place, or put it into the queue where it belongs."""
-        usable = [server for server in self.servers if server.is_usable]
+        model = waiter.model
+        usable = [server for server in self.servers if server.is_usable and model in server.models]
         if waiter.request.group and usable:
             fit = [server for server in usable if not self._is_held(server)] or usable
-            server = self.affinity.server_for(waiter.request.group, fit, waiter.avoid)
-            _drop_done(server.queue)
-            if server.queue or not self._seat(waiter, server):
+            server = self._affinity(model).server_for(waiter.request.group, fit, waiter.avoid)
+            if server.queue.heads() or not self._seat(waiter, server):
                 server.queue.append(waiter)
             return
-        _drop_done(self._queue)
-        if not self._queue:
+        queue = self._queues.setdefault(model, WaitQueue())
+        if not queue.heads():
             now = self._clock()
             roomy = [server for server in usable if server.limiter.has_room(now)]
             others = [server for server in roomy if server is not waiter.avoid] or roomy
             if others and self._seat(waiter, min(others, key=_load)):
                 return
-        self._queue.append(waiter)
+        queue.append(waiter)
+
+    def _affinity(self, model: str) -> Affinity:
+        affinity = self._affinities.get(model)
+        if affinity is None:
+            affinity = self._affinities[model] = Affinity(self._balance_factor, self._clock)
+        return affinity
 
     def _seat(self, waiter: Waiter, server: Server) -> bool:
         """Give it a place at `server`, or have it follow a leader there. False if it has no room."""
@@ -175,7 +207,8 @@ class Placement:
         for key in leads:
             self._limit_wait(server, key)
         expected = server.limiter.begin(waiter.request, self._clock())
-        waiter.turn.set_result(Place(server, leads, expected))
+        waiter.share.begin(server.url)
+        waiter.turn.set_result(Place(server, waiter.share, waiter.model, leads, expected))
         return True
 
     def _fill(self, server: Server) -> None:
@@ -183,19 +216,27 @@ class Placement:
         while server.is_usable and server.limiter.has_room(self._clock()):
             waiter = self._next_for(server)
             if waiter is None:
+                if self._on_unused is not None:
+                    self._on_unused()
                 return
             self._seat(waiter, server)
         if server.limiter.next_room_at(self._clock()) is not None:
             self._schedule_dispatch()
 
     def _next_for(self, server: Server) -> Waiter | None:
-        own, common = server.queue, self._queue
-        _drop_done(own)
-        _drop_done(common)
-        if own and (not common or own[0].number < common[0].number):
-            return own.popleft()
-        if common:
-            return common.popleft()
+        """Take the request that gets the next place at `server` out of its queue."""
+        queues = [server.queue]
+        queues += [queue for model in server.models if (queue := self._queues.get(model))]
+        first: dict[Share, tuple[Waiter, WaitQueue]] = {}
+        for queue in queues:
+            for waiter in queue.heads():
+                found = first.get(waiter.share)
+                if found is None or waiter.number < found[0].number:
+                    first[waiter.share] = waiter, queue
+        if first:
+            waiter, queue = first[next_share(list(first))]
+            queue.remove(waiter)
+            return waiter
         if server.assigned >= _IDLE * server.limiter.cap_at(self._clock()):
             return None
         return self._take_over(server)
@@ -207,17 +248,25 @@ class Placement:
         """
         fullest = max(self.servers, key=lambda other: len(other.queue) / other.weight)
         since = self._clock() - PATIENCE_S
-        waiting = [waiter for waiter in fullest.queue if waiter.since <= since and not waiter.turn.done()]
+        waiting = [
+            waiter
+            for waiter in fullest.queue
+            if waiter.since <= since and waiter.model in server.models and not waiter.turn.done()
+        ]
         if not waiting or fullest is server:
             return None
         first = min(waiting, key=lambda waiter: (len(waiter.request.messages), waiter.number))
         group = first.request.group
-        moving = [waiter for waiter in fullest.queue if waiter.request.group == group]
+        moving = [
+            waiter
+            for waiter in fullest.queue
+            if waiter.request.group == group and waiter.model == first.model
+        ]
         for waiter in moving:
             fullest.queue.remove(waiter)
-        self.affinity.assign(group, server)
-        moving.remove(first)
-        server.queue.extend(moving)
+            if waiter is not first:
+                server.queue.append(waiter)
+        self._affinity(first.model).assign(group, server)
         return first
 
     def _release_followers(self, server: Server, keys: Iterable[str], *, warm: bool) -> None:
@@ -232,7 +281,8 @@ class Placement:
             if not waiter.turn.done() and not (server.is_usable and self._seat(waiter, server))
         ]
         for waiter in reversed(unplaced):
-            queue = server.queue if waiter.request.group and server.is_usable else self._queue
+            is_kept = waiter.request.group and server.is_usable
+            queue = server.queue if is_kept else self._queues.setdefault(waiter.model, WaitQueue())
             queue.appendleft(waiter)
 
     def _limit_wait(self, server: Server, key: str) -> None:
@@ -244,8 +294,8 @@ class Placement:
     def _schedule_dispatch(self) -> None:
         """Set a timer for when a held or slowly starting server has room, or a waiter may move."""
         now = self._clock()
-        heads = [server.queue[0] for server in self.servers if server.queue]
-        if not heads and not self._queue:
+        heads = [waiter for server in self.servers if server.queue for waiter in server.queue.heads()]
+        if not heads and not any(self._queues.values()):
             return
         ends = [server.limiter.next_room_at(now) for server in self.servers if server.is_usable]
         ends += [head.since + PATIENCE_S for head in heads if head.since + PATIENCE_S > now]
@@ -263,8 +313,3 @@ class Placement:
 
 def _load(server: Server) -> tuple[float, int]:
     return server.assigned / server.weight, server.completions
-
-
-def _drop_done(queue: deque[Waiter]) -> None:
-    while queue and queue[0].turn.done():
-        queue.popleft()

@@ -5,59 +5,86 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import structlog
+
+from streamsyn.errors import ServerError
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, RateLimit
 from streamsyn.fleet.kv_pool import NOTHING, Expected
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.fleet.shares import Share
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Completion, Request
 
+log = structlog.get_logger()
 
-@dataclass(slots=True, eq=False)
-class Server:
-    """The state of one server.
 
-    Attributes:
-        spec: Its URL, weight and credentials.
-        client: Sends requests to it.
-        limiter: How many requests it may have in flight.
-        health: Whether it is ejected.
-        rate_limit: Its 429s.
-        model: The model that it is used for; empty until it has said what it serves.
-        warm_up: Shared prefixes in its cache, and the requests that wait for one.
-        prefixes: What its prefix cache should hold.
-        queue: Requests that wait for a place here, since their group belongs here.
-        groups: Number of prefix groups that belong here.
-        aborts: Requests to abort that it has not answered.
-        draining: It gets no new requests.
-        is_removed: It is no longer wanted; it stays until its last request has ended.
-        load: Its last load metrics.
-        weight_version: Version of its weights when it was asked last; only answers that are not streamed
-            report it themselves.
-        logged_cap: The cap that was logged last.
-    """
+class WaitQueue:
+    """Requests that wait: of each share in order of arrival. Those that wait no more are dropped on sight."""
 
-    spec: ServerSpec
-    client: ServerClient
-    limiter: Limiter
-    health: Health
-    rate_limit: RateLimit = field(default_factory=RateLimit)
-    model: str = ""
-    warm_up: "PrefixWarmUp[Waiter]" = field(default_factory=PrefixWarmUp)
-    prefixes: PrefixModel = field(default_factory=PrefixModel)
-    queue: "deque[Waiter]" = field(default_factory=deque)
-    groups: int = 0
-    aborts: "set[asyncio.Task[None]]" = field(default_factory=set)
-    draining: bool = False
-    is_removed: bool = False
-    load: Load | None = None
-    weight_version: str | None = None
-    logged_cap: int = 0
+    __slots__ = ("_lines", "_size")
+
+    def __init__(self) -> None:
+        self._lines: dict[Share, deque[Waiter]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> "Iterator[Waiter]":
+        for line in self._lines.values():
+            yield from line
+
+    def append(self, waiter: "Waiter") -> None:
+        """Add a request that comes after the others of its share."""
+        self._lines.setdefault(waiter.share, deque()).append(waiter)
+        self._size += 1
+
+    def appendleft(self, waiter: "Waiter") -> None:
+        """Add a request that comes before the others of its share."""
+        self._lines.setdefault(waiter.share, deque()).appendleft(waiter)
+        self._size += 1
+
+    def heads(self) -> "list[Waiter]":
+        """Return the first request of each share."""
+        found = []
+        for share, line in list(self._lines.items()):
+            while line and line[0].turn.done():
+                line.popleft()
+                self._size -= 1
+            if line:
+                found.append(line[0])
+            else:
+                del self._lines[share]
+        return found
+
+    def remove(self, waiter: "Waiter") -> None:
+        """Take a request out."""
+        line = self._lines[waiter.share]
+        if line[0] is waiter:
+            line.popleft()
+        else:
+            line.remove(waiter)
+        self._size -= 1
+
+    def take_all(self) -> "list[Waiter]":
+        """Take all requests out, and return them in order of arrival."""
+        found = sorted(self, key=lambda waiter: waiter.number)
+        self._lines.clear()
+        self._size = 0
+        return found
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Usage:
+    """Counters of what a server was asked and has answered."""
+
     completions: int = 0
     completion_tokens: int = 0
     prompt_tokens: int = 0
@@ -69,36 +96,14 @@ class Server:
     _answered_s: float = 0.0
     _answered_tokens: int = 0
 
-    @property
-    def url(self) -> str:
-        """Base URL."""
-        return self.client.url
-
-    @property
-    def weight(self) -> float:
-        """Its share of the requests relative to the other servers."""
-        return self.spec.weight
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether it gets new requests: neither ejected nor draining."""
-        return not self.health.ejected and not self.draining
-
-    @property
-    def assigned(self) -> int:
-        """Requests in flight here, or waiting for this server."""
-        return self.limiter.in_flight + len(self.queue) + self.warm_up.followers
-
-    @property
-    def cap(self) -> int:
-        """Maximum requests in flight."""
-        return self.limiter.cap
-
-    def record_answer(self, completion: Completion, seconds: float, *, generated: bool) -> None:
+    def record_answer(
+        self, completion: Completion, planned: float, seconds: float, *, generated: bool
+    ) -> None:
         """Add an answer to the counters.
 
         Args:
             completion: The answer.
+            planned: Part of the prompt that should have been in the prefix cache, 0 to 1.
             seconds: From sending the request to the end of the answer.
             generated: Whether it was written; a scored answer is only read.
         """
@@ -106,6 +111,7 @@ class Server:
         self.completion_tokens += completion.completion_tokens
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
+        self.planned_cached_tokens += planned * completion.prompt_tokens
         if generated:
             self._answered_s += seconds
             self._answered_tokens += completion.completion_tokens
@@ -124,7 +130,7 @@ class Server:
         return round(self.unfinished_s * self._answered_tokens / self._answered_s) if self._answered_s else 0
 
     def counts(self) -> dict[str, int]:
-        """Return its counters since the start of the run."""
+        """Return the counters."""
         return {
             "unfinished": self.unfinished,
             "unfinished_tokens": self.unfinished_tokens,
@@ -135,12 +141,107 @@ class Server:
             "planned_cached_tokens": round(self.planned_cached_tokens),
         }
 
+
+@dataclass(slots=True, eq=False)
+class Server(Usage):
+    """The state of one server.
+
+    Attributes:
+        spec: Its URL, weight and credentials.
+        client: Sends requests to it.
+        limiter: How many requests it may have in flight.
+        health: Whether it is ejected.
+        rate_limit: Its 429s.
+        served: The models that it serves; empty until it has said so.
+        models: Those of them that it is used for.
+        warm_up: Shared prefixes in its cache, and the requests that wait for one.
+        prefixes: What its prefix cache should hold.
+        queue: Requests that wait for a place here, since their group belongs here.
+        groups: Number of prefix groups that belong here.
+        aborts: Requests to abort that it has not answered.
+        draining: It gets no new requests.
+        is_removed: It is no longer wanted; it stays until its last request has ended.
+        load: Its last load metrics.
+        weight_version: Version of its weights when it was asked last; only answers that are not streamed
+            report it themselves.
+        logged_cap: The cap that was logged last.
+    """
+
+    spec: ServerSpec
+    client: ServerClient
+    limiter: Limiter
+    health: Health
+    rate_limit: RateLimit = field(default_factory=RateLimit)
+    served: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    warm_up: "PrefixWarmUp[Waiter]" = field(default_factory=PrefixWarmUp)
+    prefixes: PrefixModel = field(default_factory=PrefixModel)
+    queue: WaitQueue = field(default_factory=WaitQueue)
+    groups: int = 0
+    aborts: "set[asyncio.Task[None]]" = field(default_factory=set)
+    draining: bool = False
+    is_removed: bool = False
+    load: Load | None = None
+    weight_version: str | None = None
+    logged_cap: int = 0
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return self.client.url
+
+    @property
+    def weight(self) -> float:
+        """Its share of the requests relative to the other servers."""
+        return self.spec.weight
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it gets new requests: neither ejected nor draining."""
+        return not self.health.ejected and not self.draining
+
+    @property
+    def state(self) -> Literal["usable", "starting", "ejected", "draining", "removing"]:
+        """What it is doing, in a word; `starting` has not answered yet."""
+        if self.is_removed:
+            return "removing"
+        if self.draining:
+            return "draining"
+        if self.health.ejected:
+            return "ejected" if self.served else "starting"
+        return "usable"
+
+    @property
+    def assigned(self) -> int:
+        """Requests in flight here, or waiting for this server."""
+        return self.limiter.in_flight + len(self.queue) + self.warm_up.followers
+
+    @property
+    def cap(self) -> int:
+        """Maximum requests in flight."""
+        return self.limiter.cap
+
+    async def abort(self, rid: str) -> None:
+        """Abort the request with this rid, if the server answers."""
+        try:
+            await self.client.abort(rid)
+        except ServerError as error:
+            log.debug("fleet.abort_failed", server=self.url, rid=rid, error=str(error))
+
+    async def current_weights(self) -> str | None:
+        """Ask for the version of its weights: a streamed answer does not report it."""
+        try:
+            self.weight_version = await self.client.weight_version() or self.weight_version
+        except ServerError as error:
+            log.debug("fleet.weights_unknown", server=self.url, error=str(error))
+        return self.weight_version
+
     def metrics(self) -> dict[str, Any]:
         """Return its current metrics, counters included."""
         load = self.load
         return {
             "server": self.url,
-            "model": self.model,
+            "model": ", ".join(self.models),
             "weight": self.weight,
             "in_flight": self.limiter.in_flight,
             "cap": self.limiter.cap,
@@ -163,11 +264,15 @@ class Place:
 
     Attributes:
         server: The server.
+        share: The share of the run that has it.
+        model: The model to ask.
         leads: Keys of the prefixes that this request brings into the server's cache.
         expected: Tokens that the request is expected to hold there.
     """
 
     server: Server
+    share: Share = field(default_factory=Share)
+    model: str = ""
     leads: tuple[str, ...] = ()
     expected: Expected = NOTHING
 
@@ -179,6 +284,8 @@ class Waiter:
     Attributes:
         number: Its position in the order of arrival.
         request: The request.
+        model: The model that it is for.
+        share: The share of its run.
         turn: Resolves to its place.
         avoid: A server to use only if there is no other.
         since: When it began to wait, in seconds of the event loop.
@@ -186,6 +293,8 @@ class Waiter:
 
     number: int
     request: Request
+    model: str
+    share: Share
     turn: asyncio.Future[Place]
     avoid: Server | None
     since: float

@@ -53,17 +53,17 @@ class ServerSpec:
     query: str = ""
 
 
-def server_specs(section: FleetSection) -> list[ServerSpec]:
+def server_specs(section: FleetSection, *, may_be_empty: bool = False) -> list[ServerSpec]:
     """Return the servers of `fleet.servers` in its order; of entries with the same URL, the first counts.
 
-    The list may be empty where `fleet.servers_file` or `fleet.servers_dns` is set.
+    The list may be empty where `fleet.servers_file` or `fleet.servers_dns` is set, and with `may_be_empty`.
 
     Raises:
         ConfigError: A URL is invalid, or there is neither a server nor a file or name to find some.
     """
     if section.servers_dns is not None:
         base_url(section.servers_dns, "fleet.servers_dns")
-    elif not section.servers and section.servers_file is None:
+    elif not section.servers and section.servers_file is None and not may_be_empty:
         raise ConfigError(
             "no server: pass --server URL, set fleet.servers, or use --launch MODEL to start one"
         )

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.membership import Connect
+from streamsyn.fleet.shares import Priority
+from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.delivery import SampleGate, SampleStream
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
@@ -62,6 +64,10 @@ class RunRequest:
         inbox: Takes seeds while the run goes on, which ends when it is closed. Its owner releases it after
             the run. None reads what was submitted to earlier runs.
         on_begun: Called in the event loop when run.json and the log say what this run is to do.
+        servers: Servers that other runs use, too; those of the configuration, `connect` and `launch` do not
+            count then.
+        weight: The run's part of these servers relative to the other runs; above 0.
+        priority: Multiplies the weight by 1/8, 1 or 8.
     """
 
     config: Config
@@ -85,6 +91,9 @@ class RunRequest:
     after_samples: SampleGate | None = None
     inbox: Inbox | None = None
     on_begun: Callable[[], None] = lambda: None
+    servers: Servers | None = None
+    weight: float = 1.0
+    priority: Priority = "normal"
 
 
 @dataclass(slots=True)

@@ -181,7 +181,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         raise ConfigError("--train trains on samples, but assembly.write = false makes none")
     if config.recipe.use == "chat" and (config.seeds.format != "request" or config.assembly.write):
         raise ConfigError('recipe.use = "chat" needs seeds.format = "request" and assembly.write = false')
-    if request.launch is None:
+    if request.launch is None and request.servers is None:
         server_specs(config.fleet)
     reader = SeedReader(
         config.seeds,

@@ -81,8 +81,7 @@ class Fleets:
 async def open_fleets(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleets]:
     """Launch a server if one is to be launched, connect to all servers, and ask which models they serve."""
     async with (
-        _servers(parts.request) as servers,
-        _open_writing(parts, servers, stopper) as writing,
+        _open_writing(parts, stopper) as writing,
         _open_examination(parts, writing, stopper) as examination,
     ):
         yield Fleets(writing, examination)
@@ -112,25 +111,37 @@ def _log_waiting(seconds: float, line: str) -> None:
 
 
 @asynccontextmanager
-async def _open_writing(
-    parts: Parts, servers: Sequence[str | ServerSection], stopper: Stopper
-) -> AsyncIterator[Fleet]:
+async def _open_writing(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleet]:
     """The fleet that writes contexts, once the models that it serves are known."""
     request = parts.request
-    section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
-    if request.launch is not None:
-        section = section.model_copy(update={"servers_file": None, "servers_dns": None})
-    async with open_fleet(
-        section,
-        stopper.cancel,
-        request.environ,
-        request.connect,
-        request.rng,
-        _max_sockets(request),
-    ) as fleet:
+    shared = request.servers
+    opening = (
+        _own_fleet(request, stopper)
+        if shared is None
+        else shared.fleet(request.config.fleet, request.weight, request.priority)
+    )
+    async with opening as fleet:
         parts.summary.servers = fleet.metrics
         await fleet.ask_models()
         yield fleet
+
+
+@asynccontextmanager
+async def _own_fleet(request: RunRequest, stopper: Stopper) -> AsyncIterator[Fleet]:
+    """A fleet of this run alone."""
+    async with _servers(request) as servers:
+        section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
+        if request.launch is not None:
+            section = section.model_copy(update={"servers_file": None, "servers_dns": None})
+        async with open_fleet(
+            section,
+            stopper.cancel,
+            request.environ,
+            request.connect,
+            request.rng,
+            _max_sockets(request),
+        ) as fleet:
+            yield fleet
 
 
 @asynccontextmanager
@@ -257,6 +268,7 @@ def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:
         on_drain=drain,
         on_idle=tail,
         limits=_reject_limits(parts, stopper),
+        shrinks=fleets.writing.is_shared,
     )
     for fleet in each:
         fleet.on_room(pool.grow)

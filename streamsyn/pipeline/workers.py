@@ -53,6 +53,8 @@ log = structlog.get_logger()
 _LINE_BYTES = MAX_MESSAGE_BYTES // 4
 """Longest line of a traceback: the text of an exception may be of any length."""
 _REJECT_TEXTS = ("detail", "origin", "task", "instruction", "answer")
+_SURPLUS = 1.25
+"""A pool shrinks when it has this many times the workers that it should have."""
 _LONG_CHARS = 2**15
 """Characters of a draft from which its recipe works in a thread. Parsing and checking more may take longer
 than 10 ms, during which the event loop would neither send nor receive."""
@@ -92,8 +94,16 @@ class Worker:
         self.current: Work | None = None
         self.attempts: list[Attempt] = []
 
-    async def run(self, work: BoundedQueue[Work], results: "Results", on_outcome: Callable[[], None]) -> None:
+    async def run(self, work: BoundedQueue[Work], results: "Results", goes_on: Callable[[], bool]) -> bool:
         """Put one outcome on `results` for each item of `work`; an item is begun when `results` has room.
+
+        Args:
+            work: The items.
+            results: Takes the outcomes.
+            goes_on: Called after each item; False ends the worker.
+
+        Returns:
+            Whether `work` has ended.
 
         Raises:
             StoppedEarly: The run drains, and an item was not begun or was put down between two steps.
@@ -104,8 +114,10 @@ class Worker:
             outcome = await self._outcome(item)
             encode_row(0, outcome)  # what the log cannot hold is a bug of this draft alone: it raises here
             self.current = None
-            on_outcome()
             results.put(outcome)  # never waits: what was answered is written, whatever else is slow
+            if not goes_on():
+                return False
+        return True
 
     @property
     def _tokens(self) -> int:
@@ -318,6 +330,7 @@ class WorkerPool:
         on_idle: Called when a worker finds no more work, with the number of workers still at work and the
             number that were started.
         limits: Holds back the first rejects, and stops a run with too many.
+        shrinks: Whether workers end after their item when there are clearly more of them than `size`.
 
     Attributes:
         left_work: Whether workers put drafts down because of a drain.
@@ -331,6 +344,8 @@ class WorkerPool:
         on_drain: Callable[[], None] = lambda: None,
         on_idle: Callable[[int, int], None] = lambda _left, _of: None,
         limits: RejectLimits | None = None,
+        *,
+        shrinks: bool = False,
     ) -> None:
         self._new_worker = new_worker
         self._size = size
@@ -339,6 +354,7 @@ class WorkerPool:
         self._on_drain = on_drain
         self._on_idle = on_idle
         self._limits = limits
+        self._shrinks = shrinks
         self._start: Callable[[int], None] | None = None
         self._started = self._ended = 0
         self._is_draining = False
@@ -350,7 +366,7 @@ class WorkerPool:
         self._on_drain()
 
     def grow(self) -> None:
-        """Start workers up to the present `size`; the pool never shrinks.
+        """Start workers up to the present `size`.
 
         Surplus workers wait for a place at a server, which costs only the draft that each holds.
         """
@@ -385,13 +401,16 @@ class WorkerPool:
         while True:
             worker = self._new_worker()
             try:
-                await worker.run(work, results, self._reset_bugs)
+                has_ended = await worker.run(work, results, self._goes_on)
             except StoppedEarly:
                 self.left_work = True
                 return
             except Exception as bug:  # noqa: BLE001 - whatever it is, it must not end the run
                 self._reject_after_bug(worker, bug, results)
             else:
+                if not has_ended:
+                    self._started -= 1
+                    return
                 self._start = None  # no work is left for further workers
                 self._ended += 1
                 self._on_idle(self._started - self._ended, self._started)
@@ -410,8 +429,10 @@ class WorkerPool:
         detail = "".join(lines)[-MAX_MESSAGE_BYTES:]  # the end says what happened
         results.put(_loggable(worker.reject(RejectReason.INTERNAL_ERROR, detail)))
 
-    def _reset_bugs(self) -> None:
+    def _goes_on(self) -> bool:
+        """Note an outcome. Return whether its worker is still needed."""
         self._bugs = 0
+        return not self._shrinks or self._started - self._ended <= _SURPLUS * self._size()
 
 
 def _loggable(reject: Reject) -> Reject:

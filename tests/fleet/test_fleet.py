@@ -234,7 +234,7 @@ async def test_a_drain_ends_all_waits() -> None:
             in_flight = group.create_task(ask(fleet))
             await until(lambda: fleet.servers[0].limiter.in_flight)
             waiting = group.create_task(_stopped(fleet))
-            await until(fleet._membership.pools["simulated"].waiting)
+            await until(fleet._membership.placement.waiting)
             fleet.drain()
             assert await waiting
             assert await _stopped(fleet)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import StoppedEarly
-from streamsyn.fleet.affinity import PATIENCE_S, Affinity
+from streamsyn.fleet.affinity import PATIENCE_S
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
@@ -25,7 +25,7 @@ def servers(*caps: int) -> list[Server]:
 def placed(fleet: list[Server], leader_wait_s: float = 60.0) -> Placement:
     """A placement on the running loop's clock."""
     clock = asyncio.get_running_loop().time
-    return Placement(fleet, Affinity(1.25, clock), leader_wait_s, clock)
+    return Placement(fleet, 1.25, leader_wait_s, clock)
 
 
 def of(group: str = "", *beginnings: str) -> Request:
@@ -54,11 +54,10 @@ async def test_the_one_with_the_fewest_in_flight() -> None:
     """Requests spread evenly over the servers."""
     fleet = servers(3, 3, 3)
     placement = placed(fleet)
-    for _ in range(7):
-        await acquired(placement)
+    given_out = [await place(placement, of()) for _ in range(7)]
     assert [2, 2, 3] == sorted(server.limiter.in_flight for server in fleet)
-    placement.release(Place(fleet[1]))
-    placement.release(Place(fleet[1]))
+    for one in [one for one in given_out if one.server is fleet[1]][:2]:
+        placement.release(one)
     assert fleet[1] is await acquired(placement)
 
 
@@ -123,14 +122,14 @@ async def test_one_who_leaves_does_not_hold_up_the_others() -> None:
     """A cancelled waiter gets no place; the next one does."""
     [server] = fleet = servers(1)
     placement = placed(fleet)
-    await placement.acquire()
+    held = await placement.acquire()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(placement.acquire())
         second = group.create_task(placement.acquire())
         await settle()
         first.cancel()
         await settle()
-        placement.release(Place(server))
+        placement.release(held)
     assert first.cancelled()
     assert server is second.result().server
     assert 1 == server.limiter.in_flight
@@ -140,12 +139,12 @@ async def test_a_place_just_given_to_one_who_leaves_comes_back() -> None:
     """Cancelled after it got the place and before it ran: the next waiter gets the place."""
     [server] = fleet = servers(1)
     placement = placed(fleet)
-    await placement.acquire()
+    held = await placement.acquire()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(placement.acquire())
         second = group.create_task(placement.acquire())
         await settle()
-        placement.release(Place(server))  # the place is the first one's, who has not run since
+        placement.release(held)  # the place is the first one's, who has not run since
         first.cancel()
     assert first.cancelled()
     assert server is second.result().server
@@ -163,7 +162,7 @@ async def test_a_group_stays_at_its_server() -> None:
         assert given.server is homes.setdefault(group, given.server)
         placement.release(given)
     assert max(Counter(server.url for server in homes.values()).values()) <= 1.25 * 16 / 4
-    assert 0 == placement.affinity.moves
+    assert 0 == placement.moves
 
 
 async def test_a_group_leaves_an_ejected_server() -> None:
@@ -183,7 +182,7 @@ async def test_a_group_leaves_an_ejected_server() -> None:
 async def test_an_idle_server_takes_over_who_waits_elsewhere() -> None:
     """After `PATIENCE_S` a free place counts more than a prefix, and the whole group moves."""
     fleet, now = servers(1, 1), [0.0]
-    placement = Placement(fleet, Affinity(1.25, lambda: now[0]), 60.0, lambda: now[0])
+    placement = Placement(fleet, 1.25, 60.0, lambda: now[0])
     first = await place(placement, of("group"))
     [other] = [server for server in fleet if server is not first.server]
     elsewhere = await place(placement, of())
@@ -316,7 +315,7 @@ class Crowd:
         """True when all have run until they wait."""
         self.waiting = [task for task in self.waiting if not task.done()]
         free = [server for server in self.servers if server.is_usable and server.limiter.has_room(0.0)]
-        assert not free or not [waiter for waiter in self.placement._queue if not waiter.turn.done()]
+        assert not free or not [queue.heads() for queue in self.placement._queues.values() if queue.heads()]
         for server in free:
             assert not [waiter for waiter in server.queue if not waiter.turn.done()], "beside a free place"
         leading = {(place.server, key) for place in self.holding for key in place.leads}

@@ -19,12 +19,33 @@ class Idle(Worker):
     def __init__(self) -> None:
         """Needs nothing."""
 
-    async def run(self, work: BoundedQueue[Work], results: Results, on_outcome: Callable[[], None]) -> None:
+    async def run(self, work: BoundedQueue[Work], results: Results, goes_on: Callable[[], bool]) -> bool:
         """Count those at work."""
         async for _ in work:
             Idle.at_work += 1
             await self.gate.wait()
-            on_outcome()
+            goes_on()
+        return True
+
+
+class Paced(Worker):
+    """Works on an item until there is a turn."""
+
+    turns: asyncio.Semaphore
+    at_work = 0
+
+    def __init__(self) -> None:
+        """Needs nothing."""
+
+    async def run(self, work: BoundedQueue[Work], results: Results, goes_on: Callable[[], bool]) -> bool:
+        """Count those at work."""
+        async for _ in work:
+            Paced.at_work += 1
+            await self.turns.acquire()
+            Paced.at_work -= 1
+            if not goes_on():
+                return False
+        return True
 
 
 async def queue_of(number: int) -> BoundedQueue[Work]:
@@ -79,3 +100,27 @@ async def test_it_does_not_grow_without_work(gate: asyncio.Event) -> None:
     pool.grow()
     await settle()
     assert 1 == Idle.at_work
+
+
+async def test_a_pool_that_shares_its_servers_shrinks() -> None:
+    """Workers end after their item while there are clearly too many, and come back; all items are taken."""
+    size, Paced.turns = [8], asyncio.Semaphore(0)
+    pool = WorkerPool(Paced, lambda: size[0], 3, shrinks=True)
+    work = await queue_of(40)
+
+    async def at_work_after(turns: int) -> int:
+        for _ in range(turns):
+            Paced.turns.release()
+        await settle()
+        return Paced.at_work
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(pool.run(work, Backlog(1)))
+        assert 8 == await at_work_after(0)
+        size[0] = 4
+        assert 5 == await at_work_after(4)  # a quarter more than wanted may stay
+        size[0] = 6
+        pool.grow()
+        assert 6 == await at_work_after(6)
+        await at_work_after(40)
+    assert 0 == Paced.at_work == len(work)

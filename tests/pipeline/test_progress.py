@@ -78,7 +78,7 @@ async def test_figures_of_a_run(tmp_path: Path) -> None:
         counters.contexts, counters.finished_before, counters.samples = 6, 10, 4
         counters.rejects.update({"empty": 2})
         counters.prompt_tokens, counters.cached_tokens = 1000, 750
-        progress.fleet.servers[0].limiter.in_flight = 3
+        _sent(progress, 3)
         progress.fleet.servers[1].health.ejected = True
         figures = progress.figures()
     assert (18, 6, 4, {"empty": 2}, 0.75) == (
@@ -200,11 +200,17 @@ async def test_the_table(tmp_path: Path) -> None:
     assert "rejects empty 1, too_short 3" in text
 
 
+def _sent(progress: Progress, requests: int) -> None:
+    """Have requests in flight at the first server."""
+    for _ in range(requests):
+        progress.fleet._share.begin(progress.fleet.servers[0].url)
+
+
 async def test_what_a_person_must_know_now(tmp_path: Path) -> None:
     """A drain and an outage count down, and a training has a row; nothing in it is markup."""
     async with progress_of(tmp_path) as (progress, _, _):
         progress.drain_ends_in_s, progress.training = lambda: 58.7, lambda: "step 12 [bold]loss 1.3"
-        progress.fleet.servers[0].limiter.in_flight = 141
+        _sent(progress, 141)
         progress.fleet._outage.began(asyncio.get_running_loop())
         figures = progress.figures()
     text = drawn(figures)

@@ -55,7 +55,7 @@ async def outcome_of(fleet: Any, **recipe: Any) -> Outcome:
     await work.put(Draft(SEED))
     work.close()
     made = await asyncio.to_thread(load_recipe, section, ChecksSection())
-    await Worker(made, fleet, thinking=Thinking(section)).run(work, results, lambda: None)
+    await Worker(made, fleet, thinking=Thinking(section)).run(work, results, lambda: True)
     return results.get_nowait(1)[0]
 
 

@@ -1,0 +1,245 @@
+"""One set of servers for many runs: each has a `Fleet` of its own over them, and a fair share of the places.
+
+    async with open_servers(section) as servers:  # there may be none yet
+        async with servers.fleet(run_section, weight=2.0) as fleet:
+            await fleet.ask_models()
+            completion = await fleet.complete(request, attempts)
+
+Runs wait while no server is usable; only a run's own mistakes end it.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from streamsyn.background import background
+from streamsyn.config.sections import FleetSection
+from streamsyn.fleet.discovery import Discovery
+from streamsyn.fleet.fleet import Fleet
+from streamsyn.fleet.health import Outage
+from streamsyn.fleet.membership import Connect, Membership, connect_http, open_membership
+from streamsyn.fleet.models import shared_models
+from streamsyn.fleet.server import Server
+from streamsyn.fleet.server_spec import ServerSpec, base_and_query, headers_of
+from streamsyn.fleet.shares import Priority, Shares
+from streamsyn.io.open_files import within_sockets
+from streamsyn.urls import split_userinfo
+
+_FEW_SERVERS = 8
+"""Connections are divided among this many servers at least, since more may be added."""
+
+
+@dataclass(slots=True)
+class ServerEdits:
+    """What was changed while the servers are in use, beside what the configuration and its sources name.
+
+    Attributes:
+        added: Servers that were added, by URL.
+        removed: URLs that were removed.
+        draining: URLs that get no new requests.
+    """
+
+    added: dict[str, ServerSpec] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+    draining: set[str] = field(default_factory=set)
+
+    def add(self, spec: ServerSpec) -> None:
+        """Add a server, or use one again that was removed or draining."""
+        self.added[spec.url] = spec
+        self.removed.discard(spec.url)
+        self.draining.discard(spec.url)
+
+    def remove(self, url: str) -> None:
+        """Remove a server, wherever it was named."""
+        self.added.pop(url, None)
+        self.draining.discard(url)
+        self.removed.add(url)
+
+    def apply(self, named: Iterable[ServerSpec]) -> list[ServerSpec]:
+        """Return the servers to use: those `named` elsewhere with these changes."""
+        wanted = {spec.url: spec for spec in named} | self.added
+        return [
+            replace(spec, draining=spec.draining or url in self.draining)
+            for url, spec in wanted.items()
+            if url not in self.removed
+        ]
+
+
+class Servers:
+    """The servers that runs share. Made by `open_servers`.
+
+    Attributes:
+        edits: What was added, removed and drained since the start.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        outage: Outage,
+        rng: Random,
+        environ: Mapping[str, str],
+        named: list[ServerSpec],
+        edits: ServerEdits,
+    ) -> None:
+        self.edits = edits
+        self._membership = membership
+        self._outage = outage
+        self._rng = rng
+        self._environ = environ
+        self._named = named
+        self._shares = Shares()
+        self._changing = asyncio.Lock()
+
+    @property
+    def usable(self) -> int:
+        """Number of servers that get requests."""
+        return sum(server.is_usable for server in self._membership.servers)
+
+    @asynccontextmanager
+    async def fleet(
+        self, section: FleetSection, weight: float = 1.0, priority: Priority = "normal"
+    ) -> AsyncIterator[Fleet]:
+        """Open the fleet of one run; its requests still in flight at the end are aborted.
+
+        Args:
+            section: The `fleet` section of the run: its models, retries, timeouts and hedging. Its servers,
+                and what is said there of them, do not count.
+            weight: The run's part of the places relative to the others; above 0.
+            priority: Multiplies the weight by 1/8, 1 or 8.
+        """
+        share = self._shares.open(weight, priority)
+        async with background() as tasks:
+            fleet = Fleet(
+                section, self._agree, self._membership, self._outage, tasks, self._rng, self._shares, share
+            )
+            try:
+                yield fleet
+            finally:
+                fleet.on_room(_nobody)
+                self._membership.on_room.pop(_nobody)
+                self._shares.close(share)
+                await tasks.close()
+
+    async def _agree(self, section: FleetSection) -> list[str]:
+        """Return the models of a run, once servers with them have answered."""
+        while True:
+            joined = self._membership.joined
+            served = {server.url: server.served for server in self._membership.servers if not server.draining}
+            models = shared_models(served, section)
+            if models is not None:
+                self._membership.want(models)
+                return models
+            await joined.wait()
+
+    async def add(self, url: str, weight: float = 1.0, key_env: str | None = None) -> str:
+        """Add a server, or use it again, and return its base URL. It is used once it has answered.
+
+        Args:
+            url: Its base URL.
+            weight: Its share of the requests relative to the other servers.
+            key_env: Environment variable that holds its key.
+
+        Raises:
+            ConfigError: The URL or the key is invalid.
+        """
+        base, query = base_and_query(url, "url")
+        spec = ServerSpec(base, weight, key_env, userinfo=split_userinfo(url).userinfo, query=query)
+        headers_of(spec, self._environ)
+        self.edits.add(spec)
+        await self._apply()
+        return base
+
+    async def remove(self, url: str) -> None:
+        """Send no new requests to a server, and forget it when it has answered those it has.
+
+        Raises:
+            KeyError: There is no such server.
+        """
+        self.server(url)
+        self.edits.remove(url)
+        await self._apply()
+
+    async def drain(self, url: str) -> None:
+        """Send no new requests to a server; `add` uses it again.
+
+        Raises:
+            KeyError: There is no such server.
+        """
+        self.server(url)
+        self.edits.draining.add(url)
+        await self._apply()
+
+    def server(self, url: str) -> Server:
+        """Return the server with this base URL.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for server in self._membership.servers:
+            if server.url == url:
+                return server
+        raise KeyError(url)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the metrics of each server, and its `state`."""
+        return [server.metrics() | {"state": server.state} for server in self._membership.servers]
+
+    async def rediscovered(self, named: list[ServerSpec]) -> None:
+        """Change to the servers that the configuration and its sources name now."""
+        self._named = named
+        await self._apply()
+
+    async def _apply(self) -> None:
+        async with self._changing:
+            await self._membership.apply(self.edits.apply(self._named))
+
+
+def _nobody() -> None:
+    """Nothing waits for room."""
+
+
+@asynccontextmanager
+async def open_servers(
+    section: FleetSection,
+    environ: Mapping[str, str] = os.environ,
+    connect: Connect | None = None,
+    rng: Random | None = None,
+    max_sockets: int | None = None,
+    edits: ServerEdits | None = None,
+) -> AsyncIterator[Servers]:
+    """Open the servers of `section`, of which there may be none yet.
+
+    Args:
+        section: The `fleet` section of the configuration; its models and retries are those of each run.
+        environ: Holds the servers' keys.
+        connect: Opens a transport to a server; None uses HTTP.
+        rng: For jitter.
+        max_sockets: Connections that this process can open to all servers together; None for any number.
+        edits: What was changed before: servers added, removed and drained.
+
+    Raises:
+        ConfigError: A URL, file or key is invalid.
+    """
+    edits, rng = edits or ServerEdits(), rng or Random()
+    discovery = Discovery(section, environ, may_be_empty=True)
+    named = await discovery.first()
+    first = edits.apply(named)
+    if max_sockets is not None:
+        section = within_sockets(max_sockets, section, max(_FEW_SERVERS, len(first)))
+    connect = connect or await connect_http(section, environ)
+    outage = Outage(section, on_gone=None)
+    async with background() as tasks:
+        membership = Membership(section, connect, tasks, outage, rng, is_shared=True)
+        async with open_membership(membership, first):
+            servers = Servers(membership, outage, rng, environ, named, edits)
+            membership.begin()
+            tasks.start(discovery.watch(servers.rediscovered), name="discovery")
+            try:
+                yield servers
+            finally:
+                outage.close()
+                await tasks.close()  # before the connections, which aborts still need
