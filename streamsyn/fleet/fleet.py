@@ -176,9 +176,8 @@ class Fleet:
                 log.info("fleet.scores_unknown", server=server.url, error=str(error))
 
         async with asyncio.TaskGroup() as group:
-            for server in self._with(model):
-                if server.is_usable:
-                    group.create_task(check(server), name=f"check-{server.url}")
+            for server in self._usable(model):
+                group.create_task(check(server), name=f"check-{server.url}")
         if refused:
             raise ConfigError(min(refused))
 
@@ -193,7 +192,7 @@ class Fleet:
         Raises:
             ConfigError: All servers that were asked refused all requests.
         """
-        usable = [server for server in self._with(model) if server.is_usable]
+        usable = self._usable(model)
         asked = [(server, request) for request in requests[:1] for server in usable[:_MAX_CHECKED]]
         asked += [(server, request) for request in requests[1:] for server in usable[:1]]
         refused: list[str] = []
@@ -222,7 +221,7 @@ class Fleet:
     async def context_tokens(self, model: str) -> int | None:
         """Return the smallest context length that servers of `model` report; None if none does."""
         found: list[int] = []
-        for server in self._with(model)[:_MAX_CHECKED]:
+        for server in self._usable(model)[:_MAX_CHECKED]:
             try:
                 length = await server.client.context_tokens(model)
             except (ServerError, ConfigError) as error:
@@ -231,8 +230,8 @@ class Fleet:
                 found += [] if length is None else [length]
         return min(found, default=None)
 
-    def _with(self, model: str) -> list[Server]:
-        return [server for server in self.servers if model in server.models]
+    def _usable(self, model: str) -> list[Server]:
+        return [server for server in self.servers if model in server.models and server.is_usable]
 
     def model_of(self, key: bytes) -> str:
         """Return the model that writes the draft with this key; the same one in every run."""
@@ -481,8 +480,7 @@ async def open_fleet(
 
         async def agree(_: FleetSection) -> list[str]:
             tasks.start(discovery.watch(membership.apply), name="discovery")
-            await membership.agree_on_models()
-            return membership.models
+            return await membership.agree_on_models()
 
         shares = Shares()
         fleet = Fleet(section, agree, membership, outage, tasks, rng, shares, shares.open())

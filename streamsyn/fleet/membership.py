@@ -131,8 +131,11 @@ class Membership:
         for transport in self._transports.values():
             await transport.aclose()
 
-    async def agree_on_models(self) -> None:
+    async def agree_on_models(self) -> list[str]:
         """Wait for one healthy server and agree on the models; probe servers that did not answer from now on.
+
+        Returns:
+            The models.
 
         Raises:
             ConfigError: Servers serve different models, or not those of the configuration; or each URL is not
@@ -166,6 +169,7 @@ class Membership:
             else:
                 self._start(server)
         self.check_usable()
+        return self.models
 
     def begin(self) -> None:
         """Contact all servers; each is used from when it has answered."""

@@ -110,6 +110,8 @@ def test_runs_get_places_by_weight_and_priority() -> None:
             assert [3, 9, 12] == [pytest.approx(places, abs=1.5) for places in now]
             got = [load.answers - was for load, was in zip(loads, before, strict=True)]
             assert sum(got) > 2_300
+            counted = [sum(server["completions"] for server in load.fleet.metrics()) for load in loads]
+            assert [load.answers for load in loads] == counted
             parts = [24 * number / sum(got) for number in got]
             assert [3, 9, 12] == [pytest.approx(part, abs=0.25) for part in parts]
             assert 24 == sum(described["in_flight"] for described in servers.describe())
