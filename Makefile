@@ -26,8 +26,8 @@ test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length
 test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, and one that a run launches
 	$(BIN)/pytest tests/real -n 2 --dist loadgroup -m real_sglang
 
-test-browser: .venv/stamp chromium  ## the report, looked at in a browser
-	$(BIN)/pytest tests/report -m chromium
+test-browser: .venv/stamp chromium  ## the report and the page of the daemon in a browser
+	$(BIN)/pytest tests/report tests/daemon/test_page.py -m chromium
 
 test-all: test test-crash test-browser test-real  ## all four
 

@@ -54,15 +54,15 @@ async def no_task_left() -> AsyncIterator[None]:
     assert set() == left - {asyncio.current_task().get_name()}  # type: ignore[union-attr]
 
 
-FOLDERS = {"real_sglang": "real", "chromium": "report"}  # where the Makefile's lanes look for them
+FOLDERS = {"real_sglang": ("real",), "chromium": ("report", "daemon")}  # where the Makefile looks for them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first, by the seconds in tests/durations.json, so that the workers end together."""
     for item in items:
-        for marker, folder in FOLDERS.items():
-            if item.get_closest_marker(marker) and item.path.parent.name != folder:
-                raise pytest.UsageError(f"{item.nodeid}: tests marked {marker} belong into tests/{folder}")
+        for marker, folders in FOLDERS.items():
+            if item.get_closest_marker(marker) and item.path.parent.name not in folders:
+                raise pytest.UsageError(f"{item.nodeid}: {marker} tests belong into tests/{folders[0]}")
     seconds: dict[str, float] = json.loads((Path(__file__).parent / "durations.json").read_text())
 
     def longest_first(item: pytest.Item) -> float:

@@ -51,6 +51,16 @@ class Daemon:
         """Whether the daemon finishes what is in flight, to end then."""
         return self.hosting.ending
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do before the daemon ends."""
+        return self.hosting.ending and not any(run.is_executed for run in self.runs.active)
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """Why the daemon cannot work; None if it can."""
+        return "the daemon is ending" if self.is_ending else None
+
     async def drain(self) -> None:
         """Finish what is in flight, for at most `run.drain_timeout_s` seconds, and begin nothing new.
 

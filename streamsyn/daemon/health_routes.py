@@ -29,8 +29,9 @@ async def healthz(_request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     """Answer 503 while the daemon ends."""
-    if request.app[DAEMON].is_ending:
-        raise Problem(503, "the daemon is ending")
+    why = request.app[DAEMON].why_not_ready
+    if why is not None:
+        raise Problem(503, why)
     return json_response({"status": "ready"})
 
 

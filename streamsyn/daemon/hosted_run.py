@@ -290,6 +290,11 @@ class HostedRun:
         if inbox is not None:
             await asyncio.to_thread(inbox.release)
 
+    def rates(self) -> dict[str, float]:
+        """The rates of the last half minute."""
+        progress = {} if self._execution is None else self._execution.summary.progress()
+        return {name: progress.get(name, 0.0) for name in ("outcomes_per_s", "output_tokens_per_s")}
+
     def as_json(self) -> dict[str, Any]:
         """The run as the API shows it."""
         record, figures = self.record, self._figures()
@@ -316,10 +321,7 @@ class HostedRun:
                 "waiting": max(0, accepted - done - in_flight),
             },
             "rejects": figures.reasons,
-            "rates": {
-                "outcomes_per_s": progress.get("outcomes_per_s", 0.0),
-                "output_tokens_per_s": progress.get("output_tokens_per_s", 0.0),
-            },
+            "rates": self.rates(),
             "tokens": figures.tokens,
             "prefix": self._prefix(),
             "last": {kind: rows[kind] - 1 if rows[kind] else None for kind in KINDS},

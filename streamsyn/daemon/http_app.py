@@ -14,7 +14,14 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from streamsyn.daemon import consumer_routes, health_routes, run_routes, seed_routes, stream_routes
+from streamsyn.daemon import (
+    consumer_routes,
+    health_routes,
+    page_routes,
+    run_routes,
+    seed_routes,
+    stream_routes,
+)
 from streamsyn.daemon.bodies import BODY_TIMEOUT_S
 from streamsyn.daemon.connections import Connections, RateLimit
 from streamsyn.daemon.daemon import DAEMON, Daemon
@@ -30,6 +37,7 @@ ROUTES: Final[Sequence[Route]] = (
     *seed_routes.ROUTES,
     *stream_routes.ROUTES,
     *consumer_routes.ROUTES,
+    *page_routes.ROUTES,
 )
 """All routes of the daemon."""
 
@@ -51,6 +59,7 @@ def make_http_app(daemon: Daemon, routes: Sequence[Route] = ROUTES) -> web.Appli
     app[CONNECTIONS] = Connections(section.max_connections, section.body_timeout_s)
     app[RATE_LIMIT] = RateLimit(section.requests_per_s, monotonic)
     app[SCOPES] = {}
+    page_routes.set_up(app)
     for route in routes:
         if route.method == "GET":  # and HEAD
             added = app.router.add_get(route.path, route.handler)

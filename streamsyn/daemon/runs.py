@@ -7,6 +7,7 @@ import asyncio
 import shutil
 import time
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ class Runs:
     def active(self) -> list[HostedRun]:
         """The runs that have not ended: all but those that are finished or failed."""
         return list(self._active.values())
+
+    def by_state(self) -> dict[State, int]:
+        """The number of runs in each state."""
+        return dict(Counter(listed.state for listed in self._by_age))
 
     async def open(self) -> None:
         """Find the runs on disk, and begin to execute those that were running."""

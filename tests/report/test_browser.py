@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streamsyn.report.page import write_report
-from tests.report.browser import Page, opened
+from tests.browser import Page, opened
 from tests.report.runs import HOSTILE, good_run, rejected, sample_of, scored, written
 
 pytestmark = pytest.mark.chromium

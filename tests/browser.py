@@ -21,8 +21,10 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--remote-debugging-port=0",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+
+_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowDown": 40}
 
 
 class Page:
@@ -69,16 +71,48 @@ class Page:
             deviceScaleFactor=1,
             mobile=False,
         )
+        await self.loaded_by("Page.navigate", url=url)
+
+    async def loaded_by(self, method: str, **params: Any) -> None:
+        """Send a command that loads a page, and wait until it is loaded."""
         self._loaded = False
-        await self.call("Page.navigate", url=url)
+        await self.call(method, **params)
         while not self._loaded:
             await self._receive()
 
     async def evaluate(self, expression: str) -> Any:
-        """Evaluate an expression in the page."""
-        answer = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Evaluate an expression in the page; the value of a promise is awaited."""
+        answer = await self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    async def until(self, expression: str, timeout_s: float = 10.0) -> None:
+        """Wait until an expression is true in the page."""
+        is_true = await self.evaluate(f"""new Promise((done) => {{
+            const end = performance.now() + {1000 * timeout_s};
+            const look = () => {{
+                if ({expression}) done(true);
+                else if (performance.now() > end) done(false);
+                else setTimeout(look, 20);
+            }};
+            look();
+        }})""")
+        assert is_true, f"not within {timeout_s:g} s: {expression}"
+
+    async def press(self, *keys: str) -> None:
+        """Press keys, such as Tab or Enter; `Shift+Tab` holds Shift."""
+        for name in keys:
+            shift, _, key = name.rpartition("+")
+            text = {"Enter": "\r", " ": " "}.get(key, "")
+            pressed = {"key": key, "windowsVirtualKeyCode": _KEYS[key], "modifiers": 8 if shift else 0}
+            await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **pressed)
+            await self.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    async def type(self, text: str) -> None:
+        """Type a text where the focus is."""
+        await self.call("Input.insertText", text=text)
 
     async def screenshot(self, width: int, height: int | None = None) -> bytes:
         """Return a PNG of the whole page, or of its top."""

@@ -1,0 +1,290 @@
+// One run: its progress, its rejects with examples, and its last samples to read.
+
+import { Gone, request, rows } from "./api.js";
+import { chart, draw } from "./chart.js";
+import { byId, h, keyed, longText, setAttribute, setText } from "./dom.js";
+import { clock, count, counted, decimal, duration, percent, short, UNKNOWN } from "./format.js";
+import { badge, bar, cachedOf, facts, fill, progress, setBadge } from "./overview.js";
+
+const SAMPLES = 3;
+const EXAMPLES = 100; // rejects that are searched for examples of each reason
+const PER_REASON = 3;
+const CONSUMERS_EVERY_MS = 5000;
+const POINTS = 1800;
+
+const BUTTONS = [
+  { action: "pause", label: "Pause", states: ["running"] },
+  { action: "resume", label: "Resume", states: ["paused", "stopped", "failed", "finished"] },
+  { action: "drain", label: "Drain", states: ["running", "paused"] },
+  { action: "close", label: "Close", states: ["running", "paused", "stopped"], when: (run) => run.accepting },
+  { action: "retry", label: "Retry rejects", states: ["running", "paused", "stopped", "finished"], when: (run) => run.counts.rejects > 0 },
+  { action: "seeds", label: "Add seeds", states: ["running", "paused"], when: (run) => run.accepting },
+];
+
+/** Throughput by run since the page was opened: [Unix seconds, outcomes/s, tokens/s]. */
+const history = new Map();
+const view = { id: null, run: null, samples: null, rejects: null, consumersAt: 0, loading: new AbortController() };
+
+/** Prepares the page. `onAction(action, run)` is called for the buttons. */
+export function prepare(onAction) {
+  byId("run-charts").append(chart("Outcomes per second"), chart("Output tokens per second"));
+  byId("run-state").append(badge(""));
+  const press = (action) => (event) => {
+    if (event.currentTarget.getAttribute("aria-disabled") !== "true") onAction(action, view.run);
+  };
+  byId("run-actions").append(
+    ...BUTTONS.map(({ action, label }) => h("button", { type: "button", "data-action": action, text: label, on: { click: press(action) } })),
+  );
+  byId("newer-samples").addEventListener("click", () => loadSamples());
+  byId("newer-rejects").addEventListener("click", () => loadRejects());
+}
+
+/** Keeps the throughput of each running run, shown or not. */
+export function remember({ at, runs }) {
+  for (const run of runs) {
+    if (run.state !== "running" && !history.has(run.id)) continue;
+    const points = history.get(run.id) ?? [];
+    const { outcomes_per_s: outcomes, output_tokens_per_s: tokens } = run.rates;
+    points.push(run.state === "running" ? [at, outcomes, tokens] : [at, 0, 0]);
+    if (points.length > POINTS) points.shift();
+    history.set(run.id, points);
+  }
+  const known = new Set(runs.map((run) => run.id));
+  for (const id of history.keys()) if (!known.has(id)) history.delete(id);
+}
+
+/** Opens the view on the run `id`; null closes it. */
+export function open(id) {
+  view.loading.abort();
+  Object.assign(view, { id, run: null, samples: null, rejects: null, consumersAt: 0, loading: new AbortController() });
+  for (const part of ["reading", "rejects", "consumers", "run-facts"]) byId(part).replaceChildren();
+  for (const part of ["newer-samples", "newer-rejects"]) byId(part).hidden = true;
+  setText(byId("run-title"), id ?? "");
+}
+
+/** Shows the run of the view, or that there is none. */
+export function show(run) {
+  const isNew = view.run === null;
+  view.run = run;
+  setBadge(byId("run-state").firstElementChild, run.state);
+  showButtons(run);
+  showAbout(run);
+  showFacts(run);
+  const points = history.get(run.id) ?? [];
+  const [outcomes, tokens] = byId("run-charts").children;
+  draw(outcomes, points.map(([at, value]) => [at, value]), 5);
+  draw(tokens, points.map(([at, , value]) => [at, value]), 5, count);
+  showReasons(run);
+  if (isNew) {
+    loadSamples();
+    loadRejects();
+  }
+  showNewer(run);
+  if (Date.now() - view.consumersAt > CONSUMERS_EVERY_MS) loadConsumers();
+}
+
+function showButtons(run) {
+  for (const { action, states, when } of BUTTONS) {
+    const button = byId("run-actions").querySelector(`[data-action=${action}]`);
+    // Not `disabled`: a button that loses the focus by being pressed sends a keyboard back to the top.
+    setAttribute(button, "aria-disabled", !(states.includes(run.state) && (when?.(run) ?? true)) && "true");
+  }
+}
+
+function showAbout(run) {
+  const labels = Object.entries(run.labels ?? {}).map(([name, value]) => `${name}: ${value}`);
+  const about = [`created ${clock(run.created_at)}`, `weight ${decimal(run.weight)}`, `priority ${run.priority}`];
+  about.push(run.accepting ? "accepts seeds" : "accepts no seeds", ...labels);
+  setText(byId("run-about"), about.join(" · "));
+  byId("run-error").hidden = !run.error;
+  setText(byId("run-error"), run.error ? `Failed: ${run.error}` : "");
+}
+
+function showFacts(run) {
+  const { counts, rates, tokens, prefix } = run;
+  const { done, total, share, left_s: left } = progress(run);
+  const active = run.state === "running";
+  facts(byId("run-facts"), [
+    ["Done", percent(share), active && left !== null ? `${duration(left)} left` : "", `${count(done)} of ${counted(total, "draft")}`, share],
+    ["Outcomes", active ? decimal(rates.outcomes_per_s) : UNKNOWN, "per second", `${counted(counts.contexts, "context")}, ${counted(counts.rejects, "reject")}`],
+    ["Samples", count(counts.samples), "", `of ${counted(counts.accepted, "accepted seed")}`],
+    ["In flight", count(counts.in_flight), "", `${counted(counts.waiting, "seed")} waiting`],
+    ["Output", active ? count(rates.output_tokens_per_s) : UNKNOWN, "tokens/s", `${short(tokens.completion)} tokens, ${short(tokens.wasted)} of them discarded`],
+    ["Prefix cache", percent(prefix?.achieved ?? NaN), "achieved", cachedOf(prefix?.planned ?? NaN, tokens.prompt), prefix?.achieved ?? 0],
+  ]);
+}
+
+function showNewer(run) {
+  const behind = (loaded, last) => (loaded === null || last === null || last === undefined ? 0 : last - loaded);
+  const samples = behind(view.samples, lastReadable(run));
+  byId("newer-samples").hidden = samples <= 0;
+  setText(byId("newer-samples"), `Show the latest (${count(samples)} newer)`);
+  byId("newer-rejects").hidden = behind(view.rejects, run.last.rejects) <= 0;
+}
+
+const lastReadable = ({ last }) => last.samples ?? last.contexts;
+
+/** Loads something of the run of the view; what arrives after the view was closed is dropped. */
+async function load(parent, what, path) {
+  const { signal } = view.loading;
+  try {
+    return await path(`/v1/runs/${encodeURIComponent(view.id)}`, signal);
+  } catch (error) {
+    if (signal.aborted) return null;
+    const why = error instanceof Gone ? "the daemon does not answer" : error.message;
+    parent.replaceChildren(h("p", { class: "problem", text: `${what} could not be read: ${why}` }));
+    return null;
+  }
+}
+
+const behind = (seq, number) => (seq >= number ? `after=${seq - number}&` : "");
+
+async function loadSamples() {
+  const { run } = view;
+  const parent = byId("reading");
+  const kind = run.last.samples === null ? "contexts" : "samples";
+  setText(byId("reading-title"), kind === "samples" || run.last.contexts === null ? "Last samples" : "Last contexts");
+  const last = run.last[kind];
+  if (last === null) {
+    parent.replaceChildren(h("p", { class: "empty", text: "Nothing to read yet. Samples appear as soon as the log holds enough contexts for one." }));
+    view.samples = -1;
+    return;
+  }
+  view.samples = last;
+  const found = await load(parent, `The last ${kind}`, async (at, signal) => {
+    const newest = (await rows(`${at}/${kind}?${behind(last, SAMPLES)}limit=${SAMPLES}`, signal)).reverse();
+    if (kind === "contexts") return newest.map((context) => ({ context }));
+    return Promise.all(newest.map(async (sample) => ({ sample, context: await contextOf(sample, at, signal) })));
+  });
+  if (found) parent.replaceChildren(...found.map(({ sample, context }, index) => reading(sample, context, index === 0)));
+}
+
+async function contextOf(sample, at, signal) {
+  const seq = sample.context_seqs[sample.relevant_index];
+  const [context] = await rows(`${at}/contexts?${behind(seq, 1)}limit=1`, signal);
+  return context ?? null;
+}
+
+function reading(sample, context, isOpen) {
+  const { task, instruction, id } = sample ?? context;
+  const answer = sample ? sample.messages.at(-1).content : context.answer;
+  const meta = [id];
+  if (context) meta.push(counted(context.completion_tokens, "token"), context.model, ...(context.checks?.flags ?? []));
+  if (sample) meta.push(`passage ${sample.relevant_index + 1} of ${sample.context_seqs.length}`, `${counted(sample.n_tokens, "token")} in total`);
+  const opening = instruction.slice(0, 160) + (instruction.length > 160 ? " …" : "");
+  return h(
+    "details",
+    { class: "reading", open: isOpen },
+    h("summary", {}, h("strong", { text: task }), " ", h("span", { class: "text", text: opening })),
+    h("p", { class: "meta quiet" }, ...meta.map((text) => h("span", { class: "text", text: String(text).slice(0, 120) }))),
+    h(
+      "div",
+      { class: "body" },
+      h("dl", {}, ...part("Instruction", longText(instruction, "text", 1500)), ...part("Answer", longText(answer, "text", 1500))),
+      h(
+        "dl",
+        {},
+        ...part("Context", context ? longText(context.context, "relevant text") : h("p", { class: "quiet", text: "This context is not kept any more." })),
+      ),
+    ),
+    sample ? folded("The whole prompt", () => longText(sample.messages[0].content)) : null,
+  );
+}
+
+const part = (name, content) => [h("dt", { text: name }), h("dd", {}, content)];
+
+/** Returns details whose content is made when they are opened. */
+function folded(title, make) {
+  const details = h("details", {}, h("summary", { text: title }));
+  details.addEventListener("toggle", () => details.children.length === 1 && details.append(make()));
+  return details;
+}
+
+function showReasons(run) {
+  const parent = byId("rejects");
+  const reasons = Object.entries(run.rejects).filter(([, number]) => number > 0).sort((one, other) => other[1] - one[1]);
+  if (!reasons.length) {
+    keyed(parent, ["none"], String, () => h("p", { class: "empty", text: "No seed was rejected." }));
+    return;
+  }
+  const most = reasons[0][1];
+  keyed(
+    parent,
+    reasons,
+    ([reason]) => `reason ${reason}`,
+    ([reason]) =>
+      h(
+        "details",
+        { class: "reason" },
+        h("summary", {}, h("span", { class: "name", text: reason.replaceAll("_", " ") }), bar(), h("span", { class: "number" })),
+        h("div", { class: "examples" }, h("p", { class: "quiet", text: "loading" })),
+      ),
+    (element, [, number]) => {
+      const summary = element.firstElementChild;
+      fill(summary.querySelector("svg"), number / most);
+      setText(summary.lastElementChild, count(number));
+    },
+  );
+}
+
+async function loadRejects() {
+  const { last } = view.run;
+  view.rejects = last.rejects ?? -1;
+  if (last.rejects === null) return;
+  const found = await load(byId("consumers"), "Rejects", (at, signal) => rows(`${at}/rejects?${behind(last.rejects, EXAMPLES)}limit=${EXAMPLES}`, signal));
+  if (!found) return;
+  for (const element of byId("rejects").querySelectorAll(".reason")) {
+    const reason = element.dataset.key.slice("reason ".length);
+    const examples = found.filter((reject) => reject.reason === reason).slice(-PER_REASON).reverse();
+    const none = h("p", { class: "quiet", text: `none among the last ${found.length} rejects` });
+    element.lastElementChild.replaceChildren(...(examples.length ? examples.map(example) : [none]));
+  }
+}
+
+function example(reject) {
+  const attempts = reject.attempts?.length ?? 0;
+  const where = [reject.origin, ...(reject.task ? [reject.task] : []), ...(attempts ? [counted(attempts, "attempt")] : [])];
+  return h(
+    "div",
+    { class: "example" },
+    h("p", { class: "quiet text", text: where.join(" · ") }),
+    longText(reject.detail, "text", 400),
+    reject.instruction ? h("dl", {}, ...part("Instruction", longText(reject.instruction, "text", 400)), ...part("Answer", longText(reject.answer ?? "", "text", 400))) : null,
+  );
+}
+
+async function loadConsumers() {
+  view.consumersAt = Date.now();
+  const parent = byId("consumers");
+  const found = await load(parent, "Consumers", (at, signal) => request("GET", `${at}/consumers`, { signal }));
+  if (!found) return;
+  const consumers = found.data ?? found;
+  if (!consumers.length) {
+    keyed(parent, ["none"], String, () => h("p", { class: "empty", text: "None. A training or another reader that registers a name keeps its place here." }));
+    return;
+  }
+  keyed(parent, ["table"], String, makeConsumers);
+  keyed(parent.querySelector("tbody"), consumers, (one) => one.name, makeConsumer, (row, one) => {
+    [one.kind, one.acked === null ? "nothing yet" : count(one.acked), count(one.lag)].forEach((value, index) => setText(row.children[index + 1], value));
+  });
+}
+
+const CONSUMER = ["Consumer", "Reads", "Acknowledged up to", "Rows behind"];
+
+function makeConsumers() {
+  return h(
+    "table",
+    { role: "table", "aria-labelledby": "consumers-title" },
+    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...CONSUMER.map((name) => h("th", { role: "columnheader", scope: "col", text: name })))),
+    h("tbody", { role: "rowgroup" }),
+  );
+}
+
+function makeConsumer(one) {
+  return h(
+    "tr",
+    { role: "row" },
+    h("th", { role: "rowheader", scope: "row", text: one.name }),
+    ...CONSUMER.slice(1).map((name) => h("td", { role: "cell", "data-name": name })),
+  );
+}
