@@ -6,7 +6,7 @@ from aiohttp import web
 from pydantic import Field
 
 from streamsyn.daemon.bodies import JsonBody, json_body
-from streamsyn.daemon.consumers import Consumer
+from streamsyn.daemon.consumers import Consumer, ConsumerState
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.route import Route, checked_id, json_response
 from streamsyn.daemon.run_routes import requested_run
@@ -26,15 +26,6 @@ class Ack(JsonBody):
     """The consumer has done with all rows up to and including this one."""
 
     seq: Seq
-
-
-class ConsumerState(JsonBody):
-    """A consumer; `acked` is null before its first acknowledgement, `lag` is in rows."""
-
-    name: str
-    kind: str
-    acked: int | None
-    lag: int
 
 
 class ConsumerList(JsonBody):

@@ -7,12 +7,14 @@ next write.
 import asyncio
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from streamsyn.daemon.bodies import JsonBody
 from streamsyn.daemon.problems import Problem
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import write_whole
@@ -20,6 +22,18 @@ from streamsyn.io.durable import write_whole
 MAX_CONSUMERS = 1000
 """Consumers of one run: every acknowledgement writes all of them."""
 _FORMAT = 1
+
+
+class ConsumerState(JsonBody):
+    """A consumer as the API shows it.
+
+    `acked` is null before its first acknowledgement; `lag` is the number of rows not acknowledged yet.
+    """
+
+    name: str
+    kind: str
+    acked: int | None
+    lag: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +81,14 @@ class Consumers:
         """Numbers of changes made, and of those on disk."""
         self._file_lock = threading.Lock()
         """Held while the file is written: a request that is cancelled leaves its thread behind."""
+
+    def shown(self, rows: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The consumers as the API shows them; none before they were read for the first time.
+
+        Args:
+            rows: Number of rows of each kind.
+        """
+        return [one.as_json(name, rows[one.kind]) for name, one in (self._consumers or {}).items()]
 
     async def all(self) -> dict[str, Consumer]:
         """All consumers by name, in the order in which they were made."""
@@ -130,6 +152,12 @@ class Consumers:
         """Delete a consumer."""
         await self.get(name)
         await self._change(name, None)
+
+    async def slowest(self, kind: str) -> int | None:
+        """The last row that all consumers of a kind have acknowledged, on disk; None: there are none."""
+        consumers = await self.all()
+        await self.save()
+        return min((one.acked for one in consumers.values() if one.kind == kind), default=None)
 
     async def save(self) -> None:
         """Return once all changes made so far are on disk."""

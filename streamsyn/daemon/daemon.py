@@ -18,6 +18,7 @@ from streamsyn.background import Background, background, in_threads
 from streamsyn.config.loading import Config
 from streamsyn.daemon.access import Access
 from streamsyn.daemon.hosted_run import Hosting
+from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
 from streamsyn.daemon.tail import Streams
@@ -100,5 +101,6 @@ async def open_daemon(
             hosting = Hosting(config, environ, connect, tasks, Streams())
             daemon = Daemon(root, config, access, tasks, hosting, Runs(root / "runs", hosting))
             await daemon.runs.open()
+            tasks.start(RetentionTask(daemon.runs, lambda: daemon.config.serve).run(), name="retention")
             yield daemon
             await daemon.drain()

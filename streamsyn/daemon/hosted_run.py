@@ -21,7 +21,7 @@ from streamsyn.daemon.run_config import run_config, template_layer
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
 from streamsyn.daemon.tail import RunTails, Streams
-from streamsyn.errors import StreamsynError
+from streamsyn.errors import SinkError, StreamsynError
 from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run_in_loop
@@ -159,6 +159,13 @@ class HostedRun:
         """Rows of each kind that readers may see."""
         live = {} if self._execution is None else self._execution.rows
         return {**dict.fromkeys(KINDS, 0), **self.record.figures.rows, **live}
+
+    async def load(self) -> None:
+        """Read what `as_json` shows and the record does not hold; what cannot be read is logged."""
+        try:
+            await self.consumers.all()
+        except SinkError as error:  # it is raised again to those who use them
+            log.error("consumers.unreadable", error=str(error))  # noqa: TRY400 - expected
 
     async def changed(self) -> None:
         """Wait until the rows or the state have changed."""
@@ -325,6 +332,7 @@ class HostedRun:
             "tokens": figures.tokens,
             "prefix": self._prefix(),
             "last": {kind: rows[kind] - 1 if rows[kind] else None for kind in KINDS},
+            "consumers": self.consumers.shown(rows),
         }
 
     def _stop_execution(self, why: str, *, at_once: bool = False) -> None:
@@ -442,7 +450,12 @@ class HostedRun:
         record = self.record
         given = record.given.get("config") or {}
         templates = template_layer(self.root, record.given.get("templates") or {})
-        return run_config(self._hosting.config, record.shaping, given, templates)
+        operators = self._hosting.config
+        layers = [record.shaping, given, templates]
+        if (mirror := operators.sink.mirror) is not None:  # a folder of it for each run
+            place = f"{mirror.rstrip('/')}/{self.root.parent.name}/{self.id}"
+            layers.append({"sink": {"mirror": place}})
+        return run_config(operators, *layers)
 
     def _open_inbox(self) -> Inbox:
         config = self._config()

@@ -4,19 +4,28 @@ Only sealed shards of samples are removed, whole and the oldest first. Contexts 
 resumes from them, and samples can be made of them again.
 """
 
+import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 import structlog
 
+from streamsyn.config.serve_section import ServeSection
+from streamsyn.daemon.problems import Problem
+from streamsyn.daemon.run_state import ENDED
+from streamsyn.daemon.runs import Runs
+from streamsyn.io.remote import reason
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.mirror_plan import MirrorTarget, mirrored_shards
 from streamsyn.sink.removed import remove_samples, removed_rows
 
 log = structlog.get_logger()
+
+EVERY_S = 60.0
+"""Seconds between two looks at all runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +59,59 @@ class Retention:
                 return
             yield shard
             size -= shard.bytes
+
+
+class RetentionTask:
+    """Removes the old samples of all runs, again and again.
+
+    Args:
+        runs: The runs.
+        section: Returns the present section [serve].
+    """
+
+    def __init__(self, runs: Runs, section: Callable[[], ServeSection]) -> None:
+        self._runs = runs
+        self._section = section
+        self._done: set[str] = set()
+        """Ended runs that have nothing more to remove."""
+
+    async def run(self) -> None:
+        """Look at all runs every minute, until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(EVERY_S)
+
+    async def look(self) -> None:
+        """Look at all runs once. The trouble of one, or of its mirror, is logged and stops nothing."""
+        section = self._section()
+        retention = Retention(seconds=section.retain_s, bytes=section.retain_bytes)
+        if not retention.is_on:
+            return
+        self._done.intersection_update(self._runs.ids)
+        for run_id in self._runs.ids:
+            if run_id in self._done:
+                continue
+            try:
+                await self._look_at(run_id, retention)
+            except Problem:
+                continue  # deleted meanwhile
+            except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+                log.warning("retention.failed", run=run_id, why=reason(error))
+
+    async def _look_at(self, run_id: str, retention: Retention) -> None:
+        run = await self._runs.get(run_id)
+        is_done = run.state in ENDED
+        if (mirror := (await run.config()).sink.mirror) is not None:
+            acked = await run.consumers.slowest("samples")
+            await asyncio.to_thread(remove_old, run.root, mirror, retention, acked)
+            is_done = is_done and await asyncio.to_thread(_is_all_removed, run.root)
+        if is_done:
+            self._done.add(run_id)
+
+
+def _is_all_removed(root: Path) -> bool:
+    listed = Manifest(root / "manifest.jsonl").of_kind("samples")
+    return not listed or listed[-1].last_seq < removed_rows(root)
 
 
 def remove_old(root: Path, mirror: str, retention: Retention, acked: int | None) -> list[SealedShard]:

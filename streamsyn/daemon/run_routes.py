@@ -11,6 +11,7 @@ from pydantic import Field
 
 from streamsyn.config.loading import Config
 from streamsyn.daemon.bodies import JsonBody, json_body
+from streamsyn.daemon.consumers import ConsumerState
 from streamsyn.daemon.daemon import DAEMON
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
@@ -103,6 +104,7 @@ class Run(JsonBody):
     tokens: dict[str, int]
     prefix: PrefixShares
     last: LastRows
+    consumers: list[ConsumerState]
 
 
 class RunPage(JsonBody):

@@ -65,6 +65,11 @@ class Runs:
         return len(self._listed)
 
     @property
+    def ids(self) -> list[str]:
+        """The ids of all runs, oldest first."""
+        return [listed.id for listed in self._by_age]
+
+    @property
     def active(self) -> list[HostedRun]:
         """The runs that have not ended: all but those that are finished or failed."""
         return list(self._active.values())
@@ -80,6 +85,7 @@ class Runs:
             if record is not None:
                 self._active[record.id] = self._hosted(record)
         for run in self.active:
+            await run.load()
             run.start()
 
     async def create(
@@ -134,6 +140,7 @@ class Runs:
                 if record is None or run_id not in self._listed:
                     raise Problem(404, f"there is no {self._what} {run_id!r}")
                 run = self._hosted(record)
+                await run.load()
         return run
 
     async def page(

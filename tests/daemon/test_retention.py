@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.daemon.retention import Retention, remove_old
+from streamsyn.daemon.retention import Retention, RetentionTask, remove_old
 from streamsyn.errors import ConfigError, RowsRemoved
 from streamsyn.following.run_rows import RunRows
 from streamsyn.pipeline.status import status
@@ -17,6 +17,7 @@ from streamsyn.pipeline.verify import verify
 from streamsyn.report.run_metrics import RunMetrics
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.removed import removed_rows
+from tests.daemon.conftest import StartDaemon
 from tests.examples import examples
 from tests.sink.test_mirror import running
 
@@ -151,3 +152,47 @@ def test_age_counts_from_when_a_shard_was_sealed(run: Path, monkeypatch: pytest.
     monkeypatch.setattr("streamsyn.daemon.retention.time.time", lambda: now + 150)
     assert remove(run, Retention(seconds=100)) == [one.path for one in shards_of(run)]
     assert removed_rows(run) == status(run).samples
+
+
+async def test_the_daemon_removes_what_no_consumer_needs(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """A reader that asks for removed rows is told which is the first one left."""
+    keys = {"sink.mirror": str(tmp_path / "far"), "sink.shard_bytes": 2000, "serve.retain_bytes": 1}
+    async with start_daemon(keys) as served:
+        for run_id in ("a", "b"):  # each has a folder of its own in the mirror
+            await served.new_run(run_id)
+            await served.submit(run_id, 6)
+            await served.ask("PUT", f"/v1/runs/{run_id}/consumers/trainer")
+            await served.ask("POST", f"/v1/runs/{run_id}/close")
+            assert (await served.until_state(run_id, "finished"))["last"]["samples"] == 5
+        task = RetentionTask(served.daemon.runs, lambda: served.daemon.config.serve)
+        await task.look()
+        path = "/v1/runs/a/samples"
+        async with served.session.get(path) as answer:
+            assert len((await answer.read()).splitlines()) == 6
+        await served.ask("POST", "/v1/runs/a/consumers/trainer/ack", {"seq": 3})
+        await task.look()
+        problem = await served.refused("GET", path)
+        first = problem["first_seq"]
+        assert (problem["status"], 0 < first <= 4) == (410, True)
+        async with served.session.get(f"{path}?after={first - 1}") as answer:
+            assert len((await answer.read()).splitlines()) == 6 - first
+        async with served.session.get("/v1/runs/b/samples") as answer:
+            assert len((await answer.read()).splitlines()) == 6
+        assert (await served.ask("GET", "/v1/runs/a"))["counts"]["samples"] == 6
+
+
+async def test_trouble_with_one_run_does_not_keep_others_from_being_looked_at(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def failing(root: Path, *_: Any) -> list[SealedShard]:
+        looked.append(root.name)
+        raise OSError("the mirror is away")
+
+    monkeypatch.setattr("streamsyn.daemon.retention.remove_old", failing)
+    async with start_daemon({"sink.mirror": str(tmp_path / "far"), "serve.retain_s": 1}) as served:
+        for run_id in ("a", "b"):
+            await served.new_run(run_id)
+        await RetentionTask(served.daemon.runs, lambda: served.daemon.config.serve).look()
+    assert looked[-2:] == ["a", "b"]

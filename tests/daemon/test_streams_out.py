@@ -175,12 +175,14 @@ async def test_a_named_consumer_goes_on_behind_its_acknowledgement(start_daemon:
         assert seqs(await rows(served, "/v1/runs/r/samples?consumer=trainer")) == list(range(6))
         acked = await served.ask("POST", f"{path}/trainer/ack", {"seq": 3})
         assert (acked["acked"], acked["lag"]) == (3, 2)
+        assert (await served.ask("GET", "/v1/runs/r"))["consumers"] == [acked]
         assert (await served.ask("POST", f"{path}/trainer/ack", {"seq": 1}))["acked"] == 3
         problem = await served.refused("POST", f"{path}/trainer/ack", {"seq": 6})
         assert (problem["status"], "the last row is 5" in problem["detail"]) == (409, True)
         await served.ask("PUT", f"{path}/audit", {"kind": "rejects"})
         assert (await served.refused("GET", "/v1/runs/r/samples?consumer=audit"))["status"] == 409
     async with start_daemon() as served:
+        assert (await served.ask("GET", "/v1/runs"))["data"][0]["consumers"][0] == acked
         assert await served.ask("GET", path) == {
             "data": [
                 {"name": "trainer", "kind": "samples", "acked": 3, "lag": 2},
