@@ -1,7 +1,7 @@
 """The check of a batch's input file: every line is a request, with an id of its own, for one model."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -101,7 +101,7 @@ def _request_in(line: Line, max_line_bytes: int) -> RequestLine:
     return read_request(row)
 
 
-def custom_ids(path: Path) -> Iterator[str]:
+def custom_ids(path: Path) -> Generator[str, None, None]:
     """Yield the ids of the requests in a file that was checked. Blocks on the disk.
 
     Raises:

@@ -9,6 +9,7 @@ Source: https://platform.openai.com/docs/api-reference/batch/request-output
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import orjson
 
+from streamsyn.daemon.batch_input import custom_ids
 from streamsyn.following.run_rows import RunRows
 from streamsyn.io.durable import disk_errors
 from streamsyn.records import RejectReason, draft_key
@@ -95,19 +97,20 @@ class BatchOutput:
             self._errors.append(map(failure_line, some))
             self._noted += len(some)
 
-    def add_never_sent(self, custom_ids: Iterable[str], code: str) -> None:
+    def add_never_sent(self, source: Path, code: str) -> None:
         """Write to the error file, which is open, which requests have no outcome.
 
         Args:
-            custom_ids: The ids of all requests of the batch.
+            source: The input file of the batch.
             code: Why: CANCELLED or EXPIRED.
         """
         assert self._output is not None, "opened"
         assert self._errors is not None, "opened"
         done = {_digest(row["custom_id"]) for row in self._output.rows()}
-        unfinished = (one for one in custom_ids if _digest(one) not in done)
-        while lines := [never_sent_line(one, code) for one in islice(unfinished, _ROWS)]:
-            self._errors.append(lines)
+        with closing(custom_ids(source)) as ids:
+            unfinished = (one for one in ids if _digest(one) not in done)
+            while lines := [never_sent_line(one, code) for one in islice(unfinished, _ROWS)]:
+                self._errors.append(lines)
 
     def close(self) -> None:
         """Sync and close both files."""

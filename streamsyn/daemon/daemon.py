@@ -17,10 +17,12 @@ from aiohttp import web
 from streamsyn.background import Background, background, in_threads
 from streamsyn.config.loading import Config
 from streamsyn.daemon.access import Access
+from streamsyn.daemon.batches import Batches
 from streamsyn.daemon.hosted_run import Hosting
 from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
+from streamsyn.daemon.stored_files import Files
 from streamsyn.daemon.tail import Streams
 from streamsyn.fleet.membership import Connect
 
@@ -36,6 +38,8 @@ class Daemon:
         tasks: Starts tasks that end with the daemon.
         hosting: What the runs share.
         runs: The runs.
+        files: The files of batches.
+        batches: The batches.
         started_at: When the daemon started, in Unix seconds.
     """
 
@@ -45,6 +49,8 @@ class Daemon:
     tasks: Background
     hosting: Hosting
     runs: Runs
+    files: Files
+    batches: Batches
     started_at: float = field(default_factory=time.time)
 
     @property
@@ -68,7 +74,13 @@ class Daemon:
         Runs that were going on go on when the daemon starts again.
         """
         self.hosting.ending = True
-        await self.runs.stop("the daemon is ending", self.config.run.drain_timeout_s)
+        await self.stop_runs("the daemon is ending", self.config.run.drain_timeout_s)
+
+    async def stop_runs(self, why: str, timeout_s: float) -> None:
+        """Drain all runs, also those of batches, for at most `timeout_s` seconds; then stop them at once."""
+        async with asyncio.TaskGroup() as group:
+            for runs in (self.runs, self.batches.runs):
+                group.create_task(runs.stop(why, timeout_s), name=f"stop {runs.folder.name}")
 
 
 DAEMON: Final = web.AppKey("daemon", Daemon)
@@ -99,8 +111,12 @@ async def open_daemon(
         access = await asyncio.to_thread(Access, config.serve.tokens_file)
         async with background() as tasks:
             hosting = Hosting(config, environ, connect, tasks, Streams())
-            daemon = Daemon(root, config, access, tasks, hosting, Runs(root / "runs", hosting))
-            await daemon.runs.open()
-            tasks.start(RetentionTask(daemon.runs, lambda: daemon.config.serve).run(), name="retention")
+            runs, files = Runs(root / "runs", hosting), Files(root / "files")
+            batches = Batches(root / "batches", files, hosting)
+            daemon = Daemon(root, config, access, tasks, hosting, runs, files, batches)
+            await asyncio.to_thread(files.load)
+            await runs.open()
+            await batches.open()
+            tasks.start(RetentionTask(runs, lambda: daemon.config.serve).run(), name="retention")
             yield daemon
             await daemon.drain()

@@ -17,6 +17,7 @@ from aiohttp.typedefs import Handler
 from streamsyn.daemon import (
     consumer_routes,
     health_routes,
+    openai_routes,
     page_routes,
     run_routes,
     seed_routes,
@@ -38,6 +39,7 @@ ROUTES: Final[Sequence[Route]] = (
     *stream_routes.ROUTES,
     *consumer_routes.ROUTES,
     *page_routes.ROUTES,
+    *openai_routes.ROUTES,
 )
 """All routes of the daemon."""
 

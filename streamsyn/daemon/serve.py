@@ -59,7 +59,7 @@ async def _serve(root: Path, config: Config) -> None:
 
 async def _end_at_once(daemon: Daemon, stopping: "Stopping") -> None:
     await stopping.at_once.wait()
-    await daemon.runs.stop("stopped by a second signal", 0.0)
+    await daemon.stop_runs("stopped by a second signal", 0.0)
 
 
 class Stopping:

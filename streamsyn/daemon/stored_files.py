@@ -4,14 +4,13 @@ ROOT/files/ID/meta.json   what is known of the file; without it the file was nev
 ROOT/files/ID/content     its bytes
 """
 
-import asyncio
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, Literal, Self
 
@@ -19,7 +18,7 @@ import orjson
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from streamsyn.background import finished_in_thread
+from streamsyn.background import finished_in_thread, in_threads
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import disk_errors, make_folder, sync_folder, write_whole
 
@@ -200,28 +199,26 @@ class Files:
 
         await finished_in_thread(remove)
 
-    async def chunks(self, record: FileRecord) -> AsyncIterator[bytes]:
+    async def chunks(self, record: FileRecord) -> AsyncGenerator[bytes, None]:
         """Yield the first `record.bytes` bytes of a file, as they are at the first call.
 
         Raises:
             SinkError: The file cannot be read.
         """
         left, path = record.bytes, self.content_path(record.id)
-
-        def opened() -> IO[bytes]:
-            with disk_errors(f"read {path}"):
-                return path.open("rb")
-
-        file = await asyncio.to_thread(opened)
-        try:
+        async with in_threads(_reading(path)) as file:
             while left:
-                data = await asyncio.to_thread(file.read, min(left, _READ_BYTES))
+                data = await finished_in_thread(file.read, min(left, _READ_BYTES))
                 if not data:
                     raise SinkError(f"{path} is shorter than it was")
                 left -= len(data)
                 yield data
-        finally:
-            await asyncio.to_thread(file.close)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    with disk_errors(f"read {path}"), path.open("rb") as file:
+        yield file
 
 
 def new_id() -> str:

@@ -8,17 +8,22 @@ from pathlib import Path
 from streamsyn.errors import SinkError
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, is_private: bool = False) -> None:
     """Replace a file atomically: after a loss of power at any moment, either the old or the new one is there.
 
     The data goes to `path` + ".new", which is synced and then renamed.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        is_private: Whether the owner alone may read it.
 
     Raises:
         SinkError: The file cannot be written.
     """
     aside = path.with_name(path.name + ".new")
     try:
-        with aside.open("wb") as file:
+        with open(aside, "wb", opener=_open_private if is_private else None) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -26,6 +31,12 @@ def write_whole(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise SinkError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _open_private(path: str, flags: int) -> int:
+    fd = os.open(path, flags, 0o600)
+    os.fchmod(fd, 0o600)  # it may be there since a kill
+    return fd
 
 
 def make_folder(folder: Path) -> None:

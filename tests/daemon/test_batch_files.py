@@ -178,7 +178,7 @@ def test_requests_that_were_not_sent_are_errors(tmp_path: Path, code: str) -> No
         for _ in range(2):
             output = reopened(tmp_path / "run", both)
             output.catch_up(1, 1)
-            output.add_never_sent(custom_ids(source), code)
+            output.add_never_sent(source, code)
             output.close()
     assert ["r-3", "r-1"] == [one["custom_id"] for one in lines_of(both[0])]
     failed, *unsent = lines_of(both[1])
