@@ -1,5 +1,6 @@
 """`streamsyn serve`: the daemon."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def serve(
     """Hold many runs over one fleet, and serve them over HTTP: seeds in, samples out.
 
     Runs are in ROOT/runs; those that were going on go on when the daemon starts again. The first signal
-    drains, a second one ends at once. Addresses that other machines can reach need serve.tokens_file.
+    drains, a second one ends at once; SIGHUP reads tokens and limits again. Addresses that other machines
+    can reach need serve.tokens_file.
     """
     from streamsyn.config.loading import load, parse_override
     from streamsyn.daemon.serve import serve as serve_root
@@ -43,4 +45,5 @@ def serve(
     if server:
         overrides.append(("fleet.servers", list(server)))
         overrides += [("fleet.servers_file", None), ("fleet.servers_dns", None)]
-    serve_root(root, load(config, [*overrides, *map(parse_override, settings)]))
+    overrides += map(parse_override, settings)
+    serve_root(root, partial(load, config, overrides))

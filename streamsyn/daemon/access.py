@@ -48,23 +48,21 @@ class Access:
     """
 
     def __init__(self, tokens_file: Path | None) -> None:
-        self._file = tokens_file
-        self._tokens: tuple[Token, ...] = ()
-        self.reload()
+        self._tokens: tuple[Token, ...] | None = None
+        self.reload(tokens_file)
 
     @property
     def has_tokens(self) -> bool:
         """Whether clients need a token."""
-        return self._file is not None
+        return self._tokens is not None
 
-    def reload(self) -> None:
+    def reload(self, tokens_file: Path | None) -> None:
         """Read the tokens again. Blocks on the disk.
 
         Raises:
             ConfigError: As for the class; the tokens stay as they are.
         """
-        if self._file is not None:
-            self._tokens = read_tokens(self._file)
+        self._tokens = None if tokens_file is None else read_tokens(tokens_file)
 
     def check(self, request: web.Request, scope: Scope) -> str:
         """Return the name of the client that sent a request: that of its token, or its address.
@@ -92,7 +90,7 @@ class Access:
             return None
         digest = sha256(secret.strip().encode("utf-8", "surrogateescape")).digest()
         found = None
-        for token in self._tokens:  # all of them, whichever matches: the time tells nothing
+        for token in self._tokens or ():  # all of them, whichever matches: the time tells nothing
             if hmac.compare_digest(token.digest, digest):
                 found = token
         return found

@@ -1,7 +1,7 @@
 """The bodies of requests: read within limits of size and time, and checked against a model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, TypeVar
 
 import orjson
@@ -9,6 +9,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from streamsyn.config.mistakes import describe
+from streamsyn.config.serve_section import ServeSection
 from streamsyn.daemon.problems import Problem
 
 MAX_JSON_BYTES: Final = 2**20
@@ -17,7 +18,9 @@ _CHUNK_BYTES: Final = 2**16
 
 M = TypeVar("M", bound=BaseModel)
 
-BODY_TIMEOUT_S: Final = web.AppKey("body_timeout_s", float)
+Limits = Callable[[], ServeSection]
+LIMITS: Final[web.AppKey[Limits]] = web.AppKey("limits")
+"""Returns the limits as they are now."""
 
 
 class JsonBody(BaseModel):
@@ -35,7 +38,7 @@ async def pieces(request: web.Request, max_bytes: int) -> AsyncIterator[bytes]:
     """
     if request.content_length is not None and request.content_length > max_bytes:
         raise _too_long(max_bytes)
-    size, timeout_s = 0, request.app[BODY_TIMEOUT_S]
+    size, timeout_s = 0, request.app[LIMITS]().body_timeout_s
     while True:
         try:
             async with asyncio.timeout(timeout_s):

@@ -7,6 +7,8 @@ from typing import Final
 
 from aiohttp import web
 
+from streamsyn.config.serve_section import ServeSection
+
 _FULL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n"
     b"Connection: close\r\nContent-Length: 85\r\n\r\n"
@@ -22,8 +24,7 @@ class Connections:
     aiohttp closes a connection that is idle between requests; here it is one that never completes its first.
 
     Args:
-        max_connections: Maximum number of open connections; a further one is answered with 503.
-        head_timeout_s: Seconds until the first request's head must be complete.
+        limits: Returns the section with the limits as they are now.
 
     Attributes:
         server: Makes protocols for HTTP; set before the first connection.
@@ -31,17 +32,17 @@ class Connections:
 
     server: web.Server
 
-    def __init__(self, max_connections: int, head_timeout_s: float) -> None:
-        self._max = max_connections
-        self._head_timeout_s = head_timeout_s
+    def __init__(self, limits: Callable[[], ServeSection]) -> None:
+        self._limits = limits
         self._silent: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
 
     def __call__(self) -> asyncio.BaseProtocol:
-        if len(self.server.connections) >= self._max:
+        limits = self._limits()
+        if len(self.server.connections) >= limits.max_connections:
             return _Full()
         protocol = self.server()
         loop = asyncio.get_running_loop()
-        self._silent[protocol] = loop.call_later(self._head_timeout_s, self._close, protocol)
+        self._silent[protocol] = loop.call_later(limits.body_timeout_s, self._close, protocol)
         return protocol
 
     def spoke(self, request: web.Request) -> None:
@@ -69,24 +70,26 @@ class RateLimit:
     """Decides which requests come too fast, by a token bucket for each client that holds those of a second.
 
     Args:
-        per_s: Requests per second of one client.
         clock: Returns the time in seconds.
     """
 
-    def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
-        self._per_s = per_s
-        self._most = max(1.0, per_s)
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
         """For each client, least recent first: what its bucket held, and when."""
 
-    def wait_s(self, client: str) -> float:
-        """Count a request; returns the seconds to wait before it is allowed: 0 if it is now."""
-        now = self._clock()
-        held, then = self._buckets.pop(client, (self._most, now))
-        held = min(self._most, held + (now - then) * self._per_s)
+    def wait_s(self, client: str, per_s: float) -> float:
+        """Count a request; returns the seconds to wait before it is allowed: 0 if it is now.
+
+        Args:
+            client: Who asks.
+            per_s: Requests per second that are allowed.
+        """
+        now, most = self._clock(), max(1.0, per_s)
+        held, then = self._buckets.pop(client, (most, now))
+        held = min(most, held + (now - then) * per_s)
         is_allowed = held >= 1
         self._buckets[client] = (held - 1 if is_allowed else held), now
         if len(self._buckets) > _MAX_CLIENTS:
             self._buckets.popitem(last=False)
-        return 0.0 if is_allowed else (1 - held) / self._per_s
+        return 0.0 if is_allowed else (1 - held) / per_s

@@ -18,7 +18,8 @@ from streamsyn.background import Background, background, in_threads
 from streamsyn.config.loading import Config
 from streamsyn.daemon.access import Access
 from streamsyn.daemon.batches import Batches
-from streamsyn.daemon.hosted_run import Hosting
+from streamsyn.daemon.hosted_run import HostedRun, Hosting
+from streamsyn.daemon.low_disk import DiskWatch
 from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
@@ -33,7 +34,6 @@ class Daemon:
 
     Attributes:
         root: ROOT.
-        config: The operator's configuration.
         access: Who may do what.
         tasks: Starts tasks that end with the daemon.
         hosting: What the runs share.
@@ -44,7 +44,6 @@ class Daemon:
     """
 
     root: Path
-    config: Config
     access: Access
     tasks: Background
     hosting: Hosting
@@ -54,6 +53,11 @@ class Daemon:
     started_at: float = field(default_factory=time.time)
 
     @property
+    def config(self) -> Config:
+        """The operator's configuration; SIGHUP replaces it."""
+        return self.hosting.config
+
+    @property
     def is_ending(self) -> bool:
         """Whether the daemon finishes what is in flight, to end then."""
         return self.hosting.ending
@@ -61,12 +65,25 @@ class Daemon:
     @property
     def has_ended(self) -> bool:
         """Whether nothing is left to do before the daemon ends."""
-        return self.hosting.ending and not any(run.is_executed for run in self.runs.active)
+        return self.hosting.ending and not any(run.is_executed for run in self.hosted())
 
     @property
     def why_not_ready(self) -> str | None:
         """Why the daemon cannot work; None if it can."""
-        return "the daemon is ending" if self.is_ending else None
+        return "the daemon is ending" if self.is_ending else self.hosting.held or None
+
+    def hosted(self) -> list[HostedRun]:
+        """All runs that have not ended, also those of batches."""
+        return [*self.runs.active, *self.batches.runs.active]
+
+    def hold(self, why: str) -> None:
+        """Begin nothing new in any run, for a reason that runs show; "" lets them go on."""
+        self.hosting.held = why
+        for run in self.hosted():
+            if why:
+                run.hold(why)
+            else:
+                run.start()
 
     async def drain(self) -> None:
         """Finish what is in flight, for at most `run.drain_timeout_s` seconds, and begin nothing new.
@@ -113,10 +130,13 @@ async def open_daemon(
             hosting = Hosting(config, environ, connect, tasks, Streams())
             runs, files = Runs(root / "runs", hosting), Files(root / "files")
             batches = Batches(root / "batches", files, hosting)
-            daemon = Daemon(root, config, access, tasks, hosting, runs, files, batches)
+            daemon = Daemon(root, access, tasks, hosting, runs, files, batches)
+            disk = DiskWatch(root, lambda: daemon.config.serve.min_free_bytes, daemon.hold)
+            await disk.check()
             await asyncio.to_thread(files.load)
             await runs.open()
             await batches.open()
+            tasks.start(disk.watch(), name="low disk")
             tasks.start(RetentionTask(runs, lambda: daemon.config.serve).run(), name="retention")
             yield daemon
             await daemon.drain()

@@ -55,6 +55,7 @@ class Hosting:
         tasks: Starts the tasks of runs.
         streams: What the readers of all runs share.
         ending: Whether the daemon is ending: no run is begun any more.
+        held: Why no run is begun for the time being, such as a low disk; "" if they are.
     """
 
     config: Config
@@ -63,6 +64,7 @@ class Hosting:
     tasks: Background
     streams: Streams
     ending: bool = False
+    held: str = ""
 
 
 @dataclass(slots=True)
@@ -148,6 +150,11 @@ class HostedRun:
     def is_executed(self) -> bool:
         """Whether its task is at work; a run that was paused may have requests in flight."""
         return self._task is not None
+
+    @property
+    def unread_seeds(self) -> int:
+        """Accepted seeds that the run has not taken up; 0 while its inbox is not open."""
+        return 0 if self._inbox is None else self._inbox.unread
 
     @property
     def summary(self) -> RunSummary | None:
@@ -254,6 +261,10 @@ class HostedRun:
         self._stop_execution("rejects are asked again")  # its task executes the run once more
         self.start()
 
+    def hold(self, why: str) -> None:
+        """End the execution, if there is one; `start` goes on."""
+        self._stop_execution(why)
+
     async def stop(self, why: str, *, at_once: bool = False) -> None:
         """End the execution, whatever the state; the next start of the daemon takes it up again."""
         self._stop_execution(why, at_once=at_once)
@@ -318,7 +329,7 @@ class HostedRun:
             "weight": record.weight,
             "priority": record.priority,
             "labels": record.labels,
-            "error": self._state.error,
+            "error": self._state.error or (self._hosting.held or None if self.state == "running" else None),
             "counts": {
                 "accepted": accepted,
                 "contexts": figures.contexts,
@@ -383,7 +394,8 @@ class HostedRun:
 
     @property
     def _wants_to_run(self) -> bool:
-        return self.state == "running" and not (self._hosting.ending or self._is_deleted)
+        waits = self._hosting.ending or self._hosting.held or self._is_deleted
+        return self.state == "running" and not waits
 
     async def _execute(self) -> None:
         """Execute the run once, to its end or until it is stopped, and save how it ended."""

@@ -16,6 +16,7 @@ from aiohttp.typedefs import Handler
 
 from streamsyn.daemon import (
     consumer_routes,
+    diagnostics_routes,
     health_routes,
     openai_routes,
     page_routes,
@@ -23,7 +24,7 @@ from streamsyn.daemon import (
     seed_routes,
     stream_routes,
 )
-from streamsyn.daemon.bodies import BODY_TIMEOUT_S
+from streamsyn.daemon.bodies import LIMITS
 from streamsyn.daemon.connections import Connections, RateLimit
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.problems import Problem, problem_of, problem_response
@@ -34,6 +35,7 @@ log = structlog.get_logger()
 
 ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
+    *diagnostics_routes.ROUTES,
     *run_routes.ROUTES,
     *seed_routes.ROUTES,
     *stream_routes.ROUTES,
@@ -54,12 +56,11 @@ SCOPES: Final = web.AppKey("scopes", dict)
 
 def make_http_app(daemon: Daemon, routes: Sequence[Route] = ROUTES) -> web.Application:
     """Return the application. Whoever serves it sets the server of its `CONNECTIONS`."""
-    section = daemon.config.serve
     app = web.Application(middlewares=[_answer_errors, _check_access])
     app[DAEMON] = daemon
-    app[BODY_TIMEOUT_S] = section.body_timeout_s
-    app[CONNECTIONS] = Connections(section.max_connections, section.body_timeout_s)
-    app[RATE_LIMIT] = RateLimit(section.requests_per_s, monotonic)
+    app[LIMITS] = lambda: daemon.config.serve
+    app[CONNECTIONS] = Connections(app[LIMITS])
+    app[RATE_LIMIT] = RateLimit(monotonic)
     app[SCOPES] = {}
     page_routes.set_up(app)
     for route in routes:
@@ -130,7 +131,7 @@ async def _check_access(request: web.Request, handler: Handler) -> web.StreamRes
     resource = request.match_info.route.resource
     route = (request.match_info.handler, "" if resource is None else resource.canonical)
     client = daemon.access.check(request, request.app[SCOPES].get(route, "read"))
-    wait_s = request.app[RATE_LIMIT].wait_s(client)
+    wait_s = request.app[RATE_LIMIT].wait_s(client, daemon.config.serve.requests_per_s)
     if wait_s:
         raise Problem(
             429,

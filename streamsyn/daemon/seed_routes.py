@@ -24,6 +24,7 @@ from streamsyn.seeds.inbox import Inbox
 from streamsyn.seeds.submission import Submission
 
 MAX_KEY_CHARS: Final = 255
+_RETRY_AFTER_S: Final = "30"
 _NDJSON: Final = "application/x-ndjson"
 
 
@@ -46,6 +47,8 @@ class Accepted(JsonBody):
 async def submit_seeds(request: web.Request) -> web.Response:
     """Take the seeds in the body, and answer when all are on disk."""
     run = await requested_run(request)
+    if held := request.app[DAEMON].hosting.held:
+        raise Problem(507, held, headers={"Retry-After": _RETRY_AFTER_S})
     key = _idempotency_key(request)
     if request.content_type.startswith("multipart/"):
         raise Problem(415, f"expected one seed a line ({_NDJSON}), not {request.content_type[:100]!r}")

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,8 @@ from streamsyn.config.serve_section import ServeSection
 from streamsyn.daemon.access import is_loopback
 from streamsyn.daemon.daemon import Daemon, open_daemon
 from streamsyn.daemon.http_app import CONNECTIONS, make_http_app
+from streamsyn.daemon.reloading import reload
+from streamsyn.daemon.systemd import Systemd
 from streamsyn.errors import ConfigError, root_cause
 from streamsyn.io.open_files import raise_limit
 
@@ -29,8 +31,12 @@ _END_S: Final = 5.0
 _BACKLOG: Final = 1024
 
 
-def serve(root: Path, config: Config) -> None:
+def serve(root: Path, load: Callable[[], Config]) -> None:
     """Serve ROOT until a signal: the first SIGTERM or SIGINT drains, a second one ends at once.
+
+    Args:
+        root: ROOT.
+        load: Loads the configuration; SIGHUP loads it again.
 
     Raises:
         ConfigError: ROOT, the configuration or the address cannot be used.
@@ -38,55 +44,79 @@ def serve(root: Path, config: Config) -> None:
     """
     raise_limit()
     try:
-        asyncio.run(_serve(root, config))
+        asyncio.run(_serve(root, load))
     except BaseExceptionGroup as group:
         raise root_cause(group) from None
 
 
-async def _serve(root: Path, config: Config) -> None:
+async def _serve(root: Path, load: Callable[[], Config]) -> None:
+    config = await asyncio.to_thread(load)
     check_address(config.serve)
-    stopping = Stopping()
-    with stopping.at_signals():
-        async with open_daemon(root, config) as daemon, listening(daemon) as url:
-            log.info("daemon.listening", plain=f"serving {root} at {url}", url=url, root=str(root))
-            await stopping.gently.wait()
-            log.info("daemon.draining", timeout_s=config.run.drain_timeout_s)
-            async with background() as tasks:
-                tasks.start(_end_at_once(daemon, stopping), name="second signal")
-                await daemon.drain()
+    signals, systemd = Signals(), Systemd()
+    with signals.handled():
+        async with open_daemon(root, config) as daemon, listening(daemon) as url, background() as tasks:
+            serving = f"serving {root} at {url}"
+            log.info("daemon.listening", plain=serving, url=url, root=str(root))
+            systemd.ready(serving)
+            tasks.start(systemd.watch(), name="watchdog")
+            tasks.start(_reload_at(signals, daemon, load, systemd, serving), name="reload")
+            await signals.gently.wait()
+            timeout_s = daemon.config.run.drain_timeout_s
+            log.info("daemon.draining", timeout_s=timeout_s)
+            systemd.stopping(timeout_s + 2 * _END_S)
+            tasks.start(_end_at_once(daemon, signals), name="second signal")
+            await daemon.drain()
     log.info("daemon.ended")
 
 
-async def _end_at_once(daemon: Daemon, stopping: "Stopping") -> None:
-    await stopping.at_once.wait()
+async def _reload_at(
+    signals: "Signals", daemon: Daemon, load: Callable[[], Config], systemd: Systemd, serving: str
+) -> None:
+    while True:
+        await signals.reload.wait()
+        signals.reload.clear()
+        systemd.reloading()
+        await reload(daemon, load, check_address)
+        systemd.ready(serving)
+
+
+async def _end_at_once(daemon: Daemon, signals: "Signals") -> None:
+    await signals.at_once.wait()
     await daemon.stop_runs("stopped by a second signal", 0.0)
 
 
-class Stopping:
-    """Why the daemon is to end.
+class Signals:
+    """What signals ask of the daemon.
 
     Attributes:
-        gently: Set by the first signal.
-        at_once: Set by the second one.
+        gently: To end: set by the first SIGTERM or SIGINT.
+        at_once: To end at once: set by the second one.
+        reload: To read its configuration again: set by SIGHUP.
     """
 
     def __init__(self) -> None:
         self.gently = asyncio.Event()
         self.at_once = asyncio.Event()
+        self.reload = asyncio.Event()
 
     @contextmanager
-    def at_signals(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT during the block."""
+    def handled(self) -> Iterator[None]:
+        """Handle signals during the block."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.ask)
+        handlers = {
+            signal.SIGTERM: self.end,
+            signal.SIGINT: self.end,
+            signal.SIGHUP: self.reload.set,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in handlers:
                 loop.remove_signal_handler(number)
 
-    def ask(self) -> None:
+    def end(self) -> None:
         """Ask the daemon to end; the second time at once."""
         (self.at_once if self.gently.is_set() else self.gently).set()
 

@@ -24,6 +24,7 @@ from streamsyn.telemetry import configure_logs
 SERVER = "http://gpu-1:30000"
 QUICK: dict[str, Any] = {
     "serve.listen": "127.0.0.1:0",
+    "serve.min_free_bytes": 0,
     "fleet.servers": [SERVER],
     "fleet.backoff_base_s": 0.005,
     "sink.sync_interval_s": 0.01,
