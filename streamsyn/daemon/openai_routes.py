@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from streamsyn.background import finished_in_thread
 from streamsyn.daemon.batch_record import BatchRecord, new_id, window_seconds
-from streamsyn.daemon.bodies import BODY_TIMEOUT_S, JsonBody, json_body
+from streamsyn.daemon.bodies import LIMITS, JsonBody, json_body
 from streamsyn.daemon.daemon import DAEMON
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, integer, json_response, one_of
@@ -282,7 +282,7 @@ async def _receive(request: web.Request, upload: Upload) -> str:
         Problem: The body is not a file with the purpose `batch`, is too long, or stops coming.
         SinkError: The disk failed.
     """
-    timeout_s = request.app[BODY_TIMEOUT_S]
+    timeout_s = request.app[LIMITS]().body_timeout_s
     filename, purpose = None, None
     try:
         parts = await request.multipart()
@@ -312,7 +312,7 @@ async def _receive(request: web.Request, upload: Upload) -> str:
 
 
 async def _write(part: BodyPartReader, upload: Upload, request: web.Request) -> None:
-    timeout_s, most = request.app[BODY_TIMEOUT_S], request.app[DAEMON].config.serve.max_body_bytes
+    timeout_s, most = request.app[LIMITS]().body_timeout_s, request.app[DAEMON].config.serve.max_body_bytes
     held: list[bytes] = []
     size = 0
     while not part.at_eof():
