@@ -64,6 +64,7 @@ class RunRows:
     Args:
         root: The run directory.
         kind: `samples`, `contexts` or `rejects`.
+        run: The run that is expected; None for whichever is there first.
 
     Raises (all methods):
         RunReplaced: The directory holds a different run than at the first look.
@@ -72,10 +73,10 @@ class RunRows:
         SinkError: A row that must exist cannot be read; the message names it.
     """
 
-    def __init__(self, root: Path, kind: str = "samples") -> None:
+    def __init__(self, root: Path, kind: str = "samples", run: float | None = None) -> None:
         self.root = root
         self.kind = kind
-        self._run_json: tuple[tuple[int, ...], Any] = ((), None)
+        self._run_json: tuple[tuple[int, ...], float | None] = ((), run)
         """Identifies the run.json file read last, empty before there was one; and the run."""
         self._is_gone = False
         self._listing = _Listing()
@@ -89,8 +90,7 @@ class RunRows:
     @property
     def run(self) -> float | None:
         """Identifies the run: its `created_at`, which no resume changes; None while there is no run.json."""
-        created: float | None = self._run_json[1]
-        return created
+        return self._run_json[1]
 
     def lines(
         self, first: int, limit: int, max_bytes: int = CHUNK_BYTES, cursor: Cursor | None = None
@@ -203,7 +203,7 @@ class RunRows:
         if seen == before or (saved := read_run_json(self.root)) is None:
             return
         created = saved.get("created_at")
-        if before and created != run:
+        if (before or run is not None) and created != run:
             raise RunReplaced(f"{self.root} now holds a different run than before")
         self._run_json = seen, created
 

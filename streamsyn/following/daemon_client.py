@@ -1,0 +1,239 @@
+"""Asks a daemon for one run and its rows, over HTTP. aiohttp's errors are translated here."""
+
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Final, NamedTuple, Self, TypeAlias
+from urllib.parse import urlsplit
+
+import aiohttp
+import orjson
+
+from streamsyn.errors import BrokenResponse, ConfigError, RateLimited, ServerUnavailable, StreamsynError
+from streamsyn.fleet.retry_after import retry_after_s
+from streamsyn.plain_text import message
+from streamsyn.sink import shards
+from streamsyn.sink.shards import KINDS
+
+Row: TypeAlias = dict[str, Any]
+
+TOKEN_VARIABLE: Final = "STREAMSYN_TOKEN"  # noqa: S105  the variable's name
+"""Environment variable of the token, if none is given."""
+MAX_LINE_BYTES: Final = 64 * 2**20
+"""A longer row is refused without being held in memory."""
+_READ_BYTES: Final = 2**20
+_CONNECT_TIMEOUT_S: Final = 10.0
+_SILENCE_TIMEOUT_S: Final = 60.0
+"""A stream that is silent for this long is opened again: the machine of the daemon may be gone."""
+_MESSAGE_BYTES: Final = 2000
+_OK: Final = 200
+
+
+class NoSuchRun(ConfigError):
+    """Raised when the daemon does not have the run."""
+
+
+class RunUrl(NamedTuple):
+    """The URL of a run at a daemon, and the kind of rows that it names; None if it names none."""
+
+    url: str
+    kind: str | None
+
+
+def run_url(url: str) -> RunUrl:
+    """Take apart `http(s)://HOST/v1/runs/ID[/KIND]`.
+
+    Raises:
+        ConfigError: It is a different URL, or has credentials or a query.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(f"{url}: a URL must not hold credentials; put the token into {TOKEN_VARIABLE}")
+    folders = parts.path.rstrip("/").split("/")
+    kind = folders.pop() if folders[-1] in KINDS else None
+    is_ours = len(folders) >= 4 and folders[-3:-1] == ["v1", "runs"] and folders[-1]
+    if parts.scheme not in {"http", "https"} or not parts.netloc or parts.query or not is_ours:
+        raise ConfigError(f"{url} is not the URL of a run: expected http://HOST:PORT/v1/runs/ID")
+    return RunUrl(f"{parts.scheme}://{parts.netloc}{'/'.join(folders)}", kind)
+
+
+class DaemonClient:
+    """One run at a daemon. Use it as an async context manager.
+
+    Args:
+        url: The URL of the run, as `run_url` returns it.
+        kind: `samples`, `contexts` or `rejects`.
+        token: Sent as a bearer token; None takes it from the environment, if it is there.
+
+    Raises (all methods):
+        ConfigError: The daemon has no such run, or refuses the token or the request.
+        ServerUnavailable: It could not be reached, or the connection was lost: try again.
+        RateLimited: It asks for a pause.
+        BrokenResponse: What it sent is not what was asked for.
+    """
+
+    def __init__(self, url: str, kind: str, token: str | None = None) -> None:
+        self.url = url
+        self._kind = kind
+        self._token = token or os.environ.get(TOKEN_VARIABLE)
+
+    async def __aenter__(self) -> Self:
+        headers = {"Accept-Encoding": "identity"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        self._session = aiohttp.ClientSession(
+            headers=headers,
+            read_bufsize=_READ_BYTES,
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S
+            ),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def describe(self) -> dict[str, Any]:
+        """The run as the daemon describes it: `state`, `created_at`, `last` and more."""
+        with _translated(self.url):
+            async with self._get("", {}) as response:
+                return decoded(await response.read(), self.url)
+
+    @asynccontextmanager
+    async def open(self, first: int, *, follow: bool, limit: int | None = None) -> AsyncIterator["RowStream"]:
+        """Ask for the rows from `first` on; with `follow` also for those that are written later."""
+        query = {"after": str(first - 1)} if first else {}
+        if follow:
+            query["follow"] = "1"
+        if limit is not None:
+            query["limit"] = str(limit)
+        with _translated(self.url):
+            async with self._get(f"/{self._kind}", query) as response:
+                yield RowStream(response.content, f"{self.url}/{self._kind}", first)
+
+    @asynccontextmanager
+    async def _get(self, path: str, query: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        url = self.url + path
+        # Not followed: a redirect could lead the token elsewhere.
+        async with self._session.get(url, params=query, allow_redirects=False) as response:
+            if response.status != _OK:
+                raise await _refusal(url, response)
+            yield response
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """Raise aiohttp's errors of the block as ours."""
+    try:
+        yield
+    except aiohttp.InvalidURL as error:
+        raise ConfigError(f"{url} is not a valid URL") from error
+    except aiohttp.ClientConnectorError as error:
+        raise ServerUnavailable(f"cannot connect to {url}: {error.os_error}") from error
+    except TimeoutError as error:
+        raise ServerUnavailable(f"{url} did not answer in time") from error
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, ConnectionError) as error:
+        raise ServerUnavailable(f"the connection to {url} was lost") from error
+    except (aiohttp.ClientError, UnicodeError) as error:
+        raise BrokenResponse(f"invalid HTTP response from {url}") from error
+
+
+class RowStream:
+    """The rows of an answer, as they arrive.
+
+    Args:
+        content: The body of the answer.
+        url: Where it comes from, for messages.
+        first: Number of the first row.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader, url: str, first: int) -> None:
+        self._content = content
+        self._url = url
+        self._parts: list[bytes] = []
+        """The beginning of the line whose end has not come yet."""
+        self._size = 0
+        self.next = first
+        """Number of the next row."""
+
+    async def read(self) -> list[Row]:
+        """The rows that have arrived since the last call, at least one; none at the end of the answer.
+
+        Raises:
+            ServerUnavailable: The connection was lost.
+            BrokenResponse: A line is not the row that comes next, or too long.
+            TimeoutError: Nothing has come for a minute.
+        """
+        while chunk := await self._chunk():
+            end = chunk.rfind(b"\n") + 1
+            self._parts.append(chunk[:end] if end else chunk)
+            self._size += len(chunk)
+            if self._size > MAX_LINE_BYTES:
+                raise BrokenResponse(f"{self._url} sent a row of more than {MAX_LINE_BYTES} bytes")
+            if not end:
+                continue
+            lines = shards.split(b"".join(self._parts))
+            self._parts, self._size = [chunk[end:]], len(chunk) - end
+            if rows := [self._row(line) for line in lines if not line.isspace()]:
+                return rows
+        return []
+
+    async def _chunk(self) -> bytes:
+        try:
+            return await self._content.readany()
+        except TimeoutError:
+            raise
+        except aiohttp.ClientError as error:
+            raise ServerUnavailable(f"the connection to {self._url} was lost") from error
+
+    def _row(self, line: bytes) -> Row:
+        row = decoded(line, self._url)
+        if row.get("seq") != self.next:
+            raise BrokenResponse(f"{self._url} sent row {row.get('seq')} in the place of row {self.next}")
+        self.next += 1
+        return row
+
+
+def decoded(body: bytes, url: str) -> Row:
+    """A JSON object that a daemon has sent.
+
+    Raises:
+        BrokenResponse: It is something else.
+    """
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BrokenResponse(f"{url} did not answer with JSON; is it a streamsyn daemon?") from error
+    if not isinstance(value, dict):
+        raise BrokenResponse(f"{url} did not answer with a JSON object; is it a streamsyn daemon?")
+    return value
+
+
+async def _refusal(url: str, response: aiohttp.ClientResponse) -> StreamsynError:
+    """The error for an answer that has another status than 200."""
+    status = response.status
+    why = _detail(await response.content.read(_MESSAGE_BYTES)) or response.reason or ""
+    match status:
+        case 401 | 403:
+            return ConfigError(
+                f"{url} refuses access ({status}): {why}; give a token as `token` or in {TOKEN_VARIABLE}"
+            )
+        case 404:
+            return NoSuchRun(f"{url} does not exist: {why}")
+        case 408 | 429 | 503:
+            wait_s = retry_after_s(response.headers, time.time())
+            return RateLimited(f"{url} answered {status}: {why}", retry_after_s=wait_s)
+        case _ if status >= 500:
+            return ServerUnavailable(f"{url} answered {status}: {why}")
+        case _:
+            return ConfigError(f"{url} answered {status}: {why}")
+
+
+def _detail(body: bytes) -> str:
+    """The `detail` of a problem (RFC 9457); the body itself if it is something else."""
+    with suppress(orjson.JSONDecodeError):
+        problem = orjson.loads(body)
+        if isinstance(problem, dict) and isinstance(detail := problem.get("detail"), str):
+            return message(detail)
+    return message(body.decode(errors="replace"))
