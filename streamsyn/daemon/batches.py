@@ -25,7 +25,8 @@ from streamsyn.background import finished_in_thread
 from streamsyn.daemon.batch_input import InputCheck, submit
 from streamsyn.daemon.batch_output import CANCELLED, EXPIRED, BatchOutput
 from streamsyn.daemon.batch_record import BatchRecord, Status
-from streamsyn.daemon.hosted_run import HostedRun, Hosting
+from streamsyn.daemon.execution import Hosting
+from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_config import run_config, shaping_tree
 from streamsyn.daemon.run_record import RunRecord

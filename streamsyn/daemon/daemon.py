@@ -18,7 +18,8 @@ from streamsyn.background import Background, background, in_threads
 from streamsyn.config.loading import Config
 from streamsyn.daemon.access import Access
 from streamsyn.daemon.batches import Batches
-from streamsyn.daemon.hosted_run import HostedRun, Hosting
+from streamsyn.daemon.execution import Hosting
+from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.low_disk import DiskWatch
 from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root

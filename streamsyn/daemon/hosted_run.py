@@ -5,27 +5,24 @@ the record, then start or drain the task; so a kill at any moment leaves what wa
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from streamsyn.background import Background
 from streamsyn.config.loading import Config
 from streamsyn.daemon.consumers import Consumers
+from streamsyn.daemon.execution import Execution, Hosting, prefix_shares
 from streamsyn.daemon.run_config import run_config, template_layer
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
-from streamsyn.daemon.tail import RunTails, Streams
+from streamsyn.daemon.tail import RunTails
 from streamsyn.errors import SinkError, StreamsynError
-from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run_in_loop
-from streamsyn.pipeline.stop import RunControl
 from streamsyn.plain_text import message
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import RejectReason
@@ -34,57 +31,6 @@ from streamsyn.sink.shards import KINDS
 from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()
-
-TOKENS: Mapping[str, Callable[[Counters], int]] = {
-    "prompt": lambda counters: counters.prompt_tokens,
-    "cached": lambda counters: counters.cached_tokens,
-    "completion": lambda counters: counters.useful_tokens,
-    "thinking": lambda counters: counters.thinking_tokens,
-    "wasted": lambda counters: counters.wasted_tokens,
-}
-
-
-@dataclass(slots=True)
-class Hosting:
-    """What all runs share.
-
-    Attributes:
-        config: The operator's configuration.
-        environ: The environment, which holds the servers' credentials.
-        connect: The transport to servers; None is HTTP.
-        tasks: Starts the tasks of runs.
-        streams: What the readers of all runs share.
-        ending: Whether the daemon is ending: no run is begun any more.
-        held: Why no run is begun for the time being, such as a low disk; "" if they are.
-    """
-
-    config: Config
-    environ: Mapping[str, str]
-    connect: Connect | None
-    tasks: Background
-    streams: Streams
-    ending: bool = False
-    held: str = ""
-
-
-@dataclass(slots=True)
-class _Execution:
-    """A run while it is executed."""
-
-    summary: RunSummary
-    control: RunControl = field(default_factory=RunControl)
-    rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each kind that readers may see."""
-    is_stopped: bool = False
-    """Whether it was asked to stop early."""
-
-    def stop(self, why: str, *, at_once: bool = False) -> None:
-        """Stop early: finish what is in flight, or give that up too."""
-        self.is_stopped = True
-        if at_once:
-            self.control.cancel(why)
-        else:
-            self.control.drain(why)
 
 
 class HostedRun:
@@ -119,7 +65,7 @@ class HostedRun:
         self._hosting = hosting
         self._on_state = on_state
         self._state = RunState(record.state, is_closed=record.is_closed, error=record.error)
-        self._execution: _Execution | None = None
+        self._execution: Execution | None = None
         self._task: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
         """Held while the state is changed and saved."""
@@ -341,7 +287,7 @@ class HostedRun:
             "rejects": figures.reasons,
             "rates": self.rates(),
             "tokens": figures.tokens,
-            "prefix": self._prefix(),
+            "prefix": prefix_shares([] if self._execution is None else self._execution.summary.servers()),
             "last": {kind: rows[kind] - 1 if rows[kind] else None for kind in KINDS},
             "consumers": self.consumers.shown(rows),
         }
@@ -399,7 +345,7 @@ class HostedRun:
 
     async def _execute(self) -> None:
         """Execute the run once, to its end or until it is stopped, and save how it ended."""
-        execution = self._execution = _Execution(RunSummary(self.root, Counters()))
+        execution = self._execution = Execution(RunSummary(self.root, Counters()))
         error: str | None = None
         try:
             summary = await run_in_loop(await self._request(execution), execution.summary)
@@ -424,7 +370,7 @@ class HostedRun:
                 log.error("run.not_saved", error=str(raised))  # noqa: TRY400 - expected
                 self._state.failed(message(str(raised)))
 
-    async def _request(self, execution: _Execution) -> RunRequest:
+    async def _request(self, execution: Execution) -> RunRequest:
         loop = asyncio.get_running_loop()
 
         def on_rows(kind: str, rows: int) -> None:
@@ -478,28 +424,5 @@ class HostedRun:
 
     def _figures(self) -> Figures:
         """The totals now."""
-        before, execution = self.record.figures, self._execution
-        if execution is None:
-            return before
-        counters, in_log = execution.summary.counters, execution.summary.in_log()
-        reasons = Counter(before.reasons)
-        reasons.update({str(reason): number for reason, number in counters.rejects.items()})
-        return Figures(
-            contexts=in_log.get("contexts", before.contexts),
-            rejects=in_log.get("rejects", before.rejects),
-            samples=in_log.get("samples", before.samples),
-            rows=self.rows,
-            reasons=dict(reasons),
-            tokens={kind: before.tokens.get(kind, 0) + count(counters) for kind, count in TOKENS.items()},
-        )
-
-    def _prefix(self) -> dict[str, float | None]:
-        """Shares of the prompt tokens of this execution that were planned to be cached, and were."""
-        servers = [] if self._execution is None else self._execution.summary.servers()
-        prompt = sum(server["prompt_tokens"] for server in servers)
-        if not prompt:
-            return {"planned": None, "achieved": None}
-        return {
-            "planned": sum(server["planned_cached_tokens"] for server in servers) / prompt,
-            "achieved": sum(server["cached_tokens"] for server in servers) / prompt,
-        }
+        before = self.record.figures
+        return before if self._execution is None else self._execution.figures(before, self.rows)

@@ -17,7 +17,8 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from streamsyn.daemon.hosted_run import HostedRun, Hosting
+from streamsyn.daemon.execution import Hosting
+from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_record import RunRecord
 from streamsyn.daemon.run_state import ENDED, State

@@ -1,0 +1,96 @@
+"""A run while it is executed, and what all runs share for that."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from streamsyn.background import Background
+from streamsyn.config.loading import Config
+from streamsyn.daemon.run_record import Figures
+from streamsyn.daemon.tail import Streams
+from streamsyn.fleet.membership import Connect
+from streamsyn.pipeline.request import RunSummary
+from streamsyn.pipeline.stop import RunControl
+from streamsyn.telemetry import Counters
+
+_TOKENS: Final[Mapping[str, Callable[[Counters], int]]] = {
+    "prompt": lambda counters: counters.prompt_tokens,
+    "cached": lambda counters: counters.cached_tokens,
+    "completion": lambda counters: counters.useful_tokens,
+    "thinking": lambda counters: counters.thinking_tokens,
+    "wasted": lambda counters: counters.wasted_tokens,
+}
+
+
+@dataclass(slots=True)
+class Hosting:
+    """What all runs share.
+
+    Attributes:
+        config: The operator's configuration.
+        environ: The environment, which holds the servers' credentials.
+        connect: The transport to servers; None is HTTP.
+        tasks: Starts the tasks of runs.
+        streams: What the readers of all runs share.
+        ending: Whether the daemon is ending: no run is begun any more.
+        held: Why no run is begun for the time being, such as a low disk; "" if they are.
+    """
+
+    config: Config
+    environ: Mapping[str, str]
+    connect: Connect | None
+    tasks: Background
+    streams: Streams
+    ending: bool = False
+    held: str = ""
+
+
+@dataclass(slots=True)
+class Execution:
+    """A run while it is executed."""
+
+    summary: RunSummary
+    control: RunControl = field(default_factory=RunControl)
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows of each kind that readers may see."""
+    is_stopped: bool = False
+    """Whether it was asked to stop early."""
+
+    def stop(self, why: str, *, at_once: bool = False) -> None:
+        """Stop early: finish what is in flight, or give that up too."""
+        self.is_stopped = True
+        if at_once:
+            self.control.cancel(why)
+        else:
+            self.control.drain(why)
+
+    def figures(self, before: Figures, rows: dict[str, int]) -> Figures:
+        """The totals of a run, from those before this execution.
+
+        Args:
+            before: The totals before it.
+            rows: Rows of each kind that readers may see.
+        """
+        counters, in_log = self.summary.counters, self.summary.in_log()
+        reasons = Counter(before.reasons)
+        reasons.update({str(reason): number for reason, number in counters.rejects.items()})
+        return Figures(
+            contexts=in_log.get("contexts", before.contexts),
+            rejects=in_log.get("rejects", before.rejects),
+            samples=in_log.get("samples", before.samples),
+            rows=rows,
+            reasons=dict(reasons),
+            tokens={kind: before.tokens.get(kind, 0) + count(counters) for kind, count in _TOKENS.items()},
+        )
+
+
+def prefix_shares(servers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Shares of the prompt tokens that were planned to be cached, and were, by the metrics of servers."""
+    prompt = sum(server["prompt_tokens"] for server in servers)
+    if not prompt:
+        return {"planned": None, "achieved": None}
+    return {
+        "planned": sum(server["planned_cached_tokens"] for server in servers) / prompt,
+        "achieved": sum(server["cached_tokens"] for server in servers) / prompt,
+    }
