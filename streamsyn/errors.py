@@ -9,6 +9,7 @@
     ├── StoppedEarly           resumable: exit 75
     │   ├── FleetGone          no server was usable for `fleet.give_up_s`
     │   └── ReaderGone         the reader of stdout closed the pipe
+    ├── TooManyRejects         rejects exceed `run.max_reject_fraction`: mend the cause, then resume; exit 3
     ├── ServerError            one attempt of a request failed
     │   ├── ServerUnavailable  connection lost, 5xx: try another server
     │   │   ├── ServerUnreachable  no connection could be made: the request was never sent
@@ -68,6 +69,10 @@ class FleetGone(StoppedEarly):
 
 class ReaderGone(StoppedEarly):
     """Raised when the reader of stdout closed the pipe."""
+
+
+class TooManyRejects(StreamsynError):
+    """Raised when rejects exceed `run.max_reject_fraction`, or the first outcomes all failed in one way."""
 
 
 class ServerError(StreamsynError):

@@ -52,6 +52,34 @@ def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
         logging.basicConfig(handlers=[_Forward()])
 
 
+def log_through_logging() -> None:
+    """Send structlog's events to the standard library's loggers below `streamsyn`, as a library does.
+
+    Where the program has configured structlog itself, nothing changes.
+    """
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.processors.format_exc_info,
+            _make_safe,
+            _one_line,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+
+
+def _one_line(_logger: object, _method: str, event: structlog.typing.EventDict) -> str:
+    """The event as text: its sentence if it has one, or its name and fields; a traceback on further lines."""
+    exception = event.pop("exception", None)
+    name = event.pop("event")
+    plain = event.pop("plain", None)
+    text = plain or " ".join([str(name), *(f"{key}={value!r}" for key, value in event.items())])
+    return f"{text}\n{exception}" if exception else text
+
+
 def _make_safe(
     _logger: object, _method: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:

@@ -53,10 +53,10 @@ _STATUS_EVERY_S = 5.0
 )
 def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     """Start a real SGLang server, write contexts for 12 packaged seeds, print the best sample."""
-    from streamsyn.config.loading import load
     from streamsyn.fleet.launch import find_packaged_model, find_python
-    from streamsyn.pipeline.request import RunRequest, RunSummary
-    from streamsyn.pipeline.run import run
+    from streamsyn.library.arguments import make_request
+    from streamsyn.library.run_thread import run_to_end
+    from streamsyn.pipeline.request import RunSummary
     from streamsyn.pipeline.summary import closing_lines
     from streamsyn.pipeline.verify import verify
     from streamsyn.telemetry import Counters, configure_logs
@@ -67,13 +67,18 @@ def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     folder = out / time.strftime("%Y%m%d-%H%M%S")
     click.echo(f"{_SEEDS} packaged seeds -> {model} on a real SGLang server -> {folder}", err=True)
     with as_file(files("streamsyn") / "data" / "seeds") as seeds:
-        config = load(None, [*_SETTINGS.items(), ("seeds.sources", [{"path": str(seeds)}])])
-        request = RunRequest(
-            config=config, out=folder, launch=model, launch_python=python, show_progress=False
+        request, _ = make_request(
+            None,
+            out=folder,
+            seeds=seeds,
+            overrides=_SETTINGS,
+            launch=model,
+            launch_python=python,
+            show_progress=False,
         )
         summary = RunSummary(folder, Counters())
         with _status_lines(summary):
-            run(request, summary)
+            run_to_end(request, summary=summary)
     problems, _ = verify(folder)
     for line in [*_best_sample(folder), *closing_lines(summary), *_directory(folder)]:
         click.echo(visible(line))

@@ -8,6 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from streamsyn.config.loading import Config
+    from streamsyn.pipeline.request import RunRequest
 
 Command = Callable[..., Any]
 
@@ -97,32 +98,35 @@ def run_options(command: Command) -> Command:
 
 def resolve(given: dict[str, Any], out: Path | None) -> "Config":
     """Return the configuration: the file, or the one saved in `out`; options and --set override it."""
-    from streamsyn.config.loading import load, parse_override
+    from streamsyn.library.arguments import resolve_config
 
-    overrides: list[tuple[str, Any]] = []
-    if given.get("config") is None and out is not None:
-        overrides += _saved_sections(out)
-    if given.get("seeds"):
-        overrides.append(("seeds.sources", [{"path": path} for path in given["seeds"]]))
-    if given["server"]:
-        overrides.append(("fleet.servers", list(given["server"])))
-        overrides += [("fleet.servers_file", None), ("fleet.servers_dns", None)]
-    if given.get("limit"):
-        overrides.append(("seeds.limit", given["limit"]))
-    overrides += map(parse_override, given["settings"])
-    return load(given.get("config"), overrides)
+    return resolve_config(given.get("config"), out, sources=given.get("seeds", ()), **_overriding(given))
 
 
-def _saved_sections(out: Path) -> list[tuple[str, Any]]:
-    """Return the sections saved in a run directory, without the keys of a single run (limit, stdin)."""
-    from streamsyn.sink.rundir import saved_config
+def request_of(given: dict[str, Any], out: Path, **more: Any) -> "RunRequest":
+    """Return the request for a run into `out`; `more` are further fields of it."""
+    from streamsyn.library.arguments import make_request
 
-    saved = saved_config(out)
-    if saved is None:
-        return []
-    sections = saved.model_dump(exclude_none=True)
-    sections["seeds"].pop("limit", None)
-    sections["seeds"]["sources"] = [
-        source for source in sections["seeds"]["sources"] if source["path"] != "-"
-    ]
-    return list(sections.items())
+    request, _ = make_request(
+        given.get("config"),
+        out=out,
+        seeds=given.get("seeds") or None,
+        launch=given["launch"],
+        launch_python=given["sglang_python"],
+        launch_args=given["sglang_arg"],
+        show_progress=not (given["no_progress"] or given["log_json"]),
+        **_overriding(given),
+        **more,
+    )
+    return request
+
+
+def _overriding(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that override the configuration."""
+    from streamsyn.config.loading import parse_override
+
+    return {
+        "servers": given["server"],
+        "limit": given.get("limit"),
+        "overrides": map(parse_override, given["settings"]),
+    }

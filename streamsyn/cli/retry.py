@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsyn.cli.exits import on_signals
-from streamsyn.cli.options import LAUNCH, LOG_JSON, NO_PROGRESS, SERVER, SETTINGS, examples, resolve
+from streamsyn.cli.options import LAUNCH, LOG_JSON, NO_PROGRESS, SERVER, SETTINGS, examples, request_of
 from streamsyn.cli.run import exit_code_of, judge_rejects, summarise
 from streamsyn.errors import ConfigError
 
@@ -62,9 +62,8 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
     A reject holds until its seed has a new outcome. Settings that other rows depend on (assembly, the seed of
     the run) cannot be changed. Stopped early, `streamsyn run --out DIRECTORY` goes on with it.
     """
+    from streamsyn.library.run_thread import run_to_end
     from streamsyn.pipeline.reopened import without_missing_sources
-    from streamsyn.pipeline.request import RunRequest
-    from streamsyn.pipeline.run import run as run_pipeline
     from streamsyn.records import RejectReason
     from streamsyn.sink.rundir import read_run_json
     from streamsyn.telemetry import configure_logs
@@ -72,31 +71,24 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
     configure_logs(as_json=given["log_json"])
     if read_run_json(directory) is None:
         raise ConfigError(f"{directory} is not a run directory: it has no run.json")
-    config = resolve(given, directory)
+    asked = reasons or tuple(RejectReason)
+    request = request_of(given, directory, retry=asked)
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
-    asked = reasons or tuple(RejectReason)
     manifest = _announce(directory, asked, as_json=given["log_json"])
     if manifest is None:
         return
-    request = RunRequest(
-        config=without_missing_sources(config) if manifest.seeds_read else config,
-        out=directory,
-        launch=given["launch"],
-        launch_python=given["sglang_python"],
-        launch_args=given["sglang_arg"],
-        show_progress=not (given["no_progress"] or given["log_json"]),
-        retry=asked,
-    )
+    if manifest.seeds_read:
+        request.config = without_missing_sources(request.config)
     try:
-        summary = run_pipeline(request)
+        summary = run_to_end(request)
     finally:
         on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
     summarise(summary, as_json=given["log_json"])
     if summary.stopped:
         sys.exit(exit_code_of(summary))
     _report_left(directory, as_json=given["log_json"])
-    judge_rejects(summary, config.run.max_reject_fraction)
+    judge_rejects(summary, request.config.run.max_reject_fraction)
 
 
 def _announce(directory: Path, asked: "Sequence[RejectReason]", *, as_json: bool) -> "Manifest | None":

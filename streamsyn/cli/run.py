@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, EXIT_USAGE, fail, on_signals
-from streamsyn.cli.options import examples, resolve, run_options
+from streamsyn.cli.options import examples, request_of, run_options
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 
@@ -29,14 +29,13 @@ def run(**given: Any) -> None:
 
     With --train a model is tuned on the samples during the run. A signal stops both, the run first.
     """
+    from streamsyn.library.run_thread import run_to_end
     from streamsyn.pipeline.delivery import SampleStream
-    from streamsyn.pipeline.request import RunRequest
-    from streamsyn.pipeline.run import run as run_pipeline
     from streamsyn.telemetry import configure_logs
     from streamsyn.trainer.supervisor import training_beside
 
     configure_logs(as_json=given["log_json"])
-    config = resolve(given, given["out"])
+    request = request_of(given, given["out"], replay=given["replay"], preflight=not given["no_preflight"])
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
     if given["replay"] and not given["to_stdout"]:
@@ -45,21 +44,10 @@ def run(**given: Any) -> None:
     if given["train"]:
         training = training_beside(given["train"], given["out"], as_json=given["log_json"])
     stream = SampleStream() if given["to_stdout"] else None
-    request = RunRequest(
-        config=config,
-        out=given["out"],
-        stream=stream,
-        replay=given["replay"],
-        launch=given["launch"],
-        launch_python=given["sglang_python"],
-        launch_args=given["sglang_arg"],
-        show_progress=not (given["no_progress"] or given["log_json"]),
-        supervisor=training,
-        preflight=not given["no_preflight"],
-    )
+    request.stream, request.supervisor = stream, training
     with nullcontext() if training is None else training.beside():
         try:
-            summary = run_pipeline(request)
+            summary = run_to_end(request)
         finally:
             if training is None:
                 on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
@@ -77,7 +65,7 @@ def run(**given: Any) -> None:
         fail(f"the run finished, but its training failed: {training.error}", EXIT_OTHER)
     if trained:
         sys.exit(EXIT_STOPPED)
-    judge_rejects(summary, config.run.max_reject_fraction)
+    judge_rejects(summary, request.config.run.max_reject_fraction)
 
 
 def exit_code_of(summary: "RunSummary") -> int:
@@ -87,13 +75,11 @@ def exit_code_of(summary: "RunSummary") -> int:
 
 def judge_rejects(summary: "RunSummary", allowed: float) -> None:
     """Exit with EXIT_REJECTS if more than `allowed` of the outcomes are rejects."""
-    if summary.reject_fraction > allowed:
-        fail(
-            f"rejects are {summary.reject_fraction:.1%} of the outcomes, more than "
-            f"run.max_reject_fraction = {allowed:.1%}",
-            EXIT_REJECTS,
-            prefix="",
-        )
+    from streamsyn.pipeline.summary import too_many_rejects
+
+    text = too_many_rejects(summary, allowed)
+    if text is not None:
+        fail(text, EXIT_REJECTS, prefix="")
 
 
 def summarise(summary: "RunSummary", *, as_json: bool) -> None:

@@ -105,7 +105,7 @@ class RunSummary:
         counters: What this process did.
         stopped: Why the run stopped early; None when it did not.
         too_many_rejects: Whether rejects are why it stopped early.
-        interrupted: Whether a signal arrived that found nothing left to stop.
+        interrupted: Whether a signal arrived.
         contexts: Contexts in the directory, of all runs into it.
         rejects: Rejects in the directory that no later outcome supersedes.
         samples: Samples in the directory.

@@ -60,10 +60,13 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         LaunchError: The server to be launched did not come up.
     """
     summary = summary or RunSummary(request.out, Counters())
-    with _opened(request, summary) as parts:
-        _collect_garbage_rarely()
-        with _early_stop_noted(summary), metrics_served(parts):
-            request.runner(_run(parts))
+    with (
+        _opened(request, summary) as parts,
+        _garbage_collected_rarely(),
+        _early_stop_noted(summary),
+        metrics_served(parts),
+    ):
+        request.runner(_run(parts))
     return summary
 
 
@@ -83,7 +86,8 @@ async def run_in_loop(request: RunRequest, summary: RunSummary | None = None) ->
     summary = summary or RunSummary(request.out, Counters())
     async with in_threads(_opened(request, summary)) as parts:
         with _early_stop_noted(summary):
-            await _run(parts)
+            async with in_threads(metrics_served(parts)):
+                await _run(parts)
     return summary
 
 
@@ -130,7 +134,11 @@ async def _run(parts: Parts) -> None:
     config, supervisor, control = parts.request.config, parts.request.supervisor, parts.request.control
     stopper = Stopper(None if supervisor is None else supervisor.end)
     # The first signal drains the pipeline, the second cancels it.
-    with stopper.stopping(signals=parts.request.handles_signals), control.of(stopper):
+    with (
+        _signal_noted(parts.summary, stopper),
+        stopper.stopping(signals=parts.request.handles_signals),
+        control.of(stopper),
+    ):
         async with open_fleets(parts, stopper) as fleets:
             await preflight(parts, fleets.writing)
             await record_fingerprint(parts, fleets)
@@ -162,7 +170,15 @@ async def _run(parts: Parts) -> None:
             finally:
                 await asyncio.to_thread(claims.close)
         await asyncio.to_thread(_finish, parts.log, assembly)
-    parts.summary.interrupted = stopper.signalled
+
+
+@contextmanager
+def _signal_noted(summary: RunSummary, stopper: Stopper) -> Iterator[None]:
+    """Note in the summary whether a signal arrived within the block."""
+    try:
+        yield
+    finally:
+        summary.interrupted = stopper.signalled
 
 
 def _finish(run_log: RunLog, assembly: AssemblyStage | NoAssembly) -> None:
@@ -211,7 +227,14 @@ def _open_log(request: RunRequest) -> Iterator[RunLog]:
         run_log.close()
 
 
-def _collect_garbage_rarely() -> None:
+@contextmanager
+def _garbage_collected_rarely() -> Iterator[None]:
     """What exists now lives as long as the run; almost all later objects are freed without the collector."""
+    before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

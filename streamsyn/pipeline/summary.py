@@ -43,6 +43,16 @@ _LENGTH_FLAGS = {
 }
 
 
+def too_many_rejects(summary: RunSummary, allowed: float) -> str | None:
+    """What to report if more than `allowed` of the outcomes in the directory are rejects; None if not."""
+    if summary.reject_fraction <= allowed:
+        return None
+    return (
+        f"rejects are {summary.reject_fraction:.1%} of the outcomes, more than "
+        f"run.max_reject_fraction = {allowed:.1%}"
+    )
+
+
 def closing_lines(summary: RunSummary) -> Iterator[str]:
     """The summary as lines of text."""
     counters, out = summary.counters, summary.out

@@ -210,11 +210,11 @@ def test_with_log_json_a_bug_is_an_event(tmp_path: Path) -> None:
 import logging, warnings
 import streamsyn.cli.main
 import streamsyn.cli.run
-def broken(*_):
+def broken(*_, **__):
     logging.getLogger("library").warning("odd")
     warnings.warn("old")
     raise ZeroDivisionError("a bug")
-streamsyn.cli.run.resolve = broken
+streamsyn.cli.run.request_of = broken
 streamsyn.cli.main.main()
 """
     command = [sys.executable, "-c", script, "run", "--log-json", "--out", str(tmp_path / "out")]

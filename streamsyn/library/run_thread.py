@@ -1,0 +1,141 @@
+"""A run from its beginning to its end: in this thread, or in one of its own with an event loop of its own."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from streamsyn.errors import StoppedEarly, StreamsynError, TooManyRejects
+from streamsyn.library.seed_feed import SeedFeed
+from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.run import run, run_in_loop
+from streamsyn.pipeline.summary import too_many_rejects
+from streamsyn.sink.shards import KINDS
+from streamsyn.telemetry import Counters
+
+
+class RunThread:
+    """Runs a pipeline in a thread with an event loop of its own.
+
+    Args:
+        request: What is to be run.
+        summary: Filled while the run goes on.
+        on_end: Called in the thread when the run has ended.
+
+    Attributes:
+        error: What the run raised, once it has ended.
+    """
+
+    def __init__(
+        self, request: RunRequest, summary: RunSummary, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        request.handles_signals = False
+        self.summary = summary
+        self.error: BaseException | None = None
+        self._request = request
+        self._on_end = on_end
+        # A daemon: a process that ends without leaving the run leaves a directory that can be resumed.
+        self._thread = threading.Thread(target=self._run, name="streamsyn-run", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end. Blocks."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(run_in_loop(self._request, self.summary))
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread of the caller
+            self.error = error
+        finally:
+            self._on_end()
+
+
+def run_to_end(
+    request: RunRequest, feed: SeedFeed | None = None, summary: RunSummary | None = None
+) -> RunSummary:
+    """Run until every seed has an outcome, or until stopped; the command line and `run_sync` do this.
+
+    In the main thread of a process, a signal drains the run and a second one stops it. Where an event loop
+    is running in this thread, as in a notebook, an interrupt does the same.
+
+    Args:
+        request: What is to be run.
+        feed: Feeds seeds to it, if they come from an iterable.
+        summary: A summary to fill while the run goes on.
+
+    Raises:
+        ConfigError, SinkError, LaunchError: As `pipeline.run.run`.
+        Exception: What the iterable of seeds raised.
+    """
+    summary = summary or RunSummary(request.out, Counters())
+    if feed is None:
+        return _run_here(request, summary)
+    feed.on_error = lambda: request.control.drain("the seeds cannot be read to their end")
+    call_when_open(request, feed.start)
+    try:
+        _run_here(request, summary)
+    finally:
+        feed.close()
+        feed.inbox.release()
+    if feed.error is not None:
+        raise feed.error
+    return summary
+
+
+def call_when_open(request: RunRequest, call: Callable[[], None]) -> None:
+    """Have `call` called in a thread of the run when its directory is locked and its log is open."""
+    missing, tell = set(KINDS), request.on_rows
+
+    def on_rows(kind: str, rows: int) -> None:
+        tell(kind, rows)
+        if missing:
+            missing.discard(kind)
+            if not missing:
+                call()
+
+    request.on_rows = on_rows
+
+
+def failure(summary: RunSummary, allowed: float) -> StreamsynError | None:
+    """The error of a run that stopped early or has too many rejects; None for one that went well.
+
+    Args:
+        summary: Its summary.
+        allowed: `run.max_reject_fraction`.
+    """
+    if summary.stopped is not None:
+        kind = TooManyRejects if summary.too_many_rejects else StoppedEarly
+        return kind(f"{summary.stopped}; {summary.out} can be resumed")
+    text = too_many_rejects(summary, allowed)
+    return None if text is None else TooManyRejects(text)
+
+
+def _run_here(request: RunRequest, summary: RunSummary) -> RunSummary:
+    if threading.current_thread() is threading.main_thread() and not _in_loop():
+        return run(request, summary)
+    thread, interrupts = RunThread(request, summary), 0
+    thread.start()
+    while True:
+        try:
+            thread.join()
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+            stop = request.control.drain if interrupts == 1 else request.control.cancel
+            stop("interrupted")
+    if thread.error is not None:
+        raise thread.error
+    summary.interrupted = interrupts > 0
+    return summary
+
+
+def _in_loop() -> bool:
+    """Whether an event loop is running in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
