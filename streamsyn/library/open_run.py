@@ -297,9 +297,14 @@ class open_run(AbstractAsyncContextManager[Run]):  # noqa: N801 - it is used as 
         await self._going_on.enter_async_context(run.going_on())
         return Run(run, self._first)
 
-    async def __aexit__(self, *raised: object) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """End the run."""
-        await self._going_on.__aexit__(*raised)
+        await self._going_on.__aexit__(kind, raised, traceback)
 
 
 class _Waiting:
