@@ -24,7 +24,7 @@ import structlog
 from streamsyn.background import finished_in_thread
 from streamsyn.daemon.batch_input import InputCheck, submit
 from streamsyn.daemon.batch_output import CANCELLED, EXPIRED, BatchOutput
-from streamsyn.daemon.batch_record import BatchRecord, Status
+from streamsyn.daemon.batch_record import ENDED, BatchRecord, Status
 from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
@@ -33,6 +33,7 @@ from streamsyn.daemon.run_record import RunRecord
 from streamsyn.daemon.run_state import Refused
 from streamsyn.daemon.runs import Runs
 from streamsyn.daemon.stored_files import Files
+from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.errors import StreamsynError
 from streamsyn.io.durable import disk_errors, make_folder
 from streamsyn.plain_text import message
@@ -40,6 +41,8 @@ from streamsyn.plain_text import message
 log = structlog.get_logger()
 
 _INPUT: Final = "input.jsonl"
+_ANNOUNCED: Final = frozenset({"id", "request_counts", "output_file_id", "error_file_id", "metadata"})
+"""What an event tells of a batch."""
 
 
 class Batch:
@@ -252,6 +255,11 @@ class Batch:
         await asyncio.to_thread((self.root / _INPUT).unlink, missing_ok=True)
 
     async def _reached(self, status: Status) -> None:
+        if status in ENDED:
+            webhook = await asyncio.to_thread(Webhook.load, self.root, "batch")
+            told = {name: value for name, value in self.record.as_json().items() if name in _ANNOUNCED}
+            data = told | {"status": status}
+            await self._hosting.webhooks.announce(webhook, f"batch.{status}", 0, data)
         self.record.reached(status)
         await self._save()
         log.info("batch.status", batch=self.record.id, status=status)
@@ -312,14 +320,20 @@ class Batches:
             if not batch.record.has_ended
         )
 
-    async def create(self, record: BatchRecord) -> None:
+    async def create(self, record: BatchRecord, webhook: Webhook | None = None) -> None:
         """Begin a batch; on return it survives a kill.
+
+        Args:
+            record: What is known of it.
+            webhook: Where its events are sent.
 
         Raises:
             SinkError: The disk failed.
         """
         source, root = self._files.content_path(record.input_file_id), self.folder / record.id
         await finished_in_thread(_link, source, root / _INPUT)
+        if webhook is not None:
+            await finished_in_thread(webhook.save, root, "batch")
         await finished_in_thread(record.save, root)
         self._records[record.id] = record
         self._start(record)

@@ -26,6 +26,7 @@ from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
 from streamsyn.daemon.stored_files import Files
 from streamsyn.daemon.tail import Streams
+from streamsyn.daemon.webhooks import open_webhooks
 from streamsyn.fleet.membership import Connect
 
 
@@ -127,8 +128,15 @@ async def open_daemon(
     """
     async with in_threads(opened_root(root)):
         access = await asyncio.to_thread(Access, config.serve.tokens_file)
-        async with background() as tasks:
-            hosting = Hosting(config, environ, connect, tasks, Streams())
+        async with (
+            open_webhooks(
+                root / "webhooks",
+                environ,
+                allow_private=lambda: hosting.config.serve.allow_private_webhooks,
+            ) as webhooks,
+            background() as tasks,
+        ):
+            hosting = Hosting(config, environ, connect, tasks, Streams(), webhooks)
             runs, files = Runs(root / "runs", hosting), Files(root / "files")
             batches = Batches(root / "batches", files, hosting)
             daemon = Daemon(root, access, tasks, hosting, runs, files, batches)

@@ -9,6 +9,7 @@ from streamsyn.background import Background
 from streamsyn.config.loading import Config
 from streamsyn.daemon.run_record import Figures
 from streamsyn.daemon.tail import Streams
+from streamsyn.daemon.webhooks import Webhooks
 from streamsyn.fleet.membership import Connect
 from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.stop import RunControl
@@ -33,6 +34,7 @@ class Hosting:
         connect: The transport to servers; None is HTTP.
         tasks: Starts the tasks of runs.
         streams: What the readers of all runs share.
+        webhooks: Send events.
         ending: Whether the daemon is ending: no run is begun any more.
         held: Why no run is begun for the time being, such as a low disk; "" if they are.
     """
@@ -42,6 +44,7 @@ class Hosting:
     connect: Connect | None
     tasks: Background
     streams: Streams
+    webhooks: Webhooks
     ending: bool = False
     held: str = ""
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -20,6 +20,7 @@ from streamsyn.daemon.run_config import run_config, template_layer
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
 from streamsyn.daemon.tail import RunTails
+from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.errors import SinkError, StreamsynError
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run_in_loop
@@ -31,6 +32,9 @@ from streamsyn.sink.shards import KINDS
 from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()
+
+_ANNOUNCED: Final = frozenset({"id", "state", "error", "labels", "counts"})
+"""What an event tells of a run."""
 
 
 class HostedRun:
@@ -308,9 +312,18 @@ class HostedRun:
                 self._state, self.record.retry = before, retry
                 raise
 
+    async def _announce(self) -> None:
+        """Send the event of a new state, if the run has a webhook; with the same id if a kill repeats it."""
+        webhook = await asyncio.to_thread(Webhook.load, self.root, "run")
+        data = {name: value for name, value in self.as_json().items() if name in _ANNOUNCED}
+        await self._hosting.webhooks.announce(webhook, f"run.{self.state}", self.record.events, data)
+        self.record.events += 1
+
     async def _save(self) -> None:
         """Have the record on disk say what the state is now."""
         record, state = self.record, self._state
+        if state.state != record.state:
+            await self._announce()
         record.state, record.is_closed, record.error = state.state, state.is_closed, state.error
         if self._inbox is not None:
             record.accepted = self._inbox.accepted

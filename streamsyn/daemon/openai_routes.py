@@ -5,8 +5,8 @@ Source: https://platform.openai.com/docs/api-reference/batch and .../files
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from aiohttp import BodyPartReader, ClientPayloadError, web
@@ -21,6 +21,7 @@ from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, integer, json_response, one_of
 from streamsyn.daemon.run_record import Priority
 from streamsyn.daemon.stored_files import FileRecord, Upload
+from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.seeds.request_lines import ENDPOINT
 
 _FILES_PAGE: Final = 10_000
@@ -39,13 +40,14 @@ Value = Annotated[str, Field(max_length=512)]
 
 
 class NewBatch(JsonBody):
-    """What a batch is created from; `priority` is not OpenAI's."""
+    """What a batch is created from; `priority` and `webhook` are not OpenAI's."""
 
     input_file_id: str
     endpoint: str
     completion_window: str
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
     priority: Priority = "low"
+    webhook: Webhook | None = None
 
 
 class File(BaseModel):
@@ -153,7 +155,8 @@ async def upload_file(request: web.Request) -> web.Response:
 
 async def list_files(request: web.Request) -> web.Response:
     """List files."""
-    order = one_of(request, "order", ("asc", "desc")) or "desc"
+    with _as_bad_request("order"):
+        order = one_of(request, "order", ("asc", "desc")) or "desc"
     records = request.app[DAEMON].files.newest_first(request.query.get("purpose"))
     if order == "asc":
         records.reverse()
@@ -192,12 +195,11 @@ async def delete_file(request: web.Request) -> web.Response:
 async def create_batch(request: web.Request) -> web.Response:
     """Create a batch."""
     daemon = request.app[DAEMON]
-    try:
+    with _as_bad_request():
         new = await json_body(request, NewBatch)
-    except Problem as problem:
-        if problem.status != 422:
-            raise
-        raise Problem(400, str(problem)) from None  # as OpenAI answers it
+        if new.webhook is not None:
+            allow_private = daemon.config.serve.allow_private_webhooks
+            new.webhook.check(daemon.hosting.environ, allow_private=allow_private)
     file = daemon.files.get(new.input_file_id)
     if file is None:
         raise Problem(400, f"there is no file {new.input_file_id[:100]!r}", param="input_file_id")
@@ -208,11 +210,12 @@ async def create_batch(request: web.Request) -> web.Response:
     if new.endpoint != ENDPOINT:
         raise Problem(400, f"endpoint: expected {ENDPOINT} (got {new.endpoint[:100]!r})", param="endpoint")
     if window_seconds(new.completion_window) is None:
-        given = repr(new.completion_window[:100])
-        text = f"completion_window: expected 24h, or a number with s, m, h or d (got {given})"
+        window = repr(new.completion_window[:100])
+        text = f"completion_window: expected 24h, or a number with s, m, h or d (got {window})"
         raise Problem(400, text, param="completion_window")
-    record = BatchRecord(id=new_id(), created_at=time.time(), **new.model_dump())
-    await daemon.batches.create(record)
+    given = new.model_dump(exclude={"webhook"})
+    record = BatchRecord(id=new_id(), created_at=time.time(), **given)
+    await daemon.batches.create(record, new.webhook)
     return json_response(record.as_json())
 
 
@@ -236,6 +239,17 @@ async def cancel_batch(request: web.Request) -> web.Response:
     return json_response(record.as_json())
 
 
+@contextmanager
+def _as_bad_request(param: str | None = None) -> Iterator[None]:
+    """Answer 422 of the block as 400, as OpenAI does."""
+    try:
+        yield
+    except Problem as problem:
+        if problem.status != 422:
+            raise
+        raise Problem(400, str(problem), param=param) from None
+
+
 def _file(request: web.Request) -> FileRecord:
     file_id = request.match_info["id"]
     record = request.app[DAEMON].files.get(file_id)
@@ -254,10 +268,8 @@ def _batch(request: web.Request) -> BatchRecord:
 
 def _page(request: web.Request, records: Sequence[R], *, default: int, most: int) -> web.Response:
     """The page of `records` that the query asks for."""
-    try:
+    with _as_bad_request("limit"):
         limit = integer(request, "limit", default, least=1, most=most)
-    except Problem as problem:
-        raise Problem(400, str(problem), param="limit") from None
     after = request.query.get("after")
     start = 0
     if after is not None:

@@ -49,6 +49,7 @@ class RunRecord(BaseModel):
         error: Why it failed.
         retry: Reasons of rejects that are to be asked again and have not been yet.
         accepted: Seeds accepted until it finished.
+        events: Number of times that the state has changed.
         figures: Totals.
     """
 
@@ -67,6 +68,7 @@ class RunRecord(BaseModel):
     error: str | None = None
     retry: list[str] = Field(default_factory=list)
     accepted: int = 0
+    events: int = 0
     figures: Figures = Field(default_factory=Figures)
 
     def save(self, root: Path) -> None:

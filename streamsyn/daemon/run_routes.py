@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -20,6 +19,7 @@ from streamsyn.daemon.run_config import check_given, run_config, shaping_tree, t
 from streamsyn.daemon.run_record import Priority, RunRecord
 from streamsyn.daemon.run_state import STATES, State
 from streamsyn.daemon.runs import new_id
+from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import RejectReason
@@ -46,6 +46,7 @@ class NewRun(JsonBody):
     priority: Priority = "normal"
     labels: Annotated[dict[Label, Label], Field(max_length=64)] = Field(default_factory=dict)
     templates: Templates | None = None
+    webhook: Webhook | None = None
 
 
 class Retry(JsonBody):
@@ -121,6 +122,9 @@ async def create_run(request: web.Request) -> web.Response:
     run_id = new_id() if new.id is None else checked_id(new.id)
     given = new.model_dump(mode="json", exclude_none=True, exclude={"id"})
     templates = given.get("templates") or {}
+    if (webhook := new.webhook) is not None:
+        webhook.check(daemon.hosting.environ, allow_private=daemon.config.serve.allow_private_webhooks)
+        given["webhook"] = webhook.shown
     check_given(new.config, daemon.config)
     config = await asyncio.to_thread(run_config, daemon.config, new.config)
     record = RunRecord(
@@ -133,7 +137,12 @@ async def create_run(request: web.Request) -> web.Response:
         shaping=shaping_tree(config),
     )
     files = {str(template_path(Path(), name)): text for name, text in templates.items()}
-    check = partial(_check, config=daemon.config, given=new.config, templates=templates)
+
+    def check(root: Path) -> None:
+        _check(root, config=daemon.config, given=new.config, templates=templates)
+        if webhook is not None:
+            webhook.save(root, "run")
+
     run, is_new = await daemon.runs.create(record, files, check)
     return json_response(
         run.as_json(), 201 if is_new else 200, {"Location": f"/v1/runs/{run.id}"} if is_new else None

@@ -11,13 +11,16 @@ import ipaddress
 import socket
 from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from yarl import URL
 
 from streamsyn.daemon.bodies import JsonBody
 from streamsyn.daemon.problems import Problem
+from streamsyn.errors import SinkError
+from streamsyn.io.durable import write_whole
 
 Event = Literal[
     "run.finished",
@@ -30,6 +33,8 @@ Event = Literal[
     "batch.expired",
     "batch.cancelled",
 ]
+Owner = Literal["run", "batch"]
+_FILE: Final = "webhook.json"
 _PREFIX: Final = "whsec_"
 _KEY_BYTES: Final = range(24, 65)
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
@@ -47,6 +52,39 @@ class Webhook(JsonBody):
     secret: Annotated[str, Field(max_length=256)] | None = None
     secret_env: Annotated[str, Field(max_length=256)] | None = None
     events: list[Event] | None = None
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What is kept of it where others may read it: a digest in place of the secret."""
+        kept = self.model_dump(exclude={"secret"}, exclude_none=True)
+        return (
+            kept
+            if self.secret is None
+            else kept | {"secret_sha256": sha256(self.secret.encode()).hexdigest()}
+        )
+
+    def save(self, root: Path, of: Owner) -> None:
+        """Keep it in the directory of a run or of a batch, private. Blocks on the disk.
+
+        Raises:
+            SinkError: It cannot be written.
+        """
+        write_whole(root / f"{of}_{_FILE}", self.model_dump_json().encode(), is_private=True)
+
+    @classmethod
+    def load(cls, root: Path, of: Owner) -> "Webhook | None":
+        """Return the one of a run or of a batch; None if it has none. Blocks on the disk.
+
+        Raises:
+            SinkError: It cannot be read.
+        """
+        path = root / f"{of}_{_FILE}"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise SinkError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
     def wants(self, event: str) -> bool:
         """Whether an event is to be sent; without a list, all are."""
@@ -107,7 +145,7 @@ def signed_headers(message_id: str, timestamp: int, body: bytes, key: bytes) -> 
 def is_private(host: str) -> bool:
     """Whether a host is an address that is not public: of this machine or of a private network, for example.
 
-    A name is judged when it is connected to: `public_socket`.
+    A name is judged when it is connected to: `connected_socket`.
     """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -142,13 +180,17 @@ def private_refused(host: str) -> str:
     )
 
 
-def public_socket(address_info: tuple[Any, ...]) -> socket.socket:
-    """Return a socket to connect with, if the address is public: what a name resolves to right now counts.
+def connected_socket(address_info: tuple[Any, ...], *, allow_private: bool) -> socket.socket:
+    """Return a socket for a connection, if its address is allowed: what a name resolves to right now counts.
+
+    Args:
+        address_info: The address, as `socket.getaddrinfo` returns it.
+        allow_private: `serve.allow_private_webhooks`.
 
     Raises:
         OSError: The address is not public.
     """
     family, kind, protocol, _, address = address_info
-    if is_private(str(address[0])):
+    if not allow_private and is_private(str(address[0])):
         raise OSError(errno.EACCES, private_refused(str(address[0])))
     return socket.socket(family, kind, protocol)

@@ -11,7 +11,7 @@ import heapq
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from yarl import URL
 
 from streamsyn.background import Background, background, finished_in_thread
-from streamsyn.daemon.webhook_target import Webhook, key_of, public_socket, signed_headers
+from streamsyn.daemon.webhook_target import Webhook, connected_socket, key_of, signed_headers
 from streamsyn.errors import StreamsynError
 from streamsyn.io.durable import disk_errors, make_folder, write_whole
 from streamsyn.records import digest
@@ -228,7 +228,7 @@ async def open_webhooks(
     folder: Path,
     environ: Mapping[str, str] = os.environ,
     *,
-    allow_private: bool = False,
+    allow_private: Callable[[], bool] = lambda: False,
     delays_s: Sequence[float] = DELAYS_S,
 ) -> AsyncIterator[Webhooks]:
     """Send events during the block; what was not received then is sent by the next process.
@@ -236,14 +236,14 @@ async def open_webhooks(
     Args:
         folder: ROOT/webhooks.
         environ: The environment, which may hold secrets.
-        allow_private: `serve.allow_private_webhooks`.
+        allow_private: Returns `serve.allow_private_webhooks`, whenever something is connected to.
         delays_s: Pauses before each repetition.
 
     Raises:
         SinkError: The directory cannot be used.
     """
     connector = aiohttp.TCPConnector(
-        socket_factory=None if allow_private else public_socket,
+        socket_factory=lambda info: connected_socket(info, allow_private=allow_private()),
         limit=_MAX_SENDING,
         force_close=True,  # so that each message is sent to an address that was judged
         use_dns_cache=False,

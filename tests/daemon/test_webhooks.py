@@ -14,7 +14,7 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
-from openai import OpenAI
+from openai import AsyncOpenAI, BadRequestError, OpenAI
 from openai.types.webhooks import BatchCompletedWebhookEvent
 from structlog.testing import capture_logs
 
@@ -22,10 +22,16 @@ from streamsyn.daemon import webhooks as outbox
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.webhook_target import Webhook, is_private
 from streamsyn.daemon.webhooks import Webhooks, open_webhooks
+from tests.daemon.conftest import StartDaemon
 
 KEY = bytes(range(32))
 SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
 NO_PAUSE = (0.0,) * 9
+
+
+def on_this_machine() -> bool:
+    """The receivers of these tests are on this machine."""
+    return True
 
 
 class Receiver:
@@ -98,7 +104,7 @@ def verified(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
 @pytest.mark.usefixtures("no_task_left")
 async def test_an_event_is_signed(tmp_path: Path) -> None:
     """OpenAI's client accepts the event of a batch as it stands; events that are not wanted are not sent."""
-    async with receiving() as receiver, open_webhooks(tmp_path, allow_private=True) as webhooks:
+    async with receiving() as receiver, open_webhooks(tmp_path, allow_private=on_this_machine) as webhooks:
         webhook = Webhook(url=receiver.url, secret=SECRET, events=["batch.completed"])
         await webhooks.announce(webhook, "batch.failed", 0, {"id": "batch_0"})
         await webhooks.announce(None, "batch.completed", 0, {"id": "batch_0"})
@@ -117,7 +123,7 @@ async def test_an_event_is_signed(tmp_path: Path) -> None:
 async def test_an_event_is_repeated_until_it_is_received(tmp_path: Path) -> None:
     """With the same id; a redirect is not followed, since it may lead anywhere."""
     async with receiving(500, 302, 404) as receiver:
-        async with open_webhooks(tmp_path, allow_private=True, delays_s=NO_PAUSE) as webhooks:
+        async with open_webhooks(tmp_path, allow_private=on_this_machine, delays_s=NO_PAUSE) as webhooks:
             with capture_logs() as logs:
                 webhook = Webhook(url=receiver.url, secret=SECRET)
                 await webhooks.announce(webhook, "run.finished", 3, {"id": "r"})
@@ -135,7 +141,7 @@ async def test_an_event_is_repeated_until_it_is_received(tmp_path: Path) -> None
 async def test_an_event_is_given_up(tmp_path: Path, statuses: tuple[int, ...], sent: int) -> None:
     """When the receiver says that it is gone, or after the last repetition."""
     async with receiving(*statuses) as receiver:
-        async with open_webhooks(tmp_path, allow_private=True, delays_s=(0.0, 0.0)) as webhooks:
+        async with open_webhooks(tmp_path, allow_private=on_this_machine, delays_s=(0.0, 0.0)) as webhooks:
             await webhooks.announce(Webhook(url=receiver.url, secret=SECRET), "run.failed", 0, {"id": "r"})
             await settled(webhooks)
         assert sent == len(receiver.received)
@@ -145,14 +151,14 @@ async def test_events_survive_a_restart(tmp_path: Path) -> None:
     """What was not received is private on disk, and sent by the next process with the same id."""
     async with receiving(500) as receiver:
         webhook = Webhook(url=receiver.url, secret=SECRET)
-        async with open_webhooks(tmp_path, allow_private=True, delays_s=(0.0,)) as webhooks:
+        async with open_webhooks(tmp_path, allow_private=on_this_machine, delays_s=(0.0,)) as webhooks:
             await webhooks.announce(webhook, "run.paused", 7, {"id": "r"})
             modes = await asyncio.to_thread(
                 lambda: [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path, *tmp_path.iterdir())]
             )
             assert {0o700, 0o600} >= set(modes)
             await receiver.until(1)
-        async with open_webhooks(tmp_path, allow_private=True) as webhooks:
+        async with open_webhooks(tmp_path, allow_private=on_this_machine) as webhooks:
             await webhooks.announce(webhook, "run.paused", 7, {"id": "r"})  # the daemon repeats the change
             await webhooks.announce(webhook, "run.paused", 8, {"id": "r"})
             await receiver.until(3)
@@ -165,7 +171,7 @@ async def test_a_secret_from_the_environment_is_not_stored(tmp_path: Path) -> No
     webhook = Webhook(url="http://127.0.0.1:1/", secret_env="HOOK")
     webhook.check({"HOOK": SECRET}, allow_private=True)
     with capture_logs() as logs:
-        async with open_webhooks(tmp_path, {}, allow_private=True) as webhooks:
+        async with open_webhooks(tmp_path, {}, allow_private=on_this_machine) as webhooks:
             await webhooks.announce(webhook, "run.failed", 0, {"id": "r"})
             (path,) = await asyncio.to_thread(lambda: list(tmp_path.glob("msg_*.json")))
             assert b"whsec_" not in await asyncio.to_thread(path.read_bytes)
@@ -253,8 +259,84 @@ async def test_the_number_of_events_that_wait_is_bounded(
     monkeypatch.setattr(outbox, "MAX_PENDING", 1)
     webhook = Webhook(url="http://127.0.0.1:1/", secret=SECRET)
     with capture_logs() as logs:
-        async with open_webhooks(tmp_path, allow_private=True) as webhooks:
+        async with open_webhooks(tmp_path, allow_private=on_this_machine) as webhooks:
             for number in range(3):
                 await webhooks.announce(webhook, "run.failed", number, {"id": "r"})
             assert 1 == webhooks.pending
     assert ["webhook.dropped"] * 2 == [entry["event"] for entry in logs if "dropped" in entry["event"]]
+
+
+async def test_runs_and_batches_announce_their_ends(start_daemon: StartDaemon) -> None:
+    """A run tells of each state, a batch of its end; the secret is shown nowhere, and stored in private."""
+    async with (
+        receiving() as receiver,
+        start_daemon({"serve.allow_private_webhooks": True}) as served,
+        AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client,
+    ):
+        webhook = {"url": receiver.url, "secret": SECRET}
+        run = await served.new_run("first", labels={"a": "b"}, webhook=webhook)
+        again = await served.new_run("first", labels={"a": "b"}, webhook=webhook)
+        assert run["created_at"] == again["created_at"]
+        other = {**webhook, "secret": f"whsec_{base64.b64encode(bytes(32)).decode()}"}
+        assert 409 == (await served.refused("POST", "/v1/runs", {"id": "first", "webhook": other}))["status"]
+        await served.ask("POST", "/v1/runs/first/pause")
+        await served.ask("POST", "/v1/runs/first/resume")
+        await served.submit("first", 3)
+        await served.ask("POST", "/v1/runs/first/close")
+        await served.until_state("first", "finished")
+        await receiver.until(3)
+
+        line = {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions"}
+        body = {"model": "simulated", "messages": [{"role": "user", "content": "?"}]}
+        file = await client.files.create(file=("in", orjson.dumps(line | {"body": body})), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id,
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            extra_body={"webhook": webhook},
+        )
+        await receiver.until(4)
+        files = await asyncio.to_thread(lambda: tmp_files(served.daemon.root))
+    events = [verified(headers, content) for headers, content in receiver.received]
+    told = {event["type"]: event["data"] for event in events}
+    assert {"run.paused", "run.running", "run.finished", "batch.completed"} == set(told)
+    assert ("first", "finished", {"a": "b"}, 3) == (
+        told["run.finished"]["id"],
+        told["run.finished"]["state"],
+        told["run.finished"]["labels"],
+        told["run.finished"]["counts"]["contexts"],
+    )
+    assert (batch.id, "completed", 1) == (
+        told["batch.completed"]["id"],
+        told["batch.completed"]["status"],
+        told["batch.completed"]["request_counts"]["completed"],
+    )
+    with_secret = {
+        path.name: stat.S_IMODE(mode) for path, mode, content in files if SECRET.encode() in content
+    }
+    assert {0o600} == set(with_secret.values())
+    pending = {name for name in with_secret if name.startswith("msg_")}
+    assert {"run_webhook.json", "batch_webhook.json"} == set(with_secret) - pending
+    assert SECRET not in orjson.dumps([run, batch.model_dump()]).decode()
+
+
+def tmp_files(root: Path) -> list[tuple[Path, int, bytes]]:
+    """All files below a directory, with their modes and contents."""
+    return [(path, path.stat().st_mode, path.read_bytes()) for path in root.rglob("*") if path.is_file()]
+
+
+async def test_webhooks_that_are_refused(start_daemon: StartDaemon) -> None:
+    """With the error form of the route, and nothing is created."""
+    webhook = {"url": "http://169.254.169.254/", "secret": SECRET}
+    async with start_daemon() as served, AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        problem = await served.refused("POST", "/v1/runs", {"webhook": webhook})
+        assert (422, True) == (problem["status"], "is not a public address" in problem["detail"])
+        file = await client.files.create(file=("in", b"{}"), purpose="batch")
+        with pytest.raises(BadRequestError, match="is not a public address"):
+            await client.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                extra_body={"webhook": webhook},
+            )
+        assert (0, []) == (len(served.daemon.runs), served.daemon.batches.newest_first())
