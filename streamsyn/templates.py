@@ -1,17 +1,23 @@
-"""Jinja2 templates, packaged or the user's; errors show when one is loaded, before anything is sent."""
+"""Jinja2 templates, packaged or the user's; errors show when one is loaded, before anything is sent.
 
-from collections.abc import Iterator
+They are rendered in Jinja2's sandbox: a template gets at the values of its variables, never at Python.
+"""
+
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from streamsyn.errors import ConfigError
 
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+MAX_RENDERED_CHARS: Final = 2**26
+"""Longest text that a template may become: longer than any context window."""
 
 
 class PromptTemplate:
@@ -30,7 +36,7 @@ class PromptTemplate:
         self.source = source
         self._name = name
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {name}:{error.lineno}: {error.message}") from error
         self._globals = dict(self._template.globals)
@@ -55,7 +61,7 @@ class PromptTemplate:
         """
         context = self._context(variables)
         with self._naming_the_template(variables):
-            return "".join(self._template.root_render_func(context)).strip()
+            return _joined(self._template.root_render_func(context)).strip()
 
     def render_blocks(self, **variables: Any) -> dict[str, str]:
         """Render each block, by name; {} for a template without blocks.
@@ -65,7 +71,7 @@ class PromptTemplate:
         """
         context = self._context(variables)
         with self._naming_the_template(variables):
-            return {name: "".join(parts(context)).strip() for name, parts in self._template.blocks.items()}
+            return {name: _joined(parts(context)).strip() for name, parts in self._template.blocks.items()}
 
     def _context(self, variables: dict[str, Any]) -> jinja2.runtime.Context:
         # As `Template.new_context`, without its pass over the globals for each text.
@@ -108,11 +114,23 @@ def read(path: Path) -> str:
         raise ConfigError(f"cannot read the template {path}: {error}") from error
 
 
+def _joined(parts: Iterable[str]) -> str:
+    """Join the parts of a text, unless it becomes too long to be a prompt."""
+    kept, chars = [], 0
+    for part in parts:
+        kept.append(part)
+        chars += len(part)
+        if chars > MAX_RENDERED_CHARS:
+            raise ValueError(f"the text is longer than {MAX_RENDERED_CHARS:,} characters")
+    return "".join(kept)
+
+
 @cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Return the environment of all templates of prompts: sandboxed."""
+    return ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - the output is a prompt, not HTML
+        autoescape=False,  # the output is a prompt, not HTML
     )

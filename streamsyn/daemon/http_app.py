@@ -27,13 +27,14 @@ from streamsyn.daemon import (
 from streamsyn.daemon.bodies import LIMITS
 from streamsyn.daemon.connections import Connections, RateLimit
 from streamsyn.daemon.daemon import DAEMON, Daemon
+from streamsyn.daemon.openapi import openapi_route
 from streamsyn.daemon.problems import Problem, problem_of, problem_response
 from streamsyn.daemon.route import Route
 from streamsyn.errors import StreamsynError
 
 log = structlog.get_logger()
 
-ROUTES: Final[Sequence[Route]] = (
+_ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
     *diagnostics_routes.ROUTES,
     *run_routes.ROUTES,
@@ -43,6 +44,7 @@ ROUTES: Final[Sequence[Route]] = (
     *page_routes.ROUTES,
     *openai_routes.ROUTES,
 )
+ROUTES: Final[Sequence[Route]] = (*_ROUTES, openapi_route(_ROUTES))
 """All routes of the daemon."""
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -32,10 +32,12 @@ class Route:
         handler: Answers the request; raises a Problem, or any of our errors, for one that it refuses.
         scope: The scope that a client needs.
         summary: What it does, in one sentence.
-        body: What the request's body is.
+        body: What the request's body is: a model, or the media types that are accepted, joined by commas.
+        body_is_required: Whether a request without a body is refused.
         answers: What is answered, by status, besides problems.
         problems: The statuses of problems that the handler answers with itself.
         query: The parameters of the query, with their types: str, int or bool.
+        headers: Headers that it reads.
     """
 
     method: str
@@ -44,9 +46,16 @@ class Route:
     scope: Scope
     summary: str
     body: Body = None
+    body_is_required: bool = True
     answers: Mapping[int, Body] = field(default_factory=dict)
     problems: tuple[int, ...] = ()
     query: Mapping[str, type[str] | type[int] | type[bool]] = field(default_factory=dict)
+    headers: tuple[str, ...] = ()
+
+    @property
+    def operation_id(self) -> str:
+        """Its name in the OpenAPI document, such as `post_v1_runs_id_close`."""
+        return "_".join([self.method.lower(), *re.findall(r"\w+", self.path)])
 
 
 def checked_id(text: str, what: str = "run") -> str:

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Final
 from aiohttp import web
 from pydantic import Field
 
+from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.config.loading import Config
 from streamsyn.daemon.bodies import JsonBody, json_body
 from streamsyn.daemon.consumers import ConsumerState
 from streamsyn.daemon.daemon import DAEMON
 from streamsyn.daemon.hosted_run import HostedRun
+from streamsyn.daemon.inline_templates import check_template
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, boolean, checked_id, integer, json_response, one_of
 from streamsyn.daemon.run_config import check_given, run_config, shaping_tree, template_layer, template_path
@@ -25,16 +27,14 @@ from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import RejectReason
 
 MAX_PAGE: Final = 1000
-_MAX_TEMPLATE_CHARS: Final = 2**16
 Label = Annotated[str, Field(max_length=256)]
-Template = Annotated[str, Field(max_length=_MAX_TEMPLATE_CHARS)]
 
 
 class Templates(JsonBody):
-    """Texts of Jinja2 templates in place of the packaged ones."""
+    """Texts of Jinja2 templates, in place of the packaged ones."""
 
-    recipe: Template | None = None
-    assembly: Template | None = None
+    recipe: str | None = None
+    assembly: str | None = None
 
 
 class NewRun(JsonBody):
@@ -126,6 +126,8 @@ async def create_run(request: web.Request) -> web.Response:
         webhook.check(daemon.hosting.environ, allow_private=daemon.config.serve.allow_private_webhooks)
         given["webhook"] = webhook.shown
     check_given(new.config, daemon.config)
+    for name, text in templates.items():
+        check_template(f"templates.{name}", text)
     config = await asyncio.to_thread(run_config, daemon.config, new.config)
     record = RunRecord(
         id=run_id,
@@ -158,6 +160,7 @@ def _check(root: Path, config: Config, given: dict[str, Any], templates: dict[st
     try:
         resolved = run_config(config, given, template_layer(root, templates))
         load_recipe(resolved.recipe, resolved.checks)
+        SamplePrompts(resolved.assembly)
     except ConfigError as error:
         text = str(error)
         for name in templates:
@@ -246,6 +249,7 @@ ROUTES: Final = (
         scope="write",
         summary="Create a run. The same request with the same id again returns the run.",
         body=NewRun,
+        body_is_required=False,
         answers={200: Run, 201: Run},
         problems=(409, 507),
     ),
@@ -286,6 +290,7 @@ ROUTES: Final = (
             scope="write",
             summary=summary,
             body=body,
+            body_is_required=False,
             answers={202: Run},
             problems=(404, 409, 507),
         )

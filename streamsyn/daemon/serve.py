@@ -2,9 +2,11 @@
 
 import asyncio
 import signal
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -52,9 +54,14 @@ def serve(root: Path, load: Callable[[], Config]) -> None:
 async def _serve(root: Path, load: Callable[[], Config]) -> None:
     config = await asyncio.to_thread(load)
     check_address(config.serve)
+    address = await asyncio.to_thread(bound, config.serve)  # first of all: no run begins if it is taken
     signals, systemd = Signals(), Systemd()
-    with signals.handled():
-        async with open_daemon(root, config) as daemon, listening(daemon) as url, background() as tasks:
+    with closing(address.socket), signals.handled():
+        async with (
+            open_daemon(root, config) as daemon,
+            listening(daemon, address) as url,
+            background() as tasks,
+        ):
             serving = f"serving {root} at {url}"
             log.info("daemon.listening", plain=serving, url=url, root=str(root))
             systemd.ready(serving)
@@ -121,16 +128,47 @@ class Signals:
         (self.at_once if self.gently.is_set() else self.gently).set()
 
 
-@asynccontextmanager
-async def listening(daemon: Daemon) -> AsyncIterator[str]:
-    """Serve the daemon over HTTP during the block; yields its URL.
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address that this process holds: `socket` is bound, and does not listen yet."""
+
+    url: str
+    socket: socket.socket
+    tls: ssl.SSLContext | None
+
+
+def bound(section: ServeSection) -> Address:
+    """Bind the address to listen at, and load the certificate. Blocks.
 
     Raises:
-        ConfigError: It cannot listen at the address, or the certificate cannot be used.
+        ConfigError: It cannot be bound, or the certificate cannot be used.
     """
-    section = daemon.config.serve
     host, port = host_and_port(section.listen)
-    tls = await asyncio.to_thread(_tls, section)
+    tls = _tls(section)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"serve.listen: cannot listen at {section.listen}: {error.strerror or error}"
+        ) from error
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "http" if tls is None else "https"
+    return Address(f"{scheme}://{shown}:{listener.getsockname()[1]}", listener, tls)
+
+
+@asynccontextmanager
+async def listening(daemon: Daemon, address: Address) -> AsyncIterator[str]:
+    """Serve the daemon over HTTP at an address during the block; yields its URL."""
+    section = daemon.config.serve
     app = make_http_app(daemon)
     runner = web.AppRunner(
         app,
@@ -145,23 +183,15 @@ async def listening(daemon: Daemon) -> AsyncIterator[str]:
     try:
         assert runner.server is not None
         app[CONNECTIONS].server = runner.server
+        listener = await asyncio.get_running_loop().create_server(
+            app[CONNECTIONS],
+            sock=address.socket,
+            ssl=address.tls,
+            ssl_handshake_timeout=None if address.tls is None else _TLS_HANDSHAKE_S,
+            backlog=_BACKLOG,
+        )
         try:
-            listener = await asyncio.get_running_loop().create_server(
-                app[CONNECTIONS],
-                host,
-                port,
-                ssl=tls,
-                ssl_handshake_timeout=_TLS_HANDSHAKE_S if tls else None,
-                backlog=_BACKLOG,
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"serve.listen: cannot listen at {section.listen}: {error.strerror or error}"
-            ) from error
-        shown = f"[{host}]" if ":" in host else host
-        port = listener.sockets[0].getsockname()[1]
-        try:
-            yield f"{'http' if tls is None else 'https'}://{shown}:{port}"
+            yield address.url
         finally:
             listener.close()
     finally:

@@ -15,7 +15,7 @@ import pytest_asyncio
 from streamsyn.config.loading import load
 from streamsyn.daemon.daemon import Daemon, open_daemon
 from streamsyn.daemon.hosted_run import HostedRun
-from streamsyn.daemon.serve import listening
+from streamsyn.daemon.serve import bound, listening
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -124,7 +124,7 @@ def start_daemon(tmp_path: Path) -> StartDaemon:
         config = load(None, (QUICK | (keys or {})).items())
         async with (
             open_daemon(tmp_path / "root", config, {}, servers.connect) as daemon,
-            listening(daemon) as url,
+            listening(daemon, await asyncio.to_thread(bound, config.serve)) as url,
             aiohttp.ClientSession(url, headers=headers) as session,
         ):
             yield Served(url, session, daemon, simulation)
