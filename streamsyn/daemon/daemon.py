@@ -24,10 +24,13 @@ from streamsyn.daemon.low_disk import DiskWatch
 from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
+from streamsyn.daemon.server_edits import read_edits, save_edits
 from streamsyn.daemon.stored_files import Files
 from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import open_webhooks
 from streamsyn.fleet.membership import Connect
+from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
+from streamsyn.io.open_files import free_files, raise_limit
 
 
 @dataclass(slots=True)
@@ -72,7 +75,11 @@ class Daemon:
     @property
     def why_not_ready(self) -> str | None:
         """Why the daemon cannot work; None if it can."""
-        return "the daemon is ending" if self.is_ending else self.hosting.held or None
+        if self.is_ending:
+            return "the daemon is ending"
+        if not self.hosting.servers.usable:
+            return "no server can be used; GET /v1/servers shows why, POST /v1/servers adds one"
+        return self.hosting.held or None
 
     def hosted(self) -> list[HostedRun]:
         """All runs that have not ended, also those of batches."""
@@ -134,9 +141,10 @@ async def open_daemon(
                 environ,
                 allow_private=lambda: hosting.config.serve.allow_private_webhooks,
             ) as webhooks,
+            _opened_servers(root, config, environ, connect) as servers,
             background() as tasks,
         ):
-            hosting = Hosting(config, environ, connect, tasks, Streams(), webhooks)
+            hosting = Hosting(config, environ, connect, servers, tasks, Streams(), webhooks)
             runs, files = Runs(root / "runs", hosting), Files(root / "files")
             batches = Batches(root / "batches", files, hosting)
             daemon = Daemon(root, access, tasks, hosting, runs, files, batches)
@@ -149,3 +157,23 @@ async def open_daemon(
             tasks.start(RetentionTask(runs, lambda: daemon.config.serve).run(), name="retention")
             yield daemon
             await daemon.drain()
+
+
+@asynccontextmanager
+async def _opened_servers(
+    root: Path, config: Config, environ: Mapping[str, str], connect: Connect | None
+) -> AsyncIterator[Servers]:
+    """The servers of the configuration, with what clients have changed."""
+    edits = await asyncio.to_thread(read_edits, root)
+    max_sockets = None
+    if connect is None:
+        free = free_files(raise_limit(), inputs=0)
+        max_sockets = max(free // 2, free - config.serve.max_connections)
+
+    async def save(edits: ServerEdits) -> None:
+        await asyncio.to_thread(save_edits, root, edits)
+
+    async with open_servers(
+        config.fleet, environ, connect, max_sockets=max_sockets, edits=edits, save=save
+    ) as servers:
+        yield servers

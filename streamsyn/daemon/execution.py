@@ -11,6 +11,7 @@ from streamsyn.daemon.run_record import Figures
 from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import Webhooks
 from streamsyn.fleet.membership import Connect
+from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.telemetry import Counters
@@ -32,6 +33,7 @@ class Hosting:
         config: The operator's configuration.
         environ: The environment, which holds the servers' credentials.
         connect: The transport to servers; None is HTTP.
+        servers: The servers, which runs share.
         tasks: Starts the tasks of runs.
         streams: What the readers of all runs share.
         webhooks: Send events.
@@ -42,6 +44,7 @@ class Hosting:
     config: Config
     environ: Mapping[str, str]
     connect: Connect | None
+    servers: Servers
     tasks: Background
     streams: Streams
     webhooks: Webhooks

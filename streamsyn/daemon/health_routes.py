@@ -28,7 +28,7 @@ async def healthz(_request: web.Request) -> web.Response:
 
 
 async def readyz(request: web.Request) -> web.Response:
-    """Answer 503 while the daemon ends."""
+    """Answer 503 while the daemon ends, and while no server can be used: then runs wait."""
     why = request.app[DAEMON].why_not_ready
     if why is not None:
         raise Problem(503, why)
@@ -49,7 +49,7 @@ ROUTES: Final = (
         path="/readyz",
         handler=readyz,
         scope="open",
-        summary="Whether the daemon can work: it is not ending.",
+        summary="Whether the daemon can work: it is not ending, and a server can be used.",
         answers={200: Ready},
         problems=(503,),
     ),

@@ -22,6 +22,7 @@ from streamsyn.daemon import (
     page_routes,
     run_routes,
     seed_routes,
+    server_routes,
     stream_routes,
 )
 from streamsyn.daemon.bodies import LIMITS
@@ -38,6 +39,7 @@ _ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
     *diagnostics_routes.ROUTES,
     *run_routes.ROUTES,
+    *server_routes.ROUTES,
     *seed_routes.ROUTES,
     *stream_routes.ROUTES,
     *consumer_routes.ROUTES,

@@ -16,6 +16,7 @@ import orjson
 import streamsyn
 from streamsyn.daemon.daemon import Daemon
 from streamsyn.daemon.hosted_run import HostedRun
+from streamsyn.daemon.server_routes import server_name
 
 EVERY_S: Final = 1.0
 """Seconds between two states."""
@@ -109,7 +110,10 @@ class PageState:
             "history": self._throughput.as_json(),
             "states": daemon.runs.by_state(),
             "runs": runs,
-            "servers": [],
+            "servers": [
+                server | {"name": server_name(server["server"])}
+                for server in daemon.hosting.servers.describe()
+            ],
         }
 
     async def _runs(self) -> list[dict[str, Any]]:

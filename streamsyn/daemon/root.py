@@ -2,6 +2,7 @@
 
 ROOT/daemon.json     {"format_version": 1, ...}
 ROOT/daemon.lock     held by the daemon that serves ROOT
+ROOT/servers.json    servers that clients added, removed and drained
 ROOT/runs/ID/        run directories
 """
 

@@ -408,6 +408,8 @@ class Fleet:
             self._membership.cap_changed(server, cap)
             return
         server.limiter.failed()
+        for usage in self._usages(server):
+            usage.failures += 1
         if isinstance(error, RequestRefused | BrokenResponse):
             server.health.answered()  # it is alive
         elif server.health.failed(reachable=not isinstance(error, ServerUnreachable)):

@@ -261,7 +261,8 @@ class Membership:
 
     def eject(self, server: Server, error: ServerError) -> None:
         """Send no requests to `server` until it answers a probe."""
-        log.warning("fleet.ejected", server=server.url, error=str(error))
+        server.error = str(error)
+        log.warning("fleet.ejected", server=server.url, error=server.error)
         self.placement.withdraw(server)
         self._run_for(server, self._probe(server), "probe")
         self.check_usable()
@@ -387,6 +388,7 @@ class Membership:
             try:
                 self._join(server, await self._models(server))
             except (ServerError, ConfigError) as error:
+                server.error = str(error)
                 log_it = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info
                 log_it("fleet.probe_failed", server=server.url, error=str(error))
                 await asyncio.sleep(self._probe_pause(step))
@@ -394,6 +396,7 @@ class Membership:
                 break
         is_new = not server.health.ejections and not server.completions
         server.health.readmit()
+        server.error = None
         if not is_new:
             server.limiter.readmitted(asyncio.get_running_loop().time())
         event = "fleet.joined" if is_new else "fleet.readmitted"

@@ -89,6 +89,8 @@ class Usage:
     completion_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    failures: int = 0
+    """Tries that failed; full queues and rate limits are none."""
     planned_cached_tokens: float = 0.0
     unfinished: int = 0
     """Requests that ended without their answer after the server had begun it: aborted, timed out, broken."""
@@ -135,6 +137,7 @@ class Usage:
             "unfinished": self.unfinished,
             "unfinished_tokens": self.unfinished_tokens,
             "completions": self.completions,
+            "failures": self.failures,
             "completion_tokens": self.completion_tokens,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -165,6 +168,7 @@ class Server(Usage):
         weight_version: Version of its weights when it was asked last; only answers that are not streamed
             report it themselves.
         logged_cap: The cap that was logged last.
+        error: Why it is not usable; None if it is.
     """
 
     spec: ServerSpec
@@ -184,6 +188,7 @@ class Server(Usage):
     load: Load | None = None
     weight_version: str | None = None
     logged_cap: int = 0
+    error: str | None = None
 
     @property
     def url(self) -> str:

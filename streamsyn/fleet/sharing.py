@@ -10,24 +10,29 @@ Runs wait while no server is usable; only a run's own mistakes end it.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+import structlog
+
 from streamsyn.background import background
 from streamsyn.config.sections import FleetSection
+from streamsyn.errors import ConfigError
 from streamsyn.fleet.discovery import Discovery
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.health import Outage
 from streamsyn.fleet.membership import Connect, Membership, connect_http, open_membership
 from streamsyn.fleet.models import shared_models
-from streamsyn.fleet.server import Server
 from streamsyn.fleet.server_spec import ServerSpec, base_and_query, headers_of
 from streamsyn.fleet.shares import Priority, Shares
 from streamsyn.io.open_files import within_sockets
 from streamsyn.urls import split_userinfo
+
+log = structlog.get_logger()
 
 _FEW_SERVERS = 8
 """Connections are divided among this many servers at least, since more may be added."""
@@ -69,11 +74,15 @@ class ServerEdits:
         ]
 
 
+Save = Callable[[ServerEdits], Awaitable[None]]
+"""Keeps edits."""
+
+
 class Servers:
     """The servers that runs share. Made by `open_servers`.
 
     Attributes:
-        edits: What was added, removed and drained since the start.
+        edits: What was added, removed and drained beside the configuration.
     """
 
     def __init__(
@@ -84,8 +93,10 @@ class Servers:
         environ: Mapping[str, str],
         named: list[ServerSpec],
         edits: ServerEdits,
+        save: Save,
     ) -> None:
         self.edits = edits
+        self._save = save
         self._membership = membership
         self._outage = outage
         self._rng = rng
@@ -149,8 +160,7 @@ class Servers:
         base, query = base_and_query(url, "url")
         spec = ServerSpec(base, weight, key_env, userinfo=split_userinfo(url).userinfo, query=query)
         headers_of(spec, self._environ)
-        self.edits.add(spec)
-        await self._apply()
+        await self._edit(lambda edits: edits.add(spec))
         return base
 
     async def remove(self, url: str) -> None:
@@ -159,9 +169,8 @@ class Servers:
         Raises:
             KeyError: There is no such server.
         """
-        self.server(url)
-        self.edits.remove(url)
-        await self._apply()
+        self._check_known(url)
+        await self._edit(lambda edits: edits.remove(url))
 
     async def drain(self, url: str) -> None:
         """Send no new requests to a server; `add` uses it again.
@@ -169,33 +178,38 @@ class Servers:
         Raises:
             KeyError: There is no such server.
         """
-        self.server(url)
-        self.edits.draining.add(url)
-        await self._apply()
-
-    def server(self, url: str) -> Server:
-        """Return the server with this base URL.
-
-        Raises:
-            KeyError: There is none.
-        """
-        for server in self._membership.servers:
-            if server.url == url:
-                return server
-        raise KeyError(url)
+        self._check_known(url)
+        await self._edit(lambda edits: edits.draining.add(url))
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return the metrics of each server, and its `state`."""
-        return [server.metrics() | {"state": server.state} for server in self._membership.servers]
+        """Return the metrics of each server, its `state`, and why it is not usable."""
+        return [
+            server.metrics() | {"state": server.state, "error": server.error}
+            for server in self._membership.servers
+        ]
 
     async def rediscovered(self, named: list[ServerSpec]) -> None:
         """Change to the servers that the configuration and its sources name now."""
-        self._named = named
-        await self._apply()
-
-    async def _apply(self) -> None:
         async with self._changing:
-            await self._membership.apply(self.edits.apply(self._named))
+            self._named = named
+            await self._membership.apply(self.edits.apply(named))
+
+    async def _edit(self, change: Callable[[ServerEdits], None]) -> None:
+        """Change the edits: saved first, then in effect."""
+        async with self._changing:
+            edits = deepcopy(self.edits)
+            change(edits)
+            await self._save(edits)
+            self.edits = edits
+            await self._membership.apply(edits.apply(self._named))
+
+    def _check_known(self, url: str) -> None:
+        if all(server.url != url for server in self._membership.servers):
+            raise KeyError(url)
+
+
+async def _kept_in_memory(_: ServerEdits) -> None:
+    """Edits end with the process."""
 
 
 def _nobody() -> None:
@@ -210,6 +224,7 @@ async def open_servers(
     rng: Random | None = None,
     max_sockets: int | None = None,
     edits: ServerEdits | None = None,
+    save: Save = _kept_in_memory,
 ) -> AsyncIterator[Servers]:
     """Open the servers of `section`, of which there may be none yet.
 
@@ -220,11 +235,18 @@ async def open_servers(
         rng: For jitter.
         max_sockets: Connections that this process can open to all servers together; None for any number.
         edits: What was changed before: servers added, removed and drained.
+        save: Keeps each change before it takes effect.
 
     Raises:
         ConfigError: A URL, file or key is invalid.
     """
     edits, rng = edits or ServerEdits(), rng or Random()
+    for spec in list(edits.added.values()):
+        try:
+            headers_of(spec, environ)
+        except ConfigError as error:  # one server must not keep the others from being used
+            log.warning("fleet.server_left_out", server=spec.url, error=str(error))
+            del edits.added[spec.url]
     discovery = Discovery(section, environ, may_be_empty=True)
     named = await discovery.first()
     first = edits.apply(named)
@@ -235,7 +257,7 @@ async def open_servers(
     async with background() as tasks:
         membership = Membership(section, connect, tasks, outage, rng, is_shared=True)
         async with open_membership(membership, first):
-            servers = Servers(membership, outage, rng, environ, named, edits)
+            servers = Servers(membership, outage, rng, environ, named, edits, save)
             membership.begin()
             tasks.start(discovery.watch(servers.rediscovered), name="discovery")
             try:

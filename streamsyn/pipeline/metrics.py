@@ -38,6 +38,7 @@ _SERVER_COUNTERS = {
     "prompt_tokens": "Prompt tokens sent.",
     "cached_tokens": "Prompt tokens found in the prefix cache.",
     "planned_cached_tokens": "Prompt tokens planned to be found in the prefix cache.",
+    "failures": "Failed tries of requests, without full queues and rate limits.",
     "unfinished": "Requests that ended without their answer: aborted, timed out, lost or broken.",
     "unfinished_tokens": "Tokens generated for these, estimated from their time.",
 }

@@ -13,7 +13,7 @@ from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
-from streamsyn.config.sections import ChecksSection, ServerSection
+from streamsyn.config.sections import ChecksSection, FleetSection, ServerSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
 from streamsyn.io.open_files import free_files, raise_limit
@@ -31,7 +31,7 @@ from streamsyn.records import Reject, RejectReason
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
 from streamsyn.sink.log import RunLog
-from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.rundir import RunDirectory, read_run_json
 from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
 
@@ -118,12 +118,22 @@ async def _open_writing(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleet]:
     opening = (
         _own_fleet(request, stopper)
         if shared is None
-        else shared.fleet(request.config.fleet, request.weight, request.priority)
+        else shared.fleet(await _with_its_model(request), request.weight, request.priority)
     )
     async with opening as fleet:
         parts.summary.servers = fleet.metrics
         await fleet.ask_models()
         yield fleet
+
+
+async def _with_its_model(request: RunRequest) -> FleetSection:
+    """The section `fleet`; a run that resumes keeps its model, whatever else the servers serve by now."""
+    section = request.config.fleet
+    saved = await asyncio.to_thread(read_run_json, request.out)
+    model = "" if saved is None else saved["fingerprint"].get("model", "")
+    if section.models or section.model is not None or not model or ", " in model:
+        return section
+    return section.model_copy(update={"model": model})
 
 
 @asynccontextmanager
