@@ -35,6 +35,7 @@ from streamsyn.fleet.membership import Connect, Membership, connect_http, open_m
 from streamsyn.fleet.models import ModelWeights, listed
 from streamsyn.fleet.server import Place, Server, Usage
 from streamsyn.fleet.shares import Share, Shares
+from streamsyn.fleet.try_outcomes import TryOutcomes
 from streamsyn.io.open_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
 
@@ -72,16 +73,13 @@ class Fleet:
         self._rng = rng
         self._shares = shares
         self._share = share
-        self._usage: dict[str, Usage] = {}
-        self._on_room: Callable[[], None] = lambda: None
+        self._outcomes = TryOutcomes(membership, outage, rng, lambda: self.capacity)
         self._models: list[str] = []
         self._model_weights = ModelWeights({"": 1.0})
         self._hedging = Hedging(section.hedge_tail, membership.placement, tasks, self._ask)
         self._clock = asyncio.get_running_loop().time
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
-        self._answers = 0
-        self._limited = 0
         self._draining = asyncio.Event()
 
     @property
@@ -112,7 +110,7 @@ class Fleet:
     @property
     def limited(self) -> int:
         """Requests with rate limits of their own, which wait without a place; at most `capacity` counts."""
-        return min(self._limited, self.capacity)
+        return min(self._outcomes.limited, self.capacity)
 
     @property
     def in_flight(self) -> dict[str, int]:
@@ -133,7 +131,7 @@ class Fleet:
         found = {server.url: server.metrics() for server in list(self.servers)}
         removed: dict[str, Mapping[str, int]] = dict(self._membership.removed_counts)
         if self.is_shared:
-            removed = {url: usage.counts() for url, usage in list(self._usage.items())}
+            removed = {url: usage.counts() for url, usage in list(self._outcomes.usage.items())}
             for url, in_flight in self.in_flight.items():
                 found[url] |= Usage().counts() | {"in_flight": in_flight}
         for url, counts in removed.items():
@@ -144,8 +142,8 @@ class Fleet:
 
     def on_room(self, call: Callable[[], None]) -> None:
         """Call `call` whenever more requests may be in flight than before."""
-        self._membership.on_room.pop(self._on_room, None)
-        self._on_room = call
+        self._membership.on_room.pop(self._outcomes.on_room, None)
+        self._outcomes.on_room = call
         self._membership.on_room[call] = None
 
     async def ask_models(self) -> None:
@@ -202,14 +200,14 @@ class Fleet:
                 async with asyncio.timeout(_REFUSED_WITHIN_S):
                     return await server.client.complete(request, model, rid)
             except TimeoutError:
-                self._tasks.start(server.abort(rid), name=f"abort-{rid}", finish=True)
-                self._record_unfinished(server, started)
+                self._abort(server, rid)
+                self._outcomes.unfinished(server, self._since(started))
                 return None
             except RequestRefused as error:
                 refused.append(str(error))
             except RateLimited as error:  # the run's own requests wait, too
                 budget = RetryBudget(self._section, self._rng)
-                self._record_rate_limit(server, error, budget)
+                self._outcomes.rate_limited(server, error, budget)
                 return None
             except ServerError as error:  # down, busy or broken: no mistake of the configuration
                 log.info("fleet.acceptance_unknown", server=server.url, error=str(error))
@@ -259,7 +257,7 @@ class Fleet:
         try:
             return await self._complete(request, attempts, model, budget)
         finally:
-            self._limited -= budget.has_own_limit
+            self._outcomes.limited -= budget.has_own_limit
 
     async def _complete(
         self, request: Request, attempts: list[Attempt], model: str, budget: RetryBudget
@@ -340,24 +338,13 @@ class Fleet:
             completion = await server.client.complete(
                 request, place.model, rid, first_token if place.leads else None
             )
-        except (ServerTimeout, asyncio.CancelledError) as error:
-            # A server continues a request whose client has disconnected, for seconds at least.
-            # The abort needs the whole rid: with one tokenizer worker, the default, a prefix has no effect.
-            if task := self._tasks.start(server.abort(rid), name=f"abort-{rid}", finish=True):
-                server.aborts.add(task)
-                task.add_done_callback(server.aborts.discard)
+        except (ServerError, asyncio.CancelledError) as error:
+            if isinstance(error, ServerTimeout | asyncio.CancelledError):
+                self._abort(server, rid)
             if isinstance(error, ServerError):
-                self._record_failure(server, error)
-            if scored is None:
-                self._record_unfinished(server, started)
-            raise
-        except RateLimited as error:
-            self._record_rate_limit(server, error, budget)
-            raise
-        except ServerError as error:
-            self._record_failure(server, error)
+                self._outcomes.failed(server, error, budget)
             if scored is None and _was_begun(error):
-                self._record_unfinished(server, started)
+                self._outcomes.unfinished(server, self._since(started))
             raise
         finally:
             self._outage.done(rid)
@@ -367,80 +354,19 @@ class Fleet:
             keys = prefixes.block_keys(prefixes.with_answer(text, completion.text), keys)
         server.prefixes.add(keys)
         server.limiter.learn(request, completion)
-        self._record_answer(server, completion, planned, self._since(started), generated=scored is None)
+        self._outcomes.answered(server, completion, planned, self._since(started), generated=scored is None)
         if completion.weight_version is None and server.weight_version is not None:
             completion = replace(completion, weight_version=await server.current_weights())
         return completion
 
-    def _record_answer(
-        self, server: Server, completion: Completion, planned: float, seconds: float, *, generated: bool
-    ) -> None:
-        self._outage.answered()
-        server.health.answered()
-        server.rate_limit.answered()
-        self._answers += 1
-        for usage in self._usages(server):
-            usage.record_answer(completion, planned, seconds, generated=generated)
-        cap = server.limiter.cap
-        if generated:
-            server.limiter.answered(self._clock(), seconds, completion.completion_tokens)
-        else:
-            computed = completion.prompt_tokens - completion.cached_tokens
-            server.limiter.scored(self._clock(), seconds, computed)
-        self._membership.cap_changed(server, cap)
+    def _abort(self, server: Server, rid: str) -> None:
+        """Abort a request: a server continues one whose client has disconnected, for seconds at least.
 
-    def _record_unfinished(self, server: Server, started: float) -> None:
-        for usage in self._usages(server):
-            usage.record_unfinished(self._since(started))
-
-    def _usages(self, server: Server) -> tuple[Usage, ...]:
-        """The counters of a server: of all its requests, and of a shared one those of this run, too."""
-        if not self.is_shared:
-            return (server,)
-        return server, self._usage.setdefault(server.url, Usage())
-
-    def _record_failure(self, server: Server, error: ServerError) -> None:
-        cap = server.limiter.cap
-        if isinstance(error, ServerBusy):
-            server.health.answered()
-            server.limiter.busy(self._clock(), self._rng.random())
-            self._outage.refused(asyncio.get_running_loop(), str(error))
-            self._membership.cap_changed(server, cap)
-            return
-        server.limiter.failed()
-        for usage in self._usages(server):
-            usage.failures += 1
-        if isinstance(error, RequestRefused | BrokenResponse):
-            server.health.answered()  # it is alive
-        elif server.health.failed(reachable=not isinstance(error, ServerUnreachable)):
-            self._membership.eject(server, error)
-
-    def _record_rate_limit(self, server: Server, error: RateLimited, budget: RetryBudget) -> None:
-        """Hold the server for as long as it asks, or if it refuses several requests in a row.
-
-        A request that is refused while others are answered waits by itself, and does not concern the server.
+        It needs the whole rid: with one tokenizer worker, the default, a prefix has no effect.
         """
-        now = self._clock()
-        server.health.answered()  # it is alive
-        if server.rate_limit.take_warning(now):
-            log.warning(
-                "fleet.rate_limited", server=server.url, error=str(error), pause_s=error.retry_after_s
-            )
-        had_own_limit = budget.has_own_limit
-        budget.rate_limited(now, self._answers, others_are=self._outage.is_refused)
-        if budget.has_own_limit:
-            self._limited += not had_own_limit
-            budget.is_one_of_many = self._limited > self.capacity
-            self._on_room()  # its worker waits, and needs no place
-            return
-        self._outage.refused(asyncio.get_running_loop(), str(error), error.retry_after_s or 0.0)
-        if error.retry_after_s is not None:
-            server.limiter.hold(now + error.retry_after_s)
-            self._membership.placement.held(server)
-        elif server.rate_limit.refused(server.cap):
-            cap = server.cap
-            server.limiter.busy(now, self._rng.random())
-            self._membership.cap_changed(server, cap)
+        if task := self._tasks.start(server.abort(rid), name=f"abort-{rid}", finish=True):
+            server.aborts.add(task)
+            task.add_done_callback(server.aborts.discard)
 
     def _since(self, started: float) -> float:
         return round(self._clock() - started, 4)
@@ -493,9 +419,10 @@ async def open_fleet(
             await tasks.close()  # before the connections, which aborts still need
 
 
-def _was_begun(error: ServerError) -> bool:
+def _was_begun(error: BaseException) -> bool:
     """Whether the server may have written a part of an answer."""
-    return isinstance(error, BrokenResponse | ServerUnavailable) and not isinstance(error, ServerUnreachable)
+    begun = (BrokenResponse, ServerUnavailable, ServerTimeout, asyncio.CancelledError)
+    return isinstance(error, begun) and not isinstance(error, ServerUnreachable)
 
 
 def _failed(url: str, at: float, error: ServerError, seconds: float) -> Attempt:
