@@ -25,8 +25,8 @@ Examples:
 @click.option(
     "--from",
     "source",
-    metavar="DIR|-",
-    help="Run directory, live or finished; files of chat rows; an export (split `train`); - for stdin.",
+    metavar="DIR|-|URL",
+    help="Run directory, or URL of a run at a daemon, live or finished; chat rows; an export; - for stdin.",
 )
 @click.option(
     "--model", metavar="PATH", help="Model to tune: a Hugging Face directory. Default: train.model."

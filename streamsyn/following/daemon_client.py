@@ -1,6 +1,7 @@
 """Asks a daemon for one run and its rows, over HTTP. aiohttp's errors are translated here."""
 
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -22,6 +23,7 @@ TOKEN_VARIABLE: Final = "STREAMSYN_TOKEN"  # noqa: S105  the variable's name
 """Environment variable of the token, if none is given."""
 MAX_LINE_BYTES: Final = 64 * 2**20
 """A longer row is refused without being held in memory."""
+_RUN_URL: Final = re.compile(r"https?://[^?#]+/v1/runs/[^/?#]+(/samples)?/?")
 _READ_BYTES: Final = 2**20
 _CONNECT_TIMEOUT_S: Final = 10.0
 _SILENCE_TIMEOUT_S: Final = 60.0
@@ -56,6 +58,11 @@ def run_url(url: str) -> RunUrl:
     if parts.scheme not in {"http", "https"} or not parts.netloc or parts.query or not is_ours:
         raise ConfigError(f"{url} is not the URL of a run: expected http://HOST:PORT/v1/runs/ID")
     return RunUrl(f"{parts.scheme}://{parts.netloc}{'/'.join(folders)}", kind)
+
+
+def is_run_url(text: str) -> bool:
+    """Whether a text is the URL of a run at a daemon, or of its samples."""
+    return _RUN_URL.fullmatch(text) is not None
 
 
 class DaemonClient:

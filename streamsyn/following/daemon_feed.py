@@ -1,24 +1,16 @@
 """Batches of rows of a run at a daemon, waited for. A lost connection is made again."""
 
 import asyncio
-import random
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
-import structlog
-
-from streamsyn.errors import RateLimited, RunReplaced, ServerError, ServerUnavailable
+from streamsyn.errors import RunReplaced, ServerError, ServerUnavailable
 from streamsyn.following.daemon_client import DaemonClient, NoSuchRun, RowStream
 from streamsyn.following.feed import Batch, check_after
 from streamsyn.following.loop_thread import LoopThread
+from streamsyn.following.reconnecting import Reconnecting
 
-log = structlog.get_logger()
-
-FIRST_PAUSE_S: Final = 0.2
-"""Pause in seconds before the first new connection; each further one doubles it."""
-_LONGEST_PAUSE_S: Final = 15.0
 _LOOK_EVERY_S: Final = 2.0
 """Seconds between two looks for a run that does not exist yet."""
 
@@ -42,13 +34,11 @@ class DaemonFeed:
         self._client = client
         self._kind = kind
         self._wait = wait
-        self._retry_s = retry_s
         self.run = run
         self._stream: RowStream | None = None
         self._closing = AsyncExitStack()
         """Closes the stream."""
-        self._failing_since: float | None = None
-        self._tries = 0
+        self._reconnecting = Reconnecting(client.url, retry_s)
         self._thread = LoopThread(self._opened(), "streamsyn-follow")
 
     def read(self, first: int) -> Batch | None:
@@ -82,10 +72,10 @@ class DaemonFeed:
                 return await self._next(first)
             except TimeoutError:  # silence: the run may be slow, or the daemon's machine gone
                 await self._disconnect()
-                self._failing_since, self._tries = None, 0
+                self._reconnecting.succeeded()
             except ServerError as error:
                 await self._disconnect()
-                await self._pause(error)
+                await self._reconnecting.pause(error)
             except NoSuchRun:
                 if not self._wait or self.run is not None:
                     raise
@@ -100,7 +90,7 @@ class DaemonFeed:
             await self._connect(first)
         assert self._stream is not None
         if rows := await self._stream.read():
-            self._failing_since, self._tries = None, 0
+            self._reconnecting.succeeded()
             return rows
         await self._disconnect()
         described = await self._describe()
@@ -133,22 +123,3 @@ class DaemonFeed:
             raise RunReplaced(f"{self._client.url} is now a different run than before")
         self.run = created
         return described
-
-    async def _pause(self, error: ServerError) -> None:
-        """Wait before the next try.
-
-        Raises:
-            ServerError: The tries have lasted too long; it is `error`.
-        """
-        now = time.monotonic()
-        if self._failing_since is None:
-            self._failing_since = now
-        if self._tries == 0:
-            log.warning("follow.interrupted", url=self._client.url, why=str(error), retry_s=self._retry_s)
-        if now - self._failing_since > self._retry_s:
-            raise error
-        pause_s = min(FIRST_PAUSE_S * 2**self._tries, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
-        if isinstance(error, RateLimited) and error.retry_after_s is not None:
-            pause_s = max(pause_s, error.retry_after_s)
-        self._tries += 1
-        await asyncio.sleep(pause_s)

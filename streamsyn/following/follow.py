@@ -4,7 +4,7 @@ import os
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import structlog
 
@@ -14,14 +14,12 @@ from streamsyn.following.daemon_client import DaemonClient, run_url
 from streamsyn.following.daemon_feed import DaemonFeed
 from streamsyn.following.directory_feed import DirectoryFeed
 from streamsyn.following.feed import Batch, Feed
+from streamsyn.following.reconnecting import RETRY_S
 from streamsyn.sink.shards import KINDS
 
 log = structlog.get_logger()
 
 Kind: TypeAlias = Literal["samples", "contexts", "rejects"]
-
-RETRY_S: Final = 300.0
-"""Default of `retry_s`."""
 
 
 def follow(
@@ -81,9 +79,9 @@ class Follower:
     It waits for rows that are not written yet, and ends when the run has ended. To continue later, keep `seq`
     and pass it as `after`.
 
-    - A run that is killed, stopped or failed is waited for, and followed on when it is resumed. So is one that
-      is taken up again after its end, by `streamsyn retry` or with new seeds, before the iterator has seen
-      that end. If it is taken up later, follow again with `after` for the new rows.
+    - A run that is killed, stopped or failed is waited for, and followed on when it is resumed. So is one
+      that is taken up again after its end, by `streamsyn retry` or with new seeds, before the iterator has
+      seen that end. If it is taken up later, follow again with `after` for the new rows.
     - A run that is deleted and begun anew in its place is followed from its first row; `follow.replaced` is
       logged as a warning, and `run` has changed then.
     - If the directory disappears, `stream.gone` is logged and the iterator waits. A run that is deleted at a

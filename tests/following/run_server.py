@@ -1,6 +1,7 @@
 """A small server that answers for one run as the daemon does, and fails when told to."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -42,6 +43,8 @@ class RunServer:
 
     def __post_init__(self) -> None:
         self._changed = asyncio.Event()
+        self.waiting = threading.Event()
+        """Set when a stream waits for rows."""
 
     def write(self, number: int, *, state: str | None = None) -> None:
         """Add rows, from any thread."""
@@ -104,6 +107,7 @@ class RunServer:
                     break
                 else:
                     self._changed.clear()
+                    self.waiting.set()
                     await self._changed.wait()
         finally:
             self.open_streams -= 1

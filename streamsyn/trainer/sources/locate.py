@@ -15,8 +15,10 @@ import structlog
 from streamsyn.config.data_paths import hub_name, is_url
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
+from streamsyn.following.daemon_client import is_run_url
 from streamsyn.io.paths import is_row_file, is_run_directory
 from streamsyn.sink.shards import KINDS
+from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from streamsyn.trainer.sources.pipe import PipedSamples
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.sources.run_samples import RunSamples
@@ -40,9 +42,10 @@ def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
     """Open the sources of a training.
 
     Args:
-        stream: `--from`: `-` for NDJSON on stdin; a run directory, which need not exist yet; or a file, glob,
-            saved dataset or directory of files, a URL of these, or `org/name:split` on the hub: they do not
-            change. `org/name` alone is a run directory that may still come.
+        stream: `--from`: `-` for NDJSON on stdin; a run directory, which need not exist yet; the URL of a run
+            at a daemon; or a file, glob, saved dataset or directory of files, a URL of these, or
+            `org/name:split` on the hub: they do not change. `org/name` alone is a run directory that may
+            still come.
         section: The section `train`; `train.mix` names what is mixed in.
         out: OUT; what is read from stdin is kept in OUT/spool.
 
@@ -59,6 +62,8 @@ def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
 def _open_stream(stream: str, out: Path) -> Source:
     if stream == "-":
         return _open_stdin(out / "spool")
+    if is_run_url(stream):
+        return DaemonSamples(stream)
     with path_errors("--from", stream):
         if not is_run(stream, out):
             return _open_files(stream)

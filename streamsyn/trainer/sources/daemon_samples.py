@@ -1,0 +1,113 @@
+"""The samples of a run at a daemon as a source, while the run goes on."""
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from streamsyn.errors import RunReplaced, ServerError
+from streamsyn.following.daemon_client import DaemonClient, run_url
+from streamsyn.following.loop_thread import LoopThread
+from streamsyn.following.reconnecting import RETRY_S, Reconnecting
+from streamsyn.trainer.examples import Row
+
+_SPAN: Final = 64
+"""`pick` asks for this many neighbouring rows at once, wanted or not."""
+
+T = TypeVar("T")
+
+
+class DaemonSamples:
+    """Source: the samples of a run at a daemon. They end when the run has finished.
+
+    Its rows are those of the run's directory, so that a checkpoint may continue with either. Each read is a
+    request of its own; a daemon that cannot be reached is asked again for five minutes.
+
+    Args:
+        url: The URL of the run. The token comes from the environment.
+
+    Raises:
+        ConfigError: There is no such run, or the token is refused.
+    """
+
+    name = "run"
+
+    def __init__(self, url: str) -> None:
+        self._client = DaemonClient(run_url(url).url, "samples")
+        self._reconnecting = Reconnecting(self._client.url, RETRY_S)
+        self._thread = LoopThread(self._client, "streamsyn-samples")
+        self._run: Any = None
+        """The run's time of creation, which identifies it."""
+        self._seen = 0
+        """Number of the row behind the last one read."""
+        try:
+            self.total()
+        except BaseException:
+            self.close()
+            raise
+
+    def fetch(self, first: int, limit: int) -> list[Row]:
+        rows = self._ask(partial(self._page, first, limit))
+        self._seen = first + len(rows)
+        return rows
+
+    def total(self) -> int | None:
+        described = self._ask(self._client.describe)
+        created = described.get("created_at")
+        if self._run is not None and created != self._run:
+            raise RunReplaced(f"{self._client.url} is now a different run than before")
+        self._run = created
+        if described.get("state") != "finished":
+            return None
+        last = described.get("last", {}).get("samples")
+        return 0 if last is None else int(last) + 1
+
+    def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
+        at = 0
+        while at < len(seqs):
+            first = seqs[at]
+            last = seqs[bisect_left(seqs, first + _SPAN) - 1]
+            found = self._ask(partial(self._page, first, last + 1 - first))
+            if not found:
+                return
+            end = bisect_left(seqs, first + len(found))
+            yield from (found[seq - first] for seq in seqs[at:end])
+            at = end
+
+    async def changed(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wrap_future(self._thread.submit(self._retried(self._next_row)))
+        except TimeoutError:
+            return
+
+    def close(self) -> None:
+        self._thread.close()
+
+    def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
+        return self._thread.submit(self._retried(ask)).result()
+
+    async def _retried(self, ask: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                answer = await ask()
+            except TimeoutError:  # silence
+                continue
+            except ServerError as error:
+                await self._reconnecting.pause(error)
+            else:
+                self._reconnecting.succeeded()
+                return answer
+
+    async def _page(self, first: int, limit: int) -> list[Row]:
+        found: list[Row] = []
+        async with self._client.open(first, follow=False, limit=limit) as stream:
+            while rows := await stream.read():
+                found += (Row(row["seq"], row) for row in rows)
+        return found
+
+    async def _next_row(self) -> None:
+        """Return when the next row is there, or the run has ended."""
+        async with self._client.open(self._seen, follow=True, limit=1) as stream:
+            await stream.read()
