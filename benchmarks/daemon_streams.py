@@ -4,9 +4,9 @@
     python -m benchmarks.daemon_streams slow           memory of readers that take nothing
     python -m benchmarks.daemon_streams idle           memory and CPU of connections that wait for rows
 
-The daemon (or the bare handler, which writes the same bytes from memory, 128 KiB at a time) is a process of its
-own on one core; the readers are one process on another. CPU is that of the server's process. Rates are per second
-of its CPU, so that a busy machine does not change them much.
+The daemon (or the bare handler, which writes the same bytes from memory, 128 KiB at a time) is a process of
+its own on one core; the readers are one process on another. CPU is that of the server's process. Rates are
+per second of its CPU, so that a busy machine does not change them much.
 """
 
 import argparse
@@ -33,32 +33,17 @@ from streamsyn.config.sections import SinkSection
 from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.run_record import Figures, RunRecord
+from streamsyn.daemon.run_state import State
 from streamsyn.daemon.serve import listening
 from streamsyn.records import Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.telemetry import configure_logs
 
-WORDS = [
-    "the",
-    "keeper",
-    "of",
-    "light",
-    "wrote",
-    "down",
-    "wind",
-    "and",
-    "water",
-    "while",
-    "ships",
-    "passed",
-    "harbour",
-    "in",
-    "long",
-    "quiet",
-    "nights",
-]
+WORDS = ("keeper", "light", "wrote", "wind", "water", "while", "ships", "passed", "harbour", "long", "nights")
 PIECE_BYTES = 128 * 2**10
+_PLAIN = "Accept-Encoding: identity"
+_EVENTS = "Accept: text/event-stream"
 PATH = "/v1/runs/r/samples"
 
 
@@ -92,24 +77,17 @@ def readers(numbers: list[int], row_bytes: int) -> None:
     print(f"{'readers':>8}{'':>12}{'rows':>12}{'CPU s':>8}{'rows/s of CPU':>15}{'MB/s':>8}{'peak MiB':>10}")
     for number in numbers:
         rows = 20_000 if number < 100 else 1000
-        rates = {}
         with tempfile.TemporaryDirectory() as folder:
             make_root(Path(folder), rows, row_bytes)
-            for name, options in (
-                ("bare", ["--bare"]),
-                ("NDJSON", []),
-                ("events", []),
-                ("gzip", []),
-                ("zstd", []),
-            ):
-                headers = {"events": "Accept: text/event-stream"}.get(name, f"Accept-Encoding: {name}")
+            for name in ("bare", "NDJSON", "events", "gzip", "zstd"):
+                options = ["--bare"] if name == "bare" else []
+                headers = {"events": _EVENTS}.get(name, f"Accept-Encoding: {name}")
                 with served(Path(folder), *options) as (process, port):
                     before = cpu_s(process)
                     received = read_all(port, number, headers)
                     used = cpu_s(process) - before
-                    rates[name] = number * rows / used
                     print(
-                        f"{number:8,}{name:>12}{number * rows:12,}{used:8.2f}{rates[name]:15,.0f}"
+                        f"{number:8,}{name:>12}{number * rows:12,}{used:8.2f}{number * rows / used:15,.0f}"
                         f"{received / used / 1e6:8,.0f}{process.memory_info().rss / 2**20:10.0f}",
                         flush=True,
                     )
@@ -120,10 +98,10 @@ def slow(row_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_root(Path(folder), 200 * 2**20 // row_bytes, row_bytes)
         with served(Path(folder)) as (process, port):
-            read_all(port, 1, "")
+            read_all(port, 1, _PLAIN)
             before = process.memory_info().rss
             for number in (100, 1000):
-                open_ones = [connect(port, "") for _ in range(number)]
+                open_ones = [connect(port, _PLAIN) for _ in range(number)]
                 time.sleep(5)
                 more = process.memory_info().rss - before
                 print(f"{number:,} readers that take nothing: {more / number / 1024:.0f} KiB each")
@@ -136,25 +114,22 @@ def idle(number: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_root(Path(folder), 100, 4096, state="paused")
         with served(Path(folder)) as (process, port):
-            read_all(port, 1, "")
+            read_all(port, 1, _PLAIN)
             before, began = process.memory_info().rss, cpu_s(process)
-            open_ones = [
-                connect(port, "Accept: text/event-stream", "?follow=1&after=99") for _ in range(number)
-            ]
+            open_ones = [connect(port, _EVENTS, "?follow=1&after=99") for _ in range(number)]
             connected = cpu_s(process) - began
             time.sleep(5)
             more, began = process.memory_info().rss - before, cpu_s(process)
             time.sleep(30)
             share = (cpu_s(process) - began) / 30
-            print(
-                f"{number:,} connections: {more / number / 1024:.1f} KiB each, {connected:.1f} s of CPU to accept"
-            )
+            each = more / number / 1024
+            print(f"{number:,} connections: {each:.1f} KiB each, {connected:.1f} s of CPU to accept")
             print(f"while they wait, with a heartbeat each 15 s: {share:.1%} of a core")
             for one in open_ones:
                 one.close()
 
 
-def make_root(root: Path, rows: int, row_bytes: int, state: str = "finished") -> None:
+def make_root(root: Path, rows: int, row_bytes: int, state: State = "finished") -> None:
     """A daemon's directory with one run."""
     with opened_root(root):
         folder = root / "runs" / "r"
@@ -251,7 +226,7 @@ def read_all(port: int, number: int, header: str) -> int:
     """Read with `number` connections to the end; returns the bytes received."""
     selector, buffer, received = selectors.DefaultSelector(), bytearray(2**20), 0
     for _ in range(number):
-        one = connect(port, header or "Accept-Encoding: identity")
+        one = connect(port, header)
         one.setblocking(False)
         selector.register(one, selectors.EVENT_READ, one)
     left = number
