@@ -34,7 +34,7 @@ from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import State
-from streamsyn.daemon.serve import listening
+from streamsyn.daemon.serve import bound, listening
 from streamsyn.records import Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
@@ -180,7 +180,7 @@ async def serve(root: Path) -> None:
     configure_logs(as_json=False)
     keys = {"serve.listen": "127.0.0.1:0", "serve.max_connections": 50_000, "serve.requests_per_s": 1e6}
     config = load(None, keys.items())
-    async with open_daemon(root, config, {}) as daemon, listening(daemon) as url:
+    async with open_daemon(root, config, {}) as daemon, listening(daemon, bound(config.serve)) as url:
         print(url, flush=True)
         await asyncio.Event().wait()
 
