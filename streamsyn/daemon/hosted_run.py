@@ -147,6 +147,13 @@ class HostedRun:
                 self._inbox = await asyncio.to_thread(self._open_inbox)
             return self._inbox
 
+    async def count_seeds(self) -> None:
+        """Open the inbox, so that the run shows the seeds that it had accepted when the daemon was killed."""
+        try:
+            await self.inbox()
+        except StreamsynError as error:  # the run fails when it is executed
+            log.error("run.inbox_unreadable", run=self.id, error=str(error))  # noqa: TRY400 - expected
+
     @asynccontextmanager
     async def submitting(self) -> AsyncIterator[Inbox]:
         """The run's inbox, which stays open during the block, unless the run is deleted.

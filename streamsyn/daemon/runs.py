@@ -87,6 +87,7 @@ class Runs:
                 self._active[record.id] = self._hosted(record)
         for run in self.active:
             await run.load()
+            await run.count_seeds()
             run.start()
 
     async def create(

@@ -130,9 +130,8 @@ class Inbox:
             self._is_released = True
             with suppress(*SQLITE_ERRORS, OSError):  # derived: what is not saved is found again
                 if not self._is_stale:
-                    self._index.begin()
-                    self._index.commit(self._covered)
-                self._index.close()
+                    self._index.write(self._covered)
+                self._index.forget()
             self._is_stale = True
             self._spool.close()
             if self._lock is not None:
@@ -353,9 +352,8 @@ class Inbox:
                 part.error, part.done = part.error or error, True
 
     def _store(self, parts: list[_Part]) -> None:
-        """Write the new lines of all parts with one fsync, then commit the index."""
+        """Write the new lines of all parts with one fsync; then the index may keep their keys."""
         group = _Group(replace(self._covered))
-        self._index.begin()
         for part in parts:
             self._add(part, group)
         if group.data:
@@ -367,7 +365,7 @@ class Inbox:
             if self._covered.closed:
                 self._wake(lambda _: True)
         try:
-            self._index.commit(self._covered)
+            self._index.keep(self._covered)
         except (*SQLITE_ERRORS, OSError) as error:  # the file has them: the index reads them again
             self._is_stale = True
             log.warning("inbox.index_behind", path=str(self._index.path), why=str(error))
@@ -399,7 +397,7 @@ class Inbox:
         if self._is_released:
             raise InboxClosed("the run takes no more seeds: it has ended")
         with self._translated():
-            self._index.close()  # rolls back a transaction
+            self._index.forget()
             if self._lock is None:
                 self._spool.open()
                 self._lock = _locked(self.path)
@@ -423,7 +421,6 @@ class Inbox:
             self._index.delete()
             covered = Covered()
         for batch in self._spool.replay(covered.end, covered.lines):
-            self._index.begin()
             entries = []
             for line, size in batch:
                 covered.end += size
@@ -437,7 +434,7 @@ class Inbox:
                         entries.append(entry_key(line))
             covered.accepted += len(entries)
             self._index.add(entries)
-            self._index.commit(covered)
+            self._index.keep(covered)
         with self._changed:
             covered.taken = max(covered.taken, taken)
             self._covered = covered

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -16,8 +17,11 @@ from streamsyn.config.loading import load
 from streamsyn.daemon import low_disk, serve
 from streamsyn.daemon.low_disk import FreeSpace
 from streamsyn.daemon.reloading import reload
-from tests.daemon.conftest import QUICK, StartDaemon
+from streamsyn.errors import ConfigError
+from tests.daemon.conftest import QUICK, StartDaemon, seed_lines
+from tests.daemon.make_root import KEY
 
+STORED_LINES = b"\n".join([*seed_lines(2), b"nix"])
 TOKENS = "ann read {0}-read\nbob write {0}-write\neve admin {0}-admin\n"
 
 
@@ -183,3 +187,49 @@ async def test_signals_end_and_reload_a_daemon(tmp_path: Path, monkeypatch: pyte
             group.create_task(operate(), name="operator")
 
     assert ["READY=1", "WATCHDOG=1", "RELOADING=1", "READY=1", "STOPPING=1"] == heard
+
+
+ROOTS = sorted((Path(__file__).parent / "roots").iterdir())
+
+
+@pytest.mark.parametrize("stored", ROOTS, ids=lambda path: f"format {path.name}")
+async def test_a_stored_root_is_read(start_daemon: StartDaemon, tmp_path: Path, stored: Path) -> None:
+    """As the version of its format left it: runs in each state, seeds, keys, consumers, files and batches."""
+    await asyncio.to_thread(shutil.copytree, stored, tmp_path / "root")
+    async with start_daemon() as daemon:
+        runs = {run["id"]: run for run in (await daemon.ask("GET", "/v1/runs"))["data"]}
+        again = await daemon.session.post("/v1/runs/finished/seeds", data=STORED_LINES, headers=KEY)
+        answer = await again.json()
+        async with daemon.session.get("/v1/runs/finished/samples") as samples:
+            rows = (await samples.text()).splitlines()
+        consumer = await daemon.ask("GET", "/v1/runs/finished/consumers/trainer")
+        batches = (await daemon.ask("GET", "/v1/batches"))["data"]
+        async with daemon.session.get(f"/v1/files/{batches[0]['output_file_id']}/content") as content:
+            output = await content.text()
+        await daemon.ask("POST", "/v1/runs/paused/resume")
+        await daemon.ask("POST", "/v1/runs/running/close")
+        await daemon.until("paused", lambda run: run.rows["contexts"] == 2)
+        await daemon.until_state("running", "finished")
+
+    assert {"finished": "finished", "paused": "paused", "running": "running"} == {
+        name: run["state"] for name, run in runs.items()
+    }
+    assert {"team": "a"} == runs["finished"]["labels"]
+    assert (2.0, "high", 2) == tuple(
+        (runs["paused"] | runs["paused"]["counts"])[key] for key in ("weight", "priority", "accepted")
+    )
+    assert (2, 0, 1) == (answer["accepted"], answer["duplicate"], answer["refused"])
+    assert 2 == len(rows)
+    assert 0 == consumer["acked"]
+    assert "completed" == batches[0]["status"]
+    assert '"custom_id":"a"' in output
+
+
+async def test_a_root_of_a_later_version_is_refused(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Before anything in it is touched."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "daemon.json").write_text('{"format_version": 2}')
+
+    with pytest.raises(ConfigError, match=r"has format version 2; this streamsyn reads versions up to 1"):
+        async with start_daemon():
+            pass

@@ -19,6 +19,7 @@ from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import DirectoryInUse, InboxClosed, KeyInUse, KeyReused, SinkError
 from streamsyn.records import BadSeed, Entry, Seed
 from streamsyn.seeds.inbox import Inbox, InboxSource
+from streamsyn.seeds.inbox_index import InboxIndex
 from streamsyn.seeds.submission import RefusedLine, Submitted
 from tests.builders import disk_full_beyond
 
@@ -308,6 +309,16 @@ def test_a_full_disk_refuses_and_spoils_nothing(inbox: Inbox, monkeypatch: pytes
     assert ["What is 1?", "What is 4?", "What is 5?"] == questions(read(again(inbox)))
 
 
+def test_the_index_holds_few_keys_in_memory(inbox: Inbox) -> None:
+    """The others are in its file, and are found there."""
+    index = inbox._index = InboxIndex(inbox._index.path, in_memory=10)
+    for first in range(0, 40, 4):
+        inbox.submit([line(number) for number in range(first, first + 4)])
+        assert len(index._keys) < 10
+
+    assert Submitted(accepted=1, duplicate=40) == inbox.submit([line(number) for number in range(41)])
+
+
 def test_an_index_that_cannot_be_written_is_behind_and_catches_up(
     inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +329,7 @@ def test_an_index_that_cannot_be_written_is_behind_and_catches_up(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(inbox._index, "commit", failing)
+        full.setattr(inbox._index, "keep", failing)
         accepted = inbox.submit([line(2)])
 
     assert Submitted(accepted=1) == accepted
@@ -394,10 +405,16 @@ class Inboxes(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.out = Path(self.folder.name) / "out"
-        self.inbox = Inbox(self.out, SeedsSection())
+        self.inbox = self.opened()
         self.accepted: list[str] = []
         self.answers: dict[str, tuple[list[int], Submitted]] = {}
         self.is_closed = False
+
+    def opened(self) -> Inbox:
+        """As a process opens it: its index writes what is in memory now and then."""
+        inbox = Inbox(self.out, SeedsSection())
+        inbox._index = InboxIndex(inbox._index.path, in_memory=4)
+        return inbox
 
     def teardown(self) -> None:
         self.inbox.release()
@@ -432,14 +449,15 @@ class Inboxes(RuleBasedStateMachine):
 
     @rule(torn=st.binary(max_size=30).filter(lambda tail: b"\n" not in tail), lost=st.booleans())
     def kill(self, torn: bytes, lost: bool) -> None:
-        """In the middle of writing a line, and maybe with the index lost."""
+        """In the middle of writing a line; what is in memory is gone, and maybe the index."""
+        self.inbox._is_stale = True  # nothing is written
         self.inbox.release()
         if self.inbox.path.exists():
             with self.inbox.path.open("ab") as file:
                 file.write(torn)
         if lost:
             (self.out / "index" / "inbox.sqlite").unlink(missing_ok=True)
-        self.inbox = Inbox(self.out, SeedsSection())
+        self.inbox = self.opened()
 
     @precondition(lambda self: self.accepted)
     @rule(kept=st.integers(0, 3))
@@ -460,7 +478,7 @@ class Inboxes(RuleBasedStateMachine):
             (self.out / "index" / "inbox.sqlite").write_bytes(index)
             new = [f"What is {number}?" for number in numbers]
             self.accepted += [question for question in new if question not in self.accepted]
-        self.inbox = Inbox(self.out, SeedsSection())
+        self.inbox = self.opened()
 
     @invariant()
     def every_run_reads_each_accepted_seed_once(self) -> None:
