@@ -38,11 +38,12 @@ torture: .venv/stamp  ## every crash state of small runs, then many kills; STREA
 coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml
 	@$(MAKE) --no-print-directory test COVERAGE=1
 
-lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports
+lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports; examples by pyright, too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/library/examples
 
 bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside baselines of the same run
 	$(BIN)/python -m benchmarks.overhead

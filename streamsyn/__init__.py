@@ -18,11 +18,14 @@ if TYPE_CHECKING:
         DirectoryInUse,
         InboxClosed,
         LaunchError,
+        RunReplaced,
+        ServerError,
         SinkError,
         StoppedEarly,
         StreamsynError,
         TooManyRejects,
     )
+    from streamsyn.following.follow import Follower, follow
     from streamsyn.library.open_run import Run, RunStatus, open_run
     from streamsyn.library.run_sync import run_sync
     from streamsyn.pipeline.request import RunSummary
@@ -34,24 +37,30 @@ __all__ = [
     "Config",
     "ConfigError",
     "DirectoryInUse",
+    "Follower",
     "InboxClosed",
     "LaunchError",
     "RefusedLine",
     "Run",
+    "RunReplaced",
     "RunStatus",
     "RunSummary",
+    "ServerError",
     "SinkError",
     "StoppedEarly",
     "StreamsynError",
     "Submitted",
     "TooManyRejects",
     "__version__",
+    "follow",
     "open_run",
     "run_sync",
 ]
 
 _HOMES = {
     "Config": "streamsyn.config.loading",
+    "Follower": "streamsyn.following.follow",
+    "follow": "streamsyn.following.follow",
     "open_run": "streamsyn.library.open_run",
     "Run": "streamsyn.library.open_run",
     "RunStatus": "streamsyn.library.open_run",

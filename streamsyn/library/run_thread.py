@@ -1,8 +1,10 @@
 """A run from its beginning to its end: in this thread, or in one of its own with an event loop of its own."""
 
 import asyncio
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from streamsyn.errors import StoppedEarly, StreamsynError, TooManyRejects
 from streamsyn.library.seed_feed import SeedFeed
@@ -116,20 +118,35 @@ def failure(summary: RunSummary, allowed: float) -> StreamsynError | None:
 def _run_here(request: RunRequest, summary: RunSummary) -> RunSummary:
     if threading.current_thread() is threading.main_thread() and not _in_loop():
         return run(request, summary)
-    thread, interrupts = RunThread(request, summary), 0
-    thread.start()
-    while True:
-        try:
-            thread.join()
-            break
-        except KeyboardInterrupt:
-            interrupts += 1
-            stop = request.control.drain if interrupts == 1 else request.control.cancel
-            stop("interrupted")
+    ended, interrupts = threading.Event(), 0
+    thread = RunThread(request, summary, ended.set)
+    with _keyboard_interrupts():
+        thread.start()
+        while not ended.is_set():
+            try:
+                ended.wait()
+            except KeyboardInterrupt:
+                interrupts += 1
+                stop = request.control.drain if interrupts == 1 else request.control.cancel
+                stop("stopped by SIGINT")
+        thread.join()
     if thread.error is not None:
         raise thread.error
     summary.interrupted = interrupts > 0
     return summary
+
+
+@contextmanager
+def _keyboard_interrupts() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt in the block; an event loop may have set a different handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_loop() -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeAlias
 
 import orjson
 import pytest
+from blockbuster import BlockBuster
 
 from streamsyn.simulator.app import running
 from streamsyn.simulator.settings import Fault, SimulatorConfig
@@ -116,6 +117,12 @@ def seeds(tmp_path: Path) -> Callable[[int], Path]:
         return path
 
     return written
+
+
+@pytest.fixture
+def may_block(_no_blocking_calls: BlockBuster) -> None:
+    """For tests of what blocks an event loop on purpose."""
+    _no_blocking_calls.deactivate()
 
 
 @pytest.fixture(autouse=True)
