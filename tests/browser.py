@@ -64,6 +64,11 @@ class Page:
         """Load a page at a width in CSS pixels."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.resize(width, height)
+        await self.loaded_by("Page.navigate", url=url)
+
+    async def resize(self, width: int, height: int = 900) -> None:
+        """Give the window a size in CSS pixels."""
         await self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -71,7 +76,6 @@ class Page:
             deviceScaleFactor=1,
             mobile=False,
         )
-        await self.loaded_by("Page.navigate", url=url)
 
     async def loaded_by(self, method: str, **params: Any) -> None:
         """Send a command that loads a page, and wait until it is loaded."""

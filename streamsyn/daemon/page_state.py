@@ -16,7 +16,7 @@ import orjson
 import streamsyn
 from streamsyn.daemon.daemon import Daemon
 from streamsyn.daemon.hosted_run import HostedRun
-from streamsyn.daemon.server_routes import server_name
+from streamsyn.daemon.server_routes import server_statuses
 
 EVERY_S: Final = 1.0
 """Seconds between two states."""
@@ -24,6 +24,7 @@ MAX_RUNS: Final = 200
 """Runs in a state: all that have not ended, and the newest of the others up to this number."""
 POINT_EVERY_S: Final = 10.0
 MAX_POINTS: Final = 360
+_TOKENS: Final = ("prompt", "cached", "planned_cached", "completion")
 _RATES: Final = ("outcomes_per_s", "output_tokens_per_s")
 
 
@@ -88,7 +89,7 @@ class PageState:
     async def record_throughput(self) -> None:
         """Add a point of throughput every ten seconds, for ever."""
         while True:
-            self._throughput.add(time.time(), _summed([run.rates() for run in self._daemon.runs.active]))
+            self._throughput.add(time.time(), self._rates())
             await asyncio.sleep(POINT_EVERY_S)
 
     async def _state(self) -> dict[str, Any]:
@@ -106,14 +107,13 @@ class PageState:
                 "total_bytes": disk.total,
                 "min_free_bytes": daemon.config.serve.min_free_bytes,
             },
-            "rates": _summed([run["rates"] for run in runs]),
+            "rates": self._rates(),
             "history": self._throughput.as_json(),
             "states": daemon.runs.by_state(),
+            "batches": daemon.batches.runs.by_state(),
             "runs": runs,
-            "servers": [
-                server | {"name": server_name(server["server"])}
-                for server in daemon.hosting.servers.describe()
-            ],
+            "tokens": self._tokens(),
+            "servers": server_statuses(daemon),
         }
 
     async def _runs(self) -> list[dict[str, Any]]:
@@ -126,6 +126,12 @@ class PageState:
         self._shown = [await runs.get(run["id"]) for run in ended]
         return [run.as_json() for run in active] + ended
 
+    def _tokens(self) -> dict[str, int]:
+        """Tokens of all requests since the daemon's start, by the answers of the servers."""
+        servers = self._daemon.hosting.servers.describe()
+        return {name: sum(server[f"{name}_tokens"] for server in servers) for name in _TOKENS}
 
-def _summed(rates: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(sum(one[name] for one in rates), 2) for name in _RATES}
+    def _rates(self) -> dict[str, float]:
+        """The rates of all runs together, also those of batches."""
+        rates = [run.rates() for run in self._daemon.hosted()]
+        return {name: round(sum(one[name] for one in rates), 2) for name in _RATES}

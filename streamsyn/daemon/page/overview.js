@@ -6,6 +6,7 @@ import { bytes, count, counted, decimal, duration, percent, short } from "./form
 
 const ORDER = ["running", "failed", "paused", "stopped", "finished"];
 const PAGE = 20;
+const MAX_ABOUT = 160; // characters of an error in a table
 
 const filters = { state: "", name: "", shown: PAGE };
 let act = () => {};
@@ -96,20 +97,18 @@ export function setBadge(element, state) {
 }
 
 function showFacts(state) {
-  const { servers, runs, disk, rates } = state;
+  const { servers, runs, disk, rates, tokens } = state;
   const sum = (items, of) => items.reduce((total, item) => total + (of(item) ?? 0), 0);
   const [inFlight, cap] = [sum(servers, (one) => one.in_flight), sum(servers, (one) => one.cap)];
-  const ready = servers.filter((one) => one.state === "usable").length;
-  const prompt = sum(servers, (one) => one.prompt_tokens);
-  const achieved = sum(servers, (one) => one.cached_tokens) / prompt;
-  const planned = sum(servers, (one) => one.planned_cached_tokens) / prompt;
-  const written = sum(servers, (one) => one.completion_tokens);
+  const usable = servers.filter((one) => one.state === "usable").length;
+  const achieved = tokens.cached / tokens.prompt;
+  const batches = state.batches.running ?? 0;
   facts(byId("facts"), [
-    ["Runs", count(state.states.running ?? 0), "running", `${count(sum(Object.values(state.states), Number))} in total`],
+    ["Runs", count(state.states.running ?? 0), "running", `${count(sum(Object.values(state.states), Number))} in total${batches ? `; ${counted(batches, "batch", "batches")} running` : ""}`],
     ["Outcomes", decimal(rates.outcomes_per_s), "per second", `${counted(sum(runs, (run) => run.counts.waiting), "seed")} waiting`],
-    ["Output", count(rates.output_tokens_per_s), "tokens/s", `${short(written)} tokens since the start`],
-    ["In flight", count(inFlight), `of ${count(cap)}`, `${ready} of ${counted(servers.length, "server")} usable`, cap ? inFlight / cap : 0],
-    ["Prefix cache", percent(achieved), "achieved", cachedOf(planned, prompt), achieved],
+    ["Output", count(rates.output_tokens_per_s), "tokens/s", `${short(tokens.completion)} tokens since the start`],
+    ["In flight", count(inFlight), `of ${count(cap)}`, `${usable} of ${counted(servers.length, "server")} usable`, cap ? inFlight / cap : 0],
+    ["Prefix cache", percent(achieved), "achieved", cachedOf(tokens.planned_cached / tokens.prompt, tokens.prompt), achieved],
     ["Disk", bytes(disk.free_bytes), "free", `of ${bytes(disk.total_bytes)}; runs wait below ${bytes(disk.min_free_bytes)}`, 1 - disk.free_bytes / disk.total_bytes],
   ]);
 }
@@ -149,6 +148,8 @@ export function progress({ counts, rates, eta_s: eta }) {
   return { done, total: done + left, share: done + left ? done / (done + left) : 0, left_s: left ? seconds : null };
 }
 
+const beginning = (text) => (text.length > MAX_ABOUT ? `${text.slice(0, MAX_ABOUT)} …` : text);
+
 const cell = (name, className, ...children) =>
   h("td", { role: "cell", "data-name": name, class: className }, ...children);
 
@@ -156,7 +157,7 @@ function makeRun(run) {
   return h(
     "tr",
     { role: "row" },
-    h("th", { role: "rowheader", scope: "row" }, h("a", { href: `#/runs/${encodeURIComponent(run.id)}`, text: run.id })),
+    h("th", { role: "rowheader", scope: "row" }, h("a", { href: `#/runs/${encodeURIComponent(run.id)}`, text: run.id }), h("span", { class: "quiet about" })),
     cell("State", "state", badge(run.state)),
     cell("Done", "wide", h("span", {}), bar()),
     ...["Contexts", "Rejects", "Samples", "Waiting", "In flight", "Outcomes/s", "Time left"].map((name) => cell(name, "")),
@@ -167,6 +168,7 @@ function makeRun(run) {
 function updateRun(row, run) {
   const { done, total, share, left_s: left } = progress(run);
   const cells = row.children;
+  setText(cells[0].lastElementChild, beginning(run.error ?? ""));
   setBadge(cells[1].firstElementChild, run.state);
   setText(cells[2].firstElementChild, `${count(done)} of ${count(total)}`);
   fill(cells[2].lastElementChild, share);
@@ -179,40 +181,40 @@ function updateRun(row, run) {
   const action = active ? "pause" : "resume";
   button.hidden = run.state === "finished";
   setText(button, active ? "Pause" : "Resume");
-  setAttribute(button, "aria-label", `${active ? "Pause" : "Resume"} ${run.id}`);
+  setAttribute(button, "aria-label", `${active ? "Pause" : "Resume"}: ${run.id}`);
   button.onclick = () => act(action, run);
 }
 
 function showServers(servers) {
   byId("no-servers").hidden = servers.length > 0;
   byId("servers-table").hidden = servers.length === 0;
-  keyed(byId("servers"), servers, (server) => server.server, makeServer, updateServer);
+  keyed(byId("servers"), servers, (server) => server.url, makeServer, updateServer);
 }
 
 function makeServer(server) {
   return h(
     "tr",
     { role: "row" },
-    h("th", { role: "rowheader", scope: "row" }, h("span", { text: server.server }), h("span", { class: "quiet model" })),
+    h("th", { role: "rowheader", scope: "row" }, h("span", { text: server.url }), h("span", { class: "quiet about" })),
     cell("State", "state", badge(server.state)),
     cell("In flight of cap", "wide", h("span", {}), bar()),
-    ...["Queued here", "Waiting there", "Tokens/s", "Answers", "Cached, planned", "Cached, achieved"].map((name) => cell(name, "")),
-    cell("", "act", h("button", { type: "button", class: "small", text: "Drain" })),
+    ...["Queued", "Tokens/s", "Answers", "Failed tries", "Cached, planned", "Cached, achieved"].map((name) => cell(name, "")),
+    cell("", "act", h("button", { type: "button", class: "small" })),
   );
 }
 
 function updateServer(row, server) {
   const cells = row.children;
-  setText(cells[0].lastElementChild, server.model ?? "");
+  setText(cells[0].lastElementChild, beginning(server.error ?? server.model));
   setBadge(cells[1].firstElementChild, server.state);
   setText(cells[2].firstElementChild, `${count(server.in_flight)} of ${count(server.cap)}`);
   fill(cells[2].lastElementChild, server.in_flight / server.cap);
-  const { prompt_tokens: prompt } = server;
-  const values = [count(server.queued), count(server.waiting), count(server.generated_per_s), count(server.completions)];
-  values.push(percent(server.planned_cached_tokens / prompt), percent(server.cached_tokens / prompt));
+  const values = [count(server.queue), count(server.tokens_per_s), count(server.completions), count(server.failures)];
+  values.push(percent(server.planned_share), percent(server.cached_share));
   values.forEach((value, index) => setText(cells[index + 3], value));
   const button = cells[9].firstElementChild;
-  button.hidden = ["draining", "removing"].includes(server.state);
-  setAttribute(button, "aria-label", `Drain ${server.server}`);
-  button.onclick = () => act("drain-server", server);
+  const isLeaving = ["draining", "removing"].includes(server.state);
+  setText(button, isLeaving ? "Use again" : "Drain");
+  setAttribute(button, "aria-label", `${isLeaving ? "Use again" : "Drain"}: ${server.url}`);
+  button.onclick = () => act(isLeaving ? "add-server" : "drain-server", server);
 }

@@ -3,7 +3,7 @@
 import { follow, Refused, request, token } from "./api.js";
 import { byId, h, keyed, setText } from "./dom.js";
 import { askSeeds, askServer, askToken } from "./forms.js";
-import { bytes, clock, count, counted, duration } from "./format.js";
+import { clock, count, counted, duration } from "./format.js";
 import * as overview from "./overview.js";
 import * as run from "./run.js";
 
@@ -63,10 +63,9 @@ function showRun(found) {
   }
 }
 
-function showWarnings({ ready, disk, servers }) {
+function showWarnings({ ready, servers }) {
   const warnings = [];
   if (!ready.ok) warnings.push(["ready", `Not ready: ${ready.why}`]);
-  if (disk.free_bytes < disk.min_free_bytes) warnings.push(["disk", `The disk is nearly full: ${bytes(disk.free_bytes)} free. Runs wait until ${bytes(disk.min_free_bytes)} are free.`]);
   const ejected = servers.filter((server) => server.state === "ejected");
   if (ejected.length) warnings.push(["ejected", `${counted(ejected.length, "server")} of ${servers.length} ejected after failures; they are asked again until they answer.`]);
   keyed(byId("warnings"), warnings, ([key]) => key, () => h("p", { class: "banner look" }), (element, [, text]) => setText(element, text));
@@ -136,14 +135,25 @@ async function act(action, subject) {
     askSeeds(subject, say);
     return;
   }
-  const name = encodeURIComponent(subject.id ?? subject.name);
-  const path = action === "drain-server" ? `/v1/servers/${name}/drain` : `/v1/runs/${name}/${action}`;
   try {
-    await request("POST", path, action === "retry" ? { json: {} } : {});
-    say(action === "drain-server" ? `Draining ${subject.server}: it gets no new requests.` : `${DONE[action]} ${subject.id}.`);
+    say(await carryOut(action, subject));
   } catch (error) {
-    showError(`${subject.id ?? subject.server}: ${error.message}`);
+    showError(`${subject.id ?? subject.url}: ${error.message}`);
   }
+}
+
+/** Asks the daemon for what a button says; returns what to tell. */
+async function carryOut(action, subject) {
+  if (action === "add-server") {
+    await request("POST", "/v1/servers", { json: { url: subject.url } });
+    return `${subject.url} is used again.`;
+  }
+  if (action === "drain-server") {
+    await request("POST", `/v1/servers/${encodeURIComponent(subject.name)}/drain`);
+    return `${subject.url} gets no new requests.`;
+  }
+  await request("POST", `/v1/runs/${encodeURIComponent(subject.id)}/${action}`, action === "retry" ? { json: {} } : {});
+  return `${DONE[action]} ${subject.id}.`;
 }
 
 function route() {

@@ -1,6 +1,6 @@
 // One run: its progress, its rejects with examples, and its last samples to read.
 
-import { Gone, request, rows } from "./api.js";
+import { rows } from "./api.js";
 import { chart, draw } from "./chart.js";
 import { byId, h, keyed, longText, setAttribute, setText } from "./dom.js";
 import { clock, count, counted, decimal, duration, percent, short, UNKNOWN } from "./format.js";
@@ -9,7 +9,6 @@ import { badge, bar, cachedOf, facts, fill, progress, setBadge } from "./overvie
 const SAMPLES = 3;
 const EXAMPLES = 100; // rejects that are searched for examples of each reason
 const PER_REASON = 3;
-const CONSUMERS_EVERY_MS = 5000;
 const POINTS = 1800;
 
 const BUTTONS = [
@@ -23,7 +22,7 @@ const BUTTONS = [
 
 /** Throughput by run since the page was opened: [Unix seconds, outcomes/s, tokens/s]. */
 const history = new Map();
-const view = { id: null, run: null, samples: null, rejects: null, consumersAt: 0, loading: new AbortController() };
+const view = { id: null, run: null, samples: null, rejects: null, loading: new AbortController() };
 
 /** Prepares the page. `onAction(action, run)` is called for the buttons. */
 export function prepare(onAction) {
@@ -56,7 +55,7 @@ export function remember({ at, runs }) {
 /** Opens the view on the run `id`; null closes it. */
 export function open(id) {
   view.loading.abort();
-  Object.assign(view, { id, run: null, samples: null, rejects: null, consumersAt: 0, loading: new AbortController() });
+  Object.assign(view, { id, run: null, samples: null, rejects: null, loading: new AbortController() });
   for (const part of ["reading", "rejects", "consumers", "run-facts"]) byId(part).replaceChildren();
   for (const part of ["newer-samples", "newer-rejects"]) byId(part).hidden = true;
   setText(byId("run-title"), id ?? "");
@@ -75,12 +74,9 @@ export function show(run) {
   draw(outcomes, points.map(([at, value]) => [at, value]), 5);
   draw(tokens, points.map(([at, , value]) => [at, value]), 5, count);
   showReasons(run);
-  if (isNew) {
-    loadSamples();
-    loadRejects();
-  }
+  if (isNew) loadSamples();
   showNewer(run);
-  if (Date.now() - view.consumersAt > CONSUMERS_EVERY_MS) loadConsumers();
+  showConsumers(run);
 }
 
 function showButtons(run) {
@@ -97,7 +93,7 @@ function showAbout(run) {
   about.push(run.accepting ? "accepts seeds" : "accepts no seeds", ...labels);
   setText(byId("run-about"), about.join(" · "));
   byId("run-error").hidden = !run.error;
-  setText(byId("run-error"), run.error ? `Failed: ${run.error}` : "");
+  setText(byId("run-error"), run.error ? `${run.state === "failed" ? "Failed" : "Waiting"}: ${run.error}` : "");
 }
 
 function showFacts(run) {
@@ -124,15 +120,13 @@ function showNewer(run) {
 
 const lastReadable = ({ last }) => last.samples ?? last.contexts;
 
-/** Loads something of the run of the view; what arrives after the view was closed is dropped. */
-async function load(parent, what, path) {
+/** Asks for rows of the run of the view. What arrives after the view was closed is dropped: null. An error is shown by `fail`. */
+async function load(what, ask, fail) {
   const { signal } = view.loading;
   try {
-    return await path(`/v1/runs/${encodeURIComponent(view.id)}`, signal);
+    return await ask(`/v1/runs/${encodeURIComponent(view.id)}`, signal);
   } catch (error) {
-    if (signal.aborted) return null;
-    const why = error instanceof Gone ? "the daemon does not answer" : error.message;
-    parent.replaceChildren(h("p", { class: "problem", text: `${what} could not be read: ${why}` }));
+    if (!signal.aborted) fail(h("p", { class: "problem", text: `${what} could not be read: ${error.message}` }));
     return null;
   }
 }
@@ -146,15 +140,20 @@ async function loadSamples() {
   setText(byId("reading-title"), kind === "samples" || run.last.contexts === null ? "Last samples" : "Last contexts");
   const last = run.last[kind];
   if (last === null) {
-    parent.replaceChildren(h("p", { class: "empty", text: "Nothing to read yet. Samples appear as soon as the log holds enough contexts for one." }));
+    const yet = "Nothing to read yet. Samples appear as soon as the log holds enough contexts for one.";
+    parent.replaceChildren(h("p", { class: "empty", text: run.state === "finished" ? "Nothing to read: no seed got a context." : yet }));
     view.samples = -1;
     return;
   }
   view.samples = last;
-  const found = await load(parent, `The last ${kind}`, async (at, signal) => {
+  const read = async (at, signal) => {
     const newest = (await rows(`${at}/${kind}?${behind(last, SAMPLES)}limit=${SAMPLES}`, signal)).reverse();
     if (kind === "contexts") return newest.map((context) => ({ context }));
     return Promise.all(newest.map(async (sample) => ({ sample, context: await contextOf(sample, at, signal) })));
+  };
+  const found = await load(`The last ${kind}`, read, (problem) => {
+    parent.replaceChildren(problem);
+    view.samples = last - 1; // so that the button to load them is there
   });
   if (found) parent.replaceChildren(...found.map(({ sample, context }, index) => reading(sample, context, index === 0)));
 }
@@ -215,7 +214,7 @@ function showReasons(run) {
     ([reason]) =>
       h(
         "details",
-        { class: "reason" },
+        { class: "reason", on: { toggle: ({ target }) => target.open && !target.dataset.loaded && loadRejects() } },
         h("summary", {}, h("span", { class: "name", text: reason.replaceAll("_", " ") }), bar(), h("span", { class: "number" })),
         h("div", { class: "examples" }, h("p", { class: "quiet", text: "loading" })),
       ),
@@ -229,15 +228,19 @@ function showReasons(run) {
 
 async function loadRejects() {
   const { last } = view.run;
-  view.rejects = last.rejects ?? -1;
-  if (last.rejects === null) return;
-  const found = await load(byId("consumers"), "Rejects", (at, signal) => rows(`${at}/rejects?${behind(last.rejects, EXAMPLES)}limit=${EXAMPLES}`, signal));
-  if (!found) return;
-  for (const element of byId("rejects").querySelectorAll(".reason")) {
-    const reason = element.dataset.key.slice("reason ".length);
+  const parts = [...byId("rejects").querySelectorAll(".reason")];
+  view.rejects = last.rejects;
+  const read = (at, signal) => rows(`${at}/rejects?${behind(last.rejects, EXAMPLES)}limit=${EXAMPLES}`, signal);
+  const found = await load("The last rejects", read, (problem) => {
+    for (const part of parts) part.lastElementChild.replaceChildren(problem.cloneNode(true));
+    view.rejects = last.rejects - 1;
+  });
+  for (const part of found ? parts : []) {
+    const reason = part.dataset.key.slice("reason ".length);
     const examples = found.filter((reject) => reject.reason === reason).slice(-PER_REASON).reverse();
-    const none = h("p", { class: "quiet", text: `none among the last ${found.length} rejects` });
-    element.lastElementChild.replaceChildren(...(examples.length ? examples.map(example) : [none]));
+    const none = h("p", { class: "quiet", text: `none among the last ${counted(found.length, "reject")}` });
+    part.lastElementChild.replaceChildren(...(examples.length ? examples.map(example) : [none]));
+    part.dataset.loaded = "yes";
   }
 }
 
@@ -253,23 +256,20 @@ function example(reject) {
   );
 }
 
-async function loadConsumers() {
-  view.consumersAt = Date.now();
+function showConsumers({ consumers }) {
   const parent = byId("consumers");
-  const found = await load(parent, "Consumers", (at, signal) => request("GET", `${at}/consumers`, { signal }));
-  if (!found) return;
-  const consumers = found.data ?? found;
   if (!consumers.length) {
     keyed(parent, ["none"], String, () => h("p", { class: "empty", text: "None. A training or another reader that registers a name keeps its place here." }));
     return;
   }
   keyed(parent, ["table"], String, makeConsumers);
   keyed(parent.querySelector("tbody"), consumers, (one) => one.name, makeConsumer, (row, one) => {
-    [one.kind, one.acked === null ? "nothing yet" : count(one.acked), count(one.lag)].forEach((value, index) => setText(row.children[index + 1], value));
+    const values = [one.kind, one.acked === null ? "nothing yet" : `row ${count(one.acked)}`, counted(one.lag, "row")];
+    values.forEach((value, index) => setText(row.children[index + 1], value));
   });
 }
 
-const CONSUMER = ["Consumer", "Reads", "Acknowledged up to", "Rows behind"];
+const CONSUMER = ["Consumer", "Reads", "Acknowledged up to", "Behind by"];
 
 function makeConsumers() {
   return h(
