@@ -18,6 +18,7 @@ from streamsyn.daemon import (
     consumer_routes,
     diagnostics_routes,
     health_routes,
+    metrics_routes,
     openai_routes,
     page_routes,
     run_routes,
@@ -37,6 +38,7 @@ log = structlog.get_logger()
 
 _ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
+    *metrics_routes.ROUTES,
     *diagnostics_routes.ROUTES,
     *run_routes.ROUTES,
     *server_routes.ROUTES,

@@ -35,6 +35,7 @@ from streamsyn.fleet.membership import Connect, Membership, connect_http, open_m
 from streamsyn.fleet.models import ModelWeights, listed
 from streamsyn.fleet.server import Place, Server, Usage
 from streamsyn.fleet.shares import Share, Shares
+from streamsyn.fleet.timings import Timings
 from streamsyn.fleet.try_outcomes import TryOutcomes
 from streamsyn.io.open_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
@@ -139,6 +140,11 @@ class Fleet:
             for name, number in counts.items():
                 metrics[name] = metrics.get(name, 0) + number
         return list(found.values())
+
+    @property
+    def timings(self) -> Timings:
+        """How long this run's requests took."""
+        return self._outcomes.timings
 
     def on_room(self, call: Callable[[], None]) -> None:
         """Call `call` whenever more requests may be in flight than before."""
@@ -265,8 +271,10 @@ class Fleet:
         placement = self._membership.placement
         failed_at: Server | None = None
         while True:
+            asked = self._clock()
             place = await placement.acquire(request, failed_at, model, self._share)
             at, started = time.time(), self._clock()
+            self._outcomes.waited(place.server, started - asked)
             try:
                 if self._hedging.is_on and request.scored is None:
                     call = Call(request, place, budget, started)
@@ -329,6 +337,7 @@ class Fleet:
         planned = server.prefixes.cached_share(whole, keys)
 
         def first_token() -> None:
+            self._outcomes.began(server, self._since(started))
             server.prefixes.add(keys)
             self._membership.placement.warmed(place)
 

@@ -19,6 +19,7 @@ from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.shares import Share
+from streamsyn.fleet.timings import Timings
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Completion, Request
 
@@ -169,6 +170,7 @@ class Server(Usage):
             report it themselves.
         logged_cap: The cap that was logged last.
         error: Why it is not usable; None if it is.
+        timings: How long its requests took.
     """
 
     spec: ServerSpec
@@ -189,6 +191,7 @@ class Server(Usage):
     weight_version: str | None = None
     logged_cap: int = 0
     error: str | None = None
+    timings: Timings = field(default_factory=Timings)
 
     @property
     def url(self) -> str:

@@ -29,6 +29,7 @@ from streamsyn.fleet.membership import Connect, Membership, connect_http, open_m
 from streamsyn.fleet.models import shared_models
 from streamsyn.fleet.server_spec import ServerSpec, base_and_query, headers_of
 from streamsyn.fleet.shares import Priority, Shares
+from streamsyn.fleet.timings import Timings
 from streamsyn.io.open_files import within_sockets
 from streamsyn.urls import split_userinfo
 
@@ -187,6 +188,10 @@ class Servers:
             server.metrics() | {"state": server.state, "error": server.error}
             for server in self._membership.servers
         ]
+
+    def timings(self) -> dict[str, Timings]:
+        """Return how long the requests at each server took, by URL."""
+        return {server.url: server.timings for server in self._membership.servers}
 
     async def rediscovered(self, named: list[ServerSpec]) -> None:
         """Change to the servers that the configuration and its sources name now."""

@@ -17,6 +17,7 @@ from streamsyn.errors import (
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.membership import Membership
 from streamsyn.fleet.server import Server, Usage
+from streamsyn.fleet.timings import Timings
 from streamsyn.records import Completion
 
 log = structlog.get_logger()
@@ -32,6 +33,7 @@ class TryOutcomes:
         capacity: Returns how many requests the run may have in flight.
 
     Attributes:
+        timings: How long this run's requests took.
         usage: Counters of this run's requests at shared servers, by URL.
         limited: Requests with rate limits of their own.
         on_room: Called when a worker waits without needing a place.
@@ -46,9 +48,20 @@ class TryOutcomes:
         self._capacity = capacity
         self._clock = asyncio.get_running_loop().time
         self._answers = 0
+        self.timings = Timings()
         self.usage: dict[str, Usage] = {}
         self.limited = 0
         self.on_room: Callable[[], None] = lambda: None
+
+    def waited(self, server: Server, seconds: float) -> None:
+        """Record how long a request waited for its place."""
+        self.timings.queue_wait.observe(seconds)
+        server.timings.queue_wait.observe(seconds)
+
+    def began(self, server: Server, seconds: float) -> None:
+        """Record the first token of an answer, `seconds` after the request was sent."""
+        self.timings.time_to_first_token.observe(seconds)
+        server.timings.time_to_first_token.observe(seconds)
 
     def answered(
         self, server: Server, completion: Completion, planned: float, seconds: float, *, generated: bool
@@ -58,6 +71,8 @@ class TryOutcomes:
         server.health.answered()
         server.rate_limit.answered()
         self._answers += 1
+        self.timings.request_duration.observe(seconds)
+        server.timings.request_duration.observe(seconds)
         for usage in self._usages(server):
             usage.record_answer(completion, planned, seconds, generated=generated)
         cap = server.limiter.cap

@@ -5,20 +5,19 @@ The numbers are those of progress and summary, read at each scrape, so they cost
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from streamsyn.errors import ConfigError
+from streamsyn.fleet.timings import Histogram, Timings
 from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()
-
-ServerMetrics = Callable[[], Sequence[Mapping[str, Any]]]
-"""Returns the metrics of each server, as `Fleet.metrics` does; an absent key, or None, is unknown."""
 
 _SERVER_GAUGES = {
     "in_flight": "Requests in flight.",
@@ -32,6 +31,8 @@ _SERVER_GAUGES = {
     "draining": "1 while the server gets no new requests because it is being removed.",
     "weight": "The server's weight in placement, relative to the others.",
 }
+_NAMES = {"generated_per_s": "generated_tokens_per_second", "token_usage": "token_usage_ratio"}
+"""Names of metrics that have their unit in Prometheus' terms."""
 _SERVER_COUNTERS = {
     "completions": "Requests answered.",
     "completion_tokens": "Tokens generated.",
@@ -44,81 +45,144 @@ _SERVER_COUNTERS = {
 }
 
 
-class RunCollector(Collector):
-    """Makes metrics of the counters and the servers at each scrape, in the thread that serves it."""
+@dataclass(frozen=True, slots=True)
+class RunFigures:
+    """What metrics of a run are made of.
 
-    def __init__(self, counters: Counters, server_metrics: ServerMetrics) -> None:
-        self._counters = counters
-        self._server_metrics = server_metrics
+    Attributes:
+        counters: What it has done.
+        timings: How long its requests took.
+        labels: Labels of its metrics, such as {"run": ID}; each run of a scrape has the same ones.
+    """
+
+    counters: Counters
+    timings: Timings
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+Figures = Callable[[], tuple[RunFigures, Sequence[Mapping[str, Any]]]]
+"""Returns the figures of a run and the metrics of its servers, as they are now."""
+
+
+class RunCollector(Collector):
+    """Makes metrics of a run and its servers at each scrape, in the thread that serves it."""
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
         """All metrics, with their present values."""
-        yield from _run_metrics(self._counters)
-        yield from _server_metrics(self._server_metrics())
+        run, servers = self._figures()
+        yield from run_metrics([run])
+        yield from server_metrics(servers)
 
 
-def _run_metrics(counters: Counters) -> Iterator[Metric]:
-    rejects = dict(counters.rejects)  # copied in one step: the run goes on counting
-    for name, help_text, value in (
-        ("seeds_read", "Lines read from the sources, good and bad.", counters.seeds_read),
-        ("drafts_read", "Drafts of the lines read; each ends as one outcome.", counters.drafts_read),
-        ("drafts_finished_before", "Drafts finished by an earlier run.", counters.finished_before),
-        ("seeds_repeated", "Seeds skipped because their id was read before.", counters.repeated),
-        ("samples", "Samples assembled.", counters.samples),
-        ("retries", "Failed tries of requests.", counters.retries),
-        ("contexts_scored", "Contexts sent to be scored.", counters.scored),
-        ("contexts_unscored", "Contexts that servers failed to score.", counters.unscored),
-        ("scoring_retries", "Failed tries of scoring requests.", counters.scoring_retries),
-    ):
-        yield CounterMetricFamily(f"streamsyn_{name}", help_text, value=value)
-    yield _by_label(
-        "outcomes",
+_RUN_COUNTERS: Mapping[str, tuple[str, Callable[[Counters], float]]] = {
+    "seeds_read": ("Lines read from the sources, good and bad.", lambda run: run.seeds_read),
+    "drafts_read": ("Drafts of the lines read; each ends as one outcome.", lambda run: run.drafts_read),
+    "drafts_finished_before": ("Drafts finished by an earlier run.", lambda run: run.finished_before),
+    "seeds_repeated": ("Seeds skipped because their id was read before.", lambda run: run.repeated),
+    "samples": ("Samples assembled.", lambda run: run.samples),
+    "retries": ("Failed tries of requests.", lambda run: run.retries),
+    "contexts_scored": ("Contexts sent to be scored.", lambda run: run.scored),
+    "contexts_unscored": ("Contexts that servers failed to score.", lambda run: run.unscored),
+    "scoring_retries": ("Failed tries of scoring requests.", lambda run: run.scoring_retries),
+}
+_BY_LABEL: Mapping[str, tuple[str, str, Callable[[Counters], Mapping[Any, float]]]] = {
+    "outcomes": (
         "Outcomes in the log.",
         "kind",
-        {"context": counters.contexts, "reject": sum(rejects.values())},
-    )
-    yield _by_label("rejects", "Rejects in the log.", "reason", rejects)
-    yield _by_label(
-        "tokens",
+        lambda run: {"context": run.contexts, "reject": sum(dict(run.rejects).values())},
+    ),
+    "rejects": ("Rejects in the log.", "reason", lambda run: dict(run.rejects)),
+    "tokens": (
         "Tokens of writing: useful and wasted were generated; cached are part of prompt, thinking of useful.",
         "kind",
-        {
-            "useful": counters.useful_tokens,
-            "thinking": counters.thinking_tokens,
-            "wasted": counters.wasted_tokens,
-            "prompt": counters.prompt_tokens,
-            "cached": counters.cached_tokens,
+        lambda run: {
+            "useful": run.useful_tokens,
+            "thinking": run.thinking_tokens,
+            "wasted": run.wasted_tokens,
+            "prompt": run.prompt_tokens,
+            "cached": run.cached_tokens,
         },
-    )
-    yield _by_label(
-        "scoring_tokens",
+    ),
+    "scoring_tokens": (
         "Tokens of scoring requests, which streamsyn_tokens does not include.",
         "kind",
-        {
-            "written": counters.scoring_tokens,
-            "prompt": counters.scoring_prompt_tokens,
-            "cached": counters.scoring_cached_tokens,
+        lambda run: {
+            "written": run.scoring_tokens,
+            "prompt": run.scoring_prompt_tokens,
+            "cached": run.scoring_cached_tokens,
         },
+    ),
+}
+_RUN_GAUGES: Mapping[str, tuple[str, Callable[[Counters], float]]] = {
+    "elapsed_seconds": ("Seconds since the run started.", lambda run: run.elapsed_s),
+    "reading_done": ("1 when all seeds have been read.", lambda run: run.reading_done),
+}
+_TIMINGS: Mapping[str, tuple[str, Callable[[Timings], Histogram]]] = {
+    "queue_wait_seconds": (
+        "How long requests waited for a place at a server.",
+        lambda timings: timings.queue_wait,
+    ),
+    "time_to_first_token_seconds": (
+        "From sending a request to its first token, where the answer was streamed.",
+        lambda timings: timings.time_to_first_token,
+    ),
+    "request_duration_seconds": (
+        "From sending a request to its whole answer.",
+        lambda timings: timings.request_duration,
+    ),
+}
+
+
+def run_metrics(runs: Sequence[RunFigures]) -> Iterator[Metric]:
+    """Yield the metrics of runs, which all have the same names of labels."""
+    names = list(runs[0].labels) if runs else []
+    family: CounterMetricFamily | GaugeMetricFamily
+    for name, (help_text, value) in _RUN_COUNTERS.items():
+        family = CounterMetricFamily(f"streamsyn_{name}", help_text, labels=names)
+        for run in runs:
+            family.add_metric([*run.labels.values()], value(run.counters))
+        yield family
+    for name, (help_text, label, values) in _BY_LABEL.items():
+        family = CounterMetricFamily(f"streamsyn_{name}", help_text, labels=[*names, label])
+        for run in runs:
+            for key, number in sorted(values(run.counters).items()):
+                family.add_metric([*run.labels.values(), str(key)], number)
+        yield family
+    for name, (help_text, value) in _RUN_GAUGES.items():
+        family = GaugeMetricFamily(f"streamsyn_{name}", help_text, labels=names)
+        for run in runs:
+            family.add_metric([*run.labels.values()], value(run.counters))
+        yield family
+    yield from _timing_metrics("streamsyn", names, [([*run.labels.values()], run.timings) for run in runs])
+
+
+def server_timing_metrics(timings: Mapping[str, Timings]) -> Iterator[Metric]:
+    """Yield how long the requests at each server took; `timings` are by URL."""
+    yield from _timing_metrics(
+        "streamsyn_server", ["server"], [([url], taken) for url, taken in timings.items()]
     )
-    yield GaugeMetricFamily(
-        "streamsyn_elapsed_seconds", "Seconds since the run started.", value=counters.elapsed_s
-    )
-    yield GaugeMetricFamily(
-        "streamsyn_reading_done", "1 when all seeds have been read.", value=counters.reading_done
-    )
 
 
-def _by_label(name: str, help_text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"streamsyn_{name}", help_text, labels=[label])
-    for key, value in sorted(values.items()):
-        family.add_metric([str(key)], value)
-    return family
+def _timing_metrics(
+    prefix: str, names: Sequence[str], timings: Sequence[tuple[list[str], Timings]]
+) -> Iterator[Metric]:
+    for name, (help_text, histogram) in _TIMINGS.items():
+        family = HistogramMetricFamily(f"{prefix}_{name}", help_text, labels=names)
+        for values, taken in timings:
+            one = histogram(taken)
+            family.add_metric(values, one.buckets(), one.total_s)
+        yield family
 
 
-def _server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+def server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    """Yield the metrics of servers, from what `Fleet.metrics` returns of them."""
     for families, kind in ((_SERVER_GAUGES, GaugeMetricFamily), (_SERVER_COUNTERS, CounterMetricFamily)):
         for key, help_text in families.items():
-            family = kind(f"streamsyn_server_{key}", help_text, labels=["server"])
+            name = f"streamsyn_server_{_NAMES.get(key, key)}"
+            family = kind(name, help_text, labels=["server"])
             for server in servers:
                 if server.get(key) is not None:
                     family.add_metric([server["server"]], server[key])
@@ -140,23 +204,21 @@ def _server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
 
 
 @contextmanager
-def serving_metrics(listen: str, counters: Counters, server_metrics: ServerMetrics) -> Iterator[str]:
+def serving_metrics(listen: str, figures: Figures) -> Iterator[str]:
     """Serve the metrics over HTTP while the block runs; yields the URL.
 
     Enter it outside the event loop: opening and closing block.
 
     Args:
         listen: `HOST:PORT`; port 0 takes a free port.
-        counters: The counters of the run.
-        server_metrics: Called in the serving thread, so it must tolerate what
-            the event loop changes meanwhile.
+        figures: Called in the serving thread, so it must tolerate what the event loop changes meanwhile.
 
     Raises:
         ConfigError: `listen` is malformed, or the address cannot be used.
     """
     host, port = _host_and_port(listen)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(RunCollector(counters, server_metrics))
+    registry.register(RunCollector(figures))
     try:
         server, thread = start_http_server(port, host, registry)
     except (OSError, UnicodeError) as error:

@@ -13,6 +13,7 @@ from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.shares import Priority
 from streamsyn.fleet.sharing import Servers
+from streamsyn.fleet.timings import Timings
 from streamsyn.pipeline.delivery import SampleGate, SampleStream
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
@@ -112,6 +113,7 @@ class RunSummary:
         in_log: Returns the numbers of contexts, rejects that hold, and samples in the directory now; empty
             before it is open.
         servers: Returns the metrics of each server.
+        timings: How long requests took.
         progress: Returns the present progress; empty before the run has begun. Call it in the event loop of
             the run.
         recipe: What was asked for, to compare with.
@@ -128,6 +130,7 @@ class RunSummary:
     samples: int = 0
     in_log: Callable[[], dict[str, int]] = dict
     servers: Callable[[], list[dict[str, Any]]] = list
+    timings: Timings = field(default_factory=Timings)
     progress: Callable[[], dict[str, Any]] = dict
     recipe: RecipeSection | None = None
     notes: list[str] = field(default_factory=list)

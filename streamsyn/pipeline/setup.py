@@ -121,7 +121,7 @@ async def _open_writing(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleet]:
         else shared.fleet(await _with_its_model(request), request.weight, request.priority)
     )
     async with opening as fleet:
-        parts.summary.servers = fleet.metrics
+        parts.summary.servers, parts.summary.timings = fleet.metrics, fleet.timings
         await fleet.ask_models()
         yield fleet
 
@@ -332,10 +332,11 @@ def metrics_served(parts: Parts) -> Iterator[None]:
     if listen is None:
         yield
         return
-    from streamsyn.pipeline.metrics import serving_metrics
+    from streamsyn.pipeline.metrics import RunFigures, serving_metrics
 
-    def servers() -> list[dict[str, Any]]:  # looked up at each scrape: the fleets are opened later
-        return parts.summary.servers()
+    def figures() -> tuple[RunFigures, list[dict[str, Any]]]:  # at each scrape: the fleets are opened later
+        summary = parts.summary
+        return RunFigures(summary.counters, summary.timings), summary.servers()
 
-    with serving_metrics(listen, parts.summary.counters, servers):
+    with serving_metrics(listen, figures):
         yield

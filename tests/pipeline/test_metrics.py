@@ -2,17 +2,19 @@
 
 import socket
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamsyn.errors import ConfigError
-from streamsyn.pipeline.metrics import serving_metrics
+from streamsyn.fleet.timings import Timings
+from streamsyn.pipeline.metrics import Figures, RunFigures, serving_metrics
 from streamsyn.telemetry import Counters
 from tests.builders import context, reject
 
+TIMINGS = Timings()
 SERVERS = [
     {
         "server": "http://one:1",
@@ -37,6 +39,12 @@ SERVERS = [
 ]
 
 
+def of(counters: Counters | None = None, servers: Sequence[Mapping[str, Any]] = ()) -> Figures:
+    """The figures of a run."""
+    found = counters or Counters()
+    return lambda: (RunFigures(found, TIMINGS), servers)
+
+
 def scraped(url: str) -> dict[tuple[str, ...], float]:
     """All samples: (name, label values in the order of their names) -> value."""
     with urllib.request.urlopen(url, timeout=5) as answer:
@@ -51,7 +59,7 @@ def scraped(url: str) -> dict[tuple[str, ...], float]:
 def test_what_the_run_has_done() -> None:
     """The counters of the run, with their values at the time of the scrape."""
     counters = Counters(seeds_read=5, drafts_read=4, repeated=1, samples=2, finished_before=3)
-    with serving_metrics("127.0.0.1:0", counters, list) as url:
+    with serving_metrics("127.0.0.1:0", of(counters)) as url:
         before = scraped(url)
         for outcome in (context(1, wasted_tokens=4), context(2), reject(3)):
             counters.count_outcome(outcome)
@@ -86,7 +94,7 @@ def test_what_the_run_has_done() -> None:
 
 def test_what_the_servers_do() -> None:
     """Each metric has the label of its server; an unknown one is left out."""
-    with serving_metrics("127.0.0.1:0", Counters(), lambda: SERVERS) as url:
+    with serving_metrics("127.0.0.1:0", of(servers=SERVERS)) as url:
         samples = scraped(url)
 
     one = {
@@ -99,7 +107,7 @@ def test_what_the_servers_do() -> None:
         "cap": 9,
         "waiting": 2,
         "running": 5,
-        "token_usage": 0.25,
+        "token_usage_ratio": 0.25,
         "completions_total": 30,
         "completion_tokens_total": 300,
         "prompt_tokens_total": 900,
@@ -119,7 +127,7 @@ def test_what_the_servers_do() -> None:
 def test_servers_that_come_and_go() -> None:
     """A server that is gone is not reported any more."""
     servers: list[Mapping[str, Any]] = list(SERVERS)
-    with serving_metrics("127.0.0.1:0", Counters(), lambda: servers) as url:
+    with serving_metrics("127.0.0.1:0", of(servers=servers)) as url:
         assert ("streamsyn_server_ejected", "http://two:2") in scraped(url)
         servers.pop()
         assert ("streamsyn_server_ejected", "http://two:2") not in scraped(url)
@@ -127,10 +135,10 @@ def test_servers_that_come_and_go() -> None:
 
 def test_nothing_listens_afterwards() -> None:
     """The port is free again, and can be taken at once."""
-    with serving_metrics("127.0.0.1:0", Counters(), list) as url:
+    with serving_metrics("127.0.0.1:0", of()) as url:
         scraped(url)
     port = url.split(":")[2].split("/")[0]
-    with serving_metrics(f"127.0.0.1:{port}", Counters(), list) as again:
+    with serving_metrics(f"127.0.0.1:{port}", of()) as again:
         assert url == again
 
 
@@ -142,7 +150,7 @@ def test_an_invalid_address(listen: str) -> None:
     """One line that names the key and the expected form."""
     with (
         pytest.raises(ConfigError, match=r"run\.metrics_listen: .* is not HOST:PORT"),
-        serving_metrics(listen, Counters(), list),
+        serving_metrics(listen, of()),
     ):
         pass
 
@@ -152,7 +160,7 @@ def test_a_host_that_is_not_local(host: str) -> None:
     """It cannot be listened on."""
     with (
         pytest.raises(ConfigError, match=rf"run\.metrics_listen: cannot listen on {host}:0: \w"),
-        serving_metrics(f"{host}:0", Counters(), list),
+        serving_metrics(f"{host}:0", of()),
     ):
         pass
 
@@ -165,7 +173,7 @@ def test_an_address_in_use() -> None:
             pytest.raises(
                 ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"
             ),
-            serving_metrics(f"127.0.0.1:{port}", Counters(), list),
+            serving_metrics(f"127.0.0.1:{port}", of()),
         ):
             pass
 
@@ -174,7 +182,7 @@ def test_an_ipv6_address() -> None:
     """In brackets, as in URLs."""
     if not _has_ipv6():
         pytest.skip("this machine has no IPv6")
-    with serving_metrics("[::1]:0", Counters(), list) as url:
+    with serving_metrics("[::1]:0", of()) as url:
         assert url.startswith("http://[::1]:")
         assert scraped(url)
 
@@ -185,3 +193,20 @@ def _has_ipv6() -> bool:
     except OSError:
         return False
     return True
+
+
+def test_how_long_requests_took() -> None:
+    """Histograms in seconds: cumulative buckets, the sum and the count."""
+    timings = Timings()
+    for seconds in (0.004, 0.1, 0.2, 700.0):
+        timings.request_duration.observe(seconds)
+    with serving_metrics("127.0.0.1:0", lambda: (RunFigures(Counters(), timings), ())) as url:
+        samples = scraped(url)
+    name = "streamsyn_request_duration_seconds"
+    buckets = {bound: samples[f"{name}_bucket", bound] for bound in ("0.01", "0.1", "0.25", "600.0", "+Inf")}
+    assert {"0.01": 1, "0.1": 2, "0.25": 3, "600.0": 3, "+Inf": 4} == buckets
+    assert 4 == samples[f"{name}_count",]
+    assert 700.304 == pytest.approx(samples[f"{name}_sum",])
+    assert 4 == timings.request_duration.count
+    assert 0 == samples["streamsyn_queue_wait_seconds_count",]
+    assert 0 == samples["streamsyn_time_to_first_token_seconds_count",]
