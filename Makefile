@@ -31,8 +31,9 @@ test-browser: .venv/stamp chromium  ## the report and the page of the daemon in 
 
 test-all: test test-crash test-browser test-real  ## all four
 
-torture: .venv/stamp  ## every crash state of small runs, then many kills; STREAMSYN_KILLS and STREAMSYN_KILLS_SEED choose how many and which
+torture: .venv/stamp  ## every crash state of small runs, many kills (STREAMSYN_KILLS, STREAMSYN_KILLS_SEED), all examples of property tests
 	$(BIN)/python -m tests.system.crash_states
+	$(BIN)/pytest $(AT_A_TIME) -m "hypothesis and not real_sglang and not chromium" --hypothesis-profile=torture -o timeout=1800
 	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m crash -o timeout=1800
 
 coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml

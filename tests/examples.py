@@ -1,4 +1,6 @@
-"""How many examples a property test tries: all of them in `make test-crash`, a quarter in `make test`."""
+"""How many examples a property test tries: all of them in `make torture`, half of them in `make test-crash`,
+and an eighth in `make test`.
+"""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,12 +9,16 @@ from hypothesis import settings
 
 F = TypeVar("F")
 
+_SHARES = {"short": 1 / 8, "long": 1 / 2, "torture": 1.0}
+"""The profiles, and which share of the examples each one tries."""
+_FEWEST = 10
+
 # How long an example takes says nothing on a shared machine.
-settings.register_profile("short", deadline=None, max_examples=25)
-settings.register_profile("long", deadline=None, max_examples=100)
+for _name, _share in _SHARES.items():
+    settings.register_profile(_name, deadline=None, max_examples=round(200 * _share))
 
 
 def examples(number: int) -> Callable[[F], F]:
-    """Settings for `number` examples under the profile "long"."""
-    is_long = settings.get_current_profile_name() == "long"
-    return settings(max_examples=number if is_long else max(10, number // 4), deadline=None)
+    """Settings for `number` examples under the profile "torture"."""
+    share = _SHARES.get(settings.get_current_profile_name(), 1.0)
+    return settings(max_examples=max(_FEWEST, round(number * share)), deadline=None)

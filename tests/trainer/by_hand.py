@@ -1,5 +1,6 @@
-"""Trains on plans made by hand: in this process, or as one of several ranks (`python -m`)."""
+"""Trains on plans made by hand: in this process, or as one of several ranks."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,21 +141,20 @@ def weights(placed: Placed) -> dict[str, torch.Tensor]:
     return {name: one.detach().clone() for name, one in placed.plain.named_parameters()}
 
 
-if __name__ == "__main__":
-    import os
-
-    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    me, all_of_us = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def main() -> None:
+    """Train as one of several ranks: `by-hand FOLDER STEPS`, in the environment of a launcher."""
+    folder, steps = Path(sys.argv[2]), int(sys.argv[3])
+    rank = int(os.environ["RANK"])
     kept_out = [tiny.example(20, 5, 900 + n) for n in range(3)]
     made = train(
         folder,
         section(),
         plans(steps),
         base=folder / "base",
-        rank=me,
-        world=all_of_us,
+        rank=rank,
+        world=int(os.environ["WORLD_SIZE"]),
         held_out=kept_out,
         exam=exam(folder),
     )[2]
-    torch.save(weights(made), folder / f"weights-{me}.pt")
+    torch.save(weights(made), folder / f"weights-{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -17,8 +18,8 @@ from streamsyn.cli.main import main
 torch.set_num_threads(1)
 
 
-def run(task: dict[str, object]) -> None:
-    """The command, as its own process would run it."""
+def run(task: dict[str, object], program: Callable[[], None] = main) -> None:
+    """A command, or another program, as its own process would run it."""
     for number, key, flags in (
         (0, "stdin", os.O_RDONLY),
         (2, "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -31,7 +32,7 @@ def run(task: dict[str, object]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["streamsyn", *task["argv"]]  # type: ignore[misc]
     try:
-        main()
+        program()
         code: object = 0
     except SystemExit as ended:
         code = ended.code or 0

@@ -3,7 +3,7 @@
 A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "sharded": null or a kind of
 `sharding`, "kill": null or see below}`, starts one; in `argv`, `{rank}` stands for a rank's number. When all
 its ranks have ended, their exit codes come back as a list, negative for a signal. Rank i says its lines to
-`said` + i.
+`said` + i. An `argv` that begins with `by-hand` runs `by_hand.main` on the rest in place of a command.
 
 `kill` is `{"rank": i, "at": [[event, part], ...]}`. Each is an audit event of rank 0 whose first argument
 has `part` in it; when all have come, one after the other, rank i is killed before the last of them is done.
@@ -17,7 +17,8 @@ from typing import Any
 
 import peft  # noqa: F401 - so that no fork has to
 
-from tests.trainer import tiny
+from streamsyn.cli.main import main
+from tests.trainer import by_hand, tiny
 from tests.trainer.fork_server import run
 from tests.trainer.sharding import shard
 
@@ -53,8 +54,13 @@ def train(task: dict[str, Any]) -> list[int]:
             if rank == 0 and kill is not None:
                 watch(pids.get(kill["rank"], os.getpid()), kill["at"])
             argv = [one.replace("{rank}", str(rank)) for one in task["argv"]]
-            told = {"argv": argv, "stderr": f"{task['said']}{rank}", "stdin": None}
-            run({**told, "file_bytes": None})
+            told: dict[str, object] = {
+                "argv": argv,
+                "stderr": f"{task['said']}{rank}",
+                "stdin": None,
+                "file_bytes": None,
+            }
+            run(told, by_hand.main if argv[0] == "by-hand" else main)
         pids[rank] = pid
     return [os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1]) for rank in range(world)]
 

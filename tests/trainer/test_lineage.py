@@ -1,7 +1,6 @@
 """OUT/trained.jsonl and OUT/task_losses.json: what was trained on, when, and how hard it was."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train
 from tests.trainer.streams import example
-from tests.trainer.test_loop import run_ranks
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -62,21 +60,6 @@ def test_the_lineage_follows_the_plans(tmp_path: Path) -> None:
         losses = [one[4] for one in line["examples"]]
         assert step["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert line["at"] == step["at"]
-
-
-def test_two_ranks_have_the_lineage_of_one(tmp_path: Path) -> None:
-    """Losses are gathered from all ranks, in the order of the plan; a rank may have no example at all."""
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    for folder in (alone, both):
-        folder.mkdir()
-        tiny.write_model(folder / "base")
-    train(alone, section(), plans(STEPS))
-    run_ranks([sys.executable, "-m", "tests.trainer.by_hand", str(both), str(STEPS)], 2)
-
-    assert planned(STEPS) == [[one[:4] for one in line["examples"]] for line in lineage(both)]
-    for one, other in zip(lineage(alone), lineage(both), strict=True):
-        expected = [example[4] for example in one["examples"]]
-        assert expected == pytest.approx([example[4] for example in other["examples"]], rel=1e-5)
 
 
 def test_a_step_that_was_skipped_has_no_losses(tmp_path: Path) -> None:

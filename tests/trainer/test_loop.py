@@ -1,11 +1,5 @@
 """The loop over plans made by hand: what a step does, and that nothing but the samples decides it."""
 
-import os
-import random
-import socket
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +16,7 @@ from streamsyn.trainer.model.loss import make_batch
 from streamsyn.trainer.model.placed import Placed
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
-from tests.trainer.by_hand import exam, plans, section, train, weights
+from tests.trainer.by_hand import plans, section, train, weights
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -71,90 +65,6 @@ def test_the_number_of_passes_does_not_matter(tmp_path: Path) -> None:
 
     assert tiny.furthest(results[0], results[1]) < 1e-6
     assert tiny.furthest(results[0], results[2]) < 1e-6
-
-
-def free_port() -> int:
-    """A port below those that the system hands out, since seconds pass until torch binds it."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as found, suppress(OSError):
-            found.bind(("127.0.0.1", port))
-            return port
-
-
-def ranks_of(command: list[str], world: int, timeout_s: float = 120) -> list[tuple[int, str]]:
-    """Start a command as ranks of one training; the exit code and stderr of each."""
-    shared = {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [one.communicate(timeout=timeout_s)[1] for one in ranks]
-    return [(one.returncode, stderr) for one, stderr in zip(ranks, outputs, strict=True)]
-
-
-def run_ranks(command: list[str], world: int) -> None:
-    """Run a command to its end as ranks of one training."""
-    for code, stderr in ranks_of(command, world):
-        assert code == 0, stderr
-
-
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """The same rows on two processes over gloo: both have the weights of one process, and losses, evaluations
-    and answers are equal. A rank without a sample or question takes part.
-    """
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    for folder in (alone, both):
-        folder.mkdir()
-        tiny.write_model(folder / "base")
-    kept = [tiny.example(20, 5, 900 + n) for n in range(3)]
-    expected = weights(train(alone, section(), plans(STEPS), held_out=kept, exam=exam(alone))[2])
-    run_ranks([sys.executable, "-m", "tests.trainer.by_hand", str(both), str(STEPS)], 2)
-
-    for rank in (0, 1):
-        found = torch.load(both / f"weights-{rank}.pt")
-        assert tiny.furthest(expected, found) < 1e-6
-    steps, alone_steps = lines(both), lines(alone)
-    assert [line["loss"] for line in alone_steps] == pytest.approx([line["loss"] for line in steps], rel=1e-5)
-    measured, alone_measured = lines(both, "evaluation"), lines(alone, "evaluation")
-    assert [0, STEPS] == [line["step"] for line in measured]
-    for one, other in zip(measured, alone_measured, strict=True):
-        assert 3 == one["held_out"]
-        assert one["nll_with_context"] == pytest.approx(other["nll_with_context"], rel=1e-5)
-        assert {"needle_one", "needle_two", "needles", "longbench_a", "longbench"} < one.keys()
-        assert all(one[name] == other[name] for name in one if name.startswith(("needle", "longbench")))
-    for name in ("step-0000000.jsonl", f"step-{STEPS:07}.jsonl"):
-        answers = (both / "answers" / name).read_bytes()
-        assert 5 == len(answers.splitlines())
-        assert (alone / "answers" / name).read_bytes() == answers
-
-
-def test_what_rank_0_refuses_is_one_line(tmp_path: Path) -> None:
-    """Only rank 0 sees what is wrong with the data: it reports it, and the others end silently."""
-    tiny.write_model(tmp_path / "base")
-    for name in ("chat", "bad"):
-        (tmp_path / f"{name}.jsonl").write_text("{}\n")
-    given = {"from": tmp_path / "chat.jsonl", "model": tmp_path / "base", "out": tmp_path / "out"}
-    flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-    keys = ("--set", "train.rows_per_step=2", "--set", f"train.control={tmp_path / 'bad.jsonl'}")
-    (first, stderr), (second, other) = ranks_of(
-        [sys.executable, "-m", "streamsyn", "train", *flags, *keys], 2
-    )
-
-    assert (2, 0) == (first, second), other
-    assert stderr.splitlines()[-1].startswith("streamsyn: train.control: ")
-    assert "Traceback" not in stderr + other
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path) -> None:

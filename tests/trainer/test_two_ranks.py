@@ -1,17 +1,18 @@
-"""Two ranks train as one does: adapters, sharded weights, published weights, and kills during publication.
-
-Elsewhere: full fine-tuning at 1 and 2 ranks (`test_loop`, `test_world_sizes`), publications of one process
-(`test_publish`).
+"""Two ranks train as one does: all weights, adapters, sharded weights, published weights, and kills during
+publication. Elsewhere: publications of one process (`test_publish`).
 """
 
 import asyncio
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import SimulatorConfig
-from tests.trainer import tiny
+from tests.trainer import by_hand, tiny
 from tests.trainer.sharding import Kind
 from tests.trainer.test_command import lineage, lines, result, write_run
-from tests.trainer.test_loop import free_port
+from tests.trainer.test_lineage import planned
 from tests.trainer.test_packing_isolation import SLIDING
 
 pytestmark = pytest.mark.timeout(180)
@@ -73,7 +74,17 @@ class Ranks:
         keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
         sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
         given = ["--from", self._folder / "run", "--model", model or self._folder / "base", "--out", out]
-        argv = ["train", *map(str, given), *sets]
+        return self.ask(["train", *map(str, given), *sets], world, out, kill, sharded)
+
+    def ask(
+        self,
+        argv: list[str],
+        world: int,
+        out: Path,
+        kill: dict[str, Any] | None = None,
+        sharded: Kind | None = None,
+    ) -> list[int]:
+        """Run a command as the ranks of one training; return the exit code of each rank."""
         task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said"}
         task |= {"sharded": sharded, "kill": kill}
         assert self._process.stdin is not None
@@ -82,6 +93,10 @@ class Ranks:
         self._process.stdin.flush()
         codes: list[int] = json.loads(self._process.stdout.readline())
         return codes
+
+    def by_hand(self, out: Path, steps: int) -> None:
+        """Two ranks train on the plans of `by_hand`."""
+        assert self.ask(["by-hand", str(out), str(steps)], 2, out) == [0, 0], said(out)
 
     def done(self, world: int, out: Path, **more: Any) -> Path:
         """Train to the end, and return OUT."""
@@ -111,6 +126,15 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks(process, Path(folder))
         assert process.stdin is not None
         process.stdin.close()
+
+
+def free_port() -> int:
+    """A port below those that the system hands out, since seconds pass until torch binds it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def said(out: Path) -> str:
@@ -156,6 +180,69 @@ def assert_trained_alike(out: Path, alone: Path) -> None:
     losses, others = ([line["loss"] for line in lines(one)] for one in (out, alone))
     assert others == pytest.approx(losses, rel=1e-6)
     assert tiny.furthest(result(alone), result(out)) < 1e-6
+
+
+def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path) -> None:
+    """The same rows on two processes over gloo: both have the weights of one process; losses, evaluations,
+    answers and the examples of each step are equal. A rank without a sample or question takes part.
+    """
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder in (alone, both):
+        folder.mkdir()
+        tiny.write_model(folder / "base")
+    kept = [tiny.example(20, 5, 900 + n) for n in range(3)]
+    made = by_hand.train(
+        alone, by_hand.section(), by_hand.plans(STEPS), held_out=kept, exam=by_hand.exam(alone)
+    )
+    expected = by_hand.weights(made[2])
+    ranks.by_hand(both, STEPS)
+
+    for rank in (0, 1):
+        found = torch.load(both / f"weights-{rank}.pt")
+        assert tiny.furthest(expected, found) < 1e-6
+    steps, alone_steps = lines(both), lines(alone)
+    assert [line["loss"] for line in alone_steps] == pytest.approx([line["loss"] for line in steps], rel=1e-5)
+    assert planned(STEPS) == [[one[:4] for one in examples] for _, examples in lineage(both)]
+    for (_, examples), (_, others) in zip(lineage(alone), lineage(both), strict=True):
+        assert [one[4] for one in examples] == pytest.approx([one[4] for one in others], rel=1e-5)
+    measured, alone_measured = lines(both, "evaluation"), lines(alone, "evaluation")
+    assert [0, STEPS] == [line["step"] for line in measured]
+    for one, other in zip(measured, alone_measured, strict=True):
+        assert 3 == one["held_out"]
+        assert one["nll_with_context"] == pytest.approx(other["nll_with_context"], rel=1e-5)
+        assert {"needle_one", "needle_two", "needles", "longbench_a", "longbench"} < one.keys()
+        assert all(one[name] == other[name] for name in one if name.startswith(("needle", "longbench")))
+    for name in ("step-0000000.jsonl", f"step-{STEPS:07}.jsonl"):
+        answers = (both / "answers" / name).read_bytes()
+        assert 5 == len(answers.splitlines())
+        assert (alone / "answers" / name).read_bytes() == answers
+
+
+def test_what_rank_0_refuses_is_one_line(ranks: Ranks, tmp_path: Path) -> None:
+    """Only rank 0 sees what is wrong with the data: it reports it, and the others end silently."""
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    out = tmp_path / "out"
+    codes = ranks.run(2, out, control=tmp_path / "bad.jsonl")
+
+    first, other = ((tmp_path / f"out.said{rank}").read_text() for rank in (0, 1))
+    assert [2, 0] == codes, other
+    assert first.splitlines()[-1].startswith("streamsyn: train.control: ")
+    assert "Traceback" not in first + other
+
+
+@pytest.mark.crash
+def test_the_number_of_ranks_may_change_between_runs(ranks: Ranks, tmp_path: Path) -> None:
+    """Two steps by one rank, two by two ranks, the rest by one: each step has the samples of a training by
+    one rank alone, and the weights are equal up to rounding."""
+    alone, out = ranks.done(1, tmp_path / "alone"), tmp_path / "out"
+    for world, steps in ((1, 2), (2, 4), (1, STEPS)):
+        ranks.done(world, out, max_steps=steps)
+
+    found, expected = lineage(out), lineage(alone)
+    assert list(range(1, STEPS + 1)) == [step for step, _ in expected] == [step for step, _ in found]
+    for (_, examples), (_, others) in zip(found, expected, strict=True):
+        assert sorted(one[:4] for one in examples) == sorted(one[:4] for one in others)
+    assert tiny.furthest(result(alone), result(out)) < 1e-5
 
 
 @pytest.mark.crash
