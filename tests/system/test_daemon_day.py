@@ -22,7 +22,7 @@ import orjson
 import psutil
 import pytest
 
-from streamsyn.following.follow import follow
+import streamsyn
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 
 pytestmark = pytest.mark.crash
@@ -124,18 +124,7 @@ async def client(day: Day, number: int) -> None:
         ]
         body = b"".join(orjson.dumps(line) + b"\n" for line in lines)
         headers = {"Content-Type": "application/x-ndjson", "Idempotency-Key": f"{number}-{post}"}
-
-        async def ask(
-            session: aiohttp.ClientSession,
-            run: str = run,
-            body: bytes = body,
-            headers: dict[str, str] = headers,
-        ) -> Any:
-            async with session.post(f"/v1/runs/{run}/seeds", data=body, headers=headers) as answer:
-                assert answer.status == 202, await answer.text()
-                return await answer.json()
-
-        counts = await day.ask(ask)
+        counts = await day.json("POST", f"/v1/runs/{run}/seeds", data=body, headers=headers)
         # What was on disk when a kill took the answer is a duplicate when it is posted again.
         assert counts["accepted"] + counts["duplicate"] == SEEDS_A_POST, counts
         day.accepted[run] += SEEDS_A_POST
@@ -196,7 +185,7 @@ async def consumer(day: Day, run: str, name: str, pause_s: float) -> list[int]:
 
 async def follower(day: Day, run: str) -> list[int]:
     """Reads with the library."""
-    return [row["seq"] async for row in follow(f"{day.url}/v1/runs/{run}/samples", retry_s=60)]
+    return [row["seq"] async for row in streamsyn.follow(f"{day.url}/v1/runs/{run}/samples", retry_s=60)]
 
 
 async def batch(day: Day, number: int) -> None:
