@@ -22,7 +22,7 @@ import orjson
 import psutil
 import pytest
 
-import streamsyn
+from streamsyn import follow
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 
 pytestmark = pytest.mark.crash
@@ -185,7 +185,7 @@ async def consumer(day: Day, run: str, name: str, pause_s: float) -> list[int]:
 
 async def follower(day: Day, run: str) -> list[int]:
     """Reads with the library."""
-    return [row["seq"] async for row in streamsyn.follow(f"{day.url}/v1/runs/{run}/samples", retry_s=60)]
+    return [row["seq"] async for row in follow(f"{day.url}/v1/runs/{run}/samples", retry_s=60)]
 
 
 async def batch(day: Day, number: int) -> None:
