@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from streamsyn.background import Background, background, finished_in_thread
 from streamsyn.library.read_ahead import ReadAhead
@@ -16,7 +16,7 @@ from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.sink.shards import KINDS
 from streamsyn.telemetry import Counters
 
-State = Literal["running", "stopping", "finished", "stopped", "failed"]
+State: TypeAlias = Literal["running", "stopping", "finished", "stopped", "failed"]
 
 
 class BackgroundRun:
