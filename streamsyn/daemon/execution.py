@@ -1,8 +1,9 @@
 """A run while it is executed, and what all runs share for that."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from streamsyn.background import Background
@@ -14,6 +15,9 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.stop import RunControl
+from streamsyn.sink.retries import holding_rejects
+from streamsyn.sink.shards import KINDS
+from streamsyn.sink.snapshot import Part, Snapshot
 from streamsyn.telemetry import Counters
 
 _TOKENS: Final[Mapping[str, Callable[[Counters], int]]] = {
@@ -89,6 +93,46 @@ class Execution:
             reasons=dict(reasons),
             tokens={kind: before.tokens.get(kind, 0) + count(counters) for kind, count in _TOKENS.items()},
         )
+
+
+def recounted(root: Path, figures: Figures, *, after_retry: bool = False) -> Figures:
+    """The totals of a run that are kept between executions, mended by its log. Blocks on the disk.
+
+    A kill loses what an execution has counted, and a retry makes rejects hold no longer. If neither was the
+    case, only the rows in unsealed shards are read.
+
+    Args:
+        root: The run directory.
+        figures: The totals.
+        after_retry: Whether rejects were asked again since.
+
+    Raises:
+        SinkError: The log cannot be read.
+    """
+    snapshot = Snapshot(root)
+    rows = {kind: sum(map(_rows_of, snapshot.parts[kind])) for kind in KINDS}
+    reasons, tokens = figures.reasons, figures.tokens
+    if after_retry or rows["rejects"] != figures.rows.get("rejects", 0):
+        reasons = dict(Counter(str(row.get("reason")) for row in holding_rejects(snapshot)))
+    if rows["contexts"] != figures.rows.get("contexts", 0):
+        tokens = tokens | _tokens_of(snapshot.parts["contexts"])
+    return figures.model_copy(update={"rows": rows, "reasons": reasons, "tokens": tokens})
+
+
+def _rows_of(part: Part) -> int:
+    return part.sealed.rows if part.sealed is not None else sum(1 for _ in part.rows())
+
+
+def _tokens_of(parts: Iterable[Part]) -> dict[str, int]:
+    """The tokens of contexts: sealed shards are listed with theirs."""
+    tokens = Counter({"prompt": 0, "cached": 0, "completion": 0})
+    for part in parts:
+        if part.sealed is not None:
+            tokens.update(part.sealed.tokens)
+        else:
+            for row in part.rows():
+                tokens.update({kind: row.get(f"{kind}_tokens") or 0 for kind in list(tokens)})
+    return dict(tokens)
 
 
 def prefix_shares(servers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ import structlog
 
 from streamsyn.config.loading import Config
 from streamsyn.daemon.consumers import Consumers
-from streamsyn.daemon.execution import Execution, Hosting, prefix_shares
+from streamsyn.daemon.execution import Execution, Hosting, prefix_shares, recounted
 from streamsyn.daemon.run_config import run_config, template_layer
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
@@ -367,7 +367,9 @@ class HostedRun:
         """Execute the run once, to its end or until it is stopped, and save how it ended."""
         execution = self._execution = Execution(RunSummary(self.root, Counters()))
         error: str | None = None
+        asked_again = bool(self.record.retry)
         try:
+            self.record.figures = await asyncio.to_thread(recounted, self.root, self.record.figures)
             summary = await run_in_loop(await self._request(execution), execution.summary)
             if summary.too_many_rejects or not execution.is_stopped:
                 error = summary.stopped
@@ -377,7 +379,7 @@ class HostedRun:
             log.exception("run.bug", bug=repr(bug))
             error = f"internal error: {bug!r}"
         async with self._changing:
-            self.record.figures = self._figures()
+            self.record.figures = await self._final_figures(after_retry=asked_again)
             self._execution = None
             if error is not None:
                 log.error("run.failed", error=error)
@@ -389,6 +391,17 @@ class HostedRun:
             except StreamsynError as raised:  # the disk is full, for example
                 log.error("run.not_saved", error=str(raised))  # noqa: TRY400 - expected
                 self._state.failed(message(str(raised)))
+
+    async def _final_figures(self, *, after_retry: bool) -> Figures:
+        """The totals at the end of an execution."""
+        figures = self._figures()
+        if not after_retry:
+            return figures
+        try:
+            return await asyncio.to_thread(recounted, self.root, figures, after_retry=True)
+        except SinkError as error:
+            log.warning("run.not_recounted", error=str(error))
+            return figures
 
     async def _request(self, execution: Execution) -> RunRequest:
         loop = asyncio.get_running_loop()

@@ -106,9 +106,10 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except Exception as bug:
         log.exception("request.bug", method=request.method, path=request.path, bug=repr(bug))
         problem = Problem(500, f"internal error; the log has it under the request id {request_id}")
-    if problem.status in {408, 413} or not request.content.is_eof():
-        problem.headers.setdefault("Connection", "close")  # the rest of the body is not worth reading
-    return problem_response(problem, request.path)
+    response = problem_response(problem, request.path)
+    if not request.content.is_eof():
+        response.force_close()  # what follows may be the rest of the body, not a request
+    return response
 
 
 async def _to_its_end(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from streamsyn.daemon.run_state import State
+from streamsyn.daemon.run_state import ENDED, State
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import write_whole
 
@@ -78,6 +78,20 @@ class RunRecord(BaseModel):
             SinkError: It cannot be written.
         """
         write_whole(root / SERVICE_FILE, orjson.dumps(self.model_dump(mode="json")))
+
+    @classmethod
+    def has_ended(cls, root: Path) -> tuple[float, State] | None:
+        """When a run that has ended was created, and its state; None for any other. Blocks on the disk.
+
+        Much faster than `load`, for a start with thousands of runs.
+        """
+        try:
+            record = orjson.loads((root / SERVICE_FILE).read_bytes())
+            state, created_at = record["state"], record["created_at"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # `load` says what is wrong
+        is_ours = record.get("id") == root.name and record.get("format_version") == FORMAT_VERSION
+        return (created_at, state) if is_ours and state in ENDED and isinstance(created_at, float) else None
 
     @classmethod
     def load(cls, root: Path) -> Self | None:

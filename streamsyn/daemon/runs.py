@@ -243,6 +243,9 @@ class Runs:
             if path.name.startswith(_DELETED):
                 shutil.rmtree(path, ignore_errors=True)
                 continue
+            if (ended := RunRecord.has_ended(path)) is not None:
+                yield Listed(ended[0], path.name, ended[1]), None
+                continue
             try:
                 record = RunRecord.load(path)
             except StreamsynError as error:

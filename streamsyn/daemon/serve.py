@@ -30,6 +30,8 @@ _MAX_HEADERS: Final = 128
 _TLS_HANDSHAKE_S: Final = 10.0
 _END_S: Final = 5.0
 """Seconds that answers in progress have to end when the daemon ends."""
+_LINGER_S: Final = 1.0
+"""Seconds that the rest of a refused body is read and dropped, so that the client can read the answer."""
 _BACKLOG: Final = 1024
 
 
@@ -177,6 +179,7 @@ async def listening(daemon: Daemon, address: Address) -> AsyncIterator[str]:
         keepalive_timeout=section.idle_timeout_s,
         shutdown_timeout=_END_S,
         max_headers=_MAX_HEADERS,
+        lingering_time=_LINGER_S,
         auto_decompress=False,  # handlers do it, within limits
     )
     await runner.setup()

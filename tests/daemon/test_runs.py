@@ -195,8 +195,10 @@ async def test_rejects_are_asked_again(daemon: Served) -> None:
     problem = await daemon.refused("POST", "/v1/runs/retried/retry", {"reasons": ["to_short"]})
     assert problem["status"] == 422
     await daemon.ask("POST", "/v1/runs/retried/retry", {"reasons": ["too_short"]})
-    await daemon.until_state("retried", "finished")
+    done = await daemon.until_state("retried", "finished")
     assert daemon.simulation.stats.requests > asked
+    assert (done["rejects"], done["counts"]["rejects"]) == ({"too_short": 2}, 2)
+    assert done["last"]["rejects"] == 3
 
 
 async def test_health_and_readiness(start_daemon: StartDaemon) -> None:
