@@ -53,6 +53,7 @@ async def reload(daemon: Daemon, load: Callable[[], Config], check: Callable[[Se
         log.error("reload.failed", error=str(error), then="everything stays as it was")  # noqa: TRY400
         return
     daemon.hosting.config = merged
+    await daemon.hosting.servers.rediscover()
     applied, late = changed_keys(before, merged), changed_keys(merged, after)
     log.info("reload.done", changed=applied, plain=f"reloaded: {', '.join(applied) or 'no key has changed'}")
     if late:

@@ -95,8 +95,10 @@ class Servers:
         named: list[ServerSpec],
         edits: ServerEdits,
         save: Save,
+        discovery: Discovery,
     ) -> None:
         self.edits = edits
+        self._discovery = discovery
         self._save = save
         self._membership = membership
         self._outage = outage
@@ -193,6 +195,12 @@ class Servers:
         """Return how long the requests at each server took, by URL."""
         return {server.url: server.timings for server in self._membership.servers}
 
+    async def rediscover(self) -> None:
+        """Read the file of servers and the DNS name now, without waiting for `fleet.discover_interval_s`."""
+        named = await self._discovery.refresh()
+        if named is not None:
+            await self.rediscovered(named)
+
     async def rediscovered(self, named: list[ServerSpec]) -> None:
         """Change to the servers that the configuration and its sources name now."""
         async with self._changing:
@@ -262,7 +270,7 @@ async def open_servers(
     async with background() as tasks:
         membership = Membership(section, connect, tasks, outage, rng, is_shared=True)
         async with open_membership(membership, first):
-            servers = Servers(membership, outage, rng, environ, named, edits, save)
+            servers = Servers(membership, outage, rng, environ, named, edits, save, discovery)
             membership.begin()
             tasks.start(discovery.watch(servers.rediscovered), name="discovery")
             try:

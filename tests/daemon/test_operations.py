@@ -18,7 +18,7 @@ from streamsyn.daemon import low_disk, serve
 from streamsyn.daemon.low_disk import FreeSpace
 from streamsyn.daemon.reloading import reload
 from streamsyn.errors import ConfigError
-from tests.daemon.conftest import QUICK, StartDaemon, seed_lines
+from tests.daemon.conftest import QUICK, SERVER, StartDaemon, seed_lines
 from tests.daemon.make_root import KEY
 
 STORED_LINES = b"\n".join([*seed_lines(2), b"nix"])
@@ -105,6 +105,21 @@ async def test_tokens_and_limits_are_read_again(start_daemon: StartDaemon, tmp_p
     assert ["fleet.servers", "recipe.target_words"] == logs[1]["keys"]
     assert "hidden" not in str(logs)
     assert 7 != daemon.daemon.config.recipe.target_words
+
+
+async def test_the_file_of_servers_is_read_again(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """At once, however rarely it is looked at."""
+    file = tmp_path / "servers"
+    file.write_text(f"{SERVER}\n")
+    keys = {"fleet.servers": [], "fleet.servers_file": str(file), "fleet.discover_interval_s": 3600}
+    async with start_daemon(keys) as daemon:
+        before = await daemon.ask("GET", "/v1/servers")
+        file.write_text(f"{SERVER}\nhttp://gpu-2:30000\n")
+        await reload(daemon.daemon, partial(load, None, (QUICK | keys).items()), serve.check_address)
+        after = await daemon.ask("GET", "/v1/servers")
+
+    assert [SERVER] == [server["url"] for server in before["data"]]
+    assert [SERVER, "http://gpu-2:30000"] == [server["url"] for server in after["data"]]
 
 
 @pytest.mark.parametrize("mistake", ["no file", "no tokens", "no configuration"])
