@@ -7,6 +7,7 @@ more of the body is read, so that the client waits. A client that goes away leav
 """
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 from aiohttp import web
@@ -21,7 +22,7 @@ from streamsyn.daemon.run_routes import requested_run
 from streamsyn.daemon.unpacking import Unpacker, unpacker
 from streamsyn.errors import StreamsynError
 from streamsyn.seeds.inbox import Inbox
-from streamsyn.seeds.submission import Submission
+from streamsyn.seeds.submission import Submission, Submitted
 
 MAX_KEY_CHARS: Final = 255
 _RETRY_AFTER_S: Final = "30"
@@ -63,40 +64,69 @@ async def _submit(
     request: web.Request, run: HostedRun, inbox: Inbox, unpacks: Unpacker, key: str | None
 ) -> dict[str, Any]:
     serve = request.app[DAEMON].config.serve
-    async with in_threads(inbox.submission(key, max_line_bytes=serve.max_line_bytes)) as submission:
+    opening = inbox.submission(key, max_line_bytes=serve.max_line_bytes)
+    async with AsyncExitStack() as stack:
+        if key is None:
+            submission = stack.enter_context(opening)
+        else:  # the key is looked up on disk
+            submission = await stack.enter_async_context(in_threads(opening))
+        if not submission.is_answered:
+            _check_accepting(run)
+        taking = _Taking(unpacks, submission, serve.max_body_bytes)
         try:
-            left = serve.max_body_bytes
-            if not submission.is_answered:
-                _check_accepting(run)
             async for piece in pieces(request, serve.max_body_bytes):
                 unpacks.feed(piece)
                 while unpacks.has_more:
                     if not submission.is_answered:
                         await _room(run, inbox, serve.max_unread_seeds)
-                    left -= await asyncio.to_thread(_take_chunk, unpacks, submission)
-                    _check_limits(submission, left, serve.max_body_bytes)
-            unpacks.end()
-            return (await asyncio.to_thread(submission.finish)).as_json()
+                    await asyncio.to_thread(taking.chunk, ends=request.content.at_eof())
+            if taking.answer is None:  # the end came after the last piece
+                await asyncio.to_thread(taking.finish)
         except StreamsynError as error:
             problem = problem_of(error)
             if not submission.is_answered:
                 problem.extra |= submission.so_far.as_json()  # what is on disk by now
             raise problem from error
+        assert taking.answer is not None, "finished"
+        return taking.answer.as_json()
 
 
-def _take_chunk(unpacks: Unpacker, submission: Submission) -> int:
-    """Put one chunk on disk, and return its bytes. Blocks."""
-    chunk = unpacks.chunk()
-    submission.feed(chunk)
-    submission.flush()
-    return len(chunk)
+class _Taking:
+    """Takes the content of a body, within limits. Its methods block.
 
+    Attributes:
+        answer: The answer, once the body has ended.
+    """
 
-def _check_limits(submission: Submission, left: int, max_bytes: int) -> None:
-    if left < 0:
-        raise Problem(413, f"the body is longer than {max_bytes:,} bytes when decompressed")
-    if (line := submission.endless_line) is not None:
-        raise Problem(413, f"line {line} is longer than {submission.max_line_bytes:,} bytes")
+    def __init__(self, unpacks: Unpacker, submission: Submission, max_bytes: int) -> None:
+        self.answer: Submitted | None = None
+        self._unpacks = unpacks
+        self._submission = submission
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def chunk(self, *, ends: bool) -> None:
+        """Put the next chunk on disk, with the answer if the body ends with it.
+
+        Raises:
+            Problem: A limit is passed, or the body is damaged.
+        """
+        chunk = self._unpacks.chunk()
+        self._bytes += len(chunk)
+        if self._bytes > self._max_bytes:
+            raise Problem(413, f"the body is longer than {self._max_bytes:,} bytes when decompressed")
+        self._submission.feed(chunk)
+        if (line := self._submission.endless_line) is not None:
+            raise Problem(413, f"line {line} is longer than {self._submission.max_line_bytes:,} bytes")
+        if ends and not self._unpacks.has_more:
+            self.finish()
+        else:
+            self._submission.flush()
+
+    def finish(self) -> None:
+        """The body has ended: everything is on disk, and answered."""
+        self._unpacks.end()
+        self.answer = self._submission.finish()
 
 
 def _check_accepting(run: HostedRun) -> None:

@@ -4,11 +4,12 @@ The origin of an entry is not in its line: it is `submitted:` and the number of 
 """
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
 import orjson
 
-from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
+from streamsyn.records import BadSeed, Entry, RejectReason, Seed
 
 NAME: Final = "submitted"
 """The name of an inbox in the origin of an entry, as in `submitted:17`."""
@@ -51,7 +52,9 @@ def entry_key(entry: Entry) -> bytes:
     """
     if isinstance(entry, BadSeed):
         return entry.key
-    return digest("seed", entry.id, entry.instruction, entry.answer, entry.context)
+    lengths = f"{len(entry.id)} {len(entry.instruction)} {len(entry.answer)}"  # `digest` takes twice as long
+    text = f"seed {lengths} {entry.id}{entry.instruction}{entry.answer}{entry.context}"
+    return blake2b(text.encode(), digest_size=16).digest()
 
 
 def encode(line: InboxLine) -> bytes:
