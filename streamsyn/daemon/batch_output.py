@@ -97,6 +97,14 @@ class BatchOutput:
             self._errors.append(map(failure_line, some))
             self._noted += len(some)
 
+    def rows_in_log(self) -> dict[str, int]:
+        """Return how many rows of each kind are on disk; only if no process writes the log."""
+        found = {"contexts": self.answers, "rejects": self.failures}
+        for kind, rows in self._rows.items():
+            while some := rows.lines(found[kind], _ROWS):
+                found[kind] += len(some)
+        return found
+
     def add_never_sent(self, source: Path, code: str) -> None:
         """Write to the error file, which is open, which requests have no outcome.
 

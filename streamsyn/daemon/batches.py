@@ -164,6 +164,8 @@ class Batch:
                 if run.state not in {"running", "paused"} and not run.is_executed:
                     break
                 await self._changed(run)
+            # A run that was stopped and then killed does not know what it had written.
+            await self._write(output, await finished_in_thread(output.rows_in_log))
             if run.state == "failed":
                 await self._fail([_error("server_error", run.as_json()["error"] or "the run failed")])
                 return

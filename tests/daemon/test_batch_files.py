@@ -153,6 +153,7 @@ def test_files_grow_and_are_continued_from_any_cut(tmp_path: Path) -> None:
         output = reopened(tmp_path / "run", both)
         output.catch_up(2, 1)
         assert (2, 1) == (output.answers, output.failures)
+        assert {"contexts": 6, "rejects": 3} == output.rows_in_log()
         output.close()
         whole = both[0].read_bytes()
         for cut, cut_errors in itertools.product((0, 1, len(whole) // 2, len(whole) - 1, len(whole)), (0, 7)):
