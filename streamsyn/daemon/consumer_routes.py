@@ -12,6 +12,8 @@ from streamsyn.daemon.route import Route, checked_id, json_response
 from streamsyn.daemon.run_routes import requested_run
 from streamsyn.daemon.stream_routes import LARGEST_SEQ
 
+Metric = Annotated[str, Field(min_length=1, max_length=64)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Seq = Annotated[int, Field(ge=0, le=LARGEST_SEQ)]
 
 
@@ -23,9 +25,13 @@ class NewConsumer(JsonBody):
 
 
 class Ack(JsonBody):
-    """The consumer has done with all rows up to and including this one."""
+    """The consumer has done with all rows up to and including this one.
+
+    `metrics` are numbers of its work that the page at `/` shows, such as {"loss": 1.93, "step": 300}.
+    """
 
     seq: Seq
+    metrics: Annotated[dict[Metric, Number], Field(max_length=16)] | None = None
 
 
 class ConsumerList(JsonBody):
@@ -69,7 +75,7 @@ async def acknowledge(request: web.Request) -> web.Response:
     ack = await json_body(request, Ack)
     consumer = await run.consumers.get(name)
     rows = await run.tails.rows(consumer.kind)
-    return json_response((await run.consumers.ack(name, ack.seq, rows)).as_json(name, rows))
+    return json_response((await run.consumers.ack(name, ack.seq, rows, ack.metrics)).as_json(name, rows))
 
 
 async def _shown(run: HostedRun, name: str, consumer: Consumer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ _FORMAT = 1
 class ConsumerState(JsonBody):
     """A consumer as the API shows it.
 
-    `acked` is null before its first acknowledgement; `lag` is the number of rows not acknowledged yet.
+    `acked` is null before its first acknowledgement; `lag` is the number of rows not acknowledged yet;
+    `metrics` are the last ones that it reported, such as the loss of a training; absent before that.
     """
 
     name: str
     kind: str
     acked: int | None
     lag: int
+    metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +47,14 @@ class Consumer:
         acked: The `seq` of the last row that it has acknowledged; -1 before the first.
         created_at: When it was made, in Unix seconds.
         acked_at: When it last moved forward, in Unix seconds; None before that.
+        metrics: The last metrics that it reported.
     """
 
     kind: str
     acked: int
     created_at: float
     acked_at: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def lag(self, rows: int) -> int:
         """Rows that it has not acknowledged, of `rows` in all."""
@@ -59,7 +63,8 @@ class Consumer:
     def as_json(self, name: str, rows: int) -> dict[str, Any]:
         """It as the API shows it; `rows` is the number of rows of its kind."""
         acked = None if self.acked < 0 else self.acked
-        return {"name": name, "kind": self.kind, "acked": acked, "lag": self.lag(rows)}
+        shown = {"name": name, "kind": self.kind, "acked": acked, "lag": self.lag(rows)}
+        return shown | ({"metrics": dict(self.metrics)} if self.metrics else {})
 
 
 class Consumers:
@@ -131,18 +136,25 @@ class Consumers:
         await self._change(name, consumer)
         return consumer, True
 
-    async def ack(self, name: str, seq: int, rows: int) -> Consumer:
+    async def ack(
+        self, name: str, seq: int, rows: int, metrics: Mapping[str, float] | None = None
+    ) -> Consumer:
         """Acknowledge all rows up to and including `seq`; a consumer never moves back.
 
         Args:
             name: The consumer.
             seq: The row.
             rows: Number of rows of the consumer's kind.
+            metrics: What it reports of its work; None leaves what it reported before.
         """
         consumer = await self.get(name)
         _refuse_beyond(seq, consumer.kind, rows)
+        metrics = consumer.metrics if metrics is None else metrics
         if seq > consumer.acked:
-            consumer = replace(consumer, acked=seq, acked_at=time.time())
+            consumer = replace(consumer, acked=seq, acked_at=time.time(), metrics=metrics)
+            await self._change(name, consumer)
+        elif metrics != consumer.metrics:
+            consumer = replace(consumer, metrics=metrics)
             await self._change(name, consumer)
         else:
             await self.save()  # the acknowledgement that it repeats may not be on disk yet

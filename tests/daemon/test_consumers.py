@@ -51,6 +51,17 @@ async def test_an_acknowledgement_never_moves_back_or_beyond_the_last_row(path: 
     assert (await Consumers(path).get("a")).acked == 4
 
 
+async def test_metrics_are_kept_until_the_next_ones(path: Path) -> None:
+    """A training reports its loss, with the rows that it has trained on or once more with the same."""
+    consumers = Consumers(path)
+    await consumers.put("a", "samples", None, rows=0)
+    await consumers.ack("a", 3, rows=9, metrics={"loss": 2.5, "step": 10})
+    await consumers.ack("a", 5, rows=9)
+    assert {"loss": 2.5, "step": 10} == (await Consumers(path).get("a")).as_json("a", 9)["metrics"]
+    await consumers.ack("a", 5, rows=9, metrics={"loss": 2.25})
+    assert {"loss": 2.25} == (await Consumers(path).get("a")).as_json("a", 9)["metrics"]
+
+
 async def test_putting_a_consumer_again_changes_nothing(path: Path) -> None:
     consumers = Consumers(path)
     await consumers.put("a", "samples", 3, rows=9)

@@ -24,15 +24,17 @@ export function chart(title) {
 
 /**
  * Draws `points` ([Unix seconds, value], rising) into a figure of `chart`. Points further apart than `gap_s`
- * are not joined: nothing was measured in between.
+ * are not joined: nothing was measured in between. The scale begins at zero, or at the lowest value.
  */
-export function draw(figure, points, gapS, show = decimal) {
+export function draw(figure, points, gapS, { show = decimal, fromZero = true } = {}) {
   const [first, last] = [points[0], points.at(-1)];
-  const most = Math.max(...points.map(([, value]) => value), 0);
+  const values = points.map(([, value]) => value);
+  const most = Math.max(...values, fromZero ? 0 : -Infinity);
+  const least = fromZero ? 0 : Math.min(...values);
   const title = figure.querySelector(".name").textContent;
   const span = points.length ? Math.max(last[0] - first[0], 1) : 1;
   const x = (at) => (((at - first[0]) / span) * WIDTH).toFixed(1);
-  const y = (value) => (HEIGHT - 2 - (most ? (value / most) * (HEIGHT - 6) : 0)).toFixed(1);
+  const y = (value) => (HEIGHT - 2 - (most > least ? ((value - least) / (most - least)) * (HEIGHT - 6) : 0)).toFixed(1);
   let line = "";
   let area = "";
   for (const stretch of stretches(points, gapS)) {
@@ -43,12 +45,13 @@ export function draw(figure, points, gapS, show = decimal) {
   setAttribute(figure.querySelector(".line"), "d", line);
   setAttribute(figure.querySelector(".area"), "d", area);
   const now = points.length ? show(last[1]) : show(NaN);
+  const range = points.length ? `${fromZero ? "" : `lowest ${show(least)}, `}highest ${show(most)}` : "nothing measured yet";
   setText(figure.querySelector(".now"), now);
-  setText(figure.querySelector(".most"), points.length ? `highest ${show(most)}` : "nothing measured yet");
+  setText(figure.querySelector(".most"), range);
   setText(figure.querySelector(".from"), points.length > 1 ? clock(first[0]) : "");
   setText(figure.querySelector(".to"), points.length ? clock(last[0]) : "");
-  const range = points.length > 1 ? ` from ${clock(first[0])} to ${clock(last[0])}` : "";
-  setAttribute(figure.querySelector("svg"), "aria-label", `${title}${range}: now ${now}, highest ${show(most)}`);
+  const period = points.length > 1 ? ` from ${clock(first[0])} to ${clock(last[0])}` : "";
+  setAttribute(figure.querySelector("svg"), "aria-label", `${title}${period}: now ${now}, ${range}`);
 }
 
 function stretches(points, gapS) {

@@ -40,7 +40,7 @@ export function show(state) {
   const [outcomes, tokens] = byId("charts").children;
   const { every_s: every, at, outcomes_per_s: perS, output_tokens_per_s: tokensPerS } = state.history;
   draw(outcomes, at.map((time, index) => [time, perS[index]]), every * 2.5);
-  draw(tokens, at.map((time, index) => [time, tokensPerS[index]]), every * 2.5, count);
+  draw(tokens, at.map((time, index) => [time, tokensPerS[index]]), every * 2.5, { show: count });
   showRuns(state);
   showServers(state.servers);
 }

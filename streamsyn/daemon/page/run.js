@@ -34,12 +34,17 @@ export function prepare(onAction) {
   byId("run-actions").append(
     ...BUTTONS.map(({ action, label }) => h("button", { type: "button", "data-action": action, text: label, on: { click: press(action) } })),
   );
-  byId("newer-samples").addEventListener("click", () => loadSamples());
-  byId("newer-rejects").addEventListener("click", () => loadRejects());
+  const ifEnabled = (action) => ({ currentTarget }) => currentTarget.getAttribute("aria-disabled") !== "true" && action();
+  byId("newer-samples").addEventListener("click", ifEnabled(loadSamples));
+  byId("newer-rejects").addEventListener("click", ifEnabled(loadRejects));
 }
 
-/** Keeps the throughput of each running run, shown or not. */
+/** Losses that consumers report, by run and consumer, since the page was opened: [Unix seconds, loss]. */
+const losses = new Map();
+
+/** Keeps the throughput of each running run and the losses of trainings, shown or not. */
 export function remember({ at, runs }) {
+  for (const run of runs) for (const { name, metrics } of run.consumers) if (metrics?.loss !== undefined) rememberLoss(`${run.id} ${name}`, at, metrics.loss);
   for (const run of runs) {
     if (run.state !== "running" && !history.has(run.id)) continue;
     const points = history.get(run.id) ?? [];
@@ -52,11 +57,18 @@ export function remember({ at, runs }) {
   for (const id of history.keys()) if (!known.has(id)) history.delete(id);
 }
 
+function rememberLoss(key, at, loss) {
+  const points = losses.get(key) ?? [];
+  if (points.at(-1)?.[1] !== loss) points.push([at, loss]);
+  if (points.length > POINTS) points.shift();
+  losses.set(key, points);
+}
+
 /** Opens the view on the run `id`; null closes it. */
 export function open(id) {
   view.loading.abort();
   Object.assign(view, { id, run: null, samples: null, rejects: null, loading: new AbortController() });
-  for (const part of ["reading", "rejects", "consumers", "run-facts"]) byId(part).replaceChildren();
+  for (const part of ["reading", "rejects", "consumers", "losses", "run-facts"]) byId(part).replaceChildren();
   for (const part of ["newer-samples", "newer-rejects"]) byId(part).hidden = true;
   setText(byId("run-title"), id ?? "");
 }
@@ -72,7 +84,7 @@ export function show(run) {
   const points = history.get(run.id) ?? [];
   const [outcomes, tokens] = byId("run-charts").children;
   draw(outcomes, points.map(([at, value]) => [at, value]), 5);
-  draw(tokens, points.map(([at, , value]) => [at, value]), 5, count);
+  draw(tokens, points.map(([at, , value]) => [at, value]), 5, { show: count });
   showReasons(run);
   if (isNew) loadSamples();
   showNewer(run);
@@ -111,11 +123,16 @@ function showFacts(run) {
 }
 
 function showNewer(run) {
-  const behind = (loaded, last) => (loaded === null || last === null || last === undefined ? 0 : last - loaded);
-  const samples = behind(view.samples, lastReadable(run));
-  byId("newer-samples").hidden = samples <= 0;
-  setText(byId("newer-samples"), `Show the latest (${count(samples)} newer)`);
-  byId("newer-rejects").hidden = behind(view.rejects, run.last.rejects) <= 0;
+  offer(byId("newer-samples"), view.samples, lastReadable(run), (newer) => `Show the latest (${count(newer)} newer)`, "These are the latest");
+  offer(byId("newer-rejects"), view.rejects, run.last.rejects, () => "Load newer examples", "These are the latest");
+}
+
+/** Has a button offer what is newer than what was loaded; it keeps its place, so that it can keep the focus. */
+function offer(button, loaded, last, label, otherwise) {
+  const newer = loaded === null ? 0 : (last ?? -1) - loaded;
+  button.hidden = loaded === null || last === null;
+  setText(button, newer > 0 ? label(newer) : otherwise);
+  setAttribute(button, "aria-disabled", newer <= 0 && "true");
 }
 
 const lastReadable = ({ last }) => last.samples ?? last.contexts;
@@ -256,20 +273,23 @@ function example(reject) {
   );
 }
 
-function showConsumers({ consumers }) {
+function showConsumers({ id, consumers }) {
   const parent = byId("consumers");
+  const trainings = consumers.filter(({ metrics }) => metrics?.loss !== undefined);
+  keyed(byId("losses"), trainings, ({ name }) => name, ({ name }) => chart(`Loss of ${name}`), (figure, { name }) => draw(figure, losses.get(`${id} ${name}`) ?? [], Infinity, { fromZero: false }));
   if (!consumers.length) {
     keyed(parent, ["none"], String, () => h("p", { class: "empty", text: "None. A training or another reader that registers a name keeps its place here." }));
     return;
   }
   keyed(parent, ["table"], String, makeConsumers);
   keyed(parent.querySelector("tbody"), consumers, (one) => one.name, makeConsumer, (row, one) => {
-    const values = [one.kind, one.acked === null ? "nothing yet" : `row ${count(one.acked)}`, counted(one.lag, "row")];
+    const metrics = Object.entries(one.metrics ?? {}).map(([name, value]) => `${name} ${decimal(value)}`);
+    const values = [one.kind, one.acked === null ? UNKNOWN : count(one.acked), count(one.lag), metrics.join(", ") || UNKNOWN];
     values.forEach((value, index) => setText(row.children[index + 1], value));
   });
 }
 
-const CONSUMER = ["Consumer", "Reads", "Acknowledged up to", "Behind by"];
+const CONSUMER = ["Consumer", "Reads", "Done to row", "Rows behind", "Reports"];
 
 function makeConsumers() {
   return h(
