@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager, asynccontextmanager
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +20,12 @@ class Background:
         self._closing = False
 
     def start(
-        self, work: Coroutine[Any, Any, None], name: str, *, finish: bool = False
+        self,
+        work: Coroutine[Any, Any, None],
+        name: str,
+        *,
+        finish: bool = False,
+        context: Context | None = None,
     ) -> asyncio.Task[None] | None:
         """Run `work` as a background task.
 
@@ -28,6 +33,7 @@ class Background:
             work: The coroutine to run.
             name: Name of the asyncio task.
             finish: Await the task at the end of the block instead of cancelling it. Its time must be bounded.
+            context: Its context variables; None copies the caller's.
 
         Returns:
             The task, or None if the block is ending: then `work` is not run.
@@ -36,7 +42,7 @@ class Background:
             work.close()
             return None
         try:
-            task = self._group.create_task(work, name=name)
+            task = self._group.create_task(work, name=name, context=context)
         except RuntimeError:  # a bug in a different task is ending the block
             work.close()
             return None

@@ -33,6 +33,10 @@ class RunSection(Section):
     """Stop the run after this many internal errors in a row, with no outcome in between."""
     metrics_listen: Annotated[str | None, operational] = None
     """`HOST:PORT` to serve Prometheus metrics on during the run. By default they are not served."""
+    traces: Annotated[str | None, operational] = None
+    """Base URL of an OpenTelemetry collector, such as `http://collector:4318`: each draft is a trace, with a
+    span for each step and each request; servers get W3C `traceparent` headers. Off by default; needs
+    `streamsyn[traces]`."""
     queue_size: Annotated[Count, operational] = 256
     """Maximum number of items in the queue between two stages."""
 

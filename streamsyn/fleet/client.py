@@ -13,6 +13,7 @@ from streamsyn.fleet.thinking import CONTINUES, cleaned, template_fields
 from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request
+from streamsyn.traces import trace_headers
 
 log = structlog.get_logger()
 
@@ -97,7 +98,9 @@ class ServerClient:
         self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None
     ) -> Reply:
         """Send a chat request; again, without an optional field, if the server refuses that field."""
-        headers = {wire.ROUTING_KEY: request.group} if request.group else {}
+        headers = trace_headers()
+        if request.group:
+            headers[wire.ROUTING_KEY] = request.group
         without, is_streamed = self._without, on_first_token is not None
         while True:
             reply = await self.transport.exchange(

@@ -39,6 +39,7 @@ from streamsyn.fleet.timings import Timings
 from streamsyn.fleet.try_outcomes import TryOutcomes
 from streamsyn.io.open_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
+from streamsyn.traces import span
 
 log = structlog.get_logger()
 
@@ -344,9 +345,18 @@ class Fleet:
         rid = f"{self._run_rid}-{next(self._requests):012x}"
         self._outage.sent(rid, started)
         try:
-            completion = await server.client.complete(
-                request, place.model, rid, first_token if place.leads else None
-            )
+            attributes = {"server.address": server.url, "gen_ai.request.model": place.model, "rid": rid}
+            with span("request", attributes) as opened:
+                completion = await server.client.complete(
+                    request, place.model, rid, first_token if place.leads else None
+                )
+                opened.set(
+                    {
+                        "gen_ai.usage.input_tokens": completion.prompt_tokens,
+                        "gen_ai.usage.output_tokens": completion.completion_tokens,
+                        "gen_ai.usage.cached_tokens": completion.cached_tokens,
+                    }
+                )
         except (ServerError, asyncio.CancelledError) as error:
             if isinstance(error, ServerTimeout | asyncio.CancelledError):
                 self._abort(server, rid)

@@ -5,7 +5,8 @@ Source: "hedged requests" of Dean and Barroso, "The Tail at Scale", 2013.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -39,6 +40,7 @@ class Call:
         second: The task of the second try.
         is_sent: Whether the second try was sent.
         answer: The second server's answer.
+        context: Context variables of who asks, for the second try.
     """
 
     request: Request
@@ -50,6 +52,7 @@ class Call:
     second: "asyncio.Task[None] | None" = None
     is_sent: bool = False
     answer: Completion | None = None
+    context: Context = field(default_factory=copy_context)
 
 
 class Hedging:
@@ -123,7 +126,7 @@ class Hedging:
             return
         for call in self._calls:
             if call.second is None:
-                call.second = self._tasks.start(self._hedge(call), name="hedge")
+                call.second = self._tasks.start(self._hedge(call), name="hedge", context=call.context)
 
     async def _hedge(self, call: Call) -> None:
         clock = asyncio.get_running_loop().time

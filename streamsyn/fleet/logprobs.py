@@ -21,6 +21,7 @@ from streamsyn.fleet.thinking import template_fields
 from streamsyn.fleet.transport import Transport
 from streamsyn.plain_text import short_repr
 from streamsyn.records import Completion, Request
+from streamsyn.traces import trace_headers
 
 _MAX_NATS = 1e9
 """No logprob is as large; NaN and infinity are not below it either."""
@@ -104,7 +105,7 @@ class Scorer:
             "POST",
             path,
             body=orjson.dumps(body),
-            headers={wire.ROUTING_KEY: group} if group else {},
+            headers=trace_headers() | ({wire.ROUTING_KEY: group} if group else {}),
             timeout_s=timeout_s,
         )
         wire.check_rate_limit(reply.status, reply.body, self._url, reply.retry_after_s)

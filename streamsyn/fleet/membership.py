@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from itertools import count
 from random import Random
@@ -96,6 +97,8 @@ class Membership:
         self.is_shared = is_shared
         self._is_begun = False
         """Whether servers are being used: new ones are contacted at once."""
+        self._context = copy_context()
+        """Of no run: probes begin while one makes a request."""
         self._notice: asyncio.TimerHandle | None = None
         self._section = section
         self._connect = connect
@@ -247,7 +250,7 @@ class Membership:
 
     def _run_for(self, server: Server, work: Coroutine[Any, Any, None], what: str) -> None:
         """Run `work` in the background until it ends or the server is let go."""
-        task = self._tasks.start(work, name=f"{what}-{server.url}")
+        task = self._tasks.start(work, name=f"{what}-{server.url}", context=self._context.copy())
         if task is not None:
             running = self._watching.setdefault(server, set())
             running.add(task)

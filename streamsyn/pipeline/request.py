@@ -19,6 +19,7 @@ from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
 from streamsyn.seeds.inbox import Inbox
 from streamsyn.telemetry import Counters
+from streamsyn.traces import Tracer
 
 
 class Supervisor(Protocol):
@@ -67,6 +68,7 @@ class RunRequest:
         on_begun: Called in the event loop when run.json and the log say what this run is to do.
         servers: Servers that other runs use, too; those of the configuration, `connect` and `launch` do not
             count then.
+        tracer: Takes the spans of the run; None exports them if `run.traces` is set.
         weight: The run's part of these servers relative to the other runs; above 0.
         priority: Multiplies the weight by 1/8, 1 or 8.
     """
@@ -93,6 +95,7 @@ class RunRequest:
     inbox: Inbox | None = None
     on_begun: Callable[[], None] = lambda: None
     servers: Servers | None = None
+    tracer: Tracer | None = None
     weight: float = 1.0
     priority: Priority = "normal"
 

@@ -33,6 +33,7 @@ from streamsyn.pipeline.setup import (
     metrics_served,
     open_fleets,
     record_fingerprint,
+    traces_exported,
 )
 from streamsyn.pipeline.stages import Pipeline, Stages
 from streamsyn.pipeline.stop import Stopper
@@ -43,6 +44,7 @@ from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.telemetry import Counters
+from streamsyn.traces import traced
 
 
 def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
@@ -66,7 +68,7 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
         _early_stop_noted(summary),
         metrics_served(parts),
     ):
-        request.runner(_run(parts))
+        request.runner(_traced_run(parts))
     return summary
 
 
@@ -87,7 +89,7 @@ async def run_in_loop(request: RunRequest, summary: RunSummary | None = None) ->
     async with in_threads(_opened(request, summary)) as parts:
         with _early_stop_noted(summary):
             async with in_threads(metrics_served(parts)):
-                await _run(parts)
+                await _traced_run(parts)
     return summary
 
 
@@ -127,6 +129,14 @@ def _early_stop_noted(summary: RunSummary) -> Iterator[None]:
         if not isinstance(cause, StoppedEarly):
             raise cause from None
         summary.stopped = str(cause)
+
+
+async def _traced_run(parts: Parts) -> None:
+    request = parts.request
+    collector = None if request.tracer is not None else request.config.run.traces
+    async with traces_exported(collector) as tracer:
+        with traced(request.tracer or tracer):
+            await _run(parts)
 
 
 async def _run(parts: Parts) -> None:

@@ -1,8 +1,8 @@
 """From the configuration and an open run directory to the servers and the stages of a run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory, read_run_json
 from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
+from streamsyn.traces import Tracer
 
 if TYPE_CHECKING:
     from streamsyn.scoring.examiner import Examination
@@ -323,6 +324,23 @@ def make_assembly(parts: Parts) -> AssemblyStage | NoAssembly:
         flushes=parts.log.manifest.flushes,
         replay=delivery.replay if parts.request.replay else None,
     )
+
+
+@asynccontextmanager
+async def traces_exported(collector: str | None) -> AsyncIterator[Tracer | None]:
+    """Export traces while the block runs, if there is a collector; the code for it is imported only then."""
+    if collector is None:
+        yield None
+        return
+
+    def imported() -> Callable[[str], AbstractAsyncContextManager[Tracer]]:
+        from streamsyn.pipeline.otlp import exporting
+
+        return exporting
+
+    exporting = await asyncio.to_thread(imported)
+    async with exporting(collector) as tracer:
+        yield tracer
 
 
 @contextmanager

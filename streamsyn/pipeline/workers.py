@@ -7,6 +7,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +45,7 @@ from streamsyn.records import (
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 from streamsyn.sink.log import encode_row
 from streamsyn.thoughts import has_marks
+from streamsyn.traces import Value, span
 
 if TYPE_CHECKING:
     from streamsyn.scoring.examiner import Examiner
@@ -111,7 +113,7 @@ class Worker:
         async for item in work:
             await results.room()
             self.current, self.attempts = item, []
-            outcome = await self._outcome(item)
+            outcome = await self._traced_outcome(item)
             encode_row(0, outcome)  # what the log cannot hold is a bug of this draft alone: it raises here
             self.current = None
             results.put(outcome)  # never waits: what was answered is written, whatever else is slow
@@ -123,6 +125,20 @@ class Worker:
     def _tokens(self) -> int:
         """Completion tokens that servers have spent on the current item."""
         return sum(attempt.completion_tokens for attempt in self.attempts)
+
+    async def _traced_outcome(self, item: Work) -> Outcome:
+        if isinstance(item, BadSeed):
+            return await self._outcome(item)
+        attributes: dict[str, Value] = {
+            "seed.id": item.seed.id,
+            "seed.task": item.seed.task,
+            "draft.number": item.number,
+        }
+        with span("draft", attributes) as opened:
+            outcome = await self._outcome(item)
+            reason = {"reject.reason": str(outcome.reason)} if isinstance(outcome, Reject) else {}
+            opened.set({"outcome.kind": type(outcome).__name__.lower(), **reason})
+        return outcome
 
     async def _outcome(self, item: Work) -> Outcome:
         if isinstance(item, BadSeed):
@@ -154,7 +170,8 @@ class Worker:
         while isinstance(made, Request):
             before = len(self.attempts)
             asked = replace(made, task=draft.seed.task)
-            completion = await self._fleet.complete(asked, self.attempts, model)
+            with span("step", {"step.number": number, "gen_ai.request.model": model}):
+                completion = await self._fleet.complete(asked, self.attempts, model)
             made = await steps.next(completion)
             if isinstance(made, Document) and not (self._examiner and self._examiner.asks_servers):
                 break  # the log holds it next
@@ -385,12 +402,14 @@ class WorkerPool:
             self.left_work = True
 
     async def _run(self, work: BoundedQueue[Work], results: Results) -> None:
+        context = copy_context()  # of this run: what calls `grow` may belong to a different one
+
         async with asyncio.TaskGroup() as pool:
 
             def start(number: int) -> None:
                 working = self._keep_one(work, results)
                 try:
-                    pool.create_task(working, name=f"worker-{number}")
+                    pool.create_task(working, name=f"worker-{number}", context=context.copy())
                 except RuntimeError:  # the pool is ending
                     working.close()
 
