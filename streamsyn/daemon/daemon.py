@@ -31,6 +31,7 @@ from streamsyn.daemon.webhooks import open_webhooks
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
 from streamsyn.io.open_files import free_files, raise_limit
+from streamsyn.pipeline.setup import traces_exported
 
 
 @dataclass(slots=True)
@@ -141,10 +142,11 @@ async def open_daemon(
                 environ,
                 allow_private=lambda: hosting.config.serve.allow_private_webhooks,
             ) as webhooks,
+            traces_exported(config.run.traces) as tracer,
             _opened_servers(root, config, environ, connect) as servers,
             background() as tasks,
         ):
-            hosting = Hosting(config, environ, connect, servers, tasks, Streams(), webhooks)
+            hosting = Hosting(config, environ, connect, servers, tasks, Streams(), webhooks, tracer)
             runs, files = Runs(root / "runs", hosting), Files(root / "files")
             batches = Batches(root / "batches", files, hosting)
             daemon = Daemon(root, access, tasks, hosting, runs, files, batches)

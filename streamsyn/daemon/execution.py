@@ -19,6 +19,7 @@ from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, Snapshot
 from streamsyn.telemetry import Counters
+from streamsyn.traces import Tracer
 
 _TOKENS: Final[Mapping[str, Callable[[Counters], int]]] = {
     "prompt": lambda counters: counters.prompt_tokens,
@@ -41,6 +42,7 @@ class Hosting:
         tasks: Starts the tasks of runs.
         streams: What the readers of all runs share.
         webhooks: Send events.
+        tracer: Takes the spans of all runs, if `run.traces` is set.
         ending: Whether the daemon is ending: no run is begun any more.
         held: Why no run is begun for the time being, such as a low disk; "" if they are.
     """
@@ -52,6 +54,7 @@ class Hosting:
     tasks: Background
     streams: Streams
     webhooks: Webhooks
+    tracer: Tracer | None = None
     ending: bool = False
     held: str = ""
 

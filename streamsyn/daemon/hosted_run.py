@@ -417,6 +417,7 @@ class HostedRun:
             environ=self._hosting.environ,
             connect=self._hosting.connect,
             servers=self._hosting.servers,
+            tracer=self._hosting.tracer,
             weight=self.record.weight,
             priority=self.record.priority,
             inbox=await self.inbox(),

@@ -31,8 +31,15 @@ class Collector:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.service = ""
+        self._connections: set[object] = set()
+
+    @property
+    def exporters(self) -> int:
+        """How many connections sent spans."""
+        return len(self._connections)
 
     async def _take(self, request: web.Request) -> web.Response:
+        self._connections.add(request.transport)
         found = ExportTraceServiceRequest.FromString(await request.read())
         for resource in found.resource_spans:
             named = {one.key: one.value.string_value for one in resource.resource.attributes}
