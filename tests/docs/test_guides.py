@@ -42,13 +42,14 @@ def test_guide_works_when_pasted(guide: Path, tmp_path: Path) -> None:
 
 def paste(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run `script` in `folder` with this repository's `streamsyn`; servers that it starts end with it."""
-    command = folder.parent / f"{folder.name}-bin" / "streamsyn"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m streamsyn "$@"\n')
-    command.chmod(0o755)
+    commands = folder.parent / f"{folder.name}-bin"
+    commands.mkdir()
+    for name, means in (("streamsyn", f'"{sys.executable}" -m streamsyn'), ("python", f'"{sys.executable}"')):
+        (commands / name).write_text(f'#!/bin/sh\nexec {means} "$@"\n')
+        (commands / name).chmod(0o755)
     environment = {
         **os.environ,
-        "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
     output = (
