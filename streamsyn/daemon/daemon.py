@@ -21,6 +21,7 @@ from streamsyn.daemon.batches import Batches
 from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.low_disk import DiskWatch
+from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root
 from streamsyn.daemon.runs import Runs
@@ -32,6 +33,8 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
 from streamsyn.io.open_files import free_files, raise_limit
 from streamsyn.pipeline.setup import traces_exported
+
+_RETRY_AFTER_S: Final = "30"
 
 
 @dataclass(slots=True)
@@ -94,6 +97,15 @@ class Daemon:
                 run.hold(why)
             else:
                 run.start()
+
+    def check_room(self) -> None:
+        """Refuse what would fill the disk.
+
+        Raises:
+            Problem: 507: runs are held because the disk is low.
+        """
+        if self.hosting.held:
+            raise Problem(507, self.hosting.held, headers={"Retry-After": _RETRY_AFTER_S})
 
     async def drain(self) -> None:
         """Finish what is in flight, for at most `run.drain_timeout_s` seconds, and begin nothing new.

@@ -146,6 +146,7 @@ async def upload_file(request: web.Request) -> web.Response:
     """Take a file."""
     if request.content_type != _MULTIPART:
         raise Problem(415, f"expected Content-Type: {_MULTIPART} (got {request.content_type[:100]!r})")
+    request.app[DAEMON].check_room()
     files = request.app[DAEMON].files
     async with files.upload() as upload:
         filename = await _receive(request, upload)
@@ -335,6 +336,7 @@ async def _write(part: BodyPartReader, upload: Upload, request: web.Request) -> 
         if upload.bytes + size > most:
             raise Problem(413, f"the file is longer than serve.max_body_bytes = {most:,}", param="file")
         if size >= _WRITE_BYTES:
+            request.app[DAEMON].check_room()
             await finished_in_thread(upload.write, b"".join(held))
             held, size = [], 0
     await finished_in_thread(upload.write, b"".join(held))

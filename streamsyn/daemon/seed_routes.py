@@ -25,7 +25,6 @@ from streamsyn.seeds.inbox import Inbox
 from streamsyn.seeds.submission import Submission, Submitted
 
 MAX_KEY_CHARS: Final = 255
-_RETRY_AFTER_S: Final = "30"
 _NDJSON: Final = "application/x-ndjson"
 
 
@@ -48,8 +47,7 @@ class Accepted(JsonBody):
 async def submit_seeds(request: web.Request) -> web.Response:
     """Take the seeds in the body, and answer when all are on disk."""
     run = await requested_run(request)
-    if held := request.app[DAEMON].hosting.held:
-        raise Problem(507, held, headers={"Retry-After": _RETRY_AFTER_S})
+    request.app[DAEMON].check_room()
     key = _idempotency_key(request)
     if request.content_type.startswith("multipart/"):
         raise Problem(415, f"expected one seed a line ({_NDJSON}), not {request.content_type[:100]!r}")
@@ -63,7 +61,8 @@ async def submit_seeds(request: web.Request) -> web.Response:
 async def _submit(
     request: web.Request, run: HostedRun, inbox: Inbox, unpacks: Unpacker, key: str | None
 ) -> dict[str, Any]:
-    serve = request.app[DAEMON].config.serve
+    daemon = request.app[DAEMON]
+    serve = daemon.config.serve
     opening = inbox.submission(key, max_line_bytes=serve.max_line_bytes)
     async with AsyncExitStack() as stack:
         if key is None:
@@ -77,6 +76,7 @@ async def _submit(
             async for piece in pieces(request, serve.max_body_bytes):
                 unpacks.feed(piece)
                 while unpacks.has_more:
+                    daemon.check_room()
                     if not submission.is_answered:
                         await _room(run, inbox, serve.max_unread_seeds)
                     await asyncio.to_thread(taking.chunk, ends=request.content.at_eof())

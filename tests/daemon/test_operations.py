@@ -1,15 +1,17 @@
 """How a daemon is operated: low disk, signals, diagnostics, and a ROOT of an earlier version."""
 
 import asyncio
+import io
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from structlog.testing import capture_logs
 
@@ -63,6 +65,8 @@ async def test_runs_wait_while_the_disk_is_low(
         low = run.as_json()
         ready = await daemon.refused("GET", "/readyz")
         refused = await daemon.refused("POST", "/v1/runs/one/seeds", data=b"")
+        file = aiohttp.FormData({"purpose": "batch", "file": io.BytesIO(b"{}")})
+        upload = await daemon.refused("POST", "/v1/files", data=file)
         assert 2 == await daemon.submit("one", 2, first=2)  # as a request that had begun
     async with start_daemon(keys) as daemon:
         run = await daemon.daemon.runs.get("one")
@@ -77,8 +81,36 @@ async def test_runs_wait_while_the_disk_is_low(
     assert "low disk: 499 bytes are free" in low["error"]
     assert low["error"] == ready["detail"] == refused["detail"]
     assert (503, 507) == (ready["status"], refused["status"])
+    assert low["error"] == upload["error"]["message"]
     assert not was_executed
     assert "ready" == status["status"]
+
+
+async def test_a_body_is_refused_in_the_middle_when_the_disk_is_low(
+    start_daemon: StartDaemon, disk: Callable[[int], None]
+) -> None:
+    """With what was accepted before."""
+    async with start_daemon({"serve.min_free_bytes": 500}) as daemon:
+        await daemon.new_run("one")
+        begun, low = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"\n".join([*seed_lines(2), b""])
+            begun.set()
+            await low.wait()
+            yield b"\n".join(seed_lines(2, first=2))
+
+        async with asyncio.TaskGroup() as group:
+            path = "/v1/runs/one/seeds"
+            posting = group.create_task(daemon.refused("POST", path, data=slow()), name="posting")
+            await begun.wait()
+            run = await daemon.until("one", lambda run: run.as_json()["counts"]["accepted"] == 2)
+            disk(499)
+            await daemon.until("one", lambda run: run.as_json()["error"] is not None)
+            low.set()
+
+    assert (507, 2) == (posting.result()["status"], posting.result()["accepted"])
+    assert 2 == run.as_json()["counts"]["accepted"]
 
 
 async def test_tokens_and_limits_are_read_again(start_daemon: StartDaemon, tmp_path: Path) -> None:
