@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,21 @@ ALIASES = {
     background_run: ("State",),
     follow: ("Kind",),
 }
+SHOWN = {
+    "RunSummary": {
+        "out",
+        "stopped",
+        "too_many_rejects",
+        "interrupted",
+        "contexts",
+        "rejects",
+        "samples",
+        "notes",
+    }
+    | {"reject_fraction", "as_dict"},
+    "Submitted": {"accepted", "duplicate", "refused_total", "refused"},
+}
+"""The public attributes and methods of classes that have internal ones, too."""
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises)( \(.*\))?:")
 
 
@@ -118,8 +133,9 @@ def _described(one: Any) -> str:
         if one.__name__ in FUNCTIONS:
             (begin,) = (part for part in members if part.name == "__init__")
             text.append(_code(f"async with {one.__name__}{_signature(begin, method=True)} as run: ..."))
-        text.append(_markdown(one))
-        text += [_member(one, part) for part in members if not part.name.startswith("_")]
+        text.append(_markdown(one, SHOWN.get(one.__name__)))
+        shown = SHOWN.get(one.__name__, {part.name for part in members if not part.name.startswith("_")})
+        text += [_member(one, part) for part in members if part.name in shown]
     return "\n\n".join(text)
 
 
@@ -171,8 +187,13 @@ def _code(text: str) -> str:
     return f"```python\n{text}\n```"
 
 
-def _markdown(one: Any) -> str:
-    """A docstring as Markdown: its sections become lists, its indented examples blocks of code."""
+def _markdown(one: Any, shown: Collection[str] | None = None) -> str:
+    """A docstring as Markdown: its sections become lists, its indented examples blocks of code.
+
+    Args:
+        one: What has the docstring.
+        shown: Names of attributes to list; None lists all.
+    """
     found, items = [], False
     lines = (inspect.getdoc(one) or "").splitlines()
     for block in re.split(r"\n(?:[ \t]*\n)+", "\n".join(lines)):
@@ -181,7 +202,7 @@ def _markdown(one: Any) -> str:
             items = section[1] != "Returns"
             found.append(f"**{head}**")
             body = textwrap.dedent("\n".join(rest))
-            found.append(_items(body) if items else " ".join(body.split()))
+            found.append(_items(body, shown) if items else " ".join(body.split()))
         elif head.startswith("    ") and not items:
             found.append(_code(textwrap.dedent(block)))
         else:
@@ -189,12 +210,11 @@ def _markdown(one: Any) -> str:
     return "\n\n".join(found)
 
 
-def _items(block: str) -> str:
+def _items(block: str, shown: Collection[str] | None) -> str:
     """`name: meaning` with continued lines, as a list."""
     whole = re.sub(r"\n[ \t]+", " ", block)
-    return "\n".join(
-        f"- `{name}`: {meaning}" for name, _, meaning in (line.partition(": ") for line in whole.splitlines())
-    )
+    found = (line.partition(": ") for line in whole.splitlines())
+    return "\n".join(f"- `{name}`: {meaning}" for name, _, meaning in found if shown is None or name in shown)
 
 
 if __name__ == "__main__":

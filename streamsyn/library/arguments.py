@@ -52,8 +52,7 @@ def resolve_config(
         given += [("fleet.servers_file", None), ("fleet.servers_dns", None)]
     if limit is not None:
         given.append(("seeds.limit", limit))
-    given += overrides.items() if isinstance(overrides, Mapping) else overrides
-    return load(path, given)
+    return load(path, [*given, *_pairs(overrides)])
 
 
 def make_request(
@@ -85,6 +84,8 @@ def make_request(
     """
     root = Path(out)
     paths, rows = _sorted_out(seeds)
+    if rows is not None:
+        overrides = [("seeds.sources", []), *_pairs(overrides)]
     resolved = resolve_config(config, root, sources=paths, servers=servers, limit=limit, overrides=overrides)
     if keep_open is None:
         keep_open = rows is None and not resolved.seeds.sources
@@ -97,6 +98,10 @@ def make_request(
     if rows is not None and inbox is not None:
         feed = SeedFeed(rows, inbox, closes=not keep_open)
     return RunRequest(config=resolved, out=root, inbox=inbox, **more), feed
+
+
+def _pairs(overrides: Overrides) -> Iterable[tuple[str, Any]]:
+    return overrides.items() if isinstance(overrides, Mapping) else overrides
 
 
 def _given(config: ConfigLike | None, out: Path | None) -> tuple[Path | None, list[tuple[str, Any]]]:

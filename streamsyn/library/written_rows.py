@@ -29,6 +29,9 @@ class Written:
         self._numbers = dict.fromkeys(kinds, -1)
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+        self._ends = False
+        self._is_waking = False
+        """Whether `_wake` is scheduled: a loop that stands still must not gather calls."""
         self.ended = False
 
     def __getitem__(self, kind: str) -> int:
@@ -43,27 +46,29 @@ class Written:
     def rows(self, kind: str, number: int) -> None:
         """The log has `number` rows of a kind by now, to be read."""
         self._numbers[kind] = number
-        self._call(self._wake)
+        self._schedule()
 
     def end(self) -> None:
         """No more rows are written."""
-        self._call(self._end)
+        self._ends = True
+        self._schedule()
 
     async def change(self) -> None:
         """Wait until there are more rows, or the end."""
         await self._changed.wait()
 
-    def _call(self, what: Any) -> None:
+    def _schedule(self) -> None:
+        if self._is_waking:
+            return
+        self._is_waking = True
         with suppress(RuntimeError):  # the loop of the reader is closed: nobody reads
-            self._loop.call_soon_threadsafe(what)
+            self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
+        self._is_waking = False  # before the waiters look
+        self.ended = self._ends  # here, so that whoever looks in this loop has seen the last rows
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def _end(self) -> None:
-        self.ended = True
-        self._wake()
 
 
 class WrittenRows:

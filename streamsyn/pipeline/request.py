@@ -102,7 +102,7 @@ class RunRequest:
 
 @dataclass(slots=True)
 class RunSummary:
-    """The result of a run, filled while it goes on.
+    """The result of a run, filled while it goes on. `str` makes the lines of text that the command prints.
 
     Attributes:
         out: The run directory.
@@ -142,3 +142,14 @@ class RunSummary:
     def reject_fraction(self) -> float:
         """Share of rejects among all outcomes in the directory."""
         return self.rejects / max(1, self.contexts + self.rejects)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures as JSON values: those of the event `run.done` that the command logs with --log-json."""
+        from streamsyn.pipeline.summary import closing_figures
+
+        return closing_figures(self)
+
+    def __str__(self) -> str:
+        from streamsyn.pipeline.summary import closing_lines
+
+        return "\n".join(closing_lines(self))

@@ -30,6 +30,7 @@ def test_every_public_name_is_on_the_page(name: str) -> None:
         return
     assert f"### {name}\n" in PAGE
     methods = [f"{name}.{part}(" for part, value in vars(one).items() if inspect.isfunction(value)]
+    methods = [] if name == "Submitted" else methods  # those are the daemon's
     parameters = [
         f"- `{part}`: " for part in inspect.signature(one).parameters if name in ("open_run", "follow")
     ]

@@ -131,6 +131,13 @@ async def test_what_is_not_a_seed_becomes_a_reject(tmp_path: Path, server: Serve
     assert run.summary.contexts == 4
 
 
+async def test_an_iterable_takes_the_place_of_the_sources(tmp_path: Path, server: Server) -> None:
+    """As paths do."""
+    config = {"seeds": {"sources": [{"path": "missing.jsonl"}]}}
+    async with streamsyn.open_run(config, seeds=pairs(3), **arguments(tmp_path / "out", server)) as run:
+        assert len([sample async for sample in run]) == 3
+
+
 async def test_seeds_are_submitted_while_the_run_goes_on(tmp_path: Path, server: Server) -> None:
     """Until they are closed; what is not a seed is refused, and counted."""
     overrides = {"assembly.contexts_per_sample": 1}
