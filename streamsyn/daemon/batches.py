@@ -104,8 +104,8 @@ class Batch:
             config = self._hosting.config
             limit = min(config.seeds.max_line_bytes, config.serve.max_line_bytes)
             check = await asyncio.to_thread(InputCheck().run, self.root / _INPUT, limit)
-            if check.errors:
-                await self._fail(check.errors)
+            if errors := check.errors or self._model_errors(check.model):
+                await self._fail(errors)
                 return None
             record.total, record.model = check.total, check.model
         if record.status == "validating":  # it was not cancelled meanwhile
@@ -131,6 +131,10 @@ class Batch:
             if problem.status != 404:
                 raise
             return None
+
+    def _model_errors(self, model: str) -> list[dict[str, Any]]:
+        why = self._hosting.servers.why_not_served(model)
+        return [] if why is None else [_error("model_not_found", why, "body.model")]
 
     async def _handed_over(self) -> HostedRun:
         """The run of the batch, with all requests in its inbox, which is closed."""
@@ -167,7 +171,8 @@ class Batch:
             # A run that was stopped and then killed does not know what it had written.
             await self._write(output, await finished_in_thread(output.rows_in_log))
             if run.state == "failed":
-                await self._fail([_error("server_error", run.as_json()["error"] or "the run failed")])
+                error = _error("server_error", run.as_json()["error"] or "the run failed")
+                await self._fail(self._model_errors(self.record.model or "") or [error])
                 return
             status: Status = "completed"
             if run.state != "finished":
@@ -396,5 +401,5 @@ def _run_keys(model: str) -> dict[str, Any]:
     }
 
 
-def _error(code: str, text: str) -> dict[str, Any]:
-    return {"code": code, "line": None, "message": message(text), "param": None}
+def _error(code: str, text: str, param: str | None = None) -> dict[str, Any]:
+    return {"code": code, "line": None, "message": message(text), "param": param}

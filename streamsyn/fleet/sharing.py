@@ -10,7 +10,7 @@ Runs wait while no server is usable; only a run's own mistakes end it.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -138,12 +138,22 @@ class Servers:
                 self._shares.close(share)
                 await tasks.close()
 
+    def why_not_served(self, model: str) -> str | None:
+        """Return why no run can use a model; None if one can, or servers have not said yet what they serve."""
+        try:
+            shared_models(self._served(), FleetSection(model=model))
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _served(self) -> dict[str, Sequence[str]]:
+        return {server.url: server.served for server in self._membership.servers if not server.draining}
+
     async def _agree(self, section: FleetSection) -> list[str]:
         """Return the models of a run, once servers with them have answered."""
         while True:
             joined = self._membership.joined
-            served = {server.url: server.served for server in self._membership.servers if not server.draining}
-            models = shared_models(served, section)
+            models = shared_models(self._served(), section)
             if models is not None:
                 self._membership.want(models)
                 return models

@@ -182,6 +182,19 @@ async def test_an_input_that_is_wrong_fails_as_a_whole(daemon: Served) -> None:
     assert 0 == daemon.simulation.stats.by_route["/v1/chat/completions"]
 
 
+async def test_a_model_that_no_server_serves(daemon: Served) -> None:
+    """The batch fails before anything is sent, and says which models there are."""
+    async with client_of(daemon) as client:
+        batch = await batch_of(client, request_line(1, model="other"))
+        batch = await until(client, daemon, batch.id, lambda batch: batch.status in ENDED)
+        assert ("failed", 0) == (batch.status, batch.request_counts and batch.request_counts.completed)
+        assert batch.errors is not None
+        (error,) = batch.errors.data or []
+        assert ("model_not_found", "body.model") == (error.code, error.param)
+        assert "no server serves other; they serve simulated" in (error.message or "")
+    assert 0 == daemon.simulation.stats.by_route["/v1/chat/completions"]
+
+
 async def test_bad_requests_have_openais_form(daemon: Served) -> None:
     """The client raises its own errors, with the parameter that is wrong."""
     async with client_of(daemon) as client:

