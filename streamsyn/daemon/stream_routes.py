@@ -11,7 +11,7 @@ from streamsyn.daemon.route import Route, boolean, integer
 from streamsyn.daemon.row_forms import Coding, Framing, RowForm
 from streamsyn.daemon.row_stream import RowStream
 from streamsyn.daemon.run_routes import requested_run
-from streamsyn.daemon.tail import Position, Tail
+from streamsyn.daemon.tail import Position
 from streamsyn.sink.shards import KINDS
 
 LARGEST_SEQ: Final = 2**53
@@ -37,19 +37,12 @@ async def stream_rows(request: web.Request, kind: str) -> web.StreamResponse:
     at = Position(0 if after is None else after + 1)
     if request.app[DAEMON].hosting.streams.is_closed:
         raise Problem(503, "the daemon is ending; connect again")
-    with run.tails.reading(kind) as tail:
-        if not (follow or run.state == "finished"):
-            limit = _what_is_there(tail, at, limit)
+    async with run.tails.reading(kind) as tail:
+        if not (follow or run.state == "finished"):  # end with the rows there are now
+            there = max(0, tail.rows - at.seq)
+            limit = there if limit is None else min(limit, there)
         sender = RowStream(request, tail, form, lambda: run.state == "finished")
         return await sender.send(at, limit=limit, follow=follow)
-
-
-def _what_is_there(tail: Tail, at: Position, limit: int | None) -> int | None:
-    """The limit of a stream that ends with the rows there are now, also if more are written meanwhile."""
-    if tail.rows is None:
-        return limit
-    there = max(0, tail.rows - at.seq)
-    return there if limit is None else min(limit, there)
 
 
 def _after(request: web.Request) -> int | None:

@@ -8,10 +8,11 @@ A run that is hosted here tells when it has written (`RunTails.on_rows`), so not
 """
 
 import asyncio
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from streamsyn.daemon.row_forms import Encoded, RowForm
+from streamsyn.errors import SinkError
 from streamsyn.following.run_rows import RunRows
 from streamsyn.following.shard_lines import Cursor
+from streamsyn.io.durable import disk_errors
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.shards import CHUNK_BYTES
+from streamsyn.sink.shards import CHUNK_BYTES, OPEN_SUFFIX
 
 PIECE_BYTES = 128 * 2**10
 """A piece ends with the row, or the zstd frame of rows, that reaches this size."""
@@ -135,7 +138,7 @@ class Tail:
     Args:
         source: Reads them.
         streams: What all readers share.
-        visible: Returns the number of rows that readers may see; None: all that are on disk.
+        visible: Returns the number of rows that readers may see.
 
     Attributes:
         readers: Number of readers.
@@ -143,12 +146,12 @@ class Tail:
             the end of the rows.
     """
 
-    def __init__(self, source: RowLines, streams: Streams, visible: Callable[[], int | None]) -> None:
+    def __init__(self, source: RowLines, streams: Streams, visible: Callable[[], int]) -> None:
         self._source = source
         self._streams = streams
         self._visible = visible
         self._loop = asyncio.get_running_loop()
-        self._reading: dict[_Key, asyncio.Future[Piece | None]] = {}
+        self._reading: dict[_Key, asyncio.Future[Piece]] = {}
         self._waking: asyncio.TimerHandle | None = None
         self.news = asyncio.Event()
         """Set when there may be more rows; then a new event takes its place."""
@@ -156,8 +159,8 @@ class Tail:
         self.is_closed = False
 
     @property
-    def rows(self) -> int | None:
-        """Number of rows that readers may see now; None: all that are on disk."""
+    def rows(self) -> int:
+        """Number of rows that readers may see now."""
         return self._visible()
 
     async def piece(self, at: Position, form: RowForm, limit: int | None = None) -> Piece | None:
@@ -171,14 +174,13 @@ class Tail:
         Raises:
             SinkError: They cannot be read.
         """
-        visible = self._visible()
-        if visible is not None and at.seq >= visible:
+        if at.seq >= self.rows:
             return None
         key = (self, at.seq, form)
         piece = self._streams.cache.get(key)
         if piece is None:
             piece = await asyncio.shield(self._reading.get(key) or self._read(key, at.cursor))
-        if piece is None or limit is None or piece.rows <= limit:
+        if limit is None or piece.rows <= limit:
             return piece
         return await self._in_thread(partial(self._load, at.seq, at.cursor, form, limit))
 
@@ -200,29 +202,28 @@ class Tail:
         self.news, had_none = asyncio.Event(), self.news
         had_none.set()
 
-    def _read(self, key: _Key, cursor: Cursor) -> "asyncio.Future[Piece | None]":
+    def _read(self, key: _Key, cursor: Cursor) -> "asyncio.Future[Piece]":
         _, first, form = key
-        limit = (self._visible() or _NO_LIMIT) - first
-        reading = self._in_thread(partial(self._load, first, cursor, form, limit))
+        reading = self._in_thread(partial(self._load, first, cursor, form, self.rows - first))
         self._reading[key] = reading
         reading.add_done_callback(partial(self._keep, key))
         return reading
 
-    def _keep(self, key: _Key, reading: "asyncio.Future[Piece | None]") -> None:
+    def _keep(self, key: _Key, reading: "asyncio.Future[Piece]") -> None:
         del self._reading[key]
         if reading.cancelled() or reading.exception() is not None:
             return  # raised where it is awaited
-        if (piece := reading.result()) is not None and self.readers:
-            self._streams.cache.put(key, piece)
+        if self.readers:
+            self._streams.cache.put(key, reading.result())
 
-    def _in_thread(self, load: Callable[[], Piece | None]) -> "asyncio.Future[Piece | None]":
+    def _in_thread(self, load: Callable[[], Piece]) -> "asyncio.Future[Piece]":
         return self._loop.run_in_executor(self._streams.threads, load)
 
-    def _load(self, first: int, cursor: Cursor, form: RowForm, limit: int) -> Piece | None:
+    def _load(self, first: int, cursor: Cursor, form: RowForm, limit: int) -> Piece:
         cursor = copy(cursor)  # `lines` moves it, and the one given belongs to a piece that others hold
         lines = self._source.lines(first, limit, PIECE_BYTES, cursor)
-        if not lines:
-            return None
+        if not lines:  # never taken for the end of the rows
+            raise SinkError(f"row {first} cannot be read, though it was written")
         return Piece(form.rows(first, lines), len(lines), Position(first + len(lines), cursor))
 
 
@@ -270,13 +271,14 @@ class RunTails:
             self._visible.setdefault(kind, count)
         return self._visible[kind]
 
-    @contextmanager
-    def reading(self, kind: str) -> Iterator[Tail]:
+    @asynccontextmanager
+    async def reading(self, kind: str) -> AsyncIterator[Tail]:
         """The tail of a kind, for one reader."""
+        await self.rows(kind)
         tail = self._tails.get(kind)
         if tail is None:
             source = RunRows(self._root, kind)
-            tail = self._tails[kind] = Tail(source, self._streams, lambda: self._visible.get(kind))
+            tail = self._tails[kind] = Tail(source, self._streams, lambda: self._visible[kind])
             self._streams.tails.add(tail)
         tail.readers += 1
         try:
@@ -294,7 +296,15 @@ class RunTails:
 
 
 def _count(root: Path, kind: str) -> int:
-    """The number of rows of a kind on disk. Reads the shards that are not sealed."""
+    """The number of rows of a kind on disk, all synced by then. Reads the shards that are not sealed.
+
+    Raises:
+        SinkError: A file cannot be read.
+    """
+    with disk_errors(f"read {root / kind}"):
+        for path in (root / kind).glob(f"part-*{OPEN_SUFFIX}"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a run that was killed may not have
     sealed = Manifest(root / "manifest.jsonl").of_kind(kind)
     source, cursor = RunRows(root, kind), Cursor()
     rows = sealed[-1].last_seq + 1 if sealed else 0

@@ -336,10 +336,13 @@ class ShardLog:
         return bool(self._full)
 
     def append(self, records: Sequence[Record]) -> list[int]:
-        """As `write`, then show the rows to readers, and seal the shards that this has filled."""
+        """As `write`, then seal the shards that this has filled, and show the rows to readers.
+
+        In this order: readers find rows in the shards that the manifest lists and in the one after them.
+        """
         seqs = self.write(records)
-        self._on_rows(self.rows)
         self._seal_full()
+        self._on_rows(self.rows)
         return seqs
 
     def write(self, records: Sequence[Record]) -> list[int]:

@@ -15,6 +15,7 @@ from streamsyn.daemon import tail as module
 from streamsyn.daemon.row_forms import RowForm
 from streamsyn.daemon.tail import Position, RunTails, Streams, Tail
 from streamsyn.errors import SinkError
+from streamsyn.following.run_rows import RunRows
 from streamsyn.following.shard_lines import Cursor
 from streamsyn.sink.log import RunLog
 from tests.builders import COMPRESSIONS, context, new_run, sample, sink
@@ -190,7 +191,7 @@ async def test_rows_of_a_run_are_shown_once_they_are_safe(tmp_path: Path, compre
     section = sink(compression=compression)
     log = await asyncio.to_thread(lambda: RunLog(new_run(tmp_path), section, tails.on_rows))
     await asyncio.to_thread(log.append, [context(number) for number in range(3)])
-    with tails.reading("contexts") as contexts, tails.reading("samples") as samples:
+    async with tails.reading("contexts") as contexts, tails.reading("samples") as samples:
         assert await contexts.piece(Position(0), PLAIN) is None
         news = contexts.news
         await asyncio.to_thread(log.sync)
@@ -212,3 +213,20 @@ async def test_rows_of_a_run_are_shown_once_they_are_safe(tmp_path: Path, compre
     assert [await tails.rows(kind) for kind in ("contexts", "samples", "rejects")] == [20, 1, 0]
     assert [await RunTails(tmp_path, streams).rows(kind) for kind in ("contexts", "samples")] == [20, 1]
     streams.close()
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_rows_can_be_read_as_soon_as_they_are_shown(tmp_path: Path, compression: str) -> None:
+    """Also while shards fill faster than they are sealed."""
+    source: dict[str, RunRows] = {}
+
+    def read_last(kind: str, rows: int) -> None:
+        source.setdefault(kind, RunRows(tmp_path, kind))
+        assert len(source[kind].lines(max(0, rows - 1), 1)) == min(rows, 1)
+
+    log = RunLog(new_run(tmp_path), sink(compression=compression, shard_bytes=500), read_last)
+    for number in range(0, 60, 6):
+        log.append([context(n) for n in range(number, number + 6)])
+        log.samples.append([sample(n) for n in range(number, number + 6)])
+        log.sync()
+    log.close()
