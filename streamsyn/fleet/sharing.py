@@ -139,7 +139,7 @@ class Servers:
                 await tasks.close()
 
     def why_not_served(self, model: str) -> str | None:
-        """Return why no run can use a model; None if one can, or servers have not said yet what they serve."""
+        """Return why no run can use a model; None if one can, or servers have not yet said what they have."""
         try:
             shared_models(self._served(), FleetSection(model=model))
         except ConfigError as error:
