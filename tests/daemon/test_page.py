@@ -69,6 +69,9 @@ async def test_it_shows_what_the_api_says(daemon: Served, page: Page) -> None:
     await finished_run(daemon, "books", 6)
     strict = {"checks": {"min_words": 5000}, "recipe": {"tries": 1}, "run": {"max_reject_fraction": 1.0}}
     await finished_run(daemon, "strict", 4, **strict)
+    trainer = "/v1/runs/books/consumers/trainer"
+    await daemon.ask("PUT", trainer)
+    await daemon.ask("POST", f"{trainer}/ack", {"seq": 1, "metrics": {"loss": 1.25, "step": 300}})
     shard = daemon.daemon.root / "runs/books/contexts/part-000000.jsonl"
     context = orjson.loads(shard.read_bytes().splitlines()[-1])
     grounds = []
@@ -87,6 +90,9 @@ async def test_it_shows_what_the_api_says(daemon: Served, page: Page) -> None:
         await assert_good(page, width)
     assert await page.evaluate(shows("run-facts", "6 contexts, 0 rejects"))
     assert await page.evaluate(shows("reading", " ".join(context["context"].split())[:60]))
+
+    assert await page.evaluate(shows("consumers", "trainer samples 1 4 loss 1.25, step 300"))
+    assert await page.evaluate(shows("losses", "Loss of trainer 1.25"))
 
     await page.evaluate("location.hash = '#/runs/strict'")
     await page.until(shows("rejects", "too short"))
