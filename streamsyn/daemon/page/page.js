@@ -145,15 +145,22 @@ async function act(action, subject) {
 /** Asks the daemon for what a button says; returns what to tell. */
 async function carryOut(action, subject) {
   if (action === "add-server") {
-    await request("POST", "/v1/servers", { json: { url: subject.url } });
+    update("servers", "url", await request("POST", "/v1/servers", { json: { url: subject.url } }));
     return `${subject.url} is used again.`;
   }
   if (action === "drain-server") {
-    await request("POST", `/v1/servers/${encodeURIComponent(subject.name)}/drain`);
+    update("servers", "url", await request("POST", `/v1/servers/${encodeURIComponent(subject.name)}/drain`));
     return `${subject.url} gets no new requests.`;
   }
-  await request("POST", `/v1/runs/${encodeURIComponent(subject.id)}/${action}`, action === "retry" ? { json: {} } : {});
+  const sent = action === "retry" ? { json: {} } : {};
+  update("runs", "id", await request("POST", `/v1/runs/${encodeURIComponent(subject.id)}/${action}`, sent));
   return `${DONE[action]} ${subject.id}.`;
+}
+
+/** Shows what an action has made of a run or a server, without waiting for the next state. */
+function update(part, key, changed) {
+  seen.state[part] = seen.state[part].map((one) => (one[key] === changed[key] ? changed : one));
+  showView();
 }
 
 function route() {
