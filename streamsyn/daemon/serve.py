@@ -5,6 +5,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ _END_S: Final = 5.0
 """Seconds that answers in progress have to end when the daemon ends."""
 _LINGER_S: Final = 1.0
 """Seconds that the rest of a refused body is read and dropped, so that the client can read the answer."""
+_THREADS: Final = 32
+"""For blocking calls. Most wait for the disk: requests that wait together share a sync."""
 _BACKLOG: Final = 1024
 
 
@@ -54,6 +57,7 @@ def serve(root: Path, load: Callable[[], Config]) -> None:
 
 
 async def _serve(root: Path, load: Callable[[], Config]) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "blocking"))
     config = await asyncio.to_thread(load)
     check_address(config.serve)
     address = await asyncio.to_thread(bound, config.serve)  # first of all: no run begins if it is taken
