@@ -20,7 +20,7 @@ PAGES = [
 ]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text("utf-8") for page in PAGES}
 FOLDERS = ("streamsyn", "deploy", "benchmarks", "tests")
-FILES = (".toml", ".py", ".md", ".json", ".jsonl")
+FILES = (".js", ".toml", ".py", ".md", ".json", ".jsonl")
 
 every_page = pytest.mark.parametrize("page", TEXTS)
 
