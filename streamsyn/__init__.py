@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from streamsyn.library.run_sync import run_sync
     from streamsyn.pipeline.request import RunSummary
     from streamsyn.seeds.submission import RefusedLine, Submitted
+    from streamsyn.trainer.sample_dataset import SampleDataset
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "RunReplaced",
     "RunStatus",
     "RunSummary",
+    "SampleDataset",
     "ServerError",
     "SinkError",
     "StoppedEarly",
@@ -59,8 +61,9 @@ __all__ = [
 
 _HOMES = {
     "Config": "streamsyn.config.loading",
-    "Follower": "streamsyn.following.follow",
     "follow": "streamsyn.following.follow",
+    "Follower": "streamsyn.following.follow",
+    "SampleDataset": "streamsyn.trainer.sample_dataset",
     "open_run": "streamsyn.library.open_run",
     "Run": "streamsyn.library.open_run",
     "RunStatus": "streamsyn.library.open_run",

@@ -18,6 +18,8 @@ Modules in reading order:
     outdir            OUT: its lock and train.json
     signals           how a training is told to stop
     supervisor        `run --train`: the trainer process beside a run
+    sample_dataset    samples as a torch dataset, for trainers that are not ours
+    sample_position   keeps its position in the checkpoints of Hugging Face's Trainer
 
 This is the only package that imports torch. README.md explains packing, resuming, several GPUs, evaluation
 and feedback.
