@@ -107,7 +107,7 @@ def _aliases() -> str:
                 and node.target.id in names
             ):
                 assert node.value is not None
-                lines.append(f"{node.target.id} = {ast.unparse(node.value)}")
+                lines.append(f"{node.target.id} = {_unparsed(node.value)}")
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
@@ -143,7 +143,7 @@ def _member(owner: type, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     value = inspect.getattr_static(owner, node.name)
     name = f"{owner.__name__}.{node.name}"
     if isinstance(value, property):
-        returns = f": {ast.unparse(node.returns)}" if node.returns else ""
+        returns = f": {_unparsed(node.returns)}" if node.returns else ""
         return f"#### {name}\n\n{_code(name + returns)}\n\n{_markdown(value)}"
     waits = (
         "await " if isinstance(node, ast.AsyncFunctionDef) and not inspect.isasyncgenfunction(value) else ""
@@ -163,8 +163,8 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool = F
     arguments = node.args
     if method:
         arguments.args = arguments.args[1:]
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns and node.name != "__init__" else ""
-    line = ast.unparse(arguments)
+    returns = f" -> {_unparsed(node.returns)}" if node.returns and node.name != "__init__" else ""
+    line = _unparsed(arguments)
     if len(line) < 80:
         return f"({line}){returns}"
     plain = len(arguments.args) - len(arguments.defaults)
@@ -180,7 +180,12 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool = F
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
-    return ast.unparse(argument) + ("" if default is None else f" = {ast.unparse(default)}")
+    return _unparsed(argument) + ("" if default is None else f" = {_unparsed(default)}")
+
+
+def _unparsed(node: ast.AST) -> str:
+    """The source of a node, with the quotes of this project, and types that are quoted without them."""
+    return re.sub(r'"([A-Z]\w+)"', r"\1", ast.unparse(node).replace("'", '"'))
 
 
 def _code(text: str) -> str:

@@ -86,10 +86,10 @@ def summarise(summary: "RunSummary", *, as_json: bool) -> None:
     """Print the summary of a run, or log it as run.done."""
     import structlog
 
-    from streamsyn.pipeline.summary import closing_figures, closing_lines
+    from streamsyn.pipeline.summary import closing_lines
 
     if as_json:
-        structlog.get_logger().info("run.done", **closing_figures(summary))
+        structlog.get_logger().info("run.done", **summary.as_dict())
         return
     for line in closing_lines(summary):
         click.echo(visible(line), err=True)

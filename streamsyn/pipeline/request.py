@@ -102,7 +102,7 @@ class RunRequest:
 
 @dataclass(slots=True)
 class RunSummary:
-    """The result of a run, filled while it goes on. `str` makes the lines of text that the command prints.
+    """The result of a run, filled while it goes on.
 
     Attributes:
         out: The run directory.
@@ -143,13 +143,48 @@ class RunSummary:
         """Share of rejects among all outcomes in the directory."""
         return self.rejects / max(1, self.contexts + self.rejects)
 
+    def unfinished(self) -> tuple[int, int]:
+        """Number of answers that were aborted, timed out or broken, and of their tokens, as far as known."""
+        servers = self.servers()
+        return (
+            sum(server.get("unfinished", 0) for server in servers),
+            sum(server.get("unfinished_tokens", 0) for server in servers),
+        )
+
     def as_dict(self) -> dict[str, Any]:
-        """All figures as JSON values: those of the event `run.done` that the command logs with --log-json."""
-        from streamsyn.pipeline.summary import closing_figures
-
-        return closing_figures(self)
-
-    def __str__(self) -> str:
-        from streamsyn.pipeline.summary import closing_lines
-
-        return "\n".join(closing_lines(self))
+        """The figures as JSON values: of this run, and under `directory` those of all runs into it."""
+        counters = self.counters
+        unfinished, unfinished_tokens = self.unfinished()
+        return {
+            "out": str(self.out),
+            "stopped": self.stopped,
+            "seconds": round(counters.elapsed_s, 3),
+            "contexts": counters.contexts,
+            "rejects": dict(counters.rejects),
+            "samples": counters.samples,
+            "finished_before": counters.finished_before,
+            "repeated": counters.repeated,
+            "useful_tokens": counters.useful_tokens,
+            "thinking_tokens": counters.thinking_tokens,
+            "wasted_tokens": counters.wasted_tokens + unfinished_tokens,
+            "unfinished_answers": unfinished,
+            "unfinished_tokens": unfinished_tokens,
+            "flags": dict(counters.flags),
+            "short_samples": counters.short_samples,
+            "prompt_tokens": counters.prompt_tokens,
+            "cached_tokens": counters.cached_tokens,
+            "failed_tries": counters.retries,
+            "scored": counters.scored,
+            "unscored": counters.unscored,
+            "scoring_prompt_tokens": counters.scoring_prompt_tokens,
+            "scoring_cached_tokens": counters.scoring_cached_tokens,
+            "scoring_tokens": counters.scoring_tokens,
+            "scoring_failed_tries": counters.scoring_retries,
+            "seeds": self.notes,
+            "servers": self.servers(),
+            "directory": {
+                "contexts": self.contexts,
+                "rejects": self.rejects,
+                "samples": self.samples,
+            },
+        }

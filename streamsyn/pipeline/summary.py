@@ -1,7 +1,6 @@
 """The summary at the end of a run: what it did, where the directory is, how to resume."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from streamsyn.pipeline.progress import duration
 from streamsyn.pipeline.request import RunSummary
@@ -56,7 +55,7 @@ def too_many_rejects(summary: RunSummary, allowed: float) -> str | None:
 def closing_lines(summary: RunSummary) -> Iterator[str]:
     """The summary as lines of text."""
     counters, out = summary.counters, summary.out
-    unfinished, unfinished_tokens = _unfinished(summary)
+    unfinished, unfinished_tokens = summary.unfinished()
     wasted = counters.wasted_tokens + unfinished_tokens
     how = f"stopped early ({summary.stopped})" if summary.stopped else "done"
     yield f"{how} after {duration(counters.elapsed_s)}"
@@ -119,15 +118,6 @@ def _example(reason: str, reject: Reject) -> str:
     return f"{reason}, such as {reject.origin}: {why}" + (f" ({key})" if key and key not in why else "")
 
 
-def _unfinished(summary: RunSummary) -> tuple[int, int]:
-    """The answers that were aborted, timed out or broken, and their tokens, estimated from their time."""
-    servers = summary.servers()
-    return (
-        sum(server.get("unfinished", 0) for server in servers),
-        sum(server.get("unfinished_tokens", 0) for server in servers),
-    )
-
-
 def _length_lines(summary: RunSummary) -> Iterator[str]:
     """Lengths that differ from what the configuration asks for, with the keys that govern them."""
     counters, recipe = summary.counters, summary.recipe
@@ -160,42 +150,3 @@ def _server_lines(summary: RunSummary) -> Iterator[str]:
         )
     if len(servers) > _MAX_SERVERS:
         yield f"  {'':10} and {len(servers) - _MAX_SERVERS} more"
-
-
-def closing_figures(summary: RunSummary) -> dict[str, Any]:
-    """The summary as JSON: counts of this run, and under `directory` those of all runs into it."""
-    counters = summary.counters
-    unfinished, unfinished_tokens = _unfinished(summary)
-    return {
-        "out": str(summary.out),
-        "stopped": summary.stopped,
-        "seconds": round(counters.elapsed_s, 3),
-        "contexts": counters.contexts,
-        "rejects": dict(counters.rejects),
-        "samples": counters.samples,
-        "finished_before": counters.finished_before,
-        "repeated": counters.repeated,
-        "useful_tokens": counters.useful_tokens,
-        "thinking_tokens": counters.thinking_tokens,
-        "wasted_tokens": counters.wasted_tokens + unfinished_tokens,
-        "unfinished_answers": unfinished,
-        "unfinished_tokens": unfinished_tokens,
-        "flags": dict(counters.flags),
-        "short_samples": counters.short_samples,
-        "prompt_tokens": counters.prompt_tokens,
-        "cached_tokens": counters.cached_tokens,
-        "failed_tries": counters.retries,
-        "scored": counters.scored,
-        "unscored": counters.unscored,
-        "scoring_prompt_tokens": counters.scoring_prompt_tokens,
-        "scoring_cached_tokens": counters.scoring_cached_tokens,
-        "scoring_tokens": counters.scoring_tokens,
-        "scoring_failed_tries": counters.scoring_retries,
-        "seeds": summary.notes,
-        "servers": summary.servers(),
-        "directory": {
-            "contexts": summary.contexts,
-            "rejects": summary.rejects,
-            "samples": summary.samples,
-        },
-    }

@@ -17,7 +17,7 @@ from streamsyn.fleet.transport import Reply, Transport
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import run
 from streamsyn.pipeline.setup import is_examined
-from streamsyn.pipeline.summary import closing_figures, closing_lines
+from streamsyn.pipeline.summary import closing_lines
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -107,7 +107,7 @@ def test_contexts_are_scored_where_they_are_written(tmp_path: Path) -> None:
     assert counters.useful_tokens == sum(row["completion_tokens"] for row in found)
     [line] = [line for line in closing_lines(summary) if line.startswith("  scoring")]
     assert "120 contexts, 0 of them without a score" in line
-    assert 120 == closing_figures(summary)["scored"]
+    assert 120 == summary.as_dict()["scored"]
 
 
 def test_other_servers_can_score(tmp_path: Path) -> None:

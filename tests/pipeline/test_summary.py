@@ -5,7 +5,7 @@ from pathlib import Path
 from streamsyn.config.loading import known_keys
 from streamsyn.config.sections import RecipeSection
 from streamsyn.pipeline.request import RunSummary
-from streamsyn.pipeline.summary import GOVERNED_BY, closing_figures, closing_lines
+from streamsyn.pipeline.summary import GOVERNED_BY, closing_lines
 from streamsyn.records import Reject, RejectReason
 from streamsyn.telemetry import Counters
 
@@ -93,7 +93,7 @@ def test_the_share_of_rejects() -> None:
 
 def test_figures_for_a_program() -> None:
     """Counts of this run, and those of the directory."""
-    figures = closing_figures(summary(stopped="stopped by SIGTERM"))
+    figures = summary(stopped="stopped by SIGTERM").as_dict()
 
     assert ("out", "stopped by SIGTERM", 120.0) == (figures["out"], figures["stopped"], figures["seconds"])
     assert (230, 200, {"too_short": 3, "empty": 7}) == (
@@ -121,13 +121,13 @@ def test_a_run_that_scored() -> None:
         "3 failed tries"
     ) in closing_lines(scored)
     assert (2, 1, 4000, 1000, 60, 3) == tuple(
-        closing_figures(scored)[name]
+        scored.as_dict()[name]
         for name in (
             *("scored", "unscored", "scoring_prompt_tokens", "scoring_cached_tokens", "scoring_tokens"),
             "scoring_failed_tries",
         )
     )
-    assert 42 == closing_figures(scored)["cached_tokens"] / 10
+    assert 42 == scored.as_dict()["cached_tokens"] / 10
 
 
 def test_tokens_of_unfinished_answers_are_wasted() -> None:
@@ -138,7 +138,7 @@ def test_tokens_of_unfinished_answers_are_wasted() -> None:
         "(30.8%, about 300,000 of them in 141 unfinished answers); 4 failed tries; "
         "42% of prompt tokens cached"
     ) in closing_lines(stopped)
-    figures = closing_figures(stopped)
+    figures = stopped.as_dict()
     assert (400_000, 141) == (figures["wasted_tokens"], figures["unfinished_answers"])
 
 
