@@ -99,8 +99,9 @@ ROUTES: Final = tuple(
         handler=partial(stream_rows, kind=kind),
         scope="read",
         summary=f"Stream the {kind} of a run as NDJSON or server-sent events.",
-        answers={200: _NDJSON},
-        problems=(404, 406, 409, 410, 507),
+        answers={200: f"{_NDJSON}, {_EVENTS}"},
+        problems=(404, 406, 409, 410, 503, 507),
+        headers=("Last-Event-ID",),
         query={"after": int, "follow": bool, "limit": int, "consumer": str},
     )
     for kind in sorted(KINDS)
