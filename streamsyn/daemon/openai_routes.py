@@ -370,6 +370,7 @@ ROUTES: Final = (
         scope="read",
         summary="List files, newest first unless order=asc.",
         answers={200: FilePage},
+        problems=(400,),
         query={"purpose": str, "limit": int, "after": str, "order": str},
     ),
     Route(
@@ -416,6 +417,7 @@ ROUTES: Final = (
         scope="read",
         summary="List batches, newest first.",
         answers={200: BatchPage},
+        problems=(400,),
         query={"limit": int, "after": str},
     ),
     Route(

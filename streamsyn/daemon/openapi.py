@@ -46,6 +46,18 @@ _OPENAI_SCHEMA: Final = {
     },
 }
 
+_FORM: Final = "multipart/form-data"
+_FORM_SCHEMA: Final = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["batch"]},
+    },
+    "additionalProperties": False,
+}
+"""What an upload to `/v1/files` is, the only form there is."""
+
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:
     """Return the OpenAPI document of some routes."""
@@ -137,7 +149,10 @@ def _problem(status: int, path: str) -> dict[str, Any]:
 
 def _content(body: type[BaseModel] | str, references: References) -> dict[str, Any]:
     if isinstance(body, str):
-        return {media_type.strip(): {} for media_type in body.split(",")}
+        return {
+            media_type.strip(): {"schema": _FORM_SCHEMA} if media_type == _FORM else {}
+            for media_type in body.split(",")
+        }
     return {_JSON: {"schema": references[body]}}
 
 
