@@ -14,8 +14,8 @@ from streamsyn.io.derived import DerivedDatabase
 
 _KEYS_A_QUERY: Final = 500
 _BUSY_TIMEOUT_S: Final = 60.0
-_IN_MEMORY: Final = 65_536
-"""About 8 MB."""
+_IN_MEMORY: Final = 32_768
+"""About 4 MB."""
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS seeds (key BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, body BLOB, answer BLOB) WITHOUT ROWID;
