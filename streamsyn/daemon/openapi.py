@@ -92,13 +92,14 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route, references: References) -> dict[str, Any]:
-    statuses = {*route.problems, 401, 403, 421, 429} - set(route.answers)
+    statuses = {*route.problems, 401, 403, 421, 429} | ({503} if route.method != "GET" else set())
     if _VARIABLE.search(route.path):
-        statuses |= {404} - set(route.answers)
+        statuses |= {404}
     if route.query:
-        statuses |= {422}
+        statuses |= {400, 422}
     if route.body is not None:
         statuses |= {400, 408, 413, 415, 422}
+    statuses -= set(route.answers)
     operation: dict[str, Any] = {
         "operationId": route.operation_id,
         "summary": route.summary,

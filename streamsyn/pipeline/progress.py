@@ -131,11 +131,14 @@ async def reporting(progress: Progress, *, show: bool) -> AsyncIterator[None]:
 
 
 async def _log(progress: Progress) -> None:
+    logged = ""
     while True:
         progress.figures()  # so that the first line has a rate
         await asyncio.sleep(_LOG_EVERY_S)
         figures = progress.figures()
-        log.info("run.progress", plain=_line(figures), **figures)
+        if (line := _line(figures)) != logged:  # one that waits for seeds repeats nothing
+            logged = line
+            log.info("run.progress", plain=line, **figures)
 
 
 def _line(figures: dict[str, Any]) -> str:

@@ -111,9 +111,9 @@ class Pipeline:
         self._discarded = self._work.discard()
         self._results.drain()
         self._stages.workers.drain()
-        plain = (
-            f"{why}: finishing what is in flight, up to {self._drain_timeout_s:g} s; Ctrl-C again stops now"
-        )
+        plain = f"{why}: finishing what is in flight, up to {self._drain_timeout_s:g} s"
+        if why.startswith("stopped by SIG"):
+            plain += "; Ctrl-C again stops now"
         log.info("run.draining", plain=plain, why=why, timeout_s=self._drain_timeout_s)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._drain_timeout_s, self.cancel, "the drain took too long")

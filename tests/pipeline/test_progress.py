@@ -243,10 +243,29 @@ async def test_log_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.
     async with progress_of(tmp_path) as (progress, _, _):
         with structlog.testing.capture_logs() as logged:
             async with asyncio.timeout(5), reporting(progress, show=False):
-                while len(logged) < 2:  # noqa: ASYNC110 - a log line sets no event
+                while len(logged) < 2:
+                    progress.counters.contexts += 1
                     await asyncio.sleep(0)
         before = len(logged)
         await asyncio.sleep(0)
     assert {"run.progress"} == {line["event"] for line in logged}
     assert {*progress.figures(), "plain", "event", "log_level"} == set(logged[0])
     assert before == len(logged)
+
+
+async def test_a_line_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that waits for seeds logs its progress once, not every ten seconds for days."""
+    seen: list[None] = []
+
+    def same(_figures: Any) -> str:
+        seen.append(None)
+        return "nothing to do"
+
+    monkeypatch.setattr(progress_module, "_LOG_EVERY_S", 0.001)
+    monkeypatch.setattr(progress_module, "_line", same)
+    async with progress_of(tmp_path) as (progress, _, _):
+        with structlog.testing.capture_logs() as logged:
+            async with asyncio.timeout(5), reporting(progress, show=False):
+                while len(seen) < 3:  # noqa: ASYNC110 - a computed line sets no event
+                    await asyncio.sleep(0)
+    assert ["nothing to do"] == [line["plain"] for line in logged]
