@@ -57,6 +57,8 @@ ALIASES = {
     background_run: ("State",),
     follow: ("Kind",),
 }
+MADE = ("Run", "Follower")
+"""Classes whose objects are made by functions."""
 SHOWN = {
     "RunSummary": {
         "out",
@@ -130,9 +132,11 @@ def _described(one: Any) -> str:
     else:
         assert isinstance(node, ast.ClassDef)
         members = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
-        if one.__name__ in FUNCTIONS:
-            (begin,) = (part for part in members if part.name == "__init__")
+        begin = next((part for part in members if part.name == "__init__"), None)
+        if begin is not None and one.__name__ in FUNCTIONS:
             text.append(_code(f"async with {one.__name__}{_signature(begin, method=True)} as run: ..."))
+        elif begin is not None and one.__name__ not in MADE:
+            text.append(_code(f"{one.__name__}{_signature(begin, method=True)}"))
         text.append(_markdown(one, SHOWN.get(one.__name__)))
         shown = SHOWN.get(one.__name__, {part.name for part in members if not part.name.startswith("_")})
         text += [_member(one, part) for part in members if part.name in shown]
