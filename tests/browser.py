@@ -62,13 +62,13 @@ class Page:
 
     async def open(self, url: str, width: int, height: int = 900, *, dark: bool = False) -> None:
         """Load a page at a width in CSS pixels."""
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        await self.call("Emulation.setEmulatedMedia", features=[scheme])
-        await self.resize(width, height)
+        await self.resize(width, height, dark=dark)
         await self.loaded_by("Page.navigate", url=url)
 
-    async def resize(self, width: int, height: int = 900) -> None:
-        """Give the window a size in CSS pixels."""
+    async def resize(self, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Give the window a size in CSS pixels, and light or dark colours."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.call("Emulation.setEmulatedMedia", features=[scheme])
         await self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,

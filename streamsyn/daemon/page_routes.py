@@ -10,6 +10,7 @@ from aiohttp import web
 from streamsyn.daemon.daemon import DAEMON
 from streamsyn.daemon.page_state import EVERY_S, PageState
 from streamsyn.daemon.route import Route
+from streamsyn.daemon.row_stream import WRITE_TIMEOUT_S
 
 PAGE_STATE: Final = web.AppKey("page_state", PageState)
 
@@ -65,7 +66,14 @@ async def events(request: web.Request) -> web.StreamResponse:
     clock = asyncio.get_running_loop().time
     with state.watched():
         while not daemon.has_ended:
-            await response.write(await state.event())
+            event = await state.event()
+            try:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await response.write(event)
+            except TimeoutError:  # it takes nothing: what is buffered for it is dropped, too
+                if request.transport is not None:
+                    request.transport.abort()
+                break
             await asyncio.sleep(EVERY_S - clock() % EVERY_S)
     return response
 

@@ -1,12 +1,15 @@
 """What the page gets: its files, and the states that it shows."""
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 import orjson
 import pytest
 
-from streamsyn.daemon import page_state
+from streamsyn.daemon import page_routes, page_state
 from streamsyn.daemon.page_routes import PAGE_FILES
 from streamsyn.daemon.page_state import MAX_POINTS, PageState, Throughput
 from tests.daemon.conftest import Served, StartDaemon
@@ -29,6 +32,8 @@ async def test_a_state_has_what_the_page_shows(daemon: Served) -> None:
     async with daemon.session.get("/v1/events") as answer:
         assert "text/event-stream" == answer.headers["Content-Type"]
         [state] = await states(answer, 1)
+    async with daemon.session.head("/v1/events") as answer:
+        assert b"" == await answer.read()
 
     assert [await daemon.ask("GET", "/v1/runs/books")] == state["runs"]
     assert {"running": 1} == state["states"]
@@ -89,6 +94,32 @@ async def test_the_stream_ends_with_the_daemon(start_daemon: StartDaemon) -> Non
         await served.daemon.drain()
         async for _ in answer.content:
             pass
+
+
+async def test_who_takes_nothing_is_cut_off(daemon: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that stands still keeps its connection for a time, not for ever."""
+    left = asyncio.Event()
+    watched = PageState.watched
+
+    @contextmanager
+    def noted(self: PageState) -> Iterator[None]:
+        with watched(self):
+            yield
+        left.set()
+
+    async def large(self: PageState) -> bytes:
+        return bytes(2**23)
+
+    monkeypatch.setattr(PageState, "watched", noted)
+    monkeypatch.setattr(PageState, "event", large)
+    monkeypatch.setattr(page_routes, "WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(page_routes, "EVERY_S", 0.001)
+    host, port = daemon.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port), limit=1)
+    writer.write(f"GET /v1/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+    async with asyncio.timeout(10):
+        await left.wait()
+    writer.close()
 
 
 async def test_the_page_runs_only_its_own_code(daemon: Served) -> None:

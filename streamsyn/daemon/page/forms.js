@@ -49,12 +49,11 @@ class Mistake extends Error {
   }
 }
 
-/** Asks for a token until the dialog is answered, then calls `then`. */
+/** Asks for a token, and calls `then` when there is one. */
 export function askToken(message, then) {
   const dialog = byId("token-dialog");
   if (dialog.open) return;
   dialog.querySelector("form").reset();
-  dialog.oncancel = (event) => event.preventDefault(); // without a token the page has nothing to show
   ask("token-dialog", (form) => {
     const field = form.elements.token;
     const given = field.value.trim();

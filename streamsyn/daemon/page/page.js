@@ -105,7 +105,12 @@ function connected(kind, text) {
 
 function wantToken(message) {
   byId("connecting").hidden = true;
+  byId("gone").hidden = false;
   connected("gone", "a token is needed");
+  setText(byId("gone-what"), message || "This daemon asks for a token.");
+  setText(byId("gone-since"), seen.at ? `What is shown below is as of ${clock(seen.at / 1000)}.` : "");
+  setText(byId("gone-next"), "");
+  seen.goneSince = 0;
   askToken(message, () => connection.again());
 }
 

@@ -16,7 +16,7 @@ const BUTTONS = [
   { action: "resume", label: "Resume", states: ["paused", "stopped", "failed", "finished"] },
   { action: "drain", label: "Drain", states: ["running", "paused"] },
   { action: "close", label: "Close", states: ["running", "paused", "stopped"], when: (run) => run.accepting },
-  { action: "retry", label: "Retry rejects", states: ["running", "paused", "stopped", "finished"], when: (run) => run.counts.rejects > 0 },
+  { action: "retry", label: "Retry rejects", states: ["running", "paused", "stopped", "failed", "finished"], when: (run) => run.counts.rejects > 0 },
   { action: "seeds", label: "Add seeds", states: ["running", "paused"], when: (run) => run.accepting },
 ];
 
