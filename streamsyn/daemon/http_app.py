@@ -121,6 +121,8 @@ async def _to_its_end(request: web.Request, handler: Handler) -> web.StreamRespo
             answer.set_result(await handler(request))
         except Exception as error:  # noqa: BLE001 - raised to the one who waits
             answer.set_exception(error)
+        finally:
+            answer.cancel()  # if this task was cancelled; otherwise it has a result
 
     if request.app[DAEMON].tasks.start(work(), name=f"{request.method} {request.path}", finish=True) is None:
         raise Problem(503, "the daemon is ending")
@@ -137,15 +139,28 @@ async def _check_access(request: web.Request, handler: Handler) -> web.StreamRes
     daemon = request.app[DAEMON]
     resource = request.match_info.route.resource
     route = (request.match_info.handler, "" if resource is None else resource.canonical)
-    client = daemon.access.check(request, request.app[SCOPES].get(route, "read"))
-    wait_s = request.app[RATE_LIMIT].wait_s(client, daemon.config.serve.requests_per_s)
-    if wait_s:
+    try:
+        client = daemon.access.check(request, request.app[SCOPES].get(route, "read"))
+    except Problem:
+        _check_rate(request, f"refused {request.remote}")  # those who guess tokens
+        raise
+    _check_rate(request, client)
+    return await handler(request)
+
+
+def _check_rate(request: web.Request, client: str) -> None:
+    """Refuse a client that asks too often.
+
+    Raises:
+        Problem: 429: it does.
+    """
+    per_s = request.app[DAEMON].config.serve.requests_per_s
+    if wait_s := request.app[RATE_LIMIT].wait_s(client, per_s):
         raise Problem(
             429,
-            f"too many requests; at most {daemon.config.serve.requests_per_s:g} per second are answered",
+            f"too many requests; at most {per_s:g} per second are answered",
             headers={"Retry-After": str(max(1, round(wait_s)))},
         )
-    return await handler(request)
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

@@ -53,6 +53,17 @@ AT_MOST: Final = frozenset(
 )
 """Keys that bound the memory of a run: a client may set a lower value than the operator's."""
 
+SAMPLING: Final = frozenset(
+    {
+        *("top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+        *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "no_stop_trim"),
+        *("skip_special_tokens", "spaces_between_special_tokens", "response_format", "regex", "ebnf"),
+        *("json_schema", "reasoning_effort", "chat_template_kwargs"),
+    }
+)
+"""Keys of `recipe.sampling` that a client may set. Servers have others that name files, servers or code, such
+as `lora_path`, `bootstrap_host` and `custom_logit_processor`."""
+
 _INSTEAD: Final = {
     "recipe.template": "send the text of a template as templates.recipe",
     "assembly.template": "send the text of a template as templates.assembly",
@@ -102,6 +113,10 @@ def check_given(given: Mapping[str, Any], base: Config) -> None:
         else:
             instead = _INSTEAD.get(key, "the operator sets it, in the CONFIG.toml of `streamsyn serve`")
             raise Problem(422, f"{key} cannot be set by a client: {instead}", key=key)
+    sampling = _section(_section(given, "recipe"), "sampling")
+    if others := sorted(set(sampling) - SAMPLING):
+        key = f"recipe.sampling.{others[0]}"
+        raise Problem(422, f"{key} cannot be set by a client: the operator sets it", key=key)
     use = _section(given, "recipe").get("use")
     if isinstance(use, str) and ":" in use and use not in base.serve.allow_recipes and use != base.recipe.use:
         raise Problem(

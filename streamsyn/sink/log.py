@@ -105,11 +105,8 @@ class RunLog:
 
     def counts(self) -> dict[str, int]:
         """The numbers of contexts, of rejects that hold, and of samples in the log."""
-        return {
-            "contexts": self.contexts.rows,
-            "rejects": self.holding_rejects,
-            "samples": self.samples.rows,
-        }
+        rejects = self.holding_rejects
+        return {"contexts": self.contexts.rows, "rejects": rejects, "samples": self.samples.rows}
 
     def add_retry(self, reasons: Sequence[str]) -> None:
         """Have the rejects of these reasons asked again: they are open until the log is finished."""

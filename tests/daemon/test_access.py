@@ -78,6 +78,19 @@ async def test_a_token_counts_in_its_header_alone(start_daemon: StartDaemon, tok
                 assert answer.status == 401
 
 
+async def test_guesses_of_tokens_are_slowed_down(start_daemon: StartDaemon, tokens: Path) -> None:
+    """Wrong tokens of one address are limited, and do not use up what the owner of a right one may ask."""
+    keys = {"serve.tokens_file": str(tokens), "serve.requests_per_s": 5.0}
+    async with start_daemon(keys) as served:
+        statuses = []
+        for number in range(8):
+            async with served.session.get("/v1/runs", headers=bearer(f"{number:020}")) as answer:
+                statuses.append(answer.status)
+        assert (statuses[0], statuses[-1]) == (401, 429)
+        async with served.session.get("/v1/runs", headers=bearer(READ)) as answer:
+            assert answer.status == 200
+
+
 async def test_tokens_are_reloaded(start_daemon: StartDaemon, tokens: Path) -> None:
     """A removed token is refused from then on; a file with a mistake leaves the tokens as they are."""
     async with start_daemon({"serve.tokens_file": str(tokens)}) as served:

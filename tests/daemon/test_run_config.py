@@ -23,7 +23,7 @@ OPERATORS = frozenset(
         *("fleet.servers_file", "fleet.servers_dns", "fleet.discover_interval_s", "fleet.tls_ca"),
         *("fleet.tls_cert", "fleet.concurrency", "fleet.max_in_flight", "fleet.load_interval_s"),
         *("fleet.slow_start_s", "fleet.balance_factor", "fleet.connect_timeout_s", "fleet.eject_after"),
-        *("fleet.probe_interval_s", "fleet.give_up_s", "run.metrics_listen"),
+        *("fleet.probe_interval_s", "fleet.give_up_s", "run.metrics_listen", "run.traces"),
         *(
             "scoring.servers",
             "scoring.servers.*.url",
@@ -71,6 +71,8 @@ def test_the_operators_keys_are_refused_by_name(key: str) -> None:
     ("given", "what"),
     [
         ({"recipe": {"use": "os:system"}}, "serve.allow_recipes"),
+        ({"recipe": {"sampling": {"top_p": 0.9, "lora_path": "/x"}}}, "recipe.sampling.lora_path cannot"),
+        ({"recipe": {"sampling": {"bootstrap_host": "10.0.0.1"}}}, "recipe.sampling.bootstrap_host cannot"),
         ({"recipe": {"target_word": 5}}, "the nearest known one is recipe.target_words"),
         ({"recipe.template": {"x": 1}}, "unknown key recipe.template.x"),
         ({"seeds": {"max_line_bytes": 2**40}}, "seeds.max_line_bytes: expected at most 8388608"),
