@@ -350,6 +350,20 @@ class Batches:
         if (batch := self._active.get(batch_id)) is not None:
             await batch.cancel()
 
+    async def delete(self, batch_id: str) -> None:
+        """Remove a batch that has ended, with its run; its files stay.
+
+        Raises:
+            SinkError: The disk failed.
+        """
+        try:
+            await self.runs.delete(batch_id, force=True)
+        except Problem as problem:
+            if problem.status != 404:
+                raise
+            await asyncio.to_thread(shutil.rmtree, self.folder / batch_id, ignore_errors=True)
+        self._records.pop(batch_id, None)
+
     def _start(self, record: BatchRecord) -> None:
         batch = Batch(record, self.folder / record.id, self.runs, self._files, self._hosting, self._changed)
         self._active[record.id] = batch

@@ -22,6 +22,7 @@ from streamsyn.daemon.route import Route, integer, json_response, one_of
 from streamsyn.daemon.run_record import Priority
 from streamsyn.daemon.stored_files import FileRecord, Upload
 from streamsyn.daemon.webhook_target import Webhook
+from streamsyn.plain_text import visible
 from streamsyn.seeds.request_lines import ENDPOINT
 
 _FILES_PAGE: Final = 10_000
@@ -130,6 +131,14 @@ class BatchObject(BaseModel):
     cancelled_at: int | None
     request_counts: RequestCounts
     metadata: dict[str, str] | None
+
+
+class DeletedBatch(BaseModel):
+    """That a batch is deleted."""
+
+    id: str
+    object: Literal["batch"]
+    deleted: bool
 
 
 class BatchPage(BaseModel):
@@ -251,6 +260,15 @@ def _as_bad_request(param: str | None = None) -> Iterator[None]:
         raise Problem(400, str(problem), param=param) from None
 
 
+async def delete_batch(request: web.Request) -> web.Response:
+    """Delete a batch that has ended, with its run; its files stay."""
+    record = _batch(request)
+    if not record.has_ended:
+        raise Problem(409, f"a batch that is {record.status} cannot be deleted; cancel it first")
+    await request.app[DAEMON].batches.delete(record.id)
+    return json_response({"id": record.id, "object": "batch", "deleted": True})
+
+
 def _file(request: web.Request) -> FileRecord:
     file_id = request.match_info["id"]
     record = request.app[DAEMON].files.get(file_id)
@@ -307,12 +325,12 @@ async def _receive(request: web.Request, upload: Upload) -> str:
             if not isinstance(part, BodyPartReader):
                 raise Problem(400, "a part of the body has parts of its own")
             if part.name == "file" and filename is None:
-                filename = (part.filename or "file")[:_MAX_NAME]
+                filename = visible(part.filename or "file")[:_MAX_NAME]
                 await _write(part, upload, request)
             elif part.name == "purpose" and purpose is None:
                 purpose = await _text(part, timeout_s)
             else:
-                raise Problem(400, f"unexpected field {str(part.name)[:100]!r}", param=part.name)
+                raise Problem(400, f"unexpected field {str(part.name)[:100]!r}")
     except TimeoutError:
         raise Problem(408, f"no further piece of the body came within {timeout_s:g} s") from None
     except (ValueError, RuntimeError, OSError, ClientPayloadError, HttpProcessingError) as error:
@@ -348,7 +366,7 @@ async def _text(part: BodyPartReader, timeout_s: float) -> str:
         async with asyncio.timeout(timeout_s):
             data += await part.read_chunk(_CHUNK_BYTES)
         if len(data) > _MAX_FIELD_BYTES:
-            raise Problem(400, f"the field {str(part.name)[:100]!r} is too long", param=part.name)
+            raise Problem(400, f"the field {str(part.name)[:100]!r} is too long")
     return data.decode("utf-8", "replace")
 
 
@@ -428,6 +446,15 @@ ROUTES: Final = (
         summary="Return a batch.",
         answers={200: BatchObject},
         problems=(404,),
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/batches/{id}",
+        handler=delete_batch,
+        scope="write",
+        summary="Delete a batch that has ended, with its run; its files stay until they are deleted.",
+        answers={200: DeletedBatch},
+        problems=(404, 409, 507),
     ),
     Route(
         method="POST",

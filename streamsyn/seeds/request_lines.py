@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from streamsyn.plain_text import cut, short_repr
-from streamsyn.seeds.metadata import storable
+from streamsyn.seeds.metadata import storable, text_of
 from streamsyn.seeds.values import NotASeed
 
 ENDPOINT: Final = "/v1/chat/completions"
@@ -54,7 +54,11 @@ def read_request(row: Mapping[str, Any]) -> RequestLine:
         if row.get(name) is None:
             raise BadRequestLine("missing_required_parameter", name, f"Missing required parameter: {name!r}.")
     custom_id, method, url, body = (row[name] for name in _FIELDS)
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _ID_CHARS:
+    if (
+        not isinstance(custom_id, str)
+        or not 0 < len(custom_id) <= _ID_CHARS
+        or text_of(custom_id) != custom_id
+    ):
         raise _invalid("custom_id", f"a text of 1 to {_ID_CHARS} characters", custom_id)
     if method != METHOD:
         raise BadRequestLine(

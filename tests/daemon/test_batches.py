@@ -337,6 +337,47 @@ async def test_batches_go_on_after_a_restart(start_daemon: StartDaemon) -> None:
     assert 63 == asked
 
 
+async def test_any_file_name_can_be_shown(daemon: Served) -> None:
+    """Names are only shown, never used as paths; what is not text is escaped, and long ones are cut."""
+    for sent, shown in (
+        (b"../../f", "../../f"),
+        (b"\xff", "\\udcff"),
+        (b"n" * 300, "n" * 255),
+    ):
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="'
+            + sent
+            + b'"\r\n\r\nx\r\n--b--\r\n'
+        )
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        async with daemon.session.post("/v1/files", data=body, headers=headers) as answer:
+            assert 200 == answer.status, await answer.text()
+            file = await answer.json()
+        assert shown == file["filename"]
+    root = daemon.daemon.root / "files"
+    assert {"content", "meta.json"} == await asyncio.to_thread(
+        lambda: {path.name for path in root.rglob("*") if path.is_file()}
+    )
+
+
+async def test_an_ended_batch_can_be_deleted(daemon: Served) -> None:
+    """With its run; its files stay until they are deleted. OpenAI has no such call."""
+    async with client_of(daemon) as client:
+        batch = await batch_of(client, request_line(1))
+        failed = await batch_of(client, {})
+        problem = await daemon.refused("DELETE", f"/v1/batches/{batch.id}")
+        assert "cancel it first" in problem["error"]["message"]
+        for one in (batch, failed):
+            batch = await until(client, daemon, one.id, lambda batch: batch.status in ENDED)
+            await daemon.ask("DELETE", f"/v1/batches/{one.id}")
+            with pytest.raises(openai.NotFoundError):
+                await client.batches.retrieve(one.id)
+        assert [] == await asyncio.to_thread(lambda: list(daemon.daemon.batches.folder.iterdir()))
+        (output,) = [file.id async for file in client.files.list(purpose="batch_output")]
+        assert ["r-1"] == [row["custom_id"] for row in await lines_of(client, output)]
+
+
 async def test_an_upload_that_stops_coming_leaves_nothing(start_daemon: StartDaemon) -> None:
     """It is answered with 408 after `serve.body_timeout_s`."""
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
