@@ -13,7 +13,8 @@ Modules in reading order:
     stdin    the seeds of a pipe, and its spool
     inbox    the seeds that are submitted while a run goes on
     submission  one request that submits seeds, and its answer
-    inbox_lines, inbox_index  the file of an inbox, and its index
+    inbox_file  the file of an inbox: many requests, one sync
+    inbox_lines, inbox_index  the lines of that file, and its index
     parse    from a line or a row to an entry
     forms    the pair in a row: Alpaca, chats, questions and answers, and others
     chats    the pair in a chat

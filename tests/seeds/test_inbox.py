@@ -278,7 +278,7 @@ def test_many_threads_share_few_syncs(inbox: Inbox, monkeypatch: pytest.MonkeyPa
     with ThreadPoolExecutor(20) as threads:
         first = threads.submit(inbox.submit, [line(1)])
         others = [threads.submit(inbox.submit, [line(number % 7), b"nix"]) for number in range(2, 20)]
-        while len(inbox._waiting) < 18:  # they have been parsed, and wait
+        while len(inbox._file._waiting) < 18:  # they have been parsed, and wait
             threading.Event().wait(0.001)
         gathered.set()
         found = [future.result(10) for future in (first, *others)]
@@ -292,14 +292,14 @@ def test_many_threads_share_few_syncs(inbox: Inbox, monkeypatch: pytest.MonkeyPa
 def test_a_full_disk_refuses_and_spoils_nothing(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was written in part is cut off by the next call."""
     inbox.submit([line(1)])
-    write = inbox._spool.append
+    write = inbox._file._spool.append
 
     def torn(data: bytes) -> None:
         write(data[: len(data) // 2])
         raise SinkError("cannot write: no space left")
 
     with monkeypatch.context() as full:
-        full.setattr(inbox._spool, "append", torn)
+        full.setattr(inbox._file._spool, "append", torn)
         with pytest.raises(SinkError, match="no space left"):
             inbox.submit([line(2), line(3), line(4)])
     found = inbox.submit([line(4), line(5)])
@@ -311,7 +311,7 @@ def test_a_full_disk_refuses_and_spoils_nothing(inbox: Inbox, monkeypatch: pytes
 
 def test_the_index_holds_few_keys_in_memory(inbox: Inbox) -> None:
     """The others are in its file, and are found there."""
-    index = inbox._index = InboxIndex(inbox._index.path, in_memory=10)
+    index = inbox._file._index = InboxIndex(inbox._file._index.path, in_memory=10)
     for first in range(0, 40, 4):
         inbox.submit([line(number) for number in range(first, first + 4)])
         assert len(index._keys) < 10
@@ -329,7 +329,7 @@ def test_an_index_that_cannot_be_written_is_behind_and_catches_up(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(inbox._index, "keep", failing)
+        full.setattr(inbox._file._index, "keep", failing)
         accepted = inbox.submit([line(2)])
 
     assert Submitted(accepted=1) == accepted
@@ -413,7 +413,7 @@ class Inboxes(RuleBasedStateMachine):
     def opened(self) -> Inbox:
         """As a process opens it: its index writes what is in memory now and then."""
         inbox = Inbox(self.out, SeedsSection())
-        inbox._index = InboxIndex(inbox._index.path, in_memory=4)
+        inbox._file._index = InboxIndex(inbox._file._index.path, in_memory=4)
         return inbox
 
     def teardown(self) -> None:
@@ -450,7 +450,7 @@ class Inboxes(RuleBasedStateMachine):
     @rule(torn=st.binary(max_size=30).filter(lambda tail: b"\n" not in tail), lost=st.booleans())
     def kill(self, torn: bytes, lost: bool) -> None:
         """In the middle of writing a line; what is in memory is gone, and maybe the index."""
-        self.inbox._is_stale = True  # nothing is written
+        self.inbox._file._is_stale = True  # nothing is written
         self.inbox.release()
         if self.inbox.path.exists():
             with self.inbox.path.open("ab") as file:

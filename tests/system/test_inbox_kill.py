@@ -32,8 +32,8 @@ def kill(fd):
 
 inbox.open()
 if when == "before the answer":
-    write = inbox._spool.append
-    inbox._spool.append = lambda data: write(data[: data.index(b'{"answer"')])
+    write = inbox._file._spool.append
+    inbox._file._spool.append = lambda data: write(data[: data.index(b'{"answer"')])
 os.fsync = kill
 inbox.submit([line.encode() for line in sys.argv[3:]], key="k")
 """
