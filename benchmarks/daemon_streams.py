@@ -1,6 +1,7 @@
 """What the daemon's streams cost: rows to 1, 10 and 1,000 readers, slow readers, idle connections.
 
     python -m benchmarks.daemon_streams readers        rows to N readers, beside a bare aiohttp handler
+    python -m benchmarks.daemon_streams live           rows to N readers while they are written, 1,000 a second
     python -m benchmarks.daemon_streams slow           memory of readers that take nothing
     python -m benchmarks.daemon_streams idle           memory and CPU of connections that wait for rows
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -44,6 +45,7 @@ WORDS = ("keeper", "light", "wrote", "wind", "water", "while", "ships", "passed"
 PIECE_BYTES = 128 * 2**10
 _PLAIN = "Accept-Encoding: identity"
 _EVENTS = "Accept: text/event-stream"
+_OLD_ROWS, _NEW_ROWS = 100, 2000
 PATH = "/v1/runs/r/samples"
 
 
@@ -51,11 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["readers", "slow", "idle", "serve"])
+    parser.add_argument("what", choices=["readers", "live", "slow", "idle", "serve"])
     parser.add_argument("--row-bytes", type=int, default=4096)
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 10, 1000])
     parser.add_argument("--connections", type=int, default=10_000, help="connections of `idle`")
     parser.add_argument("--root", type=Path, help="of `serve`, which the others start")
+    parser.add_argument("--write-for", type=int, help="write rows once this many readers wait for them")
     parser.add_argument("--bare", action="store_true", help="serve the bare handler")
     args = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -64,12 +67,14 @@ def main() -> None:
     match args.what:
         case "readers":
             readers(args.readers, args.row_bytes)
+        case "live":
+            live(args.readers, args.row_bytes)
         case "slow":
             slow(args.row_bytes)
         case "idle":
             idle(args.connections)
         case _:
-            asyncio.run(bare(args.root) if args.bare else serve(args.root))
+            asyncio.run(bare(args.root) if args.bare else serve(args.root, args.write_for, args.row_bytes))
 
 
 def readers(numbers: list[int], row_bytes: int) -> None:
@@ -93,6 +98,24 @@ def readers(numbers: list[int], row_bytes: int) -> None:
                     )
 
 
+def live(numbers: list[int], row_bytes: int) -> None:
+    """Rows to N readers that wait for each row."""
+    print(f"{'readers':>8}{'rows':>12}{'seconds':>9}{'CPU s':>8}{'rows/s of CPU':>15}{'peak MiB':>10}")
+    for number in numbers:
+        with tempfile.TemporaryDirectory() as folder:
+            make_root(Path(folder), _OLD_ROWS, row_bytes, state="paused")
+            options = ["--write-for", str(number), "--row-bytes", str(row_bytes)]
+            with served(Path(folder), *options) as (process, port):
+                before, began = cpu_s(process), time.perf_counter()
+                query = f"?follow=1&after={_OLD_ROWS - 1}&limit={_NEW_ROWS}"
+                read_all(port, number, _PLAIN, query)
+                wall, used = time.perf_counter() - began, cpu_s(process) - before
+                rows, peak = number * _NEW_ROWS, process.memory_info().rss / 2**20
+                print(
+                    f"{number:8,}{rows:12,}{wall:9.1f}{used:8.2f}{rows / used:15,.0f}{peak:10.0f}", flush=True
+                )
+
+
 def slow(row_bytes: int) -> None:
     """Memory of readers that take nothing, of a run that is much longer than what a socket holds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -112,11 +135,11 @@ def slow(row_bytes: int) -> None:
 def idle(number: int) -> None:
     """Memory and CPU of connections that wait for the next row of a run that does not go on."""
     with tempfile.TemporaryDirectory() as folder:
-        make_root(Path(folder), 100, 4096, state="paused")
+        make_root(Path(folder), _OLD_ROWS, 4096, state="paused")
         with served(Path(folder)) as (process, port):
             read_all(port, 1, _PLAIN)
             before, began = process.memory_info().rss, cpu_s(process)
-            open_ones = [connect(port, _EVENTS, "?follow=1&after=99") for _ in range(number)]
+            open_ones = [connect(port, _EVENTS, f"?follow=1&after={_OLD_ROWS - 1}") for _ in range(number)]
             connected = cpu_s(process) - began
             time.sleep(5)
             more, began = process.memory_info().rss - before, cpu_s(process)
@@ -175,14 +198,28 @@ def served(root: Path, *options: str) -> Iterator[tuple[psutil.Process, int]]:
         process.wait()
 
 
-async def serve(root: Path) -> None:
-    """The daemon, without servers."""
+async def serve(root: Path, write_for: int | None, row_bytes: int) -> None:
+    """The daemon, without servers; `write_for` readers of its run get new rows once they wait for them."""
     configure_logs(as_json=False)
     keys = {"serve.listen": "127.0.0.1:0", "serve.max_connections": 50_000, "serve.requests_per_s": 1e6}
     config = load(None, keys.items())
     async with open_daemon(root, config, {}) as daemon, listening(daemon, bound(config.serve)) as url:
         print(url, flush=True)
+        if write_for is not None:
+            run = await daemon.runs.get("r")
+            while daemon.hosting.streams.readers < write_for:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(write_rows, run.root, row_bytes, run.tails.on_rows)
         await asyncio.Event().wait()
+
+
+def write_rows(root: Path, row_bytes: int, on_rows: Callable[[str, int], None]) -> None:
+    """Write 1,000 rows a second, ten at a time."""
+    log, rng = RunLog(root, SinkSection(), on_rows), Random(1)
+    for first in range(_OLD_ROWS, _OLD_ROWS + _NEW_ROWS, 10):
+        log.samples.append([sample(n, row_bytes, rng) for n in range(first, first + 10)])
+        time.sleep(0.01)
+    log.close()
 
 
 async def bare(root: Path) -> None:
@@ -222,11 +259,11 @@ def connect(port: int, header: str, query: str = "") -> socket.socket:
     return one
 
 
-def read_all(port: int, number: int, header: str) -> int:
+def read_all(port: int, number: int, header: str, query: str = "") -> int:
     """Read with `number` connections to the end; returns the bytes received."""
     selector, buffer, received = selectors.DefaultSelector(), bytearray(2**20), 0
     for _ in range(number):
-        one = connect(port, header)
+        one = connect(port, header, query)
         one.setblocking(False)
         selector.register(one, selectors.EVENT_READ, one)
     left = number
