@@ -1,7 +1,7 @@
 """What the daemon's streams cost: rows to 1, 10 and 1,000 readers, slow readers, idle connections.
 
     python -m benchmarks.daemon_streams readers        rows to N readers, beside a bare aiohttp handler
-    python -m benchmarks.daemon_streams live           rows to N readers while they are written, 1,000 a second
+    python -m benchmarks.daemon_streams live           rows to N readers as they are written, 1,000 a second
     python -m benchmarks.daemon_streams slow           memory of readers that take nothing
     python -m benchmarks.daemon_streams idle           memory and CPU of connections that wait for rows
 
@@ -207,10 +207,15 @@ async def serve(root: Path, write_for: int | None, row_bytes: int) -> None:
         print(url, flush=True)
         if write_for is not None:
             run = await daemon.runs.get("r")
-            while daemon.hosting.streams.readers < write_for:
-                await asyncio.sleep(0.05)
+            streams = daemon.hosting.streams
+            await asyncio.to_thread(lambda: wait_until(lambda: streams.readers >= write_for))
             await asyncio.to_thread(write_rows, run.root, row_bytes, run.tails.on_rows)
         await asyncio.Event().wait()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        time.sleep(0.05)
 
 
 def write_rows(root: Path, row_bytes: int, on_rows: Callable[[str, int], None]) -> None:
