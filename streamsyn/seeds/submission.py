@@ -200,7 +200,8 @@ class Submission:
     def _keep(self, entry: Entry, number: int, raw: bytes) -> None:
         if isinstance(entry, BadSeed):
             if not self._keeps_bad:
-                self._refuse(number, entry.detail)
+                is_json = entry.reason is not RejectReason.INVALID_JSON
+                self._refuse(number, entry.detail if is_json else f"not valid JSON: {entry.detail}")
                 return
             entry = replace(entry, key=digest("bad", raw))  # whatever its number: it may come again
         self._entries.append(entry)

@@ -97,6 +97,7 @@ def test_bad_lines_are_refused_with_their_numbers(inbox: Inbox) -> None:
 
     assert (2, 0, 4) == (found.accepted, found.duplicate, found.refused_total)
     assert [3, 4, 5, 6] == [refused.line for refused in found.refused]
+    assert found.refused[0].detail.startswith("not valid JSON: ")
     assert RefusedLine(4, "not a JSON object but list: '[1]'") == found.refused[1]
     assert "1001 bytes, more than seeds.max_line_bytes = 1000" == found.refused[3].detail
     assert (500, 100) == (many.refused_total, len(many.refused))
