@@ -80,8 +80,10 @@ export function longText(text, className = "text", shown = SHOWN) {
   let end = shown;
   const block = h("div", { class: className, text: whole.slice(0, end) });
   const button = h("button", { type: "button", class: "plain", on: { click: showMore } });
-  const label = () =>
-    setText(button, `Show ${(Math.min(MORE, whole.length - end)).toLocaleString("en-US")} more of ${whole.length.toLocaleString("en-US")} characters`);
+  const label = () => {
+    const [more, all] = [Math.min(MORE, whole.length - end), whole.length].map((number) => number.toLocaleString("en-US"));
+    setText(button, `Show ${more} more of ${all} characters`);
+  };
   function showMore() {
     block.append(visible(whole.slice(end, end + MORE)));
     end += MORE;

@@ -103,13 +103,17 @@ function showFacts(state) {
   const usable = servers.filter((one) => one.state === "usable").length;
   const achieved = tokens.cached / tokens.prompt;
   const batches = state.batches.running ?? 0;
+  const [running, total] = [state.states.running ?? 0, sum(Object.values(state.states), Number)];
+  const ofBatches = batches ? `; ${counted(batches, "batch", "batches")} running` : "";
+  const planned = cachedOf(tokens.planned_cached / tokens.prompt, tokens.prompt);
+  const room = `of ${bytes(disk.total_bytes)}; runs wait below ${bytes(disk.min_free_bytes)}`;
   facts(byId("facts"), [
-    ["Runs", count(state.states.running ?? 0), "running", `${count(sum(Object.values(state.states), Number))} in total${batches ? `; ${counted(batches, "batch", "batches")} running` : ""}`],
+    ["Runs", count(running), "running", `${count(total)} in total${ofBatches}`],
     ["Outcomes", decimal(rates.outcomes_per_s), "per second", `${counted(sum(runs, (run) => run.counts.waiting), "seed")} waiting`],
     ["Output", count(rates.output_tokens_per_s), "tokens/s", `${short(tokens.completion)} tokens since the start`],
     ["In flight", count(inFlight), `of ${count(cap)}`, `${usable} of ${counted(servers.length, "server")} usable`, cap ? inFlight / cap : 0],
-    ["Prefix cache", percent(achieved), "achieved", cachedOf(tokens.planned_cached / tokens.prompt, tokens.prompt), achieved],
-    ["Disk", bytes(disk.free_bytes), "free", `of ${bytes(disk.total_bytes)}; runs wait below ${bytes(disk.min_free_bytes)}`, 1 - disk.free_bytes / disk.total_bytes],
+    ["Prefix cache", percent(achieved), "achieved", planned, achieved],
+    ["Disk", bytes(disk.free_bytes), "free", room, 1 - disk.free_bytes / disk.total_bytes],
   ]);
 }
 
@@ -157,7 +161,12 @@ function makeRun(run) {
   return h(
     "tr",
     { role: "row" },
-    h("th", { role: "rowheader", scope: "row" }, h("a", { href: `#/runs/${encodeURIComponent(run.id)}`, text: run.id }), h("span", { class: "quiet about" })),
+    h(
+      "th",
+      { role: "rowheader", scope: "row" },
+      h("a", { href: `#/runs/${encodeURIComponent(run.id)}`, text: run.id }),
+      h("span", { class: "quiet about" }),
+    ),
     cell("State", "state", badge(run.state)),
     cell("Done", "wide", h("span", {}), bar()),
     ...["Contexts", "Rejects", "Samples", "Waiting", "In flight", "Outcomes/s", "Time left"].map((name) => cell(name, "")),

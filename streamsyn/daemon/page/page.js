@@ -67,7 +67,10 @@ function showWarnings({ ready, servers }) {
   const warnings = [];
   if (!ready.ok) warnings.push(["ready", `Not ready: ${ready.why}`]);
   const ejected = servers.filter((server) => server.state === "ejected");
-  if (ejected.length) warnings.push(["ejected", `${counted(ejected.length, "server")} of ${servers.length} ejected after failures; they are asked again until they answer.`]);
+  if (ejected.length) {
+    const which = `${counted(ejected.length, "server")} of ${servers.length}`;
+    warnings.push(["ejected", `${which} ejected after failures; they are asked again until they answer.`]);
+  }
   keyed(byId("warnings"), warnings, ([key]) => key, () => h("p", { class: "banner look" }), (element, [, text]) => setText(element, text));
 }
 

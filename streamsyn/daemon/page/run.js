@@ -16,7 +16,7 @@ const BUTTONS = [
   { action: "resume", label: "Resume", states: ["paused", "stopped", "failed", "finished"] },
   { action: "drain", label: "Drain", states: ["running", "paused"] },
   { action: "close", label: "Close", states: ["running", "paused", "stopped"], when: (run) => run.accepting },
-  { action: "retry", label: "Retry rejects", states: ["running", "paused", "stopped", "failed", "finished"], when: (run) => run.counts.rejects > 0 },
+  { action: "retry", label: "Retry rejects", when: (run) => run.counts.rejects > 0 },
   { action: "seeds", label: "Add seeds", states: ["running", "paused"], when: (run) => run.accepting },
 ];
 
@@ -31,9 +31,9 @@ export function prepare(onAction) {
   const press = (action) => (event) => {
     if (event.currentTarget.getAttribute("aria-disabled") !== "true") onAction(action, view.run);
   };
-  byId("run-actions").append(
-    ...BUTTONS.map(({ action, label }) => h("button", { type: "button", "data-action": action, text: label, on: { click: press(action) } })),
-  );
+  const button = ({ action, label }) =>
+    h("button", { type: "button", "data-action": action, text: label, on: { click: press(action) } });
+  byId("run-actions").append(...BUTTONS.map(button));
   const ifEnabled = (action) => ({ currentTarget }) => currentTarget.getAttribute("aria-disabled") !== "true" && action();
   byId("newer-samples").addEventListener("click", ifEnabled(loadSamples));
   byId("newer-rejects").addEventListener("click", ifEnabled(loadRejects));
@@ -44,7 +44,9 @@ const losses = new Map();
 
 /** Keeps the throughput of each running run and the losses of trainings, shown or not. */
 export function remember({ at, runs }) {
-  for (const run of runs) for (const { name, metrics } of run.consumers) if (metrics?.loss !== undefined) rememberLoss(`${run.id} ${name}`, at, metrics.loss);
+  for (const { id, consumers } of runs) {
+    for (const { name, metrics } of consumers.filter(isTraining)) rememberLoss(`${id} ${name}`, at, metrics.loss);
+  }
   for (const run of runs) {
     if (run.state !== "running" && !history.has(run.id)) continue;
     const points = history.get(run.id) ?? [];
@@ -56,6 +58,8 @@ export function remember({ at, runs }) {
   const known = new Set(runs.map((run) => run.id));
   for (const id of history.keys()) if (!known.has(id)) history.delete(id);
 }
+
+const isTraining = ({ metrics }) => metrics?.loss !== undefined;
 
 function rememberLoss(key, at, loss) {
   const points = losses.get(key) ?? [];
@@ -82,6 +86,7 @@ export function show(run) {
   showAbout(run);
   showFacts(run);
   const points = history.get(run.id) ?? [];
+  byId("run-throughput").hidden = points.length === 0;
   const [outcomes, tokens] = byId("run-charts").children;
   draw(outcomes, points.map(([at, value]) => [at, value]), 5);
   draw(tokens, points.map(([at, , value]) => [at, value]), 5, { show: count });
@@ -95,7 +100,7 @@ function showButtons(run) {
   for (const { action, states, when } of BUTTONS) {
     const button = byId("run-actions").querySelector(`[data-action=${action}]`);
     // Not `disabled`: a button that loses the focus by being pressed sends a keyboard back to the top.
-    setAttribute(button, "aria-disabled", !(states.includes(run.state) && (when?.(run) ?? true)) && "true");
+    setAttribute(button, "aria-disabled", !((states?.includes(run.state) ?? true) && (when?.(run) ?? true)) && "true");
   }
 }
 
@@ -112,26 +117,29 @@ function showFacts(run) {
   const { counts, rates, tokens, prefix } = run;
   const { done, total, share, left_s: left } = progress(run);
   const active = run.state === "running";
+  const planned = cachedOf(prefix?.planned ?? NaN, tokens.prompt);
+  const written = `${short(tokens.completion)} tokens, ${short(tokens.wasted)} of them discarded`;
+  const ended = `${counted(counts.contexts, "context")}, ${counted(counts.rejects, "reject")}`;
   facts(byId("run-facts"), [
     ["Done", percent(share), active && left !== null ? `${duration(left)} left` : "", `${count(done)} of ${counted(total, "draft")}`, share],
-    ["Outcomes", active ? decimal(rates.outcomes_per_s) : UNKNOWN, "per second", `${counted(counts.contexts, "context")}, ${counted(counts.rejects, "reject")}`],
+    ["Outcomes", active ? decimal(rates.outcomes_per_s) : UNKNOWN, "per second", ended],
     ["Samples", count(counts.samples), "", `of ${counted(counts.accepted, "accepted seed")}`],
     ["In flight", count(counts.in_flight), "", `${counted(counts.waiting, "seed")} waiting`],
-    ["Output", active ? count(rates.output_tokens_per_s) : UNKNOWN, "tokens/s", `${short(tokens.completion)} tokens, ${short(tokens.wasted)} of them discarded`],
-    ["Prefix cache", percent(prefix?.achieved ?? NaN), "achieved", cachedOf(prefix?.planned ?? NaN, tokens.prompt), prefix?.achieved ?? 0],
+    ["Output", active ? count(rates.output_tokens_per_s) : UNKNOWN, "tokens/s", written],
+    ["Prefix cache", percent(prefix?.achieved ?? NaN), "achieved", planned, prefix?.achieved ?? 0],
   ]);
 }
 
 function showNewer(run) {
-  offer(byId("newer-samples"), view.samples, lastReadable(run), (newer) => `Show the latest (${count(newer)} newer)`, "These are the latest");
-  offer(byId("newer-rejects"), view.rejects, run.last.rejects, () => "Load newer examples", "These are the latest");
+  offer(byId("newer-samples"), view.samples, lastReadable(run), (newer) => `Show the latest (${count(newer)} newer)`);
+  offer(byId("newer-rejects"), view.rejects, run.last.rejects, () => "Load newer examples");
 }
 
 /** Has a button offer what is newer than what was loaded; it keeps its place, so that it can keep the focus. */
-function offer(button, loaded, last, label, otherwise) {
+function offer(button, loaded, last, label) {
   const newer = loaded === null ? 0 : (last ?? -1) - loaded;
   button.hidden = loaded === null || last === null;
-  setText(button, newer > 0 ? label(newer) : otherwise);
+  setText(button, newer > 0 ? label(newer) : "These are the latest");
   setAttribute(button, "aria-disabled", newer <= 0 && "true");
 }
 
@@ -186,7 +194,11 @@ function reading(sample, context, isOpen) {
   const answer = sample ? sample.messages.at(-1).content : context.answer;
   const meta = [id];
   if (context) meta.push(counted(context.completion_tokens, "token"), context.model, ...(context.checks?.flags ?? []));
-  if (sample) meta.push(`passage ${sample.relevant_index + 1} of ${sample.context_seqs.length}`, `${counted(sample.n_tokens, "token")} in total`);
+  if (sample) {
+    meta.push(`passage ${sample.relevant_index + 1} of ${sample.context_seqs.length}`);
+    meta.push(`${counted(sample.n_tokens, "token")} in total`);
+  }
+  const gone = h("p", { class: "quiet", text: "This context is not kept any more." });
   const opening = instruction.slice(0, 160) + (instruction.length > 160 ? " …" : "");
   return h(
     "details",
@@ -197,11 +209,7 @@ function reading(sample, context, isOpen) {
       "div",
       { class: "body" },
       h("dl", {}, ...part("Instruction", longText(instruction, "text", 1500)), ...part("Answer", longText(answer, "text", 1500))),
-      h(
-        "dl",
-        {},
-        ...part("Context", context ? longText(context.context, "relevant text") : h("p", { class: "quiet", text: "This context is not kept any more." })),
-      ),
+      h("dl", {}, ...part("Context", context ? longText(context.context, "relevant text") : gone)),
     ),
     sample ? folded("The whole prompt", () => longText(sample.messages[0].content)) : null,
   );
@@ -262,23 +270,30 @@ async function loadRejects() {
 }
 
 function example(reject) {
+  const shown = (text) => longText(text, "text", 400);
   const attempts = reject.attempts?.length ?? 0;
   const where = [reject.origin, ...(reject.task ? [reject.task] : []), ...(attempts ? [counted(attempts, "attempt")] : [])];
   return h(
     "div",
     { class: "example" },
     h("p", { class: "quiet text", text: where.join(" · ") }),
-    longText(reject.detail, "text", 400),
-    reject.instruction ? h("dl", {}, ...part("Instruction", longText(reject.instruction, "text", 400)), ...part("Answer", longText(reject.answer ?? "", "text", 400))) : null,
+    shown(reject.detail),
+    reject.instruction ? h("dl", {}, ...part("Instruction", shown(reject.instruction)), ...part("Answer", shown(reject.answer ?? ""))) : null,
   );
 }
 
 function showConsumers({ id, consumers }) {
   const parent = byId("consumers");
-  const trainings = consumers.filter(({ metrics }) => metrics?.loss !== undefined);
-  keyed(byId("losses"), trainings, ({ name }) => name, ({ name }) => chart(`Loss of ${name}`), (figure, { name }) => draw(figure, losses.get(`${id} ${name}`) ?? [], Infinity, { fromZero: false }));
+  keyed(
+    byId("losses"),
+    consumers.filter(isTraining),
+    ({ name }) => name,
+    ({ name }) => chart(`Loss of ${name}`),
+    (figure, { name }) => draw(figure, losses.get(`${id} ${name}`) ?? [], Infinity, { fromZero: false }),
+  );
   if (!consumers.length) {
-    keyed(parent, ["none"], String, () => h("p", { class: "empty", text: "None. A training or another reader that registers a name keeps its place here." }));
+    const none = "None. A training or another reader that registers a name keeps its place here.";
+    keyed(parent, ["none"], String, () => h("p", { class: "empty", text: none }));
     return;
   }
   keyed(parent, ["table"], String, makeConsumers);
@@ -292,10 +307,11 @@ function showConsumers({ id, consumers }) {
 const CONSUMER = ["Consumer", "Reads", "Done to row", "Rows behind", "Reports"];
 
 function makeConsumers() {
+  const heading = (name) => h("th", { role: "columnheader", scope: "col", text: name });
   return h(
     "table",
     { role: "table", "aria-labelledby": "consumers-title" },
-    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...CONSUMER.map((name) => h("th", { role: "columnheader", scope: "col", text: name })))),
+    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...CONSUMER.map(heading))),
     h("tbody", { role: "rowgroup" }),
   );
 }
