@@ -1,6 +1,8 @@
 """TRL's SFTTrainer on a live run, stopped and resumed: every row is trained on once."""
 
+import re
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+import streamsyn
 from streamsyn import ConfigError, SampleDataset
 from tests.builders import new_run, opened, sample, sink
 from tests.trainer import tiny
@@ -129,3 +132,26 @@ def test_what_hides_the_position_is_refused(tmp_path: Path) -> None:
     state.write_text(state.read_text().replace("SamplePosition", "Other"))
     with pytest.raises(ConfigError, match="it was saved without this callback"):
         train(run, out)
+
+
+def test_the_guide_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of the guide for other trainers, on a CPU; run once more it finds nothing left."""
+    guide = Path(streamsyn.__file__).parents[1] / "deploy" / "guides" / "other-trainers.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", guide.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    live, torchdata = (block for block in blocks if "SampleDataset" in block)
+    on_cpu = (
+        "SFTConfig(use_cpu=True, bf16=False, disable_tqdm=True, report_to=[], dataloader_pin_memory=False,"
+    )
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs" / "first", 12, finish=True)
+    tiny.write_model(tmp_path / "models" / "my-base")
+    for _ in range(2):
+        code = live.replace("SFTConfig(", on_cpu).replace("save_steps=100", "save_steps=4")
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert 12 == names["trainer"].state.global_step
+        assert 11 == names["samples"].state_dict()["seq"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchdata's own
+        exec(torchdata, names)
+    assert [1, 3, 5, 7, 9, 11] == [row["seq"] for row in names["batch"]]
