@@ -14,7 +14,7 @@ from aiohttp import web
 
 from streamsyn.background import in_threads
 from streamsyn.daemon.bodies import JsonBody, pieces
-from streamsyn.daemon.daemon import DAEMON
+from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem, problem_of
 from streamsyn.daemon.route import Route, json_response
@@ -47,13 +47,14 @@ class Accepted(JsonBody):
 async def submit_seeds(request: web.Request) -> web.Response:
     """Take the seeds in the body, and answer when all are on disk."""
     run = await requested_run(request)
-    request.app[DAEMON].check_room()
+    daemon = request.app[DAEMON]
+    daemon.check_room()
     key = _idempotency_key(request)
     if request.content_type.startswith("multipart/"):
         raise Problem(415, f"expected one seed a line ({_NDJSON}), not {request.content_type[:100]!r}")
     unpacks = unpacker(request.headers.get("Content-Encoding", ""))
     if key is None:
-        _check_accepting(run)
+        _check_accepting(daemon, run)
     async with run.submitting() as inbox:
         return json_response(await _submit(request, run, inbox, unpacks, key), 202)
 
@@ -70,7 +71,7 @@ async def _submit(
         else:  # the key is looked up on disk
             submission = await stack.enter_async_context(in_threads(opening))
         if not submission.is_answered:
-            _check_accepting(run)
+            _check_accepting(daemon, run)
         taking = _Taking(unpacks, submission, serve.max_body_bytes)
         try:
             async for piece in pieces(request, serve.max_body_bytes):
@@ -78,7 +79,7 @@ async def _submit(
                 while unpacks.has_more:
                     daemon.check_room()
                     if not submission.is_answered:
-                        await _room(run, inbox, serve.max_unread_seeds)
+                        await _room(daemon, run, inbox)
                     await asyncio.to_thread(taking.chunk, ends=request.content.at_eof())
             if taking.answer is None:  # the end came after the last piece
                 await asyncio.to_thread(taking.finish)
@@ -129,17 +130,20 @@ class _Taking:
         self.answer = self._submission.finish()
 
 
-def _check_accepting(run: HostedRun) -> None:
+def _check_accepting(daemon: Daemon, run: HostedRun) -> None:
+    if daemon.is_ending:
+        raise Problem(503, "the daemon is ending")
     if not run.accepting:
         raise Problem(409, run.why_not_accepting)
 
 
-async def _room(run: HostedRun, inbox: Inbox, limit: int) -> None:
+async def _room(daemon: Daemon, run: HostedRun, inbox: Inbox) -> None:
     """Wait while the run has many accepted seeds to take up, and takes them up."""
-    _check_accepting(run)
+    limit = daemon.config.serve.max_unread_seeds
+    _check_accepting(daemon, run)
     while run.state == "running" and inbox.unread > limit:
         await inbox.room(limit)
-        _check_accepting(run)
+        _check_accepting(daemon, run)
 
 
 def _idempotency_key(request: web.Request) -> str | None:
@@ -160,6 +164,6 @@ ROUTES: Final = (
         summary="Submit seeds, one a line, gzip or zstd allowed; answered when they are on disk.",
         body=_NDJSON,
         answers={202: Accepted},
-        problems=(400, 404, 408, 409, 413, 415, 422, 507),
+        problems=(400, 404, 408, 409, 413, 415, 422, 503, 507),
     ),
 )

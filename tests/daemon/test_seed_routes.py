@@ -205,19 +205,25 @@ async def test_bodies_that_cannot_be_read_are_refused(
     assert detail in (await post(daemon, body, status, **headers))["detail"]
 
 
-async def test_whoever_submits_waits_for_a_slow_run(
-    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A piece more than the limit is taken; the rest when the run is paused: the disk is the limit then."""
-    waits, room = asyncio.Event(), Inbox.room
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when a request begins to wait for a run to take up seeds."""
+    event, room = asyncio.Event(), Inbox.room
 
     async def noted(inbox: Inbox, limit: int) -> None:
-        waits.set()
+        event.set()
         await room(inbox, limit)
 
     monkeypatch.setattr(Inbox, "room", noted)
-    keys = {"serve.max_unread_seeds": 10, "fleet.max_in_flight": 1, "run.queue_size": 1}
-    async with start_daemon(keys, simulator=SimulatorConfig(latency_ms=60_000)) as daemon:
+    return event
+
+
+SLOW = {"serve.max_unread_seeds": 10, "fleet.max_in_flight": 1, "run.queue_size": 1}
+
+
+async def test_whoever_submits_waits_for_a_slow_run(start_daemon: StartDaemon, waits: asyncio.Event) -> None:
+    """A piece more than the limit is taken; the rest when the run is paused: the disk is the limit then."""
+    async with start_daemon(SLOW, simulator=SimulatorConfig(latency_ms=60_000)) as daemon:
         await daemon.new_run("one")
         async with asyncio.TaskGroup() as group:
             posting = group.create_task(post(daemon, body_of(5000)), name="posting")
@@ -228,3 +234,19 @@ async def test_whoever_submits_waits_for_a_slow_run(
 
     assert 10 < waiting < 5000
     assert {**NOTHING, "accepted": 5000} == posting.result()
+
+
+async def test_a_daemon_that_ends_waits_for_no_slow_run(
+    start_daemon: StartDaemon, waits: asyncio.Event
+) -> None:
+    """Whoever is submitting is told, with what was accepted."""
+    keys = SLOW | {"run.drain_timeout_s": 0.1}
+    async with start_daemon(keys, simulator=SimulatorConfig(latency_ms=60_000)) as daemon:
+        await daemon.new_run("one")
+        async with asyncio.TaskGroup() as group:
+            posting = group.create_task(post(daemon, body_of(5000), 503), name="posting")
+            await waits.wait()
+            await daemon.daemon.drain()
+
+    assert "the daemon is ending" == posting.result()["detail"]
+    assert 10 < posting.result()["accepted"] < 5000
