@@ -378,6 +378,25 @@ async def test_an_ended_batch_can_be_deleted(daemon: Served) -> None:
         assert ["r-1"] == [row["custom_id"] for row in await lines_of(client, output)]
 
 
+async def test_a_cancel_that_a_kill_interrupted(start_daemon: StartDaemon) -> None:
+    """The batch was saved as cancelling, but its run did not learn of it: the next daemon drains it."""
+    slow = SimulatorConfig(slots=4, latency_ms=10)
+    keys = {"fleet.concurrency": 4}
+    async with start_daemon(keys, simulator=slow) as served, client_of(served) as client:
+        batch = await batch_of(client, *(request_line(n, max_tokens=4) for n in range(500)))
+        await until(client, served, batch.id, lambda batch: batch.status == "in_progress")
+        record = served.daemon.batches.get(batch.id)
+        assert record is not None
+        record.reached("cancelling")
+        await asyncio.to_thread(record.save, served.daemon.batches.folder / batch.id)
+    async with start_daemon(keys, simulator=slow) as served, client_of(served) as client:
+        batch = await until(client, served, batch.id, lambda batch: batch.status in ENDED)
+        assert "cancelled" == batch.status
+        ids = [row["custom_id"] for row in await lines_of(client, batch.error_file_id)]
+        ids += [row["custom_id"] for row in await lines_of(client, batch.output_file_id)]
+        assert (500, 500) == (len(ids), len(set(ids)))
+
+
 async def test_an_upload_that_stops_coming_leaves_nothing(start_daemon: StartDaemon) -> None:
     """It is answered with 408 after `serve.body_timeout_s`."""
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
