@@ -1,6 +1,7 @@
 """The daemon as a process: how it ends, and what a kill leaves."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -146,3 +147,33 @@ async def test_a_second_daemon_is_refused(tmp_path: Path) -> None:
         _, errors = await process.communicate()
         assert process.returncode == 2
         assert f"pid {daemon.process.pid}" in errors.decode()
+
+
+async def test_clients_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    """A body that is still being sent, and a stream that is still being read, end with the daemon."""
+    gone = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield seed_lines(1)[0] + b"\n"
+        gone.set()
+        await asyncio.Event().wait()
+
+    async def post(daemon: Process) -> None:
+        with pytest.raises(aiohttp.ClientError):
+            async with daemon.session.post("/v1/runs/run/seeds", data=slowly()) as answer:
+                answer.raise_for_status()
+
+    async def follow(daemon: Process) -> None:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with daemon.session.get("/v1/runs/run/samples?follow=1") as answer:
+                await answer.read()
+
+    async with serving(tmp_path / "root", "--server", "http://127.0.0.1:9") as daemon:
+        await daemon.ask("POST", "/v1/runs", {"id": "run"})
+        async with asyncio.TaskGroup() as group:
+            group.create_task(post(daemon), name="post")
+            group.create_task(follow(daemon), name="follow")
+            await gone.wait()
+            daemon.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                assert await daemon.process.wait() == 0

@@ -1,10 +1,13 @@
 """Runs under the daemon: from their creation to their deletion, over HTTP."""
 
+import asyncio
+import gc
+import random
 from typing import Any
 
 import pytest
 
-from tests.daemon.conftest import Served, StartDaemon
+from tests.daemon.conftest import Served, StartDaemon, seed_lines
 
 
 async def test_a_run_from_its_creation_to_its_end(daemon: Served) -> None:
@@ -206,3 +209,59 @@ async def test_health_and_readiness(start_daemon: StartDaemon) -> None:
     async with start_daemon() as served:
         assert await served.ask("GET", "/healthz") == {"status": "ok"}
         assert await served.ask("GET", "/readyz") == {"status": "ready"}
+
+
+async def test_finished_runs_are_let_go_of(daemon: Served) -> None:
+    """Of a run that has finished, and that nobody looks at, only a few words stay in memory."""
+    for number in range(3):
+        await daemon.new_run(f"run-{number}")
+        await daemon.submit(f"run-{number}", 2)
+        await daemon.ask("POST", f"/v1/runs/run-{number}/close")
+        await daemon.until_state(f"run-{number}", "finished")
+    runs = daemon.daemon.runs
+    async with asyncio.timeout(5):
+        while list(runs._known):
+            gc.collect()
+            await asyncio.sleep(0)
+    assert runs.active == []
+    assert len(runs) == 3
+    assert (await daemon.ask("GET", "/v1/runs/run-0"))["counts"]["contexts"] == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_order_of_requests(start_daemon: StartDaemon, seed: int) -> None:
+    """Whatever several clients ask at once, across a restart, each accepted seed gets one outcome."""
+    rng = random.Random(seed)
+    actions = ["pause", "resume", "drain", "retry", "close", "seeds", "seeds", "list"]
+    sent = accepted = 0
+
+    async def client(served: Served, steps: list[str]) -> None:
+        nonlocal sent, accepted
+        for action in steps:
+            if action == "list":
+                await served.ask("GET", "/v1/runs?limit=1")
+            elif action == "seeds":
+                first, sent = sent, sent + 3
+                body = b"\n".join(seed_lines(3, first))
+                async with served.session.post("/v1/runs/busy/seeds", data=body) as answer:
+                    assert answer.status in {202, 409}
+                    accepted += (await answer.json())["accepted"] if answer.status == 202 else 0
+            else:
+                async with served.session.post(f"/v1/runs/busy/{action}") as answer:
+                    assert answer.status in {202, 409}, await answer.text()
+
+    for life in range(2):
+        async with start_daemon() as served:
+            if life == 0:
+                await served.new_run("busy")
+            async with asyncio.TaskGroup() as group:
+                for number in range(3):
+                    steps = [rng.choice(actions) for _ in range(8)]
+                    group.create_task(client(served, steps), name=f"client {number}")
+            if life == 1:
+                await served.ask("POST", "/v1/runs/busy/resume")
+                await served.ask("POST", "/v1/runs/busy/close")
+                run = await served.until_state("busy", "finished")
+                outcomes = run["counts"]["contexts"] + run["counts"]["rejects"]
+                assert (run["counts"]["accepted"], outcomes) == (accepted, accepted)
+                assert sum(run["rejects"].values()) == run["counts"]["rejects"]
