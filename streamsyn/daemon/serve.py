@@ -36,8 +36,6 @@ _LINGER_S: Final = 1.0
 _THREADS: Final = 32
 """For blocking calls. Most wait for the disk: requests that wait together share a sync."""
 _BACKLOG: Final = 1024
-_THREADS: Final = 32
-"""Threads for calls that block: Python's default is a few more than there are processors."""
 
 
 def serve(root: Path, load: Callable[[], Config]) -> None:
@@ -60,8 +58,6 @@ def serve(root: Path, load: Callable[[], Config]) -> None:
 
 async def _serve(root: Path, load: Callable[[], Config]) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "blocking"))
-    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="daemon")
-    asyncio.get_running_loop().set_default_executor(threads)
     config = await asyncio.to_thread(load)
     check_address(config.serve)
     address = await asyncio.to_thread(bound, config.serve)  # first of all: no run begins if it is taken
