@@ -225,28 +225,25 @@ class Placement:
 
     def _next_for(self, server: Server) -> Waiter | None:
         """Take the request that gets the next place at `server` out of its queue."""
-        queues = [server.queue]
-        queues += [queue for model in server.models if (queue := self._queues.get(model))]
-        first: dict[Share, tuple[Waiter, WaitQueue]] = {}
-        for queue in queues:
-            for waiter in queue.heads():
-                found = first.get(waiter.share)
-                if found is None or waiter.number < found[0].number:
-                    first[waiter.share] = waiter, queue
-        if first:
-            waiter, queue = first[next_share(list(first))]
-            queue.remove(waiter)
-            return waiter
-        if server.assigned >= _IDLE * server.limiter.cap_at(self._clock()):
-            return None
-        return self._take_over(server)
+        heads = server.queue.heads()
+        for model in server.models:
+            if (queue := self._queues.get(model)) is not None and queue.size:
+                heads += queue.heads()
+        if not heads:
+            if server.assigned >= _IDLE * server.limiter.cap_at(self._clock()):
+                return None
+            return self._take_over(server)
+        waiter = heads[0] if len(heads) == 1 else _fairest(heads)
+        assert waiter.queue is not None, "it was found in a queue"
+        waiter.queue.remove(waiter)
+        return waiter
 
     def _take_over(self, server: Server) -> Waiter | None:
         """Move a group whose requests have waited long in the longest queue; return one of its requests.
 
         The request with the shortest conversation is chosen: moving it costs least.
         """
-        fullest = max(self.servers, key=lambda other: len(other.queue) / other.weight)
+        fullest = max(self.servers, key=lambda other: other.queue.size / other.weight)
         since = self._clock() - PATIENCE_S
         waiting = [
             waiter
@@ -294,8 +291,8 @@ class Placement:
     def _schedule_dispatch(self) -> None:
         """Set a timer for when a held or slowly starting server has room, or a waiter may move."""
         now = self._clock()
-        heads = [waiter for server in self.servers if server.queue for waiter in server.queue.heads()]
-        if not heads and not any(self._queues.values()):
+        heads = [waiter for server in self.servers for waiter in server.queue.heads()]
+        if not heads and not any(queue.size for queue in self._queues.values()):
             return
         ends = [server.limiter.next_room_at(now) for server in self.servers if server.is_usable]
         ends += [head.since + PATIENCE_S for head in heads if head.since + PATIENCE_S > now]
@@ -313,3 +310,13 @@ class Placement:
 
 def _load(server: Server) -> tuple[float, int]:
     return server.assigned / server.weight, server.completions
+
+
+def _fairest(heads: list[Waiter]) -> Waiter:
+    """Return the first waiter of the share whose turn it is."""
+    first: dict[Share, Waiter] = {}
+    for waiter in heads:
+        found = first.get(waiter.share)
+        if found is None or waiter.number < found.number:
+            first[waiter.share] = waiter
+    return first[next_share(list(first))]

@@ -27,16 +27,17 @@ log = structlog.get_logger()
 
 
 class WaitQueue:
-    """Requests that wait: of each share in order of arrival. Those that wait no more are dropped on sight."""
+    """Requests that wait: of each share in order of arrival. Those that wait no more are dropped on sight.
 
-    __slots__ = ("_lines", "_size")
+    Attributes:
+        size: Number of requests, those that wait no more included.
+    """
+
+    __slots__ = ("_lines", "size")
 
     def __init__(self) -> None:
         self._lines: dict[Share, deque[Waiter]] = {}
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
+        self.size = 0
 
     def __iter__(self) -> "Iterator[Waiter]":
         for line in self._lines.values():
@@ -44,25 +45,35 @@ class WaitQueue:
 
     def append(self, waiter: "Waiter") -> None:
         """Add a request that comes after the others of its share."""
-        self._lines.setdefault(waiter.share, deque()).append(waiter)
-        self._size += 1
+        self._line_of(waiter).append(waiter)
 
     def appendleft(self, waiter: "Waiter") -> None:
         """Add a request that comes before the others of its share."""
-        self._lines.setdefault(waiter.share, deque()).appendleft(waiter)
-        self._size += 1
+        self._line_of(waiter).appendleft(waiter)
+
+    def _line_of(self, waiter: "Waiter") -> "deque[Waiter]":
+        waiter.queue = self
+        self.size += 1
+        line = self._lines.get(waiter.share)
+        if line is None:
+            line = self._lines[waiter.share] = deque()
+        return line
 
     def heads(self) -> "list[Waiter]":
         """Return the first request of each share."""
-        found = []
-        for share, line in list(self._lines.items()):
+        if not self.size:
+            return []
+        found, ended = [], []
+        for share, line in self._lines.items():
             while line and line[0].turn.done():
                 line.popleft()
-                self._size -= 1
+                self.size -= 1
             if line:
                 found.append(line[0])
             else:
-                del self._lines[share]
+                ended.append(share)
+        for share in ended:
+            del self._lines[share]
         return found
 
     def remove(self, waiter: "Waiter") -> None:
@@ -72,13 +83,13 @@ class WaitQueue:
             line.popleft()
         else:
             line.remove(waiter)
-        self._size -= 1
+        self.size -= 1
 
     def take_all(self) -> "list[Waiter]":
         """Take all requests out, and return them in order of arrival."""
         found = sorted(self, key=lambda waiter: waiter.number)
         self._lines.clear()
-        self._size = 0
+        self.size = 0
         return found
 
 
@@ -222,7 +233,7 @@ class Server(Usage):
     @property
     def assigned(self) -> int:
         """Requests in flight here, or waiting for this server."""
-        return self.limiter.in_flight + len(self.queue) + self.warm_up.followers
+        return self.limiter.in_flight + self.queue.size + self.warm_up.followers
 
     @property
     def cap(self) -> int:
@@ -253,7 +264,7 @@ class Server(Usage):
             "weight": self.weight,
             "in_flight": self.limiter.in_flight,
             "cap": self.limiter.cap,
-            "queued": len(self.queue) + self.warm_up.followers,
+            "queued": self.queue.size + self.warm_up.followers,
             "running": load and load.running,
             "waiting": load and load.waiting,
             "waiting_uncached_tokens": load and load.waiting_uncached_tokens,
@@ -297,6 +308,7 @@ class Waiter:
         turn: Resolves to its place.
         avoid: A server to use only if there is no other.
         since: When it began to wait, in seconds of the event loop.
+        queue: Where it waits, if in a queue.
     """
 
     number: int
@@ -306,3 +318,4 @@ class Waiter:
     turn: asyncio.Future[Place]
     avoid: Server | None
     since: float
+    queue: WaitQueue | None = None

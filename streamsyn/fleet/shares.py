@@ -3,6 +3,7 @@
 Plain synchronous classes without a clock. A share that does not wait costs the others nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -32,7 +33,7 @@ class Share:
     weight: float = 1.0
     in_flight: int = 0
     waiting: int = 0
-    in_flight_at: dict[str, int] = field(default_factory=dict)
+    in_flight_at: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     credit: float = 0.0
     is_draining: bool = False
 
@@ -44,14 +45,12 @@ class Share:
     def begin(self, url: str) -> None:
         """Count a request as in flight at the server `url`."""
         self.in_flight += 1
-        self.in_flight_at[url] = self.in_flight_at.get(url, 0) + 1
+        self.in_flight_at[url] += 1
 
     def end(self, url: str) -> None:
         """Undo `begin`."""
         self.in_flight -= 1
         self.in_flight_at[url] -= 1
-        if not self.in_flight_at[url]:
-            del self.in_flight_at[url]
 
 
 def next_share(waiting: Sequence[Share]) -> Share:
