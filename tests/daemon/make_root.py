@@ -34,7 +34,7 @@ REQUEST = {
 
 
 async def make_root(root: Path) -> None:
-    """A run of each kind, a consumer, a file and a batch that is completed."""
+    """Runs in several states, a consumer, a file, a batch that is completed, and a server that was added."""
     simulation = Simulation(SimulatorConfig())
     servers = InProcessServers({SERVER: simulation})
     config = load(None, QUICK.items())
@@ -60,6 +60,7 @@ async def make_root(root: Path) -> None:
         await daemon.submit("running", 1)
         await daemon.until("running", lambda run: run.rows["contexts"] == 1)
         await _batch(daemon)
+        await daemon.ask("POST", "/v1/servers", {"url": "http://gpu-2:30000"})
 
 
 async def _batch(daemon: Served) -> None:

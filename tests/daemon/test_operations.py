@@ -253,6 +253,7 @@ async def test_a_stored_root_is_read(start_daemon: StartDaemon, tmp_path: Path, 
         batches = (await daemon.ask("GET", "/v1/batches"))["data"]
         async with daemon.session.get(f"/v1/files/{batches[0]['output_file_id']}/content") as content:
             output = await content.text()
+        servers = (await daemon.ask("GET", "/v1/servers"))["data"]
         await daemon.ask("POST", "/v1/runs/paused/resume")
         await daemon.ask("POST", "/v1/runs/running/close")
         await daemon.until("paused", lambda run: run.rows["contexts"] == 2)
@@ -270,6 +271,7 @@ async def test_a_stored_root_is_read(start_daemon: StartDaemon, tmp_path: Path, 
     assert 0 == consumer["acked"]
     assert "completed" == batches[0]["status"]
     assert '"custom_id":"a"' in output
+    assert [SERVER, "http://gpu-2:30000"] == [server["url"] for server in servers]
 
 
 async def test_a_root_of_a_later_version_is_refused(start_daemon: StartDaemon, tmp_path: Path) -> None:
