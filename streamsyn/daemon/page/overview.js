@@ -117,9 +117,10 @@ function showFacts(state) {
   ]);
 }
 
-/** Says which share of the prompt tokens was planned to come from the cache. */
+/** Says which share of the prompt tokens was planned to come from the cache, if that is known. */
 export function cachedOf(planned, prompt) {
-  return prompt ? `${percent(planned)} planned, of ${short(prompt)} prompt tokens` : "nothing sent yet";
+  if (!prompt) return "nothing sent yet";
+  return `${Number.isFinite(planned) ? `${percent(planned)} planned, ` : ""}of ${short(prompt)} prompt tokens`;
 }
 
 function showRuns({ runs, states, at }) {

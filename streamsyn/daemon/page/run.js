@@ -91,7 +91,8 @@ export function show(run) {
   draw(outcomes, points.map(([at, value]) => [at, value]), 5);
   draw(tokens, points.map(([at, , value]) => [at, value]), 5, { show: count });
   showReasons(run);
-  if (isNew) loadSamples();
+  const wasEmpty = view.samples === -1 && lastReadable(run) !== null;
+  if (isNew || wasEmpty) loadSamples();
   showNewer(run);
   showConsumers(run);
 }
@@ -117,7 +118,8 @@ function showFacts(run) {
   const { counts, rates, tokens, prefix } = run;
   const { done, total, share, left_s: left } = progress(run);
   const active = run.state === "running";
-  const planned = cachedOf(prefix?.planned ?? NaN, tokens.prompt);
+  const planned = cachedOf(prefix.planned, tokens.prompt);
+  const achieved = prefix.achieved ?? tokens.cached / tokens.prompt;
   const written = `${short(tokens.completion)} tokens, ${short(tokens.wasted)} of them discarded`;
   const ended = `${counted(counts.contexts, "context")}, ${counted(counts.rejects, "reject")}`;
   facts(byId("run-facts"), [
@@ -126,7 +128,7 @@ function showFacts(run) {
     ["Samples", count(counts.samples), "", `of ${counted(counts.accepted, "accepted seed")}`],
     ["In flight", count(counts.in_flight), "", `${counted(counts.waiting, "seed")} waiting`],
     ["Output", active ? count(rates.output_tokens_per_s) : UNKNOWN, "tokens/s", written],
-    ["Prefix cache", percent(prefix?.achieved ?? NaN), "achieved", planned, prefix?.achieved ?? 0],
+    ["Prefix cache", percent(achieved), "achieved", planned, achieved],
   ]);
 }
 
