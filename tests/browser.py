@@ -118,6 +118,12 @@ class Page:
         """Type a text where the focus is."""
         await self.call("Input.insertText", text=text)
 
+    async def choose(self, selector: str, path: Path) -> None:
+        """Choose a file in a field."""
+        document = await self.call("DOM.getDocument")
+        found = await self.call("DOM.querySelector", nodeId=document["root"]["nodeId"], selector=selector)
+        await self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=found["nodeId"])
+
     async def screenshot(self, width: int, height: int | None = None) -> bytes:
         """Return a PNG of the whole page, or of its top."""
         tall = height or await self.evaluate("document.documentElement.scrollHeight")

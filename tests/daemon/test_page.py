@@ -1,6 +1,7 @@
 """The daemon's page in a real browser."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest_asyncio
 
 from streamsyn.simulator.settings import SimulatorConfig
 from tests.browser import Page, opened
-from tests.daemon.conftest import SERVER, Served, StartDaemon
+from tests.daemon.conftest import SERVER, Served, StartDaemon, seed_lines
 from tests.report.runs import HOSTILE
 
 pytestmark = pytest.mark.chromium
@@ -153,6 +154,23 @@ async def test_it_is_used_by_keyboard(daemon: Served, page: Page) -> None:
     await page.press("Enter")  # the button is in the same place, and uses the server again
     await page.until("!" + shows("servers", "draining"))
     assert [] == [one for one in page.complaints if "status of 4" not in one]
+
+
+async def test_seeds_come_from_a_file(daemon: Served, page: Page, tmp_path: Path) -> None:
+    """A run is created from a compressed file of seeds, closed, and read as soon as it has samples."""
+    path = tmp_path / "seeds.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join(seed_lines(4))))
+    await page.open(daemon.url, 1280)
+    await page.until(_LIVE)
+    await page.evaluate("document.getElementById('new-run').click()")
+    await page.type("filed")
+    await page.choose("#run-dialog [name=file]", path)
+    await page.press("Enter")
+    await page.until(shows("said", "filed: accepted 4 seeds."))
+    await page.until(shows("run-state", "finished"))
+    await page.until(shows("reading", "What of "))
+    assert 4 == (await daemon.ask("GET", "/v1/runs/filed"))["counts"]["samples"]
+    await daemon.daemon.drain()
 
 
 async def test_it_is_honest_when_the_daemon_is_gone(start_daemon: StartDaemon, page: Page) -> None:
