@@ -95,6 +95,7 @@ class Execution:
             rows=rows,
             reasons=dict(reasons),
             tokens={kind: before.tokens.get(kind, 0) + count(counters) for kind, count in _TOKENS.items()},
+            prefix=prefix_shares(self.summary.servers()) or before.prefix,
         )
 
 
@@ -138,11 +139,14 @@ def _tokens_of(parts: Iterable[Part]) -> dict[str, int]:
     return dict(tokens)
 
 
-def prefix_shares(servers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Shares of the prompt tokens that were planned to be cached, and were, by the metrics of servers."""
+def prefix_shares(servers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares of the prompt tokens that were planned to be cached, and were, by the metrics of servers.
+
+    Empty before the first answer.
+    """
     prompt = sum(server["prompt_tokens"] for server in servers)
     if not prompt:
-        return {"planned": None, "achieved": None}
+        return {}
     return {
         "planned": sum(server["planned_cached_tokens"] for server in servers) / prompt,
         "achieved": sum(server["cached_tokens"] for server in servers) / prompt,

@@ -15,7 +15,7 @@ import structlog
 
 from streamsyn.config.loading import Config
 from streamsyn.daemon.consumers import Consumers
-from streamsyn.daemon.execution import Execution, Hosting, prefix_shares, recounted
+from streamsyn.daemon.execution import Execution, Hosting, recounted
 from streamsyn.daemon.run_config import run_config, template_layer
 from streamsyn.daemon.run_record import Figures, RunRecord
 from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
@@ -298,7 +298,7 @@ class HostedRun:
             "rejects": figures.reasons,
             "rates": self.rates(),
             "tokens": figures.tokens,
-            "prefix": prefix_shares([] if self._execution is None else self._execution.summary.servers()),
+            "prefix": {name: figures.prefix.get(name) for name in ("planned", "achieved")},
             "last": {kind: rows[kind] - 1 if rows[kind] else None for kind in KINDS},
             "consumers": self.consumers.shown(rows),
         }

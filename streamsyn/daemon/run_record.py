@@ -25,6 +25,7 @@ class Figures(BaseModel):
         rows: Rows of each kind in the log.
         reasons: The rejects, by reason.
         tokens: Tokens by kind.
+        prefix: Shares of the prompt tokens of the last execution that were planned to be cached, and were.
     """
 
     contexts: int = 0
@@ -33,6 +34,7 @@ class Figures(BaseModel):
     rows: dict[str, int] = Field(default_factory=dict)
     reasons: dict[str, int] = Field(default_factory=dict)
     tokens: dict[str, int] = Field(default_factory=dict)
+    prefix: dict[str, float] = Field(default_factory=dict)
 
 
 class RunRecord(BaseModel):
