@@ -41,13 +41,13 @@ async def reload(daemon: Daemon, load: Callable[[], Config], check: Callable[[Se
     Args:
         daemon: The daemon.
         load: Loads the configuration as at the start.
-        check: Raises a ConfigError if the daemon cannot go on with a section.
+        check: Raises a ConfigError if the daemon cannot go on with a section; may block.
     """
     before = daemon.config
     try:
         after = await asyncio.to_thread(load)
         merged = _merged(before, after)
-        check(merged.serve)
+        await asyncio.to_thread(check, merged.serve)
         await asyncio.to_thread(daemon.access.reload, merged.serve.tokens_file)
     except ConfigError as error:
         log.error("reload.failed", error=str(error), then="everything stays as it was")  # noqa: TRY400

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -72,7 +73,10 @@ async def _serve(root: Path, load: Callable[[], Config]) -> None:
             log.info("daemon.listening", plain=serving, url=url, root=str(root))
             systemd.ready(serving)
             tasks.start(systemd.watch(), name="watchdog")
-            tasks.start(_reload_at(signals, daemon, load, systemd, serving), name="reload")
+            tasks.start(
+                _reload_at(signals, daemon, load, partial(check_reloaded, address), systemd, serving),
+                name="reload",
+            )
             await signals.gently.wait()
             timeout_s = daemon.config.run.drain_timeout_s
             log.info("daemon.draining", timeout_s=timeout_s)
@@ -83,13 +87,18 @@ async def _serve(root: Path, load: Callable[[], Config]) -> None:
 
 
 async def _reload_at(
-    signals: "Signals", daemon: Daemon, load: Callable[[], Config], systemd: Systemd, serving: str
+    signals: "Signals",
+    daemon: Daemon,
+    load: Callable[[], Config],
+    check: Callable[[ServeSection], None],
+    systemd: Systemd,
+    serving: str,
 ) -> None:
     while True:
         await signals.reload.wait()
         signals.reload.clear()
         systemd.reloading()
-        await reload(daemon, load, check_address)
+        await reload(daemon, load, check)
         systemd.ready(serving)
 
 
@@ -236,6 +245,18 @@ def host_and_port(listen: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"serve.listen = {listen!r}: expected HOST:PORT, such as 127.0.0.1:8200")
     return host, int(port)
+
+
+def check_reloaded(address: Address, section: ServeSection) -> None:
+    """Refuse what the daemon cannot go on with; use a certificate that was renewed. Blocks on the disk.
+
+    Raises:
+        ConfigError: As `check_address`, or the certificate cannot be used; the one before stays.
+    """
+    check_address(section)
+    if address.tls is not None and section.tls_certificate is not None:
+        _tls(section)  # in a context of its own: a failure half-way would spoil the one in use
+        address.tls.load_cert_chain(section.tls_certificate, section.tls_key)
 
 
 def _tls(section: ServeSection) -> ssl.SSLContext | None:

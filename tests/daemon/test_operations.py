@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from structlog.testing import capture_logs
 
 from streamsyn.config.loading import load
 from streamsyn.daemon import low_disk, serve
+from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.low_disk import FreeSpace
 from streamsyn.daemon.reloading import reload
 from streamsyn.errors import ConfigError
@@ -152,6 +154,27 @@ async def test_the_file_of_servers_is_read_again(start_daemon: StartDaemon, tmp_
 
     assert [SERVER] == [server["url"] for server in before["data"]]
     assert [SERVER, "http://gpu-2:30000"] == [server["url"] for server in after["data"]]
+
+
+async def test_a_renewed_certificate_is_used(tmp_path: Path) -> None:
+    """For the next connection; one that cannot be used changes nothing."""
+    file, pem = tmp_path / "cert.pem", Path(__file__).parents[1] / "fleet" / "pem"
+    config = load(None, (QUICK | {"serve.tls_certificate": str(file), "fleet.servers": []}).items())
+    served = []
+    await asyncio.to_thread(shutil.copy, pem / "server.pem", file)
+    address = await asyncio.to_thread(serve.bound, config.serve)
+    port = address.socket.getsockname()[1]
+    async with open_daemon(tmp_path / "root", config, {}) as daemon, serve.listening(daemon, address):
+        for renewed in ("server.pem", "client.pem", "ca.pem"):
+            await asyncio.to_thread(shutil.copy, pem / renewed, file)
+            with capture_logs() as logs:
+                await reload(daemon, lambda: config, partial(serve.check_reloaded, address))
+            found = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port))
+            served.append((found, logs[0]["event"]))
+
+    (first, done), (second, also_done), (third, failed) = served
+    assert first != second == third
+    assert ("reload.done", "reload.done", "reload.failed") == (done, also_done, failed)
 
 
 @pytest.mark.parametrize("mistake", ["no file", "no tokens", "no configuration"])
