@@ -145,6 +145,8 @@ class HostedRun:
         async with self._opening:
             if self._inbox is None:
                 self._inbox = await asyncio.to_thread(self._open_inbox)
+                if self._inbox.closed:  # a kill may have come before the record said so
+                    self._state.close()
             return self._inbox
 
     async def count_seeds(self) -> None:

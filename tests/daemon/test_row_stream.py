@@ -145,8 +145,17 @@ async def test_a_client_that_has_gone_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other readers are not held up by it."""
+    """It costs a part of one piece of memory, and other readers are not held up by it."""
     monkeypatch.setattr(row_stream, "WRITE_TIMEOUT_S", 0.2)
+    buffered: list[int] = []
+    cut = RowStream._cut
+
+    def noting(stream: RowStream, why: str) -> None:
+        transport = stream._request.transport
+        buffered.append(0 if transport is None else transport.get_write_buffer_size())
+        cut(stream, why)
+
+    monkeypatch.setattr(RowStream, "_cut", noting)
     async with served(RowForm()) as stream:
         stream.add(*[2**20] * 30)
         stream.end()
@@ -157,6 +166,8 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
             await stream.left.acquire()
             with pytest.raises(aiohttp.ClientError):
                 await slow.read()
+    assert len(buffered) == 1
+    assert 0 < buffered[0] < 400_000  # of rows of a megabyte
 
 
 @given(

@@ -267,3 +267,17 @@ async def test_any_order_of_requests(start_daemon: StartDaemon, seed: int) -> No
                 outcomes = run["counts"]["contexts"] + run["counts"]["rejects"]
                 assert (run["counts"]["accepted"], outcomes) == (accepted, accepted)
                 assert sum(run["rejects"].values()) == run["counts"]["rejects"]
+
+
+async def test_a_close_that_a_kill_has_interrupted_holds(start_daemon: StartDaemon) -> None:
+    """The inbox is closed on disk, and the record does not say so yet."""
+    async with start_daemon() as served:
+        await served.new_run("r")
+        await served.submit("r", 3)
+        await served.ask("POST", "/v1/runs/r/pause")
+        run = await served.until("r", lambda run: not run.is_executed)
+        await asyncio.to_thread((await run.inbox()).close)
+    async with start_daemon() as served:
+        assert not (await served.ask("GET", "/v1/runs/r"))["accepting"]
+        await served.ask("POST", "/v1/runs/r/resume")
+        await served.until_state("r", "finished")

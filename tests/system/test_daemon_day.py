@@ -220,8 +220,9 @@ async def batch(day: Day, number: int) -> None:
             assert made.status in {"validating", "in_progress", "finalizing"}, made
             await asyncio.sleep(0.1)
         output = (await answered(lambda: api.files.content(made.output_file_id or ""))).content
-    found = Counter(orjson.loads(line)["custom_id"] for line in output.splitlines())
-    assert found == Counter(line["custom_id"] for line in lines)
+    answers = [orjson.loads(line) for line in output.splitlines()]
+    assert Counter(one["custom_id"] for one in answers) == Counter(line["custom_id"] for line in lines)
+    assert {one["response"]["status_code"] for one in answers} == {200}
 
 
 async def operator(day: Day) -> None:
@@ -318,6 +319,8 @@ def test_a_day_in_a_minute(serve: Callable[..., Server], tmp_path: Path) -> None
     for name, seqs in seen.items():
         run, kind = name.split("/")
         assert seqs == list(range(len(rows(day.root / "runs" / run, kind)))), name
+    for out in (day.root / "batches").iterdir():
+        assert_clean(out)
     repeated = asked - outcomes - BATCHES * REQUESTS
     print(f"{outcomes} outcomes, {repeated} requests repeated, memory {[m >> 20 for m in day.memory]} MiB")
     assert repeated <= CAP * SERVERS * KILLS + CAP
