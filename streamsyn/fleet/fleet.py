@@ -31,7 +31,7 @@ from streamsyn.fleet import prefixes
 from streamsyn.fleet.discovery import Discovery
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
-from streamsyn.fleet.membership import Connect, Membership, connect_http, open_membership
+from streamsyn.fleet.membership import NOTICE_S, Connect, Membership, connect_http, open_membership
 from streamsyn.fleet.models import ModelWeights, listed
 from streamsyn.fleet.server import Place, Server, Usage
 from streamsyn.fleet.shares import Share, Shares
@@ -45,6 +45,8 @@ log = structlog.get_logger()
 
 _MAX_CHECKED = 3
 """Servers of a model that are asked before a run."""
+_CAPACITY_S = 0.8 * NOTICE_S
+"""A run's part of a shared fleet holds for this long. Runs hear of changes later than that."""
 _REFUSED_WITHIN_S = 3.0
 """A request that has not been refused within this time is accepted."""
 
@@ -77,6 +79,8 @@ class Fleet:
         self._share = share
         self._outcomes = TryOutcomes(membership, outage, rng, lambda: self.capacity)
         self._models: list[str] = []
+        self._capacity = 0
+        self._capacity_until = 0.0
         self._model_weights = ModelWeights({"": 1.0})
         self._hedging = Hedging(section.hedge_tail, membership.placement, tasks, self._ask)
         self._clock = asyncio.get_running_loop().time
@@ -102,7 +106,11 @@ class Fleet:
     @property
     def capacity(self) -> int:
         """Maximum requests in flight at all servers together; of a shared fleet, this run's part of it."""
-        return self._shares.capacity(self._share, sum(server.cap for server in self.servers))
+        now = self._clock()
+        if not self.is_shared or now >= self._capacity_until:
+            self._capacity = self._shares.capacity(self._share, sum(server.cap for server in self.servers))
+            self._capacity_until = now + _CAPACITY_S
+        return self._capacity
 
     @property
     def gives_up_in_s(self) -> float | None:

@@ -31,8 +31,8 @@ log = structlog.get_logger()
 _RAMP_INTERVAL = 0.25
 """Part of the load interval after which load metrics are read while a cap ramps up."""
 
-_NOTICE_S = 0.05
-"""Runs that share a fleet hear of unused places this long after the first one."""
+NOTICE_S = 0.05
+"""Runs that share a fleet hear of new or unused places this long after the first one."""
 
 _GRACE_S = 2.0
 """Time that the other servers have to answer at the start, once one has."""
@@ -327,16 +327,19 @@ class Membership:
 
     def _dispatch(self) -> None:
         self.placement.dispatch()
-        self._room()
+        if self.is_shared:
+            self._unused()
+        else:
+            self._room()
 
     def _room(self) -> None:
         for call in list(self.on_room):
             call()
 
     def _unused(self) -> None:
-        """Tell the runs, soon and once, that a place is free for which nobody waits."""
+        """Tell the runs, soon and once, that a place may be free for which nobody waits."""
         if self._notice is None:
-            self._notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._on_notice)
+            self._notice = asyncio.get_running_loop().call_later(NOTICE_S, self._on_notice)
 
     def _on_notice(self) -> None:
         self._notice = None

@@ -12,6 +12,7 @@ from streamsyn.fleet.affinity import PATIENCE_S
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
+from streamsyn.fleet.shares import Share
 from streamsyn.records import Request
 from tests.builders import server_at
 from tests.examples import examples
@@ -264,11 +265,14 @@ async def test_a_drain_ends_all_waits() -> None:
 
 
 class Crowd:
-    """Many who want places, and servers that come and go."""
+    """Many who want places, for runs of different weights and of two models, and servers that come and go."""
 
     def __init__(self, group: asyncio.TaskGroup, caps: list[int]) -> None:
         self.servers = servers(*caps)
         self.placement = placed(self.servers)
+        for number, server in enumerate(self.servers):  # the first serves both models, the others one of them
+            server.models = ("", "other") if not number else ("",) if number % 2 else ("other",)
+        self.shares = [Share(weight) for weight in (1 / 8, 1.0, 8.0)]
         self.group = group
         self.waiting: list[asyncio.Task[None]] = []
         self.holding: list[Place] = []
@@ -281,7 +285,9 @@ class Crowd:
                 avoid = server if number % 2 else None
                 group, template = GROUPS[number % len(GROUPS)], ("template",) if number % 3 else ()
                 request = of(group, *template, *([group] if group else []))
-                self.waiting.append(self.group.create_task(self._acquire(request, avoid)))
+                model, share = MODELS[number % 3], self.shares[number % 4 % 3]
+                asking = self._acquire(request, avoid, model, share)
+                self.waiting.append(self.group.create_task(asking))
             case "warm" if self.holding:
                 self.placement.warmed(self.holding[number % len(self.holding)])
             case "release" if self.holding:
@@ -315,16 +321,23 @@ class Crowd:
         """True when all have run until they wait."""
         self.waiting = [task for task in self.waiting if not task.done()]
         free = [server for server in self.servers if server.is_usable and server.limiter.has_room(0.0)]
-        assert not free or not [queue.heads() for queue in self.placement._queues.values() if queue.heads()]
+        for model, queue in self.placement._queues.items():
+            can = [server for server in free if model in server.models]
+            assert not can or not queue.heads(), "beside a free place"
         for server in free:
             assert not [waiter for waiter in server.queue if not waiter.turn.done()], "beside a free place"
         leading = {(place.server, key) for place in self.holding for key in place.leads}
         warming = {(server, key) for server in self.servers for key in server.warm_up.warming}
         assert warming <= leading, "followers of nobody"
         assert len(self.holding) == sum(server.limiter.in_flight for server in self.servers)
+        assert len(self.holding) == sum(share.in_flight for share in self.shares)
+        assert len(self.waiting) == sum(share.waiting for share in self.shares)
 
-    async def _acquire(self, request: Request, avoid: Server | None) -> None:
-        self.holding.append(await self.placement.acquire(request, avoid))
+    async def _acquire(self, request: Request, avoid: Server | None, model: str, share: Share) -> None:
+        place = await self.placement.acquire(request, avoid, model, share)
+        assert model == place.model
+        assert model in place.server.models
+        self.holding.append(place)
 
     async def end(self) -> None:
         """Everybody gets a place once there are some."""
@@ -341,6 +354,7 @@ class Crowd:
         self.placement.close()
 
 
+MODELS = ["", "other", ""]
 GROUPS = ["", "", "red", "blue", "green"]
 NAMES = st.sampled_from(
     ["acquire", "acquire", "acquire", "release", "release", "cancel", "step", "settle", "warm"]
