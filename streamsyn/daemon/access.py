@@ -24,7 +24,6 @@ from streamsyn.errors import ConfigError
 _SCOPES: Final[tuple[Scope, ...]] = ("open", "read", "write", "admin")
 _DIGEST: Final = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _MIN_TOKEN_CHARS: Final = 16
-_LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _UNAUTHORIZED: Final = {"WWW-Authenticate": 'Bearer realm="streamsyn"'}
 
 
@@ -160,7 +159,7 @@ def is_loopback(host: str) -> bool:
 def _check_same_machine(request: web.Request) -> None:
     """Refuse what a browser sends for a page of a different site."""
     host = request.headers.get("Host", "")
-    if _host_name(host) not in _LOCAL_NAMES:
+    if not is_loopback(_host_name(host)):  # a name of an attacker is not an address
         raise Problem(
             421, f"this daemon is not {host[:100]!r}: without tokens it is localhost or 127.0.0.1 only"
         )

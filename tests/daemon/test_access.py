@@ -131,6 +131,8 @@ def test_mistakes_in_the_file_of_tokens(tmp_path: Path, text: str, what: str) ->
     [
         ({"Host": "localhost:8200"}, 200),
         ({"Host": "[::1]:8200"}, 200),
+        ({"Host": "127.0.0.5:8200"}, 200),
+        ({"Host": "192.168.1.5:8200"}, 421),
         ({"Host": "rebound.example:8200"}, 421),
         ({"Host": "127.0.0.1.evil.example"}, 421),
         ({"Host": ""}, 421),

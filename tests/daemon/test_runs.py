@@ -33,6 +33,18 @@ async def test_a_run_from_its_creation_to_its_end(daemon: Served) -> None:
     assert 0 <= run["prefix"]["planned"] <= 1
 
 
+async def test_lines_of_the_log_name_their_run(daemon: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run logs has its id, not that of the request that created it."""
+    await daemon.new_run("named")
+    await daemon.submit("named", 1)
+    await daemon.ask("POST", "/v1/runs/named/close")
+    await daemon.until_state("named", "finished")
+    started = [line for line in capsys.readouterr().err.splitlines() if "run.started" in line]
+    assert len(started) == 1
+    assert "run=named" in started[0]
+    assert "request_id" not in started[0]
+
+
 async def test_the_same_request_creates_one_run(daemon: Served) -> None:
     """The same body with the same id returns the run with 200; a different body is refused with 409."""
     body = {"id": "twice", "weight": 2.0}
