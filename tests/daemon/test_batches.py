@@ -378,6 +378,25 @@ async def test_an_ended_batch_can_be_deleted(daemon: Served) -> None:
         assert ["r-1"] == [row["custom_id"] for row in await lines_of(client, output)]
 
 
+async def test_request_lines_as_seeds_of_a_run(daemon: Served) -> None:
+    """The recipe of batches can be used by any run, which is open for more requests and read live."""
+    config = {"recipe": {"use": "chat"}, "seeds": {"format": "request"}, "assembly": {"write": False}}
+    await daemon.new_run("lines", config=config)
+    headers = {"Content-Type": "application/x-ndjson"}
+    data = ndjson(request_line(1), {"custom_id": "r-2"}, request_line(3))
+    async with daemon.session.post("/v1/runs/lines/seeds", data=data, headers=headers) as answer:
+        taken = await answer.json()
+    assert (2, [{"line": 2, "detail": "Missing required parameter: 'method'."}]) == (
+        taken["accepted"],
+        taken["refused_lines"],
+    )
+    await daemon.ask("POST", "/v1/runs/lines/close")
+    async with daemon.session.get("/v1/runs/lines/contexts?follow=1") as answer:
+        rows = parsed(await answer.read())
+    assert {"r-1", "r-3"} == {row["id"] for row in rows}
+    assert all("choices" in row["steps"][0]["body"] for row in rows)
+
+
 async def test_a_cancel_that_a_kill_interrupted(start_daemon: StartDaemon) -> None:
     """The batch was saved as cancelling, but its run did not learn of it: the next daemon drains it."""
     slow = SimulatorConfig(slots=4, latency_ms=10)
