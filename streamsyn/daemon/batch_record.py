@@ -4,7 +4,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +22,7 @@ _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 Status = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
+STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 _TIMED: Final = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 ENDED: Final[frozenset[Status]] = frozenset({"failed", "completed", "expired", "cancelled"})
 

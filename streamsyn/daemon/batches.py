@@ -14,6 +14,7 @@ import asyncio
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -318,6 +319,10 @@ class Batches:
     def newest_first(self) -> list[BatchRecord]:
         """Return all batches."""
         return list(self._records.values())[::-1]
+
+    def by_status(self) -> Counter[Status]:
+        """Return the number of batches in each status."""
+        return Counter(record.status for record in self._records.values())
 
     def is_using(self, file_id: str) -> bool:
         """Whether a batch that has not ended writes this file."""

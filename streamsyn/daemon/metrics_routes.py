@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from streamsyn.daemon.batch_record import STATUSES
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.route import Route
@@ -59,6 +60,16 @@ def _daemon_metrics(daemon: Daemon) -> Iterator[Metric]:
     for state in STATES:
         states.add_metric([state], by_state.get(state, 0))
     yield states
+    batches = GaugeMetricFamily("streamsyn_batches", "Batches by status.", labels=["status"])
+    by_status = daemon.batches.by_status()
+    for status in STATUSES:
+        batches.add_metric([status], by_status[status])
+    yield batches
+    yield GaugeMetricFamily(
+        "streamsyn_webhooks_pending",
+        "Events that their receivers have not taken yet.",
+        value=daemon.hosting.webhooks.pending,
+    )
     servers = daemon.hosting.servers
     yield from server_metrics(servers.describe())
     yield from server_timing_metrics(servers.timings())

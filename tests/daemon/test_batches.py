@@ -177,6 +177,14 @@ async def test_an_input_that_is_wrong_fails_as_a_whole(daemon: Served) -> None:
             (error.code, error.line) for error in batch.errors.data or ()
         ]
         assert batch.failed_at is not None
+        async with daemon.session.get("/metrics") as answer:
+            metrics = await answer.text()
+        for line in (
+            'batches{status="failed"} 1.0',
+            'batches{status="completed"} 0.0',
+            "webhooks_pending 0.0",
+        ):
+            assert f"streamsyn_{line}\n" in metrics
         with pytest.raises(openai.ConflictError):
             await client.batches.cancel(batch.id)
     assert 0 == daemon.simulation.stats.by_route["/v1/chat/completions"]
