@@ -58,8 +58,12 @@ class Server:
 
     def until_asked(self, number: int) -> None:
         """Wait for the request of this number. Blocks."""
+        assert self.is_asked(number, 10)
+
+    def is_asked(self, number: int, within_s: float) -> bool:
+        """Whether the request of this number comes in time. Blocks until then."""
         with self._was_asked:
-            assert self._was_asked.wait_for(lambda: len(self.asked) >= number, 10)
+            return self._was_asked.wait_for(lambda: len(self.asked) >= number, within_s)
 
     def _script(self, number: int, body: dict[str, Any]) -> Any:
         with self._was_asked:

@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 
 import streamsyn
+from streamsyn.library.written_rows import Written
 from streamsyn.simulator.settings import Fault
+from streamsyn.sink.shards import KINDS
 from tests.builders import rows
 from tests.library.conftest import Server, arguments, pairs, serving
 
-Written = Callable[[int], Path]
+SeedFile = Callable[[int], Path]
 
 
 def seqs(found: list[dict[str, Any]]) -> list[int]:
     return [row["seq"] for row in found]
 
 
-async def test_a_run_hands_out_every_sample_in_order(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_a_run_hands_out_every_sample_in_order(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """They are the rows of the directory, and were there before they were handed out."""
     out, found = tmp_path / "out", []
     async with streamsyn.open_run(seeds=seeds(40), **arguments(out, server)) as run:
@@ -34,7 +36,7 @@ async def test_a_run_hands_out_every_sample_in_order(tmp_path: Path, server: Ser
 
 
 async def test_a_run_that_is_left_early_is_resumed_without_loss(
-    tmp_path: Path, server: Server, seeds: Written
+    tmp_path: Path, server: Server, seeds: SeedFile
 ) -> None:
     """Nothing is asked twice: what was in flight is finished first."""
     out, path = tmp_path / "out", seeds(200)
@@ -51,7 +53,7 @@ async def test_a_run_that_is_left_early_is_resumed_without_loss(
 
 
 async def test_a_directory_is_resumed_with_its_own_configuration(
-    tmp_path: Path, server: Server, seeds: Written
+    tmp_path: Path, server: Server, seeds: SeedFile
 ) -> None:
     """Without arguments; the iteration begins with the samples of the earlier run."""
     out = tmp_path / "out"
@@ -63,19 +65,20 @@ async def test_a_directory_is_resumed_with_its_own_configuration(
 
 
 async def test_not_asking_for_samples_slows_the_producer(
-    tmp_path: Path, server: Server, seeds: Written
+    tmp_path: Path, server: Server, seeds: SeedFile
 ) -> None:
     """However long the reader takes, servers are asked a few seeds ahead, and not more."""
     given = arguments(tmp_path / "out", server)
-    async with streamsyn.open_run(seeds=seeds(300), buffer=2, **given) as run:
+    async with streamsyn.open_run(seeds=seeds(200), buffer=2, **given) as run:
         async for sample in run:
-            await asyncio.to_thread(server.until_asked, min(300, sample["seq"] + 12))
-            assert len(server.asked) < sample["seq"] + 60
-    assert len(server.asked) == 300
+            await asyncio.to_thread(server.until_asked, min(200, sample["seq"] + 12))
+            if sample["seq"] == 5:
+                assert not await asyncio.to_thread(server.is_asked, 5 + 60, 0.5)
+    assert len(server.asked) == 200
 
 
 async def test_waiting_for_the_end_lifts_the_backpressure(
-    tmp_path: Path, server: Server, seeds: Written
+    tmp_path: Path, server: Server, seeds: SeedFile
 ) -> None:
     """Whoever waits asks for no sample, and would wait for ever."""
     async with streamsyn.open_run(seeds=seeds(100), buffer=1, **arguments(tmp_path / "out", server)) as run:
@@ -84,7 +87,7 @@ async def test_waiting_for_the_end_lifts_the_backpressure(
         assert seqs([sample async for sample in run]) == list(range(100))
 
 
-async def test_a_drained_run_hands_out_what_it_wrote(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_a_drained_run_hands_out_what_it_wrote(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """It has stopped as it was asked to: that is not an error."""
     async with streamsyn.open_run(seeds=seeds(300), buffer=1, **arguments(tmp_path / "out", server)) as run:
         found = []
@@ -114,7 +117,7 @@ async def test_outcomes_are_contexts_and_rejects(tmp_path: Path, server: Server)
     assert [outcome["instruction"] for outcome in found if "context" in outcome] == ["Who?"]
 
 
-async def test_code_that_blocks_delays_no_request(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_code_that_blocks_delays_no_request(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """The event loop of the caller stands still until the server has been asked for every seed."""
     overrides = {"run.queue_size": 256, "sink.sync_rows": 256}
     async with streamsyn.open_run(
@@ -126,7 +129,7 @@ async def test_code_that_blocks_delays_no_request(tmp_path: Path, server: Server
 
 
 async def test_an_error_in_the_block_is_raised_as_it_is(
-    tmp_path: Path, server: Server, seeds: Written
+    tmp_path: Path, server: Server, seeds: SeedFile
 ) -> None:
     """Also where the seeds are fed by an asyncio task; the run has ended, and can be resumed."""
 
@@ -150,7 +153,7 @@ async def test_an_error_in_the_block_is_raised_as_it_is(
         assert len([sample async for sample in run]) == 300
 
 
-async def test_a_timeout_around_the_iteration_loses_no_sample(tmp_path: Path, seeds: Written) -> None:
+async def test_a_timeout_around_the_iteration_loses_no_sample(tmp_path: Path, seeds: SeedFile) -> None:
     """It cancels the wait for a sample; the next iteration goes on with that sample."""
     with serving(latency_ms=30) as server:
         found: list[dict[str, Any]] = []
@@ -167,24 +170,28 @@ async def test_a_timeout_around_the_iteration_loses_no_sample(tmp_path: Path, se
     assert seqs(found) == list(range(40))
 
 
-async def test_a_second_cancellation_stops_a_drain_at_once(tmp_path: Path, seeds: Written) -> None:
-    """The first one drains, which would take minutes here."""
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_cancellation_stops_a_drain_at_once(tmp_path: Path, seeds: SeedFile, leaves: bool) -> None:
+    """The drain would take minutes here: after a first cancellation, or after leaving the block."""
     runs: list[streamsyn.Run] = []
 
     async def block() -> None:
         given = arguments(tmp_path / "out", server, overrides={"run.drain_timeout_s": 600})
         async with streamsyn.open_run(seeds=seeds(9), **given) as run:
             runs.append(run)
-            await run.wait()
+            await asyncio.to_thread(server.until_asked, 1)
+            if not leaves:
+                await run.wait()
 
     with serving(latency_ms=100_000) as server:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(block(), name="block")
             await asyncio.to_thread(server.until_asked, 1)
-            task.cancel()
-            for _ in range(10):
-                await asyncio.sleep(0)
-            assert (runs[0].status().state, task.done()) == ("stopping", False)
+            if not leaves:
+                task.cancel()
+            while runs[0].status().state == "running":
+                await asyncio.to_thread(server.until_asked, 1)  # lets the block go on
+            assert not task.done()
             task.cancel()
     assert task.cancelled()
     assert runs[0].summary.stopped == "the block was left"
@@ -214,7 +221,7 @@ async def test_a_mistake_is_one_clear_error_before_the_block(
     assert not await asyncio.to_thread((tmp_path / "out").exists)
 
 
-async def test_a_fleet_that_is_gone_is_raised_and_can_be_resumed(tmp_path: Path, seeds: Written) -> None:
+async def test_a_fleet_that_is_gone_is_raised_and_can_be_resumed(tmp_path: Path, seeds: SeedFile) -> None:
     """By the iteration, by `wait`, and at the end only if nobody was told."""
     with serving() as server:
         gone = arguments(tmp_path / "out", server, overrides={"fleet.give_up_s": 0.1})
@@ -230,7 +237,7 @@ async def test_a_fleet_that_is_gone_is_raised_and_can_be_resumed(tmp_path: Path,
             assert len([sample async for sample in run]) == 4
 
 
-async def test_first_outcomes_that_all_fail_are_an_error(tmp_path: Path, seeds: Written) -> None:
+async def test_first_outcomes_that_all_fail_are_an_error(tmp_path: Path, seeds: SeedFile) -> None:
     """Of its own kind: it does not help to run again."""
     with serving(lambda *_: Fault.REFUSE) as server:
         given = arguments(tmp_path / "out", server)
@@ -239,7 +246,7 @@ async def test_first_outcomes_that_all_fail_are_an_error(tmp_path: Path, seeds: 
                 await anext(run)
 
 
-async def test_two_runs_at_once(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_two_runs_at_once(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """In one process and one event loop; but not into one directory."""
     path = seeds(30)
     first, second = (arguments(tmp_path / name, server) for name in ("first", "second"))
@@ -255,7 +262,7 @@ async def test_two_runs_at_once(tmp_path: Path, server: Server, seeds: Written) 
         assert [] == [sample async for sample in other]
 
 
-async def test_several_readers_share_the_samples(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_several_readers_share_the_samples(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """Each sample goes to one of them."""
     found: list[dict[str, Any]] = []
     async with streamsyn.open_run(seeds=seeds(60), buffer=2, **arguments(tmp_path / "out", server)) as run:
@@ -267,3 +274,19 @@ async def test_several_readers_share_the_samples(tmp_path: Path, server: Server,
             for number in range(4):
                 group.create_task(read(), name=f"reader-{number}")
     assert sorted(seqs(found)) == list(range(60))
+
+
+async def test_a_loop_that_stands_still_gathers_no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are written meanwhile, one call wakes it; none is missed."""
+    calls: list[Callable[[], None]] = []
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", calls.append)
+    written = Written(KINDS)
+    for number in range(1000):
+        written.rows("samples", number)
+    (wake,) = calls
+    wake()
+    written.rows("samples", 1000)
+    written.end()
+    assert (2, 1000, False) == (len(calls), written["samples"], written.ended)
+    calls[-1]()
+    assert written.ended

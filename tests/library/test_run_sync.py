@@ -16,7 +16,7 @@ import pytest
 import streamsyn
 from tests.library.conftest import Server, arguments, pairs, serving
 
-Written = Callable[[int], Path]
+SeedFile = Callable[[int], Path]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def interrupted(server: Server, number: int, draining: threading.Event | None = 
     thread.join()
 
 
-def test_ctrl_c_drains_and_the_same_call_resumes(tmp_path: Path, server: Server, seeds: Written) -> None:
+def test_ctrl_c_drains_and_the_same_call_resumes(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """The summary says so; handlers and the garbage collector are as before."""
     given = arguments(tmp_path / "out", server)
     before = signal.getsignal(signal.SIGINT), gc.get_threshold()
@@ -67,7 +67,7 @@ def test_ctrl_c_drains_and_the_same_call_resumes(tmp_path: Path, server: Server,
 
 
 @pytest.mark.usefixtures("may_block")
-async def test_in_a_running_loop_ctrl_c_drains_too(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_in_a_running_loop_ctrl_c_drains_too(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """As in a notebook. It blocks the loop, as its name says."""
     with interrupted(server, 20):
         summary = streamsyn.run_sync(seeds=seeds(200), **arguments(tmp_path / "out", server))
@@ -76,7 +76,7 @@ async def test_in_a_running_loop_ctrl_c_drains_too(tmp_path: Path, server: Serve
 
 
 @pytest.mark.usefixtures("may_block")
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, seeds: Written, draining: threading.Event) -> None:
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, seeds: SeedFile, draining: threading.Event) -> None:
     """The drain would take minutes."""
     with serving(latency_ms=100_000) as server:
         given = arguments(tmp_path / "out", server, overrides={"run.drain_timeout_s": 600})
@@ -95,7 +95,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, seeds: Written, draining:
             assert (0, "stopped by SIGINT") == (summary.contexts, summary.stopped)
 
 
-async def test_in_a_thread_it_handles_no_signals(tmp_path: Path, server: Server, seeds: Written) -> None:
+async def test_in_a_thread_it_handles_no_signals(tmp_path: Path, server: Server, seeds: SeedFile) -> None:
     """Only the main thread can."""
     given = arguments(tmp_path / "out", server)
     summary = await asyncio.to_thread(streamsyn.run_sync, seeds=await asyncio.to_thread(seeds, 20), **given)
@@ -106,7 +106,7 @@ async def test_in_a_thread_it_handles_no_signals(tmp_path: Path, server: Server,
     )
 
 
-def test_errors_are_the_same_as_of_an_open_run(tmp_path: Path, seeds: Written) -> None:
+def test_errors_are_the_same_as_of_an_open_run(tmp_path: Path, seeds: SeedFile) -> None:
     """A setting, a fleet that is gone, an iterable that fails."""
     with serving() as server:
         given = arguments(tmp_path / "out", server, overrides={"fleet.give_up_s": 0.1})
@@ -126,7 +126,7 @@ def test_errors_are_the_same_as_of_an_open_run(tmp_path: Path, seeds: Written) -
 
 
 def test_a_library_is_quiet(
-    tmp_path: Path, server: Server, seeds: Written, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, server: Server, seeds: SeedFile, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It logs to the loggers below `streamsyn`, which show warnings."""
     streamsyn.run_sync(seeds=seeds(3), **arguments(tmp_path / "out", server))
@@ -134,7 +134,7 @@ def test_a_library_is_quiet(
 
 
 def test_log_lines_are_those_of_the_standard_library(
-    tmp_path: Path, server: Server, seeds: Written, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, server: Server, seeds: SeedFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At the level that the program sets."""
     with caplog.at_level("INFO", logger="streamsyn"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import streamsyn
+from streamsyn.library import seed_feed
 from tests.builders import rows
 from tests.library.conftest import Server, arguments, pairs
 
@@ -80,16 +81,25 @@ async def test_what_was_taken_from_an_iterable_survives_leaving(tmp_path: Path, 
     assert len(server.asked) == 100
 
 
-async def test_an_endless_iterable_is_read_as_the_run_goes_on(tmp_path: Path, server: Server) -> None:
+async def test_an_endless_iterable_is_read_as_the_run_goes_on(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bounded number of seeds ahead of it."""
-    numbers = itertools.count()
-    endless = (pairs(1, number)[0] for number in numbers)
-    async with streamsyn.open_run(seeds=endless, buffer=1, **arguments(tmp_path / "out", server)) as run:
+    monkeypatch.setattr(seed_feed, "_MAX_UNREAD", 8)
+    far_ahead = threading.Event()
+
+    def endless() -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            if number > 1500:
+                far_ahead.set()
+            yield from pairs(1, number)
+
+    async with streamsyn.open_run(seeds=endless(), buffer=1, **arguments(tmp_path / "out", server)) as run:
         async for sample in run:
             if sample["seq"] == 5:
+                assert not await asyncio.to_thread(far_ahead.wait, 0.5)
                 break
     assert run.status().state == "stopped"
-    assert next(numbers) < 4096 + 3 * 256
 
 
 @pytest.mark.parametrize("kind", [iter, in_a_loop])
