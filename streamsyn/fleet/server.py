@@ -25,6 +25,9 @@ from streamsyn.records import Completion, Request
 
 log = structlog.get_logger()
 
+_MAX_SHOWN = 20
+"""Models that are shown of a server of which none is used yet."""
+
 
 class WaitQueue:
     """Requests that wait: of each share in order of arrival. Those that wait no more are dropped on sight.
@@ -257,10 +260,10 @@ class Server(Usage):
 
     def metrics(self) -> dict[str, Any]:
         """Return its current metrics, counters included."""
-        load = self.load
+        load = None if self.health.ejected else self.load  # else it is what it was before it failed
         return {
             "server": self.url,
-            "model": ", ".join(self.models),
+            "model": ", ".join(self.models or self.served[:_MAX_SHOWN]),
             "weight": self.weight,
             "in_flight": self.limiter.in_flight,
             "cap": self.limiter.cap,

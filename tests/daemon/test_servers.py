@@ -61,6 +61,24 @@ async def test_what_each_server_does(daemon: Served) -> None:
     assert prefix["achieved"] == pytest.approx(server["cached_share"])
 
 
+async def test_a_server_that_dies_shows_no_load(daemon: Served) -> None:
+    """It is shown with the models that it serves, before any run wants one, and with why it was ejected."""
+    assert "simulated" == (await usable(daemon))["model"]
+    await daemon.new_run("a")
+    daemon.simulation.go_down()
+    await daemon.submit("a", 2)
+    async with asyncio.timeout(20):
+        while (server := (await daemon.ask("GET", "/v1/servers"))["data"][0])["state"] != "ejected":
+            pass
+    assert server["tokens_per_s"] is None
+    assert server["failures"] > 0
+    assert "connection" in server["error"]
+    assert 503 == (await daemon.refused("GET", "/readyz"))["status"]
+    daemon.simulation.come_up()
+    await daemon.until("a", lambda run: run.as_json()["counts"]["contexts"] == 2)
+    assert (await usable(daemon))["error"] is None
+
+
 async def test_a_run_waits_for_its_first_server(start_daemon: StartDaemon) -> None:
     """The daemon starts without servers; what is added is used, and is there after a restart."""
     async with start_daemon({"fleet.servers": []}) as served:

@@ -264,3 +264,20 @@ def test_edits() -> None:
     edits.add(ServerSpec(URLS[1]))
     edits.remove(URLS[2])
     assert [ServerSpec(URLS[0], draining=True), ServerSpec(URLS[1])] == edits.apply(named)
+
+
+def test_a_run_that_is_cancelled_leaves_its_places_to_the_others() -> None:
+    """Its requests are aborted at the servers; the other run, which waited, has all places at once."""
+    shared = Shared(places=4)
+
+    async def test(servers: Servers) -> None:
+        async with Load.on(servers) as staying:
+            async with Load.on(servers):
+                await asyncio.sleep(3.3)
+                assert 2 == sum(staying.fleet.in_flight.values())
+            await asyncio.sleep(0.3)
+            assert 4 == sum(staying.fleet.in_flight.values())
+            assert 2 == shared.simulations[URLS[0]].stats.by_route["/abort_request"]
+            assert 4 == shared.simulations[URLS[0]].stats.in_flight
+
+    shared.run(test, URLS[0])

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import pytest
 
@@ -124,3 +125,36 @@ async def test_a_pool_that_shares_its_servers_shrinks() -> None:
         assert 6 == await at_work_after(6)
         await at_work_after(40)
     assert 0 == Paced.at_work == len(work)
+
+
+async def test_workers_belong_to_their_run_whoever_has_room_for_them() -> None:
+    """All runs at shared servers are told of room: a worker has the context variables of its own run."""
+    run: ContextVar[str] = ContextVar("run", default="none")
+    seen: list[str] = []
+
+    class Noting(Worker):
+        def __init__(self) -> None:
+            """Needs nothing."""
+
+        async def run(self, work: BoundedQueue[Work], results: Results, goes_on: Callable[[], bool]) -> bool:
+            seen.append(run.get())
+            async for _ in work:
+                goes_on()
+            return True
+
+    size = [1]
+    pool, work = WorkerPool(Noting, lambda: size[0], 3), BoundedQueue[Work](1)
+
+    async def own() -> None:
+        run.set("own")
+        await pool.run(work, Backlog(1))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(own())
+        await settle()
+        size[0] = 2
+        run.set("other")
+        pool.grow()
+        await settle()
+        work.close()
+    assert ["own", "own"] == seen
