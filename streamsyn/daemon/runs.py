@@ -20,7 +20,7 @@ import structlog
 from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
-from streamsyn.daemon.run_record import RunRecord
+from streamsyn.daemon.run_record import SERVICE_FILE, RunRecord
 from streamsyn.daemon.run_state import ENDED, State
 from streamsyn.errors import StreamsynError
 from streamsyn.io.durable import disk_errors, make_folder, write_whole
@@ -265,10 +265,9 @@ def new_id() -> str:
 
 def _create(root: Path, record: RunRecord, files: Mapping[str, str], check: Callable[[Path], None]) -> None:
     """Make the directory of a run; it exists for the daemon once it has its record."""
-    if (root / "run.json").exists():
-        raise Problem(
-            409, f"{root.name!r} is the directory of a run that the daemon did not create; move it away"
-        )
+    if any((root / name).exists() for name in (SERVICE_FILE, "run.json", "spool")):
+        why = "is a directory with a run that the daemon cannot read; its log says why"
+        raise Problem(409, f"{root.name!r} {why}: move it away")
     try:
         with disk_errors(f"create {root}"):
             make_folder(root)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,23 @@ async def test_runs_survive_a_restart(start_daemon: StartDaemon) -> None:
         await served.ask("POST", "/v1/runs/runs/close")
         finished = await served.until_state("runs", "finished")
         assert finished["counts"]["contexts"] == 3
+
+
+async def test_a_damaged_record_is_left_alone(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Its run is not listed, others are; nobody can take its directory by creating a run of the same name."""
+    async with start_daemon() as served:
+        await served.new_run("damaged")
+        await served.submit("damaged", 2)
+        await served.new_run("sound")
+    record = tmp_path / "root" / "runs" / "damaged" / "service.json"
+    await asyncio.to_thread(record.write_bytes, b"{")
+    async with start_daemon() as served:
+        assert [run["id"] for run in (await served.ask("GET", "/v1/runs"))["data"]] == ["sound"]
+        for config in ({}, {"recipe": {"use": "nonsense"}}):
+            problem = await served.refused("POST", "/v1/runs", {"id": "damaged", "config": config})
+            assert problem["status"] == 409
+        assert await asyncio.to_thread(record.read_bytes) == b"{"
+        assert await asyncio.to_thread((record.parent / "spool" / "seeds.jsonl").exists)
 
 
 async def test_a_failing_run_touches_no_other(daemon: Served) -> None:
