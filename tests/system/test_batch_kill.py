@@ -50,7 +50,7 @@ class DaemonProcess:
         self.process = start("serve", root, "--server", server.url, "--listen", "127.0.0.1:0", *given)
         found = re.search(r"serving .* at (http://[0-9.:]+)", wait_for_line(self.process, "serving "))
         assert found is not None
-        self.client = OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0)
+        self.client = OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=30)
 
     def kill(self) -> None:
         """End it as the kernel does."""
