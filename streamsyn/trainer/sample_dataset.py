@@ -50,8 +50,8 @@ class SampleDataset(IterableDataset[Row]):
     For Hugging Face's Trainer and TRL use `as_hf` with `callback`. Every other iteration begins at `after`.
 
     Each worker of a DataLoader returns the rows whose `seq` modulo the number of workers is its own, and each
-    rank those of its share, given as `rank` and `world_size`. Leave these out where accelerate, which
-    Trainer uses, deals the batches out itself: it reads on one rank.
+    rank those of its share, given as `rank` and `world_size`. Leave these out with accelerate, which
+    Trainer uses: it shares the rows between ranks itself.
 
     Args:
         source: A run directory, or the URL of a run at a daemon, `http://HOST:PORT/v1/runs/ID`.

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
+import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -53,8 +54,10 @@ class SamplePosition(TrainerCallback, ExportableState):
         self._position = dataset.state_dict()
         self._trained = 0
         """Of these, batches that were trained on."""
+        self._is_shared = False
+        """Whether each process reads all rows and takes its own of each block."""
         self._batches_at_once = 1
-        """Batches that the processes train on together."""
+        """Batches of a round that this process collates: those of all, if it deals them out."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's `trainer_state.json` holds."""
@@ -76,8 +79,7 @@ class SamplePosition(TrainerCallback, ExportableState):
         is_dealt_out = isinstance(loader, DataLoaderDispatcher)
         if args.dataloader_num_workers:
             raise ConfigError("dataloader_num_workers: must be 0, to know which rows a step was trained on")
-        if args.world_size > 1 and not is_dealt_out:
-            raise ConfigError("accelerator_config: dispatch_batches must not be False with several processes")
+        self._is_shared = args.world_size > 1 and not is_dealt_out
         if not args.ignore_data_skip:
             raise ConfigError("ignore_data_skip: must be True; pass the callback when the trainer is made")
         if state.global_step:
@@ -112,7 +114,8 @@ class SamplePosition(TrainerCallback, ExportableState):
         ended = [self._ends.popleft() for _ in range(min(self._trained, len(self._ends)))]
         self._trained = 0
         if ended:
-            self._position = self._dataset.position(ended[-1])
+            last = _greatest(max(ended), args.device) if self._is_shared else max(ended)
+            self._position = self._dataset.position(last)
         return self._stop_at_end(control, kwargs["train_dataloader"])
 
     @override
@@ -128,6 +131,13 @@ class SamplePosition(TrainerCallback, ExportableState):
         if loader.end_of_dataloader and len(self._ends) <= self._trained:
             control.should_training_stop = True
         return control
+
+
+def _greatest(seq: int, device: torch.device) -> int:
+    """The greatest number of all processes; of any, as the last block is filled up with its first rows."""
+    found = torch.tensor(seq, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 class _Collator:
