@@ -1,5 +1,6 @@
 """The examples work when pasted, against a simulated server at the port that they name."""
 
+import re
 from pathlib import Path
 
 import nbclient
@@ -44,6 +45,14 @@ def test_a_script(name: str, folder: Path, server: Server) -> None:
         (out,) = (folder / "runs").iterdir()
         assert [len(rows(out, kind)) for kind in KINDS] == [SCRIPTS[name], 0, SCRIPTS[name]]
     assert len(server.asked) == SCRIPTS[name] + 1  # and one before the run
+
+
+def test_the_example_of_the_readme(folder: Path, server: Server) -> None:
+    """Which is the first that a new user pastes."""
+    readme = (Path(streamsyn.__file__).parents[1] / "README.md").read_text("utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    exec(compile(script.replace("http://gpu-1:30000", server.url), "README.md", "exec"), {})
+    assert len(rows(folder / "runs" / "first", "samples")) == 12
 
 
 def test_a_notebook(folder: Path, server: Server) -> None:
