@@ -308,6 +308,8 @@ def test_a_day_in_a_minute(serve: Callable[..., Server], tmp_path: Path) -> None
     asked += sum(server.stats()["requests"] for server in servers if server is not servers[1])
 
     outcomes = 0
+    failed: Counter[str] = Counter()
+    """Tries that outcomes tell of, besides the last one of each."""
     for run in RUNS:
         out = day.root / "runs" / run
         contexts = rows(out, "contexts")
@@ -315,6 +317,7 @@ def test_a_day_in_a_minute(serve: Callable[..., Server], tmp_path: Path) -> None
         assert len(contexts) == len({row["seed_id"] for row in contexts}) == day.accepted[run]
         assert_clean(out)
         outcomes += len(contexts)
+        failed.update(str(tried["error"]) for row in contexts for tried in row["attempts"][:-1])
     assert sum(day.accepted.values()) == CLIENTS * POSTS * SEEDS_A_POST
     for name, seqs in seen.items():
         run, kind = name.split("/")
@@ -323,5 +326,5 @@ def test_a_day_in_a_minute(serve: Callable[..., Server], tmp_path: Path) -> None
         assert_clean(out)
     repeated = asked - outcomes - BATCHES * REQUESTS
     print(f"{outcomes} outcomes, {repeated} requests repeated, memory {[m >> 20 for m in day.memory]} MiB")
-    assert repeated <= CAP * SERVERS * KILLS + CAP
+    assert repeated <= CAP * SERVERS * KILLS + CAP, failed
     assert max(day.memory) < 2**20 * 250
