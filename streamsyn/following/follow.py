@@ -50,7 +50,7 @@ def follow(
 
     Raises (here or while iterating):
         ConfigError: There is no such run; the URL, the token or an argument is wrong.
-        SinkError: A row that must exist cannot be read, or retention has removed it (of a daemon: ConfigError).
+        SinkError: A row that must exist cannot be read, or was removed by retention (daemon: ConfigError).
         RunReplaced: A different run is in the place of the one that was followed.
         ServerError: The daemon was not reachable for `retry_s`, or does not answer as a daemon does.
     """
