@@ -14,7 +14,6 @@ from streamsyn.daemon.stream_routes import LARGEST_SEQ
 
 Metric = Annotated[str, Field(min_length=1, max_length=64)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Seq = Annotated[int, Field(ge=0, le=LARGEST_SEQ)]
 
 
 class NewConsumer(JsonBody):
@@ -25,12 +24,12 @@ class NewConsumer(JsonBody):
 
 
 class Ack(JsonBody):
-    """The consumer has done with all rows up to and including this one.
+    """The consumer has done with all rows up to and including this one; -1 is before the first.
 
     `metrics` are numbers of its work that the page at `/` shows, such as {"loss": 1.93, "step": 300}.
     """
 
-    seq: Seq
+    seq: Annotated[int, Field(ge=-1, le=LARGEST_SEQ)]
     metrics: Annotated[dict[Metric, Number], Field(max_length=16)] | None = None
 
 

@@ -119,6 +119,28 @@ class DaemonClient:
             async with self._get(f"/{self._kind}", query) as response:
                 yield RowStream(response.content, f"{self.url}/{self._kind}", first)
 
+    async def acknowledge(self, consumer: str, seq: int, metrics: Mapping[str, float]) -> None:
+        """Tell the daemon that a named consumer, which is created if need be, has done with rows.
+
+        Args:
+            consumer: Its name.
+            seq: The last row that it does not need any more; -1 for none.
+            metrics: Numbers of its work, for the daemon's page.
+        """
+        path, body = f"/consumers/{consumer}", {"seq": seq, "metrics": dict(metrics)}
+        with _translated(self.url):
+            try:
+                await self._send("POST", f"{path}/ack", body)
+            except NoSuchRun:  # or no such consumer
+                await self._send("PUT", path, {"kind": self._kind})
+                await self._send("POST", f"{path}/ack", body)
+
+    async def _send(self, method: str, path: str, body: Any) -> None:
+        url = self.url + path
+        async with self._session.request(method, url, json=body, allow_redirects=False) as response:
+            if not response.ok:
+                raise await _refusal(url, response)
+
     @asynccontextmanager
     async def _get(self, path: str, query: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self.url + path

@@ -22,6 +22,7 @@ from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_bef
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loop import Loop, Progress, Schedule
+from streamsyn.trainer.metrics.consumer_report import consumer_report
 from streamsyn.trainer.metrics.mfu import mfu_of
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
@@ -38,6 +39,7 @@ from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store, restore_optimizer
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
+from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.stream.planner import Planner, PlanQueue
 from streamsyn.trainer.stream.render import Renderer, read_template
@@ -252,6 +254,8 @@ def _open(
         section, held_out.rows, control, exam, ranks.world, done, info.get("evaluations")
     )
     track = start_tracking(placed.accelerator, section, out, progress.step)
+    if isinstance(sources.stream, DaemonSamples):
+        track = consumer_report(sources.stream, out, section.epochs, lambda: store.stream, track)
     mfu = mfu_of(placed.plain, placed.accelerator.device, ranks.world)
     metrics = TrainingMetrics(out, kept, info.get("task_losses"), mfu, track)
     schedule = Schedule(section, info.get("schedule"))

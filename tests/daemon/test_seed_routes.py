@@ -191,7 +191,8 @@ async def test_an_endless_line_is_cut_off(start_daemon: StartDaemon) -> None:
     [
         (b"x", {"Content_Encoding": "br"}, 415, "use gzip or zstd"),
         (b"not gzip", {"Content_Encoding": "gzip"}, 400, "not valid gzip"),
-        (gzip.compress(body_of(3))[:-9], {"Content_Encoding": "gzip"}, 400, "cut short"),
+        # Without the time: its name must be the same for each process that runs tests.
+        (gzip.compress(body_of(3), mtime=0)[:-9], {"Content_Encoding": "gzip"}, 400, "cut short"),
         (b"not zstd!", {"Content_Encoding": "zstd"}, 400, "not valid zstd"),
         (b"x", {"Content_Type": "multipart/form-data; boundary=x"}, 415, "one seed a line"),
     ],

@@ -68,6 +68,7 @@ class Day:
         for key in (
             f"fleet.max_in_flight={CAP}",
             "fleet.backoff_base_s=0.02",
+            "fleet.hedge_tail=false",  # a hedge asks the same thing twice on purpose
             "sink.shard_bytes=50000",
             "sink.sync_interval_s=0.05",
             "assembly.contexts_per_sample=3",

@@ -12,5 +12,6 @@ and logs a summary. Modules in reading order:
                 verdict (generation-, reading- or training-bound)
     mfu         model FLOPs utilisation
     trackers    the same metrics in tensorboard, wandb and trackio
+    consumer_report  with `--from URL`: loss and position, to the daemon
     plot        OUT/training.png, drawn from metrics.jsonl without torch
 """

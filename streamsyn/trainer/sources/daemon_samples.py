@@ -2,16 +2,22 @@
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from streamsyn.errors import RunReplaced, ServerError
+import structlog
+
+from streamsyn.errors import RunReplaced, ServerError, StreamsynError
 from streamsyn.following.daemon_client import DaemonClient, run_url
 from streamsyn.following.loop_thread import LoopThread
 from streamsyn.following.reconnecting import RETRY_S, Reconnecting
 from streamsyn.trainer.examples import Row
 
+log = structlog.get_logger()
+
+_REPORT_TIMEOUT_S: Final = 10.0
 _SPAN: Final = 64
 """`pick` asks for this many neighbouring rows at once, wanted or not."""
 
@@ -41,6 +47,8 @@ class DaemonSamples:
         """The run's time of creation, which identifies it."""
         self._seen = 0
         """Number of the row behind the last one read."""
+        self._reporting: Future[None] | None = None
+        self._is_reported = True
         try:
             self.total()
         except BaseException:
@@ -82,8 +90,36 @@ class DaemonSamples:
         except TimeoutError:
             return
 
+    def report(self, consumer: str, seq: int, metrics: Mapping[str, float], *, wait: bool = False) -> None:
+        """Tell the daemon how far a training is. Without `wait` this returns at once, and does nothing while
+        an earlier report is being sent.
+
+        Args:
+            consumer: The name of the consumer; it is created if it does not exist.
+            seq: The last row that is not needed any more; -1 for none.
+            metrics: Numbers to show.
+            wait: Return when it was sent, or failed.
+        """
+        if self._reporting is not None and not self._reporting.done():
+            if not wait:
+                return
+            self._reporting.result()
+        self._reporting = self._thread.submit(self._report(consumer, seq, metrics))
+        if wait:
+            self._reporting.result()
+
     def close(self) -> None:
         self._thread.close()
+
+    async def _report(self, consumer: str, seq: int, metrics: Mapping[str, float]) -> None:
+        try:
+            async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                await self._client.acknowledge(consumer, seq, metrics)
+            self._is_reported = True
+        except (StreamsynError, TimeoutError) as error:
+            if self._is_reported:
+                log.warning("train.not_reported", url=self._client.url, consumer=consumer, why=str(error))
+            self._is_reported = False
 
     def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
         return self._thread.submit(self._retried(ask)).result()
