@@ -77,6 +77,8 @@ async def json_body(request: web.Request, model: type[M], *, is_optional: bool =
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Problem(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Problem(422, "the body must be a JSON object")
     try:
         return model.model_validate(value)
     except ValidationError as error:

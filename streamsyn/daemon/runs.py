@@ -185,9 +185,12 @@ class Runs:
         run = await self.get(run_id)
         await run.delete(force=force)
         aside = self.folder / f"{_DELETED}{run_id}-{uuid4().hex[:8]}"
-        with disk_errors(f"delete {run.root}"):
-            await asyncio.to_thread(run.root.rename, aside)
-        self._forget(run_id)
+        async with self._creating:  # a new run may have this id as soon as the directory is gone
+            if self._known.get(run_id) is not run:  # a request at the same time has deleted it
+                raise Problem(404, f"there is no {self._what} {run_id!r}")
+            with disk_errors(f"delete {run.root}"):
+                await asyncio.to_thread(run.root.rename, aside)
+            self._forget(run_id)
         await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
 
     async def stop(self, why: str, timeout_s: float) -> None:

@@ -56,8 +56,8 @@ def follow(
     """
     if on_replaced not in ("follow", "raise"):
         raise ConfigError(f"on_replaced={on_replaced!r}: expected 'follow' or 'raise'")
-    if after is not None and after < -1:
-        raise ConfigError(f"after={after}: expected the seq of a row, or None")
+    if after is not None and not (isinstance(after, int) and after >= -1):
+        raise ConfigError(f"after={after!r}: expected the seq of a row, or None")
     place = os.fspath(source)
     named = None
     if is_url(place):

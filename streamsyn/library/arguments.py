@@ -11,7 +11,7 @@ from streamsyn.library.seed_feed import SeedFeed, SeedRows
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.seeds.inbox import Inbox
-from streamsyn.sink.rundir import saved_config
+from streamsyn.sink.rundir import read_run_json, saved_config
 
 PathLike: TypeAlias = str | os.PathLike[str]
 ConfigLike: TypeAlias = PathLike | Mapping[str, Any] | Config
@@ -76,7 +76,7 @@ def make_request(
         limit: As `resolve_config`.
         overrides: As `resolve_config`.
         keep_open: Whether seeds can be submitted until the run is told that no more come. None: if it has
-            no seeds otherwise.
+            no seeds otherwise and the directory is new.
         more: Fields of the request.
 
     Raises:
@@ -88,7 +88,7 @@ def make_request(
         overrides = [("seeds.sources", []), *_pairs(overrides)]
     resolved = resolve_config(config, root, sources=paths, servers=servers, limit=limit, overrides=overrides)
     if keep_open is None:
-        keep_open = rows is None and not resolved.seeds.sources
+        keep_open = rows is None and not resolved.seeds.sources and read_run_json(root) is None
     inbox = feed = None
     if keep_open or rows is not None:
         recipe = load_recipe(resolved.recipe, resolved.checks)
@@ -140,7 +140,7 @@ def _sorted_out(seeds: Seeds | None) -> tuple[list[PathLike], SeedRows | None]:
         return [], None
     if isinstance(seeds, str | os.PathLike):
         return [seeds], None
-    if isinstance(seeds, Mapping) or not isinstance(seeds, Iterable | AsyncIterable):
+    if isinstance(seeds, Mapping | bytes) or not isinstance(seeds, Iterable | AsyncIterable):
         raise ConfigError(
             f"seeds must be a path, a list of paths, or an iterable of dicts, not {type(seeds).__name__}"
         )

@@ -151,7 +151,7 @@ class Run:
         inbox = self._run.request.inbox
         if inbox is None or self._run.written.ended:
             raise InboxClosed(f"the run in {self.out} takes no more seeds; keep_open=True keeps a run open")
-        rows: SeedRows = [seeds] if isinstance(seeds, Mapping) else seeds
+        rows: SeedRows = [seeds] if isinstance(seeds, Mapping | str | bytes) else seeds
         async with in_threads(inbox.submission()) as submission:
             if isinstance(rows, AsyncIterable):
                 async for row in rows:
@@ -233,7 +233,7 @@ class open_run(AbstractAsyncContextManager[Run]):  # noqa: N801 - it is used as 
         seeds: A path or a list of paths (files, directories, globs, URLs), or an iterable or asynchronous
             iterable of dicts. What comes from an iterable is on disk before it is acted on. An iterable is
             iterated over in a thread, an asynchronous one in the event loop of the caller. By default
-            `seeds.sources` of the configuration.
+            `seeds.sources` of the configuration, and what `out` already holds.
         servers: URLs of servers, or dicts with `url`, `weight` and `key_env`, in place of `fleet.servers`.
         launch: Model to start a local SGLang server with for this run.
         limit: Read at most this many seeds.
@@ -242,7 +242,8 @@ class open_run(AbstractAsyncContextManager[Run]):  # noqa: N801 - it is used as 
             sample of the directory, those of earlier runs included.
         buffer: Backpressure: when this many samples are written that nobody has asked for, the run waits.
         keep_open: Whether `Run.submit` is possible until `Run.close_seeds`, without which the run does not
-            end. By default if there are no seeds otherwise.
+            end. By default if there are no seeds otherwise and `out` is new: a run that is opened again
+            finishes what it holds, and ends.
         preflight: Check a sample of the seeds, and one request, before a new run starts.
 
     Raises:
@@ -272,6 +273,8 @@ class open_run(AbstractAsyncContextManager[Run]):  # noqa: N801 - it is used as 
     ) -> None:
         if buffer < 1:
             raise ConfigError(f"buffer must be at least 1, not {buffer}")
+        if after is not None and not (isinstance(after, int) and after >= -1):
+            raise ConfigError(f"after={after!r}: expected the seq of a sample, or None")
         self._first = 0 if after is None else after + 1
         self._ahead = ReadAhead(buffer, self._first)
         self._make_request = partial(

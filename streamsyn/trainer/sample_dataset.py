@@ -89,6 +89,8 @@ class SampleDataset(IterableDataset[Row]):
         super().__init__()
         if columns not in _COLUMNS:
             raise ConfigError(f"columns={columns!r}: expected {', '.join(_COLUMNS)}")
+        if world_size < 1:
+            raise ConfigError(f"world_size={world_size}: expected at least 1")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank}: expected 0 to {world_size - 1}, below world_size")
         self._source = os.fspath(source)
@@ -137,8 +139,11 @@ class SampleDataset(IterableDataset[Row]):
         """Have the next iteration begin behind a position.
 
         Raises:
-            ConfigError: It is that of a different share of the rows. A position of all rows suits any share.
+            ConfigError: It is not a position, or that of a different share of the rows. A position of all
+                rows suits any share.
         """
+        if missing := [key for key in ("seq", "run", "shard", "shards") if key not in state]:
+            raise ConfigError(f"the position lacks {', '.join(missing)}: pass what state_dict() returned")
         shard, shards = self._shard()
         if state["shards"] > 1 and (state["shard"], state["shards"]) != (shard, shards):
             raise ConfigError(

@@ -168,6 +168,12 @@ async def test_malformed_json(daemon: Served) -> None:
     assert (await daemon.ask("GET", "/v1/runs"))["data"] == []
 
 
+async def test_a_body_that_is_not_an_object_is_named(daemon: Served) -> None:
+    """The message has something to begin with."""
+    async with daemon.session.post("/v1/runs", json=[]) as answer:
+        assert (await answer.json())["detail"] == "the body must be a JSON object"
+
+
 async def test_endless_lines_take_no_memory(start_daemon: StartDaemon) -> None:
     """A line of 64 MB, and a body that is sent on for ever, are refused without being kept."""
     line = b"x" * 2**20

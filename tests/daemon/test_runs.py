@@ -95,6 +95,20 @@ async def test_runs_are_listed_newest_first_in_pages(daemon: Served) -> None:
     assert [run["id"] for run in paused["data"]] == ["b"]
 
 
+async def test_a_run_that_is_deleted_twice_at_once_is_gone_once(daemon: Served) -> None:
+    """The later request finds none, and leaves a new run of that id alone."""
+    await daemon.new_run("gone")
+
+    async def deleted() -> int:
+        async with daemon.session.delete("/v1/runs/gone?force=true") as answer:
+            return answer.status
+
+    async with asyncio.TaskGroup() as group:
+        asked = [group.create_task(deleted(), name=f"delete {n}") for n in range(3)]
+    assert sorted(one.result() for one in asked) == [204, 404, 404]
+    assert (await daemon.new_run("gone"))["state"] == "running"
+
+
 async def test_pause_resume_and_drain(daemon: Served) -> None:
     """A paused run accepts seeds and begins none; a drained one refuses them; both go on."""
     await daemon.new_run("steered")

@@ -168,6 +168,7 @@ def test_a_directory_that_does_not_exist_is_waited_for_if_asked(tmp_path: Path) 
     ("given", "why"),
     [
         ({"after": -2}, "after=-2: expected the seq"),
+        ({"after": "2"}, "after='2': expected the seq"),
         ({"kind": "sample"}, "kind='sample': expected contexts, rejects, samples"),
         ({"on_replaced": "wait"}, "expected 'follow' or 'raise'"),
     ],

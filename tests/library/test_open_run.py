@@ -208,6 +208,8 @@ async def test_a_cancellation_stops_a_drain_at_once(tmp_path: Path, seeds: SeedF
         ({"config": "missing.toml"}, "cannot read the configuration missing.toml"),
         ({"servers": []}, "no server: pass"),
         ({"buffer": 0}, "buffer must be at least 1"),
+        ({"after": -2}, "after=-2: expected the seq"),
+        ({"after": "2"}, "after='2': expected the seq"),
     ],
 )
 async def test_a_mistake_is_one_clear_error_before_the_block(

@@ -169,6 +169,19 @@ async def test_seeds_are_submitted_while_the_run_goes_on(tmp_path: Path, server:
     assert run.status().state == "finished"
 
 
+async def test_text_is_one_seed_and_bytes_are_not_seeds(tmp_path: Path, server: Server) -> None:
+    """Not one per character."""
+    line: Any = b'{"instruction": "Who?", "answer": "A keeper."}'
+    async with streamsyn.open_run(**arguments(tmp_path / "out", server)) as run:
+        assert (await run.submit(line)).accepted == 1
+        assert (await run.submit(line.decode())).duplicate == 1
+        await run.close_seeds()
+        await run.wait()
+    with pytest.raises(streamsyn.ConfigError, match="an iterable of dicts, not bytes"):
+        async with streamsyn.open_run(seeds=line, **arguments(tmp_path / "other", server)):
+            pass
+
+
 async def test_a_run_with_seeds_can_be_kept_open(tmp_path: Path, server: Server) -> None:
     """A loop that submits what follows from a sample; without `keep_open`, submitting is refused."""
     out = tmp_path / "out"
@@ -194,11 +207,29 @@ async def test_a_closed_run_can_be_opened_again(tmp_path: Path, server: Server) 
     """It has finished; then it gets more seeds."""
     given = arguments(tmp_path / "out", server, overrides={"assembly.contexts_per_sample": 1})
     for number in range(3):
-        async with streamsyn.open_run(**given, after=number - 1 if number else None) as run:
+        after = number - 1 if number else None
+        async with streamsyn.open_run(**given, after=after, keep_open=True) as run:
             await run.submit(pairs(1, number))
             await run.close_seeds()
             assert [sample["seed_id"] async for sample in run] == [f"s{number}"]
     assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("config", [None, {}])
+async def test_a_run_that_is_opened_again_without_seeds_finishes_what_it_holds(
+    tmp_path: Path, server: Server, config: dict[str, Any] | None
+) -> None:
+    """It does not wait for more, although nobody ever closed it; unless it is kept open."""
+    given = arguments(tmp_path / "out", server, overrides={"assembly.contexts_per_sample": 1})
+    async with streamsyn.open_run(config, buffer=1, **given) as run:
+        await run.submit(pairs(20))
+        await anext(run)
+    assert run.status().state == "stopped"
+    async with asyncio.timeout(10), streamsyn.open_run(config, **given) as run:
+        assert len([sample async for sample in run]) == 20
+        with pytest.raises(streamsyn.InboxClosed, match=r"keep_open=True"):
+            await run.submit(pairs(1, 20))
+    assert run.status().state == "finished"
 
 
 def test_run_sync_takes_the_same_seeds(tmp_path: Path, server: Server, seeds: Callable[[int], Path]) -> None:

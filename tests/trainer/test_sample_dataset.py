@@ -125,6 +125,10 @@ def test_the_position_of_a_share_is_that_of_no_other(run: Path) -> None:
             other.load_state_dict(state)
     with pytest.raises(ConfigError, match="rank=2: expected 0 to 1"):
         SampleDataset(run, rank=2, world_size=2)
+    with pytest.raises(ConfigError, match="world_size=0: expected at least 1"):
+        SampleDataset(run, world_size=0)
+    with pytest.raises(ConfigError, match=r"lacks run, shard, shards: pass what state_dict\(\) returned"):
+        other.load_state_dict({"seq": 3})
 
 
 def test_each_iteration_begins_anew_unless_a_position_was_loaded(run: Path) -> None:

@@ -22,7 +22,7 @@ async def submit(run: streamsyn.Run) -> None:
 async def main() -> None:
     """Submit and read at once."""
     async with (
-        streamsyn.open_run(out="runs/submit", servers=["http://127.0.0.1:30000"]) as run,
+        streamsyn.open_run(out="runs/submit", servers=["http://127.0.0.1:30000"], keep_open=True) as run,
         asyncio.TaskGroup() as group,
     ):
         group.create_task(submit(run), name="submit")
