@@ -1,6 +1,7 @@
 """The life of the daemon's process: check, open ROOT, listen, wait for a signal, drain, end."""
 
 import asyncio
+import logging
 import signal
 import socket
 import ssl
@@ -14,6 +15,8 @@ from typing import Final
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 
 from streamsyn.background import background
 from streamsyn.config.loading import Config
@@ -180,11 +183,17 @@ def bound(section: ServeSection) -> Address:
     return Address(f"{scheme}://{shown}:{listener.getsockname()[1]}", listener, tls)
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a record of aiohttp is to be logged: not malformed requests, quoted with their tokens."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
 @asynccontextmanager
 async def listening(daemon: Daemon, address: Address) -> AsyncIterator[str]:
     """Serve the daemon over HTTP at an address during the block; yields its URL."""
     section = daemon.config.serve
     app = make_http_app(daemon)
+    server_logger.addFilter(_is_ours)  # only once, however often it is added
     runner = web.AppRunner(
         app,
         access_log=None,

@@ -174,6 +174,18 @@ async def test_a_body_that_is_not_an_object_is_named(daemon: Served) -> None:
         assert (await answer.json())["detail"] == "the body must be a JSON object"
 
 
+async def test_a_malformed_request_is_not_logged_with_its_token(
+    daemon: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the header that is wrong, nor a traceback."""
+    url = yarl.URL(daemon.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(b"GET /v1/runs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer geheim\x01\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    assert "geheim" not in caplog.text
+
+
 async def test_endless_lines_take_no_memory(start_daemon: StartDaemon) -> None:
     """A line of 64 MB, and a body that is sent on for ever, are refused without being kept."""
     line = b"x" * 2**20
