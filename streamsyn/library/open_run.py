@@ -10,7 +10,7 @@ from collections.abc import (
     Iterable,
     Mapping,
 )
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -165,11 +165,14 @@ class Run:
     async def close_seeds(self) -> None:
         """No more seeds are submitted: the run ends when every seed has its outcome.
 
+        After the end of the run this does nothing.
+
         Raises:
             SinkError: It cannot be written.
         """
         if self._run.request.inbox is not None:
-            await finished_in_thread(self._run.request.inbox.close)
+            with suppress(InboxClosed):  # the run has ended
+                await finished_in_thread(self._run.request.inbox.close)
 
     def status(self) -> RunStatus:
         """What the run is doing."""

@@ -167,6 +167,7 @@ async def test_seeds_are_submitted_while_the_run_goes_on(tmp_path: Path, server:
         assert run.status().submitted.accepted == 5
     assert {sample["seed_id"] for sample in found} == {f"s{number}" for number in range(5)}
     assert run.status().state == "finished"
+    await run.close_seeds()  # there is nothing left to close
 
 
 async def test_text_is_one_seed_and_bytes_are_not_seeds(tmp_path: Path, server: Server) -> None:
