@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import SinkError
 from streamsyn.trainer.examples import StepPlan
-from streamsyn.trainer.metrics.record import HALF_LIFE, StepLog, TaskLosses
+from streamsyn.trainer.metrics.record import HALF_LIFE, TaskLosses
+from streamsyn.trainer.metrics.step_log import StepLog
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train

@@ -17,7 +17,7 @@ from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_ro
 from streamsyn.trainer.evaluation.longbench import longbench_questions
 from streamsyn.trainer.evaluation.needles import needle_questions
 from streamsyn.trainer.examples import Example, Key
-from streamsyn.trainer.metrics.record import read_lines
+from streamsyn.trainer.metrics.step_log import read_lines
 
 log = structlog.get_logger()
 

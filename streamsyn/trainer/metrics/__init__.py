@@ -8,8 +8,8 @@ The controller on rank 0 passes each step, evaluation and end to `record.Trainin
 
 and logs a summary. Modules in reading order:
 
-    record      the three files, cut back to the checkpoint when a training resumes; the log line; the
-                verdict (generation-, reading- or training-bound)
+    record      the three files, the log line and the verdict (generation-, reading- or training-bound)
+    step_log    JSON lines by step, cut back to the checkpoint when a training resumes; imports no torch
     mfu         model FLOPs utilisation
     trackers    the same metrics in tensorboard, wandb and trackio
     consumer_report  with `--from URL`: loss and position, to the daemon

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.trainer.metrics.record import read_lines
+from streamsyn.trainer.metrics.step_log import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
