@@ -23,7 +23,7 @@ def write_whole(path: Path, data: bytes, *, is_private: bool = False) -> None:
     """
     aside = path.with_name(path.name + ".new")
     try:
-        with open(aside, "wb", opener=_open_private if is_private else None) as file:
+        with open(aside, "wb", opener=_open_private) if is_private else aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
