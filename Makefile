@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Three files of tests at a time, longest first: on two cores a third keeps them busy while others wait for a process.
 AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
-HERMETIC := not crash and not real_sglang and not chromium
+HERMETIC := not crash and not torture and not real_sglang and not chromium
 
 .PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint bench bench-real clean
 
@@ -20,7 +20,7 @@ test: .venv/stamp  ## all tests but those below: no real server, no browser, no 
 	$(BIN)/pytest $(AT_A_TIME) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term)
 
 test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length; asyncio in debug mode
-	$(BIN)/pytest $(AT_A_TIME) -m "crash or (hypothesis and not real_sglang and not chromium)" \
+	$(BIN)/pytest $(AT_A_TIME) -m "(crash or hypothesis) and not torture and not real_sglang and not chromium" \
 	  --hypothesis-profile=long -o asyncio_debug=true
 
 test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, and one that a run launches
@@ -34,7 +34,7 @@ test-all: test test-crash test-browser test-real  ## all four
 torture: .venv/stamp  ## every crash state of small runs, many kills (STREAMSYN_KILLS, STREAMSYN_KILLS_SEED), all examples of property tests
 	$(BIN)/python -m tests.system.crash_states
 	$(BIN)/pytest $(AT_A_TIME) -m "hypothesis and not real_sglang and not chromium" --hypothesis-profile=torture -o timeout=1800
-	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m crash -o timeout=1800
+	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m "crash or torture" -o timeout=1800
 
 coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml
 	@$(MAKE) --no-print-directory test COVERAGE=1

@@ -345,7 +345,10 @@ def held(one: Assembler) -> int:
         pytest.param(lambda seq: {"text": "", "instruction": "x" * 999}, id="a long instruction"),
     ],
 )
-@pytest.mark.parametrize("length", [{"contexts_per_sample": 10}, {"target_tokens": 10**9}])
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param({"contexts_per_sample": 10}, marks=pytest.mark.torture), {"target_tokens": 10**9}],
+)
 def test_memory_is_bounded_by_the_window(log: Any, length: dict[str, int]) -> None:
     """Whatever the log, no more is held than fits the window."""
     one_by_one = assembler(window_bytes=50_000, **length)

@@ -18,7 +18,7 @@ from tests.system.conftest import STARTED, Server, streamsyn
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 
-KILLS = int(os.environ.get("STREAMSYN_KILLS", "2"))
+KILLS = int(os.environ.get("STREAMSYN_KILLS", "1"))
 SEED = int(os.environ.get("STREAMSYN_KILLS_SEED", "0"))
 IN_FLIGHT = 4
 SEEDS = 24

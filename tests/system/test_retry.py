@@ -54,7 +54,9 @@ def test_the_command_line_of_a_retry(
 
 @pytest.mark.crash
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("point", "last"), [("fsync", 14), ("open", 10), ("rename", 6)])
+@pytest.mark.parametrize(
+    ("point", "last"), [("fsync", 14), pytest.param("open", 10, marks=pytest.mark.torture), ("rename", 6)]
+)
 def test_a_retry_killed_at_named_points(
     serve: Callable[..., Server], seeds: Callable[..., Path], tmp_path: Path, point: str, last: int
 ) -> None:

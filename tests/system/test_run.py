@@ -19,7 +19,7 @@ QUICK = ("--set", "fleet.backoff_base_s=0.02", "--set", "fleet.probe_interval_s=
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("compression", [pytest.param("none", marks=pytest.mark.torture), "zstd"])
 def test_every_seed_has_one_outcome_whatever_the_servers_do(
     serve: Serve, seeds: Seeds, tmp_path: Path, compression: str
 ) -> None:

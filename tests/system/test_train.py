@@ -52,7 +52,7 @@ def test_training_follows_a_run(
     command = [
         "run",
         "--seeds",
-        seeds(100),
+        seeds(60),
         "--server",
         server.url,
         "--out",
@@ -64,7 +64,7 @@ def test_training_follows_a_run(
 
     assert 0 == running.wait(120)
     assert 0 == training.wait(120), (tmp_path / "stderr").read_text()
-    assert 100 == sum(step["examples"] for step in steps(out))
+    assert 60 == sum(step["examples"] for step in steps(out))
     final = (run / "manifest.jsonl").stat().st_mtime
     assert steps(out)[0]["at"] < final
     assert (out / "model" / "model.safetensors").exists()

@@ -25,7 +25,7 @@ def start(run: Path, out: Path) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-@pytest.mark.crash
+@pytest.mark.torture  # test_sample_position has one process
 @pytest.mark.timeout(240)
 def test_each_row_is_trained_on_once_by_two_processes(tmp_path: Path) -> None:
     """Killed while they wait for rows, after a step that no checkpoint has, and resumed."""

@@ -274,7 +274,7 @@ async def watched(server: RunningSimulator, training: Callable[[], Any]) -> Seen
         await asyncio.sleep(0.002)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.torture)])
 async def test_two_ranks_train_and_publish_as_one(ranks: Ranks, tmp_path: Path, lora: str | None) -> None:
     """Losses and weights are equal (1e-6), of the model or of its adapters. Published are complete
     directories, adapters merged, with the tensors that one rank publishes. A server is paused, loads them
@@ -372,7 +372,7 @@ def test_sharded_training_equals_one_process(ranks: Ranks, tmp_path: Path) -> No
         assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.torture), "bf16"])
 def test_sharded_training_resumes_bit_for_bit(ranks: Ranks, tmp_path: Path, precision: str) -> None:
     """Its own checkpoint restores everything, including the float32 weights behind bf16 ones."""
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -384,7 +384,14 @@ def test_sharded_training_resumes_bit_for_bit(ranks: Ranks, tmp_path: Path, prec
     assert tiny.furthest(result(whole), result(out)) == 0
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("fsdp2", None), ("fsdp2", LORA), ("offload", None)])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("fsdp2", LORA),
+        pytest.param("fsdp2", None, marks=pytest.mark.torture),
+        pytest.param("offload", None, marks=pytest.mark.torture),
+    ],
+)
 def test_checkpoints_are_portable_between_backends(
     ranks: Ranks, tmp_path: Path, kind: Kind, lora: str | None
 ) -> None:
