@@ -1,10 +1,11 @@
 """How many examples a property test tries: all of them in `make torture`, half of them in `make test-crash`,
-and an eighth in `make test`.
+and an eighth in `make test`. And which cases of a slow test are left to `make torture`.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import pytest
 from hypothesis import settings
 
 F = TypeVar("F")
@@ -22,3 +23,13 @@ def examples(number: int) -> Callable[[F], F]:
     """Settings for `number` examples under the profile "torture"."""
     share = _SHARES.get(settings.get_current_profile_name(), 1.0)
     return settings(max_examples=max(_FEWEST, round(number * share)), deadline=None)
+
+
+def one_in(every: int, cases: Sequence[Any]) -> list[Any]:
+    """Cases of a parametrized test: the first of each `every` for CI, and the others for `make torture`."""
+    return [case if number % every == 0 else _for_torture(case) for number, case in enumerate(cases)]
+
+
+def _for_torture(case: Any) -> Any:
+    given = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*given, marks=pytest.mark.torture)

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 from urllib.parse import urlsplit
@@ -83,19 +83,10 @@ class DaemonClient:
     def __init__(self, url: str, kind: str, token: str | None = None) -> None:
         self.url = url
         self._kind = kind
-        self._token = token or os.environ.get(TOKEN_VARIABLE)
+        self._token = token
 
     async def __aenter__(self) -> Self:
-        headers = {"Accept-Encoding": "identity"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            read_bufsize=_READ_BYTES,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S
-            ),
-        )
+        self._session = _session(self._token)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -149,6 +140,32 @@ class DaemonClient:
             if response.status != _OK:
                 raise await _refusal(url, response)
             yield response
+
+
+async def answers(urls: Sequence[str]) -> list[dict[str, Any]]:
+    """The JSON objects that a daemon answers to GET requests, with the token of the environment.
+
+    Raises:
+        As the methods of `DaemonClient`.
+    """
+    found = []
+    async with _session(None) as session:
+        for url in urls:
+            with _translated(url):
+                async with session.get(url, allow_redirects=False) as response:
+                    if response.status != _OK:
+                        raise await _refusal(url, response)
+                    found.append(decoded(await response.read(), url))
+    return found
+
+
+def _session(token: str | None) -> aiohttp.ClientSession:
+    """A client of a daemon. A token of None is taken from the environment, if it is there."""
+    headers = {"Accept-Encoding": "identity"}
+    if token := token or os.environ.get(TOKEN_VARIABLE):
+        headers["Authorization"] = f"Bearer {token}"
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S)
+    return aiohttp.ClientSession(headers=headers, read_bufsize=_READ_BYTES, timeout=timeout)
 
 
 @contextmanager

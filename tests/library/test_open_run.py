@@ -162,7 +162,7 @@ async def test_a_timeout_around_the_iteration_loses_no_sample(tmp_path: Path, se
             while len(found) < 40:
                 try:
                     async with asyncio.timeout(0.01):
-                        while True:
+                        while len(found) < 40:
                             found.append(await anext(run))
                 except TimeoutError:
                     timeouts += 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.examples import one_in
 from tests.system.conftest import COMMAND, Server, rows, start, streamsyn, wait_for_line
 
 Serve = Callable[..., Server]
@@ -42,21 +43,27 @@ def events(stderr: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("script", "named"),
-    [
-        ("streamsyn run --out OUT --seeds - --server http://127.0.0.1:9 <&-", "stdin (`-`) is closed"),
-        ("streamsyn run --out OUT --seeds - --server http://127.0.0.1:9 --stdout <&-", "stdin (`-`) is cl"),
-        ("streamsyn preview --seeds - <&-", "stdin (`-`) is closed"),
-        (
-            "streamsyn run --out OUT --seeds SEEDS --server http://127.0.0.1:9 --stdout >&-",
-            "stdout is closed",
-        ),
-        ("mkfifo p.jsonl; streamsyn preview --seeds p.jsonl", "p.jsonl is a named pipe"),
-        ("mkfifo p.jsonl; streamsyn preview --seeds .", "p.jsonl is a named pipe"),
-        ("streamsyn preview --seeds /dev/null", "/dev/null is neither a file nor a directory"),
-        ("ln -s nowhere l.jsonl; streamsyn preview --seeds l.jsonl", "l.jsonl is a link to nothing"),
-        ("streamsyn preview --seeds $(printf 'x%.0s' {1..300}).jsonl", "File name too long"),
-        ("streamsyn preview --seeds ''", "a path is empty"),
-    ],
+    one_in(
+        3,
+        [
+            ("streamsyn run --out OUT --seeds - --server http://127.0.0.1:9 <&-", "stdin (`-`) is closed"),
+            (
+                "streamsyn run --out OUT --seeds - --server http://127.0.0.1:9 --stdout <&-",
+                "stdin (`-`) is cl",
+            ),
+            ("streamsyn preview --seeds - <&-", "stdin (`-`) is closed"),
+            (
+                "streamsyn run --out OUT --seeds SEEDS --server http://127.0.0.1:9 --stdout >&-",
+                "stdout is closed",
+            ),
+            ("mkfifo p.jsonl; streamsyn preview --seeds p.jsonl", "p.jsonl is a named pipe"),
+            ("mkfifo p.jsonl; streamsyn preview --seeds .", "p.jsonl is a named pipe"),
+            ("streamsyn preview --seeds /dev/null", "/dev/null is neither a file nor a directory"),
+            ("ln -s nowhere l.jsonl; streamsyn preview --seeds l.jsonl", "l.jsonl is a link to nothing"),
+            ("streamsyn preview --seeds $(printf 'x%.0s' {1..300}).jsonl", "File name too long"),
+            ("streamsyn preview --seeds ''", "a path is empty"),
+        ],
+    ),
 )
 def test_what_cannot_be_read_or_written_gets_one_line(
     script: str, named: str, seeds: Seeds, tmp_path: Path

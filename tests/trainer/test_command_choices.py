@@ -18,6 +18,7 @@ from streamsyn.trainer.outdir import OutDirectory, check_shaping
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.training_request import check, resolve
+from tests.examples import one_in
 from tests.trainer import tiny
 from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
     SETTINGS,
@@ -58,21 +59,24 @@ def test_model_and_out_may_be_in_the_configuration(start: Start, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [
-        ([], "--from"),
-        (["--from", "run", "--out", "out"], "pass --model PATH, or set train.model"),
-        (["--from", "run", "--model", "base"], "pass --out DIR, or set train.out"),
-        (["--from", "run", "--out", "o", "--model", "base/my-bsae"], "there is no such directory"),
-        (
-            ["--from", "nope", "--out", "o", "--model", "base"],
-            "--from nope: there is no such directory; pass --wait",
-        ),
-        (["--plot"], "pass --out DIR, or set train.out"),
-        (["--plot", "--out", "nowhere"], "nowhere"),
-        (["nowhere.toml", "--from", "run"], "nowhere.toml"),
-        (["--from", "run", "--out", "o", "--model", "base", "--set", "lora"], "KEY=VALUE"),
-        (["--from", "run", "--out", "o", "--model", "base", "--tethered"], "run --train"),
-    ],
+    one_in(
+        3,
+        [
+            ([], "--from"),
+            (["--from", "run", "--out", "out"], "pass --model PATH, or set train.model"),
+            (["--from", "run", "--model", "base"], "pass --out DIR, or set train.out"),
+            (["--from", "run", "--out", "o", "--model", "base/my-bsae"], "there is no such directory"),
+            (
+                ["--from", "nope", "--out", "o", "--model", "base"],
+                "--from nope: there is no such directory; pass --wait",
+            ),
+            (["--plot"], "pass --out DIR, or set train.out"),
+            (["--plot", "--out", "nowhere"], "nowhere"),
+            (["nowhere.toml", "--from", "run"], "nowhere.toml"),
+            (["--from", "run", "--out", "o", "--model", "base", "--set", "lora"], "KEY=VALUE"),
+            (["--from", "run", "--out", "o", "--model", "base", "--tethered"], "run --train"),
+        ],
+    ),
 )
 def test_what_is_missing_is_named_with_flag_and_key(tmp_path: Path, given: list[str], named: str) -> None:
     """One line, exit 2, before anything heavy is imported."""

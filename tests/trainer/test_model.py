@@ -46,7 +46,7 @@ def changed(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("lora", [None, "{rank = 4}"])
+@pytest.mark.parametrize("lora", [None, pytest.param("{rank = 4}", marks=pytest.mark.torture)])
 def test_values_for_sampling_alone_are_saved_with_the_switch(
     start: Start, tmp_path: Path, lora: str | None
 ) -> None:

@@ -339,6 +339,7 @@ def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, mom
     assert tiny.furthest(published(ranks.alone(None), STEPS), published(out, STEPS)) < 1e-6
 
 
+@pytest.mark.torture
 def test_sharded_training_equals_one_process(ranks: Ranks, tmp_path: Path) -> None:
     """With evaluations and answers, whose forward passes gather weights without a backward pass."""
     tests = {"lengths": "[512]", "samples": "3", "kinds": '["single"]'}
@@ -415,7 +416,7 @@ def test_steps_that_are_not_finite_are_skipped_by_all_ranks(ranks: Ranks, tmp_pa
     assert all(torch.isfinite(weight).all() for weight in result(out).values())
 
 
-@pytest.mark.parametrize("kind", [None, "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.torture), "fsdp2"])
 def test_image_towers_stay_unchanged(ranks: Ranks, tmp_path: Path, kind: Kind | None) -> None:
     """They are frozen, because DDP would wait for their gradients; FSDP2 only wraps layers that exist."""
     base, out, alone = tmp_path / "base", tmp_path / "out", tmp_path / "alone"
