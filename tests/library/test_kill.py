@@ -53,7 +53,8 @@ def test_a_killed_program_takes_every_sample_once(tmp_path: Path, server: Server
                     break
     assert [seq for seq, _ in taken] == list(range(400))
     assert {seed_id for _, seed_id in taken} == {pair["id"] for pair in pairs(400)}
-    assert 400 <= len(server.asked) <= 400 + kills * 8
+    # At most what was in flight, and as much again that was answered and not yet written.
+    assert 400 <= len(server.asked) <= 400 + 2 * kills * 8
     assert verify(out)[0] == []
 
 
@@ -76,7 +77,7 @@ async def test_what_was_submitted_before_a_kill_is_worked_on(tmp_path: Path, ser
             process.send_signal(signal.SIGKILL)
 
     await asyncio.to_thread(killed)
-    async with streamsyn.open_run(**arguments(out, server)) as run:
+    async with streamsyn.open_run(**arguments(out, server), keep_open=True) as run:
         assert (await run.submit(pairs(50))).duplicate == 50
         await run.close_seeds()
         assert len([sample async for sample in run]) == 50

@@ -22,7 +22,7 @@ from tests.trainer import tiny
 
 pytestmark = pytest.mark.crash
 
-KILLS = int(os.environ.get("STREAMSYN_KILLS", "4"))
+KILLS = int(os.environ.get("STREAMSYN_KILLS", "6"))
 SEED = int(os.environ.get("STREAMSYN_KILLS_SEED", "0"))
 PIPE_KILLS = 2
 LATE_KILLS = 2
