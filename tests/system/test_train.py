@@ -38,7 +38,7 @@ def steps(out: Path) -> list[dict[str, float]]:
     return figures(out, "step")
 
 
-@pytest.mark.crash
+@pytest.mark.torture
 def test_training_follows_a_run(
     tmp_path: Path, serve: Callable[..., Server], seeds: Callable[..., Path]
 ) -> None:

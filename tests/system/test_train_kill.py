@@ -244,6 +244,7 @@ def trainings(tmp_path: Path) -> Iterator[Trainings]:
     made.stop()
 
 
+@pytest.mark.torture
 @pytest.mark.timeout(300)
 def test_kill_at_thirty_random_moments_of_a_growing_run(
     serve: Callable[..., Server], trainings: Trainings, tmp_path: Path
