@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from streamsyn.daemon.run_record import read_record
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import make_folder, write_whole
 
@@ -129,21 +130,7 @@ class BatchRecord(BaseModel):
         Raises:
             SinkError: It cannot be read.
         """
-        path = root / BATCH_FILE
-        try:
-            record = cls.model_validate(orjson.loads(path.read_bytes()))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise SinkError(f"cannot read {path}: {error.strerror}") from error
-        except (orjson.JSONDecodeError, ValidationError) as error:
-            raise SinkError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        if record.format_version > FORMAT_VERSION:
-            raise SinkError(
-                f"{path} has format version {record.format_version}; this streamsyn reads versions up to "
-                f"{FORMAT_VERSION}"
-            )
-        return record
+        return read_record(cls, root / BATCH_FILE, FORMAT_VERSION)
 
     def _time(self, status: str) -> int | None:
         at = self.at.get(status)

@@ -1,7 +1,7 @@
 """What the daemon keeps of a hosted run: DIR/service.json, replaced whole and synced at each change."""
 
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +13,8 @@ from streamsyn.io.durable import write_whole
 SERVICE_FILE: Final = "service.json"
 FORMAT_VERSION: Final = 1
 Priority = Literal["low", "normal", "high"]
+
+R = TypeVar("R", bound=BaseModel)
 
 
 class Figures(BaseModel):
@@ -102,18 +104,30 @@ class RunRecord(BaseModel):
         Raises:
             SinkError: It cannot be read.
         """
-        path = root / SERVICE_FILE
-        try:
-            record = cls.model_validate(orjson.loads(path.read_bytes()))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise SinkError(f"cannot read {path}: {error.strerror}") from error
-        except (orjson.JSONDecodeError, ValidationError) as error:
-            raise SinkError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        if record.format_version > FORMAT_VERSION:
-            raise SinkError(
-                f"{path} has format version {record.format_version}; this streamsyn reads versions up to "
-                f"{FORMAT_VERSION}"
-            )
-        return record
+        return read_record(cls, root / SERVICE_FILE, FORMAT_VERSION)
+
+
+def read_record(kind: type[R], path: Path, version: int) -> R | None:
+    """Read a record with a `format_version`; None if there is no file. Blocks on the disk.
+
+    Args:
+        kind: The class of the record.
+        path: The file.
+        version: The newest version that this code reads.
+
+    Raises:
+        SinkError: It cannot be read, is damaged, or has a newer format.
+    """
+    try:
+        content = orjson.loads(path.read_bytes())
+        record = kind.model_validate(content)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SinkError(f"cannot read {path}: {error.strerror}") from error
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        raise SinkError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    found = int(content.get("format_version", version))  # the model has checked it
+    if found > version:
+        raise SinkError(f"{path} has format version {found}; this streamsyn reads versions up to {version}")
+    return record
