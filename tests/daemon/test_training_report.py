@@ -1,6 +1,7 @@
 """A training on a daemon's samples reports its loss, and which rows it has done with."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def trained(url: str, out: Path) -> tuple[list[StepPlan], list[dict[str, Any]]]:
         track("step", {"step": step, "loss": 3.0 / step, "stream": {"held": 1}}, step)
         if step % 2 == 0:
             (out / "LATEST").write_text(f"step-{step:07d}\n")
+    track("evaluation", {"step": len(made), "loss": math.nan}, len(made))
     track("end", {"step": len(made), "wait_share": 0.5}, len(made))
     samples.close()
     return made, seen
@@ -55,14 +57,14 @@ async def test_loss_and_position_are_reported(daemon: Served, tmp_path: Path) ->
     (consumer,) = (await daemon.ask("GET", "/v1/runs/one/consumers"))["data"]
 
     assert len(made) > 3
-    assert ["step"] * len(made) + ["end"] == [line["kind"] for line in seen]
+    assert ["step"] * len(made) + ["evaluation", "end"] == [line["kind"] for line in seen]
     saved = len(made) // 2 * 2
     assert (consumer["name"], consumer["kind"]) == (
         await asyncio.to_thread(consumer_name, tmp_path),
         "samples",
     )
     assert consumer["acked"] == last_done(made[saved - 1].state, 1)
-    assert consumer["metrics"] == {"step": len(made)}
+    assert consumer["metrics"] == {"step": len(made), "loss": 3.0 / len(made)}
 
 
 async def test_a_daemon_that_is_gone_is_logged_once(daemon: Served, tmp_path: Path) -> None:

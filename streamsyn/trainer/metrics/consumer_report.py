@@ -7,6 +7,7 @@ training may still need. The report is made in the background; a daemon that can
 import re
 from collections.abc import Callable, Mapping
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ def consumer_report(
     name = consumer_name(out)
     done_after: dict[int, int] = {}
     """The last row that is not needed after a step, for the steps since the newest checkpoint."""
+    latest: dict[str, float] = {}
+    """The newest of each metric: a report replaces the one before, and not every line has a loss."""
 
     def track(kind: str, line: Mapping[str, Any], at: int) -> None:
         if also is not None:
@@ -46,8 +49,9 @@ def consumer_report(
         saved = _newest_checkpoint(out)
         for step in [step for step in done_after if step < saved]:
             del done_after[step]
-        numbers = {key: line[key] for key in _REPORTED if isinstance(line.get(key), int | float)}
-        samples.report(name, done_after.get(saved, _NONE_DONE), numbers, wait=kind == "end")
+        found = {key: line[key] for key in _REPORTED if isinstance(line.get(key), int | float)}
+        latest.update({key: value for key, value in found.items() if isfinite(value)})
+        samples.report(name, done_after.get(saved, _NONE_DONE), latest, wait=kind == "end")
 
     return track
 

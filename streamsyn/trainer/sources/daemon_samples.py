@@ -104,7 +104,7 @@ class DaemonSamples:
             if not wait:
                 return
             self._reporting.result()
-        self._reporting = self._thread.submit(self._report(consumer, seq, metrics))
+        self._reporting = self._thread.submit(self._report(consumer, seq, dict(metrics)))
         if wait:
             self._reporting.result()
 
