@@ -32,7 +32,8 @@ def consumer_report(
         samples: The samples that it is trained on.
         out: OUT, which gives the consumer its name; LATEST in it names the newest checkpoint.
         epochs: Passes over the stream.
-        position: Returns the position in the stream after the last step.
+        position: Returns the position in the stream: that before a step when the step is reported, which is
+            never too far, and that of the last checkpoint at the end.
         also: Receives the metrics first.
     """
     name = consumer_name(out)
@@ -44,7 +45,7 @@ def consumer_report(
     def track(kind: str, line: Mapping[str, Any], at: int) -> None:
         if also is not None:
             also(kind, line, at)
-        if kind == "step":
+        if kind in ("step", "end"):
             done_after[at] = last_done(position(), epochs)
         saved = _newest_checkpoint(out)
         for step in [step for step in done_after if step < saved]:
