@@ -5,6 +5,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 
 from streamsyn.errors import StoppedEarly, StreamsynError, TooManyRejects
 from streamsyn.library.seed_feed import SeedFeed
@@ -118,17 +120,14 @@ def failure(summary: RunSummary, allowed: float) -> StreamsynError | None:
 def _run_here(request: RunRequest, summary: RunSummary) -> RunSummary:
     if threading.current_thread() is threading.main_thread() and not _in_loop():
         return run(request, summary)
-    ended, interrupts = threading.Event(), 0
-    thread = RunThread(request, summary, ended.set)
-    with _keyboard_interrupts():
+    noted: SimpleQueue[bool] = SimpleQueue()  # True: Ctrl-C; False: the run has ended
+    thread, interrupts = RunThread(request, summary, partial(noted.put, False)), 0
+    with _interrupts_noted(noted):
         thread.start()
-        while not ended.is_set():
-            try:
-                ended.wait()
-            except KeyboardInterrupt:
-                interrupts += 1
-                stop = request.control.drain if interrupts == 1 else request.control.cancel
-                stop("stopped by SIGINT")
+        while noted.get():
+            interrupts += 1
+            stop = request.control.drain if interrupts == 1 else request.control.cancel
+            stop("stopped by SIGINT")
         thread.join()
     if thread.error is not None:
         raise thread.error
@@ -137,12 +136,15 @@ def _run_here(request: RunRequest, summary: RunSummary) -> RunSummary:
 
 
 @contextmanager
-def _keyboard_interrupts() -> Iterator[None]:
-    """Have Ctrl-C raise KeyboardInterrupt in the block; an event loop may have set a different handler."""
+def _interrupts_noted(noted: SimpleQueue[bool]) -> Iterator[None]:
+    """Have Ctrl-C put True in `noted` within the block; an event loop may have set a different handler.
+
+    A KeyboardInterrupt would be raised wherever this thread is, also while the one before is being handled.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, lambda *_: noted.put(True))
     try:
         yield
     finally:
