@@ -164,6 +164,8 @@ class Counters:
     wasted_tokens: int = 0
     """Completion tokens of discarded answers: failed checks, retries, rejects."""
     retries: int = 0
+    disk_s: float = 0.0
+    """Seconds in which outcomes were being written to the log or synced."""
     scored: int = 0
     """Contexts sent to servers for scoring."""
     unscored: int = 0

@@ -1,4 +1,5 @@
-"""Spans of what a run does: one trace a draft, with a span for each step and each request. Off by default.
+"""Spans of what a run does: a trace a draft, with a span a step, a request and a write of the journal. Off by
+default.
 
 What is traced opens a `span`. Where spans go is decided by whoever runs the code: `traced` makes them go to a
 `Tracer` for the block, and for the asyncio tasks begun in it. Without one a span costs about a microsecond.

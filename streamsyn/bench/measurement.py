@@ -46,7 +46,7 @@ class RequestRecord:
         server: Base URL.
         model: The model that was asked.
         group: Key of its prefix group; "" for none.
-        queued_at: When the try began to wait for a place at a server.
+        queued_at: When the try began to wait for a place at a server; a pause before a retry is included.
         sent_at: When it had its place and was sent.
         first_token_at: When the first token came; None where the answer was not streamed.
         done_at: When the answer was complete, or the try had failed.
@@ -57,8 +57,9 @@ class RequestRecord:
         cached_tokens: Prompt tokens that were in the server's prefix cache.
         planned_cached_tokens: Prompt tokens that placement expected to be there.
         completion_tokens: Tokens generated.
-        useful_tokens: Its part of the tokens of the context that its draft became: 0 for rejects, failed
-            tries and unfinished drafts. The sum over the requests of a draft is `DraftRecord.useful_tokens`.
+        useful_tokens: Its part of the tokens of the context that its draft became: 0 for rejects and failed
+            tries. The sum over the requests of a draft is `DraftRecord.useful_tokens`. None while the draft
+            has no outcome: the drain gave it up.
     """
 
     draft: int
@@ -77,7 +78,7 @@ class RequestRecord:
     cached_tokens: int = 0
     planned_cached_tokens: int = 0
     completion_tokens: int = 0
-    useful_tokens: float = 0.0
+    useful_tokens: float | None = None
 
     @property
     def queue_s(self) -> float:
@@ -200,15 +201,15 @@ class Load:
     Attributes:
         cap: Requests in flight a server: "auto" or a number.
         rate: Drafts per second of an open loop; None for a closed loop.
-        warmup_s: Length of the warm-up.
-        duration_s: Length of the measured part.
+        warmup_s: Length of the warm-up; None: by the durations of requests.
+        duration_s: Length of the measured part; None: by the durations of requests.
         with_log: Whether outcomes are written to a durable log and assembled.
     """
 
     cap: int | Literal["auto"] = "auto"
     rate: float | None = None
-    warmup_s: float = 30.0
-    duration_s: float = 60.0
+    warmup_s: float | None = None
+    duration_s: float | None = None
     with_log: bool = False
 
 

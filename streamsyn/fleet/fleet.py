@@ -345,16 +345,24 @@ class Fleet:
         whole = text if scored is None else prefixes.with_answer(text, scored)
         planned = server.prefixes.cached_share(whole, keys)
 
-        def first_token() -> None:
-            self._outcomes.began(server, self._since(started))
-            server.prefixes.add(keys)
-            self._membership.placement.warmed(place)
-
         rid = f"{self._run_rid}-{next(self._requests):012x}"
         self._outage.sent(rid, started)
         try:
-            attributes = {"server.address": server.url, "gen_ai.request.model": place.model, "rid": rid}
+            attributes = {
+                "server.address": server.url,
+                "gen_ai.request.model": place.model,
+                "rid": rid,
+                "prefix.group": request.group,
+            }
             with span("request", attributes) as opened:
+
+                def first_token() -> None:
+                    seconds = self._since(started)
+                    opened.set({"gen_ai.server.time_to_first_token": seconds})
+                    self._outcomes.began(server, seconds)
+                    server.prefixes.add(keys)
+                    self._membership.placement.warmed(place)
+
                 completion = await server.client.complete(
                     request, place.model, rid, first_token if place.leads else None
                 )
@@ -363,6 +371,7 @@ class Fleet:
                         "gen_ai.usage.input_tokens": completion.prompt_tokens,
                         "gen_ai.usage.output_tokens": completion.completion_tokens,
                         "gen_ai.usage.cached_tokens": completion.cached_tokens,
+                        "gen_ai.usage.planned_cached_tokens": round(planned * completion.prompt_tokens),
                     }
                 )
         except (ServerError, asyncio.CancelledError) as error:

@@ -15,6 +15,7 @@ from streamsyn.fleet.shares import Priority
 from streamsyn.fleet.sharing import Servers
 from streamsyn.fleet.timings import Timings
 from streamsyn.pipeline.delivery import SampleGate, SampleStream
+from streamsyn.pipeline.stages import Queues
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
 from streamsyn.seeds.inbox import Inbox
@@ -71,6 +72,7 @@ class RunRequest:
         tracer: Takes the spans of the run; None exports them if `run.traces` is set.
         weight: The run's part of these servers relative to the other runs; above 0.
         priority: Multiplies the weight by 1/8, 1 or 8.
+        repeats_seeds: Read the seeds again and again until the run is stopped; see `SeedReader`.
     """
 
     config: Config
@@ -98,6 +100,7 @@ class RunRequest:
     tracer: Tracer | None = None
     weight: float = 1.0
     priority: Priority = "normal"
+    repeats_seeds: bool = False
 
 
 @dataclass(slots=True)
@@ -117,6 +120,7 @@ class RunSummary:
             before it is open.
         servers: Returns the metrics of each server.
         timings: How long requests took.
+        queues: Returns how full the queues are; None before the run has begun.
         progress: Returns the present progress; empty before the run has begun. Call it in the event loop of
             the run.
         recipe: What was asked for, to compare with.
@@ -134,6 +138,7 @@ class RunSummary:
     in_log: Callable[[], dict[str, int]] = dict
     servers: Callable[[], list[dict[str, Any]]] = list
     timings: Timings = field(default_factory=Timings)
+    queues: Callable[[], Queues | None] = lambda: None
     progress: Callable[[], dict[str, Any]] = dict
     recipe: RecipeSection | None = None
     notes: list[str] = field(default_factory=list)

@@ -175,6 +175,8 @@ async def _run(parts: Parts) -> None:
                     training=lambda: "" if supervisor is None else supervisor.last_line,
                 )
                 parts.summary.progress = progress.figures
+                pipeline = stopper.pipeline
+                parts.summary.queues = lambda: pipeline.queues
                 async with reporting(progress, show=parts.request.show_progress):
                     await stopper.pipeline.run()  # raises StoppedEarly when it leaves work to a later run
             finally:
@@ -216,6 +218,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         takes_documents=recipe.takes_documents,
         ids=request.out / "index" / "ids.sqlite",
         inbox=request.inbox,
+        repeats=request.repeats_seeds,
     )
     if not (reader.has_sources or request.retry):
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")

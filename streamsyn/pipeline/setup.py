@@ -30,6 +30,7 @@ from streamsyn.recipes.unused_text import UnusedText
 from streamsyn.records import Reject, RejectReason
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
+from streamsyn.sink.journal import Journal
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory, read_run_json
 from streamsyn.sink.writer import OutcomeWriter
@@ -117,7 +118,7 @@ async def _open_writing(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleet]:
     request = parts.request
     shared = request.servers
     opening = (
-        _own_fleet(request, stopper)
+        own_fleet(request, stopper)
         if shared is None
         else shared.fleet(await _with_its_model(request), request.weight, request.priority)
     )
@@ -138,7 +139,7 @@ async def _with_its_model(request: RunRequest) -> FleetSection:
 
 
 @asynccontextmanager
-async def _own_fleet(request: RunRequest, stopper: Stopper) -> AsyncIterator[Fleet]:
+async def own_fleet(request: RunRequest, stopper: Stopper) -> AsyncIterator[Fleet]:
     """A fleet of this run alone."""
     async with _servers(request) as servers:
         section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
@@ -253,10 +254,31 @@ def make_producer(parts: Parts, claims: Claims) -> Producer:
 
 
 def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:
-    """The workers: slightly more than the fleets have places for."""
+    """The workers of a run."""
+    return worker_pool(parts.request, parts.recipe, fleets, stopper, parts.summary, parts.log.journal)
+
+
+def worker_pool(
+    request: RunRequest,
+    recipe: Recipe,
+    fleets: Fleets,
+    stopper: Stopper,
+    summary: RunSummary,
+    journal: Journal | None,
+) -> WorkerPool:
+    """Workers: slightly more than the fleets have places for.
+
+    Args:
+        request: What is to be run.
+        recipe: Its recipe.
+        fleets: The servers to ask.
+        stopper: Stops the run when there are too many rejects.
+        summary: Notes that.
+        journal: Keeps finished steps of drafts; None without a log.
+    """
     draining = asyncio.Event()
     examiner = None if fleets.examination is None else fleets.examination.examiner
-    each, thinking = fleets.all(), Thinking(parts.request.config.recipe)
+    each, thinking = fleets.all(), Thinking(request.config.recipe)
 
     def drain() -> None:
         draining.set()
@@ -273,12 +295,12 @@ def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:
             fleet.tail(left, of)
 
     pool = WorkerPool(
-        lambda: Worker(parts.recipe, fleets.writing, parts.log.journal, draining.is_set, examiner, thinking),
+        lambda: Worker(recipe, fleets.writing, journal, draining.is_set, examiner, thinking),
         size=size,
-        max_consecutive_bugs=parts.request.config.run.max_consecutive_bugs,
+        max_consecutive_bugs=request.config.run.max_consecutive_bugs,
         on_drain=drain,
         on_idle=tail,
-        limits=_reject_limits(parts, stopper),
+        limits=_reject_limits(request, summary, stopper),
         shrinks=fleets.writing.is_shared,
     )
     for fleet in each:
@@ -286,9 +308,9 @@ def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:
     return pool
 
 
-def _reject_limits(parts: Parts, stopper: Stopper) -> RejectLimits:
+def _reject_limits(request: RunRequest, summary: RunSummary, stopper: Stopper) -> RejectLimits:
     def stop(why: str, at_once: bool) -> None:
-        parts.summary.too_many_rejects = True
+        summary.too_many_rejects = True
         if at_once:
             stopper.cancel(why)
         else:
@@ -298,7 +320,7 @@ def _reject_limits(parts: Parts, stopper: Stopper) -> RejectLimits:
         key = GOVERNED_BY.get(RejectReason(reject.reason))
         return f"see {key}" if key else "see the log"
 
-    return RejectLimits(parts.request.config.run.max_reject_fraction, stop, advice, parts.counters)
+    return RejectLimits(request.config.run.max_reject_fraction, stop, advice, summary.counters)
 
 
 def make_sink(parts: Parts, fleets: Fleets) -> OutcomeWriter:

@@ -2,27 +2,55 @@
 
 import asyncio
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.errors import ConfigError, StoppedEarly
-from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.workers import WorkerPool
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.records import Context, Outcome, Work
-from streamsyn.sink.writer import OutcomeWriter
 
 log = structlog.get_logger()
+
+
+class ProducerStage(Protocol):
+    """The stage that puts drafts on the work queue."""
+
+    async def run(self, work: BoundedQueue[Work], /) -> None:
+        """Put all drafts on the queue."""
+        ...
+
+
+class SinkStage(Protocol):
+    """The stage that takes outcomes, and calls `results.done()` for each one that needs no room any more."""
+
+    async def run(self, results: Backlog[Outcome], durable: BoundedQueue[tuple[int, Context]], /) -> None:
+        """Take outcomes until `results` ends."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """How full the queues between the stages are.
+
+    Attributes:
+        work: Drafts on the work queue, and its bound.
+        results: Outcomes that wait for the disk or for assembly, and the number at which no draft is begun.
+    """
+
+    work: tuple[int, int]
+    results: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
     """The stages of a run, in the order of the flow."""
 
-    producer: Producer
+    producer: ProducerStage
     workers: WorkerPool
-    sink: OutcomeWriter
+    sink: SinkStage
     assembly: AssemblyStage | NoAssembly
 
 
@@ -96,6 +124,12 @@ class Pipeline:
             or given_up  # drafts in flight
             or self._is_cancelled  # at least samples that assembly did not make
         )
+
+    @property
+    def queues(self) -> Queues:
+        """How full the queues are now."""
+        work, results = self._work, self._results
+        return Queues((len(work), work.maxsize), (results.not_done, results.maxsize))
 
     @property
     def drain_ends_in_s(self) -> float | None:

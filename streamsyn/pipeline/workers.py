@@ -137,7 +137,14 @@ class Worker:
         with span("draft", attributes) as opened:
             outcome = await self._outcome(item)
             reason = {"reject.reason": str(outcome.reason)} if isinstance(outcome, Reject) else {}
-            opened.set({"outcome.kind": type(outcome).__name__.lower(), **reason})
+            opened.set(
+                {
+                    "outcome.kind": type(outcome).__name__.lower(),
+                    "outcome.completion_tokens": getattr(outcome, "completion_tokens", 0),
+                    "outcome.wasted_tokens": outcome.wasted_tokens,
+                    **reason,
+                }
+            )
         return outcome
 
     async def _outcome(self, item: Work) -> Outcome:
@@ -193,9 +200,10 @@ class Worker:
         journal = self._journal
         if journal is None:
             return False
-        return await asyncio.to_thread(
-            lambda: journal.add(draft.key, number, request_digest(asked), answer, tries)
-        )
+        with span("journal", {"step.number": number}):
+            return await asyncio.to_thread(
+                lambda: journal.add(draft.key, number, request_digest(asked), answer, tries)
+            )
 
     def _context(self, draft: Draft, document: Document) -> Context:
         seed, steps = draft.seed, document.steps

@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,8 @@ from streamsyn.seeds.id_owners import IdOwners
 from streamsyn.seeds.inbox import Inbox, InboxSource
 from streamsyn.seeds.stdin import SeedSpool, StdinSource
 
+REPEATED: Final = "~again-"
+"""What comes before the number of a repeat in the id of a seed that is read again."""
 _CHECKED_FILES: Final = 1000
 """Files whose beginnings are looked at before the first is read, so that one that is wrong costs nothing."""
 
@@ -34,6 +37,8 @@ class SeedReader:
         ids: The SQLite file with the owners of ids; None changes no id (`preview`).
         inbox: Takes seeds while the run goes on; its end is that of the run's seeds. None reads what was
             submitted to earlier runs.
+        repeats: Read the sources again whenever they end, for a benchmark: the ids of the seeds then end in
+            `REPEATED` and the number of the repeat. Invalid lines come once.
 
     Raises:
         ConfigError: A source does not exist, or is of no known format or wrong as a whole.
@@ -48,8 +53,10 @@ class SeedReader:
         takes_documents: bool = False,
         ids: Path | None = None,
         inbox: Inbox | None = None,
+        repeats: bool = False,
     ) -> None:
         self._seeds = seeds
+        self._repeats = repeats
         self._documents = takes_documents
         self._random = random.Random(run_seed)
         self._spool = SeedSpool(spool_folder) if spool_folder is not None else None
@@ -96,14 +103,27 @@ class SeedReader:
     def _batches(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
         if self._spool is not None:
             yield from map(self._owned, self._spool.replay())
+        yield from self._of_sources(is_known)
+        number = 0
+        while self._repeats:
+            number += 1
+            has_seeds = False
+            for batch in self._of_sources(is_known):
+                again: list[Entry] = [_repeated(entry, number) for entry in batch if isinstance(entry, Seed)]
+                has_seeds = has_seeds or bool(again)
+                yield again
+            if not has_seeds:
+                return
+        if self._submitted is not None:
+            yield from map(self._owned, self._submitted.batches())
+
+    def _of_sources(self, is_known: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
         streams = [(weight, self._stream(parts, is_known)) for weight, parts in self._sources]
         if self._seeds.interleave and len(streams) > 1:
             yield from _interleaved(streams, self._random)
         else:
             for _, stream in streams:
                 yield from stream
-        if self._submitted is not None:
-            yield from map(self._owned, self._submitted.batches())
 
     def fraction(self) -> float | None:
         """The share of all sources that has been read, 0..1; None if the size of one is not known."""
@@ -166,6 +186,10 @@ class SeedReader:
 
     def _owned(self, batch: list[Entry]) -> list[Entry]:
         return batch if self._owners is None else self._owners.own(batch, self._is_taken)
+
+
+def _repeated(seed: Seed, number: int) -> Seed:
+    return replace(seed, id=f"{seed.id}{REPEATED}{number}")
 
 
 def _interleaved(

@@ -6,6 +6,7 @@ go to assembly. A slow disk or assembly makes workers wait before they begin a d
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ class OutcomeWriter:
         async for outcome in results:
             await asyncio.sleep(_GATHER_S)
             batch = [outcome, *results.get_nowait(_MAX_BATCH - 1)]
-            written = await _in_thread(self._writing, partial(self._log.append, batch))
+            written = await self._in_thread(self._writing, partial(self._log.append, batch))
             self._rows += len(written)
             self._written += written
             self._sync_soon.set()
@@ -103,7 +104,7 @@ class OutcomeWriter:
                 self._sync_soon.clear()
                 self._sync_now.clear()
             self._syncing = self._rows
-            await _in_thread(self._disk, self._log.sync)
+            await self._in_thread(self._disk, self._log.sync)
             self._synced = self._syncing
             self._have_synced.set()
 
@@ -128,6 +129,9 @@ class OutcomeWriter:
         self._sync_now.set()
         self._have_synced.set()
 
-
-async def _in_thread(thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(thread, call)
+    async def _in_thread(self, thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, call)
+        finally:
+            self._counters.disk_s += time.perf_counter() - began
