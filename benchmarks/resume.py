@@ -15,7 +15,7 @@ import orjson
 
 from benchmarks.common import Simulator, run_measured, seeds_file
 from streamsyn.config.sections import FieldsSection, SinkSection
-from streamsyn.io.lines import Line
+from streamsyn.io.rows import Line
 from streamsyn.records import Context, Seed
 from streamsyn.seeds.parse import SeedParser
 from streamsyn.sink.log import RunLog

@@ -23,7 +23,7 @@ from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.io.paths import TEXT_KINDS, find_rows, is_text_file
 from streamsyn.io.row_reader import decode_all
-from streamsyn.io.row_types import ReadOptions
+from streamsyn.io.rows import ReadOptions
 from streamsyn.io.text import read_text
 from streamsyn.words import word_count, word_starts
 

@@ -11,7 +11,7 @@ import orjson
 
 from streamsyn.io.durable import disk_errors
 from streamsyn.io.json_rows import decode_json, decode_row
-from streamsyn.io.lines import Line, split_lines
+from streamsyn.io.rows import Line, split_lines
 from streamsyn.plain_text import message, short_repr
 from streamsyn.seeds.inbox import Inbox
 from streamsyn.seeds.request_lines import BadRequestLine, RequestLine, read_request

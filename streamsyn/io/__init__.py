@@ -8,12 +8,11 @@ Reading rows, for seeds, a corpus, evaluation sets and files to train on:
     places         a local path, a file behind a URL, a dataset on the hub
     decompression  the bytes of a file in bounded chunks, decompressed as its content says
     content        what the beginning of a file says: its layout, or why it cannot be read
-    lines          lines with their numbers, in bounded memory
+    rows           a line, a row of a table, their places; the interface of the readers
     text           text in UTF-8, in pieces
     json_rows      rows of JSON: lines, an array, a document
     delimited      rows of CSV and TSV
     tables         rows of Parquet, of saved datasets, of datasets on the hub
-    row_types      what these readers have in common
     row_reader     picks the reader of a place
 
 A new compression is added in `decompression`; a new format in `paths` (its suffixes) and in `row_reader`.

@@ -7,7 +7,7 @@ from typing import Final
 
 import orjson
 
-from streamsyn.io.lines import BOM
+from streamsyn.io.rows import BOM
 
 HEAD_BYTES: Final = 64 * 1024
 """Bytes of a file that are looked at."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from streamsyn.io.places import RemoteFile
-from streamsyn.io.row_types import Batch, ReadOptions, TableRow
+from streamsyn.io.rows import Batch, ReadOptions, TableRow
 from streamsyn.io.text import read_text
 
 _MAX_FIELD_CHARS: Final = 2**31 - 1

@@ -13,9 +13,8 @@ import orjson
 
 from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
 from streamsyn.io.decompression import READ_ERRORS, file_chunks
-from streamsyn.io.lines import split_lines
 from streamsyn.io.places import RemoteFile
-from streamsyn.io.row_types import Batch, ReadOptions, TableRow, is_blank
+from streamsyn.io.rows import Batch, ReadOptions, TableRow, is_blank, split_lines
 
 _SHAPE: Final = bytes.maketrans(b"123456789E", b"000000000e")
 _INEXACT: Final = (b"0" * 19, b"0e000", b"0e+000")

@@ -14,7 +14,7 @@ from streamsyn.io.delimited import DelimitedReader
 from streamsyn.io.json_rows import JsonReader, decode_json
 from streamsyn.io.paths import Kind, kind_of
 from streamsyn.io.places import HubDataset, Place, RemoteSaved
-from streamsyn.io.row_types import ReadOptions, RowReader, TableRow, is_blank
+from streamsyn.io.rows import ReadOptions, RowReader, TableRow, is_blank
 from streamsyn.io.tables import HubReader, ParquetReader, SavedDatasetReader
 
 

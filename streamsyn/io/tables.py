@@ -8,7 +8,7 @@ from typing import Any, Final
 from streamsyn.io.content import problem_of
 from streamsyn.io.places import HubDataset, RemoteFile, RemoteSaved, opened
 from streamsyn.io.remote import reason
-from streamsyn.io.row_types import Batch, ReadOptions, TableRow
+from streamsyn.io.rows import Batch, ReadOptions, TableRow
 
 _TABLE_ERRORS: Final = (OSError, ValueError, LookupError, TypeError)
 """What pyarrow (beside its ArrowException) and `datasets` raise for what they cannot read."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from streamsyn.io.content import HEAD_BYTES, encoding_hint, is_utf8, problem_of
 from streamsyn.io.decompression import READ_ERRORS, file_chunks
 from streamsyn.io.places import RemoteFile
-from streamsyn.io.row_types import ReadOptions
+from streamsyn.io.rows import ReadOptions
 
 
 def read_text(

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from streamsyn.config.sections import SeedsSection
-from streamsyn.io.lines import Line
 from streamsyn.io.places import Place, RemoteFile
 from streamsyn.io.row_reader import open_rows
-from streamsyn.io.row_types import BATCH_ROWS, RawRow, ReadOptions
+from streamsyn.io.rows import BATCH_ROWS, Line, RawRow, ReadOptions
 from streamsyn.records import Entry
 from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.parse import SeedParser

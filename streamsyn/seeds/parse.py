@@ -12,8 +12,7 @@ from streamsyn.config.data_paths import is_url
 from streamsyn.config.sections import FieldsSection, SeedFormat
 from streamsyn.io.content import encoding_hint
 from streamsyn.io.json_rows import decode_row
-from streamsyn.io.lines import Line
-from streamsyn.io.row_types import TableRow
+from streamsyn.io.rows import Line, TableRow
 from streamsyn.records import ANSWERS, BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.forms import FormsSeen, PairReader
 from streamsyn.seeds.metadata import storable_fields, text_of

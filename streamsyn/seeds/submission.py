@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 import orjson
 
 from streamsyn.errors import KeyReused
-from streamsyn.io.lines import Line, LineSplitter
+from streamsyn.io.rows import Line, LineSplitter
 from streamsyn.records import BadSeed, Entry, RejectReason, digest
 from streamsyn.seeds.inbox_lines import NAME, StoredAnswer
 from streamsyn.seeds.parse import SeedParser

@@ -8,7 +8,7 @@ import pytest
 
 from streamsyn.errors import ConfigError
 from streamsyn.io.row_reader import decode_all, open_rows
-from streamsyn.io.row_types import ReadOptions
+from streamsyn.io.rows import ReadOptions
 
 
 def places_and_rows(path: Path, data: bytes, **options: Any) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
 from streamsyn.io.json_rows import decode_json
 from streamsyn.io.row_reader import decode_all, open_rows
-from streamsyn.io.row_types import ReadOptions, RowReader, TableRow
+from streamsyn.io.rows import ReadOptions, RowReader, TableRow
 from tests.examples import examples
 
 MIB = 2**20

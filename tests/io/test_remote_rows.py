@@ -17,7 +17,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.io.paths import find_files
 from streamsyn.io.places import HubDataset, RemoteFile
 from streamsyn.io.row_reader import decode_all, open_rows
-from streamsyn.io.row_types import ReadOptions
+from streamsyn.io.rows import ReadOptions
 
 ROWS = [{"n": n, "text": "x" * 50} for n in range(300)]
 LINES = b"".join(orjson.dumps(row) + b"\n" for row in ROWS)

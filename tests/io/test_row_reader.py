@@ -19,9 +19,8 @@ import pytest
 import zstandard
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.lines import Line
 from streamsyn.io.row_reader import decode_all, open_rows
-from streamsyn.io.row_types import ReadOptions, TableRow, is_blank
+from streamsyn.io.rows import Line, ReadOptions, TableRow, is_blank
 from streamsyn.io.text import read_text
 
 MIB = 2**20

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from streamsyn.config.sections import FieldsSection, SeedsSection, SourceSection
-from streamsyn.io.lines import Line
+from streamsyn.io.rows import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.parse import SeedParser
 from streamsyn.seeds.reader import SeedReader

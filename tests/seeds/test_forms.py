@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from streamsyn.config.sections import FieldsSection, SeedFormat
-from streamsyn.io.lines import Line
+from streamsyn.io.rows import Line
 from streamsyn.records import BadSeed, Entry, Seed, digest
 from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.parse import SeedParser

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn.config.sections import FieldsSection
-from streamsyn.io.lines import Line
+from streamsyn.io.rows import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.parse import SeedParser
 from tests.examples import examples

@@ -11,7 +11,7 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.io.lines import Line, LineSplitter
+from streamsyn.io.rows import Line, LineSplitter
 from streamsyn.io.spool import Spool
 from streamsyn.records import digest
 from streamsyn.sink.completed_keys import Claim, Claims

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamsyn.io.lines import BOM, Line, LineSplitter, split_lines
+from streamsyn.io.rows import BOM, Line, LineSplitter, split_lines
 
 PIECES = st.sampled_from([b"", b"\n", b"\r", b"\r\n", b"a", b"{}", b" ", BOM, b"\xff", b"x" * 30])
 STREAMS = st.lists(PIECES, max_size=30).map(b"".join) | st.binary(max_size=100)
