@@ -17,7 +17,7 @@ from streamsyn.config.serve_section import ServeSection
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_state import ENDED
 from streamsyn.daemon.runs import Runs
-from streamsyn.io.remote import reason
+from streamsyn.io.places import reason
 from streamsyn.sink.manifest import Manifest, SealedShard
 from streamsyn.sink.mirror_plan import MirrorTarget, mirrored_shards
 from streamsyn.sink.removed import remove_samples, removed_rows

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.remote import names_below, open_url, translated
+from streamsyn.io.places import names_below, open_url, translated
 
 LISTING = "export.json"
 CARD = "README.md"

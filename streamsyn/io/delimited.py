@@ -7,9 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
+from streamsyn.io.content import read_text
 from streamsyn.io.places import RemoteFile
 from streamsyn.io.rows import Batch, ReadOptions, TableRow
-from streamsyn.io.text import read_text
 
 _MAX_FIELD_CHARS: Final = 2**31 - 1
 

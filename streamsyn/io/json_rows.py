@@ -11,8 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
-from streamsyn.io.decompression import READ_ERRORS, file_chunks
+from streamsyn.io.content import HEAD_BYTES, READ_ERRORS, Layout, file_chunks, layout_of, problem_of
 from streamsyn.io.places import RemoteFile
 from streamsyn.io.rows import Batch, ReadOptions, TableRow, is_blank, split_lines
 

@@ -16,9 +16,8 @@ import structlog
 
 from streamsyn.config.data_paths import hub_name, is_url, shown_url
 from streamsyn.errors import ConfigError
-from streamsyn.io.decompression import SUFFIXES
-from streamsyn.io.places import HubDataset, Place, RemoteFile, RemoteSaved
-from streamsyn.io.remote import open_url, reason
+from streamsyn.io.content import SUFFIXES
+from streamsyn.io.places import HubDataset, Place, RemoteFile, RemoteSaved, open_url, reason
 
 log = structlog.get_logger()
 

@@ -19,7 +19,7 @@ from streamsyn.io.tables import HubReader, ParquetReader, SavedDatasetReader
 
 
 def open_rows(place: Place, options: ReadOptions) -> RowReader:
-    """The reader of a file, by its name, or of a dataset. Plain text has no rows: see `io.text`.
+    """The reader of a file, by its name, or of a dataset. Plain text has no rows: see `io.content`.
 
     Raises:
         ConfigError: The file is missing.

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamsyn.io.content import problem_of
-from streamsyn.io.places import HubDataset, RemoteFile, RemoteSaved, opened
-from streamsyn.io.remote import reason
+from streamsyn.io.places import HubDataset, RemoteFile, RemoteSaved, opened, reason
 from streamsyn.io.rows import Batch, ReadOptions, TableRow
 
 _TABLE_ERRORS: Final = (OSError, ValueError, LookupError, TypeError)

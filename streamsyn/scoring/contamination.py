@@ -18,11 +18,11 @@ import structlog
 from numpy.typing import NDArray
 
 from streamsyn.errors import ConfigError
+from streamsyn.io.content import read_text
 from streamsyn.io.paths import TEXT_KINDS, find_rows, is_text_file
 from streamsyn.io.places import Place
 from streamsyn.io.row_reader import decode_all
 from streamsyn.io.rows import ReadOptions
-from streamsyn.io.text import read_text
 from streamsyn.shingles import Hashes, split_words
 
 log = structlog.get_logger()

@@ -12,8 +12,7 @@ import orjson
 
 from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import ConfigError
-from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
-from streamsyn.io.decompression import is_compressed
+from streamsyn.io.content import HEAD_BYTES, Layout, is_compressed, layout_of, problem_of
 from streamsyn.io.rows import Line, LineSplitter
 from streamsyn.io.spool import Spool
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed

@@ -16,7 +16,7 @@ import structlog
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import ConfigError
-from streamsyn.io.remote import reason
+from streamsyn.io.places import reason
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import SealedShard
 from streamsyn.sink.mirror_plan import MirrorPlan

@@ -15,7 +15,7 @@ import structlog
 
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
-from streamsyn.io.remote import names_below, open_url
+from streamsyn.io.places import names_below, open_url
 from streamsyn.sink import shards
 from streamsyn.sink.removed import removed_rows
 from streamsyn.sink.shards import KINDS

@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 from streamsyn.errors import ConfigError
+from streamsyn.io.content import read_text
 from streamsyn.io.row_reader import decode_all, open_rows
 from streamsyn.io.rows import Line, ReadOptions, TableRow, is_blank
-from streamsyn.io.text import read_text
 
 MIB = 2**20
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
