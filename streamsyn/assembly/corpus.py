@@ -22,8 +22,7 @@ from streamsyn.assembly.window import Piece, shuffled
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.io.content import read_text
-from streamsyn.io.paths import TEXT_KINDS, find_rows, is_text_file
-from streamsyn.io.row_reader import decode_all
+from streamsyn.io.inputs import TEXT_KINDS, decode_all, find_rows, is_text_file
 from streamsyn.io.rows import ReadOptions
 from streamsyn.words import word_count, word_starts
 

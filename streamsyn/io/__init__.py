@@ -2,18 +2,16 @@
 
 Reading rows, for seeds, a corpus, evaluation sets and files to train on:
 
-    path, glob, URL, name on the hub -> paths -> places -> row_reader -> rows with their places
+    path, glob, URL, name on the hub -> inputs -> rows with their places
 
-    paths          which files and datasets a pattern names, and the format of each
+    inputs         which files and datasets a path names, the format of each, and its reader
     places         a local path, a file or folder behind a URL, a dataset on the hub
     content        what the beginning of a file says, or why it cannot be read; its bytes and its text
     rows           a line, a row of a table, their places; the interface of the readers
     json_rows      rows of JSON: lines, an array, a document
-    delimited      rows of CSV and TSV
-    tables         rows of Parquet, of saved datasets, of datasets on the hub
-    row_reader     picks the reader of a place
+    tables         rows of CSV, TSV and Parquet, of saved datasets, of datasets on the hub
 
-A new compression is added in `content`; a new format in `paths` (its suffixes) and in `row_reader`.
+A new compression is added in `content`, a new format in `inputs`.
 
 Keeping things on disk:
 

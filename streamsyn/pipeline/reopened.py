@@ -17,7 +17,7 @@ import structlog
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
 from streamsyn.io.derived import open_scratch
-from streamsyn.io.paths import find_rows
+from streamsyn.io.inputs import find_rows
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work
 from streamsyn.sink.completed_keys import row_key
 from streamsyn.sink.log import RunLog

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from streamsyn.errors import ConfigError
 from streamsyn.io.content import read_text
-from streamsyn.io.paths import TEXT_KINDS, find_rows, is_text_file
+from streamsyn.io.inputs import TEXT_KINDS, decode_all, find_rows, is_text_file
 from streamsyn.io.places import Place
-from streamsyn.io.row_reader import decode_all
 from streamsyn.io.rows import ReadOptions
 from streamsyn.shingles import Hashes, split_words
 

@@ -1,6 +1,6 @@
 """Seeds: where they come from, and how a line or a row becomes one.
 
-    files, datasets -> io.row_reader -> forms, parse -> entries, in batches -> the producer
+    files, datasets -> io.inputs -> forms, parse -> entries, in batches -> the producer
     stdin -> the spool (OUT/spool/stdin.jsonl, on disk first) ----^
     submitted -> the inbox (OUT/spool/seeds.jsonl, on disk first) ^
 

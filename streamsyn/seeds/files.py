@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from streamsyn.config.sections import SeedsSection
+from streamsyn.io.inputs import open_rows
 from streamsyn.io.places import Place, RemoteFile
-from streamsyn.io.row_reader import open_rows
 from streamsyn.io.rows import BATCH_ROWS, Line, RawRow, ReadOptions
 from streamsyn.records import Entry
 from streamsyn.seeds.forms import FormsSeen

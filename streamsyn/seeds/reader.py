@@ -10,7 +10,7 @@ from typing import Final
 from streamsyn.config.data_paths import shown_url
 from streamsyn.config.sections import SeedsSection, SourceSection
 from streamsyn.errors import ConfigError
-from streamsyn.io.paths import find_rows
+from streamsyn.io.inputs import find_rows
 from streamsyn.records import Entry, Seed
 from streamsyn.seeds.files import FileSource, SeedSource
 from streamsyn.seeds.forms import FormsSeen

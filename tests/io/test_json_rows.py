@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
+from streamsyn.io.inputs import decode_all, open_rows
 from streamsyn.io.json_rows import decode_json
-from streamsyn.io.row_reader import decode_all, open_rows
 from streamsyn.io.rows import ReadOptions, RowReader, TableRow
 from tests.examples import examples
 

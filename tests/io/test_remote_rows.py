@@ -14,9 +14,8 @@ import pytest
 
 from streamsyn.config.data_paths import HubName, absolute_path, hub_name, saved_path, shown_url
 from streamsyn.errors import ConfigError
-from streamsyn.io.paths import find_files
+from streamsyn.io.inputs import decode_all, find_files, open_rows
 from streamsyn.io.places import HubDataset, RemoteFile
-from streamsyn.io.row_reader import decode_all, open_rows
 from streamsyn.io.rows import ReadOptions
 
 ROWS = [{"n": n, "text": "x" * 50} for n in range(300)]

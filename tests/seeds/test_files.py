@@ -1,4 +1,4 @@
-"""Seeds in files of every format, with their places. For damaged files see tests/io/test_row_reader.py."""
+"""Seeds in files of every format, with their places. For damaged files see tests/io/test_row_formats.py."""
 
 import gzip
 import os

@@ -16,7 +16,7 @@ from streamsyn.config.data_paths import hub_name, is_url
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.following.daemon_client import is_run_url
-from streamsyn.io.paths import is_row_file, is_run_directory
+from streamsyn.io.inputs import is_row_file, is_run_directory
 from streamsyn.sink.shards import KINDS
 from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from streamsyn.trainer.sources.pipe import PipedSamples

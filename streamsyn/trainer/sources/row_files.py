@@ -14,10 +14,9 @@ import orjson
 import structlog
 
 from streamsyn.errors import ConfigError
+from streamsyn.io.inputs import find_rows, open_rows
 from streamsyn.io.json_rows import decode_json
-from streamsyn.io.paths import find_rows
 from streamsyn.io.places import Place
-from streamsyn.io.row_reader import open_rows
 from streamsyn.io.rows import RawRow, ReadOptions, RowReader, TableRow, is_blank
 from streamsyn.trainer.examples import Row
 from streamsyn.trainer.sources.source import path_errors

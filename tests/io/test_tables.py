@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.row_reader import decode_all, open_rows
+from streamsyn.io.inputs import decode_all, open_rows
 from streamsyn.io.rows import ReadOptions
 
 

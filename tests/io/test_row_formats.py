@@ -20,7 +20,7 @@ import zstandard
 
 from streamsyn.errors import ConfigError
 from streamsyn.io.content import read_text
-from streamsyn.io.row_reader import decode_all, open_rows
+from streamsyn.io.inputs import decode_all, open_rows
 from streamsyn.io.rows import Line, ReadOptions, TableRow, is_blank
 
 MIB = 2**20

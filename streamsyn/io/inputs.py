@@ -1,6 +1,8 @@
-"""Which files a path, a directory, a glob, a URL or a name on the hub stands for, and what format each has.
+"""What a path, a directory, a glob, a URL or a name on the hub stands for: its files, and their rows.
 
-A new format gets a `Kind` and its suffixes here, and a reader in `row_reader`.
+`find_rows` finds the files, and `open_rows` picks the reader of each by its format. JSON lines come undecoded
+(`Line`): a caller can count or skip them cheaply, and decides what a bad one means. `decode_all` is for
+callers that refuse a file with a bad row. A new format gets a `Kind`, its suffixes and its reader here.
 """
 
 import glob
@@ -12,12 +14,16 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeGuard
 
+import orjson
 import structlog
 
 from streamsyn.config.data_paths import hub_name, is_url, shown_url
 from streamsyn.errors import ConfigError
 from streamsyn.io.content import SUFFIXES
+from streamsyn.io.json_rows import JsonReader, decode_json
 from streamsyn.io.places import HubDataset, Place, RemoteFile, RemoteSaved, open_url, reason
+from streamsyn.io.rows import ReadOptions, RowReader, TableRow, is_blank
+from streamsyn.io.tables import DelimitedReader, HubReader, ParquetReader, SavedDatasetReader
 
 log = structlog.get_logger()
 
@@ -328,3 +334,49 @@ def _remote_places(
 
 def _folder(name: str) -> str:
     return name.rpartition("/")[0]
+
+
+def open_rows(place: Place, options: ReadOptions) -> RowReader:
+    """The reader of a file, by its name, or of a dataset. Plain text has no rows: see `io.content`.
+
+    Raises:
+        ConfigError: The file is missing.
+    """
+    if isinstance(place, HubDataset):
+        return HubReader(place, options)
+    if isinstance(place, RemoteSaved) or (isinstance(place, Path) and place.is_dir()):
+        return SavedDatasetReader(place, options)
+    match kind_of(place):
+        case Kind.PARQUET:
+            return ParquetReader(place, options)
+        case Kind.CSV:
+            return DelimitedReader(place, options, None)
+        case Kind.TSV:
+            return DelimitedReader(place, options, "\t")
+        case _:
+            return JsonReader(place, options)
+
+
+def decode_all(place: Place, options: ReadOptions) -> Iterator[tuple[str, Any]]:
+    """Every row of a file or dataset decoded, with its place as `file:number`.
+
+    Raises:
+        ConfigError: A row is longer than the limit or cannot be decoded, or the file cannot be read.
+    """
+    for batch in open_rows(place, options).batches():
+        for row in batch.rows:
+            if is_blank(row):
+                continue
+            where = f"{batch.source}:{row.number}"
+            if isinstance(row, TableRow):
+                for error in (row.error, *row.unreadable.values()):
+                    if isinstance(error, UnicodeDecodeError) or row.error is not None:
+                        raise options.error(where, f"cannot be read: {error}")
+                yield where, row.value
+                continue
+            if row.text is None:
+                raise options.error(where, f"is longer than {options.max_line_bytes} bytes")
+            try:
+                yield where, decode_json(row.text)
+            except orjson.JSONDecodeError as error:
+                raise options.error(where, f"is not valid JSON: {error}") from error

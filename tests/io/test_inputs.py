@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.io.paths import TEXT_KINDS, find_files, find_rows, is_row_file
+from streamsyn.io.inputs import TEXT_KINDS, find_files, find_rows, is_row_file
 
 pytestmark = pytest.mark.timeout(20)
 
