@@ -31,7 +31,7 @@ from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import open_webhooks
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
-from streamsyn.io.open_files import free_files, raise_limit
+from streamsyn.io.process_files import free_files, raise_limit
 from streamsyn.pipeline.setup import traces_exported
 
 _RETRY_AFTER_S: Final = "30"

@@ -27,7 +27,7 @@ from streamsyn.daemon.http_app import CONNECTIONS, make_http_app
 from streamsyn.daemon.reloading import reload
 from streamsyn.daemon.systemd import Systemd
 from streamsyn.errors import ConfigError, root_cause
-from streamsyn.io.open_files import raise_limit
+from streamsyn.io.process_files import raise_limit
 
 log = structlog.get_logger()
 

@@ -11,7 +11,7 @@ from streamsyn.export.formats import ShardWriter, save_states
 from streamsyn.export.log_reader import LogReader, open_log
 from streamsyn.export.splits import Layout, Splits
 from streamsyn.export.target import Target
-from streamsyn.io.temporary import temporary_files_near
+from streamsyn.io.process_files import temporary_files_near
 
 _PROGRESS_INTERVAL_S = 5.0
 

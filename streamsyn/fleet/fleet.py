@@ -37,7 +37,7 @@ from streamsyn.fleet.server import Place, Server, Usage
 from streamsyn.fleet.shares import Share, Shares
 from streamsyn.fleet.timings import Timings
 from streamsyn.fleet.try_outcomes import TryOutcomes
-from streamsyn.io.open_files import within_sockets
+from streamsyn.io.process_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
 from streamsyn.traces import span
 

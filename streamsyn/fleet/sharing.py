@@ -30,7 +30,7 @@ from streamsyn.fleet.models import shared_models
 from streamsyn.fleet.server_spec import ServerSpec, base_and_query, headers_of
 from streamsyn.fleet.shares import Priority, Shares
 from streamsyn.fleet.timings import Timings
-from streamsyn.io.open_files import within_sockets
+from streamsyn.io.process_files import within_sockets
 from streamsyn.urls import split_userinfo
 
 log = structlog.get_logger()

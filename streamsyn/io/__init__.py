@@ -18,4 +18,5 @@ Keeping things on disk:
     durable        files and folders that survive a loss of power
     spool          what was read from a pipe, on disk before it is acted on
     derived        SQLite files that can be made again when they are damaged
+    process_files  the limit of open files, and the folder for temporary ones
 """

@@ -19,7 +19,7 @@ from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.fleet.server_spec import server_specs
-from streamsyn.io.temporary import temporary_files_near
+from streamsyn.io.process_files import temporary_files_near
 from streamsyn.pipeline.preflight import preflight
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.reopened import may_change

@@ -16,7 +16,7 @@ from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, FleetSection, ServerSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
-from streamsyn.io.open_files import free_files, raise_limit
+from streamsyn.io.process_files import free_files, raise_limit
 from streamsyn.pipeline.delivery import SampleDelivery
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.reject_limits import RejectLimits

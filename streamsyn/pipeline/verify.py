@@ -24,8 +24,8 @@ from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.derived import open_scratch
 from streamsyn.io.durable import write_whole
+from streamsyn.io.process_files import temporary_files_near
 from streamsyn.io.spool import never_synced
-from streamsyn.io.temporary import temporary_files_near
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import row_key
 from streamsyn.sink.log import RunLog, encode_row

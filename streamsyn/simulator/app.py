@@ -14,7 +14,7 @@ from typing import Final
 from aiohttp import web
 
 from streamsyn.errors import ConfigError, root_cause
-from streamsyn.io.open_files import raise_limit
+from streamsyn.io.process_files import raise_limit
 from streamsyn.simulator.protocol import RawRequest, Reply
 from streamsyn.simulator.routes import Routes
 from streamsyn.simulator.settings import Script, SimulatorConfig

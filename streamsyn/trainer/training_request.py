@@ -13,7 +13,7 @@ from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import base_url
 from streamsyn.io.inputs import find_files
-from streamsyn.io.temporary import temporary_files_near
+from streamsyn.io.process_files import temporary_files_near
 from streamsyn.trainer.outdir import check_replaceable, check_shaping, recorded_sections
 from streamsyn.trainer.sources.locate import folder_of_a_run, is_read_with, is_run, real_path
 from streamsyn.trainer.sources.source import path_errors

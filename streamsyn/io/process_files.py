@@ -1,10 +1,14 @@
-"""The limit of open files of this process, which each connection to a server counts against."""
+"""What the system gives this process: how many files it may open, and a folder for its temporary files."""
 
+import os
 import resource
+import tempfile
+from pathlib import Path
 
 import structlog
 
 from streamsyn.config.sections import FleetSection
+from streamsyn.errors import ConfigError
 
 log = structlog.get_logger()
 
@@ -47,3 +51,27 @@ def within_sockets(max_sockets: int, section: FleetSection, servers: int) -> Fle
         f"flight per server instead of {wanted}; raise it with `ulimit -n`",
     )
     return section.model_copy(update={"max_in_flight": most})
+
+
+def temporary_files_near(output: Path) -> None:
+    """Have this process make temporary files beside its output if the system has no folder for them.
+
+    Libraries need them as well, and the processes started from here.
+
+    Args:
+        output: A file or folder that is written to; it need not exist yet.
+
+    Raises:
+        ConfigError: Nothing can be written there either.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        output = output.absolute()
+        folder = next(one for one in (output, *output.parents) if one.is_dir())
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(
+                f"there is no place for temporary files, and {folder} cannot be written either; "
+                "set TMPDIR to a directory that can be"
+            ) from error
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
