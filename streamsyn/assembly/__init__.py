@@ -3,7 +3,8 @@
 In reading order:
 
 - `stage`: assembly as a stage of the pipeline; delivers each sample once, and catches up after a restart.
-- `assembler`: one sample for each context, as a pure function of the log, the configuration and `run.seed`.
+- `assembler`: one sample for each context, as a pure function of the log, the configuration and `run.seed`;
+  and the prompts, tokenizer and corpus of a configuration, loaded once.
 - `window`: the recent contexts that distractors are drawn from, and the contexts that wait for distractors.
 - `distractors`: which candidates become distractors, and when a sample has enough.
 - `corpus`: passages of other documents as distractors.
@@ -11,5 +12,4 @@ In reading order:
 - `token_counter`: the length of a sample; exact with a tokenizer, and cheap, as each passage is encoded once.
 - `pre_tokenizer`: where the encoding of a text can be split safely.
 - `chat_tokenizer`: the tokenizer and chat template of the model to be tuned.
-- `resources`: prompts, tokenizer and corpus of a configuration, loaded once.
 """

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 import pyarrow
 
-from streamsyn.assembly.assembler import Assembler
-from streamsyn.assembly.resources import AssemblyResources, with_templates
+from streamsyn.assembly.assembler import Assembler, AssemblyResources, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.assembly.assembler import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.background import in_threads
 from streamsyn.config.fingerprint import fingerprint

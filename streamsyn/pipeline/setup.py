@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.assembly.assembler import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config

@@ -10,7 +10,7 @@ import orjson
 import pyarrow.parquet
 import zstandard
 
-from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.assembly.assembler import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.assembly.assembler import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config

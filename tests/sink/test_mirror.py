@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.assembly.assembler import AssemblyResources
 from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.assembly.window import Passage
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
