@@ -5,11 +5,10 @@
 In reading order:
     recipe            the interface, and `BaseRecipe` for a recipe of your own
     registry          from `recipe.use` to a recipe, built-in or as `module:name`
-    context           one document per draft, in one request
+    context           one document per draft, in one request; the conversation is shared with:
     instruction       seeds are documents; the LLM writes question and answer
     sections_recipe   a long document, written section by section
     manuscript        its state: length, places of facts, conversation
-    single_request    the conversation of `context` and `instruction`: tries and continuations
     prompt            a template as the first messages, with keys of shared prefixes
     parsing           documents, sections, headings and question-answer pairs in answers
     checks            the checks of a text and their reject reasons

@@ -1,16 +1,20 @@
-"""The recipe `context`: one document per draft, from which the seed's answer follows.
+"""The recipe `context`, and the conversation that it shares with `instruction`: one request per draft.
 
-Source: "Generalizing From Short to Long: Effective Data Synthesis for Long-Context Instruction
-Tuning", arXiv 2502.15592, section 3.
+The request is tried again on failure, and its answer continued when it was cut. Source: "Generalizing From
+Short to Long: Effective Data Synthesis for Long-Context Instruction Tuning", arXiv 2502.15592, section 3.
 """
 
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, TypeAlias
+
 from streamsyn.config.sections import ChecksSection, RecipeSection
-from streamsyn.recipes.checks import Checks, Failure
+from streamsyn.errors import ConfigError
+from streamsyn.recipes.checks import Checks, Failure, thinking_failure
 from streamsyn.recipes.parsing import document_text
-from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
-from streamsyn.recipes.recipe import Steps
-from streamsyn.recipes.single_request import SingleRequest, joined
-from streamsyn.records import Completion, Document, Draft, Request, Seed
+from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, first_messages, group_of, seed_group
+from streamsyn.recipes.recipe import RejectedDraft, Steps, sampling_of
+from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 
 
 class ContextRecipe:
@@ -69,3 +73,120 @@ class ContextRecipe:
             "metadata": seed.metadata,
         }
         return self._single.open(seed, variables)
+
+
+Judge: TypeAlias = Callable[[list[Completion]], Document | Failure]
+"""Makes a Document of an answer and its continuations, or tells why it fails."""
+
+
+class SingleRequest:
+    """Renders the prompt of a seed and asks for an answer that passes the checks.
+
+    Args:
+        recipe: The section of the configuration.
+        name: Name of the packaged prompt.
+        example: The variables of its template, with values for a trial rendering.
+
+    Raises:
+        ConfigError: A template is invalid.
+    """
+
+    def __init__(self, recipe: RecipeSection, name: str, example: dict[str, Any]) -> None:
+        self._recipe = recipe
+        self._prompt = _prompt(recipe.template, name, example)
+        self._prompts = {
+            task: _prompt(section.template, name, example)
+            for task, section in recipe.tasks.items()
+            if section.template is not None
+        }
+        self._sampling = sampling_of(recipe)
+
+    def prompt_of(self, seed: Seed) -> Prompt:
+        """Return the prompt for the task of a seed."""
+        return self._prompts.get(seed.task, self._prompt)
+
+    def open(self, seed: Seed, variables: dict[str, Any]) -> Opening:
+        """Return the first messages for a seed, rendered with `variables`."""
+        prompt = self.prompt_of(seed)
+        blocks = prompt.blocks(variables)
+        own = blocks.get("user") or prompt.whole(variables)
+        return first_messages(blocks.get("system", ""), blocks.get("group", ""), own)
+
+    def request(self, opening: Opening, seed: Seed, *, drafts_alike: bool) -> Request:
+        """Return the request of each try; `drafts_alike` if all drafts of the seed send the same messages."""
+        group, prefixes = opening.group, opening.prefixes_of_drafts if drafts_alike else opening.prefixes
+        if drafts_alike or self._recipe.on_truncated == "continue":
+            group = group or seed_group(seed)
+        return Request(opening.messages, self._sampling, group, prefixes)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return a digest of the prompt, since the packaged one may change between versions."""
+        return {"recipe.prompt": self._prompt.digest}
+
+    def ask(
+        self, request: Request, judge: Judge, is_enough: Callable[[str], bool] = lambda _: False
+    ) -> Steps:
+        """Ask up to `recipe.tries` times, until `judge` returns a document.
+
+        Args:
+            request: The request to send.
+            judge: Makes a document of an answer and its continuations, or returns a Failure.
+            is_enough: Whether the text of a cut answer needs no continuation.
+
+        Raises:
+            RejectedDraft: All tries failed, or the model was still thinking when its answer was cut.
+        """
+        failure: Failure | None = None
+        for _ in range(self._recipe.tries):
+            completions = yield from self._answer(request, is_enough)
+            thinking = thinking_failure(completions[0], self._recipe)
+            if thinking is not None and thinking.reason is RejectReason.STILL_THINKING:
+                # A new thought would be about as long, and costs the most that an answer can.
+                raise RejectedDraft(thinking.reason, thinking.detail)
+            made = thinking or judge(completions)
+            if isinstance(made, Document):
+                return made
+            failure = made
+        assert failure is not None, "recipe.tries is at least one"
+        raise RejectedDraft(failure.reason, f"{failure.detail} (the last of {self._recipe.tries} tries)")
+
+    def cut_failure(self, last: Completion) -> Failure | None:
+        """Return a Failure if the answer was cut and `recipe.on_truncated` is `reject`."""
+        if last.finish_reason != "length" or self._recipe.on_truncated != "reject":
+            return None
+        return Failure(RejectReason.TRUNCATED, f"cut at {last.completion_tokens} tokens")
+
+    def _answer(
+        self, request: Request, is_enough: Callable[[str], bool]
+    ) -> Generator[Request, Completion, list[Completion]]:
+        """Return one answer and its continuations, if `recipe.on_truncated` asks for them."""
+        completions = [(yield request)]
+        if self._recipe.on_truncated != "continue":
+            return completions
+        sampling = {**self._sampling, "continue_final_message": True}
+        for _ in range(self._recipe.max_continuations):
+            text = joined(completions)
+            if completions[-1].finish_reason != "length" or not text.strip() or is_enough(text):
+                break
+            # With its thought: the prompt may end with the mark that opens it.
+            messages = [*request.messages, {"role": "assistant", "content": completions[0].thought + text}]
+            more = yield Request(messages, sampling, request.group, request.prefixes)
+            if more.is_only_thought:
+                break
+            completions.append(more)
+        return completions
+
+
+def joined(completions: list[Completion]) -> str:
+    """Return the text of an answer and its continuations."""
+    return "".join(completion.text for completion in completions)
+
+
+def _prompt(path: Path | None, name: str, example: dict[str, Any]) -> Prompt:
+    prompt = Prompt(path, name, example)
+    if prompt.block_names and "user" not in prompt.block_names:
+        found = ", ".join(sorted(prompt.block_names))
+        raise ConfigError(f"template {path}: the block `user` is missing; its blocks are {found}")
+    if "answer" in example:
+        prompt.check_depends_on("answer")
+    return prompt

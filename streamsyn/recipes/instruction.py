@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.recipes.checks import Checks, Failure, normalised
+from streamsyn.recipes.context import SingleRequest, joined
 from streamsyn.recipes.parsing import Pair, document_text, first_pair
 from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
 from streamsyn.recipes.recipe import RejectedDraft, Steps
-from streamsyn.recipes.single_request import SingleRequest, joined
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed, digest
 from streamsyn.words import word_count, word_starts
 
