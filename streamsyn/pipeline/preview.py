@@ -6,9 +6,9 @@ from itertools import islice
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.thinking import Thinking
+from streamsyn.recipes.prompt import unused_text
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
-from streamsyn.recipes.unused_text import unused_text
 from streamsyn.records import BadSeed, Draft, RejectReason, Request, Seed
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.words import word_count

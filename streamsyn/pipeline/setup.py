@@ -25,8 +25,8 @@ from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.pipeline.summary import GOVERNED_BY
 from streamsyn.pipeline.workers import Worker, WorkerPool
+from streamsyn.recipes.prompt import UnusedText
 from streamsyn.recipes.recipe import Recipe
-from streamsyn.recipes.unused_text import UnusedText
 from streamsyn.records import Reject, RejectReason
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims

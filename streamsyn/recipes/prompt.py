@@ -1,19 +1,25 @@
-"""Render a template into the first messages of a conversation, with keys of the prefixes that requests share.
+"""A template as the first messages of a conversation, with keys of the prefixes that requests share.
 
 Shared text comes first: the system message of a task, then the text of a group of seeds, then the seed's own
-text. So servers find shared text in their prefix caches.
+text. So servers find shared text in their prefix caches. Text of seeds that no part of a prompt uses is
+pointed out, as half of a question may be in it.
 """
 
 from collections.abc import Callable, Collection
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import structlog
 
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.checks import normalised
-from streamsyn.records import Seed, digest
+from streamsyn.recipes.recipe import Recipe
+from streamsyn.records import Draft, Request, Seed, digest
 from streamsyn.templates import PromptTemplate, packaged, read
+from streamsyn.words import word_count
 
 
 class _AnyMetadata(dict[str, str]):
@@ -156,3 +162,57 @@ def _check_blocks(name: str, found: frozenset[str], blocks: Collection[str]) -> 
         known = ", ".join(sorted(blocks))
         problem = f"unknown block {min(found - set(blocks))!r}" if found else "no blocks"
         raise ConfigError(f"template {name}: {problem}; this recipe has the blocks {known}")
+
+
+log = structlog.get_logger()
+
+_UNUSED_WORDS: Final = 4
+"""Words of a text that may be a part of a question; labels and names are shorter."""
+_SEEDS_LOOKED_AT: Final = 100
+"""Seeds that are looked at."""
+
+
+def unused_text(seed: Seed, request: Request) -> list[str]:
+    """The names of the fields with text that is not in the request.
+
+    Args:
+        seed: The seed.
+        request: The first request for it.
+    """
+    prompt = "\n".join(message["content"] for message in request.messages)
+    return [
+        name
+        for name, value in seed.metadata.items()
+        if isinstance(value, str) and value.strip() not in prompt and word_count(value) >= _UNUSED_WORDS
+    ]
+
+
+class UnusedText:
+    """Looks at the first seeds of a run, and logs once which of their text is not used.
+
+    Args:
+        recipe: Writes the prompts.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._left = _SEEDS_LOOKED_AT
+
+    def look(self, seed: Seed) -> None:
+        """Look at a seed that is about to be worked on. Fast for all but the first ones."""
+        if not self._left or not seed.metadata:
+            return
+        self._left -= 1
+        try:
+            unused = unused_text(seed, self._first_request(seed))
+        except Exception as error:  # noqa: BLE001 - the worker that gets the seed reports it
+            log.debug("seeds.not_looked_at", at=seed.origin, why=repr(error))
+            return
+        if unused:
+            self._left = 0
+            advice = "seeds.format or seeds.fields may use it, or a template, as metadata.NAME"
+            log.warning("seeds.unused_text", fields=unused, at=seed.origin, advice=advice)
+
+    def _first_request(self, seed: Seed) -> Request:
+        with closing(self._recipe.steps(Draft(seed))) as steps:
+            return next(steps)

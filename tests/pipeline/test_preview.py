@@ -17,7 +17,7 @@ LINES = [
 ]
 
 
-def config_of(folder: Path, *settings: tuple[str, object]) -> Config:
+def lines_of(folder: Path, *settings: tuple[str, object]) -> Config:
     """A configuration that reads LINES."""
     path = folder / "seeds.jsonl"
     path.write_text("\n".join(LINES) + "\n")
@@ -26,7 +26,7 @@ def config_of(folder: Path, *settings: tuple[str, object]) -> Config:
 
 def test_the_first_seeds(tmp_path: Path) -> None:
     """File and line, id, sampling parameters and both messages of each."""
-    _, one, bad = preview(config_of(tmp_path, ("recipe.target_words", 321)), 2)
+    _, one, bad = preview(lines_of(tmp_path, ("recipe.target_words", 321)), 2)
     head, *rest = one.split("\n")
     assert f"=== {tmp_path}/seeds.jsonl:1: seed one, task qa (temperature=0.8, max_tokens=4096)" == head
     assert ["--- system", "--- user"] == [line for line in rest if line.startswith("---")]
@@ -46,18 +46,18 @@ def test_a_seed_cannot_control_the_terminal(tmp_path: Path) -> None:
 
 def test_no_more_than_there_are(tmp_path: Path) -> None:
     """A limit beyond the last seed gives all seeds."""
-    assert 1 + 3 == len(list(preview(config_of(tmp_path), 99)))
+    assert 1 + 3 == len(list(preview(lines_of(tmp_path), 99)))
 
 
 def test_what_follows_the_first_request(tmp_path: Path) -> None:
     """Only the first request is known; for a recipe with more steps, the later ones are described."""
-    _, one, _ = preview(config_of(tmp_path, ("recipe.use", "sections")), 2)
+    _, one, _ = preview(lines_of(tmp_path, ("recipe.use", "sections")), 2)
     assert "First make an outline of the document: 8 short headings" in one
     assert one.endswith(
         "--- then about 8 sections of at most 1024 tokens, up to 8000 in all, "
         "each asked for in the same conversation\n"
     )
-    _, plain, _ = preview(config_of(tmp_path), 2)
+    _, plain, _ = preview(lines_of(tmp_path), 2)
     assert "--- then" not in plain
 
 
@@ -79,7 +79,7 @@ def test_documents(tmp_path: Path) -> None:
 
 def test_nothing_is_written(tmp_path: Path) -> None:
     """The folder is unchanged."""
-    config = config_of(tmp_path)
+    config = lines_of(tmp_path)
     list(preview(config, 99))
     assert ["seeds.jsonl"] == [path.name for path in tmp_path.iterdir()]
 
@@ -91,4 +91,4 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 def test_what_cannot_be_used(tmp_path: Path, key: str, value: object) -> None:
     """Refused with the same error as by `run`."""
     with pytest.raises(ConfigError):
-        list(preview(config_of(tmp_path, (key, value)), 1))
+        list(preview(lines_of(tmp_path, (key, value)), 1))

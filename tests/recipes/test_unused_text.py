@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
+from streamsyn.recipes.prompt import UnusedText
 from streamsyn.recipes.recipe import BaseRecipe, Steps
 from streamsyn.recipes.registry import load_recipe
-from streamsyn.recipes.unused_text import UnusedText
 from streamsyn.records import Draft, Seed
 
 PAGE = "Ada Lovelace wrote the first program."
