@@ -68,7 +68,7 @@ def preview(**given: Any) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} needs --estimate")
         _print(_prompts(config, given["limit"] or 3))
         return
-    from streamsyn.pipeline.estimate import Terms, estimate
+    from streamsyn.pipeline.preview import Terms, estimate
 
     _print(estimate(config, Terms(**terms)))
 

@@ -19,6 +19,6 @@ Modules in reading order:
     metrics     the same numbers for Prometheus
     summary     the summary at the end, as text and as JSON
 
-Beside the flow: `preview` renders requests without sending them, `estimate` says what a run would take,
-`status` what one is doing, and `verify` checks a run directory.
+Beside the flow: `preview` renders requests without sending them and estimates what a run would take,
+`status` shows what one is doing, and `verify` checks a run directory.
 """
