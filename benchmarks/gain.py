@@ -36,8 +36,7 @@ from benchmarks.real import contexts
 from streamsyn.config.sections import FleetSection, ScoringSection
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.launch import find_packaged_model, launched
-from streamsyn.scoring.measures import Gain
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
+from streamsyn.scoring.measures import AnswerPrompt, Gain, Question, ScoringClient
 
 Row = dict[str, Any]
 

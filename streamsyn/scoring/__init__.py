@@ -5,8 +5,8 @@ then asks a fleet of servers how much the context helps to find the gold answer.
 `Context.checks` and its flags, or the draft is rejected with a reason.
 
     examiner         the order of the checks, thresholds, flags and rejects; opens index and fleet
-    measures         context gain (likelihood of the gold answer) and answerability
-    requests         questions, prompts and requests to the scoring fleet; results shared by drafts
+    measures         context gain (likelihood of the gold answer) and answerability: questions, prompts,
+                     requests to the scoring fleet, and results shared by drafts
     answer_metrics   F1 and ROUGE-L
     contamination    n-grams shared with evaluation sets
     score_log        `streamsyn score`: measures the contexts of a log

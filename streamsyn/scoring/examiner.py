@@ -21,8 +21,7 @@ from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.server_spec import server_specs
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Context, Document, Draft, RejectReason
-from streamsyn.scoring.measures import Answers, Gain
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, other_answers
+from streamsyn.scoring.measures import AnswerPrompt, Answers, Gain, Question, ScoringClient, other_answers
 from streamsyn.telemetry import Counters
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from streamsyn.scoring.examiner import (
     own_fleet,
     scoring_model,
 )
-from streamsyn.scoring.requests import AnswerPrompt, Question
+from streamsyn.scoring.measures import AnswerPrompt, Question
 from streamsyn.scoring.sidecar import FOLDER, MEASURES, Found, Measure, Row, Sidecar, with_scores
 from streamsyn.sink.rundir import DirectoryLock
 from streamsyn.sink.snapshot import Snapshot

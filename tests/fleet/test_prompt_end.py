@@ -14,8 +14,7 @@ from streamsyn.fleet.prompt_end import PromptEnd, PromptEnds
 from streamsyn.fleet.thinking import switched
 from streamsyn.fleet.transport import Reply
 from streamsyn.records import Completion, Request
-from streamsyn.scoring.measures import Answers, Gain, Likelihood
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
+from streamsyn.scoring.measures import AnswerPrompt, Answers, Gain, Likelihood, Question, ScoringClient
 
 MARKS = re.compile(r"<[^<>\s]+>|.", re.DOTALL)
 PROMPT = AnswerPrompt()

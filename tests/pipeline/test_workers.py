@@ -35,7 +35,7 @@ from streamsyn.records import (
     draft_key,
 )
 from streamsyn.scoring.examiner import Examiner, Scores
-from streamsyn.scoring.requests import AnswerPrompt
+from streamsyn.scoring.measures import AnswerPrompt
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
 from streamsyn.sink.journal import Journal

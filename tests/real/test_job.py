@@ -12,8 +12,7 @@ import pytest
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import open_fleet
-from streamsyn.scoring.measures import Answers, Gain
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient
+from streamsyn.scoring.measures import AnswerPrompt, Answers, Gain, Question, ScoringClient
 from tests.real.conftest import RealServer
 from tests.system.conftest import assert_clean, rows, streamsyn
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
-from streamsyn.scoring.requests import AnswerPrompt, Question
+from streamsyn.scoring.measures import AnswerPrompt, Question
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import Script, SimulatorConfig
 

@@ -8,8 +8,7 @@ import pytest
 
 from streamsyn.errors import ConfigError
 from streamsyn.scoring.answer_metrics import f1
-from streamsyn.scoring.measures import Answers
-from streamsyn.scoring.requests import AnswerPrompt, Question, ScoringClient, other_answers
+from streamsyn.scoring.measures import AnswerPrompt, Answers, Question, ScoringClient, other_answers
 from streamsyn.simulator.settings import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 

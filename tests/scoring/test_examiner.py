@@ -17,7 +17,7 @@ from streamsyn.records import Document, Draft, RejectReason, Seed
 from streamsyn.scoring.contamination import EvalSets
 from streamsyn.scoring.duplicates import Duplicates
 from streamsyn.scoring.examiner import Examiner, Findings, Scores
-from streamsyn.scoring.requests import Question
+from streamsyn.scoring.measures import Question
 from streamsyn.simulator.app import RunningSimulator
 from streamsyn.simulator.settings import Fault, Script
 from streamsyn.telemetry import Counters

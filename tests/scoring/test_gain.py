@@ -7,8 +7,7 @@ import pytest
 
 from streamsyn.errors import ServerError
 from streamsyn.records import Request
-from streamsyn.scoring.measures import Gain
-from streamsyn.scoring.requests import Question, ScoringClient, SingleFlight
+from streamsyn.scoring.measures import Gain, Question, ScoringClient, SingleFlight
 from streamsyn.simulator.settings import Fault
 from tests.scoring.conftest import HELPS, PROMPT, QUESTION, UNRELATED, fleet_at
 
