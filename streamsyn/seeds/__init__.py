@@ -7,19 +7,17 @@
 An entry is a `Seed`, or a `BadSeed` that becomes a reject with the place (`file:line`) and the reason.
 
 Modules in reading order:
-    reader   all sources of a run as one stream, in turn or interleaved by weight
-    files    the seeds of one file or dataset
+    reader   all sources of a run as one stream, in turn or interleaved by weight; the seeds of a file
     id_owners  which pair each id belongs to
     stdin    the seeds of a pipe, and its spool
     inbox    the seeds that are submitted while a run goes on
     submission  one request that submits seeds, and its answer
-    inbox_file  the file of an inbox: many requests, one sync
-    inbox_lines, inbox_index  the lines of that file, and its index
+    inbox_file  the file of an inbox: many requests, one sync; its index
+    inbox_lines  the lines of that file
     parse    from a line or a row to an entry
     forms    the pair in a row: Alpaca, chats, questions and answers, and others
-    chats    the pair in a chat
-    values   texts and answers in fields
-    metadata the other fields as JSON values
+    request_lines  the lines of OpenAI's Batch API, for the recipe `chat`
+    values   texts, answers and other values in fields
 
 Finding files and reading their rows is in `streamsyn.io`, which the trainer, the corpus of assembly and the
 evaluation sets of scoring use too.

@@ -15,8 +15,7 @@ from streamsyn.io.json_rows import decode_row
 from streamsyn.io.rows import Line, TableRow
 from streamsyn.records import ANSWERS, BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.forms import FormsSeen, PairReader
-from streamsyn.seeds.metadata import storable_fields, text_of
-from streamsyn.seeds.values import NotASeed, is_absent, text_in
+from streamsyn.seeds.values import NotASeed, is_absent, storable_fields, text_in, text_of
 
 _PREVIEW_BYTES: Final = 120
 """The beginning of a bad line that its detail quotes."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from streamsyn.plain_text import cut, short_repr
-from streamsyn.seeds.metadata import storable, text_of
-from streamsyn.seeds.values import NotASeed
+from streamsyn.seeds.values import NotASeed, storable, text_of
 
 ENDPOINT: Final = "/v1/chat/completions"
 METHOD: Final = "POST"

@@ -19,7 +19,7 @@ from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import DirectoryInUse, InboxClosed, KeyInUse, KeyReused, SinkError
 from streamsyn.records import BadSeed, Entry, Seed
 from streamsyn.seeds.inbox import Inbox, InboxSource
-from streamsyn.seeds.inbox_index import InboxIndex
+from streamsyn.seeds.inbox_file import InboxIndex
 from streamsyn.seeds.submission import RefusedLine, Submitted
 from tests.builders import disk_full_beyond
 
