@@ -18,9 +18,8 @@ from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_state import ENDED
 from streamsyn.daemon.runs import Runs
 from streamsyn.io.places import reason
-from streamsyn.sink.manifest import Manifest, SealedShard
+from streamsyn.sink.manifest import Manifest, SealedShard, remove_samples, removed_rows
 from streamsyn.sink.mirror_plan import MirrorTarget, mirrored_shards
-from streamsyn.sink.removed import remove_samples, removed_rows
 
 log = structlog.get_logger()
 

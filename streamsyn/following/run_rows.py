@@ -18,8 +18,7 @@ import structlog
 
 from streamsyn.errors import RowsRemoved, RunReplaced, SinkError
 from streamsyn.following.shard_lines import Cursor, read_lines, seek
-from streamsyn.sink.manifest import Manifest, SealedShard
-from streamsyn.sink.removed import removed_rows
+from streamsyn.sink.manifest import Manifest, SealedShard, removed_rows
 from streamsyn.sink.rundir import read_run_json
 from streamsyn.sink.shards import CHUNK_BYTES, KINDS, OPEN_SUFFIX, SUFFIXES, is_compressed
 

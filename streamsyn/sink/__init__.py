@@ -9,7 +9,7 @@ Modules in reading order:
     writer          the sink stage: writes outcomes as they arrive, syncs, passes contexts on
     log             the log of a run: numbers rows, fills and seals shards, resumes after a kill
     shards          the bytes of one shard: append, sync, seal; reading up to a torn tail
-    manifest        manifest.jsonl: one line for each sealed shard
+    manifest        manifest.jsonl: one line for each sealed shard; removed.json beside it
     completed_keys  the index of drafts with an outcome, so that a resume asks for nothing twice
     retries         which rejects hold, and which a retry has reopened
     journal         finished steps of unfinished drafts

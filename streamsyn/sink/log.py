@@ -24,8 +24,7 @@ from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
 from streamsyn.sink.journal import Journal
-from streamsyn.sink.manifest import Manifest, Retry, SealedShard
-from streamsyn.sink.removed import removed_rows
+from streamsyn.sink.manifest import Manifest, Retry, SealedShard, removed_rows
 from streamsyn.sink.retries import SeqSet, open_rejects, superseded
 from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard
 from streamsyn.sink.snapshot import Snapshot

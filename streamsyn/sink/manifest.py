@@ -4,11 +4,15 @@ A `flush` line records that a stream of seeds ended after N contexts: there, con
 distractors were assembled with what there was. So samples are a function of the log and of these lines.
 
 A `retry` line records that rejects are to be asked again. It is open until the next final line.
+
+removed.json beside it has the number of samples that retention has removed: whole shards, the oldest first,
+once a mirror has them. The manifest still lists them, so no number changes. The file is written before the
+shards are deleted: a listed shard that is missing is damage, unless this file covers it.
 """
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from typing import Any
 import orjson
 
 from streamsyn.errors import SinkError
-from streamsyn.io.durable import disk_errors
+from streamsyn.io.durable import disk_errors, sync_folder, write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,3 +189,43 @@ class Manifest:
             self.flushes.append(int(line["contexts"]))
         else:
             self.shards.append(SealedShard(**line))
+
+
+_REMOVED = "removed.json"
+_REMOVED_FORMAT = 1
+
+
+def removed_rows(root: Path) -> int:
+    """Number of samples that were removed from a run directory: those with a smaller `seq`.
+
+    Raises:
+        SinkError: The file is damaged, or of a later format.
+    """
+    path = root / _REMOVED
+    try:
+        data = orjson.loads(path.read_bytes())
+        if data["format"] != _REMOVED_FORMAT:
+            raise SinkError(
+                f"{path} has format {data['format']!r}; this streamsyn reads format {_REMOVED_FORMAT}"
+            )
+        return int(data["samples"])
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise SinkError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise SinkError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def remove_samples(root: Path, shards: Sequence[SealedShard]) -> None:
+    """Remove sealed shards of samples, the oldest that are left. After a kill, call it again.
+
+    Raises:
+        SinkError: They cannot be removed.
+    """
+    rows = max(removed_rows(root), shards[-1].last_seq + 1)
+    write_whole(root / _REMOVED, orjson.dumps({"format": _REMOVED_FORMAT, "samples": rows}))
+    with disk_errors(f"remove samples of {root}"):
+        for shard in shards:
+            (root / shard.path).unlink(missing_ok=True)
+        sync_folder(root / "samples")

@@ -17,7 +17,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.io.places import names_below, open_url
 from streamsyn.sink import shards
-from streamsyn.sink.removed import removed_rows
+from streamsyn.sink.manifest import removed_rows
 from streamsyn.sink.shards import KINDS
 from streamsyn.urls import without_userinfo
 

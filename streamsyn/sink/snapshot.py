@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamsyn.sink import shards
-from streamsyn.sink.manifest import Manifest, SealedShard
-from streamsyn.sink.removed import removed_rows
+from streamsyn.sink.manifest import Manifest, SealedShard, removed_rows
 from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
 
 _TRIES = 1000

@@ -15,8 +15,7 @@ from streamsyn.following.run_rows import RunRows
 from streamsyn.pipeline.status import status
 from streamsyn.pipeline.verify import verify
 from streamsyn.report.run_metrics import RunMetrics
-from streamsyn.sink.manifest import Manifest, SealedShard
-from streamsyn.sink.removed import removed_rows
+from streamsyn.sink.manifest import Manifest, SealedShard, removed_rows
 from tests.daemon.conftest import StartDaemon
 from tests.examples import examples
 from tests.sink.test_mirror import running
