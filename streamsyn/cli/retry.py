@@ -93,8 +93,7 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
 
 def _announce(directory: Path, asked: "Sequence[RejectReason]", *, as_json: bool) -> "Manifest | None":
     """Print how many rejects are asked again; return the manifest, or None if there is nothing to do."""
-    from streamsyn.sink.retries import holding_rejects
-    from streamsyn.sink.snapshot import Snapshot
+    from streamsyn.sink.snapshot import Snapshot, holding_rejects
 
     snapshot = Snapshot(directory)
     found = Counter(str(row["reason"]) for row in holding_rejects(snapshot) if row["reason"] in asked)
@@ -109,8 +108,7 @@ def _announce(directory: Path, asked: "Sequence[RejectReason]", *, as_json: bool
 
 def _report_left(directory: Path, *, as_json: bool) -> None:
     """Print how many rejects could not be asked again."""
-    from streamsyn.sink.retries import holding_rejects
-    from streamsyn.sink.snapshot import Snapshot
+    from streamsyn.sink.snapshot import Snapshot, holding_rejects
 
     snapshot = Snapshot(directory)
     retry = snapshot.manifest.retries[-1]

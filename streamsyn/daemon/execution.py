@@ -15,9 +15,8 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.stop import RunControl
-from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.shards import KINDS
-from streamsyn.sink.snapshot import Part, Snapshot
+from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
 from streamsyn.telemetry import Counters
 from streamsyn.traces import Tracer
 

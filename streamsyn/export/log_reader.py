@@ -18,9 +18,8 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.records import Sample
 from streamsyn.scoring.sidecar import with_scores
-from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
-from streamsyn.sink.snapshot import Part, Snapshot
+from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
 
 Row: TypeAlias = dict[str, Any]
 

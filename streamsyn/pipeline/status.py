@@ -12,9 +12,8 @@ from typing import Any, Final, Literal
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.pipeline.progress import duration
 from streamsyn.scoring.sidecar import measured
-from streamsyn.sink.retries import open_rejects, superseded
 from streamsyn.sink.rundir import LOCK_NAME, lock_holder, read_run_json
-from streamsyn.sink.snapshot import Part, Snapshot
+from streamsyn.sink.snapshot import Part, Snapshot, open_rejects, superseded
 
 State = Literal["running", "finished", "unfinished"]
 

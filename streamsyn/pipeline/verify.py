@@ -35,10 +35,9 @@ from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import row_key
 from streamsyn.sink.log import RunLog, encode_row
 from streamsyn.sink.manifest import Manifest, Retry, SealedShard
-from streamsyn.sink.retries import SeqSet, superseded_by
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
-from streamsyn.sink.snapshot import Part, Snapshot
+from streamsyn.sink.snapshot import Part, SeqSet, Snapshot, superseded_by
 
 log = structlog.get_logger()
 

@@ -20,10 +20,9 @@ from streamsyn.report.report_examples import (
 )
 from streamsyn.report.traffic import Traffic
 from streamsyn.scoring.sidecar import measured, with_scores
-from streamsyn.sink.retries import superseded
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import Snapshot, superseded
 
 DEPTHS = 10
 """Bins of the position of the relevant context."""

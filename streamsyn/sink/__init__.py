@@ -11,9 +11,8 @@ Modules in reading order:
     shards          the bytes of one shard: append, sync, seal; reading up to a torn tail
     manifest        manifest.jsonl: one line for each sealed shard; removed.json beside it
     completed_keys  the index of drafts with an outcome, so that a resume asks for nothing twice
-    retries         which rejects hold, and which a retry has reopened
     journal         finished steps of unfinished drafts
-    snapshot        the directory at one moment, for readers beside a run that writes
+    snapshot        the directory at one moment, for readers beside a run that writes; which rejects hold
     mirror          copies sealed shards to a URL, in a thread
     mirror_plan     what the mirror copies, in which order
 

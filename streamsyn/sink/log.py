@@ -25,9 +25,8 @@ from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
 from streamsyn.sink.journal import Journal
 from streamsyn.sink.manifest import Manifest, Retry, SealedShard, removed_rows
-from streamsyn.sink.retries import SeqSet, open_rejects, superseded
 from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import SeqSet, Snapshot, open_rejects, superseded
 
 log = structlog.get_logger()
 

@@ -25,9 +25,8 @@ from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import Snapshot, holding_rejects
 from streamsyn.trainer.sources.run_samples import RunSamples
 from tests.builders import COMPRESSIONS, rows
 

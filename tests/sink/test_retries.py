@@ -14,9 +14,8 @@ from streamsyn.records import Completion, Reject, RejectReason
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.mirror_plan import MirrorPlan
-from streamsyn.sink.retries import SeqSet, holding_rejects
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import SeqSet, Snapshot, holding_rejects
 from tests.builders import context, opened, sink
 
 TIMEOUT, EMPTY = RejectReason.TIMEOUT, RejectReason.EMPTY

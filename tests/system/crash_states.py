@@ -46,8 +46,7 @@ from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.retries import holding_rejects
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import Snapshot, holding_rejects
 from streamsyn.telemetry import configure_logs
 from tests.system.recorded_disk import Call, Content, Disk, recorded, some_of
 

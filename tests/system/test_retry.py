@@ -11,8 +11,7 @@ import orjson
 import pytest
 
 from streamsyn.pipeline.verify import verify
-from streamsyn.sink.retries import holding_rejects
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import Snapshot, holding_rejects
 from tests.system.conftest import STARTED, Server, rows, streamsyn
 from tests.system.test_kill_points import KILLER
 
