@@ -45,7 +45,7 @@ def _in_directory(directory: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _at_url(url: str) -> tuple[dict[str, Any], Iterator[str]]:
-    from streamsyn.following.daemon_status import daemon_status, daemon_status_lines
+    from streamsyn.pipeline.status import daemon_status, daemon_status_lines
 
     found = asyncio.run(daemon_status(url))
     return found, daemon_status_lines(found)

@@ -2,12 +2,9 @@
 
 Modules in reading order:
     shard_lines   lines of one shard from a row on, found without reading the shard from its beginning
-    run_rows      rows of one kind of a run directory, live or complete: sealed shards, then the open one
-    folder_watch  waits until files in a folder have changed
-    daemon_client asks a daemon for a run and its rows
-    reconnecting  how a daemon that fails is asked again
-    loop_thread   an event loop in a thread of its own
-    feed          batches of rows that are waited for, of a directory (`directory_feed`) or a daemon
-                  (`daemon_feed`)
+    run_rows      rows of one kind of a run directory, live or complete: sealed shards, then the open one;
+                  waits until files in a folder have changed
+    daemon_client asks a daemon for a run and its rows, again when it fails
+    feeds         batches of rows that are waited for, of a directory or a daemon
     follow        `follow` and the iterator that it returns
 """

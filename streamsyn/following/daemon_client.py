@@ -1,22 +1,41 @@
-"""Asks a daemon for one run and its rows, over HTTP. aiohttp's errors are translated here."""
+"""A run at a daemon, over HTTP: asked for the run and its rows, and asked again when it fails.
 
+aiohttp's errors are translated here. Callers that have no event loop, or must not be held up, ask from one in
+a thread of its own.
+"""
+
+import asyncio
 import os
+import random
 import re
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Final, NamedTuple, Self, TypeAlias
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from typing import Any, Final, NamedTuple, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
+import structlog
 
-from streamsyn.errors import BrokenResponse, ConfigError, RateLimited, ServerUnavailable, StreamsynError
+from streamsyn.errors import (
+    BrokenResponse,
+    ConfigError,
+    RateLimited,
+    ServerError,
+    ServerUnavailable,
+    StreamsynError,
+)
 from streamsyn.fleet.retry_after import retry_after_s
 from streamsyn.plain_text import message
 from streamsyn.sink import shards
 from streamsyn.sink.shards import KINDS
 
+log = structlog.get_logger()
+
+T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
 
 TOKEN_VARIABLE: Final = "STREAMSYN_TOKEN"  # noqa: S105  the variable's name
@@ -30,6 +49,11 @@ _SILENCE_TIMEOUT_S: Final = 60.0
 """A stream that is silent for this long is opened again: the machine of the daemon may be gone."""
 _MESSAGE_BYTES: Final = 2000
 _OK: Final = 200
+RETRY_S: Final = 300.0
+"""Seconds for which a daemon that cannot be reached is tried again, by default."""
+FIRST_PAUSE_S: Final = 0.2
+"""Pause in seconds before the second try; each further one doubles it."""
+_LONGEST_PAUSE_S: Final = 15.0
 
 
 class NoSuchRun(ConfigError):
@@ -283,3 +307,91 @@ def _detail(body: bytes) -> str:
         if isinstance(problem, dict) and isinstance(detail := problem.get("detail"), str):
             return message(detail)
     return message(body.decode(errors="replace"))
+
+
+class Reconnecting:
+    """Pauses between the tries, and gives up in the end.
+
+    Args:
+        url: What is asked, for logs.
+        retry_s: Seconds from the first failure after which the next one is raised.
+    """
+
+    def __init__(self, url: str, retry_s: float) -> None:
+        self._url = url
+        self._retry_s = retry_s
+        self._failing_since: float | None = None
+        self._tries = 0
+
+    def succeeded(self) -> None:
+        """The daemon has answered: failures before do not count any more."""
+        self._failing_since, self._tries = None, 0
+
+    async def pause(self, error: ServerError) -> None:
+        """Wait before the next try; full jitter, so that readers do not come back all at once.
+
+        Raises:
+            ServerError: The tries have lasted too long; it is `error`.
+        """
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        if self._tries == 0:
+            log.warning("follow.interrupted", url=self._url, why=str(error), retry_s=self._retry_s)
+        if now - self._failing_since > self._retry_s:
+            raise error
+        pause_s = min(FIRST_PAUSE_S * 2**self._tries, _LONGEST_PAUSE_S) * random.random()
+        if isinstance(error, RateLimited) and error.retry_after_s is not None:
+            pause_s += error.retry_after_s
+        self._tries = min(self._tries + 1, 30)
+        await asyncio.sleep(pause_s)
+
+
+class LoopThread:
+    """Runs coroutines in a thread's event loop, within an async context that it opens and closes.
+
+    Args:
+        context: Opened in the loop before the first coroutine runs, closed after the last.
+        name: Name of the thread.
+    """
+
+    def __init__(self, context: AbstractAsyncContextManager[object], name: str) -> None:
+        self._context = context
+        self._loop = asyncio.new_event_loop()
+        self._opened = self._loop.create_future()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine in the loop. To cancel the future cancels the coroutine."""
+        return asyncio.run_coroutine_threadsafe(self._within(work), self._loop)
+
+    def close(self) -> None:
+        """Cancel what runs, close the context, and wait for the end of the thread. May be called again.
+
+        It does not wait when it is called in an event loop, which that would hold up.
+        """
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._stop.set)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._thread.join()
+
+    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            await asyncio.shield(self._opened)
+        except BaseException:
+            work.close()
+            raise
+        return await work
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        async with self._context:
+            self._opened.set_result(None)
+            await self._stop.wait()

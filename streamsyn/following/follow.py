@@ -10,11 +10,8 @@ import structlog
 
 from streamsyn.config.data_paths import is_url
 from streamsyn.errors import ConfigError, RunReplaced
-from streamsyn.following.daemon_client import DaemonClient, run_url
-from streamsyn.following.daemon_feed import DaemonFeed
-from streamsyn.following.directory_feed import DirectoryFeed
-from streamsyn.following.feed import Batch, Feed
-from streamsyn.following.reconnecting import RETRY_S
+from streamsyn.following.daemon_client import RETRY_S, DaemonClient, run_url
+from streamsyn.following.feeds import Batch, DaemonFeed, DirectoryFeed, Feed
 from streamsyn.sink.shards import KINDS
 
 log = structlog.get_logger()

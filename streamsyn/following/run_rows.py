@@ -1,4 +1,4 @@
-"""The rows of a run directory while the run goes on: sealed shards, then the open one.
+"""The rows of a run directory while the run goes on: sealed shards, then the open one; and waiting for more.
 
 A run that was killed may cut off a torn end and everything after it. Samples that were read before are then
 written again with the same seq and the same bytes (they are a pure function of the log), so that reading
@@ -6,9 +6,13 @@ just continues. Contexts and rejects that a loss of power took back before they 
 written in their place may differ.
 """
 
+import asyncio
+import ctypes
+import os
+import select
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
@@ -28,6 +32,9 @@ Rows: TypeAlias = list[dict[str, Any]]
 
 _NEAR_ROWS: Final = 64
 """Rows this near behind the cursor are not searched for: they may be in the frame that begins there."""
+_LOOK_EVERY_S: Final = 0.5
+"""Maximum time between two looks, with or without a notification."""
+_MODIFY, _MOVED_TO, _CREATE = 0x2, 0x80, 0x100  # inotify(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,3 +302,55 @@ def _move(path: Path, cursor: Cursor, shard: str, first_seq: int, seq: int) -> N
         cursor.shard, cursor.offset, cursor.seq = shard, 0, first_seq
     if seq - cursor.seq > _NEAR_ROWS:
         seek(path, cursor, seq)
+
+
+class FolderWatch:
+    """Waits for changes in folders. Only a hint: NFS sends no notifications, and the kernel limits their
+    number, so that a wait ends after half a second at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = -1
+        if hasattr(self._libc, "inotify_init1"):
+            self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def add(self, folders: Iterable[Path]) -> None:
+        """Watch those of the folders that exist by now; call it again before each look. May block."""
+        if self._fd < 0:
+            return
+        for folder in folders:
+            self._libc.inotify_add_watch(self._fd, os.fsencode(folder), _MODIFY | _MOVED_TO | _CREATE)
+
+    async def changed(self, timeout_s: float) -> None:
+        """Return when something has changed since the last call, and after half a second at the latest."""
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+        if self._fd >= 0:
+            loop.add_reader(self._fd, changed.set)
+        try:
+            async with asyncio.timeout(min(timeout_s, _LOOK_EVERY_S)):
+                await changed.wait()
+            self._forget()
+        except TimeoutError:
+            return
+        finally:
+            if self._fd >= 0:
+                loop.remove_reader(self._fd)
+
+    def wait(self, timeout_s: float) -> None:
+        """As `changed`, blocking."""
+        files = [self._fd] if self._fd >= 0 else []
+        ready, _, _ = select.select(files, [], [], min(timeout_s, _LOOK_EVERY_S))
+        if ready:
+            self._forget()
+
+    def close(self) -> None:
+        """Stop watching. May be called more than once."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _forget(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._fd, 1 << 16)

@@ -1,4 +1,4 @@
-"""`streamsyn status`: what a run is doing, or how it ended, by what is on disk."""
+"""`streamsyn status`: what a run is doing, or how it ended, by what is on disk; or what a daemon answers."""
 
 import fcntl
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from streamsyn.errors import ConfigError, SinkError
+from streamsyn.following.daemon_client import answers, is_run_url, run_url
 from streamsyn.pipeline.progress import duration
 from streamsyn.scoring.sidecar import measured
 from streamsyn.sink.rundir import LOCK_NAME, lock_holder, read_run_json
@@ -19,6 +20,8 @@ State = Literal["running", "finished", "unfinished"]
 
 _RATE_OVER_S: Final = 300.0
 """The rate is that of this time before the last outcome."""
+_MAX_RUNS: Final = 100
+"""Runs that are shown: those that have not ended come first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,3 +187,54 @@ def _rate(times: list[float]) -> float | None:
     recent = [time for time in times if times[-1] - time <= _RATE_OVER_S]
     seconds = sum(after - before for before, after in pairwise(recent))
     return (len(recent) - 1) / seconds if seconds > 0 else None
+
+
+async def daemon_status(url: str) -> dict[str, Any]:
+    """Ask a daemon for its state: of one run if the URL names one, else `runs` and `servers`.
+
+    Raises:
+        ConfigError: The URL is invalid, or the daemon has no such run, or it refuses access.
+        ServerUnavailable: The daemon cannot be reached.
+    """
+    if is_run_url(url):
+        return (await answers([run_url(url).url]))[0]
+    if "?" in url or "#" in url:
+        raise ConfigError(f"{url}: expected http://HOST:PORT, or http://HOST:PORT/v1/runs/ID")
+    base = url.rstrip("/").removesuffix("/v1")
+    runs, servers = await answers([f"{base}/v1/runs?limit={_MAX_RUNS}", f"{base}/v1/servers"])
+    return {"runs": runs["data"], "has_more_runs": runs["has_more"], "servers": servers["data"]}
+
+
+def daemon_status_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the answer of `daemon_status` as text."""
+    if "runs" not in found:
+        yield from _run_lines(found)
+        return
+    for run in found["runs"]:
+        yield from _run_lines(run)
+    if not found["runs"]:
+        yield "no runs yet: POST /v1/runs creates one"
+    if found["has_more_runs"]:
+        yield f"  and more than these {len(found['runs'])} runs"
+    for server in found["servers"]:
+        load = f"{server['in_flight']} of {server['cap']} in flight, {server['queue']} waiting"
+        why = f": {server['error']}" if server["error"] else ""
+        yield f"server {server['name']}: {server['state']}{why}; {load}; {server['completions']:,} answers"
+    if not found["servers"]:
+        yield "no servers: POST /v1/servers adds one"
+
+
+def _run_lines(run: dict[str, Any]) -> Iterator[str]:
+    counts, why = run["counts"], f": {run['error']}" if run["error"] else ""
+    yield f"run {run['id']}: {run['state']}{why}"
+    yield (
+        f"  outcomes   {counts['contexts']:,} contexts, {counts['rejects']:,} rejects of "
+        f"{counts['accepted']:,} seeds; {counts['in_flight']:,} in flight, {counts['waiting']:,} waiting"
+    )
+    if run["rejects"]:
+        yield "  rejects    " + ", ".join(f"{reason} {number:,}" for reason, number in run["rejects"].items())
+    rates = run["rates"]
+    yield (
+        f"  samples    {counts['samples']:,}; {rates['outcomes_per_s']:,.1f} outcomes/s, "
+        f"{rates['output_tokens_per_s']:,.0f} output tokens/s"
+    )

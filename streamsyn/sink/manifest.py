@@ -22,6 +22,9 @@ import orjson
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import disk_errors, sync_folder, write_whole
 
+_REMOVED = "removed.json"
+_REMOVED_FORMAT = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedShard:
@@ -189,10 +192,6 @@ class Manifest:
             self.flushes.append(int(line["contexts"]))
         else:
             self.shards.append(SealedShard(**line))
-
-
-_REMOVED = "removed.json"
-_REMOVED_FORMAT = 1
 
 
 def removed_rows(root: Path) -> int:

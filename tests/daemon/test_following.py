@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from streamsyn.errors import ConfigError
-from streamsyn.following import reconnecting
+from streamsyn.following import daemon_client
 from streamsyn.following.follow import Follower, follow
 from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from tests.builders import rows
@@ -62,7 +62,7 @@ async def test_a_daemon_that_starts_again_is_followed_on(
     start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row once; the interruption is logged."""
-    monkeypatch.setattr(reconnecting, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(daemon_client, "FIRST_PAUSE_S", 0.05)
     seqs: list[int] = []
     async with start_daemon() as first:
         await first.new_run("one")

@@ -3,7 +3,7 @@
 import pytest
 
 from streamsyn.errors import ConfigError, ServerUnavailable
-from streamsyn.following.daemon_status import daemon_status, daemon_status_lines
+from streamsyn.pipeline.status import daemon_status, daemon_status_lines
 from tests.daemon.conftest import Served
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from streamsyn.following.loop_thread import LoopThread
+from streamsyn.following.daemon_client import LoopThread
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from streamsyn.errors import ConfigError, RunReplaced, ServerError
-from streamsyn.following import daemon_feed, reconnecting
+from streamsyn.following import daemon_client, feeds
 from streamsyn.following.daemon_client import MAX_LINE_BYTES, run_url
 from streamsyn.following.follow import follow
 from tests.following.run_server import RunServer, in_thread, row
@@ -22,8 +22,8 @@ from tests.following.test_follow import BOTH, read_sync
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again at once."""
-    monkeypatch.setattr(reconnecting, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(daemon_feed, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(daemon_client, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(feeds, "_LOOK_EVERY_S", 0.01)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError, RunReplaced
-from streamsyn.following import reconnecting
+from streamsyn.following import daemon_client
 from streamsyn.following.daemon_client import is_run_url
 from streamsyn.trainer.examples import StepPlan
 from streamsyn.trainer.sources.daemon_samples import DaemonSamples
@@ -25,7 +25,7 @@ from tests.trainer.test_run_samples import Alike
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again at once."""
-    monkeypatch.setattr(reconnecting, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(daemon_client, "FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture

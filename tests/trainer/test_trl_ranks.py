@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streamsyn.following.folder_watch import FolderWatch
+from streamsyn.following.run_rows import FolderWatch
 from tests.docs.test_guides import free_port
 from tests.trainer.test_sample_position import answers, write
 

@@ -10,9 +10,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from streamsyn.errors import RunReplaced, ServerError, StreamsynError
-from streamsyn.following.daemon_client import DaemonClient, run_url
-from streamsyn.following.loop_thread import LoopThread
-from streamsyn.following.reconnecting import RETRY_S, Reconnecting
+from streamsyn.following.daemon_client import RETRY_S, DaemonClient, LoopThread, Reconnecting, run_url
 from streamsyn.trainer.examples import Row
 
 log = structlog.get_logger()

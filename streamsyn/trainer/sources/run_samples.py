@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from streamsyn.following.folder_watch import FolderWatch
-from streamsyn.following.run_rows import RunRows
+from streamsyn.following.run_rows import FolderWatch, RunRows
 from streamsyn.following.shard_lines import Cursor
 from streamsyn.trainer.examples import Row
 
