@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from streamsyn.following.follow import Follower, follow
     from streamsyn.library.open_run import Run, RunStatus, open_run
-    from streamsyn.library.run_sync import run_sync
+    from streamsyn.library.run_thread import run_sync
     from streamsyn.pipeline.request import RunSummary
     from streamsyn.seeds.submission import RefusedLine, Submitted
     from streamsyn.trainer.sample_dataset import SampleDataset
@@ -67,7 +67,7 @@ _HOMES = {
     "open_run": "streamsyn.library.open_run",
     "Run": "streamsyn.library.open_run",
     "RunStatus": "streamsyn.library.open_run",
-    "run_sync": "streamsyn.library.run_sync",
+    "run_sync": "streamsyn.library.run_thread",
     "RunSummary": "streamsyn.pipeline.request",
     "RefusedLine": "streamsyn.seeds.submission",
     "Submitted": "streamsyn.seeds.submission",

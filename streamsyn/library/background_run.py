@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from streamsyn.background import Background, background, finished_in_thread
-from streamsyn.library.read_ahead import ReadAhead
 from streamsyn.library.run_thread import RunThread, call_when_open, failure
 from streamsyn.library.seed_feed import SeedFeed
-from streamsyn.library.written_rows import Written
+from streamsyn.library.written_rows import ReadAhead, Written
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.sink.shards import KINDS
 from streamsyn.telemetry import Counters

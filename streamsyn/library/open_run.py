@@ -21,9 +21,8 @@ from streamsyn.background import finished_in_thread, in_threads
 from streamsyn.errors import ConfigError, InboxClosed
 from streamsyn.library.arguments import ConfigLike, Overrides, PathLike, Seeds, Servers, make_request
 from streamsyn.library.background_run import BackgroundRun, State
-from streamsyn.library.read_ahead import ReadAhead
 from streamsyn.library.seed_feed import SeedRows
-from streamsyn.library.written_rows import WrittenRows
+from streamsyn.library.written_rows import ReadAhead, WrittenRows
 from streamsyn.pipeline.request import RunSummary
 from streamsyn.seeds.submission import Submission, Submitted
 from streamsyn.telemetry import log_through_logging
