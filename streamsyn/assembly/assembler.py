@@ -14,19 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from streamsyn.assembly.corpus import Corpus, load_corpus
 from streamsyn.assembly.distractors import Choice, Chooser, Goal, Sources
 from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.token_counter import ServerTokenCounter, TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Waiting, Window
-from streamsyn.config.sections import AssemblySection, LengthsSection, Source
+from streamsyn.config.sections import AssemblySection, LengthsSection, RecipeSection, Source
 from streamsyn.errors import ConfigError
 from streamsyn.records import Sample, digest
 
 if TYPE_CHECKING:
     from streamsyn.assembly.chat_tokenizer import ChatTokenizer
+
+Templated = TypeVar("Templated", AssemblySection, RecipeSection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,8 +337,15 @@ class AssemblyResources:
         return digests
 
 
-def with_templates(section: AssemblySection, fingerprint: Mapping[str, Any], folder: Path) -> AssemblySection:
-    """Return the section with its templates as the run's fingerprint has them, saved as files in `folder`."""
+def with_templates(section: Templated, name: str, fingerprint: Mapping[str, Any], folder: Path) -> Templated:
+    """Return the section with its templates as the run's fingerprint has them, saved as files in `folder`.
+
+    Args:
+        section: The section.
+        name: Its name in the configuration.
+        fingerprint: The fingerprint in run.json.
+        folder: Where the files go.
+    """
 
     def saved(key: str, path: Path | None) -> Path | None:
         text = fingerprint.get(key)
@@ -347,9 +356,9 @@ def with_templates(section: AssemblySection, fingerprint: Mapping[str, Any], fol
         return copy
 
     tasks = {
-        name: task.model_copy(update={"template": saved(f"assembly.tasks.{name}.template", task.template)})
-        for name, task in section.tasks.items()
+        key: task.model_copy(update={"template": saved(f"{name}.tasks.{key}.template", task.template)})
+        for key, task in section.tasks.items()
     }
     return section.model_copy(
-        update={"template": saved("assembly.template", section.template), "tasks": tasks}
+        update={"template": saved(f"{name}.template", section.template), "tasks": tasks}
     )

@@ -111,7 +111,7 @@ class LogReader:
         self.run_config = run_config
         """The configuration of the run."""
         self.config = _overridden(
-            run_config, with_templates(run_config.assembly, run["fingerprint"], folder), request
+            run_config, with_templates(run_config.assembly, "assembly", run["fingerprint"], folder), request
         )
         """The same with the settings of this export."""
         self._resources = AssemblyResources(self.config.assembly)

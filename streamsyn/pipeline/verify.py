@@ -326,7 +326,9 @@ class Reassembly:
     def __init__(self, config: Config, shaping: Mapping[str, Any]) -> None:
         self._config = config
         with tempfile.TemporaryDirectory() as folder:
-            self._resources = AssemblyResources(with_templates(config.assembly, shaping, Path(folder)))
+            self._resources = AssemblyResources(
+                with_templates(config.assembly, "assembly", shaping, Path(folder))
+            )
         now = self._resources.fingerprint()
         self.changed = [_RESOURCES[key] for key, value in now.items() if shaping.get(key, value) != value]
         if "assembly.max_similarity" not in shaping:

@@ -34,6 +34,7 @@ class Chat:
             prompt=render(messages, continues=bool(body.get("continue_final_message"))),
             question=next((_text(m) for m in reversed(messages) if m.get("role") == "user"), ""),
             max_tokens=whole_number(body, "max_completion_tokens") or whole_number(body, "max_tokens"),
+            ignore_eos=body.get("ignore_eos") is True,
             is_exam=len(messages) == 1 and body.get("temperature") == 0,
             stream=body.get("stream") is True,
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,

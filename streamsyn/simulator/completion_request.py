@@ -49,6 +49,8 @@ class CompletionRequest:
     question: str
     """The last user message, or the prompt's text; the echo fault repeats it."""
     max_tokens: int | None
+    ignore_eos: bool = False
+    """The answer is written until `max_tokens`."""
     stream: bool = False
     include_usage: bool = False
     is_exam: bool = False
@@ -136,6 +138,10 @@ def compose(request: CompletionRequest, fault: Fault | None, prose: Prose, words
     if request.max_tokens == 0:
         return "", cut_short(0)
     text = _content(request, fault, prose, words)
+    if request.ignore_eos and request.max_tokens is not None:
+        while count_tokens(text) < request.max_tokens:
+            text += f"\n\n{prose.write(words)}"
+        return text[: request.max_tokens * CHARACTERS_PER_TOKEN], cut_short(request.max_tokens)
     tokens = count_tokens(text)
     if request.max_tokens is not None and tokens > request.max_tokens:
         return text[: request.max_tokens * CHARACTERS_PER_TOKEN], cut_short(request.max_tokens)

@@ -69,6 +69,7 @@ class Native:
             question=prompt if isinstance(prompt, str) else "",
             # An explicit null means no limit, absence means 128 tokens.
             max_tokens=limit if "max_new_tokens" in sampling else DEFAULT_MAX_TOKENS,
+            ignore_eos=sampling.get("ignore_eos") is True,
             stream=body.get("stream") is True,
             ids=ids,
             logprob_start=_logprob_start(body, given) if body.get("return_logprob") is True else None,

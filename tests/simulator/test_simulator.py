@@ -125,6 +125,17 @@ async def test_chat_cuts_at_max_tokens() -> None:
     assert len(answer["choices"][0]["message"]["content"]) == 40
 
 
+async def test_ignore_eos_writes_until_max_tokens() -> None:
+    """An answer that would be shorter goes on, on both routes."""
+    forced = {"ignore_eos": True}
+    async with simulator(words=20) as client:
+        answer = await client.chat(max_tokens=500, **forced)
+        native = {"text": "Geese", "sampling_params": {"max_new_tokens": 500, **forced}}
+        written = await client.json("POST", "/generate", native)
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (500, "length")
+    assert written["meta_info"]["completion_tokens"] == 500
+
+
 async def test_chat_stream_is_role_pieces_finish_usage_done() -> None:
     """A stream names the role, gives the text in pieces, then the finish reason, the usage and [DONE]."""
     async with simulator() as client:

@@ -1,0 +1,202 @@
+"""The recorded work of a run, asked for again."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import orjson
+import pytest
+
+from streamsyn.bench.replay import (
+    RecordedAnswer,
+    Replay,
+    forced,
+    open_replay,
+    recorded_draft,
+)
+from streamsyn.config.loading import Config, load
+from streamsyn.errors import ConfigError
+from streamsyn.fleet.fleet import open_fleet
+from streamsyn.pipeline.request import RunRequest
+from streamsyn.pipeline.run import run
+from streamsyn.pipeline.workers import Worker
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Context, Draft, Outcome, Reject, Request, Seed, Work
+from streamsyn.simulator.in_process import InProcessServers
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
+
+URL = "http://gpu:30000"
+
+
+def fleet_of(**fields: Any) -> InProcessServers:
+    """One new simulated H100."""
+    return InProcessServers({URL: Simulation(SimulatorConfig(cost_model="h100", **fields))})
+
+
+def recorded_run(tmp_path: Path, servers: InProcessServers, settings: Mapping[str, Any]) -> Config:
+    """A run of six seeds into `tmp_path`/out."""
+    path = tmp_path / "seeds.jsonl"
+    rows = [{"id": f"s{n}", "instruction": f"What of {n}?", "answer": f"It is {n}."} for n in range(6)]
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    fixed = {
+        "seeds.sources": [{"path": str(path)}],
+        "fleet.servers": [URL],
+        "assembly.write": False,
+        "checks.max_repetition": 1.0,
+    }
+    config = load(None, {**fixed, **settings}.items())
+    run(
+        RunRequest(
+            config=config,
+            out=tmp_path / "out",
+            connect=servers.connect,
+            runner=servers.run,
+            rng=Random(0),
+            show_progress=False,
+            preflight=False,
+        )
+    )
+    return config
+
+
+class Outcomes(list[Outcome]):
+    """What came of the drafts."""
+
+    async def room(self) -> None:
+        """There is room."""
+
+    put = list.append
+
+
+def replayed(replay: Replay, servers: InProcessServers, config: Config) -> Outcomes:
+    """Have three workers ask for all drafts."""
+    outcomes, drafts = Outcomes(), list(replay.drafts())
+
+    async def main() -> None:
+        async with open_fleet(config.fleet, print, {}, servers.connect, Random(0)) as fleet:
+            await fleet.ask_models()
+            work: BoundedQueue[Work] = BoundedQueue(100)
+            for draft in drafts:
+                await work.put(draft)
+            work.close()
+            async with asyncio.TaskGroup() as group:
+                for number in range(3):
+                    worker = Worker(replay.recipe, fleet)
+                    group.create_task(worker.run(work, outcomes, lambda: True), name=f"worker-{number}")
+
+    servers.run(main())
+    return outcomes
+
+
+def tokens(servers: InProcessServers) -> tuple[int, int, int, int]:
+    """Answers, and tokens of prompts, from the cache, and of answers."""
+    stats = servers.simulations[URL].stats
+    return stats.answered, stats.prompt_tokens, stats.cached_tokens, stats.completion_tokens
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 0], ids=["radix cache", "no cache"])
+def test_sections_share_prefixes_as_in_the_run(tmp_path: Path, cache_tokens: int | None) -> None:
+    """As many requests and tokens, and within 5 % the prompt tokens sent for each one computed."""
+    sections = {"recipe.use": "sections", "recipe.target_tokens": 4000}
+    servers = fleet_of(words=580, cache_tokens=cache_tokens)
+    config = recorded_run(tmp_path, servers, sections)
+    answers, sent, cached, written = tokens(servers)
+    factor = sent / (sent - cached)
+    again = fleet_of(words=90, seed=7, cache_tokens=cache_tokens)  # on its own it would write other lengths
+
+    replay = open_replay(tmp_path / "out")
+    outcomes = replayed(replay, again, config)
+
+    assert (answers, written) == (tokens(again)[0], tokens(again)[3])
+    assert pytest.approx(sent, rel=0.02) == tokens(again)[1]
+    assert (sent, cached) == (replay.recorded.sent, replay.recorded.cached)
+    assert tokens(again)[1:3] == (replay.replayed.sent, replay.replayed.cached)
+    assert pytest.approx(factor, rel=0.05) == replay.replayed.factor
+    assert factor > 10 if cache_tokens is None else factor == 1
+    assert {Context} == {type(outcome) for outcome in outcomes}
+
+
+def test_discarded_answers_and_rejects_are_asked_for_again(tmp_path: Path) -> None:
+    """A seed whose answers all failed costs the servers as much as before, and so does each failed try."""
+    servers = fleet_of(words=300, faults={"short": 0.6}, seed=3)
+    config = recorded_run(tmp_path, servers, {"run.max_reject_fraction": 1.0})
+    again = fleet_of(words=300)
+
+    replay = open_replay(tmp_path / "out")
+    outcomes = replayed(replay, again, config)
+
+    assert {Context, Reject} == {type(outcome) for outcome in outcomes}
+    assert tokens(servers)[0] > len(outcomes) == 6
+    assert (tokens(servers)[0], tokens(servers)[3]) == (tokens(again)[0], tokens(again)[3])
+
+
+def test_documents_come_from_the_sources_of_the_run(tmp_path: Path) -> None:
+    """The log has the questions about documents, but not the documents."""
+    path = tmp_path / "documents.jsonl"
+    rows = [{"id": f"d{n}", "context": f"The geese of year {n} flew north. " * 30} for n in range(3)]
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    servers = fleet_of()
+    settings = {
+        "recipe.use": "instruction",
+        "seeds.sources": [{"path": str(path)}],
+        "checks.min_words": 1,
+        "recipe.contexts_per_seed": 2,
+    }
+    config = recorded_run(tmp_path, servers, settings)
+    again = fleet_of()
+
+    replay = open_replay(tmp_path / "out")
+    replayed(replay, again, config)
+
+    assert tokens(again)[1] == tokens(servers)[1] > 0
+    path.write_bytes(orjson.dumps(rows[0]) + b"\n")
+    fewer = open_replay(tmp_path / "out")
+    assert 2 == len(list(fewer.drafts()))
+    assert {"its document is not in the sources": 4} == fewer.left_out
+
+
+def test_what_cannot_be_replayed(tmp_path: Path) -> None:
+    """A directory without a run, and a run without an answer."""
+    with pytest.raises(ConfigError, match="not a run directory"):
+        open_replay(tmp_path)
+    recorded_run(tmp_path, fleet_of(faults={"refuse": 1.0}), {"run.max_reject_fraction": 1.0})
+    replay = open_replay(tmp_path / "out")
+
+    with pytest.raises(ConfigError, match="no answer"):
+        list(replay.drafts())
+
+    assert {"no answer came": 6} == replay.left_out
+
+
+def test_answers_are_matched_with_the_steps_they_became() -> None:
+    """`attempts` has all tries, `steps` what was kept."""
+    attempts = [
+        {"completion_tokens": 7, "error": None},
+        {"completion_tokens": 3, "error": "ServerTimeout: 60 s"},
+        {"completion_tokens": 5, "error": None},
+        {"completion_tokens": 9, "error": None},
+    ]
+    steps = [
+        {"completion_tokens": 7, "prompt_tokens": 10, "cached_tokens": 1, "finish_reason": "length"},
+        {"completion_tokens": 9, "prompt_tokens": 30, "cached_tokens": 16, "finish_reason": "stop"},
+    ]
+
+    found = recorded_draft(Draft(Seed("s", "t", "i", "a", "")), {"attempts": attempts, "steps": steps})
+
+    first = RecordedAnswer(7, is_kept=True, finish_reason="length", prompt_tokens=10, cached_tokens=1)
+    last = RecordedAnswer(9, is_kept=True, prompt_tokens=30, cached_tokens=16)
+    assert (first, RecordedAnswer(5), last) == found.answers
+
+
+def test_nothing_else_ends_an_answer() -> None:
+    """Neither stop words nor a second limit; a body that is sent as it is gets the same limit."""
+    sampling = {"temperature": 0.8, "stop": ["\n"], "max_completion_tokens": 9}
+    body = {"messages": [], **sampling}
+
+    found = forced(Request([], sampling, body=body), 50)
+
+    assert {"temperature": 0.8, "max_tokens": 50, "ignore_eos": True} == found.sampling
+    assert {"messages": [], "temperature": 0.8, "max_tokens": 50, "ignore_eos": True} == found.body
