@@ -2,19 +2,20 @@
 
 In reading order:
 
-    server_spec, discovery      which servers are wanted: configuration, file, DNS name
+    server_spec, discovery      which servers are wanted: configuration, file, DNS name; a warning of routers
     membership                  adds and removes them, ejects, probes and readmits them, watches their load
     models                      which models are used, and which one writes a draft
-    fleet                       `open_fleet`, `Fleet.complete`: place, try, retry
+    fleet, try_outcomes         `open_fleet`, `Fleet.complete`: place, try, retry; what an outcome changes
     server                      the state of one server
-    placement                   which server a request goes to, and when
+    placement                   which server a request goes to, and when; a prefix group stays at one server
     sharing, shares             many runs over the same servers: each has a fleet, and a fair share of places
-    affinity, prefixes          a prefix group stays at one server; its prefix is warmed up once
-    limiter, health             how many requests a server gets; when it is ejected; when a run gives up
+    prefixes                    the prefixes that a server has in its cache; each is warmed up once
+    limiter, kv_pool, health    how many requests a server gets; when it is ejected; when a run gives up
     hedging                     second tries for the last stragglers
-    client, wire, logprobs      what one server is sent, and what its answers mean
-    transport, retry_after      HTTP and TLS; how long a server asks to wait
-    routers                     warns of a router that splits prefix groups
+    client, wire                what one server is sent
+    chat_answer, logprobs       what its answers mean
+    thinking                    thoughts: switched on and off, and cut from answers
+    transport                   HTTP and TLS; how long a server asks to wait
     weight_update               new weights for a running server, used by the trainer
     launch                      starts a local SGLang server for the length of a run
 """

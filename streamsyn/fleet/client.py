@@ -8,8 +8,7 @@ from streamsyn.errors import BrokenResponse, ConfigError, ServerUnavailable, Wro
 from streamsyn.fleet import wire
 from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream, parse_whole
 from streamsyn.fleet.logprobs import Scorer
-from streamsyn.fleet.prompt_end import PromptEnds
-from streamsyn.fleet.thinking import CONTINUES, cleaned, template_fields
+from streamsyn.fleet.thinking import CONTINUES, PromptEnds, cleaned, template_fields
 from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request

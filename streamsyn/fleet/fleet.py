@@ -33,9 +33,8 @@ from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
 from streamsyn.fleet.membership import NOTICE_S, Connect, Membership, connect_http, open_membership
 from streamsyn.fleet.models import ModelWeights, listed
-from streamsyn.fleet.server import Place, Server, Usage
+from streamsyn.fleet.server import Place, Server, Timings, Usage
 from streamsyn.fleet.shares import Share, Shares
-from streamsyn.fleet.timings import Timings
 from streamsyn.fleet.try_outcomes import TryOutcomes
 from streamsyn.io.process_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request

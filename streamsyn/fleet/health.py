@@ -7,7 +7,7 @@ from random import Random
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import RateLimited, RequestRefused, ServerBusy, ServerError, ServerUnreachable
-from streamsyn.fleet.retry_after import LONGEST_S
+from streamsyn.fleet.transport import MAX_RETRY_AFTER_S
 
 _OWN_AFTER = 3
 """A request has a rate limit of its own after this many refusals with other answers in between."""
@@ -243,7 +243,7 @@ class Outage:
     def _give_up(self, loop: asyncio.AbstractEventLoop, on_gone: Callable[[str], None]) -> None:
         """Give up, unless a server asked for more time, or may still answer a request that it accepted."""
         give_up_s, now = self._section.give_up_s, loop.time()
-        ends = self._refused_since + give_up_s + min(self._paused_s, LONGEST_S)
+        ends = self._refused_since + give_up_s + min(self._paused_s, MAX_RETRY_AFTER_S)
         oldest = next(iter(self._tries.values()), now)
         if now - oldest > min(_ACCEPTED_AFTER_S, give_up_s / 2):
             ends = max(ends, oldest + self._section.request_timeout_s, now + _ACCEPTED_AFTER_S)

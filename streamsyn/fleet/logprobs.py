@@ -16,8 +16,7 @@ import orjson
 
 from streamsyn.errors import BrokenResponse, RequestRefused
 from streamsyn.fleet import wire
-from streamsyn.fleet.prompt_end import PromptEnds
-from streamsyn.fleet.thinking import template_fields
+from streamsyn.fleet.thinking import PromptEnds, template_fields
 from streamsyn.fleet.transport import Transport
 from streamsyn.plain_text import short_repr
 from streamsyn.records import Completion, Request

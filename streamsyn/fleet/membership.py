@@ -16,11 +16,11 @@ from streamsyn.background import Background
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable, WrongAddress
 from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.discovery import warn_about_router
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
 from streamsyn.fleet.models import agreed_models, listed
 from streamsyn.fleet.placement import Placement
-from streamsyn.fleet.routers import warn_about_router
 from streamsyn.fleet.server import Server
 from streamsyn.fleet.server_spec import ServerSpec, headers_of
 from streamsyn.fleet.transport import KEY_VARIABLE, Transport, http_transport, tls_context

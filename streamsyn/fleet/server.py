@@ -1,13 +1,15 @@
-"""The state of one server: its client, limiter, health and prefixes, and the requests that wait for it.
+"""The state of one server: client, limiter, health, prefixes, counters, timings, and the requests that wait.
 
 `placement`, `membership` and `fleet` change it.
 """
 
 import asyncio
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -19,12 +21,13 @@ from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.shares import Share
-from streamsyn.fleet.timings import Timings
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Completion, Request
 
 log = structlog.get_logger()
 
+BOUNDS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Upper bounds of the buckets in seconds; one more has all that is longer."""
 _MAX_SHOWN = 20
 """Models that are shown of a server of which none is used yet."""
 
@@ -94,6 +97,47 @@ class WaitQueue:
         self._lines.clear()
         self.size = 0
         return found
+
+
+class Histogram:
+    """Counts durations in buckets."""
+
+    __slots__ = ("_counts", "total_s")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS_S) + 1)
+        self.total_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count a duration."""
+        self._counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.total_s += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return for each upper bound how many durations were at most that long; the last one is `+Inf`."""
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True))
+
+    @property
+    def count(self) -> int:
+        """Number of durations."""
+        return sum(self._counts)
+
+
+@dataclass(slots=True, eq=False)
+class Timings:
+    """How long the requests of a run, or those at a server, took.
+
+    Attributes:
+        queue_wait: Until there was a place at a server, each try counted.
+        time_to_first_token: From sending to the first token, of the answers that are streamed: those of
+            requests that bring a shared prefix into a cache.
+        request_duration: From sending to the whole answer.
+    """
+
+    queue_wait: Histogram = field(default_factory=Histogram)
+    time_to_first_token: Histogram = field(default_factory=Histogram)
+    request_duration: Histogram = field(default_factory=Histogram)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -27,9 +27,9 @@ from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.health import Outage
 from streamsyn.fleet.membership import Connect, Membership, connect_http, open_membership
 from streamsyn.fleet.models import shared_models
+from streamsyn.fleet.server import Timings
 from streamsyn.fleet.server_spec import ServerSpec, base_and_query, headers_of
 from streamsyn.fleet.shares import Priority, Shares
-from streamsyn.fleet.timings import Timings
 from streamsyn.io.process_files import within_sockets
 from streamsyn.urls import split_userinfo
 

@@ -5,11 +5,13 @@ aiohttp is used only here, and its errors are translated into those of `streamsy
 
 import asyncio
 import errno
+import math
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urljoin, urlsplit
@@ -27,7 +29,6 @@ from streamsyn.errors import (
     StreamsynError,
     WrongAddress,
 )
-from streamsyn.fleet.retry_after import retry_after_s
 from streamsyn.plain_text import cut
 
 KEY_VARIABLE = "STREAMSYN_API_KEY"
@@ -47,6 +48,8 @@ _HEADER_BYTES = 2**16
 _REFUSAL_BYTES = 2**16
 """What is read of an answer with another status than 200: its message is at the beginning."""
 _NO_HEADERS: Mapping[str, str] = {}
+MAX_RETRY_AFTER_S = 600.0
+"""Longest pause in seconds: a server that asks for more is asked again after this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,3 +335,30 @@ def _load_certificate(context: ssl.SSLContext, certificate: Path) -> None:
         ) from error
     except OSError as error:
         raise ConfigError(f"fleet.tls_cert: cannot read {certificate}: {error.strerror}") from error
+
+
+def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the pause in seconds that the headers of an answer ask for; None without a valid one.
+
+    Args:
+        headers: Those of the answer. A date is compared with its `Date`, so that clocks need not agree.
+        now: Unix time in seconds, used if `Date` is missing or invalid.
+    """
+    value = headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        seconds = float(value)  # the standard has whole seconds; some servers send fractions
+    except ValueError:
+        at, sent = _unix_time(value), _unix_time(headers.get("Date", ""))
+        if at is None:
+            return None
+        seconds = max(0.0, at - (now if sent is None else sent))
+    return min(seconds, MAX_RETRY_AFTER_S) if seconds >= 0 and math.isfinite(seconds) else None
+
+
+def _unix_time(date: str) -> float | None:
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None

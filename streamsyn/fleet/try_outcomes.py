@@ -16,8 +16,7 @@ from streamsyn.errors import (
 )
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.membership import Membership
-from streamsyn.fleet.server import Server, Usage
-from streamsyn.fleet.timings import Timings
+from streamsyn.fleet.server import Server, Timings, Usage
 from streamsyn.records import Completion
 
 log = structlog.get_logger()

@@ -28,7 +28,7 @@ from streamsyn.errors import (
     ServerUnavailable,
     StreamsynError,
 )
-from streamsyn.fleet.retry_after import retry_after_s
+from streamsyn.fleet.transport import retry_after_s
 from streamsyn.plain_text import message
 from streamsyn.sink import shards
 from streamsyn.sink.shards import KINDS

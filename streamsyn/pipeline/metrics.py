@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.timings import Histogram, Timings
+from streamsyn.fleet.server import Histogram, Timings
 from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()

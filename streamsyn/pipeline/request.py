@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.membership import Connect
+from streamsyn.fleet.server import Timings
 from streamsyn.fleet.shares import Priority
 from streamsyn.fleet.sharing import Servers
-from streamsyn.fleet.timings import Timings
 from streamsyn.pipeline.delivery import SampleGate, SampleStream
 from streamsyn.pipeline.stages import Queues
 from streamsyn.pipeline.stop import RunControl

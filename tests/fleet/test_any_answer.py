@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, ServerError
-from streamsyn.fleet import routers, weight_update, wire
+from streamsyn.fleet import discovery, weight_update, wire
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.limiter import AdaptiveLimiter
 from streamsyn.fleet.models import agreed_models
-from streamsyn.fleet.retry_after import retry_after_s
-from streamsyn.fleet.transport import Reply, http_transport
+from streamsyn.fleet.transport import Reply, http_transport, retry_after_s
 from streamsyn.plain_text import visible
 from streamsyn.records import Completion, Request
 from streamsyn.simulator.virtual_time import run_virtually
@@ -80,8 +79,8 @@ ANSWERS: dict[str, Any] = {
     wire.TOKENIZE: {"tokens": [1, 2]},
     wire.DETOKENIZE: {"text": "assistant\n<think>\n"},
     wire.GENERATE: SCORE,
-    routers.WORKERS: {"workers": [{"url": URL, "labels": {"policy": "cache_aware"}}]},
-    routers.SERVER_INFO: {"router_manager": True, "workers_count": 3},
+    discovery.ROUTER_WORKERS: {"workers": [{"url": URL, "labels": {"policy": "cache_aware"}}]},
+    discovery.ROUTER_INFO: {"router_manager": True, "workers_count": 3},
     weight_update.UPDATE: {"success": True, "message": "done"},
 }
 """A good answer of each route."""
@@ -132,8 +131,8 @@ CALLS: dict[str, tuple[Callable[[ServerClient], Awaitable[object]], tuple[str, .
     "weight_version": (lambda client: client.weight_version(), (wire.MODEL_INFO,)),
     "abort": (lambda client: client.abort("r-1"), (wire.ABORT,)),
     "router": (
-        lambda client: routers.warn_about_router(URL, client.transport),
-        (routers.WORKERS, routers.SERVER_INFO),
+        lambda client: discovery.warn_about_router(URL, client.transport),
+        (discovery.ROUTER_WORKERS, discovery.ROUTER_INFO),
     ),
     "pause": (
         lambda client: weight_update.pause(client.transport, URL, "abort", 5.0),

@@ -15,7 +15,7 @@ from streamsyn.errors import BrokenResponse, ConfigError, RequestRefused, Server
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.limiter import AdaptiveLimiter
 from streamsyn.fleet.logprobs import NoScores, Scorer
-from streamsyn.fleet.prompt_end import PromptEnds
+from streamsyn.fleet.thinking import PromptEnds
 from streamsyn.fleet.transport import Reply
 from streamsyn.records import Attempt, Request
 from streamsyn.simulator.app import RunningSimulator, running

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.timings import Timings
+from streamsyn.fleet.server import Timings
 from streamsyn.pipeline.metrics import Figures, RunFigures, serving_metrics
 from streamsyn.telemetry import Counters
 from tests.builders import context, reject

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the throw-away certificates of tests/fleet/test_tls.py, good from 2020 to 2120; they protect nothing.
+# Makes the throw-away certificates of tests/fleet/test_transport.py, good from 2020 to 2120; they protect nothing.
 #   ca.pem      the authority             other-ca.pem  another one, that signed nothing
 #   server.pem  sglang.test and localhost client.pem    for servers that ask for one   (each with its key)
 #   locked.pem  the client's, with its key under a pass phrase

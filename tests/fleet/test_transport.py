@@ -1,17 +1,21 @@
-"""TLS over real sockets: authorities, client certificates and server names."""
+"""HTTP to a server: TLS over real sockets, and `Retry-After` in all its forms."""
 
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, ServerUnavailable, ServerUnreachable
-from streamsyn.fleet.transport import Reply, http_transport, tls_context
+from streamsyn.fleet.transport import MAX_RETRY_AFTER_S, Reply, http_transport, retry_after_s, tls_context
+from tests.examples import examples
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 
@@ -142,3 +146,48 @@ def test_files_that_cannot_be_used(key: str, path: Path | str, said: str) -> Non
         tls_context(FleetSection.model_validate({key: path}))
     assert "\n" not in str(raised.value)
     assert "None" not in str(raised.value)
+
+
+NOW = 1_800_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("value", "pause_s"),
+    [
+        ("3", 3.0),
+        (" 0 ", 0.0),
+        ("0.25", 0.25),
+        (str(10 * MAX_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+        (formatdate(NOW + 90, usegmt=True), 90.0),
+        (formatdate(NOW - 90, usegmt=True), 0.0),
+        (formatdate(NOW + 86_400, usegmt=True), MAX_RETRY_AFTER_S),
+        ("", None),
+        ("-1", None),
+        ("nan", None),
+        ("inf", None),
+        ("soon", None),
+        ("Sun, 99 Nov 9999 99:99:99 GMT", None),
+    ],
+)
+def test_the_pause(value: str, pause_s: float | None) -> None:
+    """Whole seconds, fractions and dates; nothing else, and at most `MAX_RETRY_AFTER_S`."""
+    assert pause_s == retry_after_s({"Retry-After": value}, NOW)
+
+
+def test_no_header() -> None:
+    """Without the header there is no pause."""
+    assert retry_after_s({}, NOW) is None
+
+
+def test_a_date_is_compared_with_the_servers_clock() -> None:
+    """A client whose clock is an hour late does not wait for an hour."""
+    headers = {"Retry-After": formatdate(NOW + 5, usegmt=True), "Date": formatdate(NOW, usegmt=True)}
+    assert 5.0 == retry_after_s(headers, NOW - 3600)
+
+
+@examples(200)
+@given(st.dictionaries(st.sampled_from(["Retry-After", "Date"]), st.text()))
+def test_any_header(headers: dict[str, str]) -> None:
+    """Whatever a server sends is a pause within bounds, or none."""
+    pause_s = retry_after_s(headers, NOW)
+    assert pause_s is None or 0 <= pause_s <= MAX_RETRY_AFTER_S
