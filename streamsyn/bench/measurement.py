@@ -204,6 +204,7 @@ class Load:
         warmup_s: Length of the warm-up; None: by the durations of requests.
         duration_s: Length of the measured part; None: by the durations of requests.
         with_log: Whether outcomes are written to a durable log and assembled.
+        slos: Service level objectives in milliseconds, by AIPerf's names of latencies: for `goodput`.
     """
 
     cap: int | Literal["auto"] = "auto"
@@ -211,6 +212,7 @@ class Load:
     warmup_s: float | None = None
     duration_s: float | None = None
     with_log: bool = False
+    slos: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
