@@ -64,8 +64,8 @@ def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:
     summary = summary or RunSummary(request.out, Counters())
     with (
         _opened(request, summary) as parts,
-        _garbage_collected_rarely(),
-        _early_stop_noted(summary),
+        garbage_collected_rarely(),
+        early_stop_noted(summary),
         metrics_served(parts),
     ):
         request.runner(_traced_run(parts))
@@ -87,7 +87,7 @@ async def run_in_loop(request: RunRequest, summary: RunSummary | None = None) ->
     """
     summary = summary or RunSummary(request.out, Counters())
     async with in_threads(_opened(request, summary)) as parts:
-        with _early_stop_noted(summary):
+        with early_stop_noted(summary):
             async with in_threads(metrics_served(parts)):
                 await _traced_run(parts)
     return summary
@@ -120,7 +120,7 @@ def _opened(request: RunRequest, summary: RunSummary) -> Iterator[Parts]:
 
 
 @contextmanager
-def _early_stop_noted(summary: RunSummary) -> Iterator[None]:
+def early_stop_noted(summary: RunSummary) -> Iterator[None]:
     """Note in the summary why the block stopped early; of several errors, raise the one to report."""
     try:
         yield
@@ -241,7 +241,7 @@ def _open_log(request: RunRequest) -> Iterator[RunLog]:
 
 
 @contextmanager
-def _garbage_collected_rarely() -> Iterator[None]:
+def garbage_collected_rarely() -> Iterator[None]:
     """What exists now lives as long as the run; almost all later objects are freed without the collector."""
     before = gc.get_threshold()
     gc.freeze()

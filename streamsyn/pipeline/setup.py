@@ -265,8 +265,9 @@ def worker_pool(
     stopper: Stopper,
     summary: RunSummary,
     journal: Journal | None,
+    size: Callable[[], int] | None = None,
 ) -> WorkerPool:
-    """Workers: slightly more than the fleets have places for.
+    """Return the workers of a run.
 
     Args:
         request: What is to be run.
@@ -275,6 +276,7 @@ def worker_pool(
         stopper: Stops the run when there are too many rejects.
         summary: Notes that.
         journal: Keeps finished steps of drafts; None without a log.
+        size: Returns how many workers there should be; by default slightly more than there are places for.
     """
     draining = asyncio.Event()
     examiner = None if fleets.examination is None else fleets.examination.examiner
@@ -285,7 +287,7 @@ def worker_pool(
         for fleet in each:
             fleet.drain()
 
-    def size() -> int:
+    def slightly_more() -> int:
         capacity = sum(fleet.capacity for fleet in each)
         waiting = sum(fleet.limited for fleet in each)  # their workers need no place
         return capacity + capacity // 8 + 1 + waiting  # so that no place waits for a worker
@@ -296,7 +298,7 @@ def worker_pool(
 
     pool = WorkerPool(
         lambda: Worker(recipe, fleets.writing, journal, draining.is_set, examiner, thinking),
-        size=size,
+        size=size or slightly_more,
         max_consecutive_bugs=request.config.run.max_consecutive_bugs,
         on_drain=drain,
         on_idle=tail,

@@ -38,10 +38,12 @@ class Queues:
     Attributes:
         work: Drafts on the work queue, and its bound.
         results: Outcomes that wait for the disk or for assembly, and the number at which no draft is begun.
+        is_draining: Whether nothing new is begun.
     """
 
     work: tuple[int, int]
     results: tuple[int, int]
+    is_draining: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,11 @@ class Pipeline:
     def queues(self) -> Queues:
         """How full the queues are now."""
         work, results = self._work, self._results
-        return Queues((len(work), work.maxsize), (results.not_done, results.maxsize))
+        return Queues(
+            work=(len(work), work.maxsize),
+            results=(results.not_done, results.maxsize),
+            is_draining=self._why_stopped is not None,
+        )
 
     @property
     def drain_ends_in_s(self) -> float | None:

@@ -1,0 +1,215 @@
+"""One measured run: the stages of a real run under a load that does not end, recorded.
+
+    seeds, again and again -> producer -> [work] -> workers -> fleet -> outcomes: counted and dropped,
+                                                                        or, with a log, a whole `pipeline.run`
+
+The load goes on from the warm-up through the measured part without a pause. Then nothing new is begun, and
+what is in flight finishes, outside the measured part.
+"""
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import structlog
+
+from streamsyn.background import background
+from streamsyn.bench.load import under_load
+from streamsyn.bench.measurement import Load, Measurement
+from streamsyn.bench.phases import Phases
+from streamsyn.bench.recorder import Recorder
+from streamsyn.bench.steady_state import steady_state
+from streamsyn.bench.unlogged_run import UnloggedRun
+from streamsyn.config.loading import Config
+from streamsyn.errors import ConfigError
+from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.run import garbage_collected_rarely, run_in_loop
+from streamsyn.seeds.reader import REPEATED
+from streamsyn.simulator import costs
+from streamsyn.simulator.in_process import InProcessServers
+from streamsyn.telemetry import Counters
+
+log = structlog.get_logger()
+
+_MEASURED = "measured"
+"""Why a run is stopped at the end of the measured part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunToMeasure:
+    """What is to be measured.
+
+    Attributes:
+        config: The resolved configuration: recipe, checks, seeds, servers.
+        load: The load.
+        limit_s: Longest warm-up and measured part together; virtual seconds in a simulation.
+        gpus: GPUs of the fleet; None for one a server.
+        folder: Where a run with a log goes; None for a temporary one, which is deleted.
+        environ: The environment, with the servers' keys.
+        simulated: Makes simulated servers, which run in this process in virtual time; None for real ones.
+        seed: Random seed of arrivals and jitter.
+        handles_signals: Whether a signal ends the run; only in the main thread of a process.
+    """
+
+    config: Config
+    load: Load
+    limit_s: float = 900.0
+    gpus: int | None = None
+    folder: Path | None = None
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    simulated: Callable[[], InProcessServers] | None = None
+    seed: int = 0
+    handles_signals: bool = True
+
+
+def measure(asked: RunToMeasure) -> Measurement:
+    """Run until the measured part is over, or until stopped; `Measurement.stopped` has the reason.
+
+    Raises:
+        ConfigError: A setting or a source of seeds cannot be used.
+        SinkError: The log of a run with a log cannot be written.
+    """
+    if asked.load.rate is not None and asked.load.with_log:
+        raise ConfigError("--rate cannot be combined with --with-log: a run with a log is a closed loop")
+    if any(source.path == "-" for source in asked.config.seeds.sources):
+        raise ConfigError("--seeds -: stdin cannot be read again when the seeds run out; give a file")
+    with tempfile.TemporaryDirectory(prefix="streamsyn-bench-") as scratch, garbage_collected_rarely():
+        run = _MeasuredRun(asked, Path(scratch))
+        (asyncio.run if run.servers is None else run.servers.run)(run.run())
+    return run.measurement()
+
+
+class _MeasuredRun:
+    """The state of one measured run."""
+
+    def __init__(self, asked: RunToMeasure, scratch: Path) -> None:
+        self.servers = None if asked.simulated is None else asked.simulated()
+        self._asked = asked
+        out = asked.folder or scratch / "run"
+        self._summary = RunSummary(out, Counters())
+        self._begun = asyncio.Event()
+        self._phases = Phases(asked.load, asked.limit_s)
+        self._ended_at = 0.0
+        self._warnings: list[str] = []
+        self._started_at = time.time()
+        self._recorder: Recorder
+        self._request = RunRequest(
+            config=under_load(asked.config, asked.load),
+            out=out,
+            environ=asked.environ,
+            connect=None if self.servers is None else self.servers.connect,
+            rng=Random(asked.seed),
+            show_progress=False,
+            preflight=False,
+            handles_signals=asked.handles_signals,
+            repeats_seeds=True,
+            on_begun=self._begun.set,
+        )
+        self._unlogged: UnloggedRun | None = None
+        if not asked.load.with_log:
+            self._unlogged = UnloggedRun(self._request, self._summary, scratch, asked.load.rate)
+
+    async def run(self) -> None:
+        """Run to the end."""
+        self._recorder = self._request.tracer = Recorder(asyncio.get_running_loop().time)
+        async with background() as tasks:
+            tasks.start(self._timed(), name="bench-timing")
+            if self._unlogged is None:
+                await run_in_loop(self._request, self._summary)
+            else:
+                await self._unlogged.run()
+        self._ended_at = self._recorder.now()
+
+    async def _timed(self) -> None:
+        """Record ticks; end the measured part."""
+        recorder, phases = self._recorder, self._phases
+        await self._begun.wait()
+        recorder.begin()
+        async with background() as tasks:
+            if self.servers is None:
+                tasks.start(recorder.watch_lag(), name="bench-lag")
+            log.info("bench.warming_up", plain="warming up")
+            while True:
+                was_warm, was_over = phases.warm_at is not None, phases.measured_at is not None
+                queues = self._summary.queues()
+                next_look = phases.look(
+                    recorder.now(),
+                    recorder.requests,
+                    recorder.requests_in_flight,
+                    is_draining=queues is not None and queues.is_draining,
+                )
+                recorder.tick(self._summary)
+                if phases.warm_at is not None and not was_warm:
+                    log.info("bench.measuring", plain="measuring")
+                if phases.measured_at is not None and not was_over:
+                    self._request.control.drain(_MEASURED)
+                await asyncio.sleep(next_look - recorder.now())
+
+    def measurement(self) -> Measurement:
+        """Return what was measured."""
+        asked, recorder = self._asked, self._recorder
+        warm_up, measured, drain = self._phases.intervals(self._ended_at)
+        if self._phases.was_cut:
+            self._warnings.append(
+                "the time limit ended the warm-up before each request in flight was answered once: raise "
+                "--time-limit-s or set --warmup-s"
+            )
+        steady = steady_state(recorder.requests, measured)
+        if asked.load.rate is not None and steady is not None:
+            steady = measured  # an open loop keeps the rate, not the requests in flight
+        stopped = self._summary.stopped or "none of the seeds is valid"
+        servers = {server.server for tick in recorder.ticks for server in tick.servers}
+        found = Measurement(
+            load=asked.load,
+            started_at=self._started_at,
+            models=sorted({request.model for request in recorder.requests}),
+            gpus=asked.gpus or max(1, len(servers)),
+            is_simulated=self.servers is not None,
+            warm_up=warm_up,
+            measured=measured,
+            drain=drain,
+            steady=steady,
+            requests=recorder.requests,
+            drafts=recorder.drafts,
+            ticks=recorder.ticks,
+            seeds=len({draft.seed_id.partition(REPEATED)[0] for draft in recorder.drafts}),
+            repeats=sum(REPEATED in draft.seed_id for draft in recorder.drafts),
+            stopped="" if stopped == _MEASURED else stopped,
+            warnings=self._warnings,
+        )
+        if self.servers is not None:
+            found.capacity_tokens_per_s = capacity(self.servers, found)
+        return found
+
+
+def capacity(servers: InProcessServers, found: Measurement) -> float | None:
+    """Return the tokens per second that simulated servers can write, by their cost models.
+
+    Prompts and answers are as long as those of the window on average; see `costs.capacity`.
+
+    Returns:
+        None if no request was answered in the window, or a server has no cost model.
+    """
+    window = found.window
+    answered = [one for one in found.requests if one.ended == "ok" and window.holds(one.done_at)]
+    models = [simulation.config.batching for simulation in servers.simulations.values()]
+    if not answered:
+        return None
+    prompt, cached, written = (
+        round(fmean(numbers))
+        for numbers in zip(
+            *((one.prompt_tokens, one.cached_tokens, one.completion_tokens) for one in answered), strict=True
+        )
+    )
+    total = 0.0
+    for simulation, model in zip(servers.simulations.values(), models, strict=True):
+        if model is None:
+            return None
+        total += costs.capacity(model, prompt, cached, written) * written * simulation.config.speed
+    return total

@@ -1,0 +1,111 @@
+"""A run that keeps nothing: the stages of a real run, with outcomes counted and dropped at the end."""
+
+import asyncio
+from pathlib import Path
+from random import Random
+
+from streamsyn.assembly.stage import NoAssembly
+from streamsyn.bench.load import OpenLoop
+from streamsyn.errors import ConfigError
+from streamsyn.pipeline.producer import Producer
+from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.run import early_stop_noted
+from streamsyn.pipeline.setup import Fleets, is_examined, own_fleet, worker_pool
+from streamsyn.pipeline.stages import Pipeline, ProducerStage, Stages
+from streamsyn.pipeline.stop import Stopper
+from streamsyn.queues import Backlog, BoundedQueue
+from streamsyn.recipes.registry import load_recipe
+from streamsyn.records import Context, Outcome
+from streamsyn.seeds.reader import SeedReader
+from streamsyn.sink.completed_keys import Claims
+from streamsyn.telemetry import Counters
+from streamsyn.traces import traced
+
+
+class DroppedOutcomes:
+    """The sink of a run without a log."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    async def run(self, results: Backlog[Outcome], _durable: BoundedQueue[tuple[int, Context]]) -> None:
+        """Count outcomes until `results` ends."""
+        async for outcome in results:
+            self._counters.count_outcome(outcome)
+            results.done()
+
+
+class UnloggedRun:
+    """A run without a log. Made outside the event loop, since it looks at the seeds.
+
+    Args:
+        request: What is to be run.
+        summary: Filled while it goes on.
+        scratch: An existing folder for the ids of the seeds that were read.
+        rate: Drafts per second of an open loop; None for a closed loop.
+
+    Raises:
+        ConfigError: The recipe or a source of seeds cannot be used, or the checks need a log.
+    """
+
+    def __init__(self, request: RunRequest, summary: RunSummary, scratch: Path, rate: float | None) -> None:
+        config = request.config
+        if is_examined(config.checks):
+            raise ConfigError(
+                "checks.context_gain, checks.answerable, checks.eval_sets and checks.near_duplicate need the "
+                "log: add --with-log, or switch them off with --set"
+            )
+        self._request, self._summary, self._scratch, self._rate = request, summary, scratch, rate
+        self._recipe = load_recipe(config.recipe, config.checks)
+        self._reader = SeedReader(
+            config.seeds,
+            config.run.seed,
+            spool_folder=None,
+            takes_documents=self._recipe.takes_documents,
+            repeats=request.repeats_seeds,
+        )
+        if not self._reader.has_sources:
+            raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
+
+    async def run(self) -> None:
+        """Run until stopped by `request.control`, a signal, or servers that are gone; the summary says why.
+
+        Raises:
+            ConfigError: The servers cannot be used, or a source of seeds cannot be read.
+        """
+        request, summary = self._request, self._summary
+        stopper = Stopper()
+        with (
+            early_stop_noted(summary),
+            traced(request.tracer),
+            stopper.stopping(signals=request.handles_signals),
+            request.control.of(stopper),
+        ):
+            async with own_fleet(request, stopper) as fleet:
+                summary.servers, summary.timings = fleet.metrics, fleet.timings
+                await fleet.ask_models()
+                claims = await asyncio.to_thread(Claims, None, self._scratch / "claims.sqlite")
+                try:
+                    pipeline = stopper.pipeline = self._pipeline(Fleets(fleet, None), stopper, claims)
+                    summary.queues = lambda: pipeline.queues
+                    request.on_begun()
+                    await pipeline.run()
+                finally:
+                    await asyncio.to_thread(claims.close)
+
+    def _pipeline(self, fleets: Fleets, stopper: Stopper, claims: Claims) -> Pipeline:
+        config, counters = self._request.config, self._summary.counters
+        producer: ProducerStage = Producer(self._reader, claims, config, counters, self._recipe.group)
+        size = None
+        if self._rate is not None:
+            rng = self._request.rng or Random()
+            producer = arrivals = OpenLoop(producer, self._rate, rng, config.run.queue_size)
+            size = lambda: arrivals.arrived - counters.outcomes + 1  # noqa: E731 - one idle worker at least
+        workers = worker_pool(
+            self._request, self._recipe, fleets, stopper, self._summary, journal=None, size=size
+        )
+        if isinstance(producer, OpenLoop):
+            producer.on_arrival = workers.grow
+        stages = Stages(producer, workers, DroppedOutcomes(counters), NoAssembly())
+        backlog = config.run.queue_size + config.sink.sync_rows
+        return Pipeline(stages, config.run.queue_size, backlog, config.run.drain_timeout_s)
