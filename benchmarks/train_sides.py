@@ -50,7 +50,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     """Train with streamsyn's loop and return the losses and the seconds of its steps."""
     import numpy
 
-    from streamsyn.config.train_section import TrainSection
+    from streamsyn.config.command_sections import TrainSection
     from streamsyn.trainer.commands import Command, Ranks, Step, Stop
     from streamsyn.trainer.examples import Example, Key
     from streamsyn.trainer.loop import Loop, Progress

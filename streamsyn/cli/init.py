@@ -9,7 +9,7 @@ from streamsyn.cli.options import examples
 from streamsyn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from streamsyn.config.starter import StarterRecipe
+    from streamsyn.config.toml_text import StarterRecipe
 
 
 @click.command(
@@ -32,7 +32,7 @@ def init_config(path: Path, recipe: "StarterRecipe") -> None:
 
     A file that exists is not overwritten.
     """
-    from streamsyn.config.starter import starter
+    from streamsyn.config.toml_text import starter
 
     try:
         with path.open("x", encoding="utf-8") as file:

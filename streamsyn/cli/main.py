@@ -110,8 +110,7 @@ def _refuse(error: click.ClickException) -> NoReturn:
 
 def _keys_named(option: str) -> str:
     """What to write in place of an option that does not exist, if a configuration key has its name."""
-    from streamsyn.config.loading import known_keys
-    from streamsyn.config.mistakes import keys_named
+    from streamsyn.config.loading import keys_named, known_keys
 
     keys = keys_named(option, known_keys())
     return " or ".join(f"--set {key}=VALUE" for key in keys[:3])

@@ -8,8 +8,8 @@ import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from streamsyn.config.mistakes import describe
-from streamsyn.config.serve_section import ServeSection
+from streamsyn.config.command_sections import ServeSection
+from streamsyn.config.loading import describe
 from streamsyn.daemon.problems import Problem
 
 MAX_JSON_BYTES: Final = 2**20

@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
-from streamsyn.config.serve_section import ServeSection
+from streamsyn.config.command_sections import ServeSection
 
 _FULL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n"

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import structlog
 
+from streamsyn.config.command_sections import ServeSection
 from streamsyn.config.loading import Config
-from streamsyn.config.serve_section import ServeSection
 from streamsyn.daemon.daemon import Daemon
 from streamsyn.errors import ConfigError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from streamsyn.config.serve_section import ServeSection
+from streamsyn.config.command_sections import ServeSection
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_state import ENDED
 from streamsyn.daemon.runs import Runs

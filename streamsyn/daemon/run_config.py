@@ -13,8 +13,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from streamsyn.config.fields import is_operational
-from streamsyn.config.loading import Config, known_keys, load
-from streamsyn.config.mistakes import suggestion
+from streamsyn.config.loading import Config, known_keys, load, suggestion
 from streamsyn.daemon.problems import Problem
 
 ALLOWED: Final = frozenset(

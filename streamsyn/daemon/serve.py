@@ -19,8 +19,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.log import server_logger
 
 from streamsyn.background import background
+from streamsyn.config.command_sections import ServeSection
 from streamsyn.config.loading import Config
-from streamsyn.config.serve_section import ServeSection
 from streamsyn.daemon.access import is_loopback
 from streamsyn.daemon.daemon import Daemon, open_daemon
 from streamsyn.daemon.http_app import CONNECTIONS, make_http_app

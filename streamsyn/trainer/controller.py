@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import StreamsynError, TrainingFailed
 from streamsyn.trainer.commands import Command, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.evaluations import Evaluations

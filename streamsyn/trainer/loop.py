@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import StreamsynError
 from streamsyn.trainer.commands import Command, Evaluate, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.exam import Answer, answer_all

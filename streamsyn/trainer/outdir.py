@@ -9,10 +9,10 @@ from typing import Any
 import orjson
 
 import streamsyn
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.fields import is_operational
 from streamsyn.config.fingerprint import differences, with_absolute_paths
 from streamsyn.config.loading import Config, load
-from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.records import digest

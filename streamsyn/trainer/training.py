@@ -13,8 +13,8 @@ import structlog
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.loading import Config
-from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.trainer.commands import Ranks
 from streamsyn.trainer.controller import Controller, Totals

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.data_paths import absolute_path, is_url
 from streamsyn.config.loading import Config, load, parse_override
-from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import base_url
 from streamsyn.io.inputs import find_files

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamsyn.config.command_sections import PublishSection
 from streamsyn.config.sections import FleetSection
-from streamsyn.config.train_section import PublishSection
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.launch import find_packaged_model
 from streamsyn.records import Request

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.controller import Controller, Totals
 from streamsyn.trainer.evaluation.evaluations import Evaluations, done_before

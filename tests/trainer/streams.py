@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import orjson
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
 from streamsyn.trainer.sources.source import Sources
 from streamsyn.trainer.stream.planner import Planner

@@ -5,7 +5,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from streamsyn.config.train_section import LongBenchSection, NeedlesSection
+from streamsyn.config.command_sections import LongBenchSection, NeedlesSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.evaluation.exam import Chat
 from streamsyn.trainer.evaluation.longbench import longbench_questions

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.outdir import OutDirectory, check_shaping
 from streamsyn.trainer.sources.locate import open_sources

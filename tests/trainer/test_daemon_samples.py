@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError, RunReplaced
 from streamsyn.following import daemon_client
 from streamsyn.following.daemon_client import is_run_url

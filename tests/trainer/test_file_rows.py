@@ -9,7 +9,7 @@ import pytest
 import zstandard
 from structlog.testing import capture_logs
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.export.export_request import ExportRequest
 from streamsyn.export.export_run import export

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.evaluation.exam import _answer, answer_all, answering
 from streamsyn.trainer.model.attention import SEGMENTS

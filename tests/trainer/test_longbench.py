@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.config.train_section import LongBenchSection
+from streamsyn.config.command_sections import LongBenchSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.evaluation.exam import Chat, Question
 from streamsyn.trainer.evaluation.longbench import longbench_questions

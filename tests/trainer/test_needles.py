@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.config.train_section import NeedleKind, NeedlesSection
+from streamsyn.config.command_sections import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.evaluation.exam import Chat, Question, recall
 from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions, sentences

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
+from streamsyn.config.command_sections import PublishSection
 from streamsyn.config.sections import FleetSection
-from streamsyn.config.train_section import PublishSection
 from streamsyn.errors import ConfigError
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import SimulatorConfig

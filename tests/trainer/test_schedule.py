@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.loop import Schedule
 
 

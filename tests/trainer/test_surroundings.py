@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamsyn.config.train_section import LoraSection, TrainSection
+from streamsyn.config.command_sections import LoraSection, TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.pretrained import memory_errors_explained
 from streamsyn.trainer.training import place_among_ranks

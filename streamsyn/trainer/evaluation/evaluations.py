@@ -9,8 +9,8 @@ from typing import Any
 
 import structlog
 
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.loading import Config
-from streamsyn.config.train_section import TrainSection
 from streamsyn.trainer.commands import Evaluate
 from streamsyn.trainer.evaluation.exam import Chat, Exam, Question
 from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_rows, summary

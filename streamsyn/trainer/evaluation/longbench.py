@@ -9,7 +9,7 @@ from typing import Any, Final
 import structlog
 
 from streamsyn.assembly.sample_prompts import FAMILIES, KNOWN_TASKS
-from streamsyn.config.train_section import LongBenchSection
+from streamsyn.config.command_sections import LongBenchSection
 from streamsyn.errors import ConfigError
 from streamsyn.scoring.answer_metrics import metric_of
 from streamsyn.seeds.values import NotASeed, answers_in

@@ -18,7 +18,7 @@ from typing import Final
 
 import orjson
 
-from streamsyn.config.train_section import NeedleKind, NeedlesSection
+from streamsyn.config.command_sections import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
 from streamsyn.trainer.evaluation.exam import Chat, Question

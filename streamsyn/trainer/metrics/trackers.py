@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import structlog
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
 from streamsyn.trainer.metrics.record import Track

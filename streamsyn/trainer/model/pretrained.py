@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from streamsyn.config.train_section import LoraSection, TrainSection
+from streamsyn.config.command_sections import LoraSection, TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.attention import implementation
 from streamsyn.trainer.model.placed import Placed

@@ -19,8 +19,8 @@ from typing import Self
 import structlog
 from transformers import PreTrainedTokenizerBase
 
+from streamsyn.config.command_sections import PublishSection
 from streamsyn.config.sections import FleetSection
-from streamsyn.config.train_section import PublishSection
 from streamsyn.errors import ServerTimeout, ServerUnreachable, SinkError, StreamsynError
 from streamsyn.fleet import weight_update
 from streamsyn.fleet.server_spec import ServerSpec, base_url, headers_of, server_specs

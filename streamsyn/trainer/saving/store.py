@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 import streamsyn
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import SinkError
 from streamsyn.trainer.model.placed import (
     Placed,

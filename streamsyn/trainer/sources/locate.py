@@ -12,8 +12,8 @@ from pathlib import Path
 
 import structlog
 
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.data_paths import hub_name, is_url
-from streamsyn.config.train_section import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.following.daemon_client import is_run_url
 from streamsyn.io.inputs import is_row_file, is_run_directory

@@ -19,7 +19,7 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any, Protocol, Self
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.examples import End, Example, HeldOut, Idle, Key, StepPlan
 from streamsyn.trainer.sources.source import Sources
 from streamsyn.trainer.stream.packing import PackedRow, Packer, ShuffleBuffer, balanced

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import orjson
 import structlog
 
-from streamsyn.config.train_section import TrainSection
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import digest
 from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Row, is_held_out
