@@ -28,8 +28,7 @@
 Errors of libraries are translated to one of these once, where the library is called.
 """
 
-from streamsyn.plain_text import message
-from streamsyn.urls import without_userinfo
+from streamsyn.plain_text import message, without_userinfo
 
 
 class StreamsynError(Exception):

@@ -1,8 +1,8 @@
-"""Text that servers, seeds and plug-ins wrote, made safe for a terminal and short enough for a message."""
+"""Text as it may be shown and kept: safe for a terminal, short, and without credentials of URLs."""
 
 import re
 import reprlib
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 MAX_MESSAGE_BYTES: Final = 2048
 """Longest message that is kept in the log or shown."""
@@ -16,6 +16,7 @@ _BREAKS: Final = re.compile(r"[\r\n\t]\s*")
 
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
+_USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]{0,30}://)[^\s/?#]*@", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
@@ -42,3 +43,37 @@ def message(text: str) -> str:
 def short_repr(value: Any) -> str:
     """Return a short `repr` of any JSON value, however large or deep it is."""
     return _REPR.repr(value)
+
+
+class Location(NamedTuple):
+    """A URL without its userinfo, and the userinfo, `USER:PASSWORD`; None if it has none."""
+
+    url: str
+    userinfo: str | None
+
+
+def split_userinfo(url: str) -> Location:
+    """Return `url` without its userinfo, and the userinfo as it is written, percent encoding included."""
+    found = _USERINFO.match(url)
+    if found is None:
+        return Location(url, None)
+    scheme = found[1]
+    return Location(scheme + url[found.end() :], found[0].removeprefix(scheme).removesuffix("@"))
+
+
+def without_userinfo(text: str) -> str:
+    """Return `text` with the userinfo cut from every URL in it."""
+    return _USERINFO.sub(r"\1", text) if "@" in text and "://" in text else text
+
+
+def without_userinfo_within(value: Any) -> Any:
+    """Return a JSON value with the userinfo cut from every URL in its strings."""
+    match value:
+        case str():
+            return without_userinfo(value)
+        case dict():
+            return {key: without_userinfo_within(below) for key, below in value.items()}
+        case list() | tuple():
+            return [without_userinfo_within(below) for below in value]
+        case _:
+            return value

@@ -10,9 +10,8 @@ from typing import Any
 
 import structlog
 
-from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut, visible
+from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut, visible, without_userinfo
 from streamsyn.records import Context, Outcome, Reject, Sample
-from streamsyn.urls import without_userinfo
 
 _TRACEBACK_BYTES = 2**15
 """Longest traceback in the log."""

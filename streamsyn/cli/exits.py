@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 
 import click
 
-from streamsyn.plain_text import visible
+from streamsyn.plain_text import visible, without_userinfo
 from streamsyn.stop_signals import stop_signals
-from streamsyn.urls import without_userinfo
 
 EXIT_OTHER = 1
 EXIT_USAGE = 2

@@ -125,8 +125,8 @@ def export(directory: Path, **given: Any) -> None:
     from streamsyn.config.loading import parse_override
     from streamsyn.export.export_request import ExportRequest
     from streamsyn.export.export_run import export as export_run
+    from streamsyn.plain_text import without_userinfo
     from streamsyn.telemetry import configure_logs
-    from streamsyn.urls import without_userinfo
 
     configure_logs(as_json=given["log_json"])
     log = structlog.get_logger()

@@ -25,8 +25,7 @@ from streamsyn.cli.train import train
 from streamsyn.cli.verify import verify
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.pipeline.delivery import secure_stdio
-from streamsyn.plain_text import visible
-from streamsyn.urls import without_userinfo
+from streamsyn.plain_text import visible, without_userinfo
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

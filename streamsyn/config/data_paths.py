@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from streamsyn.urls import without_userinfo
+from streamsyn.plain_text import without_userinfo
 
 _HUB: Final = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.+-]+))?(?::([\w.+-]+))?")
 _FILE_SUFFIX: Final = re.compile(

@@ -8,7 +8,7 @@ from streamsyn.config.data_paths import saved_path
 from streamsyn.config.fields import Section, is_operational
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
-from streamsyn.urls import without_userinfo_within
+from streamsyn.plain_text import without_userinfo_within
 
 
 def fingerprint(config: Config) -> dict[str, Any]:

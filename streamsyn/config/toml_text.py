@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from streamsyn.config.fields import Section
 from streamsyn.config.loading import Config, load
-from streamsyn.urls import without_userinfo
+from streamsyn.plain_text import without_userinfo
 
 StarterRecipe: TypeAlias = Literal["context", "sections", "instruction"]
 _STARTER_LENGTHS: Final[Mapping[StarterRecipe, tuple[str, ...]]] = MappingProxyType(

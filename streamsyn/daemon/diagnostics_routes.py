@@ -18,7 +18,7 @@ from streamsyn.daemon.bodies import JsonBody
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.low_disk import free_on_disk
 from streamsyn.daemon.route import Route, json_response
-from streamsyn.urls import without_userinfo_within
+from streamsyn.plain_text import without_userinfo_within
 
 _PACKAGES: Final = ("aiohttp", "orjson", "pydantic", "jinja2", "structlog", "zstandard", "prometheus-client")
 _MAX_TASKS: Final = 1000

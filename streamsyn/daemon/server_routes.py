@@ -10,7 +10,7 @@ from streamsyn.daemon.bodies import JsonBody, json_body
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, json_response
-from streamsyn.urls import split_userinfo
+from streamsyn.plain_text import split_userinfo
 
 _OWN_KEYS: Final = "STREAMSYN_"
 """Environment variables that a client may name begin with this."""

@@ -31,7 +31,7 @@ from streamsyn.fleet.server_spec import (
 )
 from streamsyn.fleet.transport import Transport
 from streamsyn.fleet.wire import read_json
-from streamsyn.urls import split_userinfo
+from streamsyn.plain_text import split_userinfo
 
 log = structlog.get_logger()
 

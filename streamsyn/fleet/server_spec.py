@@ -13,8 +13,7 @@ from urllib.parse import unquote, urlsplit
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.transport import KEY_VARIABLE
-from streamsyn.plain_text import cut
-from streamsyn.urls import split_userinfo
+from streamsyn.plain_text import cut, split_userinfo
 
 MAX_FILE_BYTES = 2**20
 """A larger file is not a list of servers."""

@@ -31,7 +31,7 @@ from streamsyn.fleet.server import Timings
 from streamsyn.fleet.server_spec import ServerSpec, base_and_query, headers_of
 from streamsyn.fleet.shares import Priority, Shares
 from streamsyn.io.process_files import within_sockets
-from streamsyn.urls import split_userinfo
+from streamsyn.plain_text import split_userinfo
 
 log = structlog.get_logger()
 

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from streamsyn.config.data_paths import HubName
 from streamsyn.errors import ConfigError
-from streamsyn.urls import without_userinfo
+from streamsyn.plain_text import without_userinfo
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -16,8 +16,8 @@ import structlog
 import streamsyn
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import base_url
+from streamsyn.plain_text import split_userinfo
 from streamsyn.traces import Span, Tracer, Value
-from streamsyn.urls import split_userinfo
 
 try:
     from opentelemetry import trace

@@ -17,10 +17,10 @@ import structlog
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import ConfigError
 from streamsyn.io.places import reason
+from streamsyn.plain_text import without_userinfo
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import SealedShard
 from streamsyn.sink.mirror_plan import MirrorPlan
-from streamsyn.urls import without_userinfo
 
 log = structlog.get_logger()
 

@@ -16,10 +16,10 @@ import structlog
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.io.places import names_below, open_url
+from streamsyn.plain_text import without_userinfo
 from streamsyn.sink import shards
 from streamsyn.sink.manifest import removed_rows
 from streamsyn.sink.shards import KINDS
-from streamsyn.urls import without_userinfo
 
 log = structlog.get_logger()
 

@@ -15,10 +15,10 @@ from streamsyn.config.fingerprint import differences, with_absolute_paths
 from streamsyn.config.loading import Config, load
 from streamsyn.errors import ConfigError
 from streamsyn.io.durable import make_folder, write_whole
+from streamsyn.plain_text import without_userinfo_within
 from streamsyn.records import digest
 from streamsyn.sink.rundir import DirectoryLock
 from streamsyn.trainer.stream.render import read_template
-from streamsyn.urls import without_userinfo_within
 
 _FORMAT = 1
 _RECORD = "train.json"

@@ -26,10 +26,10 @@ from streamsyn.fleet import weight_update
 from streamsyn.fleet.server_spec import ServerSpec, base_url, headers_of, server_specs
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
 from streamsyn.io.durable import write_whole
+from streamsyn.plain_text import split_userinfo
 from streamsyn.trainer.model.placed import Placed, whole_weights, write_result
 from streamsyn.trainer.model.pretrained import merged
 from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder
-from streamsyn.urls import split_userinfo
 
 log = structlog.get_logger()
 
