@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from streamsyn.answer_text import thought_tokens
 from streamsyn.errors import BrokenResponse, ServerUnavailable
 from streamsyn.fleet import wire
 from streamsyn.plain_text import cut
 from streamsyn.records import Completion, Request
-from streamsyn.thoughts import thought_tokens
 
 _BYTES_PER_TOKEN = 4
 """Of UTF-8, for estimates: about right for current tokenizers, in English and in Chinese."""

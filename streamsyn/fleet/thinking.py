@@ -17,13 +17,12 @@ from typing import Any, Literal, TypeAlias
 import orjson
 import structlog
 
+from streamsyn.answer_text import first_turn, opens_thought, split_thought, thought_tokens
 from streamsyn.config.sections import RecipeSection
-from streamsyn.control_tokens import first_turn
 from streamsyn.errors import ServerError
 from streamsyn.fleet import wire
 from streamsyn.fleet.transport import Transport
 from streamsyn.records import Completion, Request
-from streamsyn.thoughts import opens_thought, split_thought, thought_tokens
 
 log = structlog.get_logger()
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
+from streamsyn.answer_text import has_control_tokens, has_marks
 from streamsyn.config.sections import RecipeSection
-from streamsyn.control_tokens import has_control_tokens
 from streamsyn.errors import (
     BrokenResponse,
     RateLimited,
@@ -44,7 +44,6 @@ from streamsyn.records import (
 )
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 from streamsyn.sink.log import encode_row
-from streamsyn.thoughts import has_marks
 from streamsyn.traces import Value, span
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import structlog
 import torch
 from accelerate.utils import DistributedType
 
+from streamsyn.answer_text import without_thought
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.scoring.answer_metrics import answer_score
-from streamsyn.thoughts import without_thought
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.model.attention import SEGMENTS, VARLEN
 from streamsyn.trainer.model.placed import Placed
