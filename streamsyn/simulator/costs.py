@@ -39,6 +39,8 @@ class CostModel:
     """Maximum computed tokens in a prefill batch."""
     chunked_prefill_size: int
     """Prompts are split so that a prefill batch computes at most this many tokens."""
+    source: str = ""
+    """Where the figures come from, in a line."""
 
     def __post_init__(self) -> None:
         for name in ("pool_tokens", "max_running_requests", "max_prefill_tokens", "chunked_prefill_size"):
@@ -138,6 +140,7 @@ CPU: Final = CostModel(
     max_running_requests=32,
     max_prefill_tokens=16_384,
     chunked_prefill_size=8_192,
+    source="two CPU cores, SmolLM2-135M, SGLang 0.5.23, measured by benchmarks/calibrate.py",
 )
 """Two CPU cores with SmolLM2-135M under SGLang 0.5.23 (`deploy/sglang-cpu`), by `benchmarks/calibrate.py`.
 
@@ -161,6 +164,8 @@ H100: Final = CostModel(
     max_running_requests=2_048,
     max_prefill_tokens=16_384,
     chunked_prefill_size=8_192,
+    source="one H100 80GB, Llama-3.1-8B in bf16, SGLang: roofline, compared with published measurements in "
+    "streamsyn/simulator/costs.py",
 )
 """One H100 80GB with Llama-3.1-8B in bf16 under SGLang: roofline, compared with published measurements.
 

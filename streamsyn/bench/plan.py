@@ -1,0 +1,274 @@
+"""Planning a fleet before it is rented: `--simulate 64xh100` measures simulated servers, then extrapolates.
+
+A run of N drafts ramps up, goes on at the rate of the steady state, and drains. What is written while it
+ramps up and drains, and how long both take, comes from the same measurement:
+
+    seconds = ramp + (N - drafts of ramp and drain) / drafts per second of the steady state + drain
+
+The fleet is simulated by the cost models of `simulator/costs.py`. The plan names assumptions and sources.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streamsyn.bench.measurement import DraftRecord, Interval, Measurement
+from streamsyn.config.sections import RecipeSection
+from streamsyn.errors import ConfigError
+from streamsyn.simulator import costs
+from streamsyn.simulator.in_process import InProcessServers
+from streamsyn.simulator.settings import SimulatorConfig
+from streamsyn.simulator.simulation import Simulation
+
+TOKENS_A_WORD: Final = 4 / 3
+_WORDS_SOURCE: Final = "https://help.openai.com/en/articles/4936856: 100 tokens are about 75 English words"
+_SIMULATED_TOKENS_A_WORD: Final = 1.773
+"""Of the simulator's texts, whose tokens have four characters."""
+_FILLED: Final = 0.95
+"""Length of a simulated section, as a share of the longest one that is asked for."""
+_FORM: Final = re.compile(r"(?P<servers>[1-9]\d{0,4})x(?P<model>[^:]+)(?::(?P<settings>.*))?\Z", re.DOTALL)
+_EXAMPLE: Final = "64xh100, or 8xh100:words=1500,cache_tokens=0"
+_SETTINGS: Final = (
+    "words",
+    "slots",
+    "queue_limit",
+    "schedule_policy",
+    "max_prefill_tokens",
+    "chunked_prefill_size",
+    "speed",
+    "cache_tokens",
+    "context_tokens",
+    "seed",
+)
+"""Keys of `SimulatorConfig` that may be set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """Something that a plan rests on: what, its value, and where the value comes from."""
+
+    what: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedFleet:
+    """Equal simulated servers, and what is assumed about them."""
+
+    servers: int
+    config: SimulatorConfig
+    assumptions: Sequence[Assumption]
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs of the servers."""
+        return [f"http://{self.config.cost_model}-{number:03}:30000" for number in range(self.servers)]
+
+    def start(self) -> InProcessServers:
+        """Return new servers in this process."""
+        return InProcessServers({url: Simulation(self.config) for url in self.urls})
+
+
+def simulated_fleet(asked: str, recipe: RecipeSection) -> SimulatedFleet:
+    """Return the fleet that `--simulate` asks for, as `64xh100` or `64xh100:key=value,...`.
+
+    Args:
+        asked: The value of the option.
+        recipe: By default answers are as long as it asks for.
+
+    Raises:
+        ConfigError: The value is invalid.
+    """
+    found = _FORM.match(asked)
+    if found is None:
+        raise ConfigError(f"--simulate {asked}: expected NUMBERxMODEL, such as {_EXAMPLE}")
+    name = found["model"]
+    if name not in costs.PRESETS:
+        raise ConfigError(
+            f"--simulate {asked}: there is no cost model {name!r}; choose {' or '.join(costs.PRESETS)}"
+        )
+    given = _settings(asked, found["settings"])
+    words, length = _answer_length(recipe)
+    if "words" in given:
+        length = Assumption("length of an answer", f"{given['words']} simulated words", "--simulate")
+    try:
+        config = SimulatorConfig(cost_model=name, **{"words": words, **given})
+    except ConfigError as error:
+        raise ConfigError(f"--simulate {asked}: {error}") from None
+    model = costs.PRESETS[name]
+    assumptions = [
+        Assumption("speed of a server", f"cost model {name}", model.source),
+        length,
+        Assumption("tokens of a prompt", "one for four characters", _WORDS_SOURCE),
+        Assumption("answers", "all pass the checks; no server fails", "the simulator"),
+    ]
+    others = ", ".join(f"{key} = {value}" for key, value in given.items() if key != "words")
+    if others:
+        assumptions.append(Assumption("settings of a server", others, "--simulate"))
+    return SimulatedFleet(int(found["servers"]), config, assumptions)
+
+
+def _settings(asked: str, settings: str | None) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for setting in settings.split(",") if settings else ():
+        key, _, value = (part.strip() for part in setting.partition("="))
+        if key not in _SETTINGS:
+            near = difflib.get_close_matches(key, _SETTINGS, n=1, cutoff=0)
+            raise ConfigError(f"--simulate {asked}: unknown setting {key!r}; the nearest is {near[0]!r}")
+        given[key] = value if key == "schedule_policy" else _number(asked, key, value)
+    return given
+
+
+def _number(asked: str, key: str, value: str) -> float:
+    try:
+        return float(value) if key == "speed" else int(value)
+    except ValueError:
+        raise ConfigError(f"--simulate {asked}: {key} must be a number, not {value!r}") from None
+
+
+def _answer_length(recipe: RecipeSection) -> tuple[int, Assumption]:
+    """Return the words of a simulated answer, and the assumption behind them."""
+    if recipe.use == "sections":
+        tokens = _FILLED * recipe.section_tokens
+        value = f"{tokens:.0f} tokens a section"
+        source = f"{_FILLED:.0%} of recipe.section_tokens = {recipe.section_tokens}"
+    else:
+        tokens = min(TOKENS_A_WORD * recipe.target_words, recipe.max_tokens)
+        value = f"{tokens:.0f} tokens"
+        source = f"recipe.target_words = {recipe.target_words}; {_WORDS_SOURCE}"
+    words = max(1, round(tokens / _SIMULATED_TOKENS_A_WORD))
+    return words, Assumption("length of an answer", value, source)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Price of a GPU for an hour, and where it was found."""
+
+    a_gpu_hour: float
+    source: str
+
+
+def parse_price(asked: str) -> Price:
+    """Return the price of `--price`, as `2.50` or `2.50 (https://...)`.
+
+    Raises:
+        ConfigError: It is not a number.
+    """
+    number, _, source = asked.strip().partition(" ")
+    try:
+        price = float(number.removeprefix("$"))
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < float("inf"):
+        raise ConfigError(f"--price {asked}: expected dollars for a GPU and hour, such as 2.50")
+    return Price(price, source.strip().removeprefix("(").removesuffix(")") or "--price")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a set of seeds takes on a simulated fleet.
+
+    Attributes:
+        drafts: Contexts to write.
+        gpus: GPUs of the fleet.
+        drafts_per_s: Rate of the steady state.
+        ramp_s: Seconds until the steady state.
+        drain_s: Seconds from the last draft that is begun to the end.
+        seconds: The whole time.
+        price: Price of a GPU hour; None if none was given.
+        assumptions: What the plan rests on.
+    """
+
+    drafts: int
+    gpus: int
+    drafts_per_s: float
+    ramp_s: float
+    drain_s: float
+    seconds: float
+    price: Price | None
+    assumptions: Sequence[Assumption]
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours, since every GPU is rented for the whole time."""
+        return self.gpus * self.seconds / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars for them; None without a price."""
+        return None if self.price is None else self.gpu_hours * self.price.a_gpu_hour
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {
+            "drafts": self.drafts,
+            "gpus": self.gpus,
+            "drafts_per_s": self.drafts_per_s,
+            "ramp_s": self.ramp_s,
+            "drain_s": self.drain_s,
+            "seconds": self.seconds,
+            "gpu_hours": self.gpu_hours,
+            "price_a_gpu_hour": None if self.price is None else self.price.a_gpu_hour,
+            "cost": self.cost,
+            "assumptions": [
+                {"what": one.what, "value": one.value, "source": one.source} for one in self.assumptions
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """Return the plan for a terminal."""
+        hours = self.seconds / 3600
+        cost = "" if self.cost is None else f", ${self.cost:,.2f}"
+        whole = f"{hours:,.2f} hours, {self.gpu_hours:,.1f} GPU hours{cost}"
+        ends = f"ramp {self.ramp_s:,.0f} s, drain {self.drain_s:,.0f} s"
+        return [
+            f"{self.drafts:,} contexts on {self.gpus:,} GPUs: {whole}",
+            f"  {self.drafts_per_s:,.2f} contexts/s in the steady state; {ends}",
+            "  assumed:",
+            *(f"    {one.what}: {one.value} ({one.source})" for one in self.assumptions),
+        ]
+
+
+def plan(
+    measurement: Measurement, drafts: int, assumptions: Sequence[Assumption], price: Price | None
+) -> Plan | None:
+    """Return the plan for `drafts` drafts; None if there is no steady state to calculate with.
+
+    Args:
+        measurement: A measurement of the fleet, with its warm-up and its drain.
+        drafts: Contexts to write.
+        assumptions: What the simulation assumes.
+        price: Price of a GPU hour, if known.
+    """
+    window, begun = measurement.window, measurement.drafts
+    rate = _drafts_within(begun, window) / window.seconds if window.seconds > 0 else 0.0
+    if rate <= 0:
+        return None
+    ramp = Interval(0.0, window.begins_at)
+    drain = measurement.drain
+    besides = _drafts_within(begun, ramp) + _drafts_within(begun, drain)
+    # Fewer drafts than the fleet writes while it ramps up and drains do not fill it: the time of one draft.
+    seconds = ramp.seconds + drain.seconds + max(0.0, drafts - besides) / rate
+    if price is not None:
+        assumptions = [
+            *assumptions,
+            Assumption("price", f"${price.a_gpu_hour:.2f} a GPU hour", price.source),
+        ]
+    return Plan(
+        drafts, measurement.gpus, rate, ramp.seconds, drain.seconds, seconds, price, tuple(assumptions)
+    )
+
+
+def _drafts_within(drafts: Sequence[DraftRecord], interval: Interval) -> float:
+    """Return how many drafts were written in an interval; each counts by the share of its time in it."""
+    total = 0.0
+    for draft in drafts:
+        if draft.ended_at is None or draft.outcome == "unfinished":
+            continue
+        lasted = draft.ended_at - draft.begun_at
+        overlap = min(draft.ended_at, interval.ends_at) - max(draft.begun_at, interval.begins_at)
+        total += max(0.0, overlap) / lasted if lasted > 0 else interval.holds(draft.ended_at)
+    return total

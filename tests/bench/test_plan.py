@@ -1,0 +1,107 @@
+"""A fleet that is planned in simulation."""
+
+from dataclasses import replace
+
+import pytest
+
+from streamsyn.bench.measurement import DraftRecord, Interval, Load, Measurement
+from streamsyn.bench.plan import Assumption, parse_price, plan, simulated_fleet
+from streamsyn.config.sections import RecipeSection
+from streamsyn.errors import ConfigError
+
+RECIPE = RecipeSection()
+
+
+def measured() -> Measurement:
+    """Two GPUs that write ten drafts at a time, each in 20 s: 0.5 drafts/s from 0 to 100 s, then a drain."""
+    drafts = [
+        DraftRecord(
+            seed_id=f"{slot}-{turn}",
+            number=0,
+            begun_at=20.0 * turn + 2 * slot,
+            ended_at=20.0 * turn + 2 * slot + 20,
+            outcome="context",
+        )
+        for slot in range(10)
+        for turn in range(5)
+    ]
+    return Measurement(
+        load=Load(),
+        started_at=0.0,
+        gpus=2,
+        warm_up=Interval(0, 20),
+        measured=Interval(20, 98),
+        drain=Interval(98, 118),
+        steady=Interval(20, 98),
+        drafts=drafts,
+    )
+
+
+def test_hours_and_price_of_a_seed_set() -> None:
+    """Ramp and drain once, and the rest at the rate of the steady state."""
+    assumption = Assumption("speed", "x", "y")
+
+    found = plan(measured(), 10_000, [assumption], parse_price("2.50 (https://example.com)"))
+
+    assert found is not None
+    assert pytest.approx(0.5, rel=0.01) == found.drafts_per_s
+    # 50 drafts in 118 s, of which 39 in the window; the other 11 are those of ramp and drain.
+    assert pytest.approx(20 + 20 + (10_000 - 11) / 0.5, rel=0.01) == found.seconds
+    assert pytest.approx(2 * found.seconds / 3600) == found.gpu_hours
+    assert pytest.approx(2.5 * found.gpu_hours) == found.cost
+    lines = "\n".join(found.lines())
+    assert all(text in lines for text in ("speed: x (y)", "https://example.com", "10,000 contexts on 2 GPUs"))
+    assert [assumption.source, "https://example.com"] == [
+        one["source"] for one in found.as_dict()["assumptions"]
+    ]
+
+
+def test_without_a_price_there_is_no_cost() -> None:
+    """Nobody's price is assumed."""
+    found = plan(measured(), 1000, [], None)
+
+    assert found is not None
+    assert found.cost is None
+    assert "$" not in "\n".join(found.lines())
+    assert plan(replace(measured(), drafts=[]), 1000, [], None) is None  # nothing was written
+
+
+def test_a_fleet_of_equal_servers_with_answers_as_long_as_the_recipe_asks() -> None:
+    """2,000 words are 2,667 tokens; `sections` cuts at the length of a section."""
+    fleet = simulated_fleet("64xh100", RECIPE)
+
+    assert (64, "h100") == (len(fleet.start().simulations), fleet.config.cost_model)
+    assert 1500 <= fleet.config.words <= 1510  # as many tokens: the simulator has more of them in a word
+    assert any("H100 80GB" in one.source for one in fleet.assumptions)
+    assert any("recipe.target_words = 2000" in one.source for one in fleet.assumptions)
+    sections = simulated_fleet("1xcpu", RecipeSection(use="sections", section_tokens=512))
+    assert 270 <= sections.config.words <= 280
+    set_ = simulated_fleet("2xh100:words=99,cache_tokens=0,speed=0.5", RECIPE).config
+    assert (99, 0, 0.5) == (set_.words, set_.cache_tokens, set_.speed)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("3xfoo", "no cost model 'foo'; choose cpu or h100"),
+        ("h100", "expected NUMBERxMODEL"),
+        ("0xh100", "expected NUMBERxMODEL"),
+        ("2xh100:word=3", "unknown setting 'word'; the nearest is 'words'"),
+        ("2xh100:words=many", "words must be a number, not 'many'"),
+        ("2xh100:words=0", "words must be at least 1"),
+        ("2xplain", "no cost model 'plain'"),
+    ],
+)
+def test_mistakes_are_named(asked: str, named: str) -> None:
+    """With the value that was given and what would do."""
+    with pytest.raises(ConfigError, match=named) as raised:
+        simulated_fleet(asked, RECIPE)
+
+    assert f"--simulate {asked}" in str(raised.value)
+
+
+@pytest.mark.parametrize("asked", ["cheap", "-1", "", "inf"])
+def test_a_price_is_a_number_of_dollars(asked: str) -> None:
+    """And nothing else."""
+    with pytest.raises(ConfigError, match="--price"):
+        parse_price(asked)
