@@ -26,9 +26,8 @@ from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import row_key
-from streamsyn.sink.retries import holding_rejects
 from streamsyn.sink.rundir import read_run_json, saved_config
-from streamsyn.sink.snapshot import Snapshot
+from streamsyn.sink.snapshot import Snapshot, holding_rejects
 
 Row = dict[str, Any]
 
