@@ -16,9 +16,7 @@ from aiohttp.typedefs import Handler
 
 from streamsyn.daemon import (
     consumer_routes,
-    diagnostics_routes,
     health_routes,
-    metrics_routes,
     openai_routes,
     page_routes,
     run_routes,
@@ -38,8 +36,6 @@ log = structlog.get_logger()
 
 _ROUTES: Final[Sequence[Route]] = (
     *health_routes.ROUTES,
-    *metrics_routes.ROUTES,
-    *diagnostics_routes.ROUTES,
     *run_routes.ROUTES,
     *server_routes.ROUTES,
     *seed_routes.ROUTES,
