@@ -9,9 +9,8 @@ import aiohttp
 import orjson
 import pytest
 
-from streamsyn.daemon import page_routes, page_state
-from streamsyn.daemon.page_routes import PAGE_FILES
-from streamsyn.daemon.page_state import MAX_POINTS, PageState, Throughput
+from streamsyn.daemon import page_routes
+from streamsyn.daemon.page_routes import MAX_POINTS, PAGE_FILES, PageState, Throughput
 from tests.daemon.conftest import Served, StartDaemon
 
 
@@ -57,7 +56,7 @@ async def test_a_state_is_computed_once_for_all_and_only_while_somebody_watches(
         return await compute(self)
 
     monkeypatch.setattr(PageState, "_state", counting)
-    monkeypatch.setattr(page_state, "EVERY_S", 1e6)
+    monkeypatch.setattr(page_routes, "EVERY_S", 1e6)
     await daemon.new_run()
     assert 0 == computed
     answers = [await daemon.session.get("/v1/events") for _ in range(10)]
@@ -78,7 +77,7 @@ async def test_runs_that_have_ended_are_shown_behind_those_that_have_not(daemon:
     await daemon.new_run("active")
     state = PageState(daemon.daemon)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_state, "MAX_RUNS", 3)
+        patch.setattr(page_routes, "MAX_RUNS", 3)
         shown = [run["id"] for run in await state._runs()]
 
     assert ["active", "ended-2"] == shown[:2]
