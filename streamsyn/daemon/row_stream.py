@@ -11,8 +11,7 @@ from collections.abc import Callable
 import structlog
 from aiohttp import web
 
-from streamsyn.daemon.row_forms import Encoded, Envelope, RowForm
-from streamsyn.daemon.tail import Position, Tail
+from streamsyn.daemon.tail import Encoded, Envelope, Position, RowForm, Tail
 from streamsyn.errors import SinkError
 
 log = structlog.get_logger()

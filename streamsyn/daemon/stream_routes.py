@@ -8,10 +8,9 @@ from aiohttp import web
 from streamsyn.daemon.daemon import DAEMON
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, boolean, integer
-from streamsyn.daemon.row_forms import Coding, Framing, RowForm
 from streamsyn.daemon.row_stream import RowStream
 from streamsyn.daemon.run_routes import requested_run
-from streamsyn.daemon.tail import Position
+from streamsyn.daemon.tail import Coding, Framing, Position, RowForm
 from streamsyn.sink.shards import KINDS
 
 LARGEST_SEQ: Final = 2**53

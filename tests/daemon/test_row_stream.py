@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.daemon import row_stream
-from streamsyn.daemon.row_forms import Coding, Envelope, RowForm
 from streamsyn.daemon.row_stream import RowStream
-from streamsyn.daemon.tail import Position
+from streamsyn.daemon.tail import Coding, Envelope, Position, RowForm
 from tests.daemon.test_tail import Rows, tail_of
 from tests.examples import examples
 

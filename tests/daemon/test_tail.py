@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.daemon import tail as module
-from streamsyn.daemon.row_forms import RowForm
-from streamsyn.daemon.tail import Position, RunTails, Streams, Tail
+from streamsyn.daemon.tail import Position, RowForm, RunTails, Streams, Tail
 from streamsyn.errors import SinkError
 from streamsyn.following.run_rows import RunRows
 from streamsyn.following.shard_lines import Cursor
