@@ -15,7 +15,6 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from streamsyn.daemon import (
-    consumer_routes,
     health_routes,
     openai_routes,
     page_routes,
@@ -40,7 +39,6 @@ _ROUTES: Final[Sequence[Route]] = (
     *server_routes.ROUTES,
     *seed_routes.ROUTES,
     *stream_routes.ROUTES,
-    *consumer_routes.ROUTES,
     *page_routes.ROUTES,
     *openai_routes.ROUTES,
 )

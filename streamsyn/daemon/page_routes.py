@@ -21,8 +21,8 @@ import streamsyn
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.route import Route
-from streamsyn.daemon.row_stream import WRITE_TIMEOUT_S
 from streamsyn.daemon.server_routes import server_statuses
+from streamsyn.daemon.stream_routes import WRITE_TIMEOUT_S
 
 EVERY_S: Final = 1.0
 """Seconds between two states."""

@@ -15,8 +15,8 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.daemon import row_stream
-from streamsyn.daemon.row_stream import RowStream
+from streamsyn.daemon import stream_routes
+from streamsyn.daemon.stream_routes import RowStream
 from streamsyn.daemon.tail import Coding, Envelope, Position, RowForm
 from tests.daemon.test_tail import Rows, tail_of
 from tests.examples import examples
@@ -127,7 +127,7 @@ async def test_without_follow_or_with_a_limit_the_rows_end_and_the_run_does_not(
 
 
 async def test_a_silent_stream_sends_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_stream, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(stream_routes, "HEARTBEAT_S", 0.01)
     async with served(RowForm("sse")) as stream, stream.session.get(stream.url) as response:
         assert (await response.content.readexactly(6)) == b":\n\n:\n\n"
         stream.add(5)
@@ -136,7 +136,7 @@ async def test_a_silent_stream_sends_comments(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_a_client_that_has_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_stream, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(stream_routes, "HEARTBEAT_S", 0.01)
     async with served(RowForm()) as stream:
         response = await stream.session.get(stream.url)
         response.close()
@@ -145,7 +145,7 @@ async def test_a_client_that_has_gone_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs a part of one piece of memory, and other readers are not held up by it."""
-    monkeypatch.setattr(row_stream, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(stream_routes, "WRITE_TIMEOUT_S", 0.2)
     buffered: list[int] = []
     cut = RowStream._cut
 
