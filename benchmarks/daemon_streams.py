@@ -33,8 +33,7 @@ from streamsyn.config.loading import load
 from streamsyn.config.sections import SinkSection
 from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.root import opened_root
-from streamsyn.daemon.run_record import Figures, RunRecord
-from streamsyn.daemon.run_state import State
+from streamsyn.daemon.run_record import Figures, RunRecord, State
 from streamsyn.daemon.serve import bound, listening
 from streamsyn.records import Sample
 from streamsyn.sink.log import RunLog

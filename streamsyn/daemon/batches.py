@@ -30,8 +30,7 @@ from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_config import run_config, shaping_tree
-from streamsyn.daemon.run_record import RunRecord
-from streamsyn.daemon.run_state import Refused
+from streamsyn.daemon.run_record import Refused, RunRecord
 from streamsyn.daemon.runs import Runs
 from streamsyn.daemon.stored_files import Files
 from streamsyn.daemon.webhook_target import Webhook

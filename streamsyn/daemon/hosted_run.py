@@ -17,8 +17,7 @@ from streamsyn.config.loading import Config
 from streamsyn.daemon.consumers import Consumers
 from streamsyn.daemon.execution import Execution, Hosting, recounted
 from streamsyn.daemon.run_config import run_config, template_layer
-from streamsyn.daemon.run_record import Figures, RunRecord
-from streamsyn.daemon.run_state import ENDED, Refused, RunState, State
+from streamsyn.daemon.run_record import ENDED, Figures, Refused, RunRecord, RunState, State
 from streamsyn.daemon.tail import RunTails
 from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.errors import SinkError, StreamsynError

@@ -6,7 +6,7 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from streamsyn.daemon.run_state import Refused
+from streamsyn.daemon.run_record import Refused
 from streamsyn.errors import (
     ConfigError,
     DirectoryInUse,

@@ -15,7 +15,7 @@ import structlog
 
 from streamsyn.config.command_sections import ServeSection
 from streamsyn.daemon.problems import Problem
-from streamsyn.daemon.run_state import ENDED
+from streamsyn.daemon.run_record import ENDED
 from streamsyn.daemon.runs import Runs
 from streamsyn.io.places import reason
 from streamsyn.sink.manifest import Manifest, SealedShard, remove_samples, removed_rows

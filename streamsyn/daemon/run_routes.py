@@ -18,8 +18,7 @@ from streamsyn.daemon.inline_templates import check_template
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, boolean, checked_id, integer, json_response, one_of
 from streamsyn.daemon.run_config import check_given, run_config, shaping_tree, template_layer, template_path
-from streamsyn.daemon.run_record import Priority, RunRecord
-from streamsyn.daemon.run_state import STATES, State
+from streamsyn.daemon.run_record import STATES, Priority, RunRecord, State
 from streamsyn.daemon.runs import new_id
 from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.errors import ConfigError

@@ -20,8 +20,7 @@ import structlog
 from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
-from streamsyn.daemon.run_record import SERVICE_FILE, RunRecord
-from streamsyn.daemon.run_state import ENDED, State
+from streamsyn.daemon.run_record import ENDED, SERVICE_FILE, RunRecord, State
 from streamsyn.errors import StreamsynError
 from streamsyn.io.durable import disk_errors, make_folder, write_whole
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamsyn.daemon.run_state import STATES, Refused, RunState, State
+from streamsyn.daemon.run_record import STATES, Refused, RunState, State
 
 
 @pytest.mark.parametrize(
