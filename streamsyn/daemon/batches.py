@@ -23,8 +23,7 @@ from typing import Any, Final
 import structlog
 
 from streamsyn.background import finished_in_thread
-from streamsyn.daemon.batch_input import InputCheck, submit
-from streamsyn.daemon.batch_output import CANCELLED, EXPIRED, BatchOutput
+from streamsyn.daemon.batch_files import CANCELLED, EXPIRED, BatchOutput, InputCheck, submit
 from streamsyn.daemon.batch_record import ENDED, BatchRecord, Status
 from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun

@@ -8,9 +8,8 @@ import orjson
 import pytest
 
 from streamsyn.config.sections import SeedsSection
-from streamsyn.daemon import batch_input
-from streamsyn.daemon.batch_input import InputCheck, custom_ids, submit
-from streamsyn.daemon.batch_output import CANCELLED, EXPIRED, BatchOutput
+from streamsyn.daemon import batch_files
+from streamsyn.daemon.batch_files import CANCELLED, EXPIRED, BatchOutput, InputCheck, custom_ids, submit
 from streamsyn.records import Reject, RejectReason, draft_key
 from streamsyn.seeds.inbox import Inbox
 from tests.builders import context, opened, sink
@@ -82,7 +81,7 @@ def test_an_input_without_requests_or_with_too_many(tmp_path: Path, monkeypatch:
     path = tmp_path / "in.jsonl"
     assert "empty_file" == InputCheck().run(written(path, b"\n\n"), LIMIT).errors[0]["code"]
     assert 100 == len(InputCheck().run(written(path, *[b"{}"] * 200), LIMIT).errors)
-    monkeypatch.setattr(batch_input, "MAX_REQUESTS", 2)
+    monkeypatch.setattr(batch_files, "MAX_REQUESTS", 2)
     assert "too_many_tasks" == InputCheck().run(written(path, *map(line, range(5))), LIMIT).errors[0]["code"]
 
 
