@@ -23,9 +23,8 @@ from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.low_disk import DiskWatch
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.retention import RetentionTask
-from streamsyn.daemon.root import opened_root
+from streamsyn.daemon.root import opened_root, read_edits, save_edits
 from streamsyn.daemon.runs import Runs
-from streamsyn.daemon.server_edits import read_edits, save_edits
 from streamsyn.daemon.stored_files import Files
 from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import open_webhooks

@@ -1,8 +1,9 @@
-"""The daemon's directory: ROOT/daemon.json with the version of its format, and the lock that it holds.
+"""The daemon's directory: the version of its format, its lock, and what clients did to the servers.
 
 ROOT/daemon.json     {"format_version": 1, ...}
 ROOT/daemon.lock     held by the daemon that serves ROOT
-ROOT/servers.json    servers that clients added, removed and drained
+ROOT/servers.json    {"format_version": 1, "added": [{"url", "weight", "key_env", "query"}], "removed": [URL],
+                     "draining": [URL]}: servers beside those of the configuration
 ROOT/runs/ID/        run directories
 """
 
@@ -10,18 +11,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import streamsyn
 from streamsyn.errors import ConfigError
+from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.fleet.sharing import ServerEdits
 from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.rundir import DirectoryLock, is_foreign
 
 ROOT_FORMAT: Final = 1
 _LOCK: Final = "daemon.lock"
 _FILE: Final = "daemon.json"
+SERVERS_FILE: Final = "servers.json"
 
 
 @contextmanager
@@ -70,3 +75,50 @@ def _check_format(root: Path) -> None:
         raise ConfigError(
             f"{path} has format version {version!r}; this streamsyn reads versions up to {ROOT_FORMAT}"
         )
+
+
+class _Added(BaseModel):
+    url: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    key_env: str | None
+    query: str
+
+
+class _ServersFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1] = 1
+    added: list[_Added] = []
+    removed: list[str] = []
+    draining: list[str] = []
+
+
+def read_edits(root: Path) -> ServerEdits:
+    """Read what clients changed; nothing if they have not changed anything.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    path = root / SERVERS_FILE
+    try:
+        found = _ServersFile.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return ServerEdits()
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; move it away to use the configuration") from error
+    specs = [ServerSpec(one.url, one.weight, one.key_env, query=one.query) for one in found.added]
+    return ServerEdits({spec.url: spec for spec in specs}, set(found.removed), set(found.draining))
+
+
+def save_edits(root: Path, edits: ServerEdits) -> None:
+    """Write what clients changed, whole and synced.
+
+    Raises:
+        SinkError: The file cannot be written.
+    """
+    added = [
+        _Added(url=spec.url, weight=spec.weight, key_env=spec.key_env, query=spec.query)
+        for spec in edits.added.values()
+    ]
+    content = _ServersFile(added=added, removed=sorted(edits.removed), draining=sorted(edits.draining))
+    write_whole(root / SERVERS_FILE, content.model_dump_json(indent=2).encode())

@@ -11,7 +11,7 @@ import pytest
 
 from streamsyn.config.loading import load
 from streamsyn.daemon.daemon import open_daemon
-from streamsyn.daemon.server_edits import FILE, read_edits, save_edits
+from streamsyn.daemon.root import SERVERS_FILE, read_edits, save_edits
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.sharing import ServerEdits
@@ -168,9 +168,9 @@ def test_edits_are_kept_whole(tmp_path: Path) -> None:
     edits = ServerEdits({OTHER: spec}, {SERVER}, {OTHER})
     save_edits(tmp_path, edits)
     assert edits == read_edits(tmp_path)
-    assert 1 == orjson.loads((tmp_path / FILE).read_bytes())["format_version"]
-    (tmp_path / FILE).write_bytes(b"{")
-    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / FILE))):
+    assert 1 == orjson.loads((tmp_path / SERVERS_FILE).read_bytes())["format_version"]
+    (tmp_path / SERVERS_FILE).write_bytes(b"{")
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / SERVERS_FILE))):
         read_edits(tmp_path)
 
 
