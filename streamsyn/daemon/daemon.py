@@ -18,11 +18,10 @@ from streamsyn.background import Background, background, in_threads
 from streamsyn.config.loading import Config
 from streamsyn.daemon.access import Access
 from streamsyn.daemon.batches import Batches
+from streamsyn.daemon.disk_space import DiskWatch, RetentionTask
 from streamsyn.daemon.execution import Hosting
 from streamsyn.daemon.hosted_run import HostedRun
-from streamsyn.daemon.low_disk import DiskWatch
 from streamsyn.daemon.problems import Problem
-from streamsyn.daemon.retention import RetentionTask
 from streamsyn.daemon.root import opened_root, read_edits, save_edits
 from streamsyn.daemon.runs import Runs
 from streamsyn.daemon.stored_files import Files

@@ -25,8 +25,8 @@ import streamsyn
 from streamsyn.daemon.batch_record import STATUSES
 from streamsyn.daemon.bodies import JsonBody
 from streamsyn.daemon.daemon import DAEMON, Daemon
+from streamsyn.daemon.disk_space import free_on_disk
 from streamsyn.daemon.hosted_run import HostedRun
-from streamsyn.daemon.low_disk import free_on_disk
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, json_response
 from streamsyn.daemon.run_record import STATES

@@ -17,9 +17,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsyn.config.loading import load
-from streamsyn.daemon import low_disk, serve
+from streamsyn.daemon import disk_space, serve
 from streamsyn.daemon.daemon import open_daemon
-from streamsyn.daemon.low_disk import FreeSpace
+from streamsyn.daemon.disk_space import FreeSpace
 from streamsyn.daemon.reloading import reload
 from streamsyn.errors import ConfigError
 from tests.daemon.conftest import QUICK, SERVER, StartDaemon, seed_lines
@@ -48,8 +48,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         nonlocal free
         free = number
 
-    monkeypatch.setattr(low_disk, "_INTERVAL_S", 0.01)
-    monkeypatch.setattr(low_disk, "free_on_disk", lambda _: free)
+    monkeypatch.setattr(disk_space, "_INTERVAL_S", 0.01)
+    monkeypatch.setattr(disk_space, "free_on_disk", lambda _: free)
     return change
 
 
@@ -226,7 +226,7 @@ async def test_diagnostics_have_no_secrets(start_daemon: StartDaemon, tmp_path: 
     assert found["process"]["rss_bytes"] > 1 << 20
     assert found["process"]["open_files"]["socket"] > 0
     assert "low disk" in [task["name"] for task in found["tasks"]]
-    assert any("low_disk.py" in frame for task in found["tasks"] for frame in task["stack"])
+    assert any("disk_space.py" in frame for task in found["tasks"] for frame in task["stack"])
     assert "hidden" not in text
     assert "first-secret" not in text
     assert 403 == refused["status"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.daemon.retention import Retention, RetentionTask, remove_old
+from streamsyn.daemon.disk_space import Retention, RetentionTask, remove_old
 from streamsyn.errors import ConfigError, RowsRemoved
 from streamsyn.following.run_rows import RunRows
 from streamsyn.pipeline.status import status
@@ -146,9 +146,9 @@ def test_a_new_mirror_that_lacks_them_is_refused(run: Path) -> None:
 
 def test_age_counts_from_when_a_shard_was_sealed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
-    monkeypatch.setattr("streamsyn.daemon.retention.time.time", lambda: now + 50)
+    monkeypatch.setattr("streamsyn.daemon.disk_space.time.time", lambda: now + 50)
     assert remove(run, Retention(seconds=100)) == []
-    monkeypatch.setattr("streamsyn.daemon.retention.time.time", lambda: now + 150)
+    monkeypatch.setattr("streamsyn.daemon.disk_space.time.time", lambda: now + 150)
     assert remove(run, Retention(seconds=100)) == [one.path for one in shards_of(run)]
     assert removed_rows(run) == status(run).samples
 
@@ -189,7 +189,7 @@ async def test_trouble_with_one_run_does_not_keep_others_from_being_looked_at(
         looked.append(root.name)
         raise OSError("the mirror is away")
 
-    monkeypatch.setattr("streamsyn.daemon.retention.remove_old", failing)
+    monkeypatch.setattr("streamsyn.daemon.disk_space.remove_old", failing)
     async with start_daemon({"sink.mirror": str(tmp_path / "far"), "serve.retain_s": 1}) as served:
         for run_id in ("a", "b"):
             await served.new_run(run_id)
