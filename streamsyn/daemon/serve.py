@@ -1,17 +1,23 @@
-"""The life of the daemon's process: check, open ROOT, listen, wait for a signal, drain, end."""
+"""The life of the daemon's process: check, open ROOT, listen, reload, drain, end.
+
+systemd is told how the daemon is doing: ready, reloading, ending, alive. Source: sd_notify(3). Use
+`Type=notify` (or `notify-reload`) and `WatchdogSec=` in the unit. Without systemd nothing is sent.
+"""
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from aiohttp import web
@@ -24,8 +30,6 @@ from streamsyn.config.loading import Config
 from streamsyn.daemon.access import is_loopback
 from streamsyn.daemon.daemon import Daemon, open_daemon
 from streamsyn.daemon.http_app import CONNECTIONS, make_http_app
-from streamsyn.daemon.reloading import reload
-from streamsyn.daemon.systemd import Systemd
 from streamsyn.errors import ConfigError, root_cause
 from streamsyn.io.process_files import raise_limit
 
@@ -40,6 +44,26 @@ _LINGER_S: Final = 1.0
 _THREADS: Final = 32
 """For blocking calls. Most wait for the disk: requests that wait together share a sync."""
 _BACKLOG: Final = 1024
+RELOADED: Final = {
+    "serve": (
+        "tokens_file",
+        "max_body_bytes",
+        "max_line_bytes",
+        "max_connections",
+        "requests_per_s",
+        "body_timeout_s",
+        "max_unread_seeds",
+        "allow_recipes",
+        "allow_private_webhooks",
+        "min_free_bytes",
+        "retain_s",
+        "retain_bytes",
+    ),
+    "run": ("drain_timeout_s",),
+}
+"""The keys that take effect without a restart, by section."""
+_BEATS_A_PERIOD: Final = 2
+"""systemd recommends to report twice within the time after which it kills."""
 
 
 def serve(root: Path, load: Callable[[], Config]) -> None:
@@ -94,7 +118,7 @@ async def _reload_at(
     daemon: Daemon,
     load: Callable[[], Config],
     check: Callable[[ServeSection], None],
-    systemd: Systemd,
+    systemd: "Systemd",
     serving: str,
 ) -> None:
     while True:
@@ -279,3 +303,109 @@ def _tls(section: ServeSection) -> ssl.SSLContext | None:
             f"serve.tls_certificate: cannot use {section.tls_certificate}: {error.strerror or error}"
         ) from error
     return context
+
+
+async def reload(daemon: Daemon, load: Callable[[], Config], check: Callable[[ServeSection], None]) -> None:
+    """Read the configuration, the tokens and the file of servers again.
+
+    A mistake is logged, and everything stays as it was. Keys that changed and need a restart are logged.
+
+    Args:
+        daemon: The daemon.
+        load: Loads the configuration as at the start.
+        check: Raises a ConfigError if the daemon cannot go on with a section; may block.
+    """
+    before = daemon.config
+    try:
+        after = await asyncio.to_thread(load)
+        merged = _merged(before, after)
+        await asyncio.to_thread(check, merged.serve)
+        await asyncio.to_thread(daemon.access.reload, merged.serve.tokens_file)
+    except ConfigError as error:
+        log.error("reload.failed", error=str(error), then="everything stays as it was")  # noqa: TRY400
+        return
+    daemon.hosting.config = merged
+    await daemon.hosting.servers.rediscover()
+    applied, late = changed_keys(before, merged), changed_keys(merged, after)
+    log.info("reload.done", changed=applied, plain=f"reloaded: {', '.join(applied) or 'no key has changed'}")
+    if late:
+        plain = f"changed, but needs a restart: {', '.join(late)}"
+        log.warning("reload.needs_restart", keys=late, plain=plain)
+
+
+def changed_keys(one: Config, other: Config) -> list[str]:
+    """The keys with different values; only their names, since a value may be a secret."""
+    before, after = dict(_flat(one.model_dump())), dict(_flat(other.model_dump()))
+    return sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+
+
+def _merged(before: Config, after: Config) -> Config:
+    """The configuration `before`, with the keys of `after` that need no restart."""
+    sections = {}
+    for name, keys in RELOADED.items():
+        new = getattr(after, name)
+        sections[name] = getattr(before, name).model_copy(update={key: getattr(new, key) for key in keys})
+    return before.model_copy(update=sections)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+class Systemd:
+    """The service manager, by the variables that it has set for this process.
+
+    Args:
+        environ: The environment: `NOTIFY_SOCKET`, `WATCHDOG_USEC` and `WATCHDOG_PID`.
+
+    Attributes:
+        watchdog_s: Seconds without a sign of life after which the process is killed; None for no limit.
+    """
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._address = environ.get("NOTIFY_SOCKET", "")
+        microseconds, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+        is_watched = microseconds.isdecimal() and pid in {"", str(os.getpid())}
+        self.watchdog_s = int(microseconds) / 1e6 if is_watched and int(microseconds) > 0 else None
+
+    def ready(self, status: str) -> None:
+        """The daemon serves, with a status line for `systemctl status`; also after a reload."""
+        self._send("READY=1", f"STATUS={status}")
+
+    def status(self, status: str) -> None:
+        """Change the status line."""
+        self._send(f"STATUS={status}")
+
+    def reloading(self) -> None:
+        """The configuration is being read again; `ready` ends this."""
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self, timeout_s: float) -> None:
+        """The daemon is ending, and may take `timeout_s` seconds for it."""
+        self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(timeout_s * 1e6)}")
+
+    async def watch(self) -> None:
+        """Give a sign of life as often as the watchdog wants it, from the event loop; until cancelled."""
+        if self.watchdog_s is None:
+            return
+        while True:
+            self._send("WATCHDOG=1")
+            await asyncio.sleep(self.watchdog_s / _BEATS_A_PERIOD)
+
+    def _send(self, *assignments: str) -> None:
+        if not self._address:
+            return
+        # A leading @ stands for the zero byte of the abstract namespace.
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        lines = "\n".join(line.replace("\n", " ") for line in assignments)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+                connection.setblocking(False)
+                connection.connect(address)
+                connection.send(lines.encode())
+        except OSError as error:
+            log.warning("systemd.not_told", error=error.strerror or str(error), message=assignments[0])

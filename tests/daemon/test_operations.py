@@ -20,7 +20,7 @@ from streamsyn.config.loading import load
 from streamsyn.daemon import disk_space, serve
 from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.disk_space import FreeSpace
-from streamsyn.daemon.reloading import reload
+from streamsyn.daemon.serve import reload
 from streamsyn.errors import ConfigError
 from tests.daemon.conftest import QUICK, SERVER, StartDaemon, seed_lines
 from tests.daemon.make_root import KEY

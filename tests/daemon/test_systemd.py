@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from streamsyn.daemon.systemd import Systemd
+from streamsyn.daemon.serve import Systemd
 
 
 @pytest.fixture(params=["path", "abstract"])
