@@ -1,4 +1,4 @@
-"""Who may do what: tokens with scopes, and what protects a daemon without tokens from web pages.
+"""Who may do what, and how much of it: tokens with scopes, and limits of connections and requests.
 
 A daemon on loopback without tokens serves everyone on this machine. A web page that is open in a browser
 there could send it requests too: under a name of its own that resolves to 127.0.0.1 (DNS rebinding), or by a
@@ -6,10 +6,12 @@ form (cross-site request forgery). So the Host header must name this machine, an
 daemon's own.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Final
 
 from aiohttp import web
 
+from streamsyn.config.command_sections import ServeSection
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Scope
 from streamsyn.errors import ConfigError
@@ -25,6 +28,13 @@ _SCOPES: Final[tuple[Scope, ...]] = ("open", "read", "write", "admin")
 _DIGEST: Final = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _MIN_TOKEN_CHARS: Final = 16
 _UNAUTHORIZED: Final = {"WWW-Authenticate": 'Bearer realm="streamsyn"'}
+_FULL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n"
+    b"Connection: close\r\nContent-Length: 85\r\n\r\n"
+    b'{"title":"Service Unavailable","status":503,"detail":"too many open connections now"}'
+)
+_MAX_CLIENTS: Final = 10_000
+"""Clients whose rates are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +185,80 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower()
+
+
+class Connections:
+    """Makes the protocol of each connection; for `create_server`.
+
+    aiohttp closes a connection that is idle between requests; here it is one that never completes its first.
+
+    Args:
+        limits: Returns the section with the limits as they are now.
+
+    Attributes:
+        server: Makes protocols for HTTP; set before the first connection.
+    """
+
+    server: web.Server
+
+    def __init__(self, limits: Callable[[], ServeSection]) -> None:
+        self._limits = limits
+        self._silent: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+
+    def __call__(self) -> asyncio.BaseProtocol:
+        limits = self._limits()
+        if len(self.server.connections) >= limits.max_connections:
+            return _Full()
+        protocol = self.server()
+        loop = asyncio.get_running_loop()
+        self._silent[protocol] = loop.call_later(limits.body_timeout_s, self._close, protocol)
+        return protocol
+
+    def spoke(self, request: web.Request) -> None:
+        """Note that a connection has sent a whole request."""
+        timer = self._silent.pop(request.protocol, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _close(self, protocol: web.RequestHandler) -> None:
+        self._silent.pop(protocol, None)
+        if protocol.transport is not None:
+            protocol.transport.abort()
+
+
+class _Full(asyncio.Protocol):
+    """Answers a connection that is one too many, and closes it."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(_FULL)
+        transport.close()
+
+
+class RateLimit:
+    """Decides which requests come too fast, by a token bucket for each client that holds those of a second.
+
+    Args:
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """For each client, least recent first: what its bucket held, and when."""
+
+    def wait_s(self, client: str, per_s: float) -> float:
+        """Count a request; returns the seconds to wait before it is allowed: 0 if it is now.
+
+        Args:
+            client: Who asks.
+            per_s: Requests per second that are allowed.
+        """
+        now, most = self._clock(), max(1.0, per_s)
+        held, then = self._buckets.pop(client, (most, now))
+        held = min(most, held + (now - then) * per_s)
+        is_allowed = held >= 1
+        self._buckets[client] = (held - 1 if is_allowed else held), now
+        if len(self._buckets) > _MAX_CLIENTS:
+            self._buckets.popitem(last=False)
+        return 0.0 if is_allowed else (1 - held) / per_s

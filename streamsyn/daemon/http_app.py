@@ -23,8 +23,8 @@ from streamsyn.daemon import (
     server_routes,
     stream_routes,
 )
+from streamsyn.daemon.access import Connections, RateLimit
 from streamsyn.daemon.bodies import LIMITS
-from streamsyn.daemon.connections import Connections, RateLimit
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.openapi import openapi_route
 from streamsyn.daemon.problems import Problem, problem_of, problem_response

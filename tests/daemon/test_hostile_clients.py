@@ -14,7 +14,7 @@ import orjson
 import pytest
 import yarl
 
-from streamsyn.daemon.connections import RateLimit
+from streamsyn.daemon.access import RateLimit
 from tests.daemon.conftest import Served, StartDaemon
 
 SHORT = {"serve.body_timeout_s": 0.2, "serve.idle_timeout_s": 0.2}
