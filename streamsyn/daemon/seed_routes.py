@@ -13,13 +13,12 @@ from typing import Any, Final
 from aiohttp import web
 
 from streamsyn.background import in_threads
-from streamsyn.daemon.bodies import JsonBody, pieces
+from streamsyn.daemon.bodies import JsonBody, Unpacker, pieces, unpacker
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem, problem_of
 from streamsyn.daemon.route import Route, json_response
 from streamsyn.daemon.run_routes import requested_run
-from streamsyn.daemon.unpacking import Unpacker, unpacker
 from streamsyn.errors import StreamsynError
 from streamsyn.seeds.inbox import Inbox
 from streamsyn.seeds.submission import Submission, Submitted

@@ -8,8 +8,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamsyn.daemon.bodies import unpacker
 from streamsyn.daemon.problems import Problem
-from streamsyn.daemon.unpacking import unpacker
 from tests.examples import examples
 
 
