@@ -39,8 +39,8 @@ from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store, restore_optimizer
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
-from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from streamsyn.trainer.sources.locate import open_sources
+from streamsyn.trainer.sources.run_samples import DaemonSamples
 from streamsyn.trainer.stream.planner import Planner, PlanQueue
 from streamsyn.trainer.stream.render import Renderer, read_template
 

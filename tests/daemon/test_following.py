@@ -10,7 +10,7 @@ import structlog
 from streamsyn.errors import ConfigError
 from streamsyn.following import daemon_client
 from streamsyn.following.follow import Follower, follow
-from streamsyn.trainer.sources.daemon_samples import DaemonSamples
+from streamsyn.trainer.sources.run_samples import DaemonSamples
 from tests.builders import rows
 from tests.daemon.conftest import Served, StartDaemon
 

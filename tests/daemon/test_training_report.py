@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from streamsyn.trainer.examples import Dropped, Example, Key, StepPlan
 from streamsyn.trainer.metrics.consumer_report import consumer_name, consumer_report, last_done
-from streamsyn.trainer.sources.daemon_samples import DaemonSamples
+from streamsyn.trainer.sources.run_samples import DaemonSamples
 from streamsyn.trainer.sources.source import Sources
 from tests.daemon.conftest import Served
 from tests.trainer.streams import Lengths, planner, plans

@@ -12,9 +12,8 @@ from streamsyn.errors import ConfigError, RunReplaced
 from streamsyn.following import daemon_client
 from streamsyn.following.daemon_client import is_run_url
 from streamsyn.trainer.examples import StepPlan
-from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from streamsyn.trainer.sources.locate import open_sources
-from streamsyn.trainer.sources.run_samples import RunSamples
+from streamsyn.trainer.sources.run_samples import DaemonSamples, RunSamples
 from streamsyn.trainer.sources.source import Sources
 from tests.builders import opened, sample, sink
 from tests.following.run_server import RunServer, in_thread

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from streamsyn.records import digest
 from streamsyn.trainer.metrics.record import Track
-from streamsyn.trainer.sources.daemon_samples import DaemonSamples
+from streamsyn.trainer.sources.run_samples import DaemonSamples
 
 _REPORTED: Final = ("step", "loss", "rate", "grad_norm", "examples", "tokens")
 _NONE_DONE: Final = -1

@@ -18,10 +18,9 @@ from streamsyn.errors import ConfigError
 from streamsyn.following.daemon_client import is_run_url
 from streamsyn.io.inputs import is_row_file, is_run_directory
 from streamsyn.sink.shards import KINDS
-from streamsyn.trainer.sources.daemon_samples import DaemonSamples
 from streamsyn.trainer.sources.pipe import PipedSamples
 from streamsyn.trainer.sources.row_files import FileRows
-from streamsyn.trainer.sources.run_samples import RunSamples
+from streamsyn.trainer.sources.run_samples import DaemonSamples, RunSamples
 from streamsyn.trainer.sources.source import Mixed, Source, Sources, path_errors
 
 log = structlog.get_logger()
