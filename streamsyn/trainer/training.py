@@ -22,10 +22,9 @@ from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_bef
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loop import Loop, Progress, Schedule
-from streamsyn.trainer.metrics.consumer_report import consumer_report
 from streamsyn.trainer.metrics.mfu import mfu_of
 from streamsyn.trainer.metrics.record import TrainingMetrics
-from streamsyn.trainer.metrics.trackers import FOLDER, start_tracking
+from streamsyn.trainer.metrics.trackers import FOLDER, consumer_report, start_tracking
 from streamsyn.trainer.model.placed import Placed, place, start_accelerator
 from streamsyn.trainer.model.pretrained import (
     check_compatibility,

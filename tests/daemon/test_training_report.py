@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsyn.trainer.examples import Dropped, Example, Key, StepPlan
-from streamsyn.trainer.metrics.consumer_report import consumer_name, consumer_report, last_done
+from streamsyn.trainer.metrics.trackers import consumer_name, consumer_report, last_done
 from streamsyn.trainer.sources.run_samples import DaemonSamples
 from streamsyn.trainer.sources.source import Sources
 from tests.daemon.conftest import Served

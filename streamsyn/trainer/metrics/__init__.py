@@ -11,7 +11,6 @@ and logs a summary. Modules in reading order:
     record      the three files, the log line and the verdict (generation-, reading- or training-bound)
     step_log    JSON lines by step, cut back to the checkpoint when a training resumes; imports no torch
     mfu         model FLOPs utilisation
-    trackers    the same metrics in tensorboard, wandb and trackio
-    consumer_report  with `--from URL`: loss and position, to the daemon
+    trackers    the same metrics in tensorboard, wandb and trackio; with `--from URL` also at the daemon
     plot        OUT/training.png, drawn from metrics.jsonl without torch
 """
