@@ -12,7 +12,7 @@ from types import TracebackType
 
 import orjson
 
-from streamsyn.simulator.prose import Prose
+from streamsyn.simulator.texts import Prose
 
 
 class Simulator:

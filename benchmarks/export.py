@@ -25,7 +25,7 @@ from streamsyn.assembly.assembler import AssemblyResources
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.records import Context, Seed
-from streamsyn.simulator.prose import Prose
+from streamsyn.simulator.texts import Prose
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
 

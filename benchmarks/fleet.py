@@ -50,9 +50,9 @@ from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Draft, Request, Seed
 from streamsyn.simulator import costs
 from streamsyn.simulator.in_process import InProcessServers
-from streamsyn.simulator.prose import Prose
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
+from streamsyn.simulator.texts import Prose
 from streamsyn.simulator.timeline import Event, Timeline
 from streamsyn.telemetry import Counters, configure_logs
 

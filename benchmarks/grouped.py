@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from streamsyn.records import Request, digest
 from streamsyn.simulator.chat import render
 from streamsyn.simulator.radix_cache import BLOCK_TOKENS
-from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN
+from streamsyn.simulator.texts import CHARACTERS_PER_TOKEN
 
 TEMPLATE_CHARS = 4_000
 GROUP_CHARS = 1_500

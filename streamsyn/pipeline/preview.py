@@ -22,7 +22,7 @@ from streamsyn.recipes.recipe import Recipe, RejectedDraft
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import BadSeed, Completion, Draft, RejectReason, Request, Seed
 from streamsyn.seeds.reader import SeedReader
-from streamsyn.simulator.prose import Prose
+from streamsyn.simulator.texts import Prose
 from streamsyn.sink.snapshot import Part, Snapshot
 from streamsyn.words import word_count
 

@@ -6,7 +6,7 @@ In reading order:
     app, in_process                  two ways in: HTTP, or calls within the process
     protocol, routes                 requests, replies, and all routes over either way
     generation, chat, native         the routes that generate or score
-    completion_request, prose, tokens    what is asked and what is answered
+    completion_request, texts        what is asked and what is answered
     simulation                       one server's state; runs a request in its engine
     engine                           the interface of the two engines
     plain_engine                     each request on its own clock

@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from streamsyn.simulator.prose import Prose, answering_sentence, given_answer
 from streamsyn.simulator.settings import Fault, SimulatorConfig
-from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN, count_tokens
+from streamsyn.simulator.texts import (
+    CHARACTERS_PER_TOKEN,
+    Prose,
+    answering_sentence,
+    count_tokens,
+    given_answer,
+)
 
 EOS_ID: Final = 2
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from streamsyn.simulator.radix_cache import Node, block_keys
-from streamsyn.simulator.tokens import count_tokens
+from streamsyn.simulator.texts import count_tokens
 
 
 class QueueFull(Exception):

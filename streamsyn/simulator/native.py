@@ -11,7 +11,7 @@ from streamsyn.simulator.completion_request import (
     Refused,
     whole_number,
 )
-from streamsyn.simulator.tokens import (
+from streamsyn.simulator.texts import (
     CHARACTERS_PER_TOKEN,
     NEW_WORD_LOSS,
     Tokenizer,

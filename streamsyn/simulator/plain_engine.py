@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from streamsyn.simulator.engine import DuplicateRid, Load, QueueFull, ServerLost, Work, settle
 from streamsyn.simulator.radix_cache import BLOCK_TOKENS, extend_keys
-from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN
+from streamsyn.simulator.texts import CHARACTERS_PER_TOKEN
 
 
 class PlainEngine:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN
+from streamsyn.simulator.texts import CHARACTERS_PER_TOKEN
 
 BLOCK_TOKENS: Final = 64
 """Prefixes are compared in whole blocks of this many tokens."""

@@ -18,7 +18,7 @@ from streamsyn.simulator.native import Native
 from streamsyn.simulator.protocol import RawRequest, ResponseWriter
 from streamsyn.simulator.settings import SGLANG_VERSION
 from streamsyn.simulator.simulation import Simulation
-from streamsyn.simulator.tokens import Tokenizer
+from streamsyn.simulator.texts import Tokenizer
 from streamsyn.simulator.weights import WeightRoutes
 
 SECTIONS: Final = frozenset({"core", "memory", "spec", "lora", "disagg", "queues", "all"})

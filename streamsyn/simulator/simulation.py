@@ -21,7 +21,6 @@ from streamsyn.simulator.completion_request import (
 )
 from streamsyn.simulator.engine import Engine, ServerLost, Work
 from streamsyn.simulator.plain_engine import PlainEngine
-from streamsyn.simulator.prose import Prose
 from streamsyn.simulator.settings import (
     PLAIN_CACHE_TOKENS,
     PLAIN_SLOTS,
@@ -30,7 +29,7 @@ from streamsyn.simulator.settings import (
     Script,
     SimulatorConfig,
 )
-from streamsyn.simulator.tokens import CHARACTERS_PER_TOKEN, count_tokens
+from streamsyn.simulator.texts import CHARACTERS_PER_TOKEN, Prose, count_tokens
 from streamsyn.simulator.weights import Weights
 
 PIECE_TOKENS: Final = 8

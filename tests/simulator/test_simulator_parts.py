@@ -9,10 +9,18 @@ from streamsyn.errors import ConfigError
 from streamsyn.simulator.costs import H100
 from streamsyn.simulator.engine import Work
 from streamsyn.simulator.plain_engine import PlainEngine, PrefixCache
-from streamsyn.simulator.prose import Prose, answering_sentence, given_answer
 from streamsyn.simulator.radix_cache import block_keys, extend_keys
 from streamsyn.simulator.settings import Fault, FaultPlan, SimulatorConfig
-from streamsyn.simulator.tokens import KNOWN_WORD_LOSS, NEW_WORD_LOSS, Tokenizer, token_ids, token_losses
+from streamsyn.simulator.texts import (
+    KNOWN_WORD_LOSS,
+    NEW_WORD_LOSS,
+    Prose,
+    Tokenizer,
+    answering_sentence,
+    given_answer,
+    token_ids,
+    token_losses,
+)
 
 
 def test_rates_decide_the_same_way_for_a_seed() -> None:

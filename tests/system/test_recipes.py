@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from streamsyn.records import draft_key
-from streamsyn.simulator.prose import Prose
+from streamsyn.simulator.texts import Prose
 from tests.system.conftest import Server, assert_clean, rows, start, streamsyn, wait_for_line
 
 Serve = Callable[..., Server]
