@@ -15,9 +15,7 @@ from streamsyn.pipeline.reopened import Reopened, Sought
 from streamsyn.pipeline.work_order import GroupOrder, TaskLosses, TaskOrder
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work
-from streamsyn.seeds.inbox_lines import is_submitted
-from streamsyn.seeds.reader import SeedReader
-from streamsyn.seeds.stdin import is_from_pipe
+from streamsyn.seeds.reader import SeedReader, is_spooled
 from streamsyn.sink.completed_keys import Claim, Claims
 from streamsyn.telemetry import Counters
 
@@ -160,8 +158,7 @@ class Producer:
         # Finished entries need not be claimed, which makes a resume twice as fast; but a limit must count
         # each seed once.
         must_claim = bool(left) or self._limit is not None
-        spooled = is_from_pipe(entry) or is_submitted(entry)
-        if must_claim and self._claims.claim(parts[0][0], spooled=spooled) is Claim.REPEATED:
+        if must_claim and self._claims.claim(parts[0][0], spooled=is_spooled(entry)) is Claim.REPEATED:
             self._counters.repeated += 1
             return []
         self._taken += isinstance(entry, Seed)

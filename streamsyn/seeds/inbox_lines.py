@@ -40,11 +40,6 @@ class Closing:
 InboxLine: TypeAlias = Entry | StoredAnswer | Closing
 
 
-def is_submitted(entry: Entry) -> bool:
-    """Whether an entry comes from an inbox: then its file holds it."""
-    return entry.origin.startswith(f"{NAME}:")
-
-
 def entry_key(entry: Entry) -> bytes:
     """The 16 bytes by which the same entry is recognised: the id and the pair, or the content of a bad line.
 

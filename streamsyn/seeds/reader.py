@@ -20,13 +20,15 @@ from streamsyn.records import Entry, Seed
 from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.id_owners import IdOwners
 from streamsyn.seeds.inbox import Inbox, InboxSource
+from streamsyn.seeds.inbox_lines import NAME as INBOX_NAME
 from streamsyn.seeds.parse import SeedParser
-from streamsyn.seeds.stdin import SeedSpool, StdinSource
+from streamsyn.seeds.stdin import PIPE_NAME, SeedSpool, StdinSource
 
 REPEATED: Final = "~again-"
 """What comes before the number of a repeat in the id of a seed that is read again."""
 _BATCH_DOCUMENTS: Final = 16
 """Rows that are held at once where each is a document, which may be as long as a book."""
+_ON_DISK: Final = (f"{PIPE_NAME}:", f"{INBOX_NAME}:")
 _CHECKED_FILES: Final = 1000
 """Files whose beginnings are looked at before the first is read, so that one that is wrong costs nothing."""
 
@@ -273,6 +275,11 @@ class SeedReader:
 
 def _repeated(seed: Seed, number: int) -> Seed:
     return replace(seed, id=f"{seed.id}{REPEATED}{number}")
+
+
+def is_spooled(entry: Entry) -> bool:
+    """Whether the run directory holds an entry: it was read from a pipe, or submitted."""
+    return entry.origin.startswith(_ON_DISK)
 
 
 def _interleaved(

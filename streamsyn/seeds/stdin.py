@@ -21,7 +21,7 @@ from streamsyn.seeds.parse import SeedParser
 
 _CHUNK_BYTES: Final = 256 * 1024
 _ARRAY_OF_OBJECTS: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
-_NAME: Final = "-"
+PIPE_NAME: Final = "-"
 """The name of the pipe in the origin of an entry, as in `-:17`."""
 
 
@@ -81,7 +81,7 @@ class StdinSource:
             raise ConfigError(f"stdin cannot be read: {error.strerror}") from error
 
     def _entries(self, lines: Iterable[Line]) -> list[Entry]:
-        parsed = [self._parser.line(line, _NAME, self._task, self._max_line_bytes) for line in lines]
+        parsed = [self._parser.line(line, PIPE_NAME, self._task, self._max_line_bytes) for line in lines]
         return [entry for entry in parsed if entry is not None]
 
 
@@ -138,11 +138,6 @@ class SeedSpool:
 def _close(*fds: int) -> None:
     for fd in fds:
         os.close(fd)
-
-
-def is_from_pipe(entry: Entry) -> bool:
-    """Whether an entry was read from a pipe, by this run or an earlier one: then the spool holds it."""
-    return entry.origin.startswith(f"{_NAME}:")
 
 
 def _encode(entry: Entry) -> bytes:
