@@ -1,12 +1,19 @@
-"""Log configuration and the counters of a run. Logs go to stderr."""
+"""What a run reports about itself: logs, which go to stderr, counters, and the spans of traces.
+
+Tracing is off by default: a trace a draft, with a span a step, a request and a write of the journal. What is
+traced opens a `span`. Where spans go is decided by whoever runs the code: `traced` makes them go to a
+`Tracer` for the block, and for the asyncio tasks begun in it. Without one a span costs about a microsecond.
+"""
 
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -15,6 +22,10 @@ from streamsyn.records import Context, Outcome, Reject, Sample
 
 _TRACEBACK_BYTES = 2**15
 """Longest traceback in the log."""
+_REACHED = 0.95
+"""Share of its target length from which a sample counts as long enough."""
+Value = str | int | float | bool
+"""An attribute of a span."""
 
 
 def configure_logs(*, as_json: bool, level: int = logging.INFO) -> None:
@@ -125,10 +136,6 @@ class _Forward(logging.Handler):
         log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
 
 
-_REACHED = 0.95
-"""Share of its target length from which a sample counts as long enough."""
-
-
 @dataclass(slots=True)
 class Counters:
     """What this process has done so far. Stages add to it; progress, metrics and summary read it."""
@@ -218,3 +225,72 @@ class Counters:
         self.scoring_cached_tokens += figures["cached_tokens"]
         self.scoring_tokens += figures["completion_tokens"]
         self.scoring_retries += retries
+
+
+class Span(Protocol):
+    """A part of a trace that is going on."""
+
+    def set(self, attributes: Mapping[str, Value]) -> None:
+        """Add attributes."""
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """Mark the span as failed."""
+        ...
+
+
+class Tracer(Protocol):
+    """Takes spans."""
+
+    def span(self, name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[Span]:
+        """Open a span for the block, within the one that is open in this context."""
+        ...
+
+    def headers(self) -> dict[str, str]:
+        """Return the HTTP headers that name the open span, as W3C Trace Context has them."""
+        ...
+
+
+_TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
+
+
+class _Untraced:
+    def set(self, attributes: Mapping[str, Value]) -> None:
+        """Forget them."""
+
+    def failed(self, error: BaseException) -> None:
+        """Forget it."""
+
+
+_UNTRACED = _Untraced()
+
+
+@contextmanager
+def traced(tracer: Tracer | None) -> Iterator[None]:
+    """Have spans go to `tracer`, or nowhere, in the block and in asyncio tasks begun in it."""
+    token = _TRACER.set(tracer)
+    try:
+        yield
+    finally:
+        _TRACER.reset(token)
+
+
+@contextmanager
+def span(name: str, attributes: Mapping[str, Value]) -> Iterator[Span]:
+    """Open a span for the block. An exception that leaves it marks it as failed."""
+    tracer = _TRACER.get()
+    if tracer is None:
+        yield _UNTRACED
+        return
+    with tracer.span(name, attributes) as opened:
+        try:
+            yield opened
+        except BaseException as error:
+            opened.failed(error)
+            raise
+
+
+def trace_headers() -> dict[str, str]:
+    """Return the HTTP headers that name the open span; none without a tracer."""
+    tracer = _TRACER.get()
+    return {} if tracer is None else tracer.headers()

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 from streamsyn.bench.measurement import DraftRecord, RequestRecord, ServerTick, Tick
 from streamsyn.pipeline.request import RunSummary
-from streamsyn.traces import Span, Value
+from streamsyn.telemetry import Span, Value
 
 LAG_EVERY_S: Final = 0.05
 """Seconds of the timer whose delay is the lag of the event loop."""

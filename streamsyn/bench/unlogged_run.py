@@ -18,8 +18,7 @@ from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Context, Outcome
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
-from streamsyn.telemetry import Counters
-from streamsyn.traces import traced
+from streamsyn.telemetry import Counters, traced
 
 
 class DroppedOutcomes:

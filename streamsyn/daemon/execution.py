@@ -17,8 +17,7 @@ from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
-from streamsyn.telemetry import Counters
-from streamsyn.traces import Tracer
+from streamsyn.telemetry import Counters, Tracer
 
 _TOKENS: Final[Mapping[str, Callable[[Counters], int]]] = {
     "prompt": lambda counters: counters.prompt_tokens,

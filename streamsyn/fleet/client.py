@@ -12,7 +12,7 @@ from streamsyn.fleet.thinking import CONTINUES, PromptEnds, cleaned, template_fi
 from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
 from streamsyn.fleet.wire import Load, parse_load
 from streamsyn.records import Completion, Request
-from streamsyn.traces import trace_headers
+from streamsyn.telemetry import trace_headers
 
 log = structlog.get_logger()
 

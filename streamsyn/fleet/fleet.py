@@ -38,7 +38,7 @@ from streamsyn.fleet.shares import Share, Shares
 from streamsyn.fleet.try_outcomes import TryOutcomes
 from streamsyn.io.process_files import within_sockets
 from streamsyn.records import Attempt, Completion, Request
-from streamsyn.traces import span
+from streamsyn.telemetry import span
 
 log = structlog.get_logger()
 

@@ -20,7 +20,7 @@ from streamsyn.fleet.thinking import PromptEnds, template_fields
 from streamsyn.fleet.transport import Transport
 from streamsyn.plain_text import short_repr
 from streamsyn.records import Completion, Request
-from streamsyn.traces import trace_headers
+from streamsyn.telemetry import trace_headers
 
 _MAX_NATS = 1e9
 """No logprob is as large; NaN and infinity are not below it either."""

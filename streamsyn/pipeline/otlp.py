@@ -17,7 +17,7 @@ import streamsyn
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import base_url
 from streamsyn.plain_text import split_userinfo
-from streamsyn.traces import Span, Tracer, Value
+from streamsyn.telemetry import Span, Tracer, Value
 
 try:
     from opentelemetry import trace

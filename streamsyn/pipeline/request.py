@@ -19,8 +19,7 @@ from streamsyn.pipeline.stages import Queues
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
 from streamsyn.seeds.inbox import Inbox
-from streamsyn.telemetry import Counters
-from streamsyn.traces import Tracer
+from streamsyn.telemetry import Counters, Tracer
 
 
 class Supervisor(Protocol):

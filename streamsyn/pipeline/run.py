@@ -43,8 +43,7 @@ from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
 from streamsyn.sink.rundir import RunDirectory
-from streamsyn.telemetry import Counters
-from streamsyn.traces import traced
+from streamsyn.telemetry import Counters, traced
 
 
 def run(request: RunRequest, summary: RunSummary | None = None) -> RunSummary:

@@ -34,8 +34,7 @@ from streamsyn.sink.journal import Journal
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory, read_run_json
 from streamsyn.sink.writer import OutcomeWriter
-from streamsyn.telemetry import Counters
-from streamsyn.traces import Tracer
+from streamsyn.telemetry import Counters, Tracer
 
 if TYPE_CHECKING:
     from streamsyn.scoring.examiner import Examination

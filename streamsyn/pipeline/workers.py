@@ -44,7 +44,7 @@ from streamsyn.records import (
 )
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
 from streamsyn.sink.log import encode_row
-from streamsyn.traces import Value, span
+from streamsyn.telemetry import Value, span
 
 if TYPE_CHECKING:
     from streamsyn.scoring.examiner import Examiner
