@@ -1,5 +1,6 @@
 """README, guides and package READMEs name only what exists, and the README names every command."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_every_path_on_a_page_exists(page: str) -> None:
         missing += [path for path in modules if not any((place / path).exists() for place in places)]
 
     assert [] == missing
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "streamsyn").glob("*/")), ids=lambda folder: folder.name)
+def test_a_package_that_lists_its_modules_names_each_of_them(folder: Path) -> None:
+    """The list in the docstring of its `__init__.py`: names, two spaces, a text; sentences may name more."""
+    source = folder / "__init__.py"
+    text = (ast.get_docstring(ast.parse(source.read_text("utf-8"))) if source.exists() else None) or ""
+    rows = re.findall(r"^ {4}((?:\w+, )*\w+)  +\S", text, re.MULTILINE)
+    listed = {name for row in rows for name in row.split(", ")}
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+    assert set() == listed - modules - {path.name for path in folder.iterdir()}
+    assert not listed or set() == modules - listed - set(re.findall(r"`(\w+)`", text))
 
 
 @every_page

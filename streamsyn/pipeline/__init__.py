@@ -17,6 +17,7 @@ Modules in reading order:
     delivery    samples to the reader of stdout, then to the log
     progress    the live table, or a log line every 10 s
     metrics     the same numbers for Prometheus
+    otlp        traces for an OpenTelemetry collector
     summary     the summary at the end, as text and as JSON
 
 Beside the flow: `preview` renders requests without sending them and estimates what a run would take,

@@ -9,6 +9,7 @@ In reading order:
     instruction       seeds are documents; the LLM writes question and answer
     sections_recipe   a long document, written section by section
     manuscript        its state: length, places of facts, conversation
+    chat_recipe       requests of your own, sent as they are
     prompt            a template as the first messages, with keys of shared prefixes; text that none uses
     parsing           documents, sections, headings and question-answer pairs in answers
     checks            the checks of a text and their reject reasons
