@@ -1,15 +1,19 @@
 """The load on the servers: a closed loop keeps requests in flight, an open loop begins drafts at a rate."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from streamsyn.bench.measurement import Load
 from streamsyn.config.loading import Config
 from streamsyn.pipeline.stages import ProducerStage
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Work
+
+_BATCH: Final = 64
+"""Drafts that are read at a time."""
 
 
 def under_load(config: Config, load: Load) -> Config:
@@ -29,6 +33,23 @@ def under_load(config: Config, load: Load) -> Config:
             "seeds": config.seeds.model_copy(update={"limit": None}),
         }
     )
+
+
+class RecordedWork:
+    """A producer of given drafts, in their order.
+
+    Args:
+        drafts: Yields them; may block.
+    """
+
+    def __init__(self, drafts: Iterator[Work]) -> None:
+        self._drafts = drafts
+
+    async def run(self, work: BoundedQueue[Work]) -> None:
+        """Put all drafts on `work`."""
+        while batch := await asyncio.to_thread(lambda: list(islice(self._drafts, _BATCH))):
+            for draft in batch:
+                await work.put(draft)
 
 
 class OpenLoop:

@@ -17,13 +17,12 @@ from pathlib import Path
 from random import Random
 from statistics import fmean
 
-import structlog
-
 from streamsyn.background import background
 from streamsyn.bench.load import under_load
-from streamsyn.bench.measurement import Load, Measurement
+from streamsyn.bench.measurement import Load, Measurement, Replayed
 from streamsyn.bench.phases import Phases
 from streamsyn.bench.recorder import Recorder
+from streamsyn.bench.replay import open_replay
 from streamsyn.bench.steady_state import steady_state
 from streamsyn.bench.unlogged_run import UnloggedRun
 from streamsyn.config.loading import Config
@@ -34,8 +33,6 @@ from streamsyn.seeds.reader import REPEATED
 from streamsyn.simulator import costs
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.telemetry import Counters
-
-log = structlog.get_logger()
 
 _MEASURED = "measured"
 """Why a run is stopped at the end of the measured part."""
@@ -50,10 +47,14 @@ class RunToMeasure:
         load: The load.
         limit_s: Longest warm-up and measured part together; virtual seconds in a simulation.
         gpus: GPUs of the fleet; None for one a server.
-        folder: Where a run with a log goes; None for a temporary one, which is deleted.
+        folder: Where the directory of a run with a log is made, and deleted at the end. None: where the
+            system has temporary files.
         environ: The environment, with the servers' keys.
         simulated: Makes simulated servers, which run in this process in virtual time; None for real ones.
+        replay: A run directory whose requests are sent, once, in place of those for the seeds.
+        skip: Seeds to leave out at the beginning: prompts that the servers may have in their caches.
         seed: Random seed of arrivals and jitter.
+        on_phase: Called with what the run is doing, when that changes.
         handles_signals: Whether a signal ends the run; only in the main thread of a process.
     """
 
@@ -64,7 +65,10 @@ class RunToMeasure:
     folder: Path | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     simulated: Callable[[], InProcessServers] | None = None
+    replay: Path | None = None
+    skip: int = 0
     seed: int = 0
+    on_phase: Callable[[str], None] = lambda _: None
     handles_signals: bool = True
 
 
@@ -75,11 +79,16 @@ def measure(asked: RunToMeasure) -> Measurement:
         ConfigError: A setting or a source of seeds cannot be used.
         SinkError: The log of a run with a log cannot be written.
     """
-    if asked.load.rate is not None and asked.load.with_log:
-        raise ConfigError("--rate cannot be combined with --with-log: a run with a log is a closed loop")
+    for name, given in (("--rate", asked.load.rate), ("--replay", asked.replay)):
+        if given is not None and asked.load.with_log:
+            raise ConfigError(f"{name} cannot be combined with --with-log")
     if any(source.path == "-" for source in asked.config.seeds.sources):
         raise ConfigError("--seeds -: stdin cannot be read again when the seeds run out; give a file")
-    with tempfile.TemporaryDirectory(prefix="streamsyn-bench-") as scratch, garbage_collected_rarely():
+    scratch_in = asked.folder if asked.load.with_log else None
+    with (
+        tempfile.TemporaryDirectory(prefix="streamsyn-bench-", dir=scratch_in) as scratch,
+        garbage_collected_rarely(),
+    ):
         run = _MeasuredRun(asked, Path(scratch))
         (asyncio.run if run.servers is None else run.servers.run)(run.run())
     return run.measurement()
@@ -91,16 +100,20 @@ class _MeasuredRun:
     def __init__(self, asked: RunToMeasure, scratch: Path) -> None:
         self.servers = None if asked.simulated is None else asked.simulated()
         self._asked = asked
-        out = asked.folder or scratch / "run"
+        self._replay = None if asked.replay is None else open_replay(asked.replay)
+        config = asked.config
+        if self._replay is not None:  # the run's, but for the servers
+            config = self._replay.config.model_copy(update={"fleet": config.fleet, "run": config.run})
+        out = scratch / "run"
         self._summary = RunSummary(out, Counters())
         self._begun = asyncio.Event()
-        self._phases = Phases(asked.load, asked.limit_s)
+        self._phases = Phases(asked.load, asked.limit_s, has_end=self._replay is not None)
         self._ended_at = 0.0
         self._warnings: list[str] = []
         self._started_at = time.time()
         self._recorder: Recorder
         self._request = RunRequest(
-            config=under_load(asked.config, asked.load),
+            config=under_load(config, asked.load),
             out=out,
             environ=asked.environ,
             connect=None if self.servers is None else self.servers.connect,
@@ -109,11 +122,13 @@ class _MeasuredRun:
             preflight=False,
             handles_signals=asked.handles_signals,
             repeats_seeds=True,
+            skips_seeds=asked.skip,
             on_begun=self._begun.set,
         )
         self._unlogged: UnloggedRun | None = None
         if not asked.load.with_log:
-            self._unlogged = UnloggedRun(self._request, self._summary, scratch, asked.load.rate)
+            rate = asked.load.rate
+            self._unlogged = UnloggedRun(self._request, self._summary, scratch, rate, self._replay)
 
     async def run(self) -> None:
         """Run to the end."""
@@ -134,7 +149,7 @@ class _MeasuredRun:
         async with background() as tasks:
             if self.servers is None:
                 tasks.start(recorder.watch_lag(), name="bench-lag")
-            log.info("bench.warming_up", plain="warming up")
+            self._asked.on_phase("warming up")
             while True:
                 was_warm, was_over = phases.warm_at is not None, phases.measured_at is not None
                 queues = self._summary.queues()
@@ -142,12 +157,14 @@ class _MeasuredRun:
                     recorder.now(),
                     recorder.requests,
                     recorder.requests_in_flight,
-                    is_draining=queues is not None and queues.is_draining,
+                    is_over=queues is not None and (queues.is_draining or queues.work_ended),
                 )
                 recorder.tick(self._summary)
                 if phases.warm_at is not None and not was_warm:
-                    log.info("bench.measuring", plain="measuring")
+                    self._asked.on_phase("measuring")
                 if phases.measured_at is not None and not was_over:
+                    self._asked.on_phase("finishing what is in flight")
+                if phases.measured_at is not None and not was_over and not (queues and queues.work_ended):
                     self._request.control.drain(_MEASURED)
                 await asyncio.sleep(next_look - recorder.now())
 
@@ -155,6 +172,10 @@ class _MeasuredRun:
         """Return what was measured."""
         asked, recorder = self._asked, self._recorder
         warm_up, measured, drain = self._phases.intervals(self._ended_at)
+        if self._phases.was_short:
+            self._warnings.append(
+                "the work ended during the warm-up, so the warm-up is part of what is measured"
+            )
         if self._phases.was_cut:
             self._warnings.append(
                 "the time limit ended the warm-up before each request in flight was answered once: raise "
@@ -163,7 +184,7 @@ class _MeasuredRun:
         steady = steady_state(recorder.requests, measured)
         if asked.load.rate is not None and steady is not None:
             steady = measured  # an open loop keeps the rate, not the requests in flight
-        stopped = self._summary.stopped or "none of the seeds is valid"
+        stopped = self._summary.stopped or ("none of the seeds is valid" if self._replay is None else "")
         servers = {server.server for tick in recorder.ticks for server in tick.servers}
         found = Measurement(
             load=asked.load,
@@ -179,10 +200,19 @@ class _MeasuredRun:
             drafts=recorder.drafts,
             ticks=recorder.ticks,
             seeds=len({draft.seed_id.partition(REPEATED)[0] for draft in recorder.drafts}),
+            seeds_read=self._summary.counters.seeds_read,
             repeats=sum(REPEATED in draft.seed_id for draft in recorder.drafts),
             stopped="" if stopped == _MEASURED else stopped,
+            has_too_many_rejects=self._summary.too_many_rejects,
             warnings=self._warnings,
         )
+        if self._replay is not None:
+            found.replayed = Replayed(
+                recorded_factor=self._replay.recorded.factor,
+                factor=self._replay.replayed.factor,
+                left_out=dict(self._replay.left_out),
+                notes=self._replay.notes,
+            )
         if self.servers is not None:
             found.capacity_tokens_per_s = capacity(self.servers, found)
         return found

@@ -215,6 +215,23 @@ class Load:
     slos: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What came of a replay.
+
+    Attributes:
+        recorded_factor: Prompt tokens for each that was computed, of the same answers in the recorded run.
+        factor: The same now.
+        left_out: Drafts that were not repeated, by why.
+        notes: What to know about it, one line each.
+    """
+
+    recorded_factor: float
+    factor: float
+    left_out: Mapping[str, int]
+    notes: Sequence[str]
+
+
 @dataclass(slots=True, kw_only=True)
 class Measurement:
     """One measured run.
@@ -236,9 +253,12 @@ class Measurement:
         capacity_tokens_per_s: Tokens per second that the whole fleet can write by the simulator's cost model;
             None with real servers.
         seeds: Different seeds that were begun.
+        seeds_read: Lines read from the seeds, also of drafts that were not begun.
         repeats: Drafts of seeds that had been begun before, since the seeds ran out: their prompts
             are cached.
+        replayed: What came of a replay; None without one.
         stopped: Why it ended early; "" otherwise.
+        has_too_many_rejects: Whether rejects are why.
         warnings: What limits the use of this measurement, one sentence each.
     """
 
@@ -257,8 +277,11 @@ class Measurement:
     server_counters: list[ServerCounters] = field(default_factory=list)
     capacity_tokens_per_s: float | None = None
     seeds: int = 0
+    seeds_read: int = 0
     repeats: int = 0
+    replayed: Replayed | None = None
     stopped: str = ""
+    has_too_many_rejects: bool = False
     warnings: list[str] = field(default_factory=list)
 
     @property

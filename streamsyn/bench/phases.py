@@ -25,40 +25,44 @@ class Phases:
     Args:
         load: What was asked for.
         limit_s: Longest warm-up and measured part together.
+        has_end: Whether the work ends by itself, as that of a replay: the measured part ends with it then,
+            unless its duration was asked for.
 
     Attributes:
         warm_at: When the warm-up ended.
         measured_at: When the measured part ended: at its time, or because the run was stopped.
         was_cut: Whether the warm-up ended because of the limit.
+        was_short: Whether the work ended before the warm-up did: then there is none.
     """
 
-    def __init__(self, load: Load, limit_s: float) -> None:
+    def __init__(self, load: Load, limit_s: float, *, has_end: bool = False) -> None:
         self._load = load
+        self._has_end = has_end
         self._limit_s = limit_s
         self._ends_at = 0.0
         self._past: list[tuple[float, int]] = []
         """Times and requests in flight."""
         self.warm_at: float | None = None
         self.measured_at: float | None = None
-        self.was_cut = False
+        self.was_cut = self.was_short = False
 
-    def look(
-        self, now: float, requests: Sequence[RequestRecord], in_flight: int, *, is_draining: bool
-    ) -> float:
+    def look(self, now: float, requests: Sequence[RequestRecord], in_flight: int, *, is_over: bool) -> float:
         """Take note of the time.
 
         Args:
             now: The time.
             requests: Requests that have ended.
             in_flight: Requests in flight.
-            is_draining: Whether the run was stopped.
+            is_over: Whether nothing new is begun: the run was stopped, or its work has ended.
 
         Returns:
             When to look again.
         """
         self._past.append((now, in_flight))
-        if is_draining and self.measured_at is None:
+        if is_over and self.measured_at is None:
             self.measured_at = now
+            if self._has_end and self.warm_at is None:
+                self.warm_at, self.was_short = 0.0, True
         if self.warm_at is None and self.measured_at is None and self._is_warm(now, requests, in_flight):
             self.warm_at = now
             self._ends_at = now + self._seconds_to_measure(now, requests)
@@ -88,6 +92,8 @@ class Phases:
     def _seconds_to_measure(self, now: float, requests: Sequence[RequestRecord]) -> float:
         if self._load.duration_s is not None:
             return self._load.duration_s
+        if self._has_end:
+            return max(TICK_S, self._limit_s - now)
         wanted = max(_DURATION_S, _DURATION_ANSWERS * typical_seconds(requests))
         return max(TICK_S, min(wanted, self._limit_s - now))
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from random import Random
 
 from streamsyn.assembly.stage import NoAssembly
-from streamsyn.bench.load import OpenLoop
+from streamsyn.bench.load import OpenLoop, RecordedWork
+from streamsyn.bench.replay import Replay
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.request import RunRequest, RunSummary
@@ -14,6 +15,7 @@ from streamsyn.pipeline.setup import Fleets, is_examined, own_fleet, worker_pool
 from streamsyn.pipeline.stages import Pipeline, ProducerStage, Stages
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.queues import Backlog, BoundedQueue
+from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Context, Outcome
 from streamsyn.seeds.reader import SeedReader
@@ -42,12 +44,20 @@ class UnloggedRun:
         summary: Filled while it goes on.
         scratch: An existing folder for the ids of the seeds that were read.
         rate: Drafts per second of an open loop; None for a closed loop.
+        replay: The work, in place of the seeds.
 
     Raises:
         ConfigError: The recipe or a source of seeds cannot be used, or the checks need a log.
     """
 
-    def __init__(self, request: RunRequest, summary: RunSummary, scratch: Path, rate: float | None) -> None:
+    def __init__(
+        self,
+        request: RunRequest,
+        summary: RunSummary,
+        scratch: Path,
+        rate: float | None,
+        replay: Replay | None = None,
+    ) -> None:
         config = request.config
         if is_examined(config.checks):
             raise ConfigError(
@@ -55,13 +65,18 @@ class UnloggedRun:
                 "log: add --with-log, or switch them off with --set"
             )
         self._request, self._summary, self._scratch, self._rate = request, summary, scratch, rate
-        self._recipe = load_recipe(config.recipe, config.checks)
+        self._replay = replay
+        self._recipe: Recipe = load_recipe(config.recipe, config.checks) if replay is None else replay.recipe
+        self._reader: SeedReader | None = None
+        if replay is not None:
+            return
         self._reader = SeedReader(
             config.seeds,
             config.run.seed,
             spool_folder=None,
             takes_documents=self._recipe.takes_documents,
             repeats=request.repeats_seeds,
+            skip=request.skips_seeds,
         )
         if not self._reader.has_sources:
             raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
@@ -92,9 +107,16 @@ class UnloggedRun:
                 finally:
                     await asyncio.to_thread(claims.close)
 
+    def _producer(self, claims: Claims) -> ProducerStage:
+        if self._replay is not None:
+            return RecordedWork(self._replay.drafts())
+        assert self._reader is not None, "without a replay there are seeds"
+        config = self._request.config
+        return Producer(self._reader, claims, config, self._summary.counters, self._recipe.group)
+
     def _pipeline(self, fleets: Fleets, stopper: Stopper, claims: Claims) -> Pipeline:
         config, counters = self._request.config, self._summary.counters
-        producer: ProducerStage = Producer(self._reader, claims, config, counters, self._recipe.group)
+        producer = self._producer(claims)
         size = None
         if self._rate is not None:
             rng = self._request.rng or Random()

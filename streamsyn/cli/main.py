@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 import streamsyn
+from streamsyn.cli.bench import bench
 from streamsyn.cli.config import show_config
 from streamsyn.cli.demo import demo
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_STOPPED, EXIT_USAGE, as_json, fail, on_signals, stop_early
@@ -57,6 +58,7 @@ for _command in (
     verify,
     export,
     report,
+    bench,
     train,
     serve,
     show_config,

@@ -72,6 +72,7 @@ class RunRequest:
         weight: The run's part of these servers relative to the other runs; above 0.
         priority: Multiplies the weight by 1/8, 1 or 8.
         repeats_seeds: Read the seeds again and again until the run is stopped; see `SeedReader`.
+        skips_seeds: Leave out this many seeds at the beginning.
     """
 
     config: Config
@@ -100,6 +101,7 @@ class RunRequest:
     weight: float = 1.0
     priority: Priority = "normal"
     repeats_seeds: bool = False
+    skips_seeds: int = 0
 
 
 @dataclass(slots=True)

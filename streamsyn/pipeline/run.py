@@ -218,6 +218,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         ids=request.out / "index" / "ids.sqlite",
         inbox=request.inbox,
         repeats=request.repeats_seeds,
+        skip=request.skips_seeds,
     )
     if not (reader.has_sources or request.retry):
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")

@@ -37,11 +37,13 @@ class Queues:
 
     Attributes:
         work: Drafts on the work queue, and its bound.
+        work_ended: Whether no drafts will come any more, and none is left there.
         results: Outcomes that wait for the disk or for assembly, and the number at which no draft is begun.
         is_draining: Whether nothing new is begun.
     """
 
     work: tuple[int, int]
+    work_ended: bool
     results: tuple[int, int]
     is_draining: bool
 
@@ -133,6 +135,7 @@ class Pipeline:
         work, results = self._work, self._results
         return Queues(
             work=(len(work), work.maxsize),
+            work_ended=work.closed and not work,
             results=(results.not_done, results.maxsize),
             is_draining=self._why_stopped is not None,
         )

@@ -124,6 +124,7 @@ class SeedReader:
             submitted to earlier runs.
         repeats: Read the sources again whenever they end, for a benchmark: the ids of the seeds then end in
             `REPEATED` and the number of the repeat. Invalid lines come once.
+        skip: Leave out this many entries at the beginning: an earlier measurement had them.
 
     Raises:
         ConfigError: A source does not exist, or is of no known format or wrong as a whole.
@@ -139,8 +140,10 @@ class SeedReader:
         ids: Path | None = None,
         inbox: Inbox | None = None,
         repeats: bool = False,
+        skip: int = 0,
     ) -> None:
         self._seeds = seeds
+        self._skip = skip
         self._repeats = repeats
         self._documents = takes_documents
         self._random = random.Random(run_seed)
@@ -178,7 +181,10 @@ class SeedReader:
         """
         self._is_taken = is_taken
         try:
-            yield from self._batches(is_known)
+            for batch in self._batches(is_known):
+                skipped = min(self._skip, len(batch))
+                self._skip -= skipped
+                yield batch[skipped:]
         finally:
             if self._owners is not None:
                 self._owners.close()

@@ -1,0 +1,152 @@
+"""The files that `streamsyn bench` writes: bench.json, AIPerf's export and one page.
+
+`bench.json` has the figures of every run, so that two of them can be compared with their noise.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import orjson
+
+import streamsyn
+from streamsyn.bench.aiperf_export import FILE_NAME, aiperf_export, aiperf_metrics
+from streamsyn.bench.figures import figures
+from streamsyn.bench.measurement import Interval, Measurement
+from streamsyn.bench.plan import Plan
+from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
+from streamsyn.bench.series import sweep_points, throughput_interval
+from streamsyn.bench.sweep import knee, saturation
+from streamsyn.io.durable import make_folder, write_whole
+
+FORMAT: Final = 1
+"""Version of `bench.json`; a new one when a field changes its meaning or goes."""
+BENCH_JSON: Final = "bench.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """All that one `streamsyn bench` has measured.
+
+    Attributes:
+        kind: Whether the runs repeat each other, or are a sweep of caps.
+        runs: At least one run.
+        asked: What was asked for, as JSON values: recipe, seeds, options.
+        plan: What a seed set takes on the simulated fleet, if there is one.
+    """
+
+    kind: Literal["repeats", "sweep"]
+    runs: Sequence[Measurement]
+    asked: dict[str, Any]
+    plan: Plan | None = None
+
+    @property
+    def typical(self) -> Measurement:
+        """The run that stands for all: that of the knee of a sweep, else the one next to the median.
+
+        A sweep without a knee is represented by its best run.
+        """
+        complete = [run for run in self.runs if run.is_complete] or list(self.runs)
+        throughput = {id(run): figures(run).useful_tokens_per_s for run in complete}
+        if self.kind == "sweep":
+            found = knee(sweep_points(complete))
+            at_knee = [run for run in complete if found is not None and run.load.cap == found.point.load]
+            return at_knee[0] if at_knee else max(complete, key=lambda run: throughput[id(run)])
+        middle = throughput_interval(complete).median
+        return min(complete, key=lambda run: abs(throughput[id(run)] - middle))
+
+
+def bench_json(benchmark: Benchmark) -> dict[str, Any]:
+    """Return the content of `bench.json`."""
+    runs = [_run_json(run) for run in benchmark.runs]
+    return {
+        "format": FORMAT,
+        "streamsyn_version": streamsyn.__version__,
+        "kind": benchmark.kind,
+        "created_at": benchmark.runs[0].started_at,
+        "is_complete": all(run.is_complete for run in benchmark.runs),
+        "asked": benchmark.asked,
+        "throughput": _interval_json(throughput_interval(benchmark.runs))
+        if benchmark.kind == "repeats"
+        else None,
+        "sweep": _sweep_json(benchmark.runs) if benchmark.kind == "sweep" else None,
+        "plan": None if benchmark.plan is None else benchmark.plan.as_dict(),
+        "typical_run": next(n for n, run in enumerate(benchmark.runs) if run is benchmark.typical),
+        "runs": runs,
+    }
+
+
+def _run_json(run: Measurement) -> dict[str, Any]:
+    found = figures(run)
+    return {
+        "load": asdict(run.load),
+        "started_at": run.started_at,
+        "models": list(run.models),
+        "gpus": run.gpus,
+        "is_simulated": run.is_simulated,
+        "is_complete": run.is_complete,
+        "stopped": run.stopped,
+        "warm_up": _bounds(run.warm_up),
+        "measured": _bounds(run.measured),
+        "steady": None if run.steady is None else _bounds(run.steady),
+        "drain": _bounds(run.drain),
+        "seeds": run.seeds,
+        "repeats": run.repeats,
+        "requests": len(run.requests),
+        "capacity_tokens_per_s": run.capacity_tokens_per_s,
+        "replayed": None if run.replayed is None else asdict(run.replayed),
+        "warnings": list(run.warnings),
+        "aiperf": aiperf_metrics(run),
+        "figures": asdict(found),
+    }
+
+
+def _bounds(interval: Interval) -> list[float]:
+    return [interval.begins_at, interval.ends_at]
+
+
+def _interval_json(interval: MedianInterval) -> dict[str, Any]:
+    return {
+        "metric": "useful_tokens_per_s",
+        "median": interval.median,
+        "confidence": CONFIDENCE,
+        "low": interval.low,
+        "high": interval.high,
+        "width": interval.width,
+        "is_narrow": interval.is_narrow,
+    }
+
+
+def _sweep_json(runs: Sequence[Measurement]) -> dict[str, Any]:
+    points = sweep_points(runs)
+    found, saturated = knee(points), saturation(points)
+    return {
+        "points": [asdict(point) for point in points],
+        "knee": None if found is None else asdict(found),
+        "saturation": None if saturated is None else asdict(saturated),
+    }
+
+
+def write_reports(benchmark: Benchmark, folder: Path) -> list[Path]:
+    """Write the reports into `folder`, which is made if need be, and return their paths. Blocks.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    make_folder(folder)
+    typical = benchmark.typical
+    servers = sorted({server.server for tick in typical.ticks for server in tick.servers})
+    export = aiperf_export(
+        typical,
+        servers,
+        version=streamsyn.__version__,
+        benchmark_id=time.strftime("streamsyn-%Y%m%d-%H%M%S", time.gmtime(typical.started_at)),
+    )
+    written = []
+    for name, content in ((BENCH_JSON, bench_json(benchmark)), (FILE_NAME, export)):
+        path = folder / name
+        write_whole(path, orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+        written.append(path)
+    return written
