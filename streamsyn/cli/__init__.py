@@ -7,6 +7,7 @@
     serve                             the daemon: many runs over one fleet
     retry, score                      ask rejects again; measure contexts beside the log
     export, report, verify, status    read a run directory
+    bench                             measure the throughput of a fleet on this workload
     init, config, simulate            write or print a configuration; serve the simulator
 
 Commands import what they need when they run, so that `streamsyn --help` takes 0.1 s. Results go to stdout;
