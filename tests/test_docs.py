@@ -99,6 +99,15 @@ def test_a_package_that_lists_its_modules_names_each_of_them(folder: Path) -> No
     assert not listed or set() == modules - listed - set(re.findall(r"`(\w+)`", text))
 
 
+def test_the_map_names_every_package_and_module_beside_them() -> None:
+    """The tables of streamsyn/README.md."""
+    folder = ROOT / "streamsyn"
+    names = {f"{one.parent.name}/" for one in folder.glob("*/__init__.py")}
+    names |= {one.name for one in folder.glob("[a-z]*.py")}
+
+    assert set() == {name for name in names if f"`{name}`" not in TEXTS["streamsyn/README.md"]}
+
+
 @every_page
 def test_every_relative_link_resolves(page: str) -> None:
     """Links to files and folders, and to headings in pages."""

@@ -1,6 +1,6 @@
 """Records a run while it goes on: its spans, and a tick each second. Runs without a benchmark pay nothing.
 
-The recorder is a `traces.Tracer`: a draft, its steps and their requests reach it as they would reach an
+The recorder is a `telemetry.Tracer`: a draft, its steps and their requests reach it as they would reach an
 OpenTelemetry collector. What servers and queues hold comes from the summary of the run.
 """
 
