@@ -14,7 +14,7 @@ import numpy
 import orjson
 
 from streamsyn.bench.aiperf_export import aiperf_metrics
-from streamsyn.bench.figures import figures
+from streamsyn.bench.figures import figures, ticks_within
 from streamsyn.bench.measurement import Interval, Measurement
 from streamsyn.bench.repeats import median_interval
 from streamsyn.config.fingerprint import differences, fingerprint
@@ -107,7 +107,8 @@ def _part(measurement: Measurement, interval: Interval) -> Run:
         for one in measurement.requests
         if one.done_at >= interval.begins_at and one.sent_at < interval.ends_at
     ]
-    return _values(replace(measurement, steady=interval, requests=within, server_counters=[]))
+    ticks = ticks_within(measurement, interval)
+    return _values(replace(measurement, steady=interval, requests=within, ticks=ticks, server_counters=[]))
 
 
 def _values(measurement: Measurement) -> Run:
@@ -141,7 +142,7 @@ def work(config: Config, recipe: Mapping[str, str], replay: Path | None = None) 
         return {"replay": digest(same).hex()}
     shaping = {
         key: value
-        for key, value in (fingerprint(config) | recipe).items()
+        for key, value in {**fingerprint(config), **recipe}.items()
         if key.startswith(("recipe.", "checks."))
     }
     short = {
