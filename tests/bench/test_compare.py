@@ -66,7 +66,7 @@ def test_a_slower_fleet_is_a_regression(tmp_path: Path) -> None:
     assert [] == compare(usual, slow, 0.25).regressions
     assert [] == compare(slow, usual, 0.05).regressions
     table = "\n".join(found.lines())
-    assert "regression: useful tokens/s -20" in table
+    assert "regression: useful tokens/s -19.9%" in table
     assert "request p50, ms" in table
     assert found.as_dict()["is_regression"]
 
