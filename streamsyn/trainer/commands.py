@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 
-from streamsyn.trainer.examples import Example, Tokens
+from streamsyn.trainer.examples import PackedRow, Tokens
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Step:
         rate: The learning rate.
     """
 
-    rows: tuple[tuple[Example, ...], ...]
+    rows: tuple[PackedRow, ...]
     weights: tuple[list[float], ...]
     denominator: float
     rate: float
@@ -65,7 +65,7 @@ class Evaluate:
         prompts: The prompts of this rank; None fills up the number.
     """
 
-    rows: dict[str, tuple[tuple[Example, ...], ...]]
+    rows: dict[str, tuple[PackedRow, ...]]
     prompts: tuple[Prompt | None, ...] = ()
 
 

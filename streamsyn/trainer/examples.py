@@ -73,6 +73,10 @@ class Example:
         return len(self.tokens) - self.loss_from
 
 
+PackedRow: TypeAlias = tuple[Example, ...]
+"""Whole examples side by side in one sequence."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """A row that cannot be trained on."""
@@ -117,7 +121,7 @@ class StepPlan:
         flushed: Whether the plan was made because the stream has ended or paused, with rows not full.
     """
 
-    rows: tuple[tuple[Example, ...], ...]
+    rows: tuple[PackedRow, ...]
     state: dict[str, Any] = field(repr=False)
     left_steps: int | None = None
     flushed: bool = False

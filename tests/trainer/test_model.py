@@ -168,7 +168,7 @@ def test_logits_stay_in_half(tmp_path: Path, lora: Any) -> None:
     settings = section(precision="bf16", lora=lora)
     with fresh():
         placed = placed_model(tiny.write_model(tmp_path), settings)
-    batch = make_batch([tiny.example(20, 9)], [1.0], placed.accelerator.device)
+    batch = make_batch((tiny.example(20, 9),), [1.0], placed.accelerator.device)
     logits = placed.model(**batch.forward_arguments()).logits
 
     assert torch.bfloat16 == logits.dtype

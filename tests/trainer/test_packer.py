@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.trainer.examples import Example
-from streamsyn.trainer.stream.packing import PackedRow, Packer, balanced, cost
+from streamsyn.trainer.examples import Example, PackedRow
+from streamsyn.trainer.stream.packing import Packer, balanced, cost
 from tests.trainer.streams import example
 
 lengths = st.lists(st.integers(1, 100), max_size=60)
@@ -76,7 +76,7 @@ def test_an_example_goes_where_it_fits_best() -> None:
 @given(lengths=st.lists(st.integers(0, 100), min_size=8, max_size=8), ranks=st.sampled_from([1, 2, 4, 8]))
 def test_balanced_rows_are_the_same_rows(lengths: list[int], ranks: int) -> None:
     """Nothing is lost; no rank has more than the least loaded one by more than the heaviest row."""
-    rows = [[example(length, at)] if length else [] for at, length in enumerate(lengths)]
+    rows = [(example(length, at),) if length else () for at, length in enumerate(lengths)]
     ordered = balanced(rows, ranks)
     loads = [sum(map(cost, ordered[rank::ranks])) for rank in range(ranks)]
 
@@ -87,6 +87,6 @@ def test_balanced_rows_are_the_same_rows(lengths: list[int], ranks: int) -> None
 
 def test_ranks_share_heavy_rows() -> None:
     """Two heavy rows and two light ones: each of two ranks gets one of each, at the same time."""
-    rows = [[example(length, at)] for at, length in enumerate((90, 88, 10, 12))]
+    rows = [(example(length, at),) for at, length in enumerate((90, 88, 10, 12))]
 
     assert [(90,), (88,), (10,), (12,)] == [tuple(one.length for one in row) for row in balanced(rows, 2)]

@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, Row
+from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row
 from streamsyn.trainer.model.loss import example_means, make_batch, token_losses
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.stream.stream_reader import Rendering, row_digest
@@ -23,8 +23,8 @@ from streamsyn.trainer.stream.stream_reader import Rendering, row_digest
 log = structlog.get_logger()
 
 WITH, WITHOUT, CONTROL = "with_context", "without_context", "control"
-Rows = tuple[tuple[Example, ...], ...]
-"""The rows of one rank; each row is a tuple of whole examples."""
+Rows = tuple[PackedRow, ...]
+"""The rows of one rank."""
 Losses = Mapping[Key, float]
 """For each sample, its mean loss per target in nats."""
 _BATCH = 64

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from streamsyn.trainer.examples import Example
+from streamsyn.trainer.examples import PackedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Batch:
         }
 
 
-def make_batch(row: Sequence[Example], weights: Sequence[float], device: torch.device) -> Batch:
+def make_batch(row: PackedRow, weights: Sequence[float], device: torch.device) -> Batch:
     """Make the tensors of a row.
 
     Args:
@@ -118,13 +118,12 @@ def _empty_row(device: torch.device) -> Batch:
 
 
 LossKind = Literal["sequence", "token", "longwriter"]
-Row = Sequence[Example]
 _LONGWRITER_SCALE = 30
 _CHUNK = 1024
 """Targets whose probabilities are in memory at a time: 0.6 GB with a vocabulary of 150,000."""
 
 
-def target_weights(row: Row, kind: LossKind) -> list[float]:
+def target_weights(row: PackedRow, kind: LossKind) -> list[float]:
     """For each sample of a row, the weight of each of its targets."""
     match kind:
         case "sequence":
@@ -136,7 +135,7 @@ def target_weights(row: Row, kind: LossKind) -> list[float]:
             return [len(row) / _LONGWRITER_SCALE / targets for _ in row]
 
 
-def denominator(rows: Sequence[Row], kind: LossKind) -> float:
+def denominator(rows: Sequence[PackedRow], kind: LossKind) -> float:
     """The divisor of the weighted sum over all rows of a step."""
     match kind:
         case "sequence":

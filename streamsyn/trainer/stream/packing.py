@@ -6,9 +6,7 @@ Pure functions of what goes in, and of the seed: no files, no clock.
 from collections.abc import Iterable, Sequence
 
 from streamsyn.records import digest
-from streamsyn.trainer.examples import Example, Key
-
-PackedRow = list[Example]
+from streamsyn.trainer.examples import Example, Key, PackedRow
 
 
 class ShuffleBuffer:
@@ -69,7 +67,7 @@ class Packer:
 
     def __init__(self, rows: int, seq_len: int) -> None:
         self._seq_len = seq_len
-        self._rows: list[PackedRow] = [[] for _ in range(rows)]
+        self._rows: list[list[Example]] = [[] for _ in range(rows)]
 
     @property
     def tokens(self) -> int:
@@ -92,7 +90,7 @@ class Packer:
 
     def flush(self) -> list[PackedRow]:
         """Return the open rows, some of which may be empty, and open new ones."""
-        rows, self._rows = self._rows, [[] for _ in self._rows]
+        rows, self._rows = [tuple(row) for row in self._rows], [[] for _ in self._rows]
         return rows
 
     def layout(self) -> list[list[Key]]:
@@ -107,7 +105,7 @@ class Packer:
         self._rows = [list(row) for row in layout]
         return True
 
-    def _best_row(self, example: Example) -> PackedRow | None:
+    def _best_row(self, example: Example) -> list[Example] | None:
         """The row with the least room left; among equals, the one with the least attention."""
         room = {at: self._seq_len - _tokens(row) for at, row in enumerate(self._rows)}
         fitting = [at for at in room if room[at] >= example.length]
@@ -115,7 +113,7 @@ class Packer:
         return None if best is None else self._rows[best]
 
 
-def balanced(rows: Sequence[Sequence[Example]], ranks: int) -> tuple[tuple[Example, ...], ...]:
+def balanced(rows: Sequence[PackedRow], ranks: int) -> tuple[PackedRow, ...]:
     """Order rows so that each rank has about the same attention cost, where row i is for rank i % `ranks`.
 
     The heaviest row goes to the rank with the least cost so far, among those with rows still to get (longest
@@ -124,11 +122,11 @@ def balanced(rows: Sequence[Sequence[Example]], ranks: int) -> tuple[tuple[Examp
     """
     share = len(rows) // ranks
     assert share * ranks == len(rows), f"{len(rows)} rows cannot be divided among {ranks} ranks"
-    given: list[list[tuple[Example, ...]]] = [[] for _ in range(ranks)]
+    given: list[list[PackedRow]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for row in sorted(rows, key=cost, reverse=True):
         rank = min((rank for rank in range(ranks) if len(given[rank]) < share), key=lambda rank: loads[rank])
-        given[rank].append(tuple(row))
+        given[rank].append(row)
         loads[rank] += cost(row)
     return tuple(given[at % ranks][at // ranks] for at in range(len(rows)))
 

@@ -20,9 +20,9 @@ from itertools import chain
 from typing import Any, Protocol, Self
 
 from streamsyn.config.command_sections import TrainSection
-from streamsyn.trainer.examples import End, Example, HeldOut, Idle, Key, StepPlan
+from streamsyn.trainer.examples import End, Example, HeldOut, Idle, Key, PackedRow, StepPlan
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.packing import PackedRow, Packer, ShuffleBuffer, balanced
+from streamsyn.trainer.stream.packing import Packer, ShuffleBuffer, balanced
 from streamsyn.trainer.stream.stream_reader import Rendering, StreamReader
 
 _DEPTH = 2
