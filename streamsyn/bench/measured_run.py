@@ -26,7 +26,7 @@ from streamsyn.bench.replay import open_replay
 from streamsyn.bench.steady_state import steady_state
 from streamsyn.bench.unlogged_run import UnloggedRun
 from streamsyn.config.loading import Config
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, root_cause
 from streamsyn.pipeline.request import RunRequest, RunSummary
 from streamsyn.pipeline.run import garbage_collected_rarely, run_in_loop
 from streamsyn.seeds.reader import REPEATED
@@ -84,13 +84,19 @@ def measure(asked: RunToMeasure) -> Measurement:
             raise ConfigError(f"{name} cannot be combined with --with-log")
     if any(source.path == "-" for source in asked.config.seeds.sources):
         raise ConfigError("--seeds -: stdin cannot be read again when the seeds run out; give a file")
+    fleet = asked.config.fleet
+    if not (fleet.servers or fleet.servers_file or fleet.servers_dns):
+        raise ConfigError("no server: pass --server URL, set fleet.servers, or simulate some with --simulate")
     scratch_in = asked.folder if asked.load.with_log else None
     with (
         tempfile.TemporaryDirectory(prefix="streamsyn-bench-", dir=scratch_in) as scratch,
         garbage_collected_rarely(),
     ):
         run = _MeasuredRun(asked, Path(scratch))
-        (asyncio.run if run.servers is None else run.servers.run)(run.run())
+        try:
+            (asyncio.run if run.servers is None else run.servers.run)(run.run())
+        except BaseExceptionGroup as errors:
+            raise root_cause(errors) from None
     return run.measurement()
 
 

@@ -13,6 +13,7 @@ import orjson
 
 import streamsyn
 from streamsyn.bench.aiperf_export import FILE_NAME, aiperf_export, aiperf_metrics
+from streamsyn.bench.compare import noise
 from streamsyn.bench.figures import figures
 from streamsyn.bench.measurement import Interval, Measurement
 from streamsyn.bench.plan import Plan
@@ -100,6 +101,7 @@ def _run_json(run: Measurement) -> dict[str, Any]:
         "warnings": list(run.warnings),
         "aiperf": aiperf_metrics(run),
         "figures": asdict(found),
+        "noise": noise(run),
     }
 
 

@@ -85,7 +85,12 @@ class _Objective(click.ParamType[tuple[str, float]]):
     help="As for run. Repeatable.  [default: the packaged examples]",
 )
 @click.option(
-    "--cap", type=_AutoOr(), default="auto", show_default=True, help="Requests in flight per server."
+    "--cap",
+    type=_AutoOr(),
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    help="Requests in flight per server.",
 )
 @click.option(
     "--rate",
@@ -96,6 +101,7 @@ class _Objective(click.ParamType[tuple[str, float]]):
 @click.option(
     "--sweep",
     type=_Caps(),
+    metavar="[N,N,...]",
     is_flag=False,
     flag_value="auto",
     help="Measure with several caps: those given, or doubled until throughput grows no more.",
@@ -123,6 +129,7 @@ class _Objective(click.ParamType[tuple[str, float]]):
 @click.option(
     "--repeats",
     type=_AutoOr(),
+    metavar="auto|N",
     help="Runs; auto: until the confidence interval of the median is under 3 %.  [default: auto; with "
     "--replay or --simulate 1]",
 )
@@ -137,7 +144,21 @@ class _Objective(click.ParamType[tuple[str, float]]):
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Reports.  [default: bench-DATE-TIME]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Write bench.json to stdout, too.")
+@click.option("--json", "as_json", is_flag=True, help="Write bench.json, or the comparison, to stdout.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A.json B.json",
+    type=click.Path(path_type=Path),
+    help="Compare two bench.json instead; exit code 4 if B is worse.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.05,
+    show_default=True,
+    help="For --compare: what B may be worse by, as a fraction.",
+)
 @SETTINGS
 @LOG_JSON
 def bench(**given: Any) -> None:
@@ -146,6 +167,34 @@ def bench(**given: Any) -> None:
     Sends the recipe's real requests and keeps nothing but reports: bench.json, profile_export_aiperf.json in
     AIPerf's format, and a page. Ctrl-C ends it with the results so far.
     """
+    if given["compare"]:
+        _compare(given)
+        return
+    _bench(given)
+
+
+def _compare(given: dict[str, Any]) -> None:
+    """Print the comparison of two benchmarks, and exit with EXIT_REGRESSION if the second is worse."""
+    from streamsyn.bench.compare import compare
+
+    before, now = given["compare"]
+    found = compare(before, now, given["tolerance"])
+    for line in found.lines():
+        click.echo(visible(line), err=given["as_json"])
+    if given["as_json"]:
+        _print_json(found.as_dict())
+    if found.regressions:
+        sys.exit(EXIT_REGRESSION)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import orjson
+
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2))
+
+
+def _bench(given: dict[str, Any]) -> None:
+    """Measure, and write the reports."""
     import logging
 
     from streamsyn.bench.console import console_lines
@@ -156,6 +205,9 @@ def bench(**given: Any) -> None:
     _refuse_contradictions(given)
     out = given["out"] or Path(time.strftime("bench-%Y%m%d-%H%M%S"))
     benchmark = _benchmark(given, out)
+    last = benchmark.runs[-1]
+    if not any(run.requests for run in benchmark.runs):
+        fail(f"no request was answered: {last.stopped or 'the time was too short'}", _exit_code(last))
     for line in console_lines(benchmark):
         click.echo(visible(line), err=given["as_json"])
     try:
@@ -164,12 +216,13 @@ def bench(**given: Any) -> None:
         fail(f"--out {out} cannot be written: {error}", EXIT_OTHER)
     click.echo(f"reports: {', '.join(map(str, paths))}", err=True)
     if given["as_json"]:
-        import orjson
-
-        click.echo(orjson.dumps(bench_json(benchmark)))
-    last = benchmark.runs[-1]
+        _print_json(bench_json(benchmark))
     if not last.is_complete:
-        sys.exit(EXIT_REJECTS if last.has_too_many_rejects else EXIT_STOPPED)
+        sys.exit(_exit_code(last))
+
+
+def _exit_code(stopped: "Measurement") -> int:
+    return EXIT_REJECTS if stopped.has_too_many_rejects else EXIT_STOPPED
 
 
 def _refuse_contradictions(given: dict[str, Any]) -> None:
@@ -217,8 +270,9 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
         planned = None
         if fleet is not None:
             planned = plan(runs[-1], _drafts(config), fleet.assumptions, price)
+        asked = _asked(given, config)
     kind: Literal["repeats", "sweep"] = "repeats" if given["sweep"] is None else "sweep"
-    return Benchmark(kind=kind, runs=runs, asked=_asked(given, config), plan=planned)
+    return Benchmark(kind=kind, runs=runs, asked=asked, plan=planned)
 
 
 def _paths(config: "Config") -> tuple[str, ...]:
@@ -295,8 +349,11 @@ def _drafts(config: "Config") -> int:
 
 def _asked(given: dict[str, Any], config: "Config") -> dict[str, Any]:
     """Return what was asked for, as JSON values without secrets."""
+    from streamsyn.bench.compare import work
     from streamsyn.config.data_paths import shown_url
+    from streamsyn.recipes.registry import load_recipe
 
+    recipe = load_recipe(config.recipe, config.checks)
     options = ("cap", "rate", "sweep", "with_log", "simulate", "warmup_s", "duration_s", "time_limit_s")
     return {
         **{name: given[name] for name in options},
@@ -305,4 +362,5 @@ def _asked(given: dict[str, Any], config: "Config") -> dict[str, Any]:
         "gpus": given["gpus"],
         "seeds": [shown_url(path) for path in _paths(config)],
         "recipe": config.recipe.model_dump(mode="json"),
+        "work": work(config, recipe.fingerprint(), given["replay"]),
     }
