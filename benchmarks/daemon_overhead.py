@@ -34,9 +34,10 @@ from streamsyn.config.loading import load
 from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.shares import PRIORITIES, Priority
 from streamsyn.fleet.sharing import Servers, open_servers
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run_in_loop
 from streamsyn.pipeline.stop import RunControl
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation

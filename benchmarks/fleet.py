@@ -44,8 +44,9 @@ from streamsyn.config.loading import load
 from streamsyn.errors import ServerError
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.server_spec import ServerSpec
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Draft, Request, Seed
 from streamsyn.simulator import costs

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks.common import VariedProse, seeds_file
 from streamsyn.config.loading import load
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from streamsyn.following.follow import Follower, follow
     from streamsyn.library.open_run import Run, RunStatus, open_run
     from streamsyn.library.run_thread import run_sync
-    from streamsyn.pipeline.request import RunSummary
+    from streamsyn.pipeline.summary import RunSummary
     from streamsyn.seeds.submission import RefusedLine, Submitted
     from streamsyn.trainer.sample_dataset import SampleDataset
 
@@ -68,7 +68,7 @@ _HOMES = {
     "Run": "streamsyn.library.open_run",
     "RunStatus": "streamsyn.library.open_run",
     "run_sync": "streamsyn.library.run_thread",
-    "RunSummary": "streamsyn.pipeline.request",
+    "RunSummary": "streamsyn.pipeline.summary",
     "RefusedLine": "streamsyn.seeds.submission",
     "Submitted": "streamsyn.seeds.submission",
 }

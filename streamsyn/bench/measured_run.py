@@ -27,8 +27,9 @@ from streamsyn.bench.steady_state import steady_state
 from streamsyn.bench.unlogged_run import UnloggedRun
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, root_cause
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import garbage_collected_rarely, run_in_loop
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.seeds.reader import REPEATED
 from streamsyn.simulator import costs
 from streamsyn.simulator.in_process import InProcessServers

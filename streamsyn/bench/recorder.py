@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from streamsyn.bench.measurement import DraftRecord, RequestRecord, ServerTick, Tick
-from streamsyn.pipeline.request import RunSummary
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.telemetry import Span, Value
 
 LAG_EVERY_S: Final = 0.05

@@ -9,11 +9,12 @@ from streamsyn.bench.load import OpenLoop, RecordedWork
 from streamsyn.bench.replay import Replay
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.producer import Producer
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import early_stop_noted
 from streamsyn.pipeline.setup import Fleets, is_examined, own_fleet, worker_pool
 from streamsyn.pipeline.stages import Pipeline, ProducerStage, Stages
 from streamsyn.pipeline.stop import Stopper
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe

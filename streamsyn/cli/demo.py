@@ -17,7 +17,7 @@ from streamsyn.cli.options import examples
 from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
-    from streamsyn.pipeline.request import RunSummary
+    from streamsyn.pipeline.summary import RunSummary
 
 _SETTINGS = {
     # Sized for a small model on two cores: a few minutes in all. Everything else is the default.
@@ -56,8 +56,7 @@ def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     from streamsyn.fleet.launch import find_packaged_model, find_python
     from streamsyn.library.arguments import make_request
     from streamsyn.library.run_thread import run_to_end
-    from streamsyn.pipeline.request import RunSummary
-    from streamsyn.pipeline.summary import closing_lines
+    from streamsyn.pipeline.summary import RunSummary, closing_lines
     from streamsyn.pipeline.verify import verify
     from streamsyn.telemetry import Counters, configure_logs
 

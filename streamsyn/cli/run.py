@@ -13,7 +13,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
-    from streamsyn.pipeline.request import RunSummary
+    from streamsyn.pipeline.summary import RunSummary
 
 
 @click.command(

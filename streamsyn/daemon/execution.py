@@ -13,8 +13,8 @@ from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import Webhooks
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import Servers
-from streamsyn.pipeline.request import RunSummary
 from streamsyn.pipeline.stop import RunControl
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
 from streamsyn.telemetry import Counters, Tracer

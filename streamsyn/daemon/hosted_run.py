@@ -21,8 +21,9 @@ from streamsyn.daemon.run_record import ENDED, Figures, Refused, RunRecord, RunS
 from streamsyn.daemon.tail import RunTails
 from streamsyn.daemon.webhook_target import Webhook
 from streamsyn.errors import SinkError, StreamsynError
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run_in_loop
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.plain_text import message
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import RejectReason

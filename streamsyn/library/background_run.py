@@ -11,7 +11,8 @@ from streamsyn.background import Background, background, finished_in_thread
 from streamsyn.library.run_thread import RunThread, call_when_open, failure
 from streamsyn.library.seed_feed import SeedFeed
 from streamsyn.library.written_rows import ReadAhead, Written
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.sink.shards import KINDS
 from streamsyn.telemetry import Counters
 

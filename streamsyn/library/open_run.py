@@ -23,7 +23,7 @@ from streamsyn.library.arguments import ConfigLike, Overrides, PathLike, Seeds, 
 from streamsyn.library.background_run import BackgroundRun, State
 from streamsyn.library.seed_feed import SeedRows
 from streamsyn.library.written_rows import ReadAhead, WrittenRows
-from streamsyn.pipeline.request import RunSummary
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.seeds.submission import Submission, Submitted
 from streamsyn.telemetry import log_through_logging
 

@@ -11,9 +11,9 @@ from queue import SimpleQueue
 from streamsyn.errors import StoppedEarly, StreamsynError, TooManyRejects
 from streamsyn.library.arguments import ConfigLike, Overrides, PathLike, Seeds, Servers, make_request
 from streamsyn.library.seed_feed import SeedFeed
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run, run_in_loop
-from streamsyn.pipeline.summary import too_many_rejects
+from streamsyn.pipeline.summary import RunSummary, too_many_rejects
 from streamsyn.sink.shards import KINDS
 from streamsyn.telemetry import Counters, log_through_logging
 

@@ -3,7 +3,7 @@
     seeds -> producer -> [work] -> workers -> [results] -> sink -> [durable] -> assembly -> samples
 
 Modules in reading order:
-    request     what is to be run (`RunRequest`), and the summary of what was done (`RunSummary`)
+    request     what is to be run (`RunRequest`)
     run         the flow on one page: check, open, set up the stages, run them, seal the log, deliver
     setup       opens the servers, and makes the workers and the assembly stage
     preflight   a sample of the seeds and one request are checked before a new run takes its first seed
@@ -18,7 +18,7 @@ Modules in reading order:
     progress    the live table, or a log line every 10 s
     metrics     the same numbers for Prometheus
     otlp        traces for an OpenTelemetry collector
-    summary     the summary at the end, as text and as JSON
+    summary     the summary of what was done (`RunSummary`), as text and as JSON
 
 Beside the flow: `preview` renders requests without sending them and estimates what a run would take,
 `status` shows what one is doing, and `verify` checks a run directory.

@@ -1,4 +1,4 @@
-"""The request for a run, and the summary that it returns."""
+"""The request for a run: what is to be run, and what goes on beside it."""
 
 import asyncio
 import os
@@ -9,17 +9,14 @@ from random import Random
 from typing import Any, Protocol
 
 from streamsyn.config.loading import Config
-from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.membership import Connect
-from streamsyn.fleet.server import Timings
 from streamsyn.fleet.shares import Priority
 from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.delivery import SampleGate, SampleStream
-from streamsyn.pipeline.stages import Queues
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
 from streamsyn.seeds.inbox import Inbox
-from streamsyn.telemetry import Counters, Tracer
+from streamsyn.telemetry import Tracer
 
 
 class Supervisor(Protocol):
@@ -102,95 +99,3 @@ class RunRequest:
     priority: Priority = "normal"
     repeats_seeds: bool = False
     skips_seeds: int = 0
-
-
-@dataclass(slots=True)
-class RunSummary:
-    """The result of a run, filled while it goes on.
-
-    Attributes:
-        out: The run directory.
-        counters: What this process did.
-        stopped: Why the run stopped early; None when it did not.
-        too_many_rejects: Whether rejects are why it stopped early.
-        interrupted: Whether a signal arrived.
-        contexts: Contexts in the directory, of all runs into it.
-        rejects: Rejects in the directory that no later outcome supersedes.
-        samples: Samples in the directory.
-        in_log: Returns the numbers of contexts, rejects that hold, and samples in the directory now; empty
-            before it is open.
-        servers: Returns the metrics of each server.
-        timings: How long requests took.
-        queues: Returns how full the queues are; None before the run has begun.
-        progress: Returns the present progress; empty before the run has begun. Call it in the event loop of
-            the run.
-        recipe: What was asked for, to compare with.
-        notes: What to know about the seeds, one line each.
-    """
-
-    out: Path
-    counters: Counters
-    stopped: str | None = None
-    too_many_rejects: bool = False
-    interrupted: bool = False
-    contexts: int = 0
-    rejects: int = 0
-    samples: int = 0
-    in_log: Callable[[], dict[str, int]] = dict
-    servers: Callable[[], list[dict[str, Any]]] = list
-    timings: Timings = field(default_factory=Timings)
-    queues: Callable[[], Queues | None] = lambda: None
-    progress: Callable[[], dict[str, Any]] = dict
-    recipe: RecipeSection | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def reject_fraction(self) -> float:
-        """Share of rejects among all outcomes in the directory."""
-        return self.rejects / max(1, self.contexts + self.rejects)
-
-    def unfinished(self) -> tuple[int, int]:
-        """Number of answers that were aborted, timed out or broken, and of their tokens, as far as known."""
-        servers = self.servers()
-        return (
-            sum(server.get("unfinished", 0) for server in servers),
-            sum(server.get("unfinished_tokens", 0) for server in servers),
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON values: of this run, and under `directory` those of all runs into it."""
-        counters = self.counters
-        unfinished, unfinished_tokens = self.unfinished()
-        return {
-            "out": str(self.out),
-            "stopped": self.stopped,
-            "seconds": round(counters.elapsed_s, 3),
-            "contexts": counters.contexts,
-            "rejects": dict(counters.rejects),
-            "samples": counters.samples,
-            "finished_before": counters.finished_before,
-            "repeated": counters.repeated,
-            "useful_tokens": counters.useful_tokens,
-            "thinking_tokens": counters.thinking_tokens,
-            "wasted_tokens": counters.wasted_tokens + unfinished_tokens,
-            "unfinished_answers": unfinished,
-            "unfinished_tokens": unfinished_tokens,
-            "flags": dict(counters.flags),
-            "short_samples": counters.short_samples,
-            "prompt_tokens": counters.prompt_tokens,
-            "cached_tokens": counters.cached_tokens,
-            "failed_tries": counters.retries,
-            "scored": counters.scored,
-            "unscored": counters.unscored,
-            "scoring_prompt_tokens": counters.scoring_prompt_tokens,
-            "scoring_cached_tokens": counters.scoring_cached_tokens,
-            "scoring_tokens": counters.scoring_tokens,
-            "scoring_failed_tries": counters.scoring_retries,
-            "seeds": self.notes,
-            "servers": self.servers(),
-            "directory": {
-                "contexts": self.contexts,
-                "rejects": self.rejects,
-                "samples": self.samples,
-            },
-        }

@@ -23,7 +23,7 @@ from streamsyn.io.process_files import temporary_files_near
 from streamsyn.pipeline.preflight import preflight
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.reopened import may_change
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.setup import (
     Parts,
     make_assembly,
@@ -37,6 +37,7 @@ from streamsyn.pipeline.setup import (
 )
 from streamsyn.pipeline.stages import Pipeline, Stages
 from streamsyn.pipeline.stop import Stopper
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.seeds.reader import SeedReader

@@ -21,9 +21,9 @@ from streamsyn.pipeline.delivery import SampleDelivery
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.reject_limits import RejectLimits
 from streamsyn.pipeline.reopened import Reopened, may_change
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.stop import Stopper
-from streamsyn.pipeline.summary import GOVERNED_BY
+from streamsyn.pipeline.summary import GOVERNED_BY, RunSummary
 from streamsyn.pipeline.workers import Worker, WorkerPool
 from streamsyn.recipes.prompt import UnusedText
 from streamsyn.recipes.recipe import Recipe

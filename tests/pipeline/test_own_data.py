@@ -16,9 +16,9 @@ import pytest
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.preview import preview
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
-from streamsyn.pipeline.summary import closing_lines
+from streamsyn.pipeline.summary import RunSummary, closing_lines
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation

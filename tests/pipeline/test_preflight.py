@@ -10,8 +10,9 @@ import pytest
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.preflight import sampled_requests
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig

@@ -8,8 +8,9 @@ import pytest
 
 from streamsyn.config.loading import load
 from streamsyn.pipeline.reject_limits import RejectLimits
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.records import Attempt, Outcome, Reject, RejectReason
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig

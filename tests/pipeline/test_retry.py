@@ -15,8 +15,9 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.export.export_request import ExportRequest
 from streamsyn.export.export_run import export
 from streamsyn.pipeline.reopened import may_change, without_missing_sources
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.pipeline.verify import repair, verify
 from streamsyn.records import RejectReason
 from streamsyn.report.run_metrics import RunMetrics

@@ -12,9 +12,10 @@ import pytest
 from streamsyn.config.loading import load
 from streamsyn.errors import DirectoryInUse
 from streamsyn.pipeline.delivery import SampleGate
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run_in_loop
 from streamsyn.pipeline.stop import RunControl
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation

@@ -14,10 +14,10 @@ from streamsyn.config.sections import ChecksSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Reply, Transport
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
 from streamsyn.pipeline.setup import is_examined
-from streamsyn.pipeline.summary import closing_lines
+from streamsyn.pipeline.summary import RunSummary, closing_lines
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from streamsyn.config.loading import known_keys
 from streamsyn.config.sections import RecipeSection
-from streamsyn.pipeline.request import RunSummary
-from streamsyn.pipeline.summary import GOVERNED_BY, closing_lines
+from streamsyn.pipeline.summary import GOVERNED_BY, RunSummary, closing_lines
 from streamsyn.records import Reject, RejectReason
 from streamsyn.telemetry import Counters
 

@@ -10,8 +10,9 @@ import orjson
 import pytest
 
 from streamsyn.config.loading import load
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import Fault, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation

@@ -11,8 +11,9 @@ from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.export.export_request import ExportRequest
 from streamsyn.export.export_run import export
-from streamsyn.pipeline.request import RunRequest, RunSummary
+from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.summary import RunSummary
 from streamsyn.pipeline.verify import verify
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
