@@ -14,7 +14,7 @@ import numpy
 import orjson
 
 from streamsyn.bench.aiperf_export import aiperf_metrics
-from streamsyn.bench.figures import figures, ticks_within
+from streamsyn.bench.figures import figures, ticks_of
 from streamsyn.bench.measurement import Interval, Measurement
 from streamsyn.bench.repeats import median_interval
 from streamsyn.config.fingerprint import differences, fingerprint
@@ -107,8 +107,9 @@ def _part(measurement: Measurement, interval: Interval) -> Run:
         for one in measurement.requests
         if one.done_at >= interval.begins_at and one.sent_at < interval.ends_at
     ]
-    ticks = ticks_within(measurement, interval)
-    return _values(replace(measurement, steady=interval, requests=within, ticks=ticks, server_counters=[]))
+    ticks = ticks_of(measurement, interval)
+    part = replace(measurement, measured=interval, steady=interval, requests=within, ticks=ticks)
+    return _values(replace(part, server_counters=[]))
 
 
 def _values(measurement: Measurement) -> Run:

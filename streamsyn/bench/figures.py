@@ -219,9 +219,15 @@ def share_within(request: RequestRecord, window: Interval) -> float:
     return max(0.0, overlap) / request.server_s
 
 
-def ticks_within(measurement: Measurement, window: Interval) -> list[Tick]:
-    """Return the ticks in an interval."""
-    return [tick for tick in measurement.ticks if window.holds(tick.at)]
+def ticks_of(measurement: Measurement, window: Interval) -> list[Tick]:
+    """Return the ticks of an interval; each one is of the time since the one before.
+
+    The first one is the last before the interval, if there is one: counters grow from its values.
+    """
+    before = [tick for tick in measurement.ticks if tick.at <= window.begins_at][-1:]
+    later = [tick for tick in measurement.ticks if tick.at > window.begins_at]
+    within = [tick for tick in later if tick.at < window.ends_at]
+    return before + later[: len(within) + 1]
 
 
 def server_ticks(ticks: Iterable[Tick]) -> Iterator[ServerTick]:
@@ -312,8 +318,7 @@ def _time_parts(measurement: Measurement, answered: Sequence[RequestRecord], win
     of_drafts = sum(requests for _, requests in ended) or 1
     whole = sum(one.server_s for one in answered) / number
     own = _reported_server_s(measurement)
-    ticks = ticks_within(measurement, window)
-    log_s = ticks[-1].disk_s - ticks[0].disk_s if ticks else 0.0
+    log_s = window.seconds * growth_per_s(ticks_of(measurement, window), lambda tick: tick.disk_s)
     return TimeParts(
         queue=sum(one.queue_s for one in answered) / number,
         network=None if own is None else max(0.0, whole - own),
@@ -349,14 +354,21 @@ def _share_of_counters(measurement: Measurement) -> float | None:
     return _ratio(_tokens_answered(measurement.requests, measurement.measured), generated)
 
 
+def growth_per_s(ticks: Sequence[Tick], counter: Callable[[Tick], float]) -> float:
+    """Return by how much a counter grows per second over ticks."""
+    if len(ticks) < 2:
+        return 0.0
+    first, *_, last = ticks
+    return (counter(last) - counter(first)) / max(last.at - first.at, 1e-9)
+
+
 def _client(measurement: Measurement, answers: int, window: Interval) -> Client:
-    ticks = ticks_within(measurement, window)
-    cpu_s = ticks[-1].client_cpu_s - ticks[0].client_cpu_s if ticks else 0.0
-    seconds = ticks[-1].at - ticks[0].at if ticks else 0.0
-    lags = [1000 * tick.loop_lag_s for tick in ticks if tick.loop_lag_s is not None]
+    ticks = ticks_of(measurement, window)
+    cpu_share = growth_per_s(ticks, lambda tick: tick.client_cpu_s)
+    lags = [1000 * tick.loop_lag_s for tick in ticks[1:] if tick.loop_lag_s is not None]
     return Client(
-        cpu_ms_per_request=1000 * cpu_s / answers if answers else 0.0,
-        cpu_share=None if measurement.is_simulated else _ratio(cpu_s, seconds),
+        cpu_ms_per_request=1000 * cpu_share * window.seconds / answers if answers else 0.0,
+        cpu_share=None if measurement.is_simulated else cpu_share,
         loop_lag_ms=float(numpy.median(lags)) if lags else None,
         loop_lag_max_ms=max(lags, default=None),
     )
@@ -364,7 +376,7 @@ def _client(measurement: Measurement, answers: int, window: Interval) -> Client:
 
 def _servers(measurement: Measurement, window: Interval) -> list[ServerFigures]:
     seen: defaultdict[str, list[ServerTick]] = defaultdict(list)
-    for one in server_ticks(ticks_within(measurement, window)):
+    for one in server_ticks(ticks_of(measurement, window)[1:]):
         seen[one.server].append(one)
     requests: defaultdict[str, list[RequestRecord]] = defaultdict(list)
     for request in measurement.requests:

@@ -17,6 +17,8 @@ OutcomeKind = Literal["context", "reject", "unfinished"]
 
 TICK_S: Final = 1.0
 """Seconds between two ticks."""
+STEADY_SHARE: Final = 0.5
+"""Share of the measured part from which on a steady state stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,10 @@ class ServerTick:
         server: Base URL.
         in_flight: Requests of this client in flight.
         cap: Most requests that may be in flight.
+        decision: Why an adaptive cap was changed last, such as `kv_pool`; see `fleet.limiter`.
         queued: Requests that wait for a place at this server.
         running: Requests in the server's batch, as it reports.
+        max_running: Most requests in its batch, as it reports.
         waiting: Requests in the server's queue, as it reports.
         token_usage: Share of its KV cache in use, 0 to 1, as it reports.
         generated_per_s: Tokens per second that it reports.
@@ -143,7 +147,9 @@ class ServerTick:
     in_flight: int
     cap: int
     queued: int
+    decision: str = ""
     running: int | None = None
+    max_running: int | None = None
     waiting: int | None = None
     token_usage: float | None = None
     generated_per_s: float | None = None
@@ -245,7 +251,7 @@ class Measurement:
         warm_up: From the beginning to the measured part.
         measured: The measured part; the load goes on through its begin and up to its end.
         drain: What was in flight at the end of the measured part finished here.
-        steady: The steady state within `measured`, which all figures are of; None if there is none.
+        steady: The steady state within `measured`; None if there is none.
         requests: All tries of requests, of warm-up and drain, too.
         drafts: All drafts.
         ticks: The ticks.
@@ -291,5 +297,10 @@ class Measurement:
 
     @property
     def window(self) -> Interval:
-        """The interval that figures are of: the steady state, or without one the whole measured part."""
-        return self.steady or self.measured
+        """The interval that figures are of: the steady state, if it is most of the measured part.
+
+        Else the whole measured part: a run that stops and goes, for a slow disk or reader, is never steady.
+        """
+        if self.steady is not None and self.steady.seconds >= STEADY_SHARE * self.measured.seconds:
+            return self.steady
+        return self.measured

@@ -108,11 +108,12 @@ class Recorder:
 
 
 def _server_tick(metrics: Mapping[str, Any]) -> ServerTick:
-    given = {name: metrics.get(name) for name in ("running", "waiting", "token_usage", "generated_per_s")}
+    given = {name: metrics.get(name) for name in _REPORTED}
     return ServerTick(
         server=metrics["server"],
         in_flight=metrics["in_flight"],
         cap=metrics["cap"],
+        decision=metrics.get("last_decision", ""),
         queued=metrics["queued"],
         ejected=metrics.get("ejected", False),
         counts={name: metrics[name] for name in _COUNTS if name in metrics},
@@ -120,6 +121,7 @@ def _server_tick(metrics: Mapping[str, Any]) -> ServerTick:
     )
 
 
+_REPORTED: Final = ("running", "max_running", "waiting", "token_usage", "generated_per_s")
 _COUNTS: Final = (
     "completions",
     "completion_tokens",

@@ -113,7 +113,9 @@ def test_an_open_loop_is_judged_by_its_latencies(tmp_path: Path) -> None:
 
 def test_a_short_window_has_no_bounds() -> None:
     """Fewer than five seconds tell nothing about noise."""
-    assert {} == noise(replace(measured(), steady=replace(measured().measured, ends_at=14.0)))
+    short = replace(measured().measured, ends_at=14.0)
+
+    assert {} == noise(replace(measured(), measured=short, steady=short))
 
 
 def test_different_work_cannot_be_compared(tmp_path: Path) -> None:

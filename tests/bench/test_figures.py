@@ -136,7 +136,7 @@ def test_the_client_and_the_servers_over_time() -> None:
     ticks = [tick(float(at), {"generated_per_s": 125.0}) for at in range(1, 41)]
     found = figures(measurement(ticks=ticks, capacity_tokens_per_s=250.0))
 
-    assert pytest.approx(95.0) == found.client.cpu_ms_per_request, "1.9 s of CPU between ticks, 20 answers"
+    assert pytest.approx(100.0) == found.client.cpu_ms_per_request, "2 s of CPU for 20 answers"
     assert pytest.approx(0.1) == found.client.cpu_share
     assert pytest.approx(1.0) == found.client.loop_lag_ms
     assert pytest.approx(0.8) == found.share_of_reported
