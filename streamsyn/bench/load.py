@@ -16,8 +16,8 @@ _BATCH: Final = 64
 """Drafts that are read at a time."""
 
 
-def under_load(config: Config, load: Load) -> Config:
-    """Return the configuration with the in-flight cap of `load`, and seeds without an end.
+def under_load(config: Config, load: Load, *, once: bool = False) -> Config:
+    """Return the configuration with the in-flight cap of `load`, and without a limit of seeds unless `once`.
 
     An open loop without a cap sends every request at once, up to `fleet.max_in_flight`.
     """
@@ -30,7 +30,7 @@ def under_load(config: Config, load: Load) -> Config:
     return config.model_copy(
         update={
             "fleet": config.fleet.model_copy(update={"concurrency": concurrency, "max_in_flight": most}),
-            "seeds": config.seeds.model_copy(update={"limit": None}),
+            "seeds": config.seeds if once else config.seeds.model_copy(update={"limit": None}),
         }
     )
 

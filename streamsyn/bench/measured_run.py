@@ -37,6 +37,7 @@ from streamsyn.telemetry import Counters
 
 _MEASURED = "measured"
 """Why a run is stopped at the end of the measured part."""
+_NO_LIMIT_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class RunToMeasure:
         environ: The environment, with the servers' keys.
         simulated: Makes simulated servers, which run in this process in virtual time; None for real ones.
         replay: A run directory whose requests are sent, once, in place of those for the seeds.
+        once: Take each seed once, so that the run ends by itself; else the seeds are begun again.
         skip: Seeds to leave out at the beginning: prompts that the servers may have in their caches.
         seed: Random seed of arrivals and jitter.
         on_phase: Called with what the run is doing, when that changes.
@@ -67,6 +69,7 @@ class RunToMeasure:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     simulated: Callable[[], InProcessServers] | None = None
     replay: Path | None = None
+    once: bool = False
     skip: int = 0
     seed: int = 0
     on_phase: Callable[[str], None] = lambda _: None
@@ -111,16 +114,21 @@ class _MeasuredRun:
         config = asked.config
         if self._replay is not None:  # the run's, but for the servers
             config = self._replay.config.model_copy(update={"fleet": config.fleet, "run": config.run})
+        if self.servers is not None:  # virtual time costs nothing, and each draft shall have its outcome
+            config = config.model_copy(
+                update={"run": config.run.model_copy(update={"drain_timeout_s": _NO_LIMIT_S})}
+            )
+        self._has_end = self._replay is not None or asked.once
         out = scratch / "run"
         self._summary = RunSummary(out, Counters())
         self._begun = asyncio.Event()
-        self._phases = Phases(asked.load, asked.limit_s, has_end=self._replay is not None)
+        self._phases = Phases(asked.load, asked.limit_s, has_end=self._has_end)
         self._ended_at = 0.0
         self._warnings: list[str] = []
         self._started_at = time.time()
         self._recorder: Recorder
         self._request = RunRequest(
-            config=under_load(config, asked.load),
+            config=under_load(config, asked.load, once=asked.once),
             out=out,
             environ=asked.environ,
             connect=None if self.servers is None else self.servers.connect,
@@ -128,7 +136,7 @@ class _MeasuredRun:
             show_progress=False,
             preflight=False,
             handles_signals=asked.handles_signals,
-            repeats_seeds=True,
+            repeats_seeds=not asked.once,
             skips_seeds=asked.skip,
             on_begun=self._begun.set,
         )
@@ -191,7 +199,9 @@ class _MeasuredRun:
         steady = steady_state(recorder.requests, measured)
         if asked.load.rate is not None and steady is not None:
             steady = measured  # an open loop keeps the rate, not the requests in flight
-        stopped = self._summary.stopped or ("none of the seeds is valid" if self._replay is None else "")
+        stopped = self._summary.stopped or ("" if self._has_end else "none of the seeds is valid")
+        if self._has_end and stopped == _MEASURED and asked.load.duration_s is None:
+            stopped = "the time was too short for all of the work: raise --time-limit-s"
         servers = {server.server for tick in recorder.ticks for server in tick.servers}
         found = Measurement(
             load=asked.load,

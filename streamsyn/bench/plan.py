@@ -5,15 +5,19 @@ ramps up and drains, and how long both take, comes from the same measurement:
 
     seconds = ramp + (N - drafts of ramp and drain) / drafts per second of the steady state + drain
 
+Fewer drafts than that are simulated once more, to the end.
+
 The fleet is simulated by the cost models of `simulator/costs.py`. The plan names assumptions and sources.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from streamsyn.bench.measured_run import RunToMeasure, measure
 from streamsyn.bench.measurement import DraftRecord, Interval, Measurement
 from streamsyn.config.sections import RecipeSection
 from streamsyn.errors import ConfigError
@@ -174,8 +178,8 @@ class Plan:
     Attributes:
         drafts: Contexts to write.
         gpus: GPUs of the fleet.
-        drafts_per_s: Rate of the steady state.
-        ramp_s: Seconds until the steady state.
+        drafts_per_s: Rate of the steady state; without one, of the whole time.
+        ramp_s: Seconds until the steady state; None without one: the fleet is never full.
         drain_s: Seconds from the last draft that is begun to the end.
         seconds: The whole time.
         price: Price of a GPU hour; None if none was given.
@@ -185,7 +189,7 @@ class Plan:
     drafts: int
     gpus: int
     drafts_per_s: float
-    ramp_s: float
+    ramp_s: float | None
     drain_s: float
     seconds: float
     price: Price | None
@@ -223,43 +227,69 @@ class Plan:
         hours = self.seconds / 3600
         cost = "" if self.cost is None else f", ${self.cost:,.2f}"
         whole = f"{hours:,.2f} hours, {self.gpu_hours:,.1f} GPU hours{cost}"
-        ends = f"ramp {self.ramp_s:,.0f} s, drain {self.drain_s:,.0f} s"
+        rate, drain = f"{self.drafts_per_s:,.2f} contexts/s", f"drain {self.drain_s:,.0f} s"
+        if self.ramp_s is None:
+            rate += f" over the whole time: too few contexts to keep the fleet full; {drain}"
+        else:
+            rate += f" in the steady state; ramp {self.ramp_s:,.0f} s, {drain}"
         return [
             f"{self.drafts:,} contexts on {self.gpus:,} GPUs: {whole}",
-            f"  {self.drafts_per_s:,.2f} contexts/s in the steady state; {ends}",
+            f"  {rate}",
             "  assumed:",
             *(f"    {one.what}: {one.value} ({one.source})" for one in self.assumptions),
         ]
 
 
 def plan(
-    measurement: Measurement, drafts: int, assumptions: Sequence[Assumption], price: Price | None
+    asked: RunToMeasure,
+    measured: Measurement,
+    drafts: int,
+    assumptions: Sequence[Assumption],
+    price: Price | None,
 ) -> Plan | None:
-    """Return the plan for `drafts` drafts; None if there is no steady state to calculate with.
+    """Return the plan for `drafts` drafts; None if the simulation was stopped.
 
     Args:
-        measurement: A measurement of the fleet, with its warm-up and its drain.
-        drafts: Contexts to write.
+        asked: The measurement that was asked for.
+        measured: The measurement, with its warm-up and its drain.
+        drafts: Contexts to write for the seeds of the configuration.
         assumptions: What the simulation assumes.
         price: Price of a GPU hour, if known.
     """
-    window, begun = measurement.window, measurement.drafts
-    rate = _drafts_within(begun, window) / window.seconds if window.seconds > 0 else 0.0
-    if rate <= 0:
-        return None
-    ramp = Interval(0.0, window.begins_at)
-    drain = measurement.drain
-    besides = _drafts_within(begun, ramp) + _drafts_within(begun, drain)
-    # Fewer drafts than the fleet writes while it ramps up and drains do not fill it: the time of one draft.
-    seconds = ramp.seconds + drain.seconds + max(0.0, drafts - besides) / rate
     if price is not None:
-        assumptions = [
-            *assumptions,
-            Assumption("price", f"${price.a_gpu_hour:.2f} a GPU hour", price.source),
-        ]
-    return Plan(
-        drafts, measurement.gpus, rate, ramp.seconds, drain.seconds, seconds, price, tuple(assumptions)
-    )
+        value = f"${price.a_gpu_hour:.2f} a GPU hour"
+        assumptions = [*assumptions, Assumption("price", value, price.source)]
+    if not measured.is_complete:
+        return None
+    found = extrapolated(measured, drafts, price, assumptions)
+    if found is None:
+        whole = measure(
+            replace(asked, once=True, limit_s=math.inf, load=replace(asked.load, duration_s=None))
+        )
+        found = simulated_whole(whole, drafts, price, assumptions) if whole.is_complete else None
+    return found
+
+
+def extrapolated(
+    measured: Measurement, drafts: int, price: Price | None, assumptions: Sequence[Assumption]
+) -> Plan | None:
+    """Return the plan by the steady state; None if the drafts are too few to reach it."""
+    window, ramp, drain = measured.window, Interval(0.0, measured.window.begins_at), measured.drain
+    within = [_drafts_within(measured.drafts, interval) for interval in (window, ramp, drain)]
+    if window.seconds <= 0 or within[0] <= 0 or drafts <= within[1] + within[2]:
+        return None
+    rate = within[0] / window.seconds
+    seconds = ramp.seconds + (drafts - within[1] - within[2]) / rate + drain.seconds
+    return Plan(drafts, measured.gpus, rate, ramp.seconds, drain.seconds, seconds, price, assumptions)
+
+
+def simulated_whole(
+    whole: Measurement, drafts: int, price: Price | None, assumptions: Sequence[Assumption]
+) -> Plan:
+    """Return the plan of a simulation of all drafts, to the end."""
+    seconds = whole.drain.ends_at
+    rate = drafts / seconds if seconds else 0.0
+    return Plan(drafts, whole.gpus, rate, None, whole.drain.seconds, seconds, price, assumptions)
 
 
 def _drafts_within(drafts: Sequence[DraftRecord], interval: Interval) -> float:

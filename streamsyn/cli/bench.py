@@ -266,10 +266,11 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
 
             fleet = simulated_fleet(given["simulate"], config.recipe)
             config = resolve({**given, "server": fleet.urls, "seeds": _paths(config)}, None)
-        runs = _measured(given, _to_measure(given, config, fleet, out))
+        to_measure = _to_measure(given, config, fleet, out)
+        runs = _measured(given, to_measure)
         planned = None
         if fleet is not None:
-            planned = plan(runs[-1], _drafts(config), fleet.assumptions, price)
+            planned = plan(to_measure, runs[-1], _drafts(config), fleet.assumptions, price)
         asked = _asked(given, config)
     kind: Literal["repeats", "sweep"] = "repeats" if given["sweep"] is None else "sweep"
     return Benchmark(kind=kind, runs=runs, asked=asked, plan=planned)

@@ -1,15 +1,20 @@
 """A fleet that is planned in simulation."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import orjson
 import pytest
 
+from streamsyn.bench.measured_run import RunToMeasure, measure
 from streamsyn.bench.measurement import DraftRecord, Interval, Load, Measurement
-from streamsyn.bench.plan import Assumption, parse_price, plan, simulated_fleet
+from streamsyn.bench.plan import Assumption, extrapolated, parse_price, plan, simulated_fleet
+from streamsyn.config.loading import load
 from streamsyn.config.sections import RecipeSection
 from streamsyn.errors import ConfigError
 
 RECIPE = RecipeSection()
+ASSUMED = Assumption("speed", "x", "y")
 
 
 def measured() -> Measurement:
@@ -39,9 +44,7 @@ def measured() -> Measurement:
 
 def test_hours_and_price_of_a_seed_set() -> None:
     """Ramp and drain once, and the rest at the rate of the steady state."""
-    assumption = Assumption("speed", "x", "y")
-
-    found = plan(measured(), 10_000, [assumption], parse_price("2.50 (https://example.com)"))
+    found = extrapolated(measured(), 10_000, parse_price("2.50 (https://example.com)"), [ASSUMED])
 
     assert found is not None
     assert pytest.approx(0.5, rel=0.01) == found.drafts_per_s
@@ -50,20 +53,51 @@ def test_hours_and_price_of_a_seed_set() -> None:
     assert pytest.approx(2 * found.seconds / 3600) == found.gpu_hours
     assert pytest.approx(2.5 * found.gpu_hours) == found.cost
     lines = "\n".join(found.lines())
-    assert all(text in lines for text in ("speed: x (y)", "https://example.com", "10,000 contexts on 2 GPUs"))
-    assert [assumption.source, "https://example.com"] == [
-        one["source"] for one in found.as_dict()["assumptions"]
-    ]
+    assert all(text in lines for text in ("speed: x (y)", "10,000 contexts on 2 GPUs", "ramp 20 s"))
 
 
 def test_without_a_price_there_is_no_cost() -> None:
     """Nobody's price is assumed."""
-    found = plan(measured(), 1000, [], None)
+    found = extrapolated(measured(), 1000, None, [])
 
     assert found is not None
     assert found.cost is None
     assert "$" not in "\n".join(found.lines())
-    assert plan(replace(measured(), drafts=[]), 1000, [], None) is None  # nothing was written
+
+
+def test_too_few_drafts_have_no_steady_state() -> None:
+    """Those that are written while the fleet ramps up and drains."""
+    assert extrapolated(measured(), 5, None, []) is None
+    assert extrapolated(replace(measured(), drafts=[]), 1000, None, []) is None
+
+
+@pytest.mark.parametrize(("drafts", "is_full"), [(250, True), (15, False)])
+def test_the_plan_is_as_long_as_the_run(tmp_path: Path, drafts: int, is_full: bool) -> None:
+    """Whether it is extrapolated or, with few seeds, simulated to the end."""
+    path = tmp_path / "seeds.jsonl"
+    rows = [{"instruction": f"What of {number}?", "answer": "It is."} for number in range(drafts)]
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    fleet = simulated_fleet("1xh100:slots=4", RecipeSection(target_words=150))
+    config = load(
+        None,
+        {
+            "seeds.sources": [{"path": str(path)}],
+            "fleet.servers": fleet.urls,
+            "recipe.target_words": 150,
+            "checks.max_repetition": 1.0,
+        }.items(),
+    )
+    asked = RunToMeasure(config=config, load=Load(), simulated=fleet.start, handles_signals=False)
+    price = parse_price("2 (https://example.com)")
+
+    found = plan(asked, measure(asked), drafts, fleet.assumptions, price)
+
+    assert found is not None
+    assert is_full == (found.ramp_s is not None)
+    whole = measure(replace(asked, once=True))
+    assert drafts == sum(draft.outcome == "context" for draft in whole.drafts)
+    assert pytest.approx(whole.drain.ends_at, rel=0.03) == found.seconds
+    assert "https://example.com" == found.as_dict()["assumptions"][-1]["source"]
 
 
 def test_a_fleet_of_equal_servers_with_answers_as_long_as_the_recipe_asks() -> None:
