@@ -1,0 +1,1 @@
+"""streamsyn beside other software that sends prompts to servers and keeps the answers."""
