@@ -55,13 +55,14 @@ bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside ba
 	$(BIN)/python -m benchmarks.assembly
 	$(BIN)/python -m benchmarks.export
 
-bench-real: .venv/stamp sglang router  ## beside real software: sglang-router, bench_serving; takes over an hour
+bench-real: .venv/stamp sglang  ## beside other software: a router, datatrove and others, bench_serving; over an hour
 	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.real throughput
 	$(BIN)/python -m benchmarks.real sections
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .venv-core .sglang-cpu .sglang-router .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf .venv .venv-core .sglang-cpu .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache .coverage
 
 # For development: torch and all that tests and benchmarks need.
@@ -74,12 +75,9 @@ clean:  ## remove what the other targets made
 	PYTHON=$(PYTHON) deploy/venv.sh .venv-core
 	touch $@
 
-.PHONY: sglang router chromium
+.PHONY: sglang chromium
 sglang:
 	deploy/sglang-cpu/install.sh
-
-router:
-	deploy/sglang-router/install.sh
 
 chromium:
 	deploy/chromium/install.sh

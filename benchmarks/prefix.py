@@ -1,4 +1,4 @@
-"""Reuse of shared prefixes: streamsyn's placement compared with simpler policies and with sglang-router.
+"""Reuse of shared prefixes: streamsyn's placement compared with simpler policies and with a router.
 
     python -m benchmarks.prefix [--servers 2 8] [--concurrency 16 64 256] [--check]
 
@@ -8,8 +8,9 @@ caches, one request at a time each. Variants:
 
 - streamsyn: its fleet, as `streamsyn run` uses it;
 - round robin, least in flight: the same HTTP client with only that policy;
-- router, cache_aware: the same HTTP client through sglang-router (`deploy/sglang-router/install.sh`);
-- streamsyn + router, manual: the fleet with the router as its only server, which follows the routing key.
+- smg, POLICY: the same HTTP client through the Shepherd gateway, once sglang-router, with each of its
+  policies for equal servers; those that follow keys are sent the key of the group;
+- streamsyn + smg, manual: the fleet with the gateway as its only server, which follows the routing key.
 
 Columns:
 
@@ -44,7 +45,7 @@ import aiohttp
 
 from benchmarks.common import Simulator
 from benchmarks.grouped import TEMPLATE_CHARS, Work, work
-from benchmarks.router import router, router_python
+from benchmarks.router import router
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ServerError
 from streamsyn.fleet.client import ServerClient
@@ -54,6 +55,9 @@ from streamsyn.records import Attempt, Completion, Request
 from streamsyn.telemetry import configure_logs
 
 MODEL = "simulated"
+KEYED = ("manual", "consistent_hashing")
+"""The gateway's policies that follow a routing key."""
+POLICIES = ("cache_aware", "prefix_hash", *KEYED, "power_of_two", "least_load", "round_robin")
 LEAST_OF_PLAN, MOST_SPLIT, MOST_LOAD = 0.95, 0.05, 1.25
 """The targets: lowest share of the plan, highest share of split groups, highest max/mean load."""
 PROBES = 32
@@ -146,11 +150,17 @@ async def with_streamsyn(
 
 
 async def without_placement(
-    urls: Sequence[str], requests: Sequence[Request], concurrency: int, *, least_in_flight: bool = False
+    urls: Sequence[str],
+    requests: Sequence[Request],
+    concurrency: int,
+    *,
+    least_in_flight: bool = False,
+    keyed: bool = False,
 ) -> Answers:
     """Send the requests round robin or to the server with the least in flight.
 
-    The same HTTP client as streamsyn's, without prefix keys, prefix warm-up or in-flight caps.
+    The same HTTP client as streamsyn's, without prefix warm-up or in-flight caps, and without prefix keys
+    unless `keyed`.
     """
     turns, rids = itertools.cycle(range(len(urls))), itertools.count()
     in_flight: Counter[int] = Counter()
@@ -162,8 +172,8 @@ async def without_placement(
                 number = min(range(len(servers)), key=lambda index: in_flight[index])
             in_flight[number] += 1
             try:
-                keyless = Request(request.messages, request.sampling)
-                return await servers[number].chat(keyless, MODEL, f"plain-{next(rids):08x}")
+                sent = request if keyed else Request(request.messages, request.sampling)
+                return await servers[number].chat(sent, MODEL, f"plain-{next(rids):08x}")
             finally:
                 in_flight[number] -= 1
 
@@ -225,13 +235,15 @@ async def measure(
         case "round robin" | "least in flight":
             least = variant == "least in flight"
             answers = await without_placement(urls, workload.requests, concurrency, least_in_flight=least)
-        case "router, cache_aware":
-            async with router(urls, "--policy", "cache_aware") as url:
-                answers = await without_placement([url], workload.requests, concurrency)
-        case _:
-            options = ("--policy", "manual", "--assignment-mode", "min_group")
-            async with router(urls, *options) as url:
+        case "streamsyn + smg, manual":
+            async with router(urls, "--policy", "manual", "--assignment-mode", "min_group") as url:
                 answers = await with_streamsyn([url], workload.requests, concurrency, args.cap)
+        case _:
+            policy = variant.removeprefix("smg, ")
+            async with router(urls, "--policy", policy) as url:
+                answers = await without_placement(
+                    [url], workload.requests, concurrency, keyed=policy in KEYED
+                )
     counts = await requests_at(urls)
     split = [number > 1 for number in await holders(urls, workload)]
     cached = sum(completion.cached_tokens for completion in answers.completions)
@@ -291,15 +303,9 @@ def arguments() -> argparse.Namespace:
 
 
 def variants(args: argparse.Namespace) -> list[str]:
-    """Return the selected variants; those with sglang-router only if it is installed."""
-    names = ["streamsyn", "round robin", "least in flight"]
-    if router_python().exists():
-        names += ["router, cache_aware", "streamsyn + router, manual"]
-    else:
-        print(
-            "sglang-router is not installed, its variants are skipped: run deploy/sglang-router/install.sh",
-            file=sys.stderr,
-        )
+    """Return the selected variants."""
+    names = ["streamsyn", "round robin", "least in flight", *(f"smg, {policy}" for policy in POLICIES)]
+    names += ["streamsyn + smg, manual"]
     wanted = args.variants or [""]
     return [name for name in names if any(name.startswith(start) for start in wanted)]
 

@@ -1,4 +1,4 @@
-"""sglang-router in its own process, as installed by `deploy/sglang-router/install.sh`."""
+"""The Shepherd gateway (`smg`, once sglang-router) in its own process."""
 
 import asyncio
 import os
@@ -6,22 +6,20 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
 
 import aiohttp
 
-
-def router_python() -> Path:
-    """Return the path of the Python that has sglang-router; it does not exist before the installation."""
-    home = os.environ.get("STREAMSYN_ROUTER_HOME") or Path(__file__).parents[1] / ".sglang-router"
-    return Path(home) / "venv" / "bin" / "python"
+from benchmarks.peers.processes import environment
 
 
 @asynccontextmanager
 async def router(urls: Sequence[str], *options: str) -> AsyncIterator[str]:
-    """Context manager: sglang-router in front of the servers; enters with its URL once all are healthy."""
+    """Context manager: the gateway in front of the servers; enters with its URL once all are healthy.
+
+    It is installed in `.peers/` at the first use.
+    """
     port, metrics_port = _free_ports(2)
-    command = [str(router_python()), "-m", "sglang_router.launch_router", "--worker-urls", *urls, *options]
+    command = [str(environment("smg") / "bin" / "smg"), "launch", "--worker-urls", *urls, *options]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # or it asks the hub for the simulated model's tokenizer

@@ -33,7 +33,7 @@ from pathlib import Path
 import orjson
 
 from benchmarks.common import seeds_file
-from benchmarks.peers.processes import PEERS, Ended, Peer, Run, Server, install
+from benchmarks.peers.processes import PEERS, Ended, Peer, Run, Server, environment
 from streamsyn.config.loading import load
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Draft, Seed
@@ -179,7 +179,7 @@ def main() -> int:
     args = parser.parse_args()
     peers = [PEERS[0], *(peer for peer in PEERS[1:] if peer.name in args.peers)]
     for name in sorted({peer.environment for peer in peers if peer.environment is not None}):
-        install(name)
+        environment(name)
     with tempfile.TemporaryDirectory() as folder:
         made = Measurements(peers, Path(folder), args.requests, args.concurrency)
         with Server() as server:

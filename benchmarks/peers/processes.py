@@ -64,17 +64,18 @@ def home() -> Path:
     return Path(os.environ.get("STREAMSYN_PEERS_HOME") or HERE.parents[1] / ".peers")
 
 
-def install(name: str) -> None:
-    """Install an environment, unless it is there."""
+def environment(name: str) -> Path:
+    """Return the folder of an environment, which is installed if it is not there."""
     folder = home() / name
     if (folder / "done").exists():
-        return
+        return folder
     print(f"installing {name} into {folder}", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     listed = HERE / "requirements" / f"{name}.txt"
     pip = [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--no-cache-dir", "-r", str(listed)]
     subprocess.run(pip, check=True)
     (folder / "done").touch()
+    return folder
 
 
 class Server:
