@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=150)
     parser.add_argument("--busy", type=float, default=0.0)
     args = parser.parse_args()
-    faults = {Fault.QUEUE_FULL: args.busy} if args.busy else {}
+    faults = {str(Fault.QUEUE_FULL): args.busy} if args.busy else {}
     config = SimulatorConfig(latency_ms=args.latency_ms, words=args.words, slots=4096, faults=faults)
     asyncio.run(serve(config))
 
