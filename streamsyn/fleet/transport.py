@@ -1,6 +1,6 @@
 """How a request reaches a server: over HTTP and TLS. The simulator has a transport within the process.
 
-aiohttp is used only here, and its errors are translated into those of `streamsyn.errors`.
+`http_connections` sends with aiohttp; its errors are translated here into those of `streamsyn.errors`.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from typing import Protocol
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import (
@@ -29,6 +30,7 @@ from streamsyn.errors import (
     StreamsynError,
     WrongAddress,
 )
+from streamsyn.fleet.http_connections import Answer, HttpConnections
 from streamsyn.plain_text import cut
 
 KEY_VARIABLE = "STREAMSYN_API_KEY"
@@ -37,14 +39,12 @@ KEEP_ALIVE_S = 4.0
 """Shorter than the default 5 s after which an SGLang server closes an idle connection."""
 _STALE_WITHIN_S = 1.0
 """A stale connection fails within this time; one that fails later carried a request."""
-_FOREIGN = (aiohttp.ClientError, ConnectionError, TimeoutError, UnicodeError)
+_FOREIGN = (aiohttp.ClientError, HttpProcessingError, ConnectionError, TimeoutError, UnicodeError)
 """What aiohttp raises; UnicodeError if a host name is invalid."""
 _OK = 200
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 """Our own limits: the server has not failed, and the request can wait."""
 _REDIRECTS = range(300, 400)
-_HEADER_BYTES = 2**16
-"""Longest status line and longest header of an answer."""
 _REFUSAL_BYTES = 2**16
 """What is read of an answer with another status than 200: its message is at the beginning."""
 _NO_HEADERS: Mapping[str, str] = {}
@@ -101,29 +101,18 @@ class HttpTransport:
 
     Args:
         url: The server's base URL.
-        session: Used for this server alone.
-        connect_timeout_s: Timeout of opening a connection.
-        server_name: Name that its certificate is checked against, if not the URL's.
+        connections: To this server.
         query: Query of each request, such as `api-version=2024-02-01`.
         max_answer_bytes: Longest answer, decompressed; of a longer one no more is read.
     """
 
     def __init__(
-        self,
-        url: str,
-        session: aiohttp.ClientSession,
-        connect_timeout_s: float = 10.0,
-        server_name: str | None = None,
-        query: str = "",
-        max_answer_bytes: int = 2**25,
+        self, url: str, connections: HttpConnections, query: str = "", max_answer_bytes: int = 2**25
     ) -> None:
         self._url = url
-        self._session = session
-        self._connect_timeout_s = connect_timeout_s
-        self._server_name = server_name
+        self._connections = connections
         self._query = query
         self._max_answer_bytes = max_answer_bytes
-        self._timeouts: dict[float, aiohttp.ClientTimeout] = {}
 
     async def exchange(
         self,
@@ -140,18 +129,19 @@ class HttpTransport:
         A connection that is lost at once and without a byte is most likely a kept-alive one that the server
         was closing. The request is then sent once more, on a new connection.
         """
-        if self._session.closed:
+        if self._connections.is_closed:
             raise ServerUnavailable(f"{self._url} was removed")
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
-            try:
-                return await self._once(method, path, body, headers, timeout_s, on_data)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                late = clock() - started > _STALE_WITHIN_S
-                if late or isinstance(error, aiohttp.ClientConnectorError):
-                    raise
-            return await self._once(method, path, body, headers, timeout_s, on_data)
+            async with asyncio.timeout(timeout_s):
+                try:
+                    return await self._once(method, path, body, headers, on_data)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                    late = clock() - started > _STALE_WITHIN_S
+                    if late or isinstance(error, aiohttp.ClientConnectorError):
+                        raise
+                return await self._once(method, path, body, headers, on_data)
         except _FOREIGN as error:
             raise self._translate(error, timeout_s) from error
 
@@ -161,58 +151,46 @@ class HttpTransport:
         path: str,
         body: bytes | None,
         headers: Mapping[str, str],
-        timeout_s: float,
         on_data: Callable[[], None] | None,
     ) -> Reply:
-        # aiohttp's own total costs less than asyncio.timeout; beyond 5 s it is up to a second late.
-        timeout = self._timeouts.get(timeout_s)
-        if timeout is None:
-            timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
-            self._timeouts[timeout_s] = timeout
-        url = self._url + path
+        target = path
         if self._query:
-            url += ("&" if "?" in path else "?") + self._query
-        async with self._session.request(
-            method,
-            url,
-            data=body,
-            headers=headers,
-            timeout=timeout,
-            server_hostname=self._server_name,
-            allow_redirects=False,  # a redirected POST would become a GET
-        ) as answer:
+            target += ("&" if "?" in path else "?") + self._query
+        answer = await self._connections.send(method, target, body, headers)
+        try:
             if answer.status in _REDIRECTS:
                 raise _redirected(self._url, path, answer.status, answer.headers.get("Location", ""))
             body_read = await self._read(answer, on_data)
             if answer.status != _OK:
                 return Reply(answer.status, body_read, retry_after_s(answer.headers, time.time()))
             return Reply(answer.status, body_read)
+        finally:
+            answer.end()
 
-    async def _read(self, answer: aiohttp.ClientResponse, on_data: Callable[[], None] | None) -> bytes:
+    async def _read(self, answer: Answer, on_data: Callable[[], None] | None) -> bytes:
         """Return the body of an answer, or the beginning of a long refusal.
 
         aiohttp decompresses in steps of about its read buffer, and only as far as it is read.
         """
         is_ok = answer.status == _OK
         limit = self._max_answer_bytes if is_ok else _REFUSAL_BYTES
+        content = answer.content
         chunks: list[bytes] = []
-        size = answer.content_length or 0  # of the compressed body
-        if size <= limit or not is_ok:
-            size = 0
-            while size <= limit and (chunk := await answer.content.readany()):
-                if on_data is not None and is_ok and not _is_comment(chunk):  # nor is a refusal a first token
-                    on_data()
-                    on_data = None
-                chunks.append(chunk)
-                size += len(chunk)
-        if size > limit:
-            answer.close()
-            if is_ok:
-                chunks.clear()  # the error's traceback would keep them
-                raise BrokenResponse(
-                    f"{self._url} sent an answer of more than fleet.max_answer_bytes = {limit} bytes"
-                )
-        return b"".join(chunks)
+        size = 0
+        if is_ok and int(answer.headers.get("Content-Length", 0)) > limit:  # of the compressed body
+            size = limit + 1
+        while size <= limit and (chunk := await content.readany()):
+            if on_data is not None and is_ok and not _is_comment(chunk):  # nor is a refusal a first token
+                on_data()
+                on_data = None
+            chunks.append(chunk)
+            size += len(chunk)
+        if size > limit and is_ok:
+            chunks.clear()  # the error's traceback would keep them
+            raise BrokenResponse(
+                f"{self._url} sent an answer of more than fleet.max_answer_bytes = {limit} bytes"
+            )
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _translate(self, error: Exception, timeout_s: float) -> StreamsynError:
         match error:
@@ -230,7 +208,7 @@ class HttpTransport:
                 return ServerUnavailable(f"{self._url} ended its answer early: {error}")
             case aiohttp.ClientConnectionError() | ConnectionError():
                 return ServerUnavailable(f"{self._url} closed the connection: {error}")
-            case aiohttp.ClientResponseError():  # its own text has the query of the URL
+            case HttpProcessingError():  # its own text has the status that a server would answer
                 return BrokenResponse(f"invalid HTTP response from {self._url}: {error.message}")
             case _:
                 return BrokenResponse(f"invalid HTTP response from {self._url}: {error}")
@@ -264,7 +242,7 @@ async def http_transport(
     query: str = "",
     max_answer_bytes: int = 2**25,
 ) -> AsyncIterator[HttpTransport]:
-    """Open a transport with its own session and no limit on connections.
+    """Open a transport with connections of its own, and no limit on them.
 
     Args:
         url: The server's base URL.
@@ -276,14 +254,10 @@ async def http_transport(
         max_answer_bytes: Longest answer, decompressed.
     """
     named = {} if server_name is None else {"Host": _authority(server_name, url)}
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, ssl=tls or True),
-        headers={"Content-Type": "application/json", **named, **headers},
-        read_bufsize=2**20,
-        max_line_size=_HEADER_BYTES,
-        max_field_size=_HEADER_BYTES,
-    ) as session:
-        yield HttpTransport(url, session, connect_timeout_s, server_name, query, max_answer_bytes)
+    async with aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, ssl=tls or True) as connector:
+        sent = {"Content-Type": "application/json", **named, **headers}
+        connections = HttpConnections(connector, url, sent, connect_timeout_s, server_name)
+        yield HttpTransport(url, connections, query, max_answer_bytes)
 
 
 def _authority(name: str, url: str) -> str:

@@ -238,7 +238,7 @@ async def test_a_short_keep_alive_of_the_server() -> None:
 
 async def until_closed(client: ServerClient) -> None:
     """Return when the server has closed all connections that the client keeps."""
-    connector = client.transport._session.connector  # type: ignore[attr-defined]
+    connector = client.transport._connections._connector  # type: ignore[attr-defined]
     assert connector is not None
     await until(
         lambda: not any(kept.is_connected() for group in connector._conns.values() for kept, _ in group)
@@ -646,7 +646,7 @@ async def test_a_comment_is_not_a_first_token(chunks: list[bytes], first: int | 
     async def readany() -> bytes:
         return left.pop(0) if left else b""
 
-    answer: Any = SimpleNamespace(status=200, content_length=None, content=SimpleNamespace(readany=readany))
+    answer: Any = SimpleNamespace(status=200, headers={}, content=SimpleNamespace(readany=readany))
     async with http_transport("http://one:1", {}) as transport:
         body = await transport._read(answer, lambda: called_at.append(len(chunks) - len(left)))
     assert b"".join(chunks) == body
