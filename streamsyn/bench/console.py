@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from streamsyn.bench.figures import Figures, figures
+from streamsyn.bench.limits import Verdict, verdict
 from streamsyn.bench.measurement import Measurement
 from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
 from streamsyn.bench.reports import Benchmark
@@ -56,6 +57,7 @@ def _sweep_lines(runs: Sequence[Measurement]) -> Iterator[str]:
 def run_lines(run: Measurement) -> Iterator[str]:
     """Yield the results of one run for a terminal."""
     found = figures(run)
+    yield from _verdict_lines(verdict(run, found))
     yield _window_line(run)
     per_gpu = f" ({found.useful_tokens_per_s_per_gpu:,.0f} a GPU)" if run.gpus > 1 else ""
     yield (
@@ -78,6 +80,16 @@ def run_lines(run: Measurement) -> Iterator[str]:
     yield from (f"note: {warning}" for warning in run.warnings)
     if not run.is_complete:
         yield f"incomplete: {run.stopped}"
+
+
+def _verdict_lines(found: Verdict) -> Iterator[str]:
+    yield f"verdict: {found.headline}"
+    for warning in found.warnings:
+        yield (
+            f"  {warning.code}: {warning.observed:,.2f} {warning.unit} (threshold {warning.threshold:g}, "
+            f"{warning.sample_count:,} observations)"
+        )
+        yield f"    {warning.note}"
 
 
 def _window_line(run: Measurement) -> str:

@@ -1,4 +1,4 @@
-"""The files that `streamsyn bench` writes: bench.json, AIPerf's export and one page.
+"""The files that `streamsyn bench` writes: bench.json, AIPerf's exports and one page.
 
 `bench.json` has the figures of every run, so that two of them can be compared with their noise.
 """
@@ -12,9 +12,16 @@ from typing import Any, Final, Literal
 import orjson
 
 import streamsyn
-from streamsyn.bench.aiperf_export import FILE_NAME, aiperf_export, aiperf_metrics
+from streamsyn.bench.aiperf_export import (
+    FILE_NAME,
+    RECORDS_NAME,
+    aiperf_export,
+    aiperf_metrics,
+    aiperf_records,
+)
 from streamsyn.bench.compare import noise
 from streamsyn.bench.figures import figures
+from streamsyn.bench.limits import verdict
 from streamsyn.bench.measurement import Interval, Measurement
 from streamsyn.bench.plan import Plan
 from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
@@ -74,6 +81,7 @@ def bench_json(benchmark: Benchmark) -> dict[str, Any]:
         else None,
         "sweep": _sweep_json(benchmark.runs) if benchmark.kind == "sweep" else None,
         "plan": None if benchmark.plan is None else benchmark.plan.as_dict(),
+        "verdict": _verdict_json(benchmark.typical),
         "typical_run": next(n for n, run in enumerate(benchmark.runs) if run is benchmark.typical),
         "runs": runs,
     }
@@ -101,8 +109,13 @@ def _run_json(run: Measurement) -> dict[str, Any]:
         "warnings": list(run.warnings),
         "aiperf": aiperf_metrics(run),
         "figures": asdict(found),
+        "verdict": _verdict_json(run),
         "noise": noise(run),
     }
+
+
+def _verdict_json(run: Measurement) -> dict[str, Any]:
+    return asdict(verdict(run, figures(run)))
 
 
 def _bounds(interval: Interval) -> list[float]:
@@ -146,9 +159,11 @@ def write_reports(benchmark: Benchmark, folder: Path) -> list[Path]:
         version=streamsyn.__version__,
         benchmark_id=time.strftime("streamsyn-%Y%m%d-%H%M%S", time.gmtime(typical.started_at)),
     )
-    written = []
-    for name, content in ((BENCH_JSON, bench_json(benchmark)), (FILE_NAME, export)):
-        path = folder / name
-        write_whole(path, orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
-        written.append(path)
-    return written
+    contents = {
+        BENCH_JSON: orjson.dumps(bench_json(benchmark), option=orjson.OPT_INDENT_2) + b"\n",
+        FILE_NAME: orjson.dumps(export, option=orjson.OPT_INDENT_2) + b"\n",
+        RECORDS_NAME: b"".join(orjson.dumps(row) + b"\n" for row in aiperf_records(typical)),
+    }
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in contents]
