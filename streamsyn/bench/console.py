@@ -6,8 +6,7 @@ from streamsyn.bench.figures import Figures, figures
 from streamsyn.bench.limits import Verdict, verdict
 from streamsyn.bench.measurement import Measurement
 from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
-from streamsyn.bench.reports import Benchmark
-from streamsyn.bench.series import sweep_points, throughput_interval
+from streamsyn.bench.series import Benchmark, sweep_points, throughput_interval
 from streamsyn.bench.sweep import knee, saturation
 
 

@@ -5,9 +5,9 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import orjson
 
@@ -23,47 +23,14 @@ from streamsyn.bench.compare import noise
 from streamsyn.bench.figures import figures
 from streamsyn.bench.limits import verdict
 from streamsyn.bench.measurement import Interval, Measurement
-from streamsyn.bench.plan import Plan
 from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
-from streamsyn.bench.series import sweep_points, throughput_interval
+from streamsyn.bench.series import Benchmark, sweep_points, throughput_interval
 from streamsyn.bench.sweep import knee, saturation
 from streamsyn.io.durable import make_folder, write_whole
 
 FORMAT: Final = 1
 """Version of `bench.json`; a new one when a field changes its meaning or goes."""
 BENCH_JSON: Final = "bench.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """All that one `streamsyn bench` has measured.
-
-    Attributes:
-        kind: Whether the runs repeat each other, or are a sweep of caps.
-        runs: At least one run.
-        asked: What was asked for, as JSON values: recipe, seeds, options.
-        plan: What a seed set takes on the simulated fleet, if there is one.
-    """
-
-    kind: Literal["repeats", "sweep"]
-    runs: Sequence[Measurement]
-    asked: dict[str, Any]
-    plan: Plan | None = None
-
-    @property
-    def typical(self) -> Measurement:
-        """The run that stands for all: that of the knee of a sweep, else the one next to the median.
-
-        A sweep without a knee is represented by its best run.
-        """
-        complete = [run for run in self.runs if run.is_complete] or list(self.runs)
-        throughput = {id(run): figures(run).useful_tokens_per_s for run in complete}
-        if self.kind == "sweep":
-            found = knee(sweep_points(complete))
-            at_knee = [run for run in complete if found is not None and run.load.cap == found.point.load]
-            return at_knee[0] if at_knee else max(complete, key=lambda run: throughput[id(run)])
-        middle = throughput_interval(complete).median
-        return min(complete, key=lambda run: abs(throughput[id(run)] - middle))
 
 
 def bench_json(benchmark: Benchmark) -> dict[str, Any]:

@@ -5,15 +5,16 @@ not used, whose prompts the servers do not have in their caches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Final
+from typing import Any, Final, Literal
 
 from streamsyn.bench.figures import figures, share_within
 from streamsyn.bench.measured_run import RunToMeasure, measure
 from streamsyn.bench.measurement import Measurement
+from streamsyn.bench.plan import Plan
 from streamsyn.bench.repeats import MedianInterval, median_interval
-from streamsyn.bench.sweep import SweepPoint, next_cap
+from streamsyn.bench.sweep import SweepPoint, knee, next_cap
 
 Measured = Callable[[Measurement], None]
 _SWEEP_RUNS: Final = 6
@@ -120,3 +121,35 @@ def throughput_interval(runs: Sequence[Measurement]) -> MedianInterval:
     """
     complete = [run for run in runs if run.is_complete] or runs
     return median_interval([figures(run).useful_tokens_per_s for run in complete])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """All that one `streamsyn bench` has measured.
+
+    Attributes:
+        kind: Whether the runs repeat each other, or are a sweep of caps.
+        runs: At least one run.
+        asked: What was asked for, as JSON values: recipe, seeds, options.
+        plan: What a seed set takes on the simulated fleet, if there is one.
+    """
+
+    kind: Literal["repeats", "sweep"]
+    runs: Sequence[Measurement]
+    asked: dict[str, Any]
+    plan: Plan | None = None
+
+    @property
+    def typical(self) -> Measurement:
+        """The run that stands for all: that of the knee of a sweep, else the one next to the median.
+
+        A sweep without a knee is represented by its best run.
+        """
+        complete = [run for run in self.runs if run.is_complete] or list(self.runs)
+        throughput = {id(run): figures(run).useful_tokens_per_s for run in complete}
+        if self.kind == "sweep":
+            found = knee(sweep_points(complete))
+            at_knee = [run for run in complete if found is not None and run.load.cap == found.point.load]
+            return at_knee[0] if at_knee else max(complete, key=lambda run: throughput[id(run)])
+        middle = throughput_interval(complete).median
+        return min(complete, key=lambda run: abs(throughput[id(run)] - middle))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from streamsyn.bench.measured_run import RunToMeasure
     from streamsyn.bench.measurement import Measurement
     from streamsyn.bench.plan import SimulatedFleet
-    from streamsyn.bench.reports import Benchmark
+    from streamsyn.bench.series import Benchmark
     from streamsyn.config.loading import Config
 
 EXIT_REGRESSION = 4
@@ -253,7 +253,7 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
     from importlib.resources import as_file, files
 
     from streamsyn.bench.plan import parse_price, plan
-    from streamsyn.bench.reports import Benchmark
+    from streamsyn.bench.series import Benchmark
 
     price = None if given["price"] is None else parse_price(given["price"])
     with as_file(files("streamsyn") / "data" / "seeds") as packaged:
