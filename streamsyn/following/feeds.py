@@ -5,15 +5,13 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from streamsyn.background import finished_in_thread
 from streamsyn.errors import ConfigError, RunReplaced, ServerError, ServerUnavailable
 from streamsyn.following.daemon_client import DaemonClient, LoopThread, NoSuchRun, Reconnecting, RowStream
-from streamsyn.following.run_rows import FolderWatch, RunRows
+from streamsyn.following.run_rows import FolderWatch, Rows, RunRows
 from streamsyn.sink.rundir import LOCK_NAME
-
-Batch: TypeAlias = list[dict[str, Any]]
 
 _NO_LIMIT: Final = 2**62
 """Rows: the size of a batch is limited by its bytes."""
@@ -34,11 +32,11 @@ class Feed(Protocol):
         """When the run was created, in Unix seconds, which identifies it; None while there is none."""
         ...
 
-    def read(self, first: int) -> Batch | None:
+    def read(self, first: int) -> Rows | None:
         """Wait for row `first`; returns it and rows behind it, or None if the run has ended before it."""
         ...
 
-    async def aread(self, first: int) -> Batch | None:
+    async def aread(self, first: int) -> Rows | None:
         """As `read`, for the event loop. It can be cancelled and called again."""
         ...
 
@@ -86,12 +84,12 @@ class DirectoryFeed:
     def restart(self) -> None:
         self._rows = RunRows(self._rows.root, self._rows.kind)
 
-    def read(self, first: int) -> Batch | None:
+    def read(self, first: int) -> Rows | None:
         while (batch := self._look(first)) is not None and not batch:
             self._watch.wait(math.inf)
         return batch
 
-    async def aread(self, first: int) -> Batch | None:
+    async def aread(self, first: int) -> Rows | None:
         while (batch := await finished_in_thread(self._look, first)) is not None and not batch:
             await self._watch.changed(math.inf)
         return batch
@@ -99,7 +97,7 @@ class DirectoryFeed:
     def close(self) -> None:
         self._watch.close()
 
-    def _look(self, first: int) -> Batch | None:
+    def _look(self, first: int) -> Rows | None:
         """The next rows, as far as they are written; None at the end."""
         if not self._is_there:
             self._check()
@@ -150,7 +148,7 @@ class DaemonFeed:
         self._reconnecting = Reconnecting(client.url, retry_s)
         self._thread = LoopThread(self._opened(), "streamsyn-follow")
 
-    def read(self, first: int) -> Batch | None:
+    def read(self, first: int) -> Rows | None:
         reading = self._thread.submit(self._read(first))
         try:
             return reading.result()
@@ -158,7 +156,7 @@ class DaemonFeed:
             reading.cancel()  # of a KeyboardInterrupt
             raise
 
-    async def aread(self, first: int) -> Batch | None:
+    async def aread(self, first: int) -> Rows | None:
         return await asyncio.wrap_future(self._thread.submit(self._read(first)))
 
     def restart(self) -> None:
@@ -175,7 +173,7 @@ class DaemonFeed:
             finally:
                 await self._closing.aclose()
 
-    async def _read(self, first: int) -> Batch | None:
+    async def _read(self, first: int) -> Rows | None:
         while True:
             try:
                 return await self._next(first)
@@ -193,7 +191,7 @@ class DaemonFeed:
                 await self._disconnect()  # a row may have been lost halfway
                 raise
 
-    async def _next(self, first: int) -> Batch | None:
+    async def _next(self, first: int) -> Rows | None:
         """The next batch; None at the end."""
         if self._stream is None or self._stream.next != first:
             await self._connect(first)

@@ -11,7 +11,8 @@ import structlog
 from streamsyn.config.data_paths import is_url
 from streamsyn.errors import ConfigError, RunReplaced
 from streamsyn.following.daemon_client import RETRY_S, DaemonClient, run_url
-from streamsyn.following.feeds import Batch, DaemonFeed, DirectoryFeed, Feed
+from streamsyn.following.feeds import DaemonFeed, DirectoryFeed, Feed
+from streamsyn.following.run_rows import Rows
 from streamsyn.sink.shards import KINDS
 
 log = structlog.get_logger()
@@ -156,7 +157,7 @@ class Follower:
         with suppress(AttributeError):  # it was not made
             self._feed.close()
 
-    def _take(self, batch: Batch | None) -> None:
+    def _take(self, batch: Rows | None) -> None:
         if batch is None:
             self.close()
         else:
