@@ -19,10 +19,11 @@ from statistics import fmean
 
 from streamsyn.background import background
 from streamsyn.bench.load import under_load
-from streamsyn.bench.measurement import Load, Measurement, Replayed
+from streamsyn.bench.measurement import Load, Measurement, Replayed, ServerCounters
 from streamsyn.bench.phases import Phases
 from streamsyn.bench.recorder import Recorder
 from streamsyn.bench.replay import open_replay
+from streamsyn.bench.server_counters import open_counters
 from streamsyn.bench.steady_state import steady_state
 from streamsyn.bench.unlogged_run import UnloggedRun
 from streamsyn.config.loading import Config
@@ -125,6 +126,7 @@ class _MeasuredRun:
         self._phases = Phases(asked.load, asked.limit_s, has_end=self._has_end)
         self._ended_at = 0.0
         self._warnings: list[str] = []
+        self._counters: list[ServerCounters] = []
         self._started_at = time.time()
         self._recorder: Recorder
         self._request = RunRequest(
@@ -161,7 +163,12 @@ class _MeasuredRun:
         recorder, phases = self._recorder, self._phases
         await self._begun.wait()
         recorder.begin()
-        async with background() as tasks:
+        request = self._request
+        async with (
+            open_counters(request.config.fleet, request.environ, request.connect, recorder.now) as counters,
+            background() as tasks,
+        ):
+            self._counters = counters.readings
             if self.servers is None:
                 tasks.start(recorder.watch_lag(), name="bench-lag")
             self._asked.on_phase("warming up")
@@ -177,8 +184,10 @@ class _MeasuredRun:
                 recorder.tick(self._summary)
                 if phases.warm_at is not None and not was_warm:
                     self._asked.on_phase("measuring")
+                    tasks.start(counters.read(), name="bench-counters", finish=True)
                 if phases.measured_at is not None and not was_over:
                     self._asked.on_phase("finishing what is in flight")
+                    tasks.start(counters.read(), name="bench-counters", finish=True)
                 if phases.measured_at is not None and not was_over and not (queues and queues.work_ended):
                     self._request.control.drain(_MEASURED)
                 await asyncio.sleep(next_look - recorder.now())
@@ -216,6 +225,7 @@ class _MeasuredRun:
             requests=recorder.requests,
             drafts=recorder.drafts,
             ticks=recorder.ticks,
+            server_counters=self._counters,
             seeds=len({draft.seed_id.partition(REPEATED)[0] for draft in recorder.drafts}),
             seeds_read=self._summary.counters.seeds_read,
             repeats=sum(REPEATED in draft.seed_id for draft in recorder.drafts),

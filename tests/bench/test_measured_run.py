@@ -11,9 +11,10 @@ from typing import Any
 import orjson
 import pytest
 
-from streamsyn.bench.figures import figures
+from streamsyn.bench.figures import counter_growth, figures
 from streamsyn.bench.measured_run import RunToMeasure, measure
 from streamsyn.bench.measurement import Interval, Load, Measurement
+from streamsyn.bench.server_counters import parse_counters
 from streamsyn.bench.steady_state import in_flight
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
@@ -236,6 +237,34 @@ def test_the_capacity_of_simulated_servers_is_that_of_their_cost_model(
     share = figures(run).share_of_capacity
     assert share is not None
     assert 0.85 < share < 1.05
+
+
+def test_the_counters_of_servers_span_the_measured_part(asked: Callable[..., RunToMeasure]) -> None:
+    """Read at its begin and at its end, where a server has them."""
+    run = measure(asked())
+
+    assert [2.0, 2.0, 12.0, 12.0] == [round(reading.at, 3) for reading in run.server_counters]
+    grown = counter_growth(run, "sglang:generation_tokens_total")
+    assert grown is not None
+    assert grown == pytest.approx(figures(run).written_tokens_per_s * 10, rel=0.15)
+
+
+def test_counters_are_summed_over_labels() -> None:
+    """Buckets and gauges are left out."""
+    text = """# TYPE a:tokens_total counter
+a:tokens_total{model="m",rank="0"} 3
+a:tokens_total{model="m",rank="1"} 4.5
+# TYPE a:seconds histogram
+a:seconds_bucket{le="1.0"} 2
+a:seconds_bucket{le="+Inf"} 3
+a:seconds_sum 2.5
+a:seconds_count 3
+# TYPE a:running gauge
+a:running 7
+"""
+
+    expected = {"a:tokens_total": 7.5, "a:seconds_sum": 2.5, "a:seconds_count": 3.0}
+    assert expected == parse_counters(text)
 
 
 @pytest.mark.parametrize(
