@@ -1,4 +1,4 @@
-"""The daemon's directory: the version of its format, its lock, and what clients did to the servers.
+"""ROOT, the daemon's directory: format version, lock, and servers that clients added, removed or drained.
 
 ROOT/daemon.json     {"format_version": 1, ...}
 ROOT/daemon.lock     held by the daemon that serves ROOT

@@ -1,7 +1,7 @@
-"""A run at a daemon, over HTTP: asked for the run and its rows, and asked again when it fails.
+"""The client of a daemon: asks for one run and its rows over HTTP, and retries while the daemon fails.
 
-aiohttp's errors are translated here. Callers that have no event loop, or must not be held up, ask from one in
-a thread of its own.
+aiohttp's errors are translated here. `LoopThread` is an event loop in a thread of its own, for callers that
+have none or must not be held up.
 """
 
 import asyncio

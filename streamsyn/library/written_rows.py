@@ -1,6 +1,6 @@
 """The rows of a run directory as asynchronous iterators, while a run in a different thread writes them.
 
-The run reads ahead of whoever iterates, so far and no further: that is their backpressure.
+`ReadAhead` limits how many samples the run writes before its reader asks for them (backpressure).
 """
 
 import asyncio

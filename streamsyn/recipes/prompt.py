@@ -1,8 +1,9 @@
 """A template as the first messages of a conversation, with keys of the prefixes that requests share.
 
 Shared text comes first: the system message of a task, then the text of a group of seeds, then the seed's own
-text. So servers find shared text in their prefix caches. Text of seeds that no part of a prompt uses is
-pointed out, as half of a question may be in it.
+text. So servers find shared text in their prefix caches.
+
+`UnusedText` warns of text in seeds that the prompt does not use: it may be half of the question.
 """
 
 from collections.abc import Callable, Collection

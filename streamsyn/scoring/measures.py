@@ -1,8 +1,8 @@
 """The two measures of a context that ask a model: context gain and answerability.
 
 `Gain`: how much likelier the gold answer becomes with the context. `Answers`: whether a model finds the
-answer in the context, and whether it already knows it without one (closed-book). Before them: what they ask
-with, a question and its prompt; the client, which counts their cost; and results shared by drafts.
+answer in the context, and whether it already knows it without one (closed-book). Both use `Question` and its
+prompt, `ScoringClient`, which counts the cost, and `SingleFlight`, which shares results between drafts.
 """
 
 import asyncio
