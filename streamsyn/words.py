@@ -12,7 +12,7 @@ import re
 import sys
 from functools import cache
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ RUN_TOGETHER: Final = (
 _STOPS: Final = ((0x3001, 0x303F), (0xFF01, 0xFF65))
 """Punctuation of ideographic scripts, among other characters."""
 _CLASSIFIED: Final = 0x20000
+_UTF_32: Final = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 _BEYOND_IDEOGRAPHS: Final = 0x40000
 _SPACE, _OTHER, _LETTER, _STOP, _IDEOGRAPH, _RUN_TOGETHER = range(6)
 _LETTERS_A_WORD: Final = 4
@@ -41,6 +42,11 @@ _LETTERS_A_WORD: Final = 4
 _SPREAD: Final = (0x9E3779B1, 0x85EBCA77)
 """Odd factors that spread pairs of letters evenly."""
 _IS_ASCII_SPACE: Final = bytes(chr(code).isspace() for code in range(256))
+_SPACE_CODE: Final = 0x20
+_ASCII_SPACES: Final = bytes(_SPACE_CODE if chr(code).isspace() else code for code in range(256))
+_LAST_SPACE: Final = 0x3000
+_SHORT_CHARS: Final = 256
+"""A text of fewer characters is faster split than made into an array."""
 _RULER_CHARS: Final = 24
 _BLANK_LINES: Final = re.compile(r"\n(?:[^\S\n]*\n){2,}")
 _FILLER: Final = re.compile(rf"(\S)\1{{{_RULER_CHARS - 1},}}|{_BLANK_LINES.pattern}")
@@ -94,6 +100,27 @@ def _with_filler(text: str) -> list[str]:
     return found + words_of(text[end:])
 
 
+def normalised(text: str) -> str:
+    """The text for comparison: case-folded, with one space for all white space, and none around it."""
+    folded = text.casefold()
+    if len(folded) < _SHORT_CHARS:
+        return " ".join(folded.split())
+    if folded.isascii():
+        letters = np.frombuffer(folded.encode("ascii").translate(_ASCII_SPACES), np.uint8)
+        return letters[_is_kept(letters)].tobytes().decode("ascii").strip(" ")
+    codes = _codes_of(folded)
+    codes = np.where(_is_space().take(codes, mode="clip"), np.uint32(_SPACE_CODE), codes)
+    kept = codes[_is_kept(codes)]
+    return kept.tobytes().decode(_UTF_32, "surrogatepass").strip(" ")
+
+
+def _is_kept(codes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether a character is not a space after another one."""
+    is_kept: NDArray[np.bool_] = codes != _SPACE_CODE
+    is_kept[1:] |= is_kept[:-1].copy()
+    return is_kept
+
+
 def unspaced_letters(text: str) -> int:
     """The number of letters of scripts that are written without spaces."""
     if text.isascii():
@@ -138,8 +165,13 @@ def _kinds_of(text: str) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
 
 def _codes_of(text: str) -> NDArray[np.uint32]:
     """The code point of each character."""
-    order = "le" if sys.byteorder == "little" else "be"
-    return np.frombuffer(text.encode(f"utf-32-{order}", "surrogatepass"), np.uint32)
+    return np.frombuffer(text.encode(_UTF_32, "surrogatepass"), np.uint32)
+
+
+@cache
+def _is_space() -> NDArray[np.bool_]:
+    """Whether a character is white space, by code point; the last one is that of all others."""
+    return np.array([*(chr(code).isspace() for code in range(_LAST_SPACE + 1)), False])
 
 
 @cache

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.shingles import BAND_ROWS, PERMUTATIONS, band_keys, signature, similarity
+from streamsyn.shingles import BAND_ROWS, PERMUTATIONS, band_keys, signature, signatures, similarity
 from tests.examples import examples
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghij", k=6)) for number in range(3000)]
@@ -90,6 +90,13 @@ def test_texts_without_spaces_have_runs_too() -> None:
     text = "".join(chr(chance.randrange(0x4E00, 0x9000)) for _ in range(500))
 
     assert 0.85 < similarity(signature(text), signature(text[:480] + "\u4e00" * 20)) < 1.0
+
+
+@given(st.lists(st.text(st.sampled_from("ab c\u00e9\u2019\u0301\u4e2d\n."), max_size=40), max_size=6))
+@examples(60)
+def test_texts_signed_together_have_the_signatures_of_each_alone(texts: list[str]) -> None:
+    """A text's n-grams end with it, whatever characters are left out of it or of those before it."""
+    assert [signature(text) for text in texts] == signatures(texts)
 
 
 def test_any_number_of_rows_makes_bands() -> None:

@@ -70,6 +70,16 @@ def test_any_text_can_be_split(text: str) -> None:
     assert words.hashes.tolist() == words.ngrams(1).tolist()
 
 
+@given(text=st.text(st.characters(max_codepoint=0x2E7F)))
+def test_simple_characters_are_split_as_any_others(text: str) -> None:
+    """A rare ideograph has a text normalised as a whole; its words are those found character by character."""
+    whole = split_words(f"{text}\n\U00020000")
+    words = split_words(text)
+
+    assert whole.hashes.tolist()[:-1] == words.hashes.tolist()
+    assert whole.text(0, len(words)) == words.text(0, len(words))
+
+
 def test_numbers_are_the_same_everywhere() -> None:
     """No process-wide hash seed and no machine plays a part: these numbers are fixed."""
     text = "The quick brown fox jumps over \u4e2d\u6587 and the na\u00efve dog"

@@ -12,7 +12,14 @@ from streamsyn.assembly.corpus import cut
 from streamsyn.config.sections import ChecksSection
 from streamsyn.recipes.checks import Checks
 from streamsyn.recipes.instruction import draw_window
-from streamsyn.words import unspaced_letters, word_count, word_starts, words_and_filler, words_of
+from streamsyn.words import (
+    normalised,
+    unspaced_letters,
+    word_count,
+    word_starts,
+    words_and_filler,
+    words_of,
+)
 from tests.examples import examples
 
 SPACES = st.text(st.sampled_from([chr(code) for code in range(0x3005) if chr(code).isspace()] + ["a"]))
@@ -44,6 +51,12 @@ def test_no_character_is_lost(text: str) -> None:
     assert word_count(text) == len(starts)
     for start in starts[:3]:
         assert [at - start for at in starts if at >= start] == word_starts(text[start:]).tolist()
+
+
+@given(st.sampled_from(["", "b", "b" * 300, "\u4e2d" * 300]), (st.text() | SPACES))
+def test_normalised_texts_have_one_space_between_words(before: str, text: str) -> None:
+    """In texts of any length and script; upper case and lower case are the same."""
+    assert " ".join((before + text).casefold().split()) == normalised(before + text)
 
 
 def test_no_character_beyond_the_table_is_white_space() -> None:

@@ -15,6 +15,7 @@ from streamsyn.assembly.token_counter import TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Pool, Window
 from streamsyn.config.sections import AssemblySection, Source
 from streamsyn.shingles import Signature, similarity
+from streamsyn.words import normalised
 
 _MAX_TOO_LONG = 16
 """Once this many candidates would have exceeded `max_tokens`, the sample counts as complete."""
@@ -64,7 +65,7 @@ class Chooser:
         With a target in tokens, the sample reaches it and would not without its last distractor, unless there
         are too few candidates or `max_tokens` forbids it.
         """
-        answer = " ".join(relevant.answer.casefold().split())
+        answer = normalised(relevant.answer)
         if len(answer) < self._min_answer_chars:
             answer = ""
         seed_ids = {relevant.source_seed_id}
@@ -164,31 +165,28 @@ class _Selection:
 
 
 class _NearDuplicates:
-    """The signatures of one sample's passages, indexed by their bands."""
+    """The signatures of one sample's passages."""
 
     def __init__(self, max_similarity: float) -> None:
         self._max_similarity = max_similarity
-        self._by_band: dict[int, Signature] = {}
-        self._collisions: dict[int, list[Signature]] = {}
-        """Further signatures of a band. There are few, so most bands need no list."""
+        self._signatures: list[Signature] = []
+        self._bands: set[int] = set()
+        """The bands of all of them."""
 
     def has_similar(self, piece: Piece) -> bool:
         """Return whether the sample has a passage too similar to `piece`."""
-        if self._max_similarity >= 1 or self._by_band.keys().isdisjoint(piece.signature.bands):
+        if self._max_similarity >= 1 or self._bands.isdisjoint(piece.signature.bands):
             return False
-        shared = [band for band in piece.signature.bands if band in self._by_band]
-        known = [one for band in shared for one in (self._by_band[band], *self._collisions.get(band, ()))]
-        return any(similarity(piece.signature, one) >= self._max_similarity for one in known)
+        bands = self._bands.intersection(piece.signature.bands)
+        return any(
+            not bands.isdisjoint(one.bands) and similarity(piece.signature, one) >= self._max_similarity
+            for one in self._signatures
+        )
 
     def add(self, piece: Piece) -> None:
-        if self._max_similarity >= 1:
-            return
-        bands = piece.signature.bands
-        if not self._by_band.keys().isdisjoint(bands):
-            for band in self._by_band.keys() & bands:
-                self._collisions.setdefault(band, []).append(piece.signature)
-            bands = tuple(band for band in bands if band not in self._by_band)
-        self._by_band.update(dict.fromkeys(bands, piece.signature))
+        if self._max_similarity < 1:
+            self._signatures.append(piece.signature)
+            self._bands.update(piece.signature.bands)
 
 
 class Sources:
@@ -245,7 +243,8 @@ class Sources:
             for source in self.weights
         }
         growing = frozenset() if final else self.of_log
-        return Candidates(iterators, self.weights, self._rng("sources", passage), growing)
+        rng = None if single else self._rng("sources", passage)
+        return Candidates(iterators, self.weights, rng, growing)
 
     def _shuffled(self, source: Source, passage: Passage, rng: Random) -> Iterator[Piece]:
         if source == "corpus":
@@ -260,7 +259,7 @@ class Candidates:
     Args:
         iterators: The texts of each source in random order.
         weights: The weight of each source.
-        rng: Draws the sources.
+        rng: Draws the sources; None if there is only one.
         growing: Sources that may have more texts later; when one has no more, `exhausted` names it.
     """
 
@@ -268,7 +267,7 @@ class Candidates:
         self,
         iterators: dict[Source, Iterator[Piece]],
         weights: Mapping[Source, float],
-        rng: Random,
+        rng: Random | None,
         growing: frozenset[Source],
     ) -> None:
         self._iterators = iterators
@@ -295,6 +294,6 @@ class Candidates:
 
     def _draw_source(self) -> Source | None:
         sources = list(self._iterators)
-        if len(sources) < 2:
+        if len(sources) < 2 or self._rng is None:
             return sources[0] if sources else None
         return self._rng.choices(sources, [self._weights[source] for source in sources])[0]

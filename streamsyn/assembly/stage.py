@@ -6,7 +6,7 @@ small state file, saved from time to time, means that a resume does not have to 
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -179,7 +179,8 @@ class AssemblyStage:
         rows = self._store.read_contexts(state.window_start, state.consumed)
         self._assembler.restore(state, map(Passage.of_row, rows))
 
-    def _take(self, passages: Iterable[Passage]) -> None:
+    def _take(self, passages: Sequence[Passage]) -> None:
+        self._assembler.prepare(passages)
         arranged: list[Arrangement] = []
         for passage in passages:
             arranged += self._flushed()

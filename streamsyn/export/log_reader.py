@@ -4,6 +4,7 @@ rows of an export: a sample, and the scores of its relevant context.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -76,6 +77,8 @@ def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
+_BATCH = 64
+"""Contexts read at a time."""
 _PRUNE_INTERVAL = 1024
 """Contexts after which the fields of those that left the window are dropped."""
 
@@ -156,17 +159,21 @@ class LogReader:
 
     def _samples(self, assembler: Assembler, *, is_first: bool) -> Iterator[Sample]:
         flushes = set(self._manifest.flushes)
-        for row in self._contexts():
-            if assembler.consumed in flushes:
-                yield from (one.sample() for one in assembler.flush())
-            if is_first:
-                model = str(row.get("model"))
-                self.contexts_by_model[model] = self.contexts_by_model.get(model, 0) + 1
-            self._summary.contexts += 1
-            self._fields[row["id"]] = row["seq"], context_fields(row)
-            yield from (one.sample() for one in assembler.add(Passage.of_row(row)))
-            if assembler.consumed % _PRUNE_INTERVAL == 0:
-                self._prune(assembler.state().window_start)
+        contexts = self._contexts()
+        while rows := list(islice(contexts, _BATCH)):
+            passages = [*map(Passage.of_row, rows)]
+            assembler.prepare(passages)
+            for row, passage in zip(rows, passages, strict=True):
+                if assembler.consumed in flushes:
+                    yield from (one.sample() for one in assembler.flush())
+                if is_first:
+                    model = str(row.get("model"))
+                    self.contexts_by_model[model] = self.contexts_by_model.get(model, 0) + 1
+                self._summary.contexts += 1
+                self._fields[row["id"]] = row["seq"], context_fields(row)
+                yield from (one.sample() for one in assembler.add(passage))
+                if assembler.consumed % _PRUNE_INTERVAL == 0:
+                    self._prune(assembler.state().window_start)
         if assembler.consumed in flushes or self._request.flush:
             yield from (one.sample() for one in assembler.flush())
         state = assembler.state()

@@ -10,7 +10,7 @@ import numpy
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.records import Completion, RejectReason, Seed
 from streamsyn.shingles import Hashes, ngrams
-from streamsyn.words import words_and_filler
+from streamsyn.words import normalised, words_and_filler
 
 _CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
 _WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
@@ -175,11 +175,6 @@ def _runs(words: list[str]) -> Hashes:
     is_first = numpy.ones(len(runs), numpy.bool_)
     is_first[1:] = runs[1:] != runs[:-1]
     return runs[is_first]
-
-
-def normalised(text: str) -> str:
-    """Return `text` for comparison, without differences in case and white space."""
-    return " ".join(text.casefold().split())
 
 
 def _echoed(plain: str, own_lines: Sequence[str]) -> str | None:

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
-from streamsyn.recipes.checks import Checks, Failure, normalised
+from streamsyn.recipes.checks import Checks, Failure
 from streamsyn.recipes.context import SingleRequest, joined
 from streamsyn.recipes.parsing import Pair, document_text, first_pair
 from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed, digest
-from streamsyn.words import word_count, word_starts
+from streamsyn.words import normalised, word_count, word_starts
 
 _SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f]['\")\]\u2019\u201d\u300d\u300f]*\Z")
 _NEAR = 100

@@ -16,11 +16,10 @@ from typing import Any, Final
 import structlog
 
 from streamsyn.errors import ConfigError
-from streamsyn.recipes.checks import normalised
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.records import Draft, Request, Seed, digest
 from streamsyn.templates import PromptTemplate, packaged, read
-from streamsyn.words import word_count
+from streamsyn.words import normalised, word_count
 
 
 class _AnyMetadata(dict[str, str]):

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.config.sections import ChecksSection
-from streamsyn.recipes.checks import Checks, Failure, normalised, repetition
+from streamsyn.recipes.checks import Checks, Failure, repetition
 from streamsyn.records import RejectReason, Seed
+from streamsyn.words import normalised
 
 SEED = Seed("s", "qa", "When did the mill of Aldersby burn down?", "In 1847.", "f:1")
 PROSE = " ".join(f"The {number}th year saw the river rise by {number * 7} feet." for number in range(1, 21))
