@@ -36,13 +36,14 @@ class Recorder:
         ticks: Ticks so far.
         drafts_in_flight: Drafts without an outcome.
         requests_in_flight: Requests without an answer.
+        lag_s: Longest delay of a timer since the last tick; None before the first one is measured.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._began = clock()
         self._cpu_began_s = time.process_time()
-        self._lag_s: float | None = None
+        self.lag_s: float | None = None
         self.requests: list[RequestRecord] = []
         self.drafts: list[DraftRecord] = []
         self.ticks: list[Tick] = []
@@ -87,7 +88,7 @@ class Recorder:
                 at=self.now(),
                 servers=[_server_tick(metrics) for metrics in summary.servers()],
                 client_cpu_s=time.process_time() - self._cpu_began_s,
-                loop_lag_s=self._lag_s,
+                loop_lag_s=self.lag_s,
                 work_queued=work[0],
                 work_queue_size=work[1],
                 rows_waiting=results[0],
@@ -96,15 +97,15 @@ class Recorder:
                 drafts_in_flight=self.drafts_in_flight,
             )
         )
-        if self._lag_s is not None:
-            self._lag_s = 0.0
+        if self.lag_s is not None:
+            self.lag_s = 0.0
 
     async def watch_lag(self) -> None:
         """Measure the lag of the event loop, until it is cancelled. Not for virtual time, which has none."""
         while True:
             due = self._clock() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
-            self._lag_s = max(self._lag_s or 0.0, self._clock() - due)
+            self.lag_s = max(self.lag_s or 0.0, self._clock() - due)
 
 
 def _server_tick(metrics: Mapping[str, Any]) -> ServerTick:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -473,3 +474,31 @@ def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path: Path) -> None
     assert "caf\\udce9" == seed.task
     assert [f"{tmp_path}/caf\\udce9.jsonl:{number}" for number in (1, 2)] == [seed.origin, bad.origin]
     assert orjson.dumps([seed, bad], default=bytes.hex)
+
+
+def test_seeds_are_read_again_under_new_ids(tmp_path: Path) -> None:
+    """For a benchmark that goes on longer than its seeds; an invalid line comes once."""
+    path = tmp_path / "seeds.jsonl"
+    path.write_bytes(jsonl("a", "b") + b"{}\n")
+    section = SeedsSection(sources=(SourceSection(path=str(path)),))
+
+    def first(number: int, skip: int = 0) -> list[str]:
+        reader = SeedReader(section, 0, None, repeats=True, skip=skip)
+        entries = (entry for batch in reader.batches(nothing_known) for entry in batch)
+        return [
+            entry.id if isinstance(entry, Seed) else entry.origin.rpartition(":")[2]
+            for entry in islice(entries, number)
+        ]
+
+    assert ["a", "b", "3", "a~again-1", "b~again-1", "a~again-2"] == first(6)
+    assert ["b~again-1", "a~again-2"] == first(2, skip=4)
+
+
+def test_seeds_without_a_valid_line_are_not_read_forever(tmp_path: Path) -> None:
+    """There is nothing to repeat."""
+    path = tmp_path / "seeds.jsonl"
+    path.write_bytes(b"{}\n")
+    section = SeedsSection(sources=(SourceSection(path=str(path)),))
+    reader = SeedReader(section, 0, None, repeats=True)
+
+    assert 1 == len(ids(reader.batches(nothing_known)))
