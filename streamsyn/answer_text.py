@@ -93,8 +93,6 @@ _NEXT_TURN = re.compile(
 )
 _TOKEN_HINT = re.compile(r"<[|/\w\uff5c]|\[[A-Z|g]")
 """Every token begins like this; a text without it needs no further search."""
-_BRACKETS = ("<", "[")
-"""The first characters of tokens, which are found much faster than `_TOKEN_HINT`."""
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 _APART = frozenset(" \t\"'`()[]{},;:\u2018\u2019\u201c\u201d\u00ab\u00bb")
 """Characters before a mark that the text talks about."""
@@ -169,7 +167,7 @@ def has_control_tokens(text: str) -> bool:
 
 
 def _has_token_hint(text: str) -> bool:
-    return any(bracket in text for bracket in _BRACKETS) and _TOKEN_HINT.search(text) is not None
+    return ("<" in text or "[" in text) and _TOKEN_HINT.search(text) is not None  # "<" is found much faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +243,6 @@ _SURE = [form for form in FORMS if not form.needs_opening]
 _ANY_OPENING = re.compile("|".join(_pattern(form.opening) for form in _SURE))
 _ANY_CLOSING = re.compile("|".join(_pattern(form.closing) for form in _SURE))
 _CLOSING = {form: re.compile(_pattern(form.closing)) for form in FORMS}
-_MARK_HINTS = ("<", "[", "\u25c1", "assistantfinal", "Here is my")
-"""Every form has one of these; a text without them needs no further search."""
 _SPACE = re.compile(r"\s*")
 _MAX_FURTHER = 8
 """Thoughts that are looked for behind the first one."""
@@ -307,7 +303,8 @@ def has_marks(text: str) -> bool:
 
 
 def _has_mark_hint(text: str) -> bool:
-    return any(hint in text for hint in _MARK_HINTS)
+    """Whether the text has what each form has; one without it needs no further search."""
+    return "<" in text or "[" in text or "\u25c1" in text or "assistantfinal" in text or "Here is my" in text
 
 
 def _opened_end(answer: str, at: int) -> int | None:

@@ -255,6 +255,14 @@ _TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 
 
 class _Untraced:
+    """The span of a block that nobody traces."""
+
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let an exception pass."""
+
     def set(self, attributes: Mapping[str, Value]) -> None:
         """Forget them."""
 
@@ -275,13 +283,14 @@ def traced(tracer: Tracer | None) -> Iterator[None]:
         _TRACER.reset(token)
 
 
-@contextmanager
-def span(name: str, attributes: Mapping[str, Value]) -> Iterator[Span]:
+def span(name: str, attributes: Mapping[str, Value]) -> AbstractContextManager[Span]:
     """Open a span for the block. An exception that leaves it marks it as failed."""
     tracer = _TRACER.get()
-    if tracer is None:
-        yield _UNTRACED
-        return
+    return _UNTRACED if tracer is None else _traced_span(tracer, name, attributes)
+
+
+@contextmanager
+def _traced_span(tracer: Tracer, name: str, attributes: Mapping[str, Value]) -> Iterator[Span]:
     with tracer.span(name, attributes) as opened:
         try:
             yield opened

@@ -212,6 +212,8 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int | None:
     """Return a token count; None if the server does not give a usable one."""
+    if value is None:  # often: an exception costs more than the rest of an answer's counts
+        return None
     try:
         return wire.token_count(value)
     except TypeError:

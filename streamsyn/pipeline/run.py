@@ -246,7 +246,7 @@ def garbage_collected_rarely() -> Iterator[None]:
     """What exists now lives as long as the run; almost all later objects are freed without the collector."""
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
+    gc.set_threshold(50_000, 10, 10)
     try:
         yield
     finally:
