@@ -3,8 +3,7 @@
 They are rendered in Jinja2's sandbox: a template gets at the values of its variables, never at Python.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -60,8 +59,10 @@ class PromptTemplate:
             ConfigError: Rendering fails with these values.
         """
         context = self._context(variables)
-        with self._naming_the_template(variables):
+        try:
             return _joined(self._template.root_render_func(context)).strip()
+        except _RENDER_ERRORS as error:
+            raise self._failure(error, variables) from error
 
     def render_blocks(self, **variables: Any) -> dict[str, str]:
         """Render each block, by name; {} for a template without blocks.
@@ -70,8 +71,10 @@ class PromptTemplate:
             ConfigError: Rendering fails with these values.
         """
         context = self._context(variables)
-        with self._naming_the_template(variables):
+        try:
             return {name: _joined(parts(context)).strip() for name, parts in self._template.blocks.items()}
+        except _RENDER_ERRORS as error:
+            raise self._failure(error, variables) from error
 
     def _context(self, variables: dict[str, Any]) -> jinja2.runtime.Context:
         # As `Template.new_context`, without its pass over the globals for each text.
@@ -80,14 +83,9 @@ class PromptTemplate:
             template.environment, {**self._globals, **variables}, template.name, template.blocks
         )
 
-    @contextmanager
-    def _naming_the_template(self, variables: dict[str, Any]) -> Iterator[None]:
-        """Translate errors of rendering to ConfigError, with the name of the template."""
-        try:
-            yield
-        except _RENDER_ERRORS as error:
-            known = ", ".join(sorted(variables))
-            raise ConfigError(f"template {self._name}: {error}; the variables are {known}") from error
+    def _failure(self, error: Exception, variables: dict[str, Any]) -> ConfigError:
+        known = ", ".join(sorted(variables))
+        return ConfigError(f"template {self._name}: {error}; the variables are {known}")
 
 
 def packaged(folder: str, name: str) -> str:

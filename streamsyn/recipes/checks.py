@@ -57,8 +57,7 @@ class Checks:
 
     def measure(self, text: str) -> dict[str, Any]:
         """Return the statistics of a text that are stored in the context's `checks`."""
-        words, with_filler = words_and_filler(text)
-        return {"words": len(words), "repetition": round(repetition(with_filler), 4)}
+        return _figures(*words_and_filler(text))
 
     def failure(
         self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
@@ -71,7 +70,14 @@ class Checks:
             seed: Its seed.
             own_lines: Normalised prompt lines that are the same for every seed.
         """
-        return next(self._failures(text, figures, seed, own_lines), None)
+        return next(self._failures(text, normalised(text), figures, seed, own_lines), None)
+
+    def judge(self, text: str, seed: Seed, own_lines: Sequence[str]) -> tuple[dict[str, Any], Failure | None]:
+        """Return what `measure` and `failure` return, and divide the text into words only once."""
+        words, with_filler = words_and_filler(text)
+        plain = " ".join(words).casefold() if text.isascii() else normalised(text)
+        figures = _figures(words, with_filler)
+        return figures, next(self._failures(text, plain, figures, seed, own_lines), None)
 
     def part_failure(self, text: str, own_lines: Sequence[str], before: str) -> Failure | None:
         """Return why a section of a document cannot be used, or None.
@@ -93,12 +99,11 @@ class Checks:
         return None
 
     def _failures(
-        self, text: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
+        self, text: str, plain: str, figures: dict[str, Any], seed: Seed, own_lines: Sequence[str]
     ) -> Iterator[Failure]:
         section, words = self._section, figures["words"]
         if failure := self.refusal(text):
             yield failure
-        plain = normalised(text)
         if failure := self._echo(plain, own_lines):
             yield failure
         if section.qa_pasted and (problem := _pasted(text, plain, seed)):
@@ -127,6 +132,10 @@ class Checks:
             f"{share:.0%} of its {_RUN}-word runs are repeated, more than "
             f"checks.max_repetition = {self._section.max_repetition:.0%}",
         )
+
+
+def _figures(words: list[str], with_filler: list[str]) -> dict[str, Any]:
+    return {"words": len(words), "repetition": round(repetition(with_filler), 4)}
 
 
 def thinking_failure(completion: Completion, recipe: RecipeSection) -> Failure | None:

@@ -37,8 +37,7 @@ class ContextRecipe:
 
         def judge(completions: list[Completion]) -> Document | Failure:
             text, last = document_text(joined(completions)), completions[-1]
-            figures = self._checks.measure(text)
-            failure = self._checks.failure(text, figures, draft.seed, own_lines)
+            figures, failure = self._checks.judge(text, draft.seed, own_lines)
             if failure := failure or self._single.cut_failure(last):
                 return failure
             flags = ["truncated"] if last.finish_reason == "length" else []

@@ -216,9 +216,9 @@ class SectionsRecipe:
             RejectedDraft: The document as a whole fails a check.
         """
         text = manuscript.text()
-        figures = self._checks.measure(text)
         own_lines = self._prompt_of(draft.seed).own_lines
-        if failure := self._checks.failure(text, figures, draft.seed, own_lines):
+        figures, failure = self._checks.judge(text, draft.seed, own_lines)
+        if failure is not None:
             raise RejectedDraft(failure.reason, f"{failure.detail} (the whole document)")
         flags = ["truncated"] if manuscript.was_cut else []
         flags += [] if manuscript.is_complete else ["below_target"]

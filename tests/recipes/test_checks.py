@@ -20,7 +20,10 @@ OWN_LINE = normalised("The document alone, from its first sentence to its last, 
 def failure(text: str, seed: Seed = SEED, **section: Any) -> Failure | None:
     """The first check that a text fails."""
     checks = Checks(ChecksSection(**section))
-    return checks.failure(text, checks.measure(text), seed, [OWN_LINE])
+    figures, failure = checks.judge(text, seed, [OWN_LINE])
+    assert figures == checks.measure(text)
+    assert failure == checks.failure(text, figures, seed, [OWN_LINE])
+    return failure
 
 
 def reason(text: str, seed: Seed = SEED, **section: Any) -> RejectReason | None:
