@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from typing import Final
 
 from streamsyn.background import background
 from streamsyn.bench.load import under_load
@@ -36,6 +37,8 @@ from streamsyn.simulator import costs
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.telemetry import Counters
 
+_TELL_EVERY_S: Final = 10.0
+"""Real seconds between two reports of progress."""
 _MEASURED = "measured"
 """Why a run is stopped at the end of the measured part."""
 _NO_LIMIT_S = 1e9
@@ -58,7 +61,7 @@ class RunToMeasure:
         once: Take each seed once, so that the run ends by itself; else the seeds are begun again.
         skip: Seeds to leave out at the beginning: prompts that the servers may have in their caches.
         seed: Random seed of arrivals and jitter.
-        on_phase: Called with what the run is doing, when that changes.
+        on_phase: Called with what the run is doing, when that changes, and with its progress.
         handles_signals: Whether a signal ends the run; only in the main thread of a process.
     """
 
@@ -125,6 +128,7 @@ class _MeasuredRun:
         self._begun = asyncio.Event()
         self._phases = Phases(asked.load, asked.limit_s, has_end=self._has_end)
         self._ended_at = 0.0
+        self._told_at = time.monotonic()
         self._warnings: list[str] = []
         self._counters: list[ServerCounters] = []
         self._started_at = time.time()
@@ -190,7 +194,19 @@ class _MeasuredRun:
                     tasks.start(counters.read(), name="bench-counters", finish=True)
                 if phases.measured_at is not None and not was_over and not (queues and queues.work_ended):
                     self._request.control.drain(_MEASURED)
+                self._tell_progress()
                 await asyncio.sleep(next_look - recorder.now())
+
+    def _tell_progress(self) -> None:
+        """Say now and then how far the run is, in real time: a simulation may take long, too."""
+        if time.monotonic() - self._told_at < _TELL_EVERY_S:
+            return
+        self._told_at = time.monotonic()
+        recorder = self._recorder
+        self._asked.on_phase(
+            f"{recorder.now():,.0f} s: {recorder.requests_in_flight:,} requests in flight, "
+            f"{len(recorder.requests):,} ended"
+        )
 
     def measurement(self) -> Measurement:
         """Return what was measured."""
