@@ -76,12 +76,12 @@ class SimulatedFleet:
         return InProcessServers({url: Simulation(self.config) for url in self.urls})
 
 
-def simulated_fleet(asked: str, recipe: RecipeSection) -> SimulatedFleet:
+def simulated_fleet(asked: str, recipe: RecipeSection | None) -> SimulatedFleet:
     """Return the fleet that `--simulate` asks for, as `64xh100` or `64xh100:key=value,...`.
 
     Args:
         asked: The value of the option.
-        recipe: By default answers are as long as it asks for.
+        recipe: By default answers are as long as it asks for; None for those of a replay.
 
     Raises:
         ConfigError: The value is invalid.
@@ -133,8 +133,10 @@ def _number(asked: str, key: str, value: str) -> float:
         raise ConfigError(f"--simulate {asked}: {key} must be a number, not {value!r}") from None
 
 
-def _answer_length(recipe: RecipeSection) -> tuple[int, Assumption]:
+def _answer_length(recipe: RecipeSection | None) -> tuple[int, Assumption]:
     """Return the words of a simulated answer, and the assumption behind them."""
+    if recipe is None:
+        return 1, Assumption("length of an answer", "as in the recorded run", "--replay")
     if recipe.use == "sections":
         tokens = _FILLED * recipe.section_tokens
         value = f"{tokens:.0f} tokens a section"
@@ -224,20 +226,32 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return the plan for a terminal."""
-        hours = self.seconds / 3600
         cost = "" if self.cost is None else f", ${self.cost:,.2f}"
-        whole = f"{hours:,.2f} hours, {self.gpu_hours:,.1f} GPU hours{cost}"
-        rate, drain = f"{self.drafts_per_s:,.2f} contexts/s", f"drain {self.drain_s:,.0f} s"
+        gpus = "1 GPU" if self.gpus == 1 else f"{self.gpus:,} GPUs"
+        whole = f"{_duration(self.seconds)}, {_figures(self.gpu_hours)} GPU hours{cost}"
+        rate, drain = f"{_figures(self.drafts_per_s)} contexts/s", f"drain {self.drain_s:,.0f} s"
         if self.ramp_s is None:
             rate += f" over the whole time: too few contexts to keep the fleet full; {drain}"
         else:
             rate += f" in the steady state; ramp {self.ramp_s:,.0f} s, {drain}"
         return [
-            f"{self.drafts:,} contexts on {self.gpus:,} GPUs: {whole}",
+            f"{self.drafts:,} contexts on {gpus}: {whole}",
             f"  {rate}",
             "  assumed:",
             *(f"    {one.what}: {one.value} ({one.source})" for one in self.assumptions),
         ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= length:
+            return f"{_figures(seconds / length)} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _figures(value: float) -> str:
+    """A number with three significant digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plan(
@@ -261,11 +275,12 @@ def plan(
         assumptions = [*assumptions, Assumption("price", value, price.source)]
     if not measured.is_complete:
         return None
+    if asked.replay is not None:
+        return simulated_whole(measured, drafts, price, assumptions)
     found = extrapolated(measured, drafts, price, assumptions)
     if found is None:
-        whole = measure(
-            replace(asked, once=True, limit_s=math.inf, load=replace(asked.load, duration_s=None))
-        )
+        load = replace(asked.load, duration_s=None)
+        whole = measure(replace(asked, once=True, limit_s=math.inf, load=load, on_phase=lambda _: None))
         found = simulated_whole(whole, drafts, price, assumptions) if whole.is_complete else None
     return found
 

@@ -1,5 +1,6 @@
 """`streamsyn bench`: measure the throughput of a fleet on this workload."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from streamsyn.config.loading import Config
 
 EXIT_REGRESSION = 4
+_TIME_LIMIT_S = 900.0
 _LATENCIES = ("request_latency", "time_to_first_token", "inter_token_latency")
 
 
@@ -122,9 +124,7 @@ class _Objective(click.ParamType[tuple[str, float]]):
 @click.option(
     "--time-limit-s",
     type=click.FloatRange(min=1),
-    default=900.0,
-    show_default=True,
-    help="Maximum seconds of all runs together.",
+    help="Maximum seconds of all runs together.  [default: 900; for a simulated --replay none]",
 )
 @click.option(
     "--repeats",
@@ -229,7 +229,6 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     """Refuse options that exclude each other."""
     for one, other in (
         ("simulate", "server"),
-        ("simulate", "replay"),
         ("rate", "sweep"),
         ("rate", "with_log"),
         ("replay", "with_log"),
@@ -264,13 +263,14 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
         if given["simulate"] is not None:
             from streamsyn.bench.plan import simulated_fleet
 
-            fleet = simulated_fleet(given["simulate"], config.recipe)
+            fleet = simulated_fleet(given["simulate"], None if given["replay"] else config.recipe)
             config = resolve({**given, "server": fleet.urls, "seeds": _paths(config)}, None)
         to_measure = _to_measure(given, config, fleet, out)
         runs = _measured(given, to_measure)
         planned = None
         if fleet is not None:
-            planned = plan(to_measure, runs[-1], _drafts(config), fleet.assumptions, price)
+            drafts = len(runs[-1].drafts) if given["replay"] else _drafts(config)
+            planned = plan(to_measure, runs[-1], drafts, fleet.assumptions, price)
         asked = _asked(given, config)
     kind: Literal["repeats", "sweep"] = "repeats" if given["sweep"] is None else "sweep"
     return Benchmark(kind=kind, runs=runs, asked=asked, plan=planned)
@@ -296,10 +296,11 @@ def _to_measure(
         with_log=given["with_log"],
         slos=dict(given["goodput"]),
     )
+    is_simulated_replay = fleet is not None and given["replay"] is not None
     return RunToMeasure(
         config=config,
         load=load,
-        limit_s=given["time_limit_s"],
+        limit_s=given["time_limit_s"] or (math.inf if is_simulated_replay else _TIME_LIMIT_S),
         gpus=given["gpus"],
         folder=out,
         simulated=None if fleet is None else fleet.start,

@@ -1,6 +1,6 @@
 """The recorded work of a run, asked for again."""
 
-import asyncio
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -9,21 +9,19 @@ from typing import Any
 import orjson
 import pytest
 
+from streamsyn.bench.measured_run import RunToMeasure, measure
+from streamsyn.bench.measurement import Load, Measurement
 from streamsyn.bench.replay import (
     RecordedAnswer,
-    Replay,
     forced,
     open_replay,
     recorded_draft,
 )
-from streamsyn.config.loading import Config, load
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.fleet import open_fleet
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
-from streamsyn.pipeline.workers import Worker
-from streamsyn.queues import BoundedQueue
-from streamsyn.records import Context, Draft, Outcome, Reject, Request, Seed, Work
+from streamsyn.records import Draft, Request, Seed
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -36,7 +34,7 @@ def fleet_of(**fields: Any) -> InProcessServers:
     return InProcessServers({URL: Simulation(SimulatorConfig(cost_model="h100", **fields))})
 
 
-def recorded_run(tmp_path: Path, servers: InProcessServers, settings: Mapping[str, Any]) -> Config:
+def recorded_run(tmp_path: Path, servers: InProcessServers, settings: Mapping[str, Any]) -> None:
     """A run of six seeds into `tmp_path`/out."""
     path = tmp_path / "seeds.jsonl"
     rows = [{"id": f"s{n}", "instruction": f"What of {n}?", "answer": f"It is {n}."} for n in range(6)]
@@ -59,36 +57,21 @@ def recorded_run(tmp_path: Path, servers: InProcessServers, settings: Mapping[st
             preflight=False,
         )
     )
-    return config
 
 
-class Outcomes(list[Outcome]):
-    """What came of the drafts."""
-
-    async def room(self) -> None:
-        """There is room."""
-
-    put = list.append
-
-
-def replayed(replay: Replay, servers: InProcessServers, config: Config) -> Outcomes:
-    """Have three workers ask for all drafts."""
-    outcomes, drafts = Outcomes(), list(replay.drafts())
-
-    async def main() -> None:
-        async with open_fleet(config.fleet, print, {}, servers.connect, Random(0)) as fleet:
-            await fleet.ask_models()
-            work: BoundedQueue[Work] = BoundedQueue(100)
-            for draft in drafts:
-                await work.put(draft)
-            work.close()
-            async with asyncio.TaskGroup() as group:
-                for number in range(3):
-                    worker = Worker(replay.recipe, fleet)
-                    group.create_task(worker.run(work, outcomes, lambda: True), name=f"worker-{number}")
-
-    servers.run(main())
-    return outcomes
+def replayed(tmp_path: Path, servers: InProcessServers) -> Measurement:
+    """Replay the run in virtual time."""
+    config = load(None, {"fleet.servers": [URL]}.items())
+    return measure(
+        RunToMeasure(
+            config=config,
+            load=Load(),
+            limit_s=math.inf,
+            replay=tmp_path / "out",
+            simulated=lambda: servers,
+            handles_signals=False,
+        )
+    )
 
 
 def tokens(servers: InProcessServers) -> tuple[int, int, int, int]:
@@ -102,34 +85,33 @@ def test_sections_share_prefixes_as_in_the_run(tmp_path: Path, cache_tokens: int
     """As many requests and tokens, and within 5 % the prompt tokens sent for each one computed."""
     sections = {"recipe.use": "sections", "recipe.target_tokens": 4000}
     servers = fleet_of(words=580, cache_tokens=cache_tokens)
-    config = recorded_run(tmp_path, servers, sections)
+    recorded_run(tmp_path, servers, sections)
     answers, sent, cached, written = tokens(servers)
     factor = sent / (sent - cached)
     again = fleet_of(words=90, seed=7, cache_tokens=cache_tokens)  # on its own it would write other lengths
 
-    replay = open_replay(tmp_path / "out")
-    outcomes = replayed(replay, again, config)
+    found = replayed(tmp_path, again)
 
+    assert found.is_complete
+    assert found.replayed is not None
     assert (answers, written) == (tokens(again)[0], tokens(again)[3])
     assert pytest.approx(sent, rel=0.02) == tokens(again)[1]
-    assert (sent, cached) == (replay.recorded.sent, replay.recorded.cached)
-    assert tokens(again)[1:3] == (replay.replayed.sent, replay.replayed.cached)
-    assert pytest.approx(factor, rel=0.05) == replay.replayed.factor
+    assert factor == found.replayed.recorded_factor
+    assert pytest.approx(factor, rel=0.05) == found.replayed.factor
     assert factor > 10 if cache_tokens is None else factor == 1
-    assert {Context} == {type(outcome) for outcome in outcomes}
+    assert ["context"] * 6 == [draft.outcome for draft in found.drafts]
 
 
 def test_discarded_answers_and_rejects_are_asked_for_again(tmp_path: Path) -> None:
     """A seed whose answers all failed costs the servers as much as before, and so does each failed try."""
     servers = fleet_of(words=300, faults={"short": 0.6}, seed=3)
-    config = recorded_run(tmp_path, servers, {"run.max_reject_fraction": 1.0})
+    recorded_run(tmp_path, servers, {"run.max_reject_fraction": 1.0})
     again = fleet_of(words=300)
 
-    replay = open_replay(tmp_path / "out")
-    outcomes = replayed(replay, again, config)
+    found = replayed(tmp_path, again)
 
-    assert {Context, Reject} == {type(outcome) for outcome in outcomes}
-    assert tokens(servers)[0] > len(outcomes) == 6
+    assert {"context", "reject"} == {draft.outcome for draft in found.drafts}
+    assert tokens(servers)[0] > len(found.drafts) == 6
     assert (tokens(servers)[0], tokens(servers)[3]) == (tokens(again)[0], tokens(again)[3])
 
 
@@ -145,11 +127,10 @@ def test_documents_come_from_the_sources_of_the_run(tmp_path: Path) -> None:
         "checks.min_words": 1,
         "recipe.contexts_per_seed": 2,
     }
-    config = recorded_run(tmp_path, servers, settings)
+    recorded_run(tmp_path, servers, settings)
     again = fleet_of()
 
-    replay = open_replay(tmp_path / "out")
-    replayed(replay, again, config)
+    replayed(tmp_path, again)
 
     assert tokens(again)[1] == tokens(servers)[1] > 0
     path.write_bytes(orjson.dumps(rows[0]) + b"\n")
