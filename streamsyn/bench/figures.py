@@ -387,7 +387,7 @@ def _servers(measurement: Measurement, window: Interval) -> list[ServerFigures]:
             server=server,
             requests=sum(one.ended == "ok" and window.holds(one.done_at) for one in requests[server]),
             tokens_per_s=_tokens_answered(requests[server], window) / seconds,
-            reported_tokens_per_s=_mean(tick.generated_per_s for tick in ticks),
+            reported_tokens_per_s=_mean(0.0 if tick.ejected else tick.generated_per_s for tick in ticks),
             cap=fmean(tick.cap for tick in ticks),
             in_flight=fmean(tick.in_flight for tick in ticks),
             queued=fmean(tick.queued for tick in ticks),

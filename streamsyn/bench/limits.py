@@ -42,7 +42,7 @@ DISK_SHARE: Final = 0.5
 """Seconds of writing and syncing per second from which outcomes wait for the disk, and not for a reader."""
 CPU_SHARE: Final = 0.9
 """CPU seconds per second of the client, whose event loop has one core."""
-LAG_MS: Final = 100.0
+LAG_MS: Final = 50.0
 """Median of the longest delay of a timer in each second; with time to spare it is below 10 ms."""
 KEPT_SHARE: Final = 0.8
 """Share of the planned prefix tokens that were cached; blocks and pages of caches cost some per cent."""

@@ -19,6 +19,8 @@ from streamsyn.bench.aiperf_export import (
     aiperf_metrics,
     aiperf_records,
 )
+from streamsyn.bench.bench_page import FILE_NAME as PAGE_NAME
+from streamsyn.bench.bench_page import bench_page
 from streamsyn.bench.compare import noise
 from streamsyn.bench.figures import figures
 from streamsyn.bench.limits import verdict
@@ -127,6 +129,7 @@ def write_reports(benchmark: Benchmark, folder: Path) -> list[Path]:
         benchmark_id=time.strftime("streamsyn-%Y%m%d-%H%M%S", time.gmtime(typical.started_at)),
     )
     contents = {
+        PAGE_NAME: bench_page(benchmark),
         BENCH_JSON: orjson.dumps(bench_json(benchmark), option=orjson.OPT_INDENT_2) + b"\n",
         FILE_NAME: orjson.dumps(export, option=orjson.OPT_INDENT_2) + b"\n",
         RECORDS_NAME: b"".join(orjson.dumps(row) + b"\n" for row in aiperf_records(typical)),

@@ -132,6 +132,7 @@ def ticks(low: float, high: float, at_most: int = 5) -> list[float]:
 
 
 _TOP, _BASE, _HEIGHT = 16, 108, 126
+_LINES_HEIGHT = 72
 _NARROW = 14.0
 """Labels nearer than this to an edge (in per cent) are aligned to the edge."""
 _BREAK, _BREAKS = 4.0, 30.0
@@ -273,6 +274,53 @@ def time_axis(stretches: Sequence[Stretch]) -> Markup:
     return _svg(
         36 if pauses else 20, "time", f"from {clock(columns[0].at)} to {clock(last.at + last.seconds)}", body
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a chart: a value for each time, None where it is unknown, and the CSS class of its stroke."""
+
+    name: str
+    values: Sequence[float | None]
+    style: str
+
+
+def lines(at: Sequence[float], drawn: Sequence[Line], title: str, window: tuple[float, float]) -> Markup:
+    """Return a chart of values over seconds, with a band behind `window`; empty without values."""
+    known = [value for line in drawn for value in line.values if value is not None]
+    if not known or len(at) < 2:
+        return Markup()
+    first, last, most = at[0], at[-1], max(known) or 1.0
+    begin, end = (_x(second, first, last) for second in window)
+    body = [_rect(begin, end - begin, 0, _LINES_HEIGHT, "window")]
+    body += [_polyline(at, line, most) for line in drawn]
+    body.append(_line(0, 100, _LINES_HEIGHT, _LINES_HEIGHT, "axis"))
+    return _svg(_LINES_HEIGHT + 2, title, f"from 0 to {number_text(most)}", body)
+
+
+def seconds_axis(at: Sequence[float]) -> Markup:
+    """Return the time axis below charts of lines."""
+    if len(at) < 2:
+        return Markup()
+    body = [
+        _text(_x(value, at[0], at[-1]), 14, f"{number_text(value)} s", "tick")
+        for value in ticks(at[0], at[-1], 4)
+    ]
+    return _svg(20, "seconds", f"from {number_text(at[0])} to {number_text(at[-1])}", body)
+
+
+def _polyline(at: Sequence[float], line: Line, most: float) -> Markup:
+    """Return a line in coordinates of its own, stretched to the chart's width; unknown values are gaps."""
+    steps, is_drawing = [], False
+    for second, value in zip(at, line.values, strict=True):
+        if value is not None:
+            x, y = _x(second, at[0], at[-1]), _LINES_HEIGHT - (_LINES_HEIGHT - 2) * value / most
+            steps.append(f"{'L' if is_drawing else 'M'}{x:.2f} {y:.2f}")
+        is_drawing = value is not None
+    return Markup(
+        '<svg width="100%" height="{0}" viewBox="0 0 100 {0}" preserveAspectRatio="none">'
+        '<path d="{1}" class="line {2}" vector-effect="non-scaling-stroke"><title>{3}</title></path></svg>'
+    ).format(_LINES_HEIGHT, "".join(steps), line.style, line.name)
 
 
 def clock(at: float) -> str:

@@ -6,11 +6,11 @@ from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import Steps
 from streamsyn.records import Draft
 
-CHECK_S = 0.01
+CHECK_S = 0.02
 
 
 class BusyRecipe(ContextRecipe):
-    """The recipe `context`, with checks that take 10 ms of CPU."""
+    """The recipe `context`, with checks that take 20 ms of CPU."""
 
     def steps(self, draft: Draft) -> Steps:
         """See Recipe."""
