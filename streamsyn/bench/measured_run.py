@@ -183,7 +183,8 @@ class _MeasuredRun:
                     recorder.now(),
                     recorder.requests,
                     recorder.requests_in_flight,
-                    is_over=queues is not None and (queues.is_draining or queues.work_ended),
+                    is_stopped=queues is not None and queues.is_draining,
+                    work_ended=queues is not None and queues.work_ended,
                 )
                 recorder.tick(self._summary)
                 if phases.warm_at is not None and not was_warm:

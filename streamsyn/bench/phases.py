@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from streamsyn.bench.measurement import TICK_S, Interval, Load, RequestRecord
-from streamsyn.bench.steady_state import typical_seconds
+from streamsyn.bench.steady_state import FULL_SHARE, typical_seconds
 
 _WARM_UP_S, _WARM_UP_ANSWERS = 10.0, 2.0
 """An unspecified warm-up takes at least this long, and as many times the median duration of a request."""
@@ -25,8 +25,8 @@ class Phases:
     Args:
         load: What was asked for.
         limit_s: Longest warm-up and measured part together.
-        has_end: Whether the work ends by itself, as that of a replay: the measured part ends with it then,
-            unless its duration was asked for.
+        has_end: Whether the work ends by itself, as that of a replay: then the measured part lasts until what
+            is in flight thins out, unless its duration was asked for.
 
     Attributes:
         warm_at: When the warm-up ended.
@@ -46,29 +46,42 @@ class Phases:
         self.measured_at: float | None = None
         self.was_cut = self.was_short = False
 
-    def look(self, now: float, requests: Sequence[RequestRecord], in_flight: int, *, is_over: bool) -> float:
+    def look(
+        self,
+        now: float,
+        requests: Sequence[RequestRecord],
+        in_flight: int,
+        *,
+        is_stopped: bool,
+        work_ended: bool = False,
+    ) -> float:
         """Take note of the time.
 
         Args:
             now: The time.
             requests: Requests that have ended.
             in_flight: Requests in flight.
-            is_over: Whether nothing new is begun: the run was stopped, or its work has ended.
+            is_stopped: Whether nothing new is begun, since the run was stopped.
+            work_ended: Whether no drafts are left to begin; those in flight may have more requests to send.
 
         Returns:
             When to look again.
         """
         self._past.append((now, in_flight))
-        if is_over and self.measured_at is None:
-            self.measured_at = now
-            if self._has_end and self.warm_at is None:
-                self.warm_at, self.was_short = 0.0, True
+        thins_out = work_ended and in_flight < FULL_SHARE * max(past for _, past in self._past)
+        if (is_stopped or thins_out) and self.measured_at is None:
+            self._end(now)
         if self.warm_at is None and self.measured_at is None and self._is_warm(now, requests, in_flight):
             self.warm_at = now
             self._ends_at = now + self._seconds_to_measure(now, requests)
         if self.warm_at is not None and self.measured_at is None and now >= self._ends_at:
             self.measured_at = now
         return min(now + TICK_S, self._next_end(now))
+
+    def _end(self, now: float) -> None:
+        self.measured_at = now
+        if self._has_end and self.warm_at is None:
+            self.warm_at, self.was_short = 0.0, True
 
     def _next_end(self, now: float) -> float:
         if self.measured_at is not None:
@@ -99,6 +112,8 @@ class Phases:
 
     def intervals(self, ended_at: float) -> tuple[Interval, Interval, Interval]:
         """Return warm-up, measured part and drain of a run that ended at `ended_at`."""
+        if self.measured_at is None:
+            self._end(ended_at)
         measured_at = ended_at if self.measured_at is None else self.measured_at
         warm_at = measured_at if self.warm_at is None else self.warm_at
         return Interval(0.0, warm_at), Interval(warm_at, measured_at), Interval(measured_at, ended_at)

@@ -8,7 +8,11 @@ from tests.bench.measured import request
 
 
 def play(
-    phases: Phases, in_flight: list[int], seconds: float, over_at: float = float("inf")
+    phases: Phases,
+    in_flight: list[int],
+    seconds: float,
+    over_at: float = float("inf"),
+    work_ends_at: float = float("inf"),
 ) -> tuple[float | None, float | None]:
     """Look whenever asked to, for two minutes: requests take `seconds`, so many are in flight each second.
 
@@ -22,7 +26,7 @@ def play(
             number = in_flight[min(counted, len(in_flight) - 1)]
             if now >= seconds:
                 ended += [request(sent_at=now - seconds, done_at=now)] * max(1, round(number / seconds))
-        now = phases.look(now, ended, number, is_over=now >= over_at)
+        now = phases.look(now, ended, number, is_stopped=now >= over_at, work_ended=now >= work_ends_at)
     return phases.warm_at, phases.measured_at
 
 
@@ -71,11 +75,14 @@ def test_a_run_that_is_stopped_is_measured_until_then() -> None:
     assert (Interval(0.0, 1.0), Interval(1.0, 1.0), Interval(1.0, 6.0)) == early.intervals(6.0)
 
 
-def test_work_that_ends_by_itself_is_measured_to_its_end() -> None:
-    """From the end of the warm-up, or from the beginning if it ended within that."""
+def test_work_that_ends_by_itself_is_measured_until_it_thins_out() -> None:
+    """Drafts in flight may have more steps; from the beginning, if that is within the warm-up."""
     long = Phases(Load(warmup_s=5.0), 900.0, has_end=True)
-    assert (5.0, 100.0) == play(long, [8], 1.0, over_at=100.0)
+    in_flight = [8] * 90 + [7] * 10 + [6]
+    assert (5.0, 100.0) == play(long, in_flight, 1.0, work_ends_at=80.0)
 
     short = Phases(Load(), 900.0, has_end=True)
-    assert (0.0, 4.0) == play(short, [8], 1.0, over_at=4.0)
+    assert (0.0, 4.0) == play(short, [8, 8, 8, 8, 2], 1.0, work_ends_at=1.0)
     assert short.was_short
+
+    assert (Interval(0.0, 0.0), Interval(0.0, 3.0)) == Phases(Load(), 900.0, has_end=True).intervals(3.0)[:2]
