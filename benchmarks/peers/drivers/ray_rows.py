@@ -30,7 +30,7 @@ def main() -> None:
     ray.init(num_cpus=4, include_dashboard=False, logging_level="WARNING", object_store_memory=200 << 20)
     ray.data.DataContext.get_current().enable_progress_bars = False
     config = HttpRequestProcessorConfig(
-        url=f"{job.url}/v1/chat/completions", batch_size=job.concurrency, concurrency=1, max_retries=10
+        url=f"{job.url}/v1/chat/completions", batch_size=8, concurrency=4, max_retries=10
     )
     processor = build_processor(config, preprocess=before, postprocess=after)
     rows = processor(ray.data.from_items([{"prompt": text} for text in job.texts()]))
