@@ -33,7 +33,7 @@ from pathlib import Path
 import orjson
 
 from benchmarks.common import seeds_file
-from benchmarks.peers.processes import PEERS, Ended, Peer, Run, Server, environment
+from benchmarks.peers.processes import GIVE_UP_S, PEERS, Ended, Peer, Run, Server, environment
 from streamsyn.config.loading import load
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Draft, Seed
@@ -134,8 +134,9 @@ class Measurements:
     def _is_well(self, peer: Peer, what: str, run: Run, ended: Ended) -> bool:
         print(f"{peer.name}, {what}: {ended}", file=sys.stderr, flush=True)
         if ended.exit_code:
-            self.figures[peer.name][what] = f"exit {ended.exit_code}"
-            self.faults.append(f"{peer.name}, {what}: exit code {ended.exit_code}\n{run.last_lines()}")
+            how = "hangs" if ended.wall_s > GIVE_UP_S else f"exit {ended.exit_code}"
+            self.figures[peer.name][what] = how
+            self.faults.append(f"{peer.name}, {what}: {how}\n{run.last_lines()}")
         return not ended.exit_code
 
 
