@@ -12,6 +12,8 @@ _DURATION_S, _DURATION_ANSWERS = 30.0, 4.0
 """An unspecified measured part takes at least this long, and as many times that median."""
 _GROWS, _GROWTH_S = 1.1, 5.0
 """Requests in flight grow if they are this many times those before this time, or before a median duration."""
+_RECENT: Final = 2000
+"""Latest requests that the median duration is of."""
 _WARM_UP_SHARE: Final = 0.4
 """Most of the time limit that an unspecified warm-up takes."""
 
@@ -96,7 +98,7 @@ class Phases:
         if now >= _WARM_UP_SHARE * self._limit_s:
             self.was_cut = True
             return True
-        typical_s = typical_seconds(requests)
+        typical_s = typical_seconds(requests[-_RECENT:])
         if now < max(_WARM_UP_S, _WARM_UP_ANSWERS * typical_s) or len(requests) < max(1, in_flight):
             return False
         before = max(past for at, past in self._past if at <= now - max(_GROWTH_S, typical_s))
@@ -107,7 +109,7 @@ class Phases:
             return self._load.duration_s
         if self._has_end:
             return max(TICK_S, self._limit_s - now)
-        wanted = max(_DURATION_S, _DURATION_ANSWERS * typical_seconds(requests))
+        wanted = max(_DURATION_S, _DURATION_ANSWERS * typical_seconds(requests[-_RECENT:]))
         return max(TICK_S, min(wanted, self._limit_s - now))
 
     def intervals(self, ended_at: float) -> tuple[Interval, Interval, Interval]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, fail
+from streamsyn.cli.exits import EXIT_OTHER, EXIT_REGRESSION, EXIT_REJECTS, EXIT_STOPPED, fail
 from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from streamsyn.bench.series import Benchmark
     from streamsyn.config.loading import Config
 
-EXIT_REGRESSION = 4
 _TIME_LIMIT_S = 900.0
 _LATENCIES = ("request_latency", "time_to_first_token", "inter_token_latency")
 

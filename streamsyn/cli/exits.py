@@ -5,6 +5,7 @@
 2    usage or configuration error; the message names the key, the option or the file
 3    rejects are more than run.max_reject_fraction of the outcomes, or the first ones all failed in one way;
      running again resumes
+4    bench --compare found a regression
 75   stopped early (a signal, a closed pipe, no usable server); running again resumes
 """
 
@@ -23,6 +24,7 @@ from streamsyn.stop_signals import stop_signals
 EXIT_OTHER = 1
 EXIT_USAGE = 2
 EXIT_REJECTS = 3
+EXIT_REGRESSION = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 

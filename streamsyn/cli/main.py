@@ -46,6 +46,7 @@ def cli() -> None:
       1   any other error
       2   usage or configuration error
       3   too many rejects
+      4   bench --compare found a regression
       75  stopped early; run again to resume
     """  # noqa: D301 - click keeps the line breaks of a paragraph that starts with \b
 
