@@ -363,4 +363,11 @@ def metrics(simulation: Simulation) -> str:
     for (name, label), count in counters.items():
         marked = f"{labels},{label}" if label else labels
         lines += [f"# TYPE sglang:{name} counter", f"sglang:{name}{{{marked}}} {float(count)}"]
+    latency = "sglang:e2e_request_latency_seconds"
+    lines += [
+        f"# TYPE {latency} histogram",
+        f"{latency}_sum{{{labels}}} {stats.answered_s}",
+        f'{latency}_bucket{{le="+Inf",{labels}}} {float(stats.answered)}',
+        f"{latency}_count{{{labels}}} {float(stats.answered)}",
+    ]
     return "\n".join(lines) + "\n"

@@ -155,6 +155,7 @@ class Simulation:
         self.stats.prompt_tokens += answer.prompt_tokens
         self.stats.cached_tokens += answer.cached_tokens
         self.stats.completion_tokens += answer.completion_tokens
+        self.stats.answered_s += answer.seconds
 
     def tokens_per_s(self, written: int | None = None) -> float:
         """Return generated tokens per second, updated at most once a second.
@@ -295,6 +296,8 @@ class Statistics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    answered_s: float = 0.0
+    """Seconds of these answers, for `/metrics`."""
     by_route: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
 

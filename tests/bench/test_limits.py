@@ -87,8 +87,11 @@ def simulated(
 
 def test_servers_with_a_queue_are_the_limit(tmp_path: Path) -> None:
     """The adaptive cap keeps a queue behind full batches: `server_bound`."""
-    found = judged(measured(tmp_path, simulated(), Load(**VIRTUAL)))
+    run = measured(tmp_path, simulated(), Load(**VIRTUAL))
+    parts, found = figures(run).seconds_per_request, judged(run)
 
+    assert parts.network is not None
+    assert parts.network < 0.1 * parts.server, "in one process there is none"
     assert "server_bound" == found.limit
     assert ["server_bound"] == [warning.code for warning in found.warnings]
 

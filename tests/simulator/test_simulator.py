@@ -285,6 +285,7 @@ async def test_metrics_are_prometheus_text() -> None:
     assert (
         'sglang:num_requests_total{model_name="small",engine_type="unified",is_streaming="False"} 1.0' in text
     )
+    assert 'sglang:e2e_request_latency_seconds_count{model_name="small",engine_type="unified"} 1.0' in text
 
 
 async def test_tokenize_counts_four_characters_as_one() -> None:
