@@ -59,6 +59,7 @@ class Figure:
 
 
 FIGURES: Final = (
+    Figure("seconds for the replay", ("replayed", "seconds"), is_lower_better=True),
     Figure("useful tokens/s", ("figures", "useful_tokens_per_s")),
     Figure("output tokens/s", ("aiperf", "output_token_throughput", "avg"), decides=False),
     Figure("requests/s", ("aiperf", "request_throughput", "avg"), decides=False),

@@ -71,8 +71,8 @@ def run_lines(run: Measurement) -> Iterator[str]:
         )
     if run.replayed is not None:
         yield (
-            f"prompt tokens sent for each computed: {run.replayed.factor:.2f}, in the recorded run "
-            f"{run.replayed.recorded_factor:.2f}"
+            f"the replay took {run.replayed.seconds:,.0f} s; prompt tokens sent for each computed: "
+            f"{run.replayed.factor:.2f}, in the recorded run {run.replayed.recorded_factor:.2f}"
         )
         yield from (f"left out: {number} drafts: {why}" for why, number in run.replayed.left_out.items())
         yield from run.replayed.notes

@@ -118,6 +118,10 @@ class _MeasuredRun:
         config = asked.config
         if self._replay is not None:  # the run's, but for the servers
             config = self._replay.config.model_copy(update={"fleet": config.fleet, "run": config.run})
+        gives_up_s = min(config.fleet.give_up_s, asked.limit_s)
+        config = config.model_copy(
+            update={"fleet": config.fleet.model_copy(update={"give_up_s": gives_up_s})}
+        )
         if self.servers is not None:  # virtual time costs nothing, and each draft shall have its outcome
             config = config.model_copy(
                 update={"run": config.run.model_copy(update={"drain_timeout_s": _NO_LIMIT_S})}
@@ -215,7 +219,7 @@ class _MeasuredRun:
         warm_up, measured, drain = self._phases.intervals(self._ended_at)
         if self._phases.was_short:
             self._warnings.append(
-                "the work ended during the warm-up, so the warm-up is part of what is measured"
+                "the work ended during the warm-up, so what is measured includes the beginning and the end"
             )
         if self._phases.was_cut:
             self._warnings.append(
@@ -254,6 +258,7 @@ class _MeasuredRun:
             found.replayed = Replayed(
                 recorded_factor=self._replay.recorded.factor,
                 factor=self._replay.replayed.factor,
+                seconds=self._ended_at,
                 left_out=dict(self._replay.left_out),
                 notes=self._replay.notes,
             )

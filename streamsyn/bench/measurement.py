@@ -228,12 +228,14 @@ class Replayed:
     Attributes:
         recorded_factor: Prompt tokens for each that was computed, of the same answers in the recorded run.
         factor: The same now.
+        seconds: From the begin to the last answer.
         left_out: Drafts that were not repeated, by why.
         notes: What to know about it, one line each.
     """
 
     recorded_factor: float
     factor: float
+    seconds: float
     left_out: Mapping[str, int]
     notes: Sequence[str]
 

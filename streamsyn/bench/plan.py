@@ -231,7 +231,7 @@ class Plan:
         whole = f"{_duration(self.seconds)}, {_figures(self.gpu_hours)} GPU hours{cost}"
         rate, drain = f"{_figures(self.drafts_per_s)} contexts/s", f"drain {self.drain_s:,.0f} s"
         if self.ramp_s is None:
-            rate += f" over the whole time: too few contexts to keep the fleet full; {drain}"
+            rate += " over the whole time, simulated to the end"
         else:
             rate += f" in the steady state; ramp {self.ramp_s:,.0f} s, {drain}"
         return [

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from click.testing import CliRunner, Result
 
 from streamsyn.bench.measured_run import RunToMeasure, measure
 from streamsyn.bench.measurement import Load, Measurement
@@ -17,6 +18,7 @@ from streamsyn.bench.replay import (
     open_replay,
     recorded_draft,
 )
+from streamsyn.cli.main import cli
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.request import RunRequest
@@ -137,6 +139,26 @@ def test_documents_come_from_the_sources_of_the_run(tmp_path: Path) -> None:
     fewer = open_replay(tmp_path / "out")
     assert 2 == len(list(fewer.drafts()))
     assert {"its document is not in the sources": 4} == fewer.left_out
+
+
+def test_the_command_compares_two_fleets_on_the_work_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same requests take longer without a radix cache."""
+    monkeypatch.chdir(tmp_path)
+    recorded_run(tmp_path, fleet_of(words=580), {"recipe.use": "sections", "recipe.target_tokens": 2000})
+
+    def bench(*arguments: str) -> Result:
+        return CliRunner().invoke(cli, ["bench", *arguments])
+
+    for name, settings in (("with", ""), ("without", ":cache_tokens=0")):
+        result = bench("--replay", "out", "--simulate", f"1xcpu{settings}", "--out", name)
+        assert 0 == result.exit_code, result.output
+        assert "6 contexts on 1 GPU" in result.output
+    found = bench("--compare", "with", "without")
+
+    assert 4 == found.exit_code
+    assert "regression: seconds for the replay" in found.output
 
 
 def test_what_cannot_be_replayed(tmp_path: Path) -> None:
