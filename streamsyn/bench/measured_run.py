@@ -219,7 +219,7 @@ class _MeasuredRun:
         warm_up, measured, drain = self._phases.intervals(self._ended_at)
         if self._phases.was_short:
             self._warnings.append(
-                "the work ended during the warm-up, so what is measured includes the beginning and the end"
+                "the work ended during the warm-up, so the warm-up is part of what is measured"
             )
         if self._phases.was_cut:
             self._warnings.append(
