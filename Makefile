@@ -7,6 +7,10 @@ BIN := .venv/bin
 AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
 HERMETIC := not crash and not torture and not real_sglang and not chromium
 
+# Byte code is kept, also where the environment says otherwise: each worker, command and later target would
+# compile this repository and its tests anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint bench bench-real clean
 
 help:  ## this list

@@ -351,15 +351,15 @@ def held(one: Assembler) -> int:
 )
 def test_memory_is_bounded_by_the_window(log: Any, length: dict[str, int]) -> None:
     """Whatever the log, no more is held than fits the window."""
-    one_by_one = assembler(window_bytes=50_000, **length)
+    one_by_one = assembler(window_bytes=12_500, **length)
     most = 0
-    for seq in range(3000):
+    for seq in range(800):
         samples_of(one_by_one.add(passage(seq, **log(seq))))
         most = max(most, held(one_by_one))
-        assert sum(one.size for one in one_by_one.window) <= 50_000
+        assert sum(one.size for one in one_by_one.window) <= 12_500
 
-    # 48 passages of a kilobyte at least; each is in the window, in a pool, and may wait
-    assert most < 48 * 8 + 130
+    # 12 passages of a kilobyte at least; each is in the window, in a pool, and may wait
+    assert most < 12 * 8 + 130
 
 
 def test_one_context_larger_than_the_window_is_held() -> None:

@@ -2,7 +2,6 @@
 
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.records import Outcome
 from tests.builders import reject
 from tests.export.support import make_run, rows_of, scored, tree
+from tests.system.conftest import fork_server, streamsyn  # noqa: F401 - a fixture of the session
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,7 @@ def invoke(*arguments: object) -> str:
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
-    words = [sys.executable, "-m", "streamsyn", "export", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    return streamsyn("export", *arguments)
 
 
 def shapes(folder: Path) -> set[tuple[int, int]]:

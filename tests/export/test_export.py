@@ -234,18 +234,17 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", COMPRESSIONS)
 def test_the_same_command_makes_the_same_bytes(run: Path, tmp_path: Path, form: str) -> None:
-    """Twice in this process, and in processes with other hash seeds."""
+    """Twice in this process, and in one with a different hash seed."""
     options: dict[str, Any] = {"splits": ["task", "train=0.5,test=0.5"], "shard_rows": 3}
     exported(run, tmp_path / "a", format=form, **options)
     exported(run, tmp_path / "b", format=form, **options)
-    for seed in ("1", "2"):
-        command = [sys.executable, "-m", "streamsyn", "export", str(run), "--to", str(tmp_path / seed)]
-        command += ["--format", form, "--shard-rows", "3"]
-        command += ["--split", "task", "--split", "train=0.5,test=0.5"]
-        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True)
+    command = [sys.executable, "-m", "streamsyn", "export", str(run), "--to", str(tmp_path / "c")]
+    command += ["--format", form, "--shard-rows", "3", "--split", "task", "--split", "train=0.5,test=0.5"]
+    environment = {**os.environ, "PYTHONHASHSEED": str(len(form))}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
     first = tree(tmp_path / "a")
-    assert [first] * 3 == [tree(tmp_path / name) for name in ("b", "1", "2")]
+    assert [first] * 2 == [tree(tmp_path / name) for name in ("b", "c")]
     assert len(first) > 10
 
 

@@ -133,9 +133,9 @@ def test_the_splits_of_a_saved_dataset_are_read_in_turn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_huge_line_takes_bounded_memory(tmp_path: Path, suffix: str) -> None:
-    """50 MB without a line end are counted, not held, also where they are compressed to a few bytes."""
+    """20 MB without a line end are counted, not held, also where they are compressed to a few bytes."""
     path = tmp_path / f"huge{suffix}"
-    path.write_bytes(COMPRESS[suffix](b"{}\n" + b"x" * 50_000_000 + b"\n{}\n"))
+    path.write_bytes(COMPRESS[suffix](b"{}\n" + b"x" * 20_000_000 + b"\n{}\n"))
     reader = open_rows(path, ReadOptions(max_line_bytes=MIB))
 
     tracemalloc.start()
@@ -143,7 +143,7 @@ def test_a_huge_line_takes_bounded_memory(tmp_path: Path, suffix: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert [Line(1, b"{}", 2), Line(2, None, 50_000_000), Line(3, b"{}", 2)] == lines
+    assert [Line(1, b"{}", 2), Line(2, None, 20_000_000), Line(3, b"{}", 2)] == lines
     assert peak < (14 if suffix == ".jsonl.xz" else 6) * MIB  # the window of xz is 8 MiB
 
 
@@ -248,21 +248,21 @@ def test_skippable_zstd_frames_are_skipped(tmp_path: Path) -> None:
     assert [0, 1] == numbers_in(rows_of(path))
 
 
-@pytest.mark.parametrize("kept", [0.999, 0.5, 0.01])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz"])
-def test_a_file_cut_short_is_refused_after_its_good_rows(tmp_path: Path, suffix: str, kept: float) -> None:
+def test_a_file_cut_short_is_refused_after_its_good_rows(tmp_path: Path, suffix: str) -> None:
     """An unfinished download must not pass for a whole file; no half line is taken for a bad one."""
     path = tmp_path / f"a{suffix}"
-    data = COMPRESS[suffix](jsonl(range(20_000)))
-    path.write_bytes(data[: int(len(data) * kept)])
+    data = COMPRESS[suffix](jsonl(range(12_000)))
+    for kept in (0.999, 0.5, 0.01):
+        path.write_bytes(data[: int(len(data) * kept)])
 
-    rows, message = read_until_it_breaks(path)
+        rows, message = read_until_it_breaks(path)
 
-    assert list(range(len(rows))) == numbers_in(rows)
-    assert len(rows) < 20_000
-    if suffix not in {".jsonl.bz2", ".jsonl.xz"}:  # which come in blocks of up to a megabyte
-        assert 20_000 * kept * 0.7 - 1500 < len(rows)
-    assert message.startswith(f"{path} cannot be read to its end: ")
+        assert list(range(len(rows))) == numbers_in(rows)
+        assert len(rows) < 12_000
+        if suffix not in {".jsonl.bz2", ".jsonl.xz"}:  # which come in blocks of up to a megabyte
+            assert 12_000 * kept * 0.7 - 1500 < len(rows)
+        assert message.startswith(f"{path} cannot be read to its end: ")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])

@@ -1,5 +1,4 @@
 """What `streamsyn train` can be told: where model and OUT stand, templates, adapters, the curve."""
-# ruff: noqa: F811 - fixtures are named as they are imported
 
 import os
 import subprocess
@@ -19,28 +18,19 @@ from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.training_request import check, resolve
 from tests.examples import one_in
+from tests.system.conftest import fork_server, streamsyn  # noqa: F401 - a fixture of the session
 from tests.trainer import tiny
-from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
-    SETTINGS,
-    Start,
-    lines,
-    result,
-    same,
-    server,
-    start,
-    write_run,
-)
+from tests.trainer.conftest import Start, lines
+from tests.trainer.test_command import result, same, write_run
 
 pytestmark = pytest.mark.timeout(300)
 
-COMMAND = [sys.executable, "-m", "streamsyn", "train"]
 LORA = "{rank = 4, alpha = 16}"
 
 
 def asked(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command that ends before torch is needed."""
-    given = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(given, capture_output=True, text=True, check=False, timeout=60, **options)
+    return streamsyn("train", *arguments, **options)
 
 
 def test_model_and_out_may_be_in_the_configuration(start: Start, tmp_path: Path) -> None:
@@ -170,7 +160,9 @@ def test_the_curve_is_drawn_at_the_end_and_alone(start: Start, tmp_path: Path) -
     assert str(picture) in training.stderr()
     picture.unlink()
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    done = asked("--plot", "--out", out, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    command = [sys.executable, "-m", "streamsyn", "train", "--plot", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     assert (0, f"{picture}\n") == (done.returncode, done.stdout), done.stderr
     assert picture.exists()

@@ -1,5 +1,4 @@
 """What a user can get wrong with `streamsyn train`, once the command line is right."""
-# ruff: noqa: F811 - fixtures are named as they are imported
 
 import json
 import shutil
@@ -13,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.examples import one_in
 from tests.trainer import tiny
-from tests.trainer.test_command import Start, server, start, write_run, written  # noqa: F401 - fixtures
+from tests.trainer.conftest import Start
+from tests.trainer.test_command import write_run, written
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -8,9 +8,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from tests.trainer.test_command import Start, Training, lines, server, start, write_run, written
-
-__all__ = ["server", "start"]
+from tests.trainer.conftest import Start, Training, lines
+from tests.trainer.test_command import write_run, written
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,9 +74,9 @@ def test_a_source_that_fails_costs_no_step(start: Start, tmp_path: Path, fifo: P
 
 def test_a_slow_trainer_slows_the_writer(start: Start, tmp_path: Path, fifo: Path) -> None:
     """A pipe is read as samples are used: its writer ends long after training has begun."""
-    out, many = tmp_path / "out", 700
-    training = start("-", out, stdin=fifo, holdout=0.0, rows_per_step=1)
-    rows = [row(number, note="-" * 20_000) for number in range(many)]  # 14 MB; 4 are read at once
+    out, many = tmp_path / "out", 240
+    training = start("-", out, stdin=fifo, holdout=0.0, rows_per_step=1, save_every_steps=1000)
+    rows = [row(number, note="-" * 60_000) for number in range(many)]  # 14 MB; 4 are read at once
     done: list[int] = []
 
     def write() -> None:

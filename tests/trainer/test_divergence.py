@@ -1,5 +1,4 @@
 """A training whose gradients are not finite: logged, and stopped before it spoils what is saved."""
-# ruff: noqa: F811 - fixtures are named as they are imported
 
 from collections.abc import Callable, Collection
 from math import inf, nan
@@ -14,13 +13,8 @@ from streamsyn.trainer.controller import MAX_SKIPPED
 from streamsyn.trainer.loop import Loop
 from streamsyn.trainer.model.placed import Placed
 from tests.trainer.by_hand import plans, section, train
-from tests.trainer.test_command import (  # noqa: F401 - two of them are fixtures
-    Start,
-    lines,
-    server,
-    start,
-    write_run,
-)
+from tests.trainer.conftest import Start, lines
+from tests.trainer.test_command import write_run
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -3,7 +3,6 @@
 Elsewhere: other models that cannot be tuned (`test_command_mistakes`), packed samples
 (`test_packing_isolation`).
 """
-# ruff: noqa: F811 - fixtures are named as they are imported
 
 import json
 from collections.abc import Callable
@@ -22,7 +21,8 @@ from streamsyn.trainer.model.placed import start_accelerator
 from streamsyn.trainer.model.pretrained import model_dtype, read_model, read_tokenizer
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
-from tests.trainer.test_command import Start, server, start, write_run  # noqa: F401 - fixtures
+from tests.trainer.conftest import Start
+from tests.trainer.test_command import write_run
 
 pytestmark = pytest.mark.timeout(300)
 

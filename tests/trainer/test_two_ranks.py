@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import SimulatorConfig
 from tests.trainer import by_hand, tiny
+from tests.trainer.conftest import lines
 from tests.trainer.sharding import Kind
-from tests.trainer.test_command import lineage, lines, result, write_run
+from tests.trainer.test_command import lineage, result, write_run
 from tests.trainer.test_lineage import planned
 from tests.trainer.test_packing_isolation import SLIDING
 
