@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -29,6 +30,23 @@ def _unconfigured_logs() -> Iterator[None]:
     """A command that a test runs in this process configures the logs for itself alone."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def signals_are_caught() -> Iterator[None]:
+    """A signal that nothing handles fails the test. By default it would end this process with all its tests.
+
+    None is ignored, even if the tests run under nohup.
+    """
+    lost: list[signal.Signals] = []
+    before = {
+        number: signal.signal(number, lambda number, _: lost.append(signal.Signals(number)))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert [] == lost
 
 
 @pytest.fixture

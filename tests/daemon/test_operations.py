@@ -232,6 +232,7 @@ async def test_diagnostics_have_no_secrets(start_daemon: StartDaemon, tmp_path: 
     assert 403 == refused["status"]
 
 
+@pytest.mark.usefixtures("signals_are_caught")
 async def test_signals_end_and_reload_a_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd learns of it: ready, alive, reloading, ready again, ending."""
     config, heard = tmp_path / "serve.toml", []

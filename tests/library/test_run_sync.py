@@ -39,7 +39,10 @@ def draining() -> Iterator[threading.Event]:
 
 @contextmanager
 def interrupted(server: Server, number: int, draining: threading.Event | None = None) -> Iterator[None]:
-    """Send SIGINT to this process after this number of requests, and again once the run is draining."""
+    """Send SIGINT to this process after this number of requests, and again once the run is draining.
+
+    One that the run does not handle fails the test, and does not end the process that runs all of them.
+    """
 
     def interrupt() -> None:
         server.until_asked(number)
@@ -50,8 +53,14 @@ def interrupted(server: Server, number: int, draining: threading.Event | None = 
 
     thread = threading.Thread(target=interrupt, name="interrupts")
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+        thread.join()
+    except KeyboardInterrupt:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+        pytest.fail("the run did not handle a SIGINT")
 
 
 def test_ctrl_c_drains_and_the_same_call_resumes(tmp_path: Path, server: Server, seeds: SeedFile) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -28,15 +27,6 @@ class Stages:
         self.told.append(f"cancel: {why}")
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """Handlers are as before; within the test no signal is ignored, even if the tests run under nohup."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 async def told_after(*numbers: signal.Signals) -> list[str]:
     """What a pipeline is told when these signals arrive one after the other."""
     stopper, stages = Stopper(), Stages()
@@ -49,13 +39,13 @@ async def told_after(*numbers: signal.Signals) -> list[str]:
     return stages.told
 
 
-@pytest.mark.usefixtures("restored")
+@pytest.mark.usefixtures("signals_are_caught")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 async def test_the_first_signal_drains(number: signal.Signals) -> None:
     assert await told_after(number) == [f"drain: stopped by {number.name}"]
 
 
-@pytest.mark.usefixtures("restored")
+@pytest.mark.usefixtures("signals_are_caught")
 async def test_a_second_signal_cancels_unless_the_terminal_or_slurm_sent_it() -> None:
     """A terminal that closes sends SIGHUP twice: from the kernel and from the shell."""
     again = [signal.SIGHUP, signal.SIGHUP, signal.SIGUSR1]
@@ -63,7 +53,7 @@ async def test_a_second_signal_cancels_unless_the_terminal_or_slurm_sent_it() ->
     assert (await told_after(*again, signal.SIGTERM))[1:] == ["cancel: stopped by SIGTERM"]
 
 
-@pytest.mark.usefixtures("restored")
+@pytest.mark.usefixtures("signals_are_caught")
 async def test_what_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert await told_after(signal.SIGHUP) == []
@@ -71,7 +61,7 @@ async def test_what_nohup_ignores_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-@pytest.mark.usefixtures("restored")
+@pytest.mark.usefixtures("signals_are_caught")
 async def test_a_signal_during_the_set_up_ends_it() -> None:
     async def set_up() -> None:
         with Stopper().stopping(signals=True):

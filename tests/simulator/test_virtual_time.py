@@ -174,6 +174,7 @@ def test_a_limit_ends_what_never_ends() -> None:
     assert [115] == cleaned_up
 
 
+@pytest.mark.usefixtures("signals_are_caught")
 def test_signals_are_seen() -> None:
     """A signal's callback is called while tasks run."""
 
