@@ -88,9 +88,9 @@ def _facts(run: Measurement, found: Figures) -> Iterator[tuple[str, str, str]]:
     if prefix.kept_share is not None:
         planned = f"{prefix.planned:,} prompt tokens were planned to be cached, {prefix.lost:,} were not"
         yield "Prefix plan kept", f"{prefix.kept_share:.0%}", planned
-    cpu = "" if found.client.cpu_share is None else f"{found.client.cpu_share:.2f} of a core"
+    cpu = f"{found.client.cpu_share:.2f} of a core"
     if run.is_simulated:
-        cpu = "with the simulator, which runs in the same process"
+        cpu = f"{cpu} in the fleet's time; over sockets more"
     yield "Client CPU per request", f"{found.client.cpu_ms_per_request:,.2f} ms", cpu
     if found.client.loop_lag_ms is not None:
         yield (
@@ -119,7 +119,7 @@ def _over_time(run: Measurement, found: Figures) -> Iterator[tuple[str, str, Mar
     drawn: list[tuple[str, Sequence[float | None]]] = [
         ("Tokens per second", over.tokens_per_s),
         ("Requests in flight", over.in_flight),
-        *([] if run.is_simulated else [("Client CPU seconds per second", over.cpu_share)]),
+        ("Client CPU seconds per second", over.cpu_share),
         ("Event-loop lag in ms", over.loop_lag_ms),
         *([("Outcomes that wait for the disk or a reader", over.rows_waiting)] if waits else []),
     ]

@@ -87,14 +87,15 @@ class Client:
     """What the run costs the client's machine.
 
     Attributes:
-        cpu_ms_per_request: CPU milliseconds per answered request, all threads.
-        cpu_share: CPU seconds per second; None in virtual time, where they are not comparable.
-        loop_lag_ms: Median over the ticks of the longest delay of a timer in the event loop; None likewise.
+        cpu_ms_per_request: CPU milliseconds per answered request, all threads; without simulated servers.
+        cpu_share: CPU seconds per second. In virtual time: of what a client would need, without sockets.
+        loop_lag_ms: Median over the ticks of the longest delay of a timer in the event loop; None in virtual
+            time.
         loop_lag_max_ms: The longest of all.
     """
 
     cpu_ms_per_request: float
-    cpu_share: float | None
+    cpu_share: float
     loop_lag_ms: float | None
     loop_lag_max_ms: float | None
 
@@ -368,7 +369,7 @@ def _client(measurement: Measurement, answers: int, window: Interval) -> Client:
     lags = [1000 * tick.loop_lag_s for tick in ticks[1:] if tick.loop_lag_s is not None]
     return Client(
         cpu_ms_per_request=1000 * cpu_share * window.seconds / answers if answers else 0.0,
-        cpu_share=None if measurement.is_simulated else cpu_share,
+        cpu_share=cpu_share,
         loop_lag_ms=float(numpy.median(lags)) if lags else None,
         loop_lag_max_ms=max(lags, default=None),
     )

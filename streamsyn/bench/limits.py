@@ -140,7 +140,7 @@ def _limits(
     if paused:
         yield paused, True
     if client:
-        yield client, not is_busy
+        yield client, not is_busy or measurement.is_simulated  # virtual servers wait for no client
     if ejected:
         yield ejected, True
     retracted, lost, full = _retracted(measurement), _prefix_lost(found), _pool_full(ticks)
@@ -215,7 +215,7 @@ def _client_bound(found: Figures, ticks: Sequence[Tick]) -> CodedWarning | None:
             sample_count=sum(tick.loop_lag_s is not None for tick in ticks),
             note=f"The event loop stood still for {client.loop_lag_ms:.0f} ms in most seconds. {advice}",
         )
-    if client.cpu_share is not None and client.cpu_share >= CPU_SHARE:
+    if client.cpu_share >= CPU_SHARE:
         return CodedWarning(
             code="client_bound",
             observed=client.cpu_share,

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from streamsyn.bench.measurement import DraftRecord, RequestRecord, ServerTick, Tick
 from streamsyn.pipeline.summary import RunSummary
+from streamsyn.simulator.cpu_time import SPENT
 from streamsyn.telemetry import Span, Value
 
 LAG_EVERY_S: Final = 0.05
@@ -42,7 +43,7 @@ class Recorder:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._began = clock()
-        self._cpu_began_s = time.process_time()
+        self._cpu_began_s = _cpu_s()
         self.lag_s: float | None = None
         self.requests: list[RequestRecord] = []
         self.drafts: list[DraftRecord] = []
@@ -52,7 +53,7 @@ class Recorder:
 
     def begin(self) -> None:
         """Count the seconds from now on."""
-        self._began, self._cpu_began_s = self._clock(), time.process_time()
+        self._began, self._cpu_began_s = self._clock(), _cpu_s()
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -87,7 +88,7 @@ class Recorder:
             Tick(
                 at=self.now(),
                 servers=[_server_tick(metrics) for metrics in summary.servers()],
-                client_cpu_s=time.process_time() - self._cpu_began_s,
+                client_cpu_s=_cpu_s() - self._cpu_began_s,
                 loop_lag_s=self.lag_s,
                 work_queued=work[0],
                 work_queue_size=work[1],
@@ -106,6 +107,11 @@ class Recorder:
             due = self._clock() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
             self.lag_s = max(self.lag_s or 0.0, self._clock() - due)
+
+
+def _cpu_s() -> float:
+    """Return the CPU seconds of this process, without those of servers that are simulated in it."""
+    return time.process_time() - SPENT.seconds
 
 
 def _server_tick(metrics: Mapping[str, Any]) -> ServerTick:

@@ -5,6 +5,7 @@ import math
 from typing import Final
 
 from streamsyn.simulator.costs import CostModel
+from streamsyn.simulator.cpu_time import SPENT
 from streamsyn.simulator.engine import DuplicateRid, Load, QueueFull, ServerLost, Work, settle
 from streamsyn.simulator.radix_cache import BLOCK_TOKENS, RadixCache
 from streamsyn.simulator.scheduler import (
@@ -439,7 +440,9 @@ class BatchedEngine:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if due == math.inf else asyncio.get_running_loop().call_at(due, self._fire)
+        self._timer = (
+            None if due == math.inf else asyncio.get_running_loop().call_at(due, SPENT.of_call, self._fire)
+        )
         self._set_for = due
 
     def _fire(self) -> None:

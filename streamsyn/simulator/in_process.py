@@ -16,6 +16,7 @@ from streamsyn.errors import ServerTimeout, ServerUnavailable, ServerUnreachable
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.transport import Reply, Transport
 from streamsyn.simulator import protocol
+from streamsyn.simulator.cpu_time import SPENT
 from streamsyn.simulator.protocol import RawRequest
 from streamsyn.simulator.routes import Routes
 from streamsyn.simulator.simulation import Simulation
@@ -130,7 +131,7 @@ class InProcessTransport:
         call = _Call(on_data)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._routes.serve(raw, call)
+                await SPENT.of(self._routes.serve(raw, call))
         except TimeoutError:
             raise ServerTimeout(f"{self._url} did not answer within {timeout_s:g} s") from None
         return call

@@ -235,6 +235,14 @@ def test_what_ticks_show(
     assert limit == judged(measurement(ticks=ticks, load=asked)).limit
 
 
+@pytest.mark.parametrize(("is_simulated", "limit"), [(True, "client_bound"), (False, "server_bound")])
+def test_a_client_that_is_too_slow_for_a_simulated_fleet(is_simulated: bool, limit: str) -> None:
+    """Simulated servers are busy however slow the client is; real ones are not, if it is too slow."""
+    ticks = [tick(float(at), client_cpu_s=1.5 * at) for at in range(1, 41)]
+
+    assert limit == judged(measurement(ticks=ticks, is_simulated=is_simulated)).limit
+
+
 def test_retractions_are_pressure_on_the_pool() -> None:
     """Whatever its usage: what was retracted is computed again."""
     total = "sglang:num_retracted_requests_total"
