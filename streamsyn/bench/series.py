@@ -87,7 +87,8 @@ def swept(
         found.append(run)
         on_measured(run)
         left_s -= run.drain.ends_at
-        if not run.is_complete:
+        is_answered = len(sweep_points(found)) == len(found)  # more in flight would not be answered either
+        if not (run.is_complete and is_answered):
             break
     return found
 

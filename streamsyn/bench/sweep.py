@@ -20,6 +20,8 @@ MIN_SHARE_OF_PEAK: Final = 0.85
 """Throughput at the knee, as a share of the highest one, at least."""
 _HARDLY: Final = 1.02
 """A throughput grows when it is more than this many times the one before."""
+_PAYS: Final = 1.05
+"""Twice the load pays when throughput is more than this many times the highest so far."""
 _RISES: Final = 1.1
 """In flight and time to first token rise when they are more than this many times those before."""
 FIRST_CAP: Final = 4
@@ -102,15 +104,13 @@ def _wait(point: SweepPoint, other: SweepPoint) -> float:
 
 
 def next_cap(points: Sequence[SweepPoint]) -> int | None:
-    """Return the next cap of a series without given ones: twice the last, until two in a row bring no more.
+    """Return the next cap of a series without given ones: twice the last, until that brings hardly more.
 
     None ends the series.
     """
     if not points:
         return FIRST_CAP
-    best_before = max((point.tokens_per_s for point in points[:-2]), default=0.0)
-    is_flat = len(points) >= MIN_POINTS and all(
-        point.tokens_per_s <= _HARDLY * best_before for point in points[-2:]
-    )
-    cap = int(points[-1].load) * _FACTOR
-    return None if is_flat or cap > _LAST_CAP else cap
+    *before, last = points
+    pays = last.tokens_per_s > _PAYS * max((point.tokens_per_s for point in before), default=0.0)
+    cap = int(last.load) * _FACTOR
+    return cap if (pays or len(points) < MIN_POINTS) and cap <= _LAST_CAP else None

@@ -1,8 +1,8 @@
 """`streamsyn bench`: measure the throughput of a fleet on this workload."""
 
-import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from streamsyn.bench.series import Benchmark
     from streamsyn.config.loading import Config
 
-_TIME_LIMIT_S = 900.0
+_TIME_LIMIT_S, _SIMULATED_LIMIT_S = 900.0, 86_400.0
 _LATENCIES = ("request_latency", "time_to_first_token", "inter_token_latency")
 
 
@@ -123,7 +123,7 @@ class _Objective(click.ParamType[tuple[str, float]]):
 @click.option(
     "--time-limit-s",
     type=click.FloatRange(min=1),
-    help="Maximum seconds of all runs together.  [default: 900; for a simulated --replay none]",
+    help="Maximum seconds of all runs together.  [default: 900; with --simulate 86400 virtual ones]",
 )
 @click.option(
     "--repeats",
@@ -266,13 +266,14 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
             config = resolve({**given, "server": fleet.urls, "seeds": _paths(config)}, None)
         to_measure = _to_measure(given, config, fleet, out)
         runs = _measured(given, to_measure)
-        planned = None
-        if fleet is not None:
-            drafts = len(runs[-1].drafts) if given["replay"] else _drafts(config)
-            planned = plan(to_measure, runs[-1], drafts, fleet.assumptions, price)
-        asked = _asked(given, config)
-    kind: Literal["repeats", "sweep"] = "repeats" if given["sweep"] is None else "sweep"
-    return Benchmark(kind=kind, runs=runs, asked=asked, plan=planned)
+        kind: Literal["repeats", "sweep"] = "repeats" if given["sweep"] is None else "sweep"
+        benchmark = Benchmark(kind=kind, runs=runs, asked=_asked(given, config))
+        if fleet is None:
+            return benchmark
+        typical = benchmark.typical
+        drafts = len(typical.drafts) if given["replay"] else _drafts(config)
+        to_measure = replace(to_measure, load=typical.load)
+        return replace(benchmark, plan=plan(to_measure, typical, drafts, fleet.assumptions, price))
 
 
 def _paths(config: "Config") -> tuple[str, ...]:
@@ -295,11 +296,10 @@ def _to_measure(
         with_log=given["with_log"],
         slos=dict(given["goodput"]),
     )
-    is_simulated_replay = fleet is not None and given["replay"] is not None
     return RunToMeasure(
         config=config,
         load=load,
-        limit_s=given["time_limit_s"] or (math.inf if is_simulated_replay else _TIME_LIMIT_S),
+        limit_s=given["time_limit_s"] or (_TIME_LIMIT_S if fleet is None else _SIMULATED_LIMIT_S),
         gpus=given["gpus"],
         folder=out,
         simulated=None if fleet is None else fleet.start,

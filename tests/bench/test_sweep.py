@@ -67,13 +67,14 @@ def test_saturation_begins_where_requests_only_wait() -> None:
     assert saturation(stuck) is None
 
 
-def test_caps_double_until_two_bring_no_more() -> None:
+def test_caps_double_until_that_brings_hardly_more() -> None:
     """A series without given caps has the points that a knee needs."""
     points: list[SweepPoint] = []
     while (cap := next_cap(points)) is not None:
         points += series({cap: 100.0 * min(cap, 64)}, seats=64)
 
-    assert [FIRST_CAP, 8, 16, 32, 64, 128, 256] == [point.load for point in points]
+    assert [FIRST_CAP, 8, 16, 32, 64, 128] == [point.load for point in points]
+    assert knee(points) is not None
     for seats in (1, 10**6):  # full from the start, and never
         points = []
         while (cap := next_cap(points)) is not None:
