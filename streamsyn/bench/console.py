@@ -123,5 +123,7 @@ def _detail_lines(found: Figures, of_cpu: str) -> Iterator[str]:
     yield f"client CPU: {client.cpu_ms_per_request:,.2f} ms a request{lag}{of_cpu}"
     if found.share_of_capacity is not None:
         yield f"{found.share_of_capacity:.0%} of what the cost model allows"
-    if found.share_of_reported is not None:
+    if found.share_of_counters is not None:
+        yield f"{found.share_of_counters:.0%} of the tokens that the servers' counters show"
+    elif found.share_of_reported is not None:
         yield f"{found.share_of_reported:.0%} of the tokens/s that the servers report"

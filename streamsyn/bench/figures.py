@@ -339,15 +339,20 @@ def _reported_server_s(measurement: Measurement) -> float | None:
 
 
 def counter_growth(measurement: Measurement, name: str) -> float | None:
-    """Return by how much a Prometheus counter of all servers has grown; None if some lack it."""
-    readings: defaultdict[str, list[float]] = defaultdict(list)
+    """Return by how much a Prometheus counter of all servers has grown; None if some lack it.
+
+    A server has no counter with labels before the first thing that it counts: then it was 0.
+    """
+    readings: defaultdict[str, list[float | None]] = defaultdict(list)
     for reading in sorted(measurement.server_counters, key=lambda one: one.at):
-        if name in reading.values:
-            readings[reading.server].append(reading.values[name])
+        readings[reading.server].append(reading.values.get(name))
     servers = {server.server for server in server_ticks(measurement.ticks[-1:])}
-    if not servers or any(len(readings[server]) < 2 for server in servers):
-        return None
-    return sum(readings[server][-1] - readings[server][0] for server in servers)
+    grown = [
+        last - (first or 0.0)
+        for first, *_, last in (readings[server] for server in servers if len(readings[server]) > 1)
+        if last is not None
+    ]
+    return sum(grown) if servers and len(grown) == len(servers) else None
 
 
 def _share_of_counters(measurement: Measurement) -> float | None:

@@ -124,6 +124,14 @@ def test_time_is_split_by_the_servers_own_counters() -> None:
     assert unknown.share_of_counters is None
 
 
+def test_a_counter_that_appears_within_the_run_was_0() -> None:
+    """Prometheus clients show a counter with labels from its first increment on."""
+    first = [ServerCounters(server=server, at=10, values={}) for server in SERVERS]
+    found = figures(measurement(server_counters=[*first, *counters(30, 2000, 18, 10)]))
+
+    assert pytest.approx(1.0) == found.share_of_counters
+
+
 def test_counters_that_one_server_lacks_are_not_used() -> None:
     """The sum over some of the servers would be compared with the requests of all."""
     partly = [*counters(10, 0, 0, 0), *counters(30, 2000, 18, 10)[:1]]
