@@ -1,5 +1,5 @@
-"""How many examples a property test tries: all of them in `make torture`, half of them in `make test-crash`,
-and an eighth in `make test`. And which cases of a slow test are left to `make torture`.
+"""How many examples a property test tries: all of them in `make torture`, a quarter of them in
+`make test-crash`, and an eighth in `make test`. And which cases of a slow test are left to `make torture`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from hypothesis import settings
 
 F = TypeVar("F")
 
-_SHARES = {"short": 1 / 8, "long": 1 / 2, "torture": 1.0}
+_SHARES = {"short": 1 / 8, "long": 1 / 4, "torture": 1.0}
 """The profiles, and which share of the examples each one tries."""
 _FEWEST = 10
 

@@ -1,5 +1,6 @@
 """SIGKILL at random moments of a process that writes the log as fast as it can."""
 
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from streamsyn.sink.rundir import RunDirectory
 from tests.builders import COMPRESSIONS, as_rows, opened, outcome, rows, sealed_bytes, sink
 
 pytestmark = pytest.mark.crash
+
+KILLS = int(os.environ.get("STREAMSYN_KILLS", "3"))
 
 WRITER = """
 import sys
@@ -65,7 +68,7 @@ def without_seq(rows_of_kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_kill_loses_and_doubles_nothing(tmp_path: Path, compression: str) -> None:
     """What `append` returned from is there after SIGKILL; each outcome is there once; sealed shards stay."""
     rng, number, missing, sealed = random.Random(compression), 0, list[int](), dict[str, str]()
-    for _ in range(5):
+    for _ in range(KILLS):
         reached = write_and_kill(tmp_path, compression, number, missing, rng.randrange(40))
         RunDirectory(tmp_path).close()  # the lock went with the process
         with opened(tmp_path, sink(compression=compression, shard_bytes=4000)) as log:

@@ -14,7 +14,7 @@ from tests.system.conftest import Server, assert_clean, rows, start, streamsyn, 
 
 pytestmark = pytest.mark.crash
 
-KILLS = int(os.environ.get("STREAMSYN_KILLS", "8"))
+KILLS = int(os.environ.get("STREAMSYN_KILLS", "5"))
 SEEDS = 60 * KILLS
 IN_FLIGHT = 8
 

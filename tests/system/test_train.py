@@ -70,7 +70,7 @@ def test_training_follows_a_run(
     assert (out / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.crash
+@pytest.mark.torture
 def test_training_reads_a_pipe(
     tmp_path: Path, serve: Callable[..., Server], seeds: Callable[..., Path]
 ) -> None:

@@ -22,30 +22,32 @@ import os, sys
 from pathlib import Path
 from streamsyn.trainer.saving.checkpoint import Checkpoints
 
-out, steps, calls = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def fill(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_bytes(bytes([3]) * 1000)
+    (folder / "moments").write_bytes(bytes([3]) * 2000)
 
-def audit(event, _arguments, seen=[0]):
-    # whatever changes a file or a folder: the process is gone before it happens
-    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-        seen[0] += 1
-        if seen[0] == calls:
-            os.write(1, b"killed")
-            os._exit(9)
+def killed_at(calls):
+    def audit(event, _arguments, seen=[0]):
+        # whatever changes a file or a folder: the process is gone before it happens
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+            seen[0] += 1
+            if seen[0] == calls:
+                os._exit(9)
+    sys.addaudithook(audit)
 
-checkpoints = Checkpoints(out, keep=2)
-
-def fill(step):
-    def write(folder):
-        (folder / "model").mkdir()
-        (folder / "model" / "weights").write_bytes(bytes([step]) * 1000)
-        (folder / "moments").write_bytes(bytes([step]) * 2000)
-    return write
-
-sys.addaudithook(audit)
-checkpoints.prepare()
-for step in range(1, steps + 1):
-    checkpoints.write({"step": step}, {"position": step}, fill(step))
+for line in sys.stdin:
+    out, calls = line.split()
+    child = os.fork()
+    if child == 0:
+        checkpoints = Checkpoints(Path(out), keep=2)
+        killed_at(int(calls))
+        checkpoints.prepare()
+        checkpoints.write({"step": 3}, {"position": 3}, fill)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+"""Writes a third checkpoint in a fork for each line, which is gone at the n-th change of a file."""
 
 
 def write(out: Path, step: int) -> Path:
@@ -81,32 +83,30 @@ def test_a_kill_at_any_file_leaves_a_whole_one(tmp_path: Path) -> None:
     the second or the third, whole. Then nothing torn is left, and one more can be written.
     """
     killed, newest = 0, set()
-    for calls in range(1, 200):
-        out = prepared(tmp_path / str(calls))
-        for step in (1, 2):
-            write(out, step)
-        command = [
-            sys.executable,
-            "-c",
-            WRITER.replace("range(1, steps + 1)", "(3,)"),
-            str(out),
-            "3",
-            str(calls),
-        ]
-        done = subprocess.run(command, capture_output=True, check=False, env={**os.environ})
-        found = Checkpoints(out, keep=2).newest()
-        assert found is not None
-        newest.add(found.step)
-        assert_whole(out, found.step)
-        prepared(out)
-        assert [] == list(out.glob("**/*.tmp"))
-        assert_whole(out, found.step)
-        write(out, 4)
-        assert_whole(out, 4)
-        if done.returncode == 0:
-            break
-        assert (9, b"killed") == (done.returncode, done.stdout), done.stderr
-        killed += 1
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for calls in range(1, 200):
+            out = prepared(tmp_path / str(calls))
+            for step in (1, 2):
+                write(out, step)
+            writer.stdin.write(f"{out} {calls}\n")
+            code = int(writer.stdout.readline())
+            found = Checkpoints(out, keep=2).newest()
+            assert found is not None
+            newest.add(found.step)
+            assert_whole(out, found.step)
+            prepared(out)
+            assert [] == list(out.glob("**/*.tmp"))
+            assert_whole(out, found.step)
+            write(out, 4)
+            assert_whole(out, 4)
+            if code == 0:
+                break
+            assert 9 == code
+            killed += 1
 
     assert killed > 10
     assert {2, 3} == newest
