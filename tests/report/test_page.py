@@ -148,16 +148,16 @@ def test_a_run_that_is_being_written(tmp_path: Path) -> None:
 
 
 def test_the_same_directory_gives_the_same_page(tmp_path: Path) -> None:
-    """Also in another process with other hash seeds, in another place, and a second time."""
+    """Also in another process with a different hash seed and time zone, and in another place."""
     first = good_run(tmp_path / "run")
     shutil.copytree(first, tmp_path / "elsewhere" / "run")
     pages = []
-    for number, root in enumerate((first, first, tmp_path / "elsewhere" / "run")):
+    for number, root in enumerate((first, tmp_path / "elsewhere" / "run")):
         command = [sys.executable, "-m", "streamsyn", "report", str(root), "--to", "-"]
         environment = {**os.environ, "PYTHONHASHSEED": str(number), "TZ": f"UTC{number}"}
         pages.append(subprocess.run(command, check=True, capture_output=True, env=environment).stdout)
 
-    assert pages[0] == pages[1] == pages[2]
+    assert pages[0] == pages[1]
     assert pages[0].startswith(b"<!doctype html>")
 
 
