@@ -1,3 +1,4 @@
 from streamsyn.cli.main import main
 
-main()
+if __name__ == "__main__":  # not in the processes of an export
+    main()

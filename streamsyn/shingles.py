@@ -8,11 +8,14 @@ without apostrophes: "It's" and "ITS" are the same. In scripts without spaces ea
 All hashes are the same on every machine and in every process.
 """
 
+import signal
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from typing import TypeAlias
 
 import numpy
@@ -92,6 +95,14 @@ def signatures(texts: Sequence[str]) -> list[Signature]:
     values = numpy.array(rows.to_rows(), "<u4")
     bands = _band_keys(values, BAND_ROWS).tolist()
     return [Signature(row.tobytes(), tuple(keys)) for row, keys in zip(values, bands, strict=True)]
+
+
+def sign_from(connection: Connection) -> None:
+    """Sign lists of texts from a pipe until its other end closes: the main function of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(EOFError, OSError):
+        while True:
+            connection.send(signatures(connection.recv()))
 
 
 def similarity(a: Signature, b: Signature) -> float:

@@ -87,10 +87,22 @@ class Assembler:
         self.left_out: Counter[str] = Counter()
         """Contexts without a sample, by reason: `excluded` or `too_long`."""
 
+    @property
+    def needs_signatures(self) -> bool:
+        """Whether passages are compared by their signatures."""
+        return bool(self._sources.weights) and self._section.max_similarity < 1
+
+    @property
+    def window_start(self) -> int:
+        """The seq of the oldest context that a later sample may have."""
+        first = self.window.first_seq
+        return self.consumed if first is None else first
+
     def prepare(self, passages: Sequence[Passage]) -> None:
         """Compute what choosing needs of passages that will be added: together it takes less time."""
-        if self._sources.weights and self._section.max_similarity < 1:
+        if self.needs_signatures:
             sign(passages)
+        self._counter.prepare(passages)
 
     def add(self, passage: Passage) -> list["Arrangement"]:
         """Add the next passage; return the samples that can be made now."""
@@ -121,11 +133,10 @@ class Assembler:
 
     def state(self) -> AssemblyState:
         """Return what `restore` needs, besides the log."""
-        first = self.window.first_seq
         return AssemblyState(
             consumed=self.consumed,
             samples=self.samples,
-            window_start=self.consumed if first is None else first,
+            window_start=self.window_start,
             pending=self.waiting.entries("same_task"),
             added={task: pool.added for task, pool in self.window.pools.items()},
             pending_any=self.waiting.entries("any_task"),
@@ -227,14 +238,17 @@ class Arrangement:
     prompts: SamplePrompts
     counter: TokenCounter
 
-    def sample(self) -> Sample:
-        """Render the sample."""
+    @property
+    def relevant(self) -> Passage:
+        """The context that the sample is made for."""
         relevant = self.passages[self.relevant_index]
         assert isinstance(relevant, Passage), "the relevant one is a context"
+        return relevant
+
+    def sample(self) -> Sample:
+        """Render the sample."""
+        relevant = self.relevant
         user = self.prompts.user_message(relevant, [one.text for one in self.passages])
-        n_tokens = self.n_tokens
-        if n_tokens is None:
-            n_tokens = self.counter.count(relevant, self.passages, user)
         return Sample(
             id=relevant.id,
             seed_id=relevant.seed_id,
@@ -246,9 +260,15 @@ class Arrangement:
             ],
             context_seqs=[one.log_seq for one in self.passages],
             relevant_index=self.relevant_index,
-            n_tokens=n_tokens,
+            n_tokens=self.count(user),
             target_tokens=self.target_tokens,
         )
+
+    def count(self, user: str | None = None) -> int:
+        """Return the tokens of the sample; `user` is its user message, if that has been rendered."""
+        if self.n_tokens is not None:
+            return self.n_tokens
+        return self.counter.count(self.relevant, self.passages, user)
 
 
 class Sampling:
@@ -326,6 +346,15 @@ class AssemblyResources:
                 self._corpus = load_corpus(section)
         except ConfigError as error:
             raise ResourceMissing(str(error)) from error
+
+    def arrangement(
+        self, passages: Sequence[Passage | int], relevant_index: int, target_tokens: int | None, n_tokens: int
+    ) -> Arrangement:
+        """Return a sample that was chosen before. A number is the index of a passage of the corpus."""
+        corpus = self._corpus or ()
+        pieces = [corpus[one] if isinstance(one, int) else one for one in passages]
+        counter = ServerTokenCounter()  # not needed: the tokens have been counted
+        return Arrangement(pieces, relevant_index, target_tokens, n_tokens, self._prompts, counter)
 
     def assembler(self, run_seed: int) -> Assembler:
         """Return a new assembler."""

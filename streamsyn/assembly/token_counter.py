@@ -11,6 +11,7 @@ encoded whole.
 
 import json
 import unicodedata
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -30,12 +31,18 @@ _HEAD_CHARS = (256, 4096)
 """Characters in which the head point is searched: the first number, then the second if there is none."""
 _PROBE_CHARS = 64
 """Characters of a passage that are searched for first."""
+_TOGETHER_CHARS = 2**20
+"""Characters of passages that are encoded together; an encoding takes much more memory than its text."""
 _MAX_SEAMS = 2**14
 _MAX_CORPUS_PASSAGES = 2**17
 
 
 class TokenCounter(Protocol):
     """Counts the tokens of samples."""
+
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """Compute what counting needs of passages together, which takes less time."""
+        ...
 
     def estimate(self, relevant: Passage, piece: Piece) -> int:
         """Return roughly how many tokens a piece adds to the sample of `relevant`."""
@@ -59,6 +66,9 @@ class TokenCounter(Protocol):
 class ServerTokenCounter:
     """Adds up the passages' tokens as counted by the servers that wrote them; nothing else is counted."""
 
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """Do nothing."""
+
     def estimate(self, relevant: Passage, piece: Piece) -> int:  # noqa: ARG002 - the protocol's
         return piece.tokens
 
@@ -77,6 +87,9 @@ class ChatTokenCounter:
         self._prompts = prompts
         self._incremental = IncrementalTokenCounter(tokenizer)
         self._separators: dict[PromptTemplate, int] = {}
+
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        self._incremental.prepare(pieces)
 
     def estimate(self, relevant: Passage, piece: Piece) -> int:
         template = self._prompts.template(relevant.task)
@@ -164,6 +177,16 @@ class IncrementalTokenCounter:
                 placed.append((begin, points))
         return self._count_seams(text, placed)
 
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """Split passages together: the tokenizer encodes their texts on all cores."""
+        new = deque(piece for piece in pieces if piece not in self._points)
+        while new:
+            some, chars = [], 0
+            while new and chars < _TOGETHER_CHARS:
+                some.append(new.popleft())
+                chars += len(some[-1].text)
+            self._points.update(zip(some, self._split([piece.text.strip() for piece in some]), strict=True))
+
     def count_piece(self, piece: Piece) -> int:
         """Return the tokens of a passage alone."""
         return self.split_points(piece).total
@@ -174,9 +197,11 @@ class IncrementalTokenCounter:
             if (points := self._corpus_points.get(piece.index)) is None:
                 if len(self._corpus_points) >= _MAX_CORPUS_PASSAGES:
                     self._corpus_points.clear()
-                points = self._corpus_points[piece.index] = self._split(piece.text.strip())
+                (points,) = self._split([piece.text.strip()])
+                self._corpus_points[piece.index] = points
         elif (points := self._points.get(piece)) is None:
-            points = self._points[piece] = self._split(piece.text.strip())
+            (points,) = self._split([piece.text.strip()])
+            self._points[piece] = points
         return points
 
     def _count_seams(self, text: str, placed: list[tuple[int, SplitPoints]]) -> int:
@@ -209,18 +234,25 @@ class IncrementalTokenCounter:
             else:
                 self._seams[seam] = self._pre_tokenizer.tokens_before(seam.text, encoding, seam.end)
 
-    def _split(self, text: str) -> SplitPoints:
-        if self._pre_tokenizer is None or (head := self._find_head(text)) is None:
-            return SplitPoints(self._tokenizer.count(text), -1)
-        begin, before, end = head
-        rest = text[begin:]
-        (encoding,) = self._encode([rest])
-        total = before + len(encoding)
-        found = self._pre_tokenizer.last_before(rest, encoding, self._pre_tokenizer.margin_begin(rest))
-        if found is None:
-            return SplitPoints(total, -1)
-        tail, between = found
-        return SplitPoints(total, begin, end, begin + tail, between)
+    def _split(self, texts: Sequence[str]) -> list[SplitPoints]:
+        if self._pre_tokenizer is None:
+            return [SplitPoints(self._tokenizer.count(text), -1) for text in texts]
+        heads = [self._find_head(text) for text in texts]
+        rests = [text[head[0] :] if head else text for text, head in zip(texts, heads, strict=True)]
+        points = []
+        for head, rest, encoding in zip(heads, rests, self._encode(rests), strict=True):
+            if head is None:
+                points.append(SplitPoints(len(encoding), -1))
+                continue
+            begin, before, end = head
+            total = before + len(encoding)
+            found = self._pre_tokenizer.last_before(rest, encoding, self._pre_tokenizer.margin_begin(rest))
+            if found is None:
+                points.append(SplitPoints(total, -1))
+            else:
+                tail, between = found
+                points.append(SplitPoints(total, begin, end, begin + tail, between))
+        return points
 
     def _find_head(self, text: str) -> tuple[int, int, int] | None:
         """Return a split point near the head, the tokens before it, and the end of its margin."""

@@ -1,5 +1,6 @@
 """`streamsyn export`: assemble the contexts of a run into a data set."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,12 @@ def _assembly_options(command: Any) -> Any:
 @click.option(
     "--flush", is_flag=True, help="Include contexts of an unfinished run that still lack distractors."
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes for a large log; the files are the same with any number.  [default: number of cores]",
+)
 @click.option("--license", "license_", metavar="ID", help="License to state in the dataset card.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export. Other files stay.")
 @click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr.")
@@ -129,6 +136,8 @@ def export(directory: Path, **given: Any) -> None:
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
+    workers = given["workers"] or len(os.sched_getaffinity(0))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # threads of the tokenizer
     log = structlog.get_logger()
 
     def log_progress(so_far: "ExportSummary") -> None:
@@ -157,6 +166,7 @@ def export(directory: Path, **given: Any) -> None:
         overwrite=given["overwrite"],
         flush=given["flush"],
         license=given["license_"],
+        workers=workers,
         on_progress=log_progress,
     )
     for line in closing_lines(directory, export_run(request)):

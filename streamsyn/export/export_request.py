@@ -36,6 +36,8 @@ class ExportRequest:
         config: A configuration file whose section `assembly` overrides the run's; `settings` come after it.
         overwrite: Replace an earlier export.
         flush: Of an unfinished run, also make samples of the contexts that still wait for distractors.
+        workers: Processes that choose samples and sign contexts, besides this one; 1: this one does it. The
+            rows are the same. They import the main module: a script needs `if __name__ == "__main__"`.
         license: Licence identifier for the card.
         on_progress: Called every few seconds.
     """
@@ -55,6 +57,7 @@ class ExportRequest:
     overwrite: bool = False
     flush: bool = False
     license: str | None = None
+    workers: int = 1
     on_progress: Callable[["ExportSummary"], None] = lambda _: None
 
     def check(self) -> None:

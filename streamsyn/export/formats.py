@@ -6,7 +6,9 @@ rows give the same bytes.
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -57,6 +59,7 @@ class ShardWriter:
         self._request = request
         self._stem = stem
         self._suffix = _SUFFIXES.get((request.format, request.codec), f".{request.format}")
+        self._thread = WriterThread() if request.workers > 1 else None
         self.splits: dict[Split, Shards] = {}
 
     def write(self, split: Split, row: Row) -> int:
@@ -78,9 +81,13 @@ class ShardWriter:
         """Finish all files."""
         for shards in self.splits.values():
             self._end(shards)
+        if self._thread is not None:
+            self._thread.close()
 
     def abandon(self) -> None:
         """Close all files as they are, while another error is raised."""
+        if self._thread is not None:
+            self._thread.close()
         for shards in self.splits.values():
             if shards.file is not None:
                 shards.file.abandon()
@@ -89,7 +96,7 @@ class ShardWriter:
         name = f"{shards.stem}-{len(shards.names):05d}{self._suffix}"
         shards.names.append(name)
         shards.file = self._target.open(name)
-        shards.writer = open_rows(shards.file, self._request.format, self._request.codec)
+        shards.writer = open_rows(shards.file, self._request.format, self._request.codec, self._thread)
         return shards.writer
 
     def _end(self, shards: Shards) -> None:
@@ -133,6 +140,29 @@ def save_states(target: Target, layout: Layout, written: dict[Split, Shards]) ->
         target.put("dataset_dict.json", orjson.dumps({"splits": [*map(layout.saved_name, written)]}))
 
 
+class WriterThread:
+    """Writes one group of rows at a time, which compresses it, while the next group is made."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="export-write")
+        self._last: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Write after the last group. Raises what writing that raised."""
+        self.wait()
+        self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Wait until the last group is written. Raises what that raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """End the thread after its last group."""
+        self._thread.shutdown()
+
+
 class RowFile(Protocol):
     """A file that rows are written to."""
 
@@ -154,11 +184,11 @@ class RowFile(Protocol):
         ...
 
 
-def open_rows(file: TargetFile, form: str, codec: str) -> RowFile:
+def open_rows(file: TargetFile, form: str, codec: str, thread: WriterThread | None = None) -> RowFile:
     """Start a file of rows in a format and compression of `COMPRESSIONS`."""
     if form == "jsonl":
         return _Lines(file, codec)
-    return _Groups(_ArrowStream(file) if form == "datasets" else _Parquet(file, codec))
+    return _Groups(_ArrowStream(file) if form == "datasets" else _Parquet(file, codec), thread)
 
 
 class _Lines:
@@ -189,8 +219,9 @@ class _Lines:
 class _Groups:
     """Collects rows into groups of GROUP_BYTES."""
 
-    def __init__(self, writer: "_ArrowStream | _Parquet") -> None:
+    def __init__(self, writer: "_ArrowStream | _Parquet", thread: WriterThread | None) -> None:
         self._writer = writer
+        self._thread = thread
         self._rows: list[Row] = []
         self.buffered_bytes = 0
 
@@ -202,12 +233,18 @@ class _Groups:
 
     def flush(self) -> None:
         if self._rows:
-            self._writer.write(pyarrow.RecordBatch.from_pylist(self._rows, schema=SCHEMA))
+            batch = pyarrow.RecordBatch.from_pylist(self._rows, schema=SCHEMA)
+            if self._thread is None:
+                self._writer.write(batch)
+            else:
+                self._thread.start(partial(self._writer.write, batch))
             self._rows.clear()
             self.buffered_bytes = 0
 
     def close(self) -> None:
         self.flush()
+        if self._thread is not None:
+            self._thread.wait()
         self._writer.close()
 
 

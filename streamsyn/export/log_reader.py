@@ -2,25 +2,26 @@
 rows of an export: a sample, and the scores of its relevant context.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import closing, contextmanager
+from itertools import islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import pyarrow
 
-from streamsyn.assembly.assembler import Assembler, AssemblyResources, with_templates
+from streamsyn.assembly.assembler import Arrangement, AssemblyResources, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
-from streamsyn.errors import ConfigError, SinkError
+from streamsyn.errors import ConfigError
+from streamsyn.export.choosing import BATCH, Choosing, ContextLog, Ended, chosen_elsewhere, waiting
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.records import Sample
-from streamsyn.scoring.sidecar import with_scores
 from streamsyn.sink.rundir import read_run_json, saved_config
-from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
+from streamsyn.sink.snapshot import Snapshot, holding_rejects
 
 Row: TypeAlias = dict[str, Any]
 
@@ -77,10 +78,8 @@ def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-_BATCH = 64
-"""Contexts read at a time."""
-_PRUNE_INTERVAL = 1024
-"""Contexts after which the fields of those that left the window are dropped."""
+SMALL_BYTES = 64 * 2**20
+"""Size of the contexts below which an export uses one process."""
 
 
 @contextmanager
@@ -124,9 +123,16 @@ class LogReader:
             part.sealed is None for part in self._snapshot.parts["contexts"]
         )
         """Whether the run was finished."""
-        self.contexts_by_model: dict[str, int] = {}
-        self._fields: dict[str, tuple[int, Row]] = {}
-        """Seq and row fields of the contexts that have no sample yet, by id."""
+        self._log = ContextLog(
+            request.root,
+            self._snapshot.parts["contexts"],
+            frozenset(self._manifest.flushes),
+            is_flushed=request.flush,
+        )
+        self.contexts_by_model: Counter[str] = Counter()
+        self._is_first_epoch = True
+        self._fields: dict[int, Row] = {}
+        """The row fields of contexts that may have a sample yet, by seq."""
 
     @property
     def changed(self) -> list[str]:
@@ -142,65 +148,77 @@ class LogReader:
     def rows(self) -> Iterator[Row]:
         """Yield the rows of all epochs in the order of the log."""
         first = self.config.assembly.epoch
+        # Starting processes takes longer than assembling a small log.
+        is_small = sum(part.bytes for part in self._log.parts) < SMALL_BYTES
         for epoch in range(first, first + self._request.epochs):
-            resources = self._resources
-            if epoch != first:
-                resources = AssemblyResources(self.config.assembly.model_copy(update={"epoch": epoch}))
-            assembler = resources.assembler(self.config.run.seed)
-            for sample in self._samples(assembler, is_first=epoch == first):
-                _, fields = self._fields.pop(sample.id)
-                yield row_of(sample, epoch, fields)
+            section = self.config.assembly.model_copy(update={"epoch": epoch})
+            resources = self._resources if epoch == first else AssemblyResources(section)
+            self._is_first_epoch = epoch == first
+            if self._request.workers == 1 or is_small:
+                chosen = self._chosen_here(resources)
+            else:
+                chosen = self._chosen_elsewhere(resources, section)
+            for one in chosen:
+                yield row_of(one.sample(), epoch, self._fields[one.relevant.seq])
             self._fields.clear()
-            self._summary.left_out.update(assembler.left_out)
 
     def rejects(self) -> Iterator[Row]:
         """Yield the rows of rejects that hold."""
         return holding_rejects(self._snapshot)
 
-    def _samples(self, assembler: Assembler, *, is_first: bool) -> Iterator[Sample]:
-        flushes = set(self._manifest.flushes)
-        contexts = self._contexts()
-        while rows := list(islice(contexts, _BATCH)):
-            passages = [*map(Passage.of_row, rows)]
-            assembler.prepare(passages)
-            for row, passage in zip(rows, passages, strict=True):
-                if assembler.consumed in flushes:
-                    yield from (one.sample() for one in assembler.flush())
-                if is_first:
-                    model = str(row.get("model"))
-                    self.contexts_by_model[model] = self.contexts_by_model.get(model, 0) + 1
-                self._summary.contexts += 1
-                self._fields[row["id"]] = row["seq"], context_fields(row)
-                yield from (one.sample() for one in assembler.add(passage))
-                if assembler.consumed % _PRUNE_INTERVAL == 0:
-                    self._prune(assembler.state().window_start)
-        if assembler.consumed in flushes or self._request.flush:
-            yield from (one.sample() for one in assembler.flush())
-        state = assembler.state()
-        self._summary.waiting = len(dict([*state.pending, *state.pending_any]))
+    def _take(self, row: Row) -> None:
+        """Count a context, and keep the fields of its sample's row."""
+        self._summary.contexts += 1
+        if self._is_first_epoch:
+            self.contexts_by_model[str(row.get("model"))] += 1
+        self._fields[row["seq"]] = context_fields(row)
 
-    def _prune(self, window_start: int) -> None:
-        """Drop the fields of contexts that get no sample: those that have left the window."""
-        for context, (seq, _) in list(self._fields.items()):
-            if seq >= window_start:
-                return
-            del self._fields[context]
+    def _chosen_here(self, resources: AssemblyResources) -> Iterator[Arrangement]:
+        assembler = resources.assembler(self.config.run.seed)
 
-    def _contexts(self) -> Iterator[Row]:
-        next_seq = 0
-        for part in self._snapshot.parts["contexts"]:
-            for row in with_scores(self._request.root, part.rows()):
-                if row.get("seq") != next_seq:
-                    raise self._unreadable(part, next_seq)
-                yield row
-                next_seq += 1
-            if part.sealed is not None and next_seq != part.sealed.last_seq + 1:
-                raise self._unreadable(part, next_seq)
+        def passages() -> Iterator[Passage]:
+            rows = self._log.rows()
+            while batch := list(islice(rows, BATCH)):
+                prepared = [*map(Passage.of_row, batch)]
+                assembler.prepare(prepared)
+                _drop_below(assembler.window_start, self._fields)
+                for row, passage in zip(batch, prepared, strict=True):
+                    self._take(row)
+                    yield passage
 
-    def _unreadable(self, part: Part, seq: int) -> SinkError:
-        return SinkError(
-            f"{self._request.root / part.name}: row {seq} cannot be read; `streamsyn verify` says why"
-        )
+        yield from self._log.arrangements(assembler, passages())
+        self._summary.left_out.update(assembler.left_out)
+        self._summary.waiting = waiting(assembler)
+
+    def _chosen_elsewhere(
+        self, resources: AssemblyResources, section: AssemblySection
+    ) -> Iterator[Arrangement]:
+        """Yield the same; other processes choose the samples."""
+        choosing = Choosing(self._log, section, self.config.run.seed, self._request.workers - 1)
+        rows = self._log.rows()
+        held: dict[int, Passage] = {}
+        read = 0
+        with closing(chosen_elsewhere(choosing)) as messages:
+            for one in messages:
+                for row in islice(rows, one.read - read):
+                    self._take(row)
+                    held[row["seq"]] = Passage.of_row(row)
+                    if len(held) % BATCH == 0:
+                        _drop_below(one.window_start, held, self._fields)
+                read = one.read
+                if isinstance(one, Ended):
+                    self._summary.left_out.update(one.left_out)
+                    self._summary.waiting = one.waiting
+                    return
+                pieces = [held[number] if number >= 0 else -1 - number for number in one.pieces]
+                yield resources.arrangement(pieces, one.relevant_index, one.target_tokens, one.n_tokens)
+
+
+def _drop_below(first_seq: int, *held: dict[int, Any]) -> None:
+    """Delete what belongs to contexts below a seq. The keys are seqs in ascending order."""
+    for one in held:
+        for seq in list(takewhile(lambda seq: seq < first_seq, one)):
+            del one[seq]
 
 
 def _overridden(saved: Config, assembly: AssemblySection, request: ExportRequest) -> Config:

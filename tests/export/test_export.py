@@ -1,5 +1,6 @@
 """`export`: each sample is exported once, in any format, with the same bytes each time."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.export import formats
+from streamsyn.export import formats, log_reader
 from streamsyn.export.export_request import COMPRESSIONS, ExportRequest, ExportSummary
 from streamsyn.export.export_run import export
 from streamsyn.export.formats import ShardWriter
-from streamsyn.export.log_reader import SCHEMA
+from streamsyn.export.log_reader import SCHEMA, LogReader
 from streamsyn.export.splits import Split
 from streamsyn.export.target import Target
 from streamsyn.records import Outcome, Sample
@@ -248,6 +249,23 @@ def test_the_same_command_makes_the_same_bytes(run: Path, tmp_path: Path, form: 
     assert len(first) > 10
 
 
+def test_more_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of contexts and passages of a corpus, up to a limit; no process is left."""
+    (tmp_path / "corpus.txt").write_text("A passage of the corpus that is long enough. " * 40)
+    more = {"corpus": [str(tmp_path / "corpus.txt")], "corpus_words": 20, "max_similarity": 0.8}
+    distractors = {"same_task": 3, "corpus": 1}
+    contexts = [scored(n, context=f"Of {n}: " + " ".join(f"w{n * m}" for m in range(30))) for n in range(300)]
+    root, _ = make_run(tmp_path / "run", contexts, distractors=distractors, window_bytes=60_000, **more)
+    monkeypatch.setattr(log_reader, "SMALL_BYTES", 0)
+    for workers in (1, 2):
+        options: dict[str, Any] = {"format": "parquet", "splits": ["task"], "shard_rows": 30, "limit": 290}
+        exported(root, tmp_path / f"by {workers}", workers=workers, **options)
+
+    assert tree(tmp_path / "by 1") == tree(tmp_path / "by 2")
+    assert 290 == len(rows_of(tmp_path / "by 2"))
+    assert [] == multiprocessing.active_children()
+
+
 @given(
     shard_rows=st.none() | st.integers(1, 50),
     shard_bytes=st.integers(1, 60_000),
@@ -303,20 +321,10 @@ def test_buffered_rows_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     """The fields of contexts that get no sample are dropped when they leave the window."""
-    from streamsyn.export.log_reader import _PRUNE_INTERVAL, LogReader
-
-    contexts = [scored(n, checks={"flags": ["bad"]}, context="Short.") for n in range(3 * _PRUNE_INTERVAL)]
+    contexts = [scored(n, checks={"flags": ["bad"]}, context="Short.") for n in range(1000)]
+    contexts[-1] = scored(999, context="Short.")
     root, _ = make_run(tmp_path, contexts, exclude_flags=["bad"], window_bytes=20_000)
-    reader = LogReader(ExportRequest(root=root, to=""), ExportSummary(""), tmp_path)
-    most = 0
-    original = reader._prune
+    reader = LogReader(ExportRequest(root=root, to="", flush=True), ExportSummary(""), tmp_path)
 
-    def watched(window_start: int) -> None:
-        nonlocal most
-        most = max(most, len(reader._fields))
-        original(window_start)
-
-    reader._prune = watched  # type: ignore[method-assign]
-    assert [] == list(reader.rows())
-
-    assert most < 2 * _PRUNE_INTERVAL
+    for _ in reader.rows():
+        assert len(reader._fields) < 200
