@@ -252,7 +252,11 @@ def test_the_same_command_makes_the_same_bytes(run: Path, tmp_path: Path, form: 
 def test_more_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of contexts and passages of a corpus, up to a limit; no process is left."""
     (tmp_path / "corpus.txt").write_text("A passage of the corpus that is long enough. " * 40)
-    more = {"corpus": [str(tmp_path / "corpus.txt")], "corpus_words": 20, "max_similarity": 0.8}
+    more: dict[str, Any] = {
+        "corpus": [str(tmp_path / "corpus.txt")],
+        "corpus_words": 20,
+        "max_similarity": 0.8,
+    }
     distractors = {"same_task": 3, "corpus": 1}
     contexts = [scored(n, context=f"Of {n}: " + " ".join(f"w{n * m}" for m in range(30))) for n in range(300)]
     root, _ = make_run(tmp_path / "run", contexts, distractors=distractors, window_bytes=60_000, **more)
