@@ -167,14 +167,14 @@ def _mean_in_flight(measurement: Measurement) -> float:
 
 
 def _error_summary(measurement: Measurement) -> list[dict[str, Any]]:
-    errors = Counter(
-        one.error
-        for one in measurement.requests
-        if one.ended == "error" and measurement.window.holds(one.done_at)
-    )
+    """Return the kinds of errors with their numbers and the message of the first one."""
+    failed = [
+        one for one in measurement.requests if one.ended == "error" and measurement.window.holds(one.done_at)
+    ]
+    messages = {one.error: one.error_message or one.error for one in reversed(failed)}
     return [
-        {"error_details": {"type": name, "message": name}, "count": count}
-        for name, count in errors.most_common()
+        {"error_details": {"type": name, "message": messages[name]}, "count": count}
+        for name, count in Counter(one.error for one in failed).most_common()
     ]
 
 
@@ -207,7 +207,7 @@ def aiperf_records(measurement: Measurement) -> Iterator[dict[str, Any]]:
             }
             if one.ended == "ok"
             else {},
-            "error": {"type": one.error, "message": one.error} if one.ended == "error" else None,
+            "error": {"type": one.error, "message": one.error_message} if one.ended == "error" else None,
         }
 
 

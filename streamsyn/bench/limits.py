@@ -8,12 +8,14 @@ or the load that was asked for. Where they always have work waiting, it is their
 computed again, or their speed.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Final, Literal
 
 from streamsyn.bench.figures import (
+    BUSY,
     Figures,
     counter_growth,
     growth_per_s,
@@ -59,6 +61,8 @@ POOL_FULL_SHARE: Final = 0.5
 """Share of the servers' time with a full pool."""
 RETRACTED_SHARE: Final = 0.05
 """Retractions per answer; each one computes a prompt and what was written to it once more."""
+FAILED_SHARE: Final = 0.05
+"""Share of the requests that failed; full queues and rate limits are no failures."""
 EJECTED_SHARE: Final = 0.02
 """Share of the servers' time in which they got no requests, since they had failed."""
 VARIATION: Final = 0.25
@@ -136,13 +140,13 @@ def _limits(
         is_busy for one in server_ticks(ticks) if (is_busy := _is_busy(one, measurement.load)) is not None
     ]
     is_busy = bool(busy) and fmean(busy) >= BUSY_SHARE
-    ejected, varied = _ejected(ticks), _varied(measurement)
+    failing, varied = _ejected(ticks) or _failed(measurement), _varied(measurement)
     if paused:
         yield paused, True
     if client:
         yield client, not is_busy or measurement.is_simulated  # virtual servers wait for no client
-    if ejected:
-        yield ejected, True
+    if failing:
+        yield failing, True
     retracted, lost, full = _retracted(measurement), _prefix_lost(found), _pool_full(ticks)
     if retracted:
         yield retracted, is_busy
@@ -154,7 +158,7 @@ def _limits(
         yield _server_bound(fmean(busy), len(busy), found), True
     elif busy and not (paused or client):
         yield _queue_starved(measurement, ticks, 1 - fmean(busy), len(busy)), True
-    if varied and not ejected:
+    if varied and not failing:
         yield varied, True
 
 
@@ -242,6 +246,26 @@ def _ejected(ticks: Sequence[Tick]) -> CodedWarning | None:
         note=f"Servers failed and came back or stayed away: {', '.join(names[:5])}"
         f"{' and others' if len(names) > 5 else ''}. Look at their logs, or leave them out, "
         "and measure again.",
+    )
+
+
+def _failed(measurement: Measurement) -> CodedWarning | None:
+    window = measurement.window
+    ended = [one for one in measurement.requests if window.holds(one.done_at) and one.error not in BUSY]
+    failed = [one for one in ended if one.ended == "error"]
+    if not failed or len(failed) < FAILED_SHARE * len(ended):
+        return None
+    by_server = Counter(one.server for one in failed).most_common()
+    names = ", ".join(f"{server} ({number:,})" for server, number in by_server[:5])
+    message = failed[0].error_message or failed[0].error
+    return CodedWarning(
+        code="unsteady",
+        observed=len(failed) / len(ended),
+        threshold=FAILED_SHARE,
+        unit="share of requests",
+        sample_count=len(ended),
+        note=f"Requests failed at {names}{' and others' if len(by_server) > 5 else ''}; the first one with: "
+        f"{message.removesuffix('.')}. Mend the servers or the requests, and measure again.",
     )
 
 

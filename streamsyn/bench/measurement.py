@@ -54,6 +54,7 @@ class RequestRecord:
         done_at: When the answer was complete, or the try had failed.
         ended: How it ended.
         error: Name of the exception, such as `ServerBusy`; "" without one.
+        error_message: Its message, shortened.
         is_hedge: Whether it is the second try of a request whose first one was still in flight.
         prompt_tokens: As the server reports, like all tokens; 0 without an answer.
         cached_tokens: Prompt tokens that were in the server's prefix cache.
@@ -75,6 +76,7 @@ class RequestRecord:
     ended: Ended
     first_token_at: float | None = None
     error: str = ""
+    error_message: str = ""
     is_hedge: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0

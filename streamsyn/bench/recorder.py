@@ -14,11 +14,13 @@ from typing import Any, Final, Self
 
 from streamsyn.bench.measurement import DraftRecord, RequestRecord, ServerTick, Tick
 from streamsyn.pipeline.summary import RunSummary
+from streamsyn.plain_text import cut
 from streamsyn.simulator.cpu_time import SPENT
 from streamsyn.telemetry import Span, Value
 
 LAG_EVERY_S: Final = 0.05
 """Seconds of the timer whose delay is the lag of the event loop."""
+_MESSAGE_BYTES: Final = 300
 SCORING_STEP: Final = -1
 """Step of a request that scores what was written."""
 
@@ -294,7 +296,7 @@ class _RequestSpan:
     def failed(self, error: BaseException) -> None:
         record = self._record
         record.ended = "aborted" if isinstance(error, asyncio.CancelledError) else "error"
-        record.error = type(error).__name__
+        record.error, record.error_message = type(error).__name__, cut(str(error), _MESSAGE_BYTES)
         record.completion_tokens = getattr(error, "completion_tokens", 0)
 
     def __exit__(

@@ -26,7 +26,7 @@ from streamsyn.simulator.in_process import InProcessServers, InProcessTransport
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from streamsyn.simulator.timeline import Event, Timeline
-from tests.bench.measured import SERVERS, measurement, request, tick
+from tests.bench.measured import SERVERS, measurement, request, steady_requests, tick
 from tests.examples import examples
 from tests.library.conftest import serving
 
@@ -256,6 +256,22 @@ def test_retractions_are_pressure_on_the_pool() -> None:
     assert "kv_pressure" == found.limit
     assert pytest.approx(0.2) == found.warnings[0].observed
     assert ("retractions per answer", 20) == (found.warnings[0].unit, found.warnings[0].sample_count)
+
+
+def test_requests_that_fail_are_named_with_their_server() -> None:
+    """A server that refuses everything is no limit of a fleet, but a mistake; full queues are neither."""
+    refused = {"ended": "error", "error": "RequestRefused", "error_message": "answered 400: too long"}
+    requests = steady_requests()
+    for one in requests[1::4]:
+        for name, value in refused.items():
+            setattr(one, name, value)
+    for one in requests[::4]:
+        one.ended, one.error = "error", "ServerBusy"
+    found = judged(measurement(requests))
+
+    assert "unsteady" == found.limit
+    assert f"{SERVERS[1]} (5); the first one with: answered 400: too long" in found.warnings[0].note
+    assert pytest.approx(1 / 3) == found.warnings[0].observed
 
 
 def test_tokens_that_come_in_bursts_are_unsteady() -> None:
