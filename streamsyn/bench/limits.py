@@ -57,6 +57,8 @@ _COMPUTED_PER_WRITTEN: Final = 3.0
 `h100`, 3.4 by `cpu`."""
 POOL_FULL: Final = 0.9
 """Share of the KV pool in use from which it is full: servers keep the rest for running requests to grow."""
+_PREFILL_TOKENS: Final = 8192
+"""Prompt tokens that SGLang computes in one prefill (`--chunked-prefill-size`)."""
 POOL_FULL_SHARE: Final = 0.5
 """Share of the servers' time with a full pool."""
 RETRACTED_SHARE: Final = 0.05
@@ -313,16 +315,18 @@ def _has_full_pool(server: ServerTick) -> bool:
     """Whether a server's KV pool keeps requests out of its batch.
 
     SGLang reserves room for what running requests may still write, so a pool can be full with a low usage:
-    then requests wait though the batch has seats. The adaptive cap keeps them from waiting there: by what
-    they will need, it sends as many as the pool holds.
+    then requests wait though the batch has seats, and though one prefill could compute all their prompts.
+    The adaptive cap keeps them from waiting there: by what they will need, it sends as many as the pool
+    holds.
     """
     if server.token_usage is None:
         return False
     has_seats = server.max_running is not None and (server.running or 0) < _AT_CAP * server.max_running
+    waits_for_prefill = (server.waiting_uncached_tokens or 0) > _PREFILL_TOKENS
     is_at_cap = server.in_flight >= _AT_CAP * server.cap
     return (
         server.token_usage >= POOL_FULL
-        or (bool(server.waiting) and has_seats)
+        or (bool(server.waiting) and has_seats and not waits_for_prefill)
         or (server.decision == "kv_pool" and is_at_cap)
     )
 

@@ -137,6 +137,7 @@ class ServerTick:
         running: Requests in the server's batch, as it reports.
         max_running: Most requests in its batch, as it reports.
         waiting: Requests in the server's queue, as it reports.
+        waiting_uncached_tokens: Their prompt tokens that are not in its prefix cache, as it reports.
         token_usage: Share of its KV cache in use, 0 to 1, as it reports.
         generated_per_s: Tokens per second that it reports.
         ejected: Whether it gets no requests since it failed.
@@ -153,6 +154,7 @@ class ServerTick:
     running: int | None = None
     max_running: int | None = None
     waiting: int | None = None
+    waiting_uncached_tokens: int | None = None
     token_usage: float | None = None
     generated_per_s: float | None = None
     ejected: bool = False

@@ -130,7 +130,14 @@ def _server_tick(metrics: Mapping[str, Any]) -> ServerTick:
     )
 
 
-_REPORTED: Final = ("running", "max_running", "waiting", "token_usage", "generated_per_s")
+_REPORTED: Final = (
+    "running",
+    "max_running",
+    "waiting",
+    "waiting_uncached_tokens",
+    "token_usage",
+    "generated_per_s",
+)
 _COUNTS: Final = (
     "completions",
     "completion_tokens",

@@ -218,6 +218,7 @@ SEATS = {"running": 8, "max_running": 8, "waiting": 0}
         (Load(), {"waiting": 0, "decision": "kv_pool"}, {}, "kv_pressure"),
         (Load(), {"waiting": 0, "decision": "kv_pool", "in_flight": 4}, {}, "queue_starved"),
         (Load(), {"waiting": 3, "max_running": 256}, {}, "kv_pressure"),
+        (Load(), {"waiting": 3, "max_running": 256, "waiting_uncached_tokens": 90_000}, {}, "server_bound"),
         (Load(), WITHOUT_LOADS, {}, "server_bound"),
         (Load(cap=8), WITHOUT_LOADS, {}, None),
         (Load(), {"waiting": 0}, {"loop_lag_s": 0.5}, "client_bound"),
