@@ -19,7 +19,7 @@ import psutil
 
 HERE = Path(__file__).parent
 SAMPLED_EVERY_S = 0.2
-GIVE_UP_S = 300.0
+GIVE_UP_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
