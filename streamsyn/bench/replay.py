@@ -120,6 +120,18 @@ class Replay:
         if is_empty:
             raise ConfigError(f"{self._root} holds no answer that could be asked for again")
 
+    def opening(self) -> Request | None:
+        """Return the first request; None if there is none. Reads files.
+
+        A run begins with such a request, outside of its log: it shows whether servers accept what is sent,
+        and brings the beginning that all prompts share into their caches.
+        """
+        for recorded in self._recorded_drafts():
+            if recorded.answers:
+                request = next(self.recipe.recipe.steps(recorded.draft))
+                return forced(request, recorded.answers[0].completion_tokens)
+        return None
+
     def _recorded_drafts(self) -> Iterator[RecordedDraft]:
         snapshot = Snapshot(self._root)
         contexts = (row for part in snapshot.parts["contexts"] for row in part.rows())

@@ -53,11 +53,16 @@ def _runs(asked: RunToMeasure, found: Sequence[Measurement]) -> Iterator[Measure
             replace(
                 asked,
                 limit_s=left_s,
-                skip=asked.skip + sum(one.seeds_read for one in found),
+                skip=_skip(asked, found),
                 seed=asked.seed + len(found),
             )
         )
         left_s -= found[-1].drain.ends_at
+
+
+def _skip(asked: RunToMeasure, found: Sequence[Measurement]) -> int:
+    """Return the number of seeds whose prompts servers may have in their caches; simulated ones are new."""
+    return asked.skip if asked.simulated is not None else asked.skip + sum(one.seeds_read for one in found)
 
 
 def swept(
@@ -81,7 +86,7 @@ def swept(
                 asked,
                 load=replace(asked.load, cap=cap),
                 limit_s=left_s / max(1, expected - len(found)),
-                skip=asked.skip + sum(one.seeds_read for one in found),
+                skip=_skip(asked, found),
             )
         )
         found.append(run)

@@ -18,10 +18,8 @@ MAX_SLOPE_RATIO: Final = 0.25
 """Slope after the knee, as a share of the slope before it, at most."""
 MIN_SHARE_OF_PEAK: Final = 0.85
 """Throughput at the knee, as a share of the highest one, at least."""
-_HARDLY: Final = 1.02
-"""A throughput grows when it is more than this many times the one before."""
 _PAYS: Final = 1.05
-"""Twice the load pays when throughput is more than this many times the highest so far."""
+"""More load pays when throughput is more than this many times that with less."""
 _RISES: Final = 1.1
 """In flight and time to first token rise when they are more than this many times those before."""
 FIRST_CAP: Final = 4
@@ -91,7 +89,7 @@ def saturation(points: Sequence[SweepPoint]) -> SweepPoint | None:
     for number in range(1, len(points)):
         before, here = points[number - 1], points[number]
         waits_longer = _wait(here, before) > _RISES * _wait(before, here)
-        has_more = any(point.tokens_per_s > _HARDLY * before.tokens_per_s for point in points[number:])
+        has_more = any(point.tokens_per_s > _PAYS * before.tokens_per_s for point in points[number:])
         if here.in_flight > _RISES * before.in_flight and waits_longer and not has_more:
             return here
     return None

@@ -8,6 +8,8 @@ from streamsyn.assembly.stage import NoAssembly
 from streamsyn.bench.load import OpenLoop, RecordedWork
 from streamsyn.bench.replay import Replay
 from streamsyn.errors import ConfigError
+from streamsyn.fleet.fleet import Fleet
+from streamsyn.fleet.thinking import Thinking
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import early_stop_noted
@@ -86,7 +88,8 @@ class UnloggedRun:
         """Run until stopped by `request.control`, a signal, or servers that are gone; the summary says why.
 
         Raises:
-            ConfigError: The servers cannot be used, or a source of seeds cannot be read.
+            ConfigError: The servers cannot be used, or refuse what is replayed; or a source of seeds cannot
+                be read.
         """
         request, summary = self._request, self._summary
         stopper = Stopper()
@@ -99,6 +102,8 @@ class UnloggedRun:
             async with own_fleet(request, stopper) as fleet:
                 summary.servers, summary.timings = fleet.metrics, fleet.timings
                 await fleet.ask_models()
+                if self._replay is not None:
+                    await self._open_replay(self._replay, fleet)
                 claims = await asyncio.to_thread(Claims, None, self._scratch / "claims.sqlite")
                 try:
                     pipeline = stopper.pipeline = self._pipeline(Fleets(fleet, None), stopper, claims)
@@ -107,6 +112,13 @@ class UnloggedRun:
                     await pipeline.run()
                 finally:
                     await asyncio.to_thread(claims.close)
+
+    async def _open_replay(self, replay: Replay, fleet: Fleet) -> None:
+        """Send the first request once before the others, as the preflight of a run does."""
+        opening = await asyncio.to_thread(replay.opening)
+        thinking = Thinking(replay.config.recipe)
+        for model in fleet.models if opening is not None else ():
+            await fleet.check_accepted([thinking.request(opening, model)], model)
 
     def _producer(self, claims: Claims) -> ProducerStage:
         if self._replay is not None:

@@ -27,6 +27,7 @@ from streamsyn.records import Draft, Request, Seed
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
+from streamsyn.sink.snapshot import Snapshot
 
 URL = "http://gpu:30000"
 
@@ -36,8 +37,10 @@ def fleet_of(**fields: Any) -> InProcessServers:
     return InProcessServers({URL: Simulation(SimulatorConfig(cost_model="h100", **fields))})
 
 
-def recorded_run(tmp_path: Path, servers: InProcessServers, settings: Mapping[str, Any]) -> None:
-    """A run of six seeds into `tmp_path`/out."""
+def recorded_run(
+    tmp_path: Path, servers: InProcessServers, settings: Mapping[str, Any], *, preflight: bool = True
+) -> list[dict[str, Any]]:
+    """The rows of a run of six seeds into `tmp_path`/out."""
     path = tmp_path / "seeds.jsonl"
     rows = [{"id": f"s{n}", "instruction": f"What of {n}?", "answer": f"It is {n}."} for n in range(6)]
     path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
@@ -56,9 +59,11 @@ def recorded_run(tmp_path: Path, servers: InProcessServers, settings: Mapping[st
             runner=servers.run,
             rng=Random(0),
             show_progress=False,
-            preflight=False,
+            preflight=preflight,
         )
     )
+    snapshot = Snapshot(tmp_path / "out")
+    return [row for kind in ("contexts", "rejects") for part in snapshot.parts[kind] for row in part.rows()]
 
 
 def replayed(tmp_path: Path, servers: InProcessServers) -> Measurement:
@@ -76,28 +81,28 @@ def replayed(tmp_path: Path, servers: InProcessServers) -> Measurement:
     )
 
 
-def tokens(servers: InProcessServers) -> tuple[int, int, int, int]:
-    """Answers, and tokens of prompts, from the cache, and of answers."""
-    stats = servers.simulations[URL].stats
-    return stats.answered, stats.prompt_tokens, stats.cached_tokens, stats.completion_tokens
+def lengths(found: Measurement | list[dict[str, Any]]) -> list[int]:
+    """The tokens of each answer, of a run's rows or of a measurement, in order of length."""
+    if isinstance(found, Measurement):
+        return sorted(one.completion_tokens for one in found.requests)
+    return sorted(attempt["completion_tokens"] for row in found for attempt in row["attempts"])
 
 
 @pytest.mark.parametrize("cache_tokens", [None, 0], ids=["radix cache", "no cache"])
 def test_sections_share_prefixes_as_in_the_run(tmp_path: Path, cache_tokens: int | None) -> None:
     """As many requests and tokens, and within 5 % the prompt tokens sent for each one computed."""
     sections = {"recipe.use": "sections", "recipe.target_tokens": 4000}
-    servers = fleet_of(words=580, cache_tokens=cache_tokens)
-    recorded_run(tmp_path, servers, sections)
-    answers, sent, cached, written = tokens(servers)
+    rows = recorded_run(tmp_path, fleet_of(words=580, cache_tokens=cache_tokens), sections)
+    sent, cached = (sum(row[name] for row in rows) for name in ("prompt_tokens", "cached_tokens"))
     factor = sent / (sent - cached)
-    again = fleet_of(words=90, seed=7, cache_tokens=cache_tokens)  # on its own it would write other lengths
+    again = fleet_of(words=580, seed=7, cache_tokens=cache_tokens)  # on its own it would write other lengths
 
     found = replayed(tmp_path, again)
 
     assert found.is_complete
     assert found.replayed is not None
-    assert (answers, written) == (tokens(again)[0], tokens(again)[3])
-    assert pytest.approx(sent, rel=0.02) == tokens(again)[1]
+    assert lengths(rows) == lengths(found)
+    assert pytest.approx(sent, rel=0.02) == sum(one.prompt_tokens for one in found.requests)
     assert factor == found.replayed.recorded_factor
     assert pytest.approx(factor, rel=0.05) == found.replayed.factor
     assert factor > 10 if cache_tokens is None else factor == 1
@@ -107,14 +112,13 @@ def test_sections_share_prefixes_as_in_the_run(tmp_path: Path, cache_tokens: int
 def test_discarded_answers_and_rejects_are_asked_for_again(tmp_path: Path) -> None:
     """A seed whose answers all failed costs the servers as much as before, and so does each failed try."""
     servers = fleet_of(words=300, faults={"short": 0.6}, seed=3)
-    recorded_run(tmp_path, servers, {"run.max_reject_fraction": 1.0})
-    again = fleet_of(words=300)
+    rows = recorded_run(tmp_path, servers, {"run.max_reject_fraction": 1.0})
 
-    found = replayed(tmp_path, again)
+    found = replayed(tmp_path, fleet_of(words=300))
 
     assert {"context", "reject"} == {draft.outcome for draft in found.drafts}
-    assert tokens(servers)[0] > len(found.drafts) == 6
-    assert (tokens(servers)[0], tokens(servers)[3]) == (tokens(again)[0], tokens(again)[3])
+    assert len(lengths(rows)) > len(found.drafts) == 6
+    assert lengths(rows) == lengths(found)
 
 
 def test_documents_come_from_the_sources_of_the_run(tmp_path: Path) -> None:
@@ -122,19 +126,18 @@ def test_documents_come_from_the_sources_of_the_run(tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     rows = [{"id": f"d{n}", "context": f"The geese of year {n} flew north. " * 30} for n in range(3)]
     path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    servers = fleet_of()
     settings = {
         "recipe.use": "instruction",
         "seeds.sources": [{"path": str(path)}],
         "checks.min_words": 1,
         "recipe.contexts_per_seed": 2,
     }
-    recorded_run(tmp_path, servers, settings)
-    again = fleet_of()
+    recorded = recorded_run(tmp_path, fleet_of(), settings)
 
-    replayed(tmp_path, again)
+    found = replayed(tmp_path, fleet_of())
 
-    assert tokens(again)[1] == tokens(servers)[1] > 0
+    prompts = [one.prompt_tokens for one in found.requests]
+    assert sorted(row["prompt_tokens"] for row in recorded) == sorted(prompts)
     path.write_bytes(orjson.dumps(rows[0]) + b"\n")
     fewer = open_replay(tmp_path / "out")
     assert 2 == len(list(fewer.drafts()))
@@ -165,13 +168,22 @@ def test_what_cannot_be_replayed(tmp_path: Path) -> None:
     """A directory without a run, and a run without an answer."""
     with pytest.raises(ConfigError, match="not a run directory"):
         open_replay(tmp_path)
-    recorded_run(tmp_path, fleet_of(faults={"refuse": 1.0}), {"run.max_reject_fraction": 1.0})
+    refusing = fleet_of(faults={"refuse": 1.0})
+    recorded_run(tmp_path, refusing, {"run.max_reject_fraction": 1.0}, preflight=False)
     replay = open_replay(tmp_path / "out")
 
     with pytest.raises(ConfigError, match="no answer"):
         list(replay.drafts())
 
     assert {"no answer came": 6} == replay.left_out
+
+
+def test_servers_that_refuse_what_is_replayed_are_a_mistake(tmp_path: Path) -> None:
+    """One line with their answer, as in the preflight of a run."""
+    recorded_run(tmp_path, fleet_of(), {})
+
+    with pytest.raises(ConfigError, match=f"{URL} answered 400"):
+        replayed(tmp_path, fleet_of(faults={"refuse": 1.0}))
 
 
 def test_answers_are_matched_with_the_steps_they_became() -> None:
