@@ -116,8 +116,10 @@ class UnloggedRun:
     async def _open_replay(self, replay: Replay, fleet: Fleet) -> None:
         """Send the first request once before the others, as the preflight of a run does."""
         opening = await asyncio.to_thread(replay.opening)
+        if opening is None:
+            return
         thinking = Thinking(replay.config.recipe)
-        for model in fleet.models if opening is not None else ():
+        for model in fleet.models:
             await fleet.check_accepted([thinking.request(opening, model)], model)
 
     def _producer(self, claims: Claims) -> ProducerStage:
