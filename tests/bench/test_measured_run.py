@@ -147,7 +147,7 @@ def test_the_steps_of_a_draft_are_recorded_in_order(asked: Callable[..., RunToMe
         "checks.max_repetition": 1.0,
         "run.queue_size": 4,
     }
-    limits = Load(cap=2, warmup_s=2.0, duration_s=8.0, with_log=True)
+    limits = Load(cap=2, warmup_s=0.0, duration_s=4.0, with_log=True)
     run = measure(asked(sections, server={"latency_ms": 200.0, "words": 250}, load_of=limits))
     finished = [index for index, draft in enumerate(run.drafts) if draft.outcome == "context"]
     steps = [request.step for request in run.requests if request.draft == finished[0]]
@@ -229,7 +229,7 @@ def test_the_capacity_of_simulated_servers_is_that_of_their_cost_model(
         asked(
             {"recipe.target_words": 100, "checks.max_repetition": 1.0},
             server={"cost_model": "h100", "slots": 16},
-            load_of=Load(cap=20, warmup_s=5.0, duration_s=15.0),
+            load_of=Load(cap=20, warmup_s=4.0, duration_s=8.0),
         )
     )
 
