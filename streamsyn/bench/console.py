@@ -63,7 +63,7 @@ def run_lines(run: Measurement) -> Iterator[str]:
         f"{found.useful_tokens_per_s:,.0f} useful tokens/s{per_gpu} of {found.written_tokens_per_s:,.0f} "
         f"written; {found.contexts_per_s:,.2f} contexts/s"
     )
-    yield from _detail_lines(found, "; the simulated servers are included" if run.is_simulated else "")
+    yield from _detail_lines(found, "; without the simulated servers" if run.is_simulated else "")
     if run.repeats:
         yield (
             f"the seeds ran out: {run.repeats:,} of {len(run.drafts):,} drafts repeat one of {run.seeds:,} "

@@ -15,7 +15,7 @@ In reading order:
     client, wire                what one server is sent
     chat_answer, logprobs       what its answers mean
     thinking                    thoughts: switched on and off, and cut from answers
-    transport                   HTTP and TLS; how long a server asks to wait
+    transport, http_connections    HTTP and TLS; how long a server asks to wait; requests without a session
     weight_update               new weights for a running server, used by the trainer
     launch                      starts a local SGLang server for the length of a run
 """

@@ -12,5 +12,6 @@ In reading order:
     plain_engine                     each request on its own clock
     costs, batching, scheduler, radix_cache    continuous batching as SGLang does it
     weights                          pauses and weight updates
+    cpu_time                         what simulated servers take of the CPU time of their client's process
     virtual_time                     an event loop whose clock jumps to the next timer
 """
