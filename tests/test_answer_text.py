@@ -17,12 +17,12 @@ from streamsyn.answer_text import (
     thought_tokens,
     without_thought,
 )
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 TEXT = "The mill closed in 1931."
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "behind",
     [
         "<|im_end|>\n<|im_start|>assistant\nAnother answer.",
@@ -58,7 +58,7 @@ def test_tokens_before_a_text_are_removed(before: str) -> None:
     assert first_turn(before + TEXT) == (TEXT, False)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "text",
     [
         TEXT,
@@ -143,7 +143,7 @@ def test_a_prompt_that_ends_with_an_opening_mark_opens_a_thought(form: Form) -> 
     assert opens_thought(f"Explain {form.opening} to me. Assistant:") is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "answer",
     [
         DOCUMENT,
@@ -162,7 +162,7 @@ def test_a_text_that_mentions_marks_is_kept(answer: str) -> None:
     assert split_thought(answer) == ("", answer)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("answer", "text"),
     [
         ("<think>one</think>\n<think>two</think>\nText", "Text"),

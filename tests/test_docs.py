@@ -10,6 +10,7 @@ import streamsyn
 from streamsyn.cli.main import cli
 from streamsyn.config.loading import known_keys, load
 from streamsyn.simulator.timeline import load_timeline
+from tests.examples import in_turn
 
 ROOT = Path(streamsyn.__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -23,7 +24,7 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text("utf-8") for page in PAGES}
 FOLDERS = ("streamsyn", "deploy", "benchmarks", "tests")
 FILES = (".js", ".toml", ".py", ".md", ".json", ".jsonl")
 
-every_page = pytest.mark.parametrize("page", TEXTS)
+every_page = in_turn("page", TEXTS)
 
 
 def without_code(page: str) -> str:
@@ -31,14 +32,14 @@ def without_code(page: str) -> str:
     return re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+@in_turn("name", sorted(cli.commands))
 def test_every_command_is_in_the_readme_and_has_help(name: str) -> None:
     """Each command is named as `streamsyn NAME`."""
     assert f"`streamsyn {name}`" in README
     assert cli.commands[name].help
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 75])
+@in_turn("code", [0, 1, 2, 3, 75])
 def test_every_exit_code_is_in_the_readme(code: int) -> None:
     """The table of exit codes has a row for each."""
     assert re.search(rf"^\| {code} \|", README, re.MULTILINE)

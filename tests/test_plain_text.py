@@ -20,12 +20,12 @@ from streamsyn.plain_text import (
     without_userinfo_within,
 )
 from streamsyn.telemetry import configure_logs
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 ANY_TEXT = st.text(st.characters(), max_size=80) | st.text(st.sampled_from("\x1b\r\n\t\u202e\ud800aé€😀"))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "expected"),
     [
         ("plain é 漢 😀\n\tnext\r\n", "plain é 漢 😀\n\tnext\r\n"),
@@ -104,7 +104,7 @@ WORD = st.text(
 )
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("url", "bare", "userinfo"),
     [
         ("http://host:1", "http://host:1", None),

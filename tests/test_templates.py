@@ -7,6 +7,7 @@ import pytest
 
 from streamsyn.errors import ConfigError
 from streamsyn.templates import PromptTemplate, packaged, read
+from tests.examples import in_turn
 
 EXAMPLE = {"name": "Ann", "numbers": [1, 2]}
 
@@ -37,7 +38,7 @@ def test_fixed_lines_stand_in_every_text() -> None:
     assert ["First.", "", "Last."] == template("First.\n\n  {{ name }} and\nLast.").fixed_lines
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("source", "what"),
     [
         ("a\nb {{ name", "mine.j2:2: "),

@@ -20,7 +20,7 @@ from streamsyn.words import (
     words_and_filler,
     words_of,
 )
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 SPACES = st.text(st.sampled_from([chr(code) for code in range(0x3005) if chr(code).isspace()] + ["a"]))
 CHINESE = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002"
@@ -64,7 +64,7 @@ def test_no_character_beyond_the_table_is_white_space() -> None:
     assert [] == [code for code in range(0x20000, 0x110000) if chr(code).isspace()]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "expected"),
     [
         (CHINESE, 8),

@@ -12,7 +12,7 @@ from streamsyn.assembly.pre_tokenizer import UnsupportedPattern, lookahead_of
 from streamsyn.assembly.token_counter import IncrementalTokenCounter
 from streamsyn.assembly.window import Passage
 from tests.assembly.tokenizers_made import SUPPORTED, UNSUPPORTED, made
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 FRAGMENTS = [
     *(" ", "  ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", " " * 9),
@@ -87,7 +87,7 @@ def test_incremental_counts_are_exact(case: tuple[IncrementalTokenCounter, Any, 
     ]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SUPPORTED if kind not in ("looks ahead", "fours")])
+@in_turn("kind", [kind for kind in SUPPORTED if kind not in ("looks ahead", "fours")])
 def test_most_of_a_long_text_is_not_encoded_again(kind: str) -> None:
     """A passage of a few hundred words is split near both ends, with every kind of tokenizer."""
     chance = random.Random(2)
@@ -102,7 +102,7 @@ def test_most_of_a_long_text_is_not_encoded_again(kind: str) -> None:
     assert 0 < points.between < points.total
 
 
-@pytest.mark.parametrize("kind", UNSUPPORTED)
+@in_turn("kind", UNSUPPORTED)
 def test_unsupported_tokenizers_count_the_whole_text(kind: str) -> None:
     """Tokenizers that look back, do not split, or have patterns that are not understood."""
     tokenizer = made(UNSUPPORTED[kind], ["ab ab. 123 1234567"])
@@ -132,7 +132,7 @@ def test_passages_that_are_not_in_the_text_do_not_matter() -> None:
     assert [tokenizer.count(text) for text in texts] == [counter.count(text, pieces) for text in texts]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "pattern",
     [
         *(
@@ -157,7 +157,7 @@ def test_patterns_that_are_not_understood_are_refused(pattern: str) -> None:
         lookahead_of(pattern)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("pattern", "classes", "breaks"),
     [
         (r"\s+(?!\S)|\s+", {r"\s"}, 2),

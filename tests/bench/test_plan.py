@@ -12,6 +12,7 @@ from streamsyn.bench.plan import Assumption, extrapolated, parse_price, plan, si
 from streamsyn.config.loading import load
 from streamsyn.config.sections import RecipeSection
 from streamsyn.errors import ConfigError
+from tests.examples import in_turn
 
 RECIPE = RecipeSection()
 ASSUMED = Assumption("speed", "x", "y")
@@ -114,7 +115,7 @@ def test_a_fleet_of_equal_servers_with_answers_as_long_as_the_recipe_asks() -> N
     assert (99, 0, 0.5) == (set_.words, set_.cache_tokens, set_.speed)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("asked", "named"),
     [
         ("3xfoo", "no cost model 'foo'; choose cpu or h100"),

@@ -13,6 +13,7 @@ from streamsyn.config.fields import Section
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config, known_keys, load, parse_override
 from streamsyn.errors import ConfigError
+from tests.examples import in_turn
 
 Written = Callable[[str], Path]
 
@@ -48,7 +49,7 @@ def sections(kind: type[BaseModel]) -> list[type[BaseModel]]:
     return [kind, *(deeper for part in below for deeper in sections(part))]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("key", "default"),
     [
         ("run.seed", 0),
@@ -176,7 +177,7 @@ def test_an_unknown_key_in_an_override_is_named() -> None:
     assert expected == str(raised.value)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("key", "value"),
     [
         ("run.seed", 1.5),
@@ -218,7 +219,7 @@ def test_all_mistakes_are_reported_at_once(written: Written) -> None:
     assert [True] * 3 == [key in message for key in ("run.seed: ", "recipe.target_words: ", "recipe.use")]
 
 
-@pytest.mark.parametrize("name", ["messages", "model", "n", "rid", "stream", "stream_options"])
+@in_turn("name", ["messages", "model", "n", "rid", "stream", "stream_options"])
 def test_fields_of_our_own_are_no_sampling_parameters(name: str) -> None:
     """`recipe.sampling` must not change what is asked for and how it is answered."""
     with pytest.raises(ConfigError, match=f"recipe.sampling: streamsyn sets {name} itself; remove it"):
@@ -260,7 +261,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert str(raised.value).startswith(f"cannot read the configuration {path}: ")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "expected"),
     [
         ("run.seed=3", ("run.seed", 3)),
@@ -303,7 +304,7 @@ def test_whatever_is_set_is_taken_or_refused_by_name(text: str) -> None:
     assert message.startswith("recipe.target_words: ")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("key", "value"),
     [
         ("run.max_reject_fraction", 0.5),
@@ -326,7 +327,7 @@ def test_operational_keys_stay_out_of_the_fingerprint(key: str, value: Any) -> N
     assert fingerprint(load(None)) == fingerprint(load(None, [(key, value)]))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("key", "value"),
     [
         ("run.seed", 1),
@@ -378,7 +379,7 @@ def test_a_template_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, key:
     assert str(raised.value).startswith(f"{key}: cannot read {tmp_path / 'missing.j2'}: ")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("key", "value", "expected"),
     [
         ("fleet.concurrency", 0, "fleet.concurrency: expected 'auto' or at least 1 (got 0)"),
@@ -407,7 +408,7 @@ def test_paths_are_kept_so_that_they_hold_from_anywhere() -> None:
     assert with_absolute_paths(Config())["seeds"]["task_losses"] is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("key", "value", "expected"),
     [
         ("fleet.servers", "http://x:1", "fleet.servers: expected a list (got 'http://x:1')"),

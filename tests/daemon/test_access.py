@@ -15,6 +15,7 @@ from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.serve import bound, check_address, host_and_port
 from streamsyn.errors import ConfigError, DirectoryInUse
 from tests.daemon.conftest import QUICK, Served, StartDaemon
+from tests.examples import in_turn
 
 READ, WRITE, ADMIN = "r" * 20, "w" * 20, "a" * 20
 PEM = Path(__file__).parents[1] / "fleet" / "pem"
@@ -157,7 +158,7 @@ async def test_a_form_of_a_web_page_creates_nothing(daemon: Served) -> None:
     assert (await daemon.ask("GET", "/v1/runs"))["data"] == []
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True)]
     + [(host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "gpu-1", "", "example.com", "2001:db8::1")],
@@ -167,7 +168,7 @@ def test_which_addresses_only_this_machine_reaches(host: str, expected: bool) ->
     assert is_loopback(host) == expected
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("keys", "what"),
     [
         ({"serve.listen": "0.0.0.0:8200"}, "serve.tokens_file must be set"),

@@ -11,6 +11,7 @@ from streamsyn.daemon.problems import Problem
 from streamsyn.errors import ConfigError
 from streamsyn.templates import MAX_RENDERED_CHARS, PromptTemplate
 from tests.daemon.conftest import Served
+from tests.examples import in_turn
 
 PACKAGED = [
     path for folder in ("prompts", "samples") for path in (files("streamsyn") / "data" / folder).iterdir()
@@ -23,7 +24,7 @@ def test_the_packaged_prompts_could_be_sent(path: Any) -> None:
     check_template("templates.recipe", path.read_text("utf-8"))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "what"),
     [
         ("{{ instruction.__class__ }} {{ ''.join(x) }}", "a call"),

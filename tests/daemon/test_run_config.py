@@ -8,6 +8,7 @@ from streamsyn.config.loading import Config, known_keys, load
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.run_config import ALLOWED, AT_MOST, check_given, run_config, shaping_tree
 from tests.daemon.conftest import Served
+from tests.examples import in_turn
 
 OPERATORS = frozenset(
     {
@@ -58,7 +59,7 @@ def test_each_key_is_either_the_clients_or_the_operators() -> None:
     assert not clients & OPERATORS
 
 
-@pytest.mark.parametrize("key", [*sorted(OPERATORS), "serve.tokens_file", "train.model"])
+@in_turn("key", [*sorted(OPERATORS), "serve.tokens_file", "train.model"])
 def test_the_operators_keys_are_refused_by_name(key: str) -> None:
     """The message names the key as the client wrote it, and says what to do."""
     key = key.replace("*", "qa")
@@ -67,7 +68,7 @@ def test_the_operators_keys_are_refused_by_name(key: str) -> None:
     assert raised.value.status == 422
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("given", "what"),
     [
         ({"recipe": {"use": "os:system"}}, "serve.allow_recipes"),

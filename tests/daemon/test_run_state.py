@@ -3,9 +3,10 @@
 import pytest
 
 from streamsyn.daemon.run_record import STATES, Refused, RunState, State
+from tests.examples import in_turn
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("before", "action", "after"),
     [
         ("running", "pause", "paused"),
@@ -42,7 +43,7 @@ def test_what_follows(before: State, action: str, after: State | None) -> None:
     assert (run.error is None) == (run.state != "failed")
 
 
-@pytest.mark.parametrize("state", STATES)
+@in_turn("state", STATES)
 def test_seeds_are_accepted_only_while_they_will_be_used(state: State) -> None:
     """Running and paused runs accept seeds until they are closed; the others say why they do not."""
     run = RunState(state, error="it broke" if state == "failed" else None)

@@ -23,6 +23,7 @@ from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.webhook_target import Webhook, is_private
 from streamsyn.daemon.webhooks import Webhooks, open_webhooks
 from tests.daemon.conftest import StartDaemon
+from tests.examples import in_turn
 
 KEY = bytes(range(32))
 SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
@@ -182,7 +183,7 @@ async def test_a_secret_from_the_environment_is_not_stored(tmp_path: Path) -> No
     assert "the environment variable HOOK is not a secret any more" == logs[0]["why"]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("given", "why"),
     [
         ({"url": "ftp://example.com"}, "webhook.url: expected a URL"),
@@ -204,7 +205,7 @@ def test_what_cannot_work_is_refused(given: dict[str, Any], why: str) -> None:
     assert str(raised.value).startswith(why)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "host",
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1"),

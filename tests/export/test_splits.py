@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.export.splits import MAX_TASKS, Split, Splits, TaskNames
+from tests.examples import in_turn
 
 
 @given(task=st.text(), seed_id=st.text(), seed=st.integers(0, 2**63))
@@ -33,7 +34,7 @@ def test_shares_are_kept_approximately() -> None:
     assert names != others
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "given_splits",
     [
         ["tasks"],

@@ -8,6 +8,7 @@ import pytest
 from streamsyn.errors import BrokenResponse, RequestRefused, ServerBusy, ServerUnavailable
 from streamsyn.fleet.chat_answer import Asked, events_in, parse_chat, parse_chat_stream
 from streamsyn.records import Completion, Request
+from tests.examples import in_turn
 
 URL = "http://one:1"
 MESSAGES = [{"role": "user", "content": "About geese."}]
@@ -75,7 +76,7 @@ def test_no_metadata() -> None:
     assert parsed(body).weight_version is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "reason",
     ["abort", "content_filter", "tool_calls", "Error", "content_filter: RECITATION", {"type": "abort"}],
 )
@@ -85,7 +86,7 @@ def test_an_answer_that_did_not_end_by_itself_is_broken(reason: Any) -> None:
         parsed(answer(**choice("Geese", reason)))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("reason", "expected"),
     [
         ("stop", "stop"),
@@ -105,7 +106,7 @@ def test_other_finish_reasons_are_a_stop_or_a_cut(reason: Any, expected: str) ->
     assert expected == parsed(answer(**choice("Geese fly.", reason))).finish_reason
 
 
-@pytest.mark.parametrize("usage", [None, {}, [], "12", {"prompt_tokens": None, "completion_tokens": "x"}])
+@in_turn("usage", [None, {}, [], "12", {"prompt_tokens": None, "completion_tokens": "x"}])
 def test_tokens_are_estimated_without_usage(usage: Any) -> None:
     """A quarter of the bytes, rounded up: 12 of the prompt, 10 of the text."""
     completion = parsed(answer(usage=usage))
@@ -118,7 +119,7 @@ def test_tokens_are_estimated_without_usage(usage: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("usage", "expected"),
     [
         ({"prompt_tokens": 100.0, "completion_tokens": 200.0}, (100, 200, False)),
@@ -146,9 +147,7 @@ def test_without_a_model_name_it_is_the_one_asked_for(model: Any) -> None:
     assert "asked" == parsed(answer(model=model)).model
 
 
-@pytest.mark.parametrize(
-    "metadata", ["v1", {"weight_version": 7}, {"weight_versions": 7}, {"weight_versions": [7]}, []]
-)
+@in_turn("metadata", ["v1", {"weight_version": 7}, {"weight_versions": 7}, {"weight_versions": [7]}, []])
 def test_metadata_of_another_kind(metadata: Any) -> None:
     """Other servers use the field for their own purposes."""
     assert parsed(answer(metadata=metadata)).weight_version is None
@@ -185,7 +184,7 @@ def test_a_thought_among_parts_is_counted(thought: Any) -> None:
     assert 6 == parsed(body).thinking_tokens
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "body",
     [
         {},
@@ -214,7 +213,7 @@ def test_an_answer_with_an_odd_byte_is_read() -> None:
     assert "Geese \ufffd fly.\x07" == parse_chat(200, body, ASKED).text
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b'{"choices": [', b"\xff\xfe", b"data: {}\n\n"])
+@in_turn("body", [b"", b"<html>busy</html>", b'{"choices": [', b"\xff\xfe", b"data: {}\n\n"])
 def test_a_body_that_is_no_json_is_broken(body: bytes) -> None:
     """The message shows how it begins."""
     with pytest.raises(BrokenResponse, match="did not answer JSON"):
@@ -273,7 +272,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_turn("form", FORMS)
 def test_forms_of_streams(form: str) -> None:
     """Server-sent events as the standard has them, and what servers make of a stream."""
     assert Completion("Geese fly.", "stop", 9, 7, 4, "m", URL) == stream(FORMS[form])
@@ -300,14 +299,14 @@ def test_other_choices_are_left_out() -> None:
     assert "Geese fly." == stream(other + EVENTS + DONE).text
 
 
-@pytest.mark.parametrize("end", [*range(0, LAST_TEXT, 61), LAST_TEXT, USAGE_EVENT - 3])
+@in_turn("end", [*range(0, LAST_TEXT, 61), LAST_TEXT, USAGE_EVENT - 3])
 def test_a_stream_that_is_cut(end: int) -> None:
     """A stream that ends before its text does means that the server died, at any length."""
     with pytest.raises(ServerUnavailable):
         stream(EVENTS[:end])
 
 
-@pytest.mark.parametrize("end", range(USAGE_EVENT, len(EVENTS), 17))
+@in_turn("end", range(USAGE_EVENT, len(EVENTS), 17))
 def test_a_stream_that_is_cut_behind_its_text_is_used(end: int) -> None:
     """Only the usage is lost."""
     assert "Geese fly." == stream(EVENTS[:end]).text
@@ -322,7 +321,7 @@ def test_errors_inside_a_stream() -> None:
         parse_chat_stream(400, b'{"object": "error", "message": "no"}', ASKED)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "data",
     ["{no json", '{"choices": [7]}', '{"choices": 7}', '{"choices": [{"delta": {"content": 7}}]}', "7", "[]"],
 )

@@ -5,6 +5,7 @@ import pytest
 
 from streamsyn.errors import BrokenResponse
 from streamsyn.fleet.wire import Load, parse_load
+from tests.examples import in_turn
 
 RANK = {
     "timestamp": 12.5,
@@ -48,19 +49,15 @@ def test_a_short_form_is_enough() -> None:
     assert Load(1, 0) == load
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"[]", b"{}", b'{"loads": []}', b'{"loads": [{}]}', b'{"loads": [3]}', b"<html>"]
-)
+@in_turn("text", [b"", b"[]", b"{}", b'{"loads": []}', b'{"loads": [{}]}', b'{"loads": [3]}', b"<html>"])
 def test_what_is_no_reading(text: bytes) -> None:
     """Any other body raises BrokenResponse."""
     with pytest.raises(BrokenResponse, match="/v1/loads"):
         parse_load(text)
 
 
-@pytest.mark.parametrize(
-    "value", ["1e308", "-1", "NaN", "Infinity", "1e999", "9" * 400, '"5"', "true", "[1]"]
-)
-@pytest.mark.parametrize("name", sorted(RANK.keys() - {"dp_rank", "queues"}))
+@in_turn("value", ["1e308", "-1", "NaN", "Infinity", "1e999", "9" * 400, '"5"', "true", "[1]"])
+@in_turn("name", sorted(RANK.keys() - {"dp_rank", "queues"}))
 def test_a_figure_that_no_server_can_have(name: str, value: str) -> None:
     """Steering by it would fail, or would be wrong for ever."""
     text = body({**RANK, name: "VALUE"}).replace(b'"VALUE"', value.encode())

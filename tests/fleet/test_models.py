@@ -10,12 +10,13 @@ from streamsyn.errors import ConfigError, FleetGone, ServerUnavailable, Streamsy
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.models import agreed_models, listed
 from streamsyn.fleet.transport import Reply
+from tests.examples import in_turn
 from tests.fleet.scripted import ScriptedServers
 
 ONE, TWO = "http://one:1", "http://two:1"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("served", "wanted", "agreed"),
     [
         ({ONE: ["a"], TWO: ["a"]}, {}, ["a"]),
@@ -32,7 +33,7 @@ def test_models_that_are_agreed_on(
     assert agreed == agreed_models(served, FleetSection(**wanted))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("served", "wanted", "said"),
     [
         ({ONE: ["a", "b", "c"]}, {}, "serve several models (a, b, c); set fleet.model to use one"),

@@ -17,7 +17,7 @@ from streamsyn.fleet.server import Place, Server
 from streamsyn.fleet.shares import Share
 from streamsyn.records import Request
 from tests.builders import server_at
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 
 def servers(*caps: int) -> list[Server]:
@@ -471,7 +471,7 @@ def capped(*caps: int, weights: tuple[float, ...] = ()) -> list[Server]:
     ]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("fleet", "total", "expected"),
     [
         (capped(8, 100), 10, [5, 5]),  # caps that are not reached do not count

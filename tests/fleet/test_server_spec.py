@@ -7,6 +7,7 @@ import pytest
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec, headers_of, server_specs
+from tests.examples import in_turn
 
 
 def section(*servers: str | dict[str, object], **given: object) -> FleetSection:
@@ -26,7 +27,7 @@ def test_a_host_called_v1() -> None:
     assert [ServerSpec("http://models")] == server_specs(section("http://models"))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "url",
     [
         "/v1/chat/completions",
@@ -87,7 +88,7 @@ NO_URLS = [
 ]
 
 
-@pytest.mark.parametrize("url", NO_URLS)
+@in_turn("url", NO_URLS)
 def test_invalid_urls(url: str) -> None:
     """The message names the key and the entry."""
     with pytest.raises(ConfigError) as raised:

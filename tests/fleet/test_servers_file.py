@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServersFile, ServerSpec, parse_servers
+from tests.examples import in_turn
 
 TEXT = """\
 # the first rack
@@ -80,7 +81,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert 1 == len(said.splitlines())
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("line", "said"),
     [
         ("one:30000", "one:30000 is not a valid URL"),

@@ -16,6 +16,7 @@ from streamsyn.fleet.thinking import SWITCHES, PromptEnd, PromptEnds, Thinking, 
 from streamsyn.fleet.transport import Reply
 from streamsyn.records import Completion, Request
 from streamsyn.scoring.measures import AnswerPrompt, Answers, Gain, Likelihood, Question, ScoringClient
+from tests.examples import in_turn
 
 REQUEST = Request([{"role": "user", "content": "Write."}], {"temperature": 0.8, "max_tokens": 100})
 THOUGHT = "I will write of the river.\n"
@@ -32,7 +33,7 @@ def added(mode: Any, model: str) -> dict[str, Any]:
     return {name: value for name, value in sampling.items() if name not in REQUEST.sampling}
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("model", "off"),
     [
         ("Qwen/Qwen3-8B", {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, ServerUnavailable, ServerUnreachable
 from streamsyn.fleet.transport import MAX_RETRY_AFTER_S, Reply, http_transport, retry_after_s, tls_context
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 pytestmark = pytest.mark.usefixtures("no_task_left")
 
@@ -151,7 +151,7 @@ def test_files_that_cannot_be_used(key: str, path: Path | str, said: str) -> Non
 NOW = 1_800_000_000.0
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("value", "pause_s"),
     [
         ("3", 3.0),

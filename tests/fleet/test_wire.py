@@ -15,6 +15,7 @@ from streamsyn.errors import (
 )
 from streamsyn.fleet import wire
 from streamsyn.records import Request
+from tests.examples import in_turn
 
 URL = "http://one:1"
 MESSAGES = [{"role": "user", "content": "About geese."}]
@@ -74,13 +75,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "field"), REFUSED)
+@in_turn(("status", "body", "field"), REFUSED)
 def test_the_field_that_a_server_refuses(status: int, body: str, field: str | None) -> None:
     """Each server words it in its own way; only a field that is optional is named."""
     assert field == wire.refused_field(status, body.encode())
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("body", "expected"),
     [
         (b'{"a": "caf\xe9"}', {"a": "caf\ufffd"}),
@@ -95,7 +96,7 @@ def test_json_with_an_odd_byte_is_read(body: bytes, expected: Any) -> None:
     assert expected == wire.read_json(body)
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000])
+@in_turn("body", [b"", b"<html>", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000])
 def test_what_is_not_json(body: bytes) -> None:
     """ValueError, and nothing else."""
     with pytest.raises(ValueError, match=r"."):
@@ -112,7 +113,7 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("status", "body", "kind", "said"),
     [
         # SGLang's own two shapes, and that of its authentication
@@ -152,7 +153,7 @@ def test_the_error_for_each_status(status: int, body: Any, kind: type[ServerErro
     assert str(raised.value).startswith(f"{URL} answered {status}: ")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("body", "kind"),
     [
         (FULL, ServerBusy),
@@ -185,7 +186,7 @@ def test_parse_models() -> None:
     assert ["small", "lora"] == wire.parse_models(body)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "body",
     [
         b"",

@@ -15,6 +15,7 @@ from streamsyn.errors import ConfigError, RunReplaced, ServerError
 from streamsyn.following import daemon_client, feeds
 from streamsyn.following.daemon_client import MAX_LINE_BYTES, run_url
 from streamsyn.following.follow import follow
+from tests.examples import in_turn
 from tests.following.run_server import RunServer, in_thread, row
 from tests.following.test_follow import BOTH, read_sync
 
@@ -159,7 +160,7 @@ def test_odd_rows_are_not_taken(
         list(follow(server.url, retry_s=0.0))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("url", "why"),
     [
         ("http://host/v1/run/one", "is not the URL of a run: expected"),

@@ -8,6 +8,7 @@ import pytest
 
 from streamsyn.errors import ConfigError
 from streamsyn.io.inputs import TEXT_KINDS, find_files, find_rows, is_row_file
+from tests.examples import in_turn
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -192,7 +193,7 @@ def test_a_directory_that_cannot_be_listed_is_named(tree: Path, monkeypatch: pyt
         find(tree)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("name", "expected"),
     [
         ("a.jsonl", True),

@@ -17,7 +17,7 @@ from streamsyn.io.content import HEAD_BYTES, Layout, layout_of, problem_of
 from streamsyn.io.inputs import decode_all, open_rows
 from streamsyn.io.json_rows import decode_json
 from streamsyn.io.rows import ReadOptions, RowReader, TableRow
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 MIB = 2**20
 VALUES = st.recursive(
@@ -110,7 +110,7 @@ def test_elements_that_are_not_objects_are_bad_rows(tmp_path: Path) -> None:
     assert 0 == open_rows(empty, ReadOptions()).count()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "value"),
     [
         ("18446744073709551616", 2**64),
@@ -147,7 +147,7 @@ def lines(*texts: str) -> bytes:
     return "\n".join(orjson.dumps({"text": text}).decode() for text in texts).encode()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("data", "problem"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a Git LFS pointer"),
@@ -172,7 +172,7 @@ def test_a_file_that_is_wrong_as_a_whole_is_known_by_its_beginning(data: bytes, 
     assert found is None or found.startswith(problem or "")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("head", "layout"),
     [
         (b'{"a": 1}\n{"a": 2}', Layout.LINES),

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamsyn.io.rows import BOM, Line, LineSplitter, split_lines
+from tests.examples import in_turn
 
 PIECES = st.sampled_from([b"", b"\n", b"\r", b"\r\n", b"a", b"{}", b" ", BOM, b"\xff", b"x" * 30])
 STREAMS = st.lists(PIECES, max_size=30).map(b"".join) | st.binary(max_size=100)
@@ -67,7 +68,7 @@ def test_what_was_written_as_lines_is_read_as_lines(
     assert list(range(1, len(lines) + 1)) == [line.number for line in lines]
 
 
-@pytest.mark.parametrize("data", [b"", BOM, b"\n", b"\r\n", BOM + b"\n"])
+@in_turn("data", [b"", BOM, b"\n", b"\r\n", BOM + b"\n"])
 def test_a_stream_without_text_has_no_line_with_text(data: bytes) -> None:
     """An empty file, a lone byte order mark, lone line ends: nothing to read."""
     assert [] == [line for line in lines_of([data]) if line.text]

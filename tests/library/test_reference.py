@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import streamsyn
+from tests.examples import in_turn
 
 ROOT = Path(streamsyn.__file__).parents[1]
 FOLDER = ROOT / "deploy" / "library"
@@ -21,7 +20,7 @@ def test_the_page_is_up_to_date() -> None:
     assert SCRIPT["page"]() == PAGE
 
 
-@pytest.mark.parametrize("name", [name for name in streamsyn.__all__ if name != "__version__"])
+@in_turn("name", [name for name in streamsyn.__all__ if name != "__version__"])
 def test_every_public_name_is_on_the_page(name: str) -> None:
     """With its methods or arguments; and it has a docstring of its own."""
     one = getattr(streamsyn, name)

@@ -13,6 +13,7 @@ from streamsyn.fleet.server import Timings
 from streamsyn.pipeline.metrics import Figures, RunFigures, serving_metrics
 from streamsyn.telemetry import Counters
 from tests.builders import context, reject
+from tests.examples import in_turn
 
 TIMINGS = Timings()
 SERVERS = [
@@ -142,7 +143,7 @@ def test_nothing_listens_afterwards() -> None:
         assert url == again
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "listen",
     ["", "9100", ":9100", "localhost", "localhost:", "localhost:http", "localhost:65536", "::1:9100", "[]:1"],
 )

@@ -18,6 +18,7 @@ from streamsyn.pipeline import progress as progress_module
 from streamsyn.pipeline.progress import Progress, _line, _table, duration, reporting
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.telemetry import Counters
+from tests.examples import in_turn
 
 URLS = ("http://one:1", "http://two:2")
 
@@ -158,7 +159,7 @@ async def test_what_servers_generate_is_a_sign_of_life(tmp_path: Path) -> None:
         assert "servers generate 1,234 tokens/s" in drawn(progress.figures())
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("seconds", "expected"),
     [
         (None, "?"),

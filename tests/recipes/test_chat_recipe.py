@@ -24,6 +24,7 @@ from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import Fault, SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
 from tests.builders import rows
+from tests.examples import in_turn
 from tests.fleet.scripted import ScriptedServers
 
 URL = "http://one"
@@ -159,7 +160,7 @@ async def test_every_kind_of_answer_is_kept() -> None:
             await fleet.complete(request_of({"messages": [{"role": "user"}], "model": "other"}), [])
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("changed", "why"),
     [
         ({"custom_id": None}, "Missing required parameter: 'custom_id'."),

@@ -11,6 +11,7 @@ from streamsyn.config.sections import ChecksSection
 from streamsyn.recipes.checks import Checks, Failure, repetition
 from streamsyn.records import RejectReason, Seed
 from streamsyn.words import normalised
+from tests.examples import in_turn
 
 SEED = Seed("s", "qa", "When did the mill of Aldersby burn down?", "In 1847.", "f:1")
 PROSE = " ".join(f"The {number}th year saw the river rise by {number * 7} feet." for number in range(1, 21))
@@ -32,7 +33,7 @@ def reason(text: str, seed: Seed = SEED, **section: Any) -> RejectReason | None:
     return found.reason if found is not None else None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "start",
     [
         "I'm sorry, but I can't help with that.",
@@ -55,7 +56,7 @@ def test_refusals(start: str) -> None:
     assert RejectReason.REFUSAL is reason(f"{start} {PROSE}")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "start",
     [
         "I'm sorry to say the mill burned down.",
@@ -78,7 +79,7 @@ def test_what_is_no_refusal(start: str) -> None:
     assert reason(f"{start} {PROSE}") is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "text",
     [
         f"Question: {SEED.instruction}\nAnswer: {SEED.answer}\n\n{PROSE}",
@@ -103,7 +104,7 @@ def test_hardly_more_than_the_answer() -> None:
 YES_NO = Seed("s", "qa", "Did the council approve the budget?", "No", "f:1")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "seed"),
     [
         (f"{SEED.instruction} the visitor asked. {PROSE} It was in 1847.", SEED),

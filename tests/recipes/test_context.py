@@ -14,6 +14,7 @@ from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
+from tests.examples import in_turn
 
 SEED = Seed("s-1", "qa", "When did the mill of Aldersby burn down?", "In 1847.", "seeds.jsonl:1")
 OTHER = Seed("s-2", "qa", "Who rowed to Fairholm?", "Nobody rowed there.", "seeds.jsonl:2")
@@ -154,7 +155,7 @@ def test_a_template_that_is_not_there(tmp_path: Path) -> None:
         recipe(tasks={"qa": {"template": tmp_path / "no.j2"}})
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "reason"),
     [
         ("", RejectReason.EMPTY),

@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.recipes.parsing import document_text
+from tests.examples import in_turn
 
 TEXT = "The mill of Aldersby stood by the river.\n\nIt burned in 1847."
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "before",
     [
         "Context:",
@@ -35,7 +36,7 @@ def test_what_is_put_before_a_document_goes(before: str) -> None:
     assert TEXT == document_text(before + TEXT)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("before", "behind"),
     [
         ("```\n", "\n```"),
@@ -53,7 +54,7 @@ def test_what_is_put_round_a_document_goes(before: str, behind: str) -> None:
     assert TEXT == document_text(before + TEXT + behind)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "text",
     [
         TEXT,

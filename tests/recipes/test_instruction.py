@@ -13,6 +13,7 @@ from streamsyn.recipes.instruction import InstructionRecipe
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
+from tests.examples import in_turn
 
 TEXT = " ".join(
     f"In year {number} the river of Aldersby rose by {number * 7} feet." for number in range(1, 101)
@@ -108,7 +109,7 @@ def test_drafts_share_a_document_that_is_taken_whole() -> None:
     assert "" == recipe().group(SEED) == recipe().outlook()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "reason", "detail"),
     [
         ("", RejectReason.EMPTY, "no text"),

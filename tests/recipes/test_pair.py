@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamsyn.recipes.parsing import Pair, first_pair
+from tests.examples import in_turn
 
 ASKED = "Who kept the light of Aldersby in 1847?"
 SAID = "Ada Marsh kept it,\nand her brother after her."
@@ -20,7 +21,7 @@ def pair_in(text: str) -> tuple[str, str]:
     return found.question, found.answer
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "form",
     [
         "Question: {q}\nAnswer: {a}",
@@ -74,7 +75,7 @@ def test_each_form_is_read(form: str) -> None:
     assert (ASKED, SAID) == pair_in(form.replace("{q}", ASKED).replace("{a}", SAID))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "form",
     [
         '{"question": %s, "answer": %s}',
@@ -86,7 +87,7 @@ def test_each_form_is_read(form: str) -> None:
         '{"question": %s,\n "answer": %s} Question: And another? Answer: No.',
     ],
 )
-@pytest.mark.parametrize("raw_lines", [False, True])
+@in_turn("raw_lines", [False, True])
 def test_json_is_read(form: str, raw_lines: bool) -> None:
     """Alone, in a fence or in prose; also with line breaks in strings, which JSON does not allow."""
     asked, said = json.dumps(ASKED), json.dumps(SAID)
@@ -104,7 +105,7 @@ def test_an_answer_in_json_need_not_be_text(value: str, text: str) -> None:
     assert ("When?", text) == pair_in(f'{{"question": "When?", "answer": {value}}}')
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "text",
     [
         "",

@@ -13,6 +13,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.recipes.recipe import BaseRecipe, Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import Document, Draft, Seed
+from tests.examples import in_turn
 from tests.recipes.test_context import PROSE, SEED, completion_of
 
 MINE = """
@@ -134,9 +135,7 @@ def test_its_source_is_part_of_the_fingerprint(write: Write) -> None:
     assert second != loaded("elsewhere:Mine").fingerprint()
 
 
-@pytest.mark.parametrize(
-    "use", ["mine:", ":Mine", "mine:Mine:", "my mine:Mine", ".mine:Mine", "mine.py:Mine.x", "a/b:C"]
-)
+@in_turn("use", ["mine:", ":Mine", "mine:Mine:", "my mine:Mine", ".mine:Mine", "mine.py:Mine.x", "a/b:C"])
 def test_an_invalid_name_is_refused(use: str) -> None:
     """The error shows a valid name."""
     assert "my_package.recipes:Mine" in error_of(use)

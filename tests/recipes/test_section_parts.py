@@ -2,16 +2,16 @@
 
 from itertools import cycle, islice
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.recipes.manuscript import Manuscript, title_between
 from streamsyn.recipes.parsing import outline_headings, section_text
 from streamsyn.records import Completion
+from tests.examples import in_turn
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "outline",
     [
         "1. The river\n2. The mill\n3. The fire",
@@ -47,7 +47,7 @@ def test_titles_follow_the_length() -> None:
     assert "b" == title_between("ab", 1, 1)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "answer",
     [
         "The mill stood.",

@@ -2,11 +2,11 @@
 
 import re
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.report.report_examples import BottomK, answer_spans, draw_key, excerpt, shortened, visible
+from tests.examples import in_turn
 
 spans = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)).map(sorted).map(tuple), max_size=4)
 
@@ -41,7 +41,7 @@ def test_a_long_text_keeps_answer_and_facts() -> None:
     assert sum(len(segment.text) for segment in shown) < 6000
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "answer", "marked"),
     [
         ("He was the Georgia\n peach.", "The Georgia Peach", ["the Georgia\n peach"]),

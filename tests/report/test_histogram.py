@@ -5,11 +5,11 @@ import random
 from itertools import pairwise
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.report.charts import Histogram, round_width, ticks
+from tests.examples import in_turn
 
 values = st.lists(st.floats(-1e9, 1e9) | st.integers(-(10**6), 10**6), min_size=1, max_size=200)
 
@@ -84,7 +84,7 @@ def test_a_target_is_within_the_range() -> None:
     assert bins[-1].high >= 1000
 
 
-@pytest.mark.parametrize(("width", "rounded"), [(0.3, 1), (1.2, 2), (3, 5), (7, 10), (130, 200), (5, 5)])
+@in_turn(("width", "rounded"), [(0.3, 1), (1.2, 2), (3, 5), (7, 10), (130, 200), (5, 5)])
 def test_widths_are_round(width: float, rounded: float) -> None:
     """1, 2 or 5 times a power of ten, and at least one."""
     assert rounded == round_width(width, 1.0)

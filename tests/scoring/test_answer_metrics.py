@@ -11,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
 from streamsyn.scoring.answer_metrics import answer_score, f1, metric_of, rouge_l
 from streamsyn.words import unspaced_letters
+from tests.examples import in_turn
 
 TEXTS = st.one_of(
     st.lists(st.sampled_from(["the", "A", "cat", "Cat.", "sat", "on", "1915", "mat,", "an"])).map(" ".join),
@@ -72,7 +73,7 @@ def test_rouge_l_of_other_scripts() -> None:
     assert rouge_l("смотритель", "...") == 0.0
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("said", "gold", "expected"),
     [
         ("The Georgia Peach.", "georgia peach", 1.0),  # articles, case and punctuation do not count

@@ -10,6 +10,7 @@ from streamsyn.io.rows import Line
 from streamsyn.records import BadSeed, Entry, Seed, digest
 from streamsyn.seeds.forms import FormsSeen
 from streamsyn.seeds.parse import SeedParser
+from tests.examples import in_turn
 
 
 def parse(row: dict[str, Any], fields: FieldsSection | None = None, form: SeedFormat = "auto") -> Entry:
@@ -36,7 +37,7 @@ SHAREGPT = said(("human", "Who?"), ("gpt", "Ada."), names=("from", "value"))
 PARTS = said(("user", [{"type": "text", "text": "Who?"}]), ("assistant", [{"type": "text", "text": "Ada."}]))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "row",
     [
         {"instruction": "Who?", "output": "Ada."},
@@ -70,9 +71,7 @@ def test_a_row_is_read_by_its_fields(row: dict[str, Any]) -> None:
     assert ("Who?", "Ada.", digest("Who?", "Ada.").hex()) == (entry.instruction, entry.answer, entry.id)
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"), [(42, "42"), (0, "0"), (1.5, "1.5"), (True, "true"), ([7], "7")]
-)
+@in_turn(("answer", "expected"), [(42, "42"), (0, "0"), (1.5, "1.5"), (True, "true"), ([7], "7")])
 def test_a_number_is_an_answer(answer: Any, expected: str) -> None:
     """As text."""
     assert ("How many?", expected) == pair({"instruction": "How many?", "answer": answer})

@@ -16,7 +16,7 @@ from streamsyn.config.sections import FieldsSection
 from streamsyn.io.rows import Line
 from streamsyn.records import BadSeed, Entry, RejectReason, Seed, digest
 from streamsyn.seeds.parse import SeedParser
-from tests.examples import examples
+from tests.examples import examples, in_turn
 
 TEXT = st.text(st.characters(codec="utf-8"))
 WORDS = TEXT.filter(str.strip)
@@ -148,7 +148,7 @@ def test_blank_lines_are_skipped(text: bytes) -> None:
 QA = b'"instruction":"Who?","answer":"Ada."'
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "detail"),
     [
         (b'{"instruction": "Who?"', "unexpected end of data"),
@@ -184,7 +184,7 @@ def test_what_is_no_utf8_is_said_with_its_byte(text: bytes, offset: int) -> None
     assert bad.detail.startswith(f"invalid UTF-8 at byte {offset}: ")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "detail"),
     [
         (b"[]", "not a JSON object but list"),
@@ -242,7 +242,7 @@ def test_numbers_beyond_64_bits_are_kept_as_text(number: int) -> None:
     assert {"big": str(number), "most": 2**64 - 1} == orjson.loads(orjson.dumps(seed.metadata))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("value", "expected"),
     [
         (2**64, "18446744073709551616"),
@@ -292,7 +292,7 @@ def test_what_cannot_be_an_id_or_a_task_is_another_field(value: Any) -> None:
     assert {"id", "task"} == entry.metadata.keys()
 
 
-@pytest.mark.parametrize("depth", [190, 199, 200, 230, 1000, 1023, 1024, 5000])
+@in_turn("depth", [190, 199, 200, 230, 1000, 1023, 1024, 5000])
 def test_a_seed_that_is_taken_can_be_written_wherever_it_goes(depth: int) -> None:
     """A log line nests other fields deeper than the seed did: that still has to be possible."""
     entry = parse(b"{" + QA + b',"deep":' + b"[" * depth + b"]" * depth + b"}")

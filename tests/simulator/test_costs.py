@@ -11,6 +11,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.simulator.batching import Batching
 from streamsyn.simulator.costs import CPU, H100, CostModel, capacity, largest_batch
 from streamsyn.simulator.engine import Work
+from tests.examples import in_turn
 
 
 @given(
@@ -52,7 +53,7 @@ def test_invalid_limits() -> None:
         dataclasses.replace(CPU, step_s=0.0)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("uncached", "cached", "seconds"),
     [
         (128, 0, 0.298),

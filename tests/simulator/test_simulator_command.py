@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from streamsyn.cli.simulate import simulate
+from tests.examples import in_turn
 
 RUN = "from streamsyn.cli.simulate import simulate; simulate()"
 
@@ -50,7 +51,7 @@ def test_die_after_ends_the_process_without_an_answer() -> None:
         assert started.wait(timeout=10) == 137
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("options", "named"),
     [
         (["--fault", "flood=0.1"], "unknown fault 'flood'"),

@@ -21,6 +21,7 @@ from streamsyn.simulator.texts import (
     token_ids,
     token_losses,
 )
+from tests.examples import in_turn
 
 
 def test_rates_decide_the_same_way_for_a_seed() -> None:
@@ -44,7 +45,7 @@ def test_a_script_comes_before_the_rates() -> None:
     assert [called.decide(number, {"x": 2}) for number in (1, 2, 3)] == [None, Fault.QA, None]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("fields", "named"),
     [
         ({"faults": {"flood": 0.1}}, "'flood'"),

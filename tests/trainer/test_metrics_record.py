@@ -20,6 +20,7 @@ from streamsyn.trainer.metrics.record import TrainingMetrics, verdict
 from streamsyn.trainer.metrics.trackers import start_tracking
 from streamsyn.trainer.model.placed import start_accelerator
 from streamsyn.trainer.stream.planner import PlanQueue
+from tests.examples import in_turn
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, plans, section, train
 
@@ -136,7 +137,7 @@ def test_flops_of_different_layers_are_added_up() -> None:
     assert 12 * 4 * (8 + 8 + 16) == work.squared
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("name", "peak"),
     [
         ("NVIDIA A100-SXM4-80GB", 312e12),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.trainer.metrics.plot import _rate_text, draw, read_curves, smoothed
-from tests.examples import one_in
+from tests.examples import in_turn, one_in
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train
 
@@ -190,9 +190,7 @@ def test_losses_are_drawn_as_if_on_the_same_samples(tmp_path: Path) -> None:
     assert ([1, 2, 3], [4.0, 3.5, 3.0]) == (drawn.at, drawn.values)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [(0.5, "0.5"), (20, "20"), (1500, "1.5k"), (20_000, "20k"), (3e6, "3M")]
-)
+@in_turn(("value", "expected"), [(0.5, "0.5"), (20, "20"), (1500, "1.5k"), (20_000, "20k"), (3e6, "3M")])
 def test_units_of_a_rate(value: float, expected: str) -> None:
     """Never thousandths of a token."""
     assert expected == _rate_text(value)

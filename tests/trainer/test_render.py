@@ -17,6 +17,7 @@ from streamsyn.trainer.sources.run_samples import RunSamples
 from streamsyn.trainer.sources.source import Sources
 from streamsyn.trainer.stream.render import MIN_PROMPT_TOKENS, Renderer
 from tests.builders import opened, sample, sink
+from tests.examples import in_turn
 from tests.trainer.streams import keys, planner, plans
 
 SPECIALS = ["<s>", "</s>", "<|start|>", "<|end|>"]
@@ -186,7 +187,7 @@ def test_the_last_answer_of_a_conversation_is_learnt() -> None:
     assert "five" not in parts(made)[0]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("row", "reason", "why"),
     [
         ({}, "bad_row", "`messages` is missing"),
@@ -257,7 +258,7 @@ def test_over_long_samples_are_dropped_unless_they_may_be_cut() -> None:
     assert "overlong" == dropped(long_answer, seq_len=200 + MIN_PROMPT_TOKENS, overlong="truncate").reason
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("template", "eos", "why"),
     [
         (None, "</s>", "has no chat template"),

@@ -1,16 +1,16 @@
 """What becomes of a trainer that has ended."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.trainer.supervisor import GiveUp, Restart, RestartPolicy, TrainerExit
+from tests.examples import in_turn
 
 KILLED = TrainerExit(-9)
 
 
-@pytest.mark.parametrize("code", [0, 2, 75])
-@pytest.mark.parametrize("stopping", [True, False])
+@in_turn("code", [0, 2, 75])
+@in_turn("stopping", [True, False])
 def test_a_regular_end_is_final(code: int, stopping: bool) -> None:
     """Finished, refused or stopped, by its own decision or not, told to stop or not."""
     assert GiveUp(code) == RestartPolicy(None).after(TrainerExit(code), None, stopping=stopping)
