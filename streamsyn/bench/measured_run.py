@@ -148,7 +148,7 @@ class _MeasuredRun:
             handles_signals=asked.handles_signals,
             repeats_seeds=not asked.once,
             skips_seeds=asked.skip,
-            on_begun=self._begun.set,
+            on_begun=self._begin,
         )
         self._unlogged: UnloggedRun | None = None
         if not asked.load.with_log:
@@ -166,11 +166,14 @@ class _MeasuredRun:
                 await self._unlogged.run()
         self._ended_at = self._recorder.now()
 
+    def _begin(self) -> None:
+        self._recorder.begin()
+        self._begun.set()
+
     async def _timed(self) -> None:
         """Record ticks; end the measured part."""
         recorder, phases = self._recorder, self._phases
         await self._begun.wait()
-        recorder.begin()
         request = self._request
         async with (
             open_counters(request.config.fleet, request.environ, request.connect, recorder.now) as counters,
