@@ -1,8 +1,10 @@
 """`streamsyn bench`: measure the throughput of a fleet on this workload."""
 
+import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -203,21 +205,40 @@ def _bench(given: dict[str, Any]) -> None:
     configure_logs(as_json=given["log_json"], level=logging.INFO if given["log_json"] else logging.WARNING)
     _refuse_contradictions(given)
     out = given["out"] or Path(time.strftime("bench-%Y%m%d-%H%M%S"))
+    _check_writable(out)
     benchmark = _benchmark(given, out)
     last = benchmark.runs[-1]
     if not any(run.requests for run in benchmark.runs):
         fail(f"no request was answered: {last.stopped or 'the time was too short'}", _exit_code(last))
-    for line in console_lines(benchmark):
-        click.echo(visible(line), err=given["as_json"])
+    if not (given["as_json"] and given["log_json"]):
+        for line in console_lines(benchmark):
+            click.echo(visible(line), err=given["as_json"])
     try:
         paths = write_reports(benchmark, out)
     except OSError as error:
         fail(f"--out {out} cannot be written: {error}", EXIT_OTHER)
-    click.echo(f"reports: {', '.join(map(str, paths))}", err=True)
+    _tell(given, f"reports: {', '.join(map(str, paths))}")
     if given["as_json"]:
         _print_json(bench_json(benchmark))
     if not last.is_complete:
         sys.exit(_exit_code(last))
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse an --out that the reports could not be written to, before anything is measured."""
+    folder = next(one for one in (out.absolute(), *out.absolute().parents) if one.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ConfigError(f"--out {out}: {folder} is not a directory that can be written to")
+
+
+def _tell(given: dict[str, Any], text: str) -> None:
+    """Print what the command is doing to stderr, or log it as bench.progress with --log-json."""
+    if given["log_json"]:
+        import structlog
+
+        structlog.get_logger().info("bench.progress", text=text)
+    else:
+        click.echo(f"{time.strftime('%H:%M:%S')} {visible(text)}", err=True)
 
 
 def _exit_code(stopped: "Measurement") -> int:
@@ -304,7 +325,7 @@ def _to_measure(
         folder=out,
         simulated=None if fleet is None else fleet.start,
         replay=given["replay"],
-        on_phase=lambda phase: click.echo(f"{time.strftime('%H:%M:%S')} {phase}", err=True),
+        on_phase=partial(_tell, given),
     )
 
 
@@ -319,7 +340,7 @@ def _measured(given: dict[str, Any], asked: "RunToMeasure") -> list["Measurement
         runs.append(run)
         rate = figures(run).useful_tokens_per_s
         cap = f", cap {run.load.cap}" if given["sweep"] else ""
-        click.echo(f"{time.strftime('%H:%M:%S')} run {len(runs)}{cap}: {rate:,.0f} useful tokens/s", err=True)
+        _tell(given, f"run {len(runs)}{cap}: {rate:,.0f} useful tokens/s")
 
     try:
         if given["sweep"] is not None:

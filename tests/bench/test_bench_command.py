@@ -63,6 +63,16 @@ def test_a_simulated_fleet_is_measured_and_planned(bench: Bench, tmp_path: Path)
         assert text in result.stderr
 
 
+def test_logs_for_programs_are_one_object_a_line(bench: Bench) -> None:
+    """Progress included; stdout has bench.json alone."""
+    result = bench(*SIMULATED, "--log-json", "--json", "--out", "out")
+    events = [orjson.loads(line) for line in result.stderr.splitlines()]
+
+    assert 0 == result.exit_code
+    assert "bench.progress" in {event["event"] for event in events}
+    assert orjson.loads(result.stdout)["is_complete"]
+
+
 def test_a_sweep_has_a_point_for_each_cap(bench: Bench, tmp_path: Path) -> None:
     """And the run at the knee stands for all."""
     result = bench(*SHORT, "--simulate", "1xh100:slots=4", "--sweep", "1,2,4,8,16", "--out", "out")
@@ -113,6 +123,7 @@ def test_servers_that_cannot_be_reached_leave_no_reports(bench: Bench, tmp_path:
         (["--seeds", "nowhere.jsonl", "--simulate", "1xh100"], "nowhere.jsonl"),
         (["--replay", "nowhere", "--server", "http://a:1"], "nowhere"),
         (["--compare", "a.json", "b.json"], "a.json"),
+        (["--simulate", "1xh100", "--out", "/dev/null/out"], "--out /dev/null/out"),
     ],
 )
 def test_a_mistake_is_refused(bench: Bench, tmp_path: Path, arguments: list[str], text: str) -> None:
