@@ -98,10 +98,15 @@ def _facts(run: Measurement, found: Figures) -> Iterator[tuple[str, str, str]]:
             f"{found.client.loop_lag_ms:,.1f} ms",
             f"median of the longest in each second; at most {found.client.loop_lag_max_ms or 0:,.0f} ms",
         )
+    counted, reported = found.share_of_counters, found.share_of_reported
     for name, share, what in (
         ("Share of capacity", found.share_of_capacity, "of what the simulator's cost model allows"),
-        ("Share of the servers' own figure", found.share_of_reported, "of the tokens per second they report"),
-        ("Share of their counters", found.share_of_counters, "of the tokens that their counters grew by"),
+        ("Share of the servers' counters", counted, "of the tokens that their Prometheus counters grew by"),
+        (
+            "Share of the servers' own figure",
+            reported if counted is None else None,
+            "of the tokens per second that they report in /v1/loads",
+        ),
     ):
         if share is not None:
             yield name, f"{share:.0%}", what

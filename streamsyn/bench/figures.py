@@ -356,8 +356,10 @@ def counter_growth(measurement: Measurement, name: str) -> float | None:
 
 
 def _share_of_counters(measurement: Measurement) -> float | None:
-    generated = counter_growth(measurement, _GENERATED)
-    return _ratio(_tokens_answered(measurement.requests, measurement.measured), generated)
+    """Return it by the answers that ended in the measured part: servers count tokens when one ends."""
+    generated, part = counter_growth(measurement, _GENERATED), measurement.measured
+    ended = [one for one in measurement.requests if one.ended == "ok" and part.holds(one.done_at)]
+    return _ratio(sum(one.completion_tokens for one in ended), generated)
 
 
 def growth_per_s(ticks: Sequence[Tick], counter: Callable[[Tick], float]) -> float:

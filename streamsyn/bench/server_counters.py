@@ -55,7 +55,8 @@ class CounterReader:
             return
         at = self._now()
         try:
-            values = parse_counters(reply.body.decode("utf-8", "replace"))
+            text = reply.body.decode("utf-8", "replace")
+            values = await asyncio.to_thread(parse_counters, text)  # 0.2 s for a real SGLang's
         except ValueError as error:
             log.debug("bench.no_counters", server=url, error=str(error))
             return
