@@ -114,10 +114,15 @@ class Backlog(_Queue[T]):
 
     While `maxsize` items are not done, `room` waits. So workers that await it before they begin something new
     add at most one item each beyond `maxsize`.
+
+    Attributes:
+        on_change: Called at once when an item was put, and at the end. So a reader in a different thread,
+            which takes items with `get_nowait`, need not wait for the event loop.
     """
 
     def __init__(self, maxsize: int) -> None:
         super().__init__(maxsize)
+        self.on_change: Callable[[], None] = lambda: None
         self._not_done = 0
         self._may_begin = asyncio.Event()
         self._may_begin.set()
@@ -138,6 +143,12 @@ class Backlog(_Queue[T]):
         self._not_done += 1
         if self._not_done >= self.maxsize and not self._is_draining:
             self._may_begin.clear()
+        self.on_change()
+
+    def close(self) -> None:
+        """Mark the end: nothing more will be put. May be called more than once."""
+        super().close()
+        self.on_change()
 
     def done(self) -> None:
         """Count one item less."""

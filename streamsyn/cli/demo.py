@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,8 @@ _STATUS_EVERY_S = 5.0
 )
 def demo(out: Path, model: str | None, sglang_python: Path | None) -> None:
     """Start a real SGLang server, write contexts for 12 packaged seeds, print the best sample."""
+    from importlib.resources import as_file, files
+
     from streamsyn.fleet.launch import find_packaged_model, find_python
     from streamsyn.library.arguments import make_request
     from streamsyn.library.run_thread import run_to_end

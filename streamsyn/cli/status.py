@@ -1,6 +1,5 @@
 """`streamsyn status`: what a run or a daemon is doing, or how a run ended."""
 
-import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -45,6 +44,8 @@ def _in_directory(directory: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _at_url(url: str) -> tuple[dict[str, Any], Iterator[str]]:
+    import asyncio  # which takes as long as all that `--help` needs
+
     from streamsyn.pipeline.status import daemon_status, daemon_status_lines
 
     found = asyncio.run(daemon_status(url))

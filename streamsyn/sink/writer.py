@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.queues import Backlog, BoundedQueue
@@ -20,12 +20,11 @@ from streamsyn.records import Context, Outcome
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
 
-T = TypeVar("T")
 DurableContext: TypeAlias = tuple[int, Context]
 
 _MAX_BATCH = 256
 _GATHER_S = 0.005
-"""Outcomes that arrive within this time are written together, with one call into a thread."""
+"""Writes begin at least this long after each other: outcomes that arrive in between are written together."""
 
 
 class OutcomeWriter:
@@ -59,6 +58,14 @@ class OutcomeWriter:
         self._synced = self._syncing = 0
         """Outcomes synced; outcomes synced once the sync in progress is done."""
         self._ended = False
+        self._all_written: asyncio.Future[None]
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._may_write_at = 0.0
+        """Seconds of the event loop."""
+        self._is_writing = False
+        """Whether the thread looks for more outcomes before it ends."""
+        self._writes = 0
+        """Writes whose outcomes are not noted yet."""
         self._sync_soon = asyncio.Event()
         self._sync_now = asyncio.Event()
         self._have_synced = asyncio.Event()
@@ -80,15 +87,74 @@ class OutcomeWriter:
             await asyncio.to_thread(self._disk.shutdown)
 
     async def _write(self, results: Backlog[Outcome]) -> None:
-        async for outcome in results:
-            await asyncio.sleep(_GATHER_S)
-            batch = [outcome, *results.get_nowait(_MAX_BATCH - 1)]
-            written = await self._in_thread(self._writing, partial(self._log.append, batch))
-            self._rows += len(written)
-            self._written += written
-            self._sync_soon.set()
-            if self._rows - self._syncing >= self._sink.sync_rows or self._log.has_full_shards:
-                self._sync_now.set()
+        """Have the thread write until `results` ends.
+
+        `put` begins a write by itself: an event loop with hundreds of answers to look at would begin it late,
+        and a kill would lose them.
+        """
+        self._all_written = asyncio.get_running_loop().create_future()
+        results.on_change = partial(self._begin_write, results)
+        try:
+            self._begin_write(results)
+            await self._all_written
+        finally:
+            results.on_change = _nothing
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+
+    def _begin_write(self, results: Backlog[Outcome]) -> None:
+        """Begin a write, now or as soon as the last one began `_GATHER_S` ago."""
+        if self._is_writing:
+            return  # it goes on until nothing is left
+        if not len(results):
+            if results.closed and not self._writes and not self._all_written.done():
+                self._all_written.set_result(None)
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._may_write_at:
+            self._begin_now(results)
+        elif self._write_timer is None:
+            self._write_timer = loop.call_at(self._may_write_at, self._begin_now, results)
+
+    def _begin_now(self, results: Backlog[Outcome]) -> None:
+        loop = asyncio.get_running_loop()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        self._may_write_at, self._is_writing = loop.time() + _GATHER_S, True
+        self._writes += 1
+        writing = loop.run_in_executor(self._writing, self._append_all, results)
+        writing.add_done_callback(partial(self._note_written, results))
+
+    def _append_all(self, results: Backlog[Outcome]) -> tuple[list[tuple[int, Outcome]], float]:
+        """In the thread: append what there is, and what comes meanwhile; returns it, and the seconds."""
+        began = time.perf_counter()
+        written: list[tuple[int, Outcome]] = []
+        while True:
+            while batch := results.get_nowait(_MAX_BATCH):
+                written += self._log.append(batch)
+            self._is_writing = False  # from here on `put` begins the next write
+            if not len(results):
+                return written, time.perf_counter() - began
+            self._is_writing = True
+
+    def _note_written(
+        self, results: Backlog[Outcome], writing: asyncio.Future[tuple[list[tuple[int, Outcome]], float]]
+    ) -> None:
+        self._writes -= 1
+        if self._all_written.done():
+            return  # cancelled, or an earlier write has failed
+        if error := writing.exception():
+            self._all_written.set_exception(error)
+            return
+        written, seconds = writing.result()
+        self._counters.disk_s += seconds
+        self._rows += len(written)
+        self._written += written
+        self._sync_soon.set()
+        if self._rows - self._syncing >= self._sink.sync_rows or self._log.has_full_shards:
+            self._sync_now.set()
+        self._begin_write(results)
 
     async def _sync(self) -> None:
         """Sync `sync_interval_s` after the first unsynced row, or as soon as `sync_rows` are unsynced.
@@ -104,7 +170,9 @@ class OutcomeWriter:
                 self._sync_soon.clear()
                 self._sync_now.clear()
             self._syncing = self._rows
-            await self._in_thread(self._disk, self._log.sync)
+            began = time.perf_counter()
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._log.sync)
+            self._counters.disk_s += time.perf_counter() - began
             self._synced = self._syncing
             self._have_synced.set()
 
@@ -129,9 +197,6 @@ class OutcomeWriter:
         self._sync_now.set()
         self._have_synced.set()
 
-    async def _in_thread(self, thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        began = time.perf_counter()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(thread, call)
-        finally:
-            self._counters.disk_s += time.perf_counter() - began
+
+def _nothing() -> None:
+    """Do nothing."""

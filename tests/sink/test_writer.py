@@ -31,11 +31,13 @@ class WatchedLog(RunLog):
         self.syncing = False
         self.gate: threading.Event | None = None
         """A sync waits for it, as for a slow disk."""
+        self.appended = threading.Event()
         self._loop = loop
         self.changed = asyncio.Event()
 
     def append(self, outcomes: list[Outcome]) -> list[tuple[int, Outcome]]:  # type: ignore[override]
         written = super().append(outcomes)
+        self.appended.set()
         self._loop.call_soon_threadsafe(self.changed.set)
         return written
 
@@ -224,6 +226,24 @@ async def test_a_slow_sync_does_not_delay_a_write(tmp_path: Path) -> None:
     await stage.run(play)
     assert 20 == stage.log.durable
     assert list(range(20)) == [seq async for seq, _ in stage.durable]
+
+
+async def test_a_busy_event_loop_does_not_delay_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outcome is written while the event loop has other things to do, so that a kill does not lose it."""
+    monkeypatch.setattr("streamsyn.sink.writer._GATHER_S", 0.0)
+    stage = Stage(tmp_path, results=3)
+
+    async def play() -> None:
+        stage.results.put(context(0))
+        await stage.log.until(lambda: stage.log.outcomes == 1)
+        stage.log.appended.clear()
+        stage.results.put(context(1))
+        assert stage.log.appended.wait(20)  # blocks the event loop
+
+    await stage.run(play)
+    assert 2 == stage.log.durable
 
 
 async def test_a_slow_assembly_does_not_delay_the_sync(tmp_path: Path) -> None:
