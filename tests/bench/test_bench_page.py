@@ -1,9 +1,13 @@
 """The page of a benchmark."""
 
 import re
+from pathlib import Path
+
+import orjson
 
 from streamsyn.bench.bench_page import bench_page
 from streamsyn.bench.measurement import Load, Measurement
+from streamsyn.bench.reports import write_reports
 from streamsyn.bench.series import Benchmark
 from streamsyn.report.charts import Line, lines
 from tests.bench.measured import measurement, tick
@@ -53,3 +57,21 @@ def test_unknown_values_are_gaps_in_a_line() -> None:
 
     assert 2 == len(re.findall("M", re.findall(r' d="([^"]*)"', drawn)[0]))
     assert "" == lines([0.0, 1.0], [Line("one", [None, None], "first")], "t", (0.0, 1.0))
+
+
+def test_the_folder_of_a_benchmark_has_its_four_files(tmp_path: Path) -> None:
+    """The typical run's verdict is at the top of bench.json, beside AIPerf's files and the page."""
+    benchmark = Benchmark(kind="repeats", runs=[measurement()], asked={})
+    paths = write_reports(benchmark, tmp_path / "out")
+    found = orjson.loads((tmp_path / "out" / "bench.json").read_bytes())
+    records = (tmp_path / "out" / "profile_export.jsonl").read_bytes().splitlines()
+
+    assert {"bench.html", "bench.json", "profile_export.jsonl", "profile_export_aiperf.json"} == {
+        path.name for path in paths
+    }
+    assert ("server_bound", True) == (found["verdict"]["limit"], found["is_complete"])
+    assert {"code", "observed", "threshold", "unit", "sample_count", "note"} == set(
+        found["verdict"]["warnings"][0]
+    )
+    assert found["verdict"] == found["runs"][0]["verdict"]
+    assert 20 == len(records)
