@@ -9,8 +9,9 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 
-from streamsyn.bench.measured_run import RunToMeasure, measure
+from streamsyn.bench.measured_run import RunToMeasure
 from streamsyn.bench.measurement import Load
+from streamsyn.bench.series import repeated
 from streamsyn.cli.main import cli
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
@@ -133,20 +134,27 @@ def test_a_mistake_is_refused(bench: Bench, tmp_path: Path, arguments: list[str]
 
 
 async def test_real_connections_are_measured_in_real_time(tmp_path: Path) -> None:
-    """With the lag of the event loop, which virtual time does not have."""
+    """With the lag of the event loop, which virtual time does not have; a repeat has seeds of its own."""
     seeds = tmp_path / "seeds.jsonl"
-    seeds.write_bytes(orjson.dumps({"instruction": "Who?", "answer": "Nobody."}))
+    rows = [{"id": str(n), "instruction": f"Who was {n}?", "answer": "Nobody."} for n in range(2000)]
+    seeds.write_bytes(b"\n".join(map(orjson.dumps, rows)))
     async with running(SimulatorConfig(latency_ms=20.0)) as server:
-        settings = {"seeds.sources": [{"path": str(seeds)}], "fleet.servers": [server.url]}
+        settings = {
+            "seeds.sources": [{"path": str(seeds)}],
+            "fleet.servers": [server.url],
+            "run.queue_size": 1,
+            "seeds.group_window": 0,
+        }
         asked = RunToMeasure(
             config=load(None, settings.items()),
-            load=Load(cap=4, warmup_s=0.2, duration_s=0.8),
+            load=Load(cap=4, warmup_s=0.1, duration_s=0.5),
             handles_signals=False,
         )
-        run = await asyncio.to_thread(measure, asked)
+        run, second = await asyncio.to_thread(repeated, asked, 2)
 
     assert run.is_complete
-    assert run.measured.seconds == pytest.approx(0.8, abs=0.2)
+    assert run.measured.seconds == pytest.approx(0.5, abs=0.3)
+    assert {draft.seed_id for draft in run.drafts}.isdisjoint(draft.seed_id for draft in second.drafts)
     assert any(tick.loop_lag_s is not None for tick in run.ticks)
     assert run.ticks[-1].client_cpu_s > 0
     assert not run.is_simulated
