@@ -318,15 +318,27 @@ def _time_parts(measurement: Measurement, answered: Sequence[RequestRecord], win
     ]
     of_drafts = sum(requests for _, requests in ended) or 1
     whole = sum(one.server_s for one in answered) / number
-    own = _reported_server_s(measurement)
+    network = _network_s(measurement)
     log_s = window.seconds * growth_per_s(ticks_of(measurement, window), lambda tick: tick.disk_s)
     return TimeParts(
         queue=sum(one.queue_s for one in answered) / number,
-        network=None if own is None else max(0.0, whole - own),
-        server=whole if own is None else min(whole, own),
+        network=network,
+        server=max(0.0, whole - (network or 0.0)),
         checks=sum(draft.client_s for draft, _ in ended) / of_drafts,
         disk=sum(draft.disk_s for draft, _ in ended) / of_drafts + log_s / number,
     )
+
+
+def _network_s(measurement: Measurement) -> float | None:
+    """Return the mean seconds of a request beyond its server's own time; None if not all servers report it.
+
+    Both are of the measured part, which the counters span: in the window requests may be longer or shorter.
+    """
+    own, measured = _reported_server_s(measurement), measurement.measured
+    answered = [
+        one.server_s for one in measurement.requests if one.ended == "ok" and measured.holds(one.done_at)
+    ]
+    return None if own is None or not answered else max(0.0, fmean(answered) - own)
 
 
 def _reported_server_s(measurement: Measurement) -> float | None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.bench.figures import figures, tokens_over_time
-from streamsyn.bench.measurement import Measurement, ServerCounters
+from streamsyn.bench.measurement import Interval, Measurement, ServerCounters
 from tests.bench.measured import SERVERS, measurement, request, steady_requests, tick
 from tests.examples import examples
 
@@ -122,6 +122,18 @@ def test_time_is_split_by_the_servers_own_counters() -> None:
     assert pytest.approx(1.0) == known.share_of_counters, "4,000 tokens in 20 s"
     assert (None, 2.0) == (unknown.seconds_per_request.network, unknown.seconds_per_request.server)
     assert unknown.share_of_counters is None
+
+
+def test_the_network_is_what_is_left_of_the_same_requests() -> None:
+    """Counters span the measured part: the longer requests of a shorter window are not longer on the way."""
+    requests = [request(n, 11.0 + n, 12.0 + n) for n in range(4)] + [
+        request(n, 16.0 + n, 19.0 + n) for n in range(4, 8)
+    ]
+    spans = [*counters(10, 0, 0, 0), *counters(30, 800, 7.6, 4)]  # 1.9 s each, of 2 s
+    steady = Interval(20.0, 30.0)
+    found = figures(measurement(requests, server_counters=spans, steady=steady)).seconds_per_request
+
+    assert (0.1, 2.9) == pytest.approx((found.network, found.server))
 
 
 def test_a_counter_that_appears_within_the_run_was_0() -> None:
