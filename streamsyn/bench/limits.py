@@ -63,7 +63,7 @@ POOL_FULL_SHARE: Final = 0.5
 """Share of the servers' time with a full pool."""
 RETRACTED_SHARE: Final = 0.05
 """Retractions per answer; each one computes a prompt and what was written to it once more."""
-FAILED_SHARE: Final = 0.05
+FAILED_SHARE: Final = 0.1
 """Share of the requests that failed; full queues and rate limits are no failures."""
 EJECTED_SHARE: Final = 0.02
 """Share of the servers' time in which they got no requests, since they had failed."""

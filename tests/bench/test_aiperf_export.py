@@ -85,6 +85,7 @@ def test_metrics_of_known_requests() -> None:
     assert 1 == found["error_request_count"]["avg"]
     assert 1 == found["good_request_count"]["avg"]
     assert pytest.approx(0.05) == found["goodput"]["avg"]
+    assert ["ServerTimeout"] == [row["error"]["type"] for row in aiperf_records(streamed()) if row["error"]]
 
 
 @examples(100)
