@@ -83,10 +83,10 @@ def test_a_request_that_is_always_limited_costs_the_others_little(fault: Fault) 
     async def measured(limited: int) -> tuple[float, int]:
         clock = asyncio.get_running_loop().time
         async with Run(limits(fault), give_up_s=60.0).opened() as fleet:
-            await ask_usual(fleet, 600)  # until the cap has grown
+            await ask_usual(fleet, 400)  # until the cap has grown
             started = clock()
             refused = [asyncio.create_task(_refusal(fleet)) for _ in range(limited)]
-            took, cap = await ask_usual(fleet, 2400), fleet.servers[0].cap
+            took, cap = await ask_usual(fleet, 1200), fleet.servers[0].cap
             while not all(one.done() for one in refused):
                 await fleet.complete(request(), [])
             assert not refused or 60 <= clock() - started <= 60 + 30

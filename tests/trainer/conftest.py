@@ -23,7 +23,7 @@ SETTINGS = {
     "train.shuffle_min": 4,
     "train.learning_rate": 0.003,
     "train.warmup_steps": 2,
-    "train.save_every_steps": 2,
+    "train.save_every_steps": 4,
     "train.max_wait_s": 0.2,
     "train.holdout": 0.1,
     "train.eval_every_steps": 5,

@@ -107,7 +107,7 @@ def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> Non
     assert 0 == whole.wait(), whole.stderr()
     rng, out = random.Random(0), tmp_path / "out"
     for _ in range(3):
-        training = start(run, out)
+        training = start(run, out, save_every_steps=2)
         training.wait_for_steps(out, saved(out) + rng.randint(3, 6))  # more than a kill left behind it
         training.kill()
         assert -signal.SIGKILL == training.wait(), training.stderr()
