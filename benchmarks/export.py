@@ -1,7 +1,7 @@
 """Export 100,000 contexts to Parquet in samples of 32k tokens: speed, and memory over time.
 
     python -m benchmarks.export [--contexts 100000] [--samples 100000] [--target-tokens 32768]
-        [--format parquet] [--folder DIR] [--check]
+        [--format parquet] [--workers N] [--folder DIR] [--check]
 
 The log is written directly by the sink, with the simulator's texts (about 2,000 words each, ten tasks; one
 token is counted as four characters). A run would write the same rows but take longer. `streamsyn export`
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,32 +63,38 @@ def make(out: Path, contexts: int, words: int) -> int:
 
 
 def run_watched(command: list[str]) -> tuple[float, float, list[float], str]:
-    """Run a command and return its seconds, CPU seconds, memory samples in MiB, and stdout.
+    """Run a command and return its seconds, and of all its processes the CPU seconds, memory samples in MiB
+    and stdout.
 
     Raises:
         RuntimeError: The exit code is not 0.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watched = psutil.Process(process.pid)
+    command_run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watched = psutil.Process(command_run.pid)
     memory: list[float] = []
     ended = threading.Event()
 
     def sample_memory() -> None:
         while not ended.wait(0.5):
-            if rss := watched.memory_info().rss:  # 0 when the process has just exited
+            rss = 0
+            with suppress(psutil.NoSuchProcess):  # one of them has just exited
+                for process in (watched, *watched.children(recursive=True)):
+                    rss += process.memory_info().rss
+            if rss:
                 memory.append(rss / 2**20)
 
     sampler = threading.Thread(target=sample_memory)
     sampler.start()
-    assert process.stdout is not None
-    stdout = process.stdout.read()
+    assert command_run.stdout is not None
+    stdout = command_run.stdout.read()
     used = watched.cpu_times()
     ended.set()
     sampler.join()
-    if process.wait():
-        raise RuntimeError(f"exit code {process.returncode} from: {' '.join(command)}")
-    return time.perf_counter() - started, used.user + used.system, memory, stdout
+    if command_run.wait():
+        raise RuntimeError(f"exit code {command_run.returncode} from: {' '.join(command)}")
+    cpu_s = used.user + used.system + used.children_user + used.children_system
+    return time.perf_counter() - started, cpu_s, memory, stdout
 
 
 def main() -> int:
@@ -101,6 +108,7 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=2000, help="words a context")
     parser.add_argument("--target-tokens", type=int, default=32_768, help="tokens a sample")
     parser.add_argument("--format", default="parquet", choices=["jsonl", "parquet", "datasets"])
+    parser.add_argument("--workers", type=int, default=1, help="processes of the export")
     parser.add_argument("--folder", type=Path, help="folder for the files; default: the system's")
     parser.add_argument("--check", action="store_true", help="exit with 1 when memory grows too much")
     args = parser.parse_args()
@@ -112,7 +120,7 @@ def main() -> int:
         print(f"log: {args.contexts:,} contexts, {text_bytes / 1e9:.2f} GB of text, in {seconds:.0f} s")
         command = [sys.executable, "-m", "streamsyn", "export", str(run), "--to", str(to)]
         command += ["--format", args.format, "--limit", str(args.samples)]
-        command += ["--target-tokens", str(args.target_tokens)]
+        command += ["--target-tokens", str(args.target_tokens), "--workers", str(args.workers)]
         wall_s, cpu_s, memory, stdout = run_watched(command)
         files = [path for path in (to / "data").rglob("*") if path.is_file()] or [*to.glob("*.arrow")]
         size = sum(path.stat().st_size for path in files)

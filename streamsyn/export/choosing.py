@@ -135,14 +135,15 @@ def chosen_elsewhere(choosing: Choosing) -> Generator[Chosen | Ended]:
     """Choose in other processes; yield the samples in order, and the end.
 
     Raises:
-        StreamsynError: What the other process raised; or it was killed.
+        SinkError: One of the processes was killed.
+        StreamsynError: What the one that chooses raised.
     """
     with _process(_send_chosen, choosing) as connection:
         while True:
             try:
                 message = connection.recv()
             except EOFError:
-                raise StreamsynError(
+                raise SinkError(
                     "a process that chose samples was killed; if memory ran out, use --workers 1"
                 ) from None
             if isinstance(message, BaseException):
