@@ -61,6 +61,8 @@ SETTLED_S = 60.0
 QUICK_CAPS = (130, 260, 400)
 FLAP_EVERY_S, FLAP_DOWN_S, FLAP_FROM_S = 90.0, 10.0, 45.0
 COST_MODEL = "h100"
+_CHECKED = 16
+"""Answers that may be on their way from a server to the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,9 @@ async def run_sampled(
             begun = summary.counters.outcomes + sum(
                 server["in_flight"] + server["queued"] for server in figures
             )
-            if not out.left_s and begun >= scenario.drafts * 0.999:
+            # An answer that is being checked or written counts as neither: a few are always missing.
+            missing = max(scenario.drafts // 1000, min(_CHECKED, scenario.drafts // 100))
+            if not out.left_s and begun >= scenario.drafts - missing:
                 out.left_s = clock()
             for server in figures:
                 out.caps.setdefault(server["server"], []).append((clock(), server["cap"]))

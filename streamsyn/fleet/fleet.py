@@ -160,6 +160,10 @@ class Fleet:
         self._outcomes.on_room = call
         self._membership.on_room[call] = None
 
+    def know_left(self, not_begun: Callable[[], float]) -> None:
+        """Have `not_begun` return how many drafts no worker has taken: a small job need not be spread."""
+        self._share.not_begun = not_begun
+
     async def ask_models(self) -> None:
         """Wait for a healthy server and agree on the models.
 
@@ -446,6 +450,7 @@ async def open_fleet(
             return await membership.agree_on_models()
 
         shares = Shares()
+        membership.left = shares.left
         fleet = Fleet(section, agree, membership, outage, tasks, rng, shares, shares.open())
         try:
             yield fleet

@@ -9,8 +9,9 @@ But requests that began together grow together and end together: filled to its l
 overflows when all of them are nearly complete, and half of it is empty after that. So requests begin at an
 even pace. If they do, n requests have written n * n / level halves of an answer, and the cap is the n for
 which the pool holds what was really written. Where many began or ended at once, this spreads those that
-follow over the time of an answer. Only a first third of the pool is filled at once, and later up to half of
-the level, which fits even when all of it began together.
+follow over the time of an answer. Only a first fifth of the pool is filled at once, and later up to half of
+the level, which fits even when all of it began together. Where the pool holds all requests that are left with
+their whole answers, as in a small job, there is nothing to spread, and all begin at once.
 
 A server that retracts requests although the level was kept (answers are longer than they were, or it has
 other clients) lowers the level once, towards what really runs; it recovers with later answers.
@@ -18,7 +19,7 @@ other clients) lowers the level once, towards what really runs; it recovers with
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 from streamsyn.fleet.wire import Load
@@ -28,7 +29,7 @@ _FILL = 0.87
 """Share of the pool to fill. SGLang admits no request into the last part: it keeps room for the answer of the
 new request and for a tenth of what the running ones may still write (`new_token_ratio`)."""
 _LEAST_FILL = _FILL / 2
-_FIRST_SHARE = 1 / 3
+_FIRST_SHARE = 1 / 5
 """Share of the pool that requests which begin together may fill with their complete answers."""
 _LESS = 0.95
 _MOST_AT_ONCE = 0.75
@@ -125,7 +126,10 @@ class PoolCap:
         if not growth and request.scored is None:
             seen = self._answers.get(_kind(request))
             growth = _asked(request) if seen is None else round(seen.value)
-        prompt = _opening_chars(request) / self._chars_per_token.value - self._shared.value
+        chars = _opening_chars(request)
+        if not self._shared.weight:  # no answer has shown yet how much of it is shared
+            chars -= _template_chars(request)
+        prompt = chars / self._chars_per_token.value - self._shared.value
         return Expected(max(1, round(prompt)), growth)
 
     def learn(self, request: Request, completion: Completion) -> None:
@@ -148,8 +152,13 @@ class PoolCap:
         if all(message["role"] != "assistant" for message in request.messages):
             self._shared.add(completion.cached_tokens)
 
-    def cap(self, load: Load) -> int | None:
-        """Return the cap for these load metrics; None if the pool is not known, or not the limit."""
+    def cap(self, load: Load, left: float = inf) -> int | None:
+        """Return the cap; None if the pool is not known, or not the limit.
+
+        Args:
+            load: The server's load metrics.
+            left: How many requests it may still get, those in flight included.
+        """
         if not load.pool_tokens or self._last is NOTHING:
             return None
         prompt, growth = self._means()
@@ -159,7 +168,7 @@ class PoolCap:
         if load.max_running and self.level >= load.max_running + queue:
             return None
         cap = self.level
-        if growth:
+        if growth and left * (prompt + growth) > load.pool_tokens:
             written = max(0.0, load.token_usage * load.pool_tokens - load.running * prompt)
             first = _FIRST_SHARE * load.pool_tokens / growth
             if self._seen >= self.level:  # its answers are known
@@ -201,3 +210,9 @@ def _opening_chars(request: Request) -> int:
             break
         chars += len(message["content"])
     return chars
+
+
+def _template_chars(request: Request) -> int:
+    """Return the characters of the system message if other requests have the same one, else 0."""
+    first = request.messages[0] if request.prefixes else {"role": "", "content": ""}
+    return len(first["content"]) if first["role"] == "system" else 0

@@ -10,6 +10,7 @@ query (`room`, `has_room`, `next_room_at`, `cap_at`, `is_ramping`) changes nothi
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import inf
 
 from streamsyn.fleet.kv_pool import NOTHING, Expected, PoolCap
 from streamsyn.fleet.wire import Load
@@ -115,8 +116,8 @@ class Limiter:
     def failed(self) -> None:
         """Record a request that failed for any reason but a full queue."""
 
-    def observe(self, load: Load, now: float) -> None:
-        """Record the server's load metrics."""
+    def observe(self, load: Load, now: float, left: float = inf) -> None:
+        """Record the server's load metrics, and how many requests it may still get, if that is known."""
 
     @property
     def is_ramping(self) -> bool:
@@ -283,13 +284,13 @@ class AdaptiveLimiter(Limiter):
         """See Limiter."""
         self._may_grow_again = False
 
-    def observe(self, load: Load, now: float) -> None:
+    def observe(self, load: Load, now: float, left: float = inf) -> None:
         """See Limiter."""
         if self._last is not None and load.taken_at is not None and load.taken_at == self._last.taken_at:
             return  # the same reading again; stale after a while
         before, self._last, self._read_at = self._last, load, now
         self._cap_reached = self._cap_reached or self.in_flight >= self.cap
-        pool_cap = self._pool.cap(load)
+        pool_cap = self._pool.cap(load, left)
         if pool_cap is None:
             self._follow_queue(load, before, now)
         else:

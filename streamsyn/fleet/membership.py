@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from contextvars import copy_context
 from dataclasses import replace
 from itertools import count
+from math import inf
 from random import Random
 from typing import Any, TypeAlias
 
@@ -92,6 +93,8 @@ class Membership:
         """The models that runs ask for."""
         self.on_room: dict[Callable[[], None], None] = {}
         """Called when more requests may be in flight than before, or when a place is not used."""
+        self.left: Callable[[], float] = lambda: inf
+        """Returns how many requests all servers may still get, those in flight included."""
         self.joined = asyncio.Event()
         """Set when a server has said what it serves; the next one is a new event."""
         self.is_shared = is_shared
@@ -427,10 +430,15 @@ class Membership:
                     if load.pool_tokens:
                         server.prefixes.resize(load.pool_tokens)
                     cap = server.limiter.cap
-                    server.limiter.observe(load, clock())
+                    server.limiter.observe(load, clock(), self._left_for(server))
                     self.cap_changed(server, cap)
             factor = _RAMP_INTERVAL if server.limiter.is_ramping else 1.0
             await asyncio.sleep(factor * self._section.load_interval_s)
+
+    def _left_for(self, server: Server) -> float:
+        """Return the server's part, by weight, of the requests that are left."""
+        weights = sum(other.weight for other in self.servers if other.is_usable)
+        return self.left() * server.weight / max(weights, server.weight)
 
     def cap_changed(self, server: Server, before: int) -> None:
         """Log a change of the server's cap from `before`, and use the new room."""

@@ -4,8 +4,9 @@ Plain synchronous classes without a clock. A share that does not wait costs the 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final, Literal
 
 Priority = Literal["low", "normal", "high"]
@@ -28,6 +29,7 @@ class Share:
         in_flight_at: Its requests in flight, by the URL of their server.
         credit: Fractions of a place that it was owed and did not get, since places are whole.
         is_draining: Its requests do not wait for places any more.
+        not_begun: Returns how many drafts no worker has taken yet; infinity as long as that is not known.
     """
 
     weight: float = 1.0
@@ -36,6 +38,7 @@ class Share:
     in_flight_at: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     credit: float = 0.0
     is_draining: bool = False
+    not_begun: Callable[[], float] = lambda: inf
 
     @property
     def wanted(self) -> int:
@@ -86,6 +89,10 @@ class Shares:
     def close(self, share: Share) -> None:
         """Forget a share."""
         self._open.remove(share)
+
+    def left(self) -> float:
+        """Return how many requests are in flight, wait, or will come; infinity if a share does not know."""
+        return sum(share.wanted + share.not_begun() for share in self._open)
 
     def capacity(self, share: Share, places: int) -> int:
         """Return how many of all `places` a share could have if it asked for all, rounded up.

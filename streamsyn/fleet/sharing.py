@@ -106,6 +106,7 @@ class Servers:
         self._environ = environ
         self._named = named
         self._shares = Shares()
+        membership.left = self._shares.left
         self._changing = asyncio.Lock()
 
     @property

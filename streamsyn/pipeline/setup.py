@@ -306,6 +306,7 @@ def worker_pool(
     )
     for fleet in each:
         fleet.on_room(pool.grow)
+    fleets.writing.know_left(pool.not_begun)
     return pool
 
 

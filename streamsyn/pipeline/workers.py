@@ -4,6 +4,7 @@ The pool keeps as many workers as the fleet has places for, and replaces a worke
 """
 
 import asyncio
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -380,6 +381,7 @@ class WorkerPool:
         self._limits = limits
         self._shrinks = shrinks
         self._start: Callable[[int], None] | None = None
+        self._work: BoundedQueue[Work] | None = None
         self._started = self._ended = 0
         self._is_draining = False
         self.left_work = False
@@ -388,6 +390,10 @@ class WorkerPool:
         """Start nothing new; finish only what is in flight."""
         self._start, self._is_draining = None, True
         self._on_drain()
+
+    def not_begun(self) -> float:
+        """Return how many items no worker has taken; infinity until all have been read."""
+        return math.inf if self._work is None or not self._work.closed else len(self._work)
 
     def grow(self) -> None:
         """Start workers up to the present `size`.
@@ -409,6 +415,7 @@ class WorkerPool:
             self.left_work = True
 
     async def _run(self, work: BoundedQueue[Work], results: Results) -> None:
+        self._work = work
         context = copy_context()  # of this run: what calls `grow` may belong to a different one
 
         async with asyncio.TaskGroup() as pool:

@@ -71,6 +71,16 @@ def test_prompts_are_expected_as_they_were_seen_without_what_is_shared() -> None
     assert pool.expected(request(chars=800)).prompt == 250
 
 
+def test_a_template_is_known_to_be_shared_before_any_answer() -> None:
+    """The system message does not count where others have it as well; answers then show what was cached."""
+    pool = PoolCap()
+    messages = [{"role": "system", "content": "s" * 1200}, {"role": "user", "content": "x" * 400}]
+    alone, shared = (Request(messages, {}, prefixes=prefixes) for prefixes in ((), ("template",)))
+    assert (pool.expected(alone).prompt, pool.expected(shared).prompt) == (400, 100)
+    pool.learn(shared, answer(10, prompt=400, cached=310))
+    assert pool.expected(shared).prompt == 90
+
+
 def test_a_conversation_is_expected_to_grow_to_its_end() -> None:
     """Its first question is what it holds from the start, in each of its requests."""
     pool = PoolCap()
@@ -173,14 +183,22 @@ def test_the_same_number_from_the_start_overflows_the_pool() -> None:
 
 
 def test_no_more_begin_than_fit_when_all_have_begun_together() -> None:
-    """An empty pool takes a third; while that grows, others follow at a pace of level to an answer."""
+    """An empty pool takes a fifth; while that grows, others follow at a pace of level to an answer."""
     pool = PoolCap()
     held = [pool.begin(request()) for _ in range(8)]
-    assert pool.cap(load(800, running=8)) == POOL // 3 // 1000
+    assert pool.cap(load(800, running=8)) == POOL // 5 // 1000
     level = pool.level
-    held += [pool.begin(request()) for _ in range(25)]
-    halves = [pool.cap(load(33 * 100 + level * share * share * 500, running=33)) for share in (0.25, 0.5, 1)]
+    held += [pool.begin(request()) for _ in range(12)]
+    halves = [pool.cap(load(20 * 100 + level * share * share * 500, running=20)) for share in (0.25, 0.5, 1)]
     assert halves == [pytest.approx(share * level, abs=1) for share in (0.25, 0.5, 1)]
+
+
+def test_what_fits_with_whole_answers_is_not_spread() -> None:
+    """90 requests of 1,100 tokens fit into the pool even if all of them end together; 91 do not."""
+    pool = PoolCap()
+    held = [pool.begin(request()) for _ in range(8)]
+    caps = [pool.cap(load(800, running=len(held)), left) for left in (90, 91)]
+    assert caps == [int(pool.level), POOL // 5 // 1000]
 
 
 def test_a_long_queue_is_not_refilled() -> None:

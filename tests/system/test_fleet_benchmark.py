@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.fleet import Outcome, Scenario
+from benchmarks.fleet import Outcome, Scenario, with_streamsyn
 from benchmarks.workloads import WORKLOADS
 
 
@@ -20,6 +20,13 @@ def test_the_window_ends_before_the_work_does() -> None:
     assert 60 == out.settled_s
     out.left_s = 0
     assert math.isnan(out.window(scenario))
+
+
+def test_a_small_job_begins_at_once() -> None:
+    """100 seeds, whose answers all fit into the pool: as long as a fixed cap of 100 takes, and not 84 s."""
+    out = with_streamsyn(Scenario(1, 100, WORKLOADS["default"]), "auto", [])
+    assert (100, 0) == (out.answers, out.retracted)
+    assert out.ended_s < 70
 
 
 def test_caps_are_those_of_the_window() -> None:
