@@ -62,6 +62,7 @@ def example() -> tuple[str, str]:
     return recipe, next(text for kind, text in blocks if kind == "toml" and "use = " in text)
 
 
+@pytest.mark.crash
 @pytest.mark.timeout(120)
 def test_pairs_are_written_for_documents(serve: Serve, tmp_path: Path) -> None:
     """Through a kill and a drain: each draft has one context, with the pair the LLM wrote, and a sample."""
@@ -99,6 +100,7 @@ def test_pairs_are_written_for_documents(serve: Serve, tmp_path: Path) -> None:
     assert_clean(out)
 
 
+@pytest.mark.crash
 def test_documents_through_a_pipe(serve: Serve, tmp_path: Path) -> None:
     """What was read before a kill is finished without the pipe; a bad line and a bad answer are rejects."""
     server, out = serve("--latency-ms", "100"), tmp_path / "out"
@@ -149,6 +151,7 @@ def test_another_kind_of_seed_is_another_run(serve: Serve, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.crash
 @pytest.mark.timeout(120)
 def test_the_recipe_in_the_readme(serve: Serve, seeds: Seeds, tmp_path: Path) -> None:
     """It works as it stands there, from the working directory, through a kill: no finished step is lost."""

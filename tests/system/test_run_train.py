@@ -199,6 +199,7 @@ def test_a_trainer_waits_for_the_one_before_it(tmp_path: Path, serve: Serve, see
     assert 9 == trained(training)
 
 
+@pytest.mark.crash
 def test_a_training_runs_beside_a_run(tmp_path: Path, serve: Serve, seeds: Seeds) -> None:
     """Killed, it is restarted, with one log line. In the end each sample of the run was trained on once, the
     run directory is sound, and the trainer's lines are marked. Without --train the run works as ever.

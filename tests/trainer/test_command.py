@@ -123,6 +123,7 @@ def test_kills_change_nothing_in_the_result(start: Start, tmp_path: Path) -> Non
     assert whole_losses == losses
 
 
+@pytest.mark.crash
 def test_a_kill_before_the_first_checkpoint_starts_over(start: Start, tmp_path: Path) -> None:
     """With the evaluation before the first step, too: later ones are compared with it."""
     run = write_run(tmp_path / "run", range(40))
@@ -153,6 +154,7 @@ def evaluations(out: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.crash
 def test_a_signal_saves_and_the_training_resumes(start: Start, tmp_path: Path) -> None:
     """SIGTERM ends a training after the current step, saved, with 75; resumed, the final weights are those of
     an undisturbed training.

@@ -124,6 +124,7 @@ def test_an_invalid_template_is_refused(tmp_path: Path, text: str | None, named:
     assert named in done.stderr
 
 
+@pytest.mark.crash
 def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -> None:
     """A checkpoint holds adapters only. Stopped and resumed, the result is that of an undisturbed training;
     merged, it does not need the base model.
