@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Final
 
 from streamsyn.bench.measured_run import RunToMeasure, measure
@@ -30,6 +31,9 @@ TOKENS_A_WORD: Final = 4 / 3
 _WORDS_SOURCE: Final = "https://help.openai.com/en/articles/4936856: 100 tokens are about 75 English words"
 _SIMULATED_TOKENS_A_WORD: Final = 1.773
 """Of the simulator's texts, whose tokens have four characters."""
+_WARM_UP_DRAFTS, _WINDOW_DRAFTS = 2.0, 4.0
+"""Warm-up and window of a plan, in median durations of a draft: drafts of many steps all begin with short
+prompts. A shorter measurement is repeated."""
 _FILLED: Final = 0.95
 """Length of a simulated section, as a share of the longest one that is asked for."""
 _FORM: Final = re.compile(r"(?P<servers>[1-9]\d{0,4})x(?P<model>[^:]+)(?::(?P<settings>.*))?\Z", re.DOTALL)
@@ -277,12 +281,23 @@ def plan(
         return None
     if asked.replay is not None:
         return simulated_whole(measured, drafts, price, assumptions)
+    quiet = replace(asked, limit_s=math.inf, on_phase=lambda _: None)
+    draft_s = _median_draft_s(measured)
+    if min(measured.window.seconds / _WINDOW_DRAFTS, measured.window.begins_at / _WARM_UP_DRAFTS) < draft_s:
+        warmup_s, duration_s = _WARM_UP_DRAFTS * draft_s, _WINDOW_DRAFTS * draft_s
+        load = replace(asked.load, warmup_s=warmup_s, duration_s=duration_s)
+        measured = measure(replace(quiet, load=load))
     found = extrapolated(measured, drafts, price, assumptions)
     if found is None:
         load = replace(asked.load, duration_s=None)
-        whole = measure(replace(asked, once=True, limit_s=math.inf, load=load, on_phase=lambda _: None))
+        whole = measure(replace(quiet, once=True, load=load))
         found = simulated_whole(whole, drafts, price, assumptions) if whole.is_complete else None
     return found
+
+
+def _median_draft_s(measured: Measurement) -> float:
+    seconds = [one.ended_at - one.begun_at for one in measured.drafts if one.ended_at is not None]
+    return median(seconds) if seconds else 0.0
 
 
 def extrapolated(
