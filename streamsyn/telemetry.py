@@ -138,7 +138,7 @@ class _Forward(logging.Handler):
 
 @dataclass(slots=True)
 class Counters:
-    """What this process has done so far. Stages add to it; progress, metrics and summary read it."""
+    """What this process has done so far. Stages add to it; progress, summary and Prometheus read it."""
 
     started_at: float = field(default_factory=time.monotonic)
     seeds_read: int = 0

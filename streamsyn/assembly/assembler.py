@@ -48,7 +48,7 @@ class AssemblyState:
     pending_any: list[tuple[int, int]] = field(default_factory=list)
     """Contexts that wait for distractors of any task, as in `pending`."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """`Assembler.left_out`."""
+    """Number of contexts without a sample, by reason: see `Assembler.left_out`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the state as JSON-compatible values."""
@@ -85,7 +85,8 @@ class Assembler:
         self.consumed = 0
         self.samples = 0
         self.left_out: Counter[str] = Counter()
-        """Contexts without a sample, by reason: `excluded` or `too_long`."""
+        """Number of contexts without a sample, by reason: `excluded` (`assembly.exclude_flags`,
+        `assembly.min_context_gain`) or `too_long` (`assembly.max_tokens`)."""
 
     @property
     def needs_signatures(self) -> bool:
@@ -108,7 +109,7 @@ class Assembler:
         """Add the next passage; return the samples that can be made now."""
         assert passage.seq == self.consumed, f"context {self.consumed} is next, not {passage.seq}"
         self.consumed += 1
-        reason = self._exclusion_reason(passage)
+        reason = self._why_left_out(passage)
         if reason is not None:
             self.left_out[reason] += 1
         if not self._sources.of_log:
@@ -178,8 +179,8 @@ class Assembler:
             passage, candidates, goal, lambda chosen: self._ordered(passage, chosen)[0]
         )
 
-    def _exclusion_reason(self, passage: Passage) -> str | None:
-        """Return why a passage gets no sample, or None. An excluded one can still be a distractor."""
+    def _why_left_out(self, passage: Passage) -> str | None:
+        """Return why a passage gets no sample, or None. It can be a distractor in any case."""
         section = self._section
         if not set(section.exclude_flags).isdisjoint(passage.flags):
             return "excluded"

@@ -13,5 +13,6 @@ In reading order:
     toml_text         the configuration as commented TOML; the ten keys that `streamsyn init` writes
 
 To add a key, add a field with a docstring to its section. Mark it as `operational` unless it shapes contexts
-or samples: all other keys become part of the fingerprint.
+or samples: all other keys become part of the fingerprint. Decide whether clients of the daemon may set it:
+then it goes into `ALLOWED` of `daemon/run_config.py`, else into `OPERATORS` of its test.
 """

@@ -30,7 +30,7 @@ from streamsyn.daemon.hosted_run import HostedRun
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, json_response
 from streamsyn.daemon.run_record import STATES
-from streamsyn.pipeline.metrics import RunFigures, run_metrics, server_metrics, server_timing_metrics
+from streamsyn.pipeline.prometheus import RunFigures, run_metrics, server_metrics, server_timing_metrics
 from streamsyn.plain_text import without_userinfo_within
 
 _ROUND: Final = 100

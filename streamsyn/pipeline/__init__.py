@@ -16,7 +16,7 @@ Modules in reading order:
     reject_limits  the first rejects are held back; too many of them stop the run
     delivery    samples to the reader of stdout, then to the log
     progress    the live table, or a log line every 10 s
-    metrics     the same numbers for Prometheus
+    prometheus  the same numbers as metrics for Prometheus
     otlp        traces for an OpenTelemetry collector
     summary     the summary of what was done (`RunSummary`), as text and as JSON
 

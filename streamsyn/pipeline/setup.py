@@ -374,7 +374,7 @@ def metrics_served(parts: Parts) -> Iterator[None]:
     if listen is None:
         yield
         return
-    from streamsyn.pipeline.metrics import RunFigures, serving_metrics
+    from streamsyn.pipeline.prometheus import RunFigures, serving_metrics
 
     def figures() -> tuple[RunFigures, list[dict[str, Any]]]:  # at each scrape: the fleets are opened later
         summary = parts.summary

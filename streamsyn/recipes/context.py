@@ -12,7 +12,15 @@ from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.errors import ConfigError
 from streamsyn.recipes.checks import Checks, Failure, thinking_failure
 from streamsyn.recipes.parsing import document_text
-from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, first_messages, group_of, seed_group
+from streamsyn.recipes.prompt import (
+    EXAMPLE,
+    Opening,
+    Prompt,
+    first_messages,
+    group_of,
+    pair_variables,
+    seed_group,
+)
 from streamsyn.recipes.recipe import RejectedDraft, Steps, sampling_of
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 
@@ -64,14 +72,8 @@ class ContextRecipe:
 
     def _opening(self, seed: Seed) -> Opening:
         override = self._recipe.tasks.get(seed.task)
-        variables = {
-            "instruction": seed.instruction,
-            "answer": seed.answer,
-            "task": seed.task,
-            "target_words": (override and override.target_words) or self._recipe.target_words,
-            "metadata": seed.metadata,
-        }
-        return self._single.open(seed, variables)
+        target_words = (override and override.target_words) or self._recipe.target_words
+        return self._single.open(seed, pair_variables(seed, target_words))
 
 
 Judge: TypeAlias = Callable[[list[Completion]], Document | Failure]

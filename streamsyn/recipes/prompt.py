@@ -40,7 +40,23 @@ EXAMPLE: dict[str, Any] = {
     "target_words": 1,
     "metadata": _AnyMetadata(),
 }
-"""The variables of every template, with values for a trial rendering."""
+"""What `pair_variables` returns, with values for a trial rendering."""
+
+
+def pair_variables(seed: Seed, target_words: int) -> dict[str, Any]:
+    """Return the variables of the templates of `context` and `sections`.
+
+    Args:
+        seed: An instruction and its answer.
+        target_words: Length to ask for.
+    """
+    return {
+        "instruction": seed.instruction,
+        "answer": seed.answer,
+        "task": seed.task,
+        "target_words": target_words,
+        "metadata": seed.metadata,
+    }
 
 
 @dataclass(frozen=True, slots=True)

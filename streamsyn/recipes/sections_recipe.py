@@ -22,7 +22,15 @@ from streamsyn.errors import ConfigError
 from streamsyn.recipes.checks import Checks, Failure
 from streamsyn.recipes.manuscript import Conversation, FactPlan, Manuscript, title_between
 from streamsyn.recipes.parsing import document_text, outline_headings, section_text
-from streamsyn.recipes.prompt import EXAMPLE, Opening, Prompt, first_messages, group_of, seed_group
+from streamsyn.recipes.prompt import (
+    EXAMPLE,
+    Opening,
+    Prompt,
+    first_messages,
+    group_of,
+    pair_variables,
+    seed_group,
+)
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed
 
@@ -235,13 +243,7 @@ class SectionsRecipe:
         return Document(text, checks, conversation.answers)
 
     def _blocks(self, seed: Seed, **step: Any) -> dict[str, str]:
-        variables = {
-            "instruction": seed.instruction,
-            "answer": seed.answer,
-            "task": seed.task,
-            "target_words": _words(self._target_tokens(seed)),
-            "metadata": seed.metadata,
-        }
+        variables = pair_variables(seed, _words(self._target_tokens(seed)))
         return self._prompt_of(seed).blocks({**variables, **_STEP, **step})
 
     def _prompt_of(self, seed: Seed) -> Prompt:

@@ -33,11 +33,20 @@ def test_a_burst_does_not_leave_out_the_rest() -> None:
     assert MEASURED == steady_state(requests, MEASURED)
 
 
-def test_a_gap_splits_and_the_longer_part_counts() -> None:
+@pytest.mark.parametrize(("first", "second"), [((100, 120), (124, 160)), ((100, 136), (140, 160))])
+def test_a_gap_splits_and_the_longer_part_counts(first: tuple[int, int], second: tuple[int, int]) -> None:
     """Of two steady intervals."""
-    requests = [*busy(100, 120, 10), *busy(124, 160, 10)]
+    requests = [*busy(*first, 10), *busy(*second, 10)]
+    begins_at, ends_at = max(first, second, key=lambda part: part[1] - part[0])
 
-    assert Interval(124.0, 160.0) == steady_state(requests, MEASURED)
+    assert Interval(begins_at, ends_at) == steady_state(requests, MEASURED)
+
+
+def test_a_very_short_measurement_is_one_bin() -> None:
+    """Its bins would be shorter than the moments between requests."""
+    measured = Interval(100.0, 100.4)
+
+    assert measured == steady_state([request(sent_at=100.0, done_at=100.2)], measured)
 
 
 def test_the_moment_between_two_requests_is_not_a_gap() -> None:

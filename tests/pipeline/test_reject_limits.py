@@ -103,10 +103,21 @@ def test_the_share_is_judged_from_200_outcomes_on() -> None:
     case = Limits(allowed=0.5)
     case.take(context(0), *rejects(198))
     assert case.stopped == []
-    assert case.take(*rejects(1)) == rejects(1)
-    ((why, at_once),) = case.stopped
+    assert case.take(*rejects(2)) == rejects(2)
+    ((why, at_once),) = case.stopped  # once
     assert "99.5% of 200 outcomes are rejects, more than run.max_reject_fraction = 50.0%" in why
     assert not at_once
+
+
+def test_a_share_at_the_limit_does_not_stop_a_run() -> None:
+    """Of 100 contexts, 102 rejects and 2 drafts in flight, which count as if they would succeed."""
+    case = Limits(allowed=0.5)
+    for _ in range(2):
+        case.limits.began()
+    case.take(*map(context, range(100)), *rejects(102))
+    assert case.stopped == []
+    case.take(*rejects(1))
+    assert len(case.stopped) == 1
 
 
 def test_1_accepts_any_rejects() -> None:

@@ -1,6 +1,8 @@
 """Metrics of a run for Prometheus, imported only when `run.metrics_listen` is set.
 
-The numbers are those of progress and summary, read at each scrape, so they cost nothing in between.
+The numbers are those of progress and summary, read at each scrape, so they cost nothing in between. To add
+a metric of a run, count in `telemetry.Counters` and add a line to a table below: `run.metrics_listen` and the
+daemon serve it. Metrics of the daemon itself are in `daemon/health_routes.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

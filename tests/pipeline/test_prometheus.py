@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server import Timings
-from streamsyn.pipeline.metrics import Figures, RunFigures, serving_metrics
+from streamsyn.pipeline.prometheus import Figures, RunFigures, serving_metrics
 from streamsyn.telemetry import Counters
 from tests.builders import context, reject
 from tests.examples import in_turn
