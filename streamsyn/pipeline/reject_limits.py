@@ -98,7 +98,7 @@ class RejectLimits:
         )
 
     def _judge_share(self) -> None:
-        if self._has_stopped or self._allowed >= 1 or self._outcomes < JUDGED_FROM:
+        if self._has_stopped or self._outcomes < JUDGED_FROM:
             return
         if self._rejects > self._allowed * (self._outcomes + self._in_flight):
             self._has_stopped = True

@@ -60,6 +60,7 @@ def test_the_moment_between_two_requests_is_not_a_gap() -> None:
 def test_without_load_there_is_none(requests: list[RequestRecord]) -> None:
     """Requests of the warm-up and the drain are not load."""
     assert steady_state(requests, MEASURED) is None
+    assert steady_state(requests, Interval(50.0, 50.0)) is None
 
 
 def test_requests_count_by_their_time() -> None:

@@ -1,5 +1,6 @@
 """Rejects at the beginning are held back until something succeeds; too many of them stop a run."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import orjson
 import pytest
 
 from streamsyn.config.loading import load
-from streamsyn.pipeline.reject_limits import RejectLimits
+from streamsyn.pipeline.reject_limits import LimitedResults, RejectLimits
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
 from streamsyn.pipeline.summary import RunSummary
+from streamsyn.queues import Backlog
 from streamsyn.records import Attempt, Outcome, Reject, RejectReason
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
@@ -124,6 +126,35 @@ def test_1_accepts_any_rejects() -> None:
     case = Limits(allowed=1.0)
     assert case.take(*rejects(300)) == rejects(300)
     assert case.stopped == []
+
+
+async def test_an_item_begins_when_there_is_room() -> None:
+    """One that waits for room is not in flight yet."""
+    case, results = Limits(), Backlog[Outcome](1)
+    limited = LimitedResults(results, case.limits)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        await limited.room()
+        limited.put(context(0))
+        beginning = group.create_task(limited.room())
+        await asyncio.sleep(0)
+        waited = not beginning.done()
+        results.done()
+    assert waited
+    assert case.limits._in_flight == 1
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_what_is_held_at_the_end_is_added_or_dropped(*, drop: bool) -> None:
+    """`end` returns whether there is work for a later run."""
+    case, results = Limits(), Backlog[Outcome](9)
+    limited = LimitedResults(results, case.limits)
+    held = rejects(3)
+    for reject in held:
+        case.limits.began()
+        limited.put(reject)
+    assert limited.end(drop=drop) == drop
+    assert results.get_nowait(9) == ([] if drop else held)
+    assert not limited.end(drop=drop)
 
 
 def run_at(server: SimulatorConfig, root: Path, contexts_per_seed: int) -> RunSummary:

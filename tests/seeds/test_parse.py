@@ -292,6 +292,34 @@ def test_what_cannot_be_an_id_or_a_task_is_another_field(value: Any) -> None:
     assert {"id", "task"} == entry.metadata.keys()
 
 
+@pytest.mark.parametrize("value", [None, "", []])
+def test_an_id_or_task_that_holds_nothing_is_not_kept(value: Any) -> None:
+    """Neither as an id nor as another field."""
+    seed = seed_in({"instruction": "Who?", "answer": "Ada.", "id": value, "task": value})
+
+    assert (digest("Who?", "Ada.").hex(), "seeds", {}) == (seed.id, seed.task, seed.metadata)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OverflowError("year 10000"), RejectReason.NOT_A_SEED),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), RejectReason.INVALID_UTF8),
+    ],
+)
+def test_a_value_that_python_cannot_hold_costs_the_row_if_the_seed_needs_it(
+    error: Exception, reason: RejectReason
+) -> None:
+    """In another field the text that stands for it is kept."""
+    row = {"instruction": "Who?", "answer": "10000-01-01", "at": "10000-01-01"}
+    parser = SeedParser(FieldsSection())
+
+    bad = parser.row(row, "table.parquet:1", "table", b"row", {"answer": error})
+    assert isinstance(bad, BadSeed)
+    assert (reason, f"the row cannot be read: {error}") == (bad.reason, bad.detail)
+    assert isinstance(parser.row(row, "table.parquet:1", "table", b"row", {"at": error}), Seed)
+
+
 @in_turn("depth", [190, 199, 200, 230, 1000, 1023, 1024, 5000])
 def test_a_seed_that_is_taken_can_be_written_wherever_it_goes(depth: int) -> None:
     """A log line nests other fields deeper than the seed did: that still has to be possible."""
