@@ -63,7 +63,11 @@ def run_lines(run: Measurement) -> Iterator[str]:
         f"{found.useful_tokens_per_s:,.0f} useful tokens/s{per_gpu} of {found.written_tokens_per_s:,.0f} "
         f"written; {found.contexts_per_s:,.2f} contexts/s"
     )
-    yield from _detail_lines(found, "; without the simulated servers" if run.is_simulated else "")
+    if any(one.ended == "ok" and run.window.holds(one.done_at) for one in run.requests):
+        yield from _request_lines(found, "; without the simulated servers" if run.is_simulated else "")
+    else:
+        yield "no request was answered in this window: measure for longer (--duration-s)"
+    yield from _share_lines(found)
     if run.repeats:
         yield (
             f"the seeds ran out: {run.repeats:,} of {len(run.drafts):,} drafts repeat one of {run.seeds:,} "
@@ -102,7 +106,7 @@ def _window_line(run: Measurement) -> str:
     )
 
 
-def _detail_lines(found: Figures, of_cpu: str) -> Iterator[str]:
+def _request_lines(found: Figures, of_cpu: str) -> Iterator[str]:
     prefix, parts, client = found.prefix_tokens, found.seconds_per_request, found.client
     deducted = [f"{name} {rate:,.0f}" for name, rate in found.deducted_tokens_per_s.items() if rate >= 1]
     if deducted:
@@ -121,6 +125,9 @@ def _detail_lines(found: Figures, of_cpu: str) -> Iterator[str]:
         "" if client.loop_lag_max_ms is None else f", longest event-loop lag {client.loop_lag_max_ms:,.0f} ms"
     )
     yield f"client CPU: {client.cpu_ms_per_request:,.2f} ms a request{lag}{of_cpu}"
+
+
+def _share_lines(found: Figures) -> Iterator[str]:
     if found.share_of_capacity is not None:
         yield f"{found.share_of_capacity:.0%} of what the cost model allows"
     if found.share_of_counters is not None:

@@ -64,6 +64,13 @@ def test_a_simulated_fleet_is_measured_and_planned(bench: Bench, tmp_path: Path)
         assert text in result.stderr
 
 
+def test_a_window_without_an_answer_has_no_figures_of_requests(bench: Bench) -> None:
+    """The terminal says so in place of zeros."""
+    result = bench(*SIMULATED, "--warmup-s", "0", "--duration-s", "0.3")
+    assert "no request was answered in this window" in result.output
+    assert "ms a request" not in result.output
+
+
 def test_logs_for_programs_are_one_object_a_line(bench: Bench) -> None:
     """Progress included; stdout has bench.json alone."""
     result = bench(*SIMULATED, "--log-json", "--json", "--out", "out")
