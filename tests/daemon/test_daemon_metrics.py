@@ -22,9 +22,9 @@ async def scraped(served: Served) -> list[Metric]:
         return list(text_string_to_metric_families(await answer.text()))
 
 
-def has_contexts(number: int, run: HostedRun) -> bool:
-    """Whether a run has as many contexts."""
-    return bool(run.as_json()["counts"]["contexts"] == number)
+def has_samples(number: int, run: HostedRun) -> bool:
+    """Whether a run has as many samples; the contexts in them have been counted then."""
+    return bool(run.as_json()["counts"]["samples"] == number)
 
 
 def value(metrics: list[Metric], name: str, **labels: str) -> float:
@@ -46,7 +46,7 @@ async def test_servers_and_runs(daemon: Served) -> None:
     await daemon.submit("a", 7)
     await daemon.submit("b", 3)
     for run_id, number in (("a", 7), ("b", 3)):
-        await daemon.until(run_id, partial(has_contexts, number))
+        await daemon.until(run_id, partial(has_samples, number))
     await daemon.ask("PUT", "/v1/runs/a/consumers/trainer", {"kind": "contexts"})
     found = await scraped(daemon)
     for run_id, number in (("a", 7), ("b", 3)):
@@ -72,7 +72,7 @@ async def test_names_follow_the_conventions(daemon: Served) -> None:
     await usable(daemon)
     await daemon.new_run("a")
     await daemon.submit("a", 2)
-    await daemon.until("a", partial(has_contexts, 2))
+    await daemon.until("a", partial(has_samples, 2))
     found = await scraped(daemon)
     names = [metric.name for metric in found]
     assert len(names) == len(set(names)) > 30
