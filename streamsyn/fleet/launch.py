@@ -37,8 +37,9 @@ SOURCE_TREE = Path(__file__).parents[2]
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "xgrammar", "--disable-overlap-schedule"),
-    # 0.7 GB of KV cache for the packaged model; a share of the memory would take 1.8 GB and 10 s.
-    *("--mem-fraction-static", "0.1", "--max-total-tokens", "32768", "--max-running-requests", "32"),
+    # 0.7 GB of KV cache for the packaged model; a share alone would take several, and 10 s. What other
+    # processes take while it loads, the server counts as weights: the share leaves room for them.
+    *("--mem-fraction-static", "0.5", "--max-total-tokens", "32768", "--max-running-requests", "32"),
     # Idle without spinning; /health generates a token anyway, so a warm-up would only delay it.
     *("--sleep-on-idle", "--skip-server-warmup"),
 )

@@ -63,7 +63,7 @@ class OutcomeWriter:
         self._may_write_at = 0.0
         """Seconds of the event loop."""
         self._is_writing = False
-        """Whether the thread looks for more outcomes before it ends."""
+        """Whether the thread is writing."""
         self._writes = 0
         """Writes whose outcomes are not noted yet."""
         self._sync_soon = asyncio.Event()
@@ -105,7 +105,7 @@ class OutcomeWriter:
     def _begin_write(self, results: Backlog[Outcome]) -> None:
         """Begin a write, now or as soon as the last one began `_GATHER_S` ago."""
         if self._is_writing:
-            return  # it goes on until nothing is left
+            return  # what it leaves, `put` or its end writes
         if not len(results):
             if results.closed and not self._writes and not self._all_written.done():
                 self._all_written.set_result(None)
@@ -127,16 +127,17 @@ class OutcomeWriter:
         writing.add_done_callback(partial(self._note_written, results))
 
     def _append_all(self, results: Backlog[Outcome]) -> tuple[list[tuple[int, Outcome]], float]:
-        """In the thread: append what there is, and what comes meanwhile; returns it, and the seconds."""
-        began = time.perf_counter()
+        """In the thread: append what there is; returns it, and the seconds.
+
+        What comes meanwhile is left to the next write: single rows would cost more than their writing.
+        """
+        began, left = time.perf_counter(), len(results)
         written: list[tuple[int, Outcome]] = []
-        while True:
-            while batch := results.get_nowait(_MAX_BATCH):
-                written += self._log.append(batch)
-            self._is_writing = False  # from here on `put` begins the next write
-            if not len(results):
-                return written, time.perf_counter() - began
-            self._is_writing = True
+        while batch := results.get_nowait(min(left, _MAX_BATCH)):
+            left -= len(batch)
+            written += self._log.append(batch)
+        self._is_writing = False  # from here on `put` begins the next write
+        return written, time.perf_counter() - began
 
     def _note_written(
         self, results: Backlog[Outcome], writing: asyncio.Future[tuple[list[tuple[int, Outcome]], float]]
