@@ -96,7 +96,7 @@ class Server:
         self._process.wait()
 
     def asked(self, answered: int = 0) -> dict[str, Any]:
-        """Return what arrived since the reset, once so many requests have been answered."""
+        """Wait until at least `answered` requests have been answered; return what arrived since the reset."""
         with urllib.request.urlopen(f"{self.url}/asked?answered={answered}", timeout=GIVE_UP_S) as answer:
             found: dict[str, Any] = orjson.loads(answer.read())
         return found
@@ -149,7 +149,7 @@ class Run:
         """Run it to its end, or until it has taken `GIVE_UP_S`.
 
         Args:
-            killed_at: Kill all its processes once so many of its requests have been answered.
+            killed_at: Number of answers after which all its processes are killed; None kills none.
         """
         self._server.reset()
         path = str(HERE.parents[1]) if self._peer.environment is None else ""

@@ -250,8 +250,8 @@ def tokens_over_time(requests: Iterable[RequestRecord], edges: Sequence[float]) 
 def _tokens_by_use(measurement: Measurement, window: Interval) -> dict[Use, float]:
     """Return the tokens written in the window, by what they were written for.
 
-    Those of drafts that the drain gave up are shared out as the others are: the end of the run is no reason
-    to call them useless.
+    Tokens of drafts that the drain gave up are divided among the uses as the tokens of the others are, since
+    these drafts ended only because the measurement did.
     """
     found: defaultdict[Use | None, float] = defaultdict(float)
     per_s = _tokens_per_request_s(measurement.requests)

@@ -64,7 +64,7 @@ POOL_FULL_SHARE: Final = 0.5
 RETRACTED_SHARE: Final = 0.05
 """Retractions per answer; each one computes a prompt and what was written to it once more."""
 FAILED_SHARE: Final = 0.1
-"""Share of the requests that failed; full queues and rate limits are no failures."""
+"""Share of the requests that failed. Full queues and rate limits do not count as failures."""
 EJECTED_SHARE: Final = 0.02
 """Share of the servers' time in which they got no requests, since they had failed."""
 VARIATION: Final = 0.25

@@ -95,9 +95,7 @@ def simulated_fleet(asked: str, recipe: RecipeSection | None) -> SimulatedFleet:
         raise ConfigError(f"--simulate {asked}: expected NUMBERxMODEL, such as {_EXAMPLE}")
     name = found["model"]
     if name not in costs.PRESETS:
-        raise ConfigError(
-            f"--simulate {asked}: there is no cost model {name!r}; choose {' or '.join(costs.PRESETS)}"
-        )
+        raise ConfigError(f"--simulate {asked}: no cost model {name!r}; choose {' or '.join(costs.PRESETS)}")
     given = _settings(asked, found["settings"])
     words, length = _answer_length(recipe)
     if "words" in given:

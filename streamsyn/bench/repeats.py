@@ -47,7 +47,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     Source: Conover, "Practical Nonparametric Statistics", 3.2.
 
     Raises:
-        ValueError: There is no value.
+        ValueError: `values` is empty.
     """
     if not values:
         raise ValueError("no values")

@@ -123,7 +123,7 @@ def throughput_interval(runs: Sequence[Measurement]) -> MedianInterval:
     """Return the median of the useful tokens per second of repeated runs, with its confidence interval.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: `runs` is empty.
     """
     complete = [run for run in runs if run.is_complete] or runs
     return median_interval([figures(run).useful_tokens_per_s for run in complete])
