@@ -129,15 +129,22 @@ class OutcomeWriter:
     def _append_all(self, results: Backlog[Outcome]) -> tuple[list[tuple[int, Outcome]], float]:
         """In the thread: append what there is; returns it, and the seconds.
 
-        What comes meanwhile is left to the next write: single rows would cost more than their writing.
+        What comes meanwhile is left to the next write: single rows would cost more than their writing. When
+        that may begin by now, this thread begins it: `put` saw a write in progress and left the row to its
+        end, and the event loop may be busy. This ends, since `results` is bounded until rows are passed on.
         """
-        began, left = time.perf_counter(), len(results)
+        loop, seconds = self._all_written.get_loop(), 0.0
         written: list[tuple[int, Outcome]] = []
-        while batch := results.get_nowait(min(left, _MAX_BATCH)):
-            left -= len(batch)
-            written += self._log.append(batch)
-        self._is_writing = False  # from here on `put` begins the next write
-        return written, time.perf_counter() - began
+        while True:
+            began, left = time.perf_counter(), len(results)
+            while batch := results.get_nowait(min(left, _MAX_BATCH)):
+                left -= len(batch)
+                written += self._log.append(batch)
+            seconds += time.perf_counter() - began
+            self._is_writing = False  # from here on `put` begins the next write
+            if not len(results) or loop.time() < self._may_write_at:
+                return written, seconds
+            self._may_write_at, self._is_writing = loop.time() + _GATHER_S, True
 
     def _note_written(
         self, results: Backlog[Outcome], writing: asyncio.Future[tuple[list[tuple[int, Outcome]], float]]

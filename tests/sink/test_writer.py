@@ -31,6 +31,8 @@ class WatchedLog(RunLog):
         self.syncing = False
         self.gate: threading.Event | None = None
         """A sync waits for it, as for a slow disk."""
+        self.append_gate: threading.Event | None = None
+        """A write waits for it before it returns."""
         self.appended = threading.Event()
         self._loop = loop
         self.changed = asyncio.Event()
@@ -39,6 +41,8 @@ class WatchedLog(RunLog):
         written = super().append(outcomes)
         self.appended.set()
         self._loop.call_soon_threadsafe(self.changed.set)
+        if self.append_gate is not None:
+            assert self.append_gate.wait(20)
         return written
 
     def sync(self) -> None:
@@ -240,6 +244,27 @@ async def test_a_busy_event_loop_does_not_delay_a_write(
         await stage.log.until(lambda: stage.log.outcomes == 1)
         stage.log.appended.clear()
         stage.results.put(context(1))
+        assert stage.log.appended.wait(20)  # blocks the event loop
+
+    await stage.run(play)
+    assert 2 == stage.log.durable
+
+
+async def test_an_outcome_put_during_a_write_is_written_by_a_busy_event_loop_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is put while the thread writes is written after it, without the event loop."""
+    monkeypatch.setattr("streamsyn.sink.writer._GATHER_S", 0.0)
+    stage = Stage(tmp_path, results=3)
+    written = threading.Event()
+
+    async def play() -> None:
+        stage.log.append_gate = written
+        stage.results.put(context(0))
+        await stage.log.until(lambda: stage.log.outcomes == 1)
+        stage.log.appended.clear()
+        stage.results.put(context(1))
+        written.set()
         assert stage.log.appended.wait(20)  # blocks the event loop
 
     await stage.run(play)
