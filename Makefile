@@ -5,6 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Three files of tests at a time, longest first: on two cores a third keeps them busy while others wait for a process.
 AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
+# A test that fails is run once more, alone, and counts if it fails again, as in CPython's CI. Thousands of tests
+# with processes and signals on a busy machine sometimes meet a late clock; those that passed then are named.
+once_more = || { [ $$? = 1 ] && printf '\n--- what failed, once more and alone ---\n' && \
+	  $(BIN)/pytest -n 0 --last-failed --last-failed-no-failures=none -rp $(1); }
 HERMETIC := not crash and not torture and not real_sglang and not chromium
 
 # Byte code is kept, also where the environment says otherwise: each worker, command and later target would
@@ -21,17 +25,19 @@ demo:  ## the main job on a real SGLang with a packaged model
 	.venv-core/bin/streamsyn demo
 
 test: .venv/stamp  ## all tests but those below: no real server, no browser, no kills and resumes
-	$(BIN)/pytest $(AT_A_TIME) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term)
+	$(BIN)/pytest $(AT_A_TIME) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term) \
+	$(call once_more,-m "$(HERMETIC)")
 
 test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length; asyncio in debug mode
 	$(BIN)/pytest $(AT_A_TIME) -m "(crash or hypothesis) and not torture and not real_sglang and not chromium" \
-	  --hypothesis-profile=long -o asyncio_debug=true
+	  --hypothesis-profile=long -o asyncio_debug=true \
+	$(call once_more,--hypothesis-profile=long -o asyncio_debug=true)
 
 test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, and one that a run launches
-	$(BIN)/pytest tests/real -n 2 --dist loadgroup -m real_sglang
+	$(BIN)/pytest tests/real -n 2 --dist loadgroup -m real_sglang $(call once_more,tests/real)
 
 test-browser: .venv/stamp chromium  ## the report and the page of the daemon in a browser
-	$(BIN)/pytest tests/report tests/daemon/test_page.py -m chromium
+	$(BIN)/pytest tests/report tests/daemon/test_page.py -m chromium $(call once_more,-m chromium)
 
 test-all: test test-crash test-browser test-real  ## all four
 
