@@ -9,7 +9,7 @@ But requests that began together grow together and end together: filled to its l
 overflows when all of them are nearly complete, and half of it is empty after that. So requests begin at an
 even pace. If they do, n requests have written n * n / level halves of an answer, and the cap is the n for
 which the pool holds what was really written. Where many began or ended at once, this spreads those that
-follow over the time of an answer. Only a first fifth of the pool is filled at once, and later up to half of
+follow over the time of an answer. Only a first quarter of the pool is filled at once, and later up to half of
 the level, which fits even when all of it began together. Where the pool holds all requests that are left with
 their whole answers, as in a small job, there is nothing to spread, and all begin at once.
 
@@ -29,7 +29,7 @@ _FILL = 0.87
 """Share of the pool to fill. SGLang admits no request into the last part: it keeps room for the answer of the
 new request and for a tenth of what the running ones may still write (`new_token_ratio`)."""
 _LEAST_FILL = _FILL / 2
-_FIRST_SHARE = 1 / 5
+_FIRST_SHARE = 1 / 4
 """Share of the pool that requests which begin together may fill with their complete answers."""
 _LESS = 0.95
 _MOST_AT_ONCE = 0.75

@@ -150,7 +150,7 @@ def test_where_the_pool_is_the_limit_it_decides() -> None:
     limiter = AdaptiveLimiter()
     held = [limiter.begin(REQUEST, 0.0) for _ in range(8)]
     limiter.observe(Load(8, 0, token_usage=0.01, pool_tokens=400_000, taken_at=(1.0,)), 1.0)
-    assert (400_000 // 5 // 4000, "kv_pool", True) == (limiter.cap, limiter.last_decision, limiter.is_ramping)
+    assert (400_000 // 4 // 4000, "kv_pool", True) == (limiter.cap, limiter.last_decision, limiter.is_ramping)
     held += [limiter.begin(REQUEST, 1.0) for _ in range(100)]
     limiter.observe(Load(108, 0, token_usage=0.6, pool_tokens=400_000, taken_at=(2.0,)), 2.0)
     assert 108 < limiter.cap < 180

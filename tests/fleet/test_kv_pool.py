@@ -183,13 +183,13 @@ def test_the_same_number_from_the_start_overflows_the_pool() -> None:
 
 
 def test_no_more_begin_than_fit_when_all_have_begun_together() -> None:
-    """An empty pool takes a fifth; while that grows, others follow at a pace of level to an answer."""
+    """An empty pool takes a quarter; while that grows, others follow at a pace of level to an answer."""
     pool = PoolCap()
     held = [pool.begin(request()) for _ in range(8)]
-    assert pool.cap(load(800, running=8)) == POOL // 5 // 1000
+    assert pool.cap(load(800, running=8)) == POOL // 4 // 1000
     level = pool.level
-    held += [pool.begin(request()) for _ in range(12)]
-    halves = [pool.cap(load(20 * 100 + level * share * share * 500, running=20)) for share in (0.25, 0.5, 1)]
+    held += [pool.begin(request()) for _ in range(17)]
+    halves = [pool.cap(load(25 * 100 + level * share * share * 500, running=25)) for share in (0.25, 0.5, 1)]
     assert halves == [pytest.approx(share * level, abs=1) for share in (0.25, 0.5, 1)]
 
 
@@ -198,7 +198,7 @@ def test_what_fits_with_whole_answers_is_not_spread() -> None:
     pool = PoolCap()
     held = [pool.begin(request()) for _ in range(8)]
     caps = [pool.cap(load(800, running=len(held)), left) for left in (90, 91)]
-    assert caps == [int(pool.level), POOL // 5 // 1000]
+    assert caps == [int(pool.level), POOL // 4 // 1000]
 
 
 def test_a_long_queue_is_not_refilled() -> None:
