@@ -21,11 +21,10 @@ from typing import Final
 from streamsyn.background import background
 from streamsyn.bench.load import under_load
 from streamsyn.bench.measurement import Load, Measurement, Replayed, ServerCounters
-from streamsyn.bench.phases import Phases
+from streamsyn.bench.phases import Phases, steady_state
 from streamsyn.bench.recorder import Recorder
 from streamsyn.bench.replay import open_replay
 from streamsyn.bench.server_counters import open_counters
-from streamsyn.bench.steady_state import steady_state
 from streamsyn.bench.unlogged_run import UnloggedRun
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, root_cause

@@ -14,8 +14,8 @@ import pytest
 from streamsyn.bench.figures import counter_growth, figures
 from streamsyn.bench.measured_run import RunToMeasure, measure
 from streamsyn.bench.measurement import Interval, Load, Measurement
+from streamsyn.bench.phases import in_flight
 from streamsyn.bench.server_counters import parse_counters
-from streamsyn.bench.steady_state import in_flight
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.simulator.in_process import InProcessServers
