@@ -12,8 +12,7 @@ from streamsyn.bench.aiperf_export import Metric, aiperf_metrics
 from streamsyn.bench.figures import Figures, ServerOverTime, figures
 from streamsyn.bench.limits import verdict
 from streamsyn.bench.measurement import Measurement
-from streamsyn.bench.series import Benchmark, sweep_points, throughput_interval
-from streamsyn.bench.sweep import knee, saturation
+from streamsyn.bench.series import Benchmark, knee, saturation, sweep_points, throughput_interval
 from streamsyn.report import charts
 from streamsyn.report.charts import Line
 

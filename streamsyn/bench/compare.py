@@ -16,7 +16,7 @@ import orjson
 from streamsyn.bench.aiperf_export import aiperf_metrics
 from streamsyn.bench.figures import figures, ticks_of
 from streamsyn.bench.measurement import Interval, Measurement
-from streamsyn.bench.repeats import median_interval
+from streamsyn.bench.series import median_interval
 from streamsyn.config.fingerprint import differences, fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError

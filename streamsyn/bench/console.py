@@ -5,9 +5,15 @@ from collections.abc import Iterator, Sequence
 from streamsyn.bench.figures import Figures, figures
 from streamsyn.bench.limits import Verdict, verdict
 from streamsyn.bench.measurement import Measurement
-from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
-from streamsyn.bench.series import Benchmark, sweep_points, throughput_interval
-from streamsyn.bench.sweep import knee, saturation
+from streamsyn.bench.series import (
+    CONFIDENCE,
+    Benchmark,
+    MedianInterval,
+    knee,
+    saturation,
+    sweep_points,
+    throughput_interval,
+)
 
 
 def console_lines(benchmark: Benchmark) -> Iterator[str]:

@@ -25,9 +25,15 @@ from streamsyn.bench.compare import noise
 from streamsyn.bench.figures import figures
 from streamsyn.bench.limits import verdict
 from streamsyn.bench.measurement import Interval, Measurement
-from streamsyn.bench.repeats import CONFIDENCE, MedianInterval
-from streamsyn.bench.series import Benchmark, sweep_points, throughput_interval
-from streamsyn.bench.sweep import knee, saturation
+from streamsyn.bench.series import (
+    CONFIDENCE,
+    Benchmark,
+    MedianInterval,
+    knee,
+    saturation,
+    sweep_points,
+    throughput_interval,
+)
 from streamsyn.io.durable import make_folder, write_whole
 
 FORMAT: Final = 1

@@ -9,8 +9,7 @@ import pytest
 
 from streamsyn.bench.measured_run import RunToMeasure
 from streamsyn.bench.measurement import Load, Measurement
-from streamsyn.bench.repeats import median_interval
-from streamsyn.bench.series import repeated, sweep_points, swept, throughput_interval
+from streamsyn.bench.series import median_interval, repeated, sweep_points, swept, throughput_interval
 from streamsyn.config.loading import load
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamsyn.bench.sweep import FIRST_CAP, MIN_POINTS, SweepPoint, knee, next_cap, saturation
+from streamsyn.bench.series import FIRST_CAP, MIN_POINTS, SweepPoint, knee, next_cap, saturation
 
 
 def series(tokens: dict[int, float], *, seats: int) -> list[SweepPoint]:
