@@ -9,9 +9,8 @@ Modules in reading order:
     preflight   a sample of the seeds and one request are checked before a new run takes its first seed
     stages      the stages and the bounded queues between them; decides whether a stop leaves work
     stop        signals, a fleet that is gone, a training that ends: drain first, then cancel
-    producer    reads seeds, skips what has an outcome, feeds the work queue
+    producer    reads seeds, skips what has an outcome, feeds the work queue in an order of its own
     reopened    rejects that a retry asks again: what it may change, where their seeds come from
-    work_order  prefix groups kept together; hard tasks first
     workers     each turns one draft at a time into an outcome; the pool keeps them running
     reject_limits  the first rejects are held back; too many of them stop the run
     delivery    samples to the reader of stdout, then to the log

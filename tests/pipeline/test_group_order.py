@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.pipeline.work_order import GroupOrder
+from streamsyn.pipeline.producer import GroupOrder
 
 GROUPS = st.lists(st.sampled_from(["", "a", "b", "c", "d"]), max_size=60)
 

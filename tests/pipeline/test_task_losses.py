@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.pipeline.work_order import FLOOR, PATIENCE, TaskLosses, TaskOrder, task_weights
+from streamsyn.pipeline.producer import FLOOR, PATIENCE, TaskLosses, TaskOrder, task_weights
 
 ITEMS = st.lists(st.tuples(st.sampled_from(["", "", "g", "h"]), st.sampled_from("abc")), max_size=80)
 LOSSES = st.dictionaries(st.sampled_from("abcd"), st.floats(0, 20), max_size=4)
