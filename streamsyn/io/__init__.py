@@ -8,7 +8,7 @@ Reading rows, for seeds, a corpus, evaluation sets and files to train on:
     places         a local path, a file or folder behind a URL, a dataset on the hub
     content        what the beginning of a file says, or why it cannot be read; its bytes and its text
     rows           a line, a row of a table, their places; the interface of the readers
-    json_rows      rows of JSON: lines, an array, a document
+    json_rows      rows of JSON: lines, an array, a document; any values as JSON can hold them
     tables         rows of CSV, TSV and Parquet, of saved datasets, of datasets on the hub
 
 A new compression is added in `content`, a new format in `inputs`.

@@ -15,9 +15,8 @@ Modules in reading order:
     inbox_file  the file of an inbox: many requests, one sync; its index
     inbox_lines  the lines of that file
     parse    from a line or a row to an entry
-    forms    the pair in a row: Alpaca, chats, questions and answers, and others
+    forms    the pair in a row: Alpaca, chats, questions and answers, and others; the texts in its fields
     request_lines  the lines of OpenAI's Batch API, for the recipe `chat`
-    values   texts, answers and other values in fields
 
 Finding files and reading their rows is in `streamsyn.io`, which the trainer, the corpus of assembly and the
 evaluation sets of scoring use too.

@@ -17,13 +17,13 @@ The first form in this order whose fields hold something is a row's form, unless
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Final, TypeGuard
 
 import structlog
 
 from streamsyn.config.sections import FieldsSection, SeedFormat
-from streamsyn.seeds.request_lines import read_request, texts_of
-from streamsyn.seeds.values import NotASeed, answers_in, is_absent, text_in
+from streamsyn.seeds.request_lines import BadRequestLine, read_request, texts_of
 
 log = structlog.get_logger()
 
@@ -54,6 +54,10 @@ _ROLES: Final = {
 }
 """What the speakers of chats are called; others, such as `tool`, keep their names."""
 _LABELS: Final = {"user": "User", "assistant": "Assistant"}
+
+
+class NotASeed(Exception):
+    """Raised when a row is not a valid seed; its text says why."""
 
 
 @dataclass(slots=True)
@@ -219,7 +223,10 @@ def _chat_of(row: Mapping[str, Any], form: SeedFormat, speaker: str, mapped: str
 
 def _request(row: Mapping[str, Any], _: FieldsSection) -> Pair:
     """A request line: its last message is the instruction, and the answer is what the LLM will write."""
-    line = read_request(row)
+    try:
+        line = read_request(row)
+    except BadRequestLine as error:
+        raise NotASeed(str(error)) from None
     question = texts_of(line.body["messages"][-1:])[0]["content"]
     taken, asks = frozenset({"custom_id"}), "last message of body"
     return Pair("request", question, ("",), (line.custom_id, ""), taken, asks, "the LLM's", line.custom_id)
@@ -355,3 +362,70 @@ def _turn_text(turn: Mapping[str, Any]) -> str:
     if name not in turn:
         raise NotASeed("field 'content' of a message is missing")
     return text_in(turn, name)
+
+
+def is_absent(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a field is missing or holds nothing: null, an empty text or list."""
+    value = row.get(name)
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def text_in(row: Mapping[str, Any], name: str) -> str:
+    """The text of a field, or of its text parts.
+
+    Raises:
+        NotASeed: It holds something else, or white space alone.
+    """
+    value = row[name]
+    if isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value):
+        value = "\n\n".join(_part(part, name) for part in value)
+    if not isinstance(value, str):
+        raise NotASeed(f"field {name!r} is not a string but {type(value).__name__}")
+    if not value.strip():
+        raise NotASeed(f"field {name!r} is empty")
+    return value
+
+
+def answers_in(value: Any, name: str) -> list[str]:
+    """The answers in a field: a text, a number, a list of these, or an object as in SQuAD and TriviaQA.
+
+    Raises:
+        NotASeed: There is none.
+    """
+    if isinstance(value, str) and value.strip():
+        return [value]
+    found = list(dict.fromkeys(text for text in _answers(value, name) if text.strip()))
+    if not found:
+        raise NotASeed(f"field {name!r} is empty")
+    return found
+
+
+def _answers(value: Any, name: str) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case bool():
+            yield "true" if value else "false"
+        case int() | float() | Decimal():
+            yield str(value)
+        case list() if value and all(isinstance(part, dict) and "type" in part for part in value):
+            yield "\n\n".join(_part(part, name) for part in value)
+        case list():
+            for one in value:
+                if one is not None:
+                    yield from _answers(one, name)
+        case {"text": found}:  # SQuAD
+            yield from _answers(found, name)
+        case {"value": found, **rest}:  # TriviaQA
+            yield from _answers([found, rest.get("aliases") or []], name)
+        case _:
+            raise NotASeed(
+                f"field {name!r} holds no text, number or list of these but {type(value).__name__}"
+            )
+
+
+def _part(part: Mapping[str, Any], name: str) -> str:
+    text = part.get("text")
+    if part["type"] not in {"text", "input_text", "output_text"} or not isinstance(text, str):
+        raise NotASeed(f"field {name!r} has a part that is not text but {part['type']!r}")
+    return text

@@ -11,11 +11,10 @@ import orjson
 from streamsyn.config.data_paths import is_url
 from streamsyn.config.sections import FieldsSection, SeedFormat
 from streamsyn.io.content import encoding_hint
-from streamsyn.io.json_rows import decode_row
+from streamsyn.io.json_rows import decode_row, storable_fields, text_of
 from streamsyn.io.rows import Line, TableRow
 from streamsyn.records import ANSWERS, BadSeed, Entry, RejectReason, Seed, digest
-from streamsyn.seeds.forms import FormsSeen, PairReader
-from streamsyn.seeds.values import NotASeed, is_absent, storable_fields, text_in, text_of
+from streamsyn.seeds.forms import FormsSeen, NotASeed, PairReader, is_absent, text_in
 
 _PREVIEW_BYTES: Final = 120
 """The beginning of a bad line that its detail quotes."""

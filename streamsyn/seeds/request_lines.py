@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from streamsyn.io.json_rows import storable, text_of
 from streamsyn.plain_text import cut, short_repr
-from streamsyn.seeds.values import NotASeed, storable, text_of
 
 ENDPOINT: Final = "/v1/chat/completions"
 METHOD: Final = "POST"
@@ -16,7 +16,7 @@ _FIELDS: Final = ("custom_id", "method", "url", "body")
 _ID_CHARS: Final = 512
 
 
-class BadRequestLine(NotASeed):
+class BadRequestLine(Exception):
     """Raised when a row is not a request line.
 
     Attributes:

@@ -12,7 +12,7 @@ from streamsyn.assembly.sample_prompts import FAMILIES, KNOWN_TASKS
 from streamsyn.config.command_sections import LongBenchSection
 from streamsyn.errors import ConfigError
 from streamsyn.scoring.answer_metrics import metric_of
-from streamsyn.seeds.values import NotASeed, answers_in
+from streamsyn.seeds.forms import NotASeed, answers_in
 from streamsyn.templates import PromptTemplate, packaged
 from streamsyn.trainer.evaluation.exam import Chat, Question
 from streamsyn.trainer.sources.row_files import FileRows
