@@ -16,7 +16,7 @@ The first form in this order whose fields hold something is a row's form, unless
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final, TypeGuard
 
@@ -159,11 +159,9 @@ def _prompt_completion(row: Mapping[str, Any], _: FieldsSection) -> Pair | None:
     for prompt, completion in _PROMPTS:
         asked, answered = row.get(prompt), row.get(completion)
         if is_chat(asked) and is_chat(answered):
-            chat = chat_pair([*asked, *answered], prompt)
-            form: SeedFormat = "prompt_completion"
-            both, answers = (chat.instruction, chat.answer), [chat.answer]
-            taken = frozenset({prompt, completion})
-            return Pair(form, chat.instruction, answers, both, taken, prompt, completion)
+            chat = chat_pair([*asked, *answered], prompt, "prompt_completion")
+            identity, taken = (chat.instruction, chat.answers[0]), frozenset({prompt, completion})
+            return replace(chat, identity=identity, taken=taken, asks=prompt, answered=completion)
     return _pair_of(row, "prompt_completion", _PROMPTS, systems=_SYSTEMS)
 
 
@@ -212,13 +210,17 @@ def _chat_of(row: Mapping[str, Any], form: SeedFormat, speaker: str, mapped: str
     name = next((one for one in (mapped, *_CHATS) if is_chat(row.get(one), speaker)), None)
     if name is None:
         return None
-    chat = chat_pair(row[name], name)
-    instruction, asks, taken = chat.instruction, f"{chat.asks} of {name}", {name}
-    identity = chat.identity
-    if form == "sharegpt" and isinstance(system := row.get("system"), str) and system.strip():
-        instruction, asks, taken = with_system(system, instruction), f"system + {asks}", {name, "system"}
-        identity = (instruction, chat.answer)
-    return Pair(form, instruction, [chat.answer], identity, frozenset(taken), asks, f"last answer of {name}")
+    chat = chat_pair(row[name], name, form)
+    if form != "sharegpt" or not isinstance(system := row.get("system"), str) or not system.strip():
+        return chat
+    instruction = with_system(system, chat.instruction)
+    return replace(
+        chat,
+        instruction=instruction,
+        identity=(instruction, chat.answers[0]),
+        taken=chat.taken | {"system"},
+        asks=f"system + {chat.asks}",
+    )
 
 
 def _request(row: Mapping[str, Any], _: FieldsSection) -> Pair:
@@ -274,23 +276,6 @@ def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(sorted(map(str, row))[:8]) or "none"
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPair:
-    """A question and its answer.
-
-    Attributes:
-        instruction: The question; with earlier turns, all of them, each with its speaker.
-        answer: The answer.
-        identity: What identifies the pair. System turns do not count where nothing else stands before.
-        asks: What the instruction is made of, for messages.
-    """
-
-    instruction: str
-    answer: str
-    identity: tuple[str, str]
-    asks: str
-
-
 def is_chat(value: Any, speaker: str | None = None) -> TypeGuard[list[dict[str, Any]]]:
     """Whether a value is a list of messages whose speaker is in the field `speaker`; None for any."""
     names = ("role", "from") if speaker is None else (speaker,)
@@ -301,12 +286,16 @@ def is_chat(value: Any, speaker: str | None = None) -> TypeGuard[list[dict[str, 
     )
 
 
-def chat_pair(turns: Sequence[Mapping[str, Any]], name: str) -> ChatPair:
-    """The last user message that is answered, and its answer.
+def chat_pair(turns: Sequence[Mapping[str, Any]], name: str, form: SeedFormat) -> Pair:
+    """The pair of a chat: the last user message that is answered, and its answer.
+
+    Earlier turns are a part of the instruction, each with its speaker. System turns do not count for the
+    identity where nothing else stands before.
 
     Args:
         turns: Messages of `role` and `content`, or of `from` and `value`.
-        name: The field that they are in, for messages.
+        name: The field that they are in.
+        form: The form of the pair.
 
     Raises:
         NotASeed: No user message is followed by an answer, or a turn is not text.
@@ -318,7 +307,9 @@ def chat_pair(turns: Sequence[Mapping[str, Any]], name: str) -> ChatPair:
         answers = [turn for role, turn in spoken[asked + 1 : end] if role == "assistant" and _has_text(turn)]
         if answers:
             question, answer = _turn_text(spoken[asked][1]), _turn_text(answers[-1])
-            return _with_earlier(spoken[:asked], question, answer)
+            instruction, identity, made_of = _with_earlier(spoken[:asked], question)
+            asks, answered = f"{made_of} of {name}", f"last answer of {name}"
+            return Pair(form, instruction, [answer], (identity, answer), frozenset({name}), asks, answered)
     roles = ", ".join(role for role, _ in spoken) or "none"
     raise NotASeed(f"field {name!r} has no user message with an answer (roles: {roles})")
 
@@ -328,7 +319,8 @@ def with_system(system: str, instruction: str) -> str:
     return f"{system.strip()}\n\n{instruction}"
 
 
-def _with_earlier(spoken: Sequence[tuple[str, Mapping[str, Any]]], question: str, answer: str) -> ChatPair:
+def _with_earlier(spoken: Sequence[tuple[str, Mapping[str, Any]]], question: str) -> tuple[str, str, str]:
+    """The instruction, the part of it that identifies the pair, and what it is made of, for messages."""
     systems = [_turn_text(turn) for role, turn in spoken if role == "system" and _has_text(turn)]
     earlier = [
         f"{_LABELS.get(role, role.capitalize())}: {_turn_text(turn)}"
@@ -338,10 +330,10 @@ def _with_earlier(spoken: Sequence[tuple[str, Mapping[str, Any]]], question: str
     instruction, asks = question, "last question"
     if earlier:
         instruction, asks = "\n\n".join([*earlier, f"User: {question}"]), "earlier turns + last question"
-    identity = (instruction, answer)
+    identity = instruction
     if systems:
         instruction, asks = with_system("\n\n".join(systems), instruction), f"system + {asks}"
-    return ChatPair(instruction, answer, identity, asks)
+    return instruction, identity, asks
 
 
 def _role(turn: Mapping[str, Any]) -> str:
