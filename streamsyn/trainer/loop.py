@@ -17,7 +17,8 @@ from streamsyn.errors import StreamsynError
 from streamsyn.trainer.commands import Command, Evaluate, Publish, Ranks, Save, Step, Stop, Wait
 from streamsyn.trainer.evaluation.exam import Answer, answer_all
 from streamsyn.trainer.evaluation.heldout import measure
-from streamsyn.trainer.model.loss import example_means, make_batch, token_losses
+from streamsyn.trainer.model.head import target_losses
+from streamsyn.trainer.model.loss import example_means, make_batch
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store
@@ -183,7 +184,7 @@ class Loop:
         for number, (row, weights) in enumerate(zip(command.rows, command.weights, strict=True), 1):
             with self._pass(last=number == len(command.rows)):
                 batch = make_batch(row, weights, accelerator.device)
-                losses = token_losses(placed.model(**batch.forward_arguments()).logits, batch.labels)
+                losses = target_losses(placed.model, batch)
                 part = (losses * batch.weights).sum()
                 accelerator.backward(part * scale)
             parts.append(part.detach().double())

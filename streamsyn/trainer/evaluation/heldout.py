@@ -16,7 +16,8 @@ import torch
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row
-from streamsyn.trainer.model.loss import example_means, make_batch, token_losses
+from streamsyn.trainer.model.head import target_losses
+from streamsyn.trainer.model.loss import example_means, make_batch
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.stream.stream_reader import Rendering, row_digest
 
@@ -129,7 +130,7 @@ def measure(model: torch.nn.Module, rows: Rows, device: torch.device) -> list[fl
     try:
         for row in rows:
             batch = make_batch(row, [1.0] * len(row), device)
-            losses = token_losses(model(**batch.forward_arguments()).logits, batch.labels)
+            losses = target_losses(model, batch)
             means += example_means(losses, batch.owner, len(row)).tolist()
     finally:
         model.train()

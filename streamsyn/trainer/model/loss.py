@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from streamsyn.trainer.examples import PackedRow
 
@@ -119,8 +118,6 @@ def _empty_row(device: torch.device) -> Batch:
 
 LossKind = Literal["sequence", "token", "longwriter"]
 _LONGWRITER_SCALE = 30
-_CHUNK = 1024
-"""Targets whose probabilities are in memory at a time: 0.6 GB with a vocabulary of 150,000."""
 
 
 def target_weights(row: PackedRow, kind: LossKind) -> list[float]:
@@ -149,25 +146,11 @@ def denominator(rows: Sequence[PackedRow], kind: LossKind) -> float:
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return `[N]`: minus the log-probability of each label, computed in float32.
 
-    With many targets, probabilities are computed chunk by chunk, and again in the backward pass.
-    The logits and their gradient are whole: 0.5 MiB per target in bf16 with a vocabulary of 131,072
-    (measured: 1.0 GiB for 2,048 more). Rows of long samples have some hundred to a few thousand targets, rows
-    of chat data perhaps ten thousand. A chunked head would need its weights outside the model's forward
-    pass, where FSDP does not have them; a limit on the targets of a row would leave rows half empty.
-
     Args:
-        logits: `[1, N, vocabulary]`.
+        logits: `[N, vocabulary]` or `[1, N, vocabulary]`.
         labels: `[N]`.
     """
-    flat = logits.flatten(0, -2)
-    if len(labels) <= _CHUNK:
-        return _losses(flat, labels)
-    parts = zip(flat.split(_CHUNK), labels.split(_CHUNK), strict=True)
-    return torch.cat([checkpoint(_losses, *part, use_reentrant=False) for part in parts])
-
-
-def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits.float(), labels, reduction="none")
+    return cross_entropy(logits.flatten(0, -2).float(), labels, reduction="none")
 
 
 def example_means(losses: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.attention import check_packing_isolation
+from streamsyn.trainer.model.head import LossHead
 
 
 def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Accelerator:
@@ -99,6 +100,7 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     """
     model.train()
     _freeze_towers(model)
+    head = LossHead(model)
     if accelerator.is_fsdp2:
         _name_layers(model, accelerator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -115,7 +117,9 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
     _keep_logits_dtype(plain, accelerator)
-    check_packing_isolation(prepared, accelerator.device, half=accelerator.mixed_precision == "bf16")
+    half = accelerator.mixed_precision == "bf16"
+    check_packing_isolation(prepared, accelerator.device, half=half)
+    head.check(prepared, accelerator.device, half=half)
     return Placed(accelerator, prepared, plain, optimizer, dtype)
 
 
