@@ -195,9 +195,9 @@ def print_losses(tuned: Path) -> None:
 
 def held_out(run: Path, training: Mapping[str, str]) -> list[Row]:
     """Return the samples that were never trained on."""
-    from streamsyn.trainer.examples import is_held_out
+    from streamsyn.trainer.examples import row_is_held_out
 
-    return [row for row in rows(run, "samples") if is_held_out(row, float(training["train.holdout"]))]
+    return [row for row in rows(run, "samples") if row_is_held_out(row, float(training["train.holdout"]))]
 
 
 def print_held_out_losses(run: Path, models: Mapping[str, Path], training: Mapping[str, str]) -> None:

@@ -18,6 +18,19 @@ def digest(*parts: str | bytes) -> bytes:
     return blake2b(b"".join([b"%d:%b" % (len(part), part) for part in encoded]), digest_size=16).digest()
 
 
+def is_held_out(seed_id: str, share: float) -> bool:
+    """Return whether a seed is held out for evaluation.
+
+    The decision depends only on the seed's id, so that all contexts of a seed are treated alike, in every
+    run. Seeds that a share holds out are also held out by each larger share.
+
+    Args:
+        seed_id: The seed's id.
+        share: Share of all seeds to hold out, 0 to 1.
+    """
+    return bool(share) and int.from_bytes(digest("holdout", seed_id)[:8]) < share * 2**64
+
+
 class RejectReason(StrEnum):
     """Why a seed got no context. The set is closed, so readers of the log can list all cases."""
 

@@ -3,7 +3,7 @@
 `Sources` yields random candidates for a context: contexts of the same task or of any task, passages of a
 corpus, or a weighted mix. `Chooser` takes them until the sample has its number of contexts or its length in
 tokens, and refuses those that hold the answer, come from the same seed, or are near-duplicates of a text in
-the sample.
+the sample, and in samples of other seeds also the contexts of held-out seeds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +14,7 @@ from streamsyn.assembly.corpus import Corpus
 from streamsyn.assembly.token_counter import TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Pool, Window
 from streamsyn.config.sections import AssemblySection, Source
+from streamsyn.records import is_held_out
 from streamsyn.shingles import Signature, similarity
 from streamsyn.words import normalised
 
@@ -57,6 +58,7 @@ class Chooser:
     def __init__(self, section: AssemblySection, counter: TokenCounter) -> None:
         self._min_answer_chars = section.min_answer_chars
         self._max_similarity = section.max_similarity
+        self._holdout = section.holdout
         self._counter = counter
 
     def choose(self, relevant: Passage, candidates: "Candidates", goal: Goal, order: Order) -> Choice:
@@ -69,6 +71,7 @@ class Chooser:
         if len(answer) < self._min_answer_chars:
             answer = ""
         seed_ids = {relevant.source_seed_id}
+        for_training = not is_held_out(relevant.seed_id, self._holdout)
         duplicates = _NearDuplicates(self._max_similarity)
         duplicates.add(relevant)
         selection = _Selection(self._counter, relevant, goal, order)
@@ -80,15 +83,17 @@ class Chooser:
             if (candidate := candidates.next(len(selection.chosen))) is None:
                 break
             tried += 1
-            if candidate.source_seed_id is not None and candidate.source_seed_id in seed_ids:
+            if (seed_id := candidate.source_seed_id) is not None and (
+                seed_id in seed_ids or (for_training and is_held_out(seed_id, self._holdout))
+            ):
                 continue
             if answer and candidate.holds(answer):
                 continue
             if duplicates.has_similar(candidate) or not selection.add(candidate):
                 continue
             duplicates.add(candidate)
-            if candidate.source_seed_id is not None:
-                seed_ids.add(candidate.source_seed_id)
+            if seed_id is not None:
+                seed_ids.add(seed_id)
         if candidates.exhausted is not None and not selection.is_complete:
             return Choice(exhausted=candidates.exhausted)
         return selection.choice()

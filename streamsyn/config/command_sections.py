@@ -169,9 +169,11 @@ class TrainSection(Section):
     keep_checkpoints: Annotated[Count, operational] = 2
     """Number of the newest checkpoints that are kept."""
     holdout: Annotated[Unit, Field(lt=1)] = 0.0
-    """Fraction of the seeds, chosen by id, that is never trained on and kept for evaluation."""
+    """Fraction of the seeds, chosen by id, that is never trained on and kept for evaluation. Rows of these
+    seeds in `train.mix` and `train.control` are left out. Give the run the same share as `assembly.holdout`,
+    or their contexts are distractors in other samples."""
     holdout_samples: Annotated[Count, operational] = 64
-    """Maximum number of held-out samples to evaluate."""
+    """Maximum number of held-out samples to evaluate: about as many of each task, chosen by id."""
     eval_every_steps: Annotated[Count, operational] = 50
     """Optimizer steps between evaluations. There is also one before the first step and one at the end."""
     control: Annotated[str | None, operational] = None

@@ -426,6 +426,10 @@ class AssemblySection(Section):
     list of depths used in turn."""
     epoch: Annotated[int, Field(ge=0)] = 0
     """A different number gives the same contexts different distractors, lengths and positions."""
+    holdout: Annotated[Unit, Field(lt=1)] = 0.0
+    """Fraction of the seeds, chosen by id, whose contexts are never distractors in samples of other seeds.
+    Set it to the `train.holdout` of the training, which then holds out the same seeds. Samples of held-out
+    seeds can have any distractors."""
     max_similarity: Unit = 0.8
     """Maximum similarity of two passages in a sample, measured as for `checks.similarity`. 1 switches the
     check off."""

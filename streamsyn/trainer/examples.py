@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy
 from numpy.typing import NDArray
 
-from streamsyn.records import digest
+from streamsyn.records import digest, is_held_out
 
 Tokens: TypeAlias = NDArray[numpy.int32]
 
-DropReason = Literal["overlong", "empty_answer", "template", "bad_row", "special_tokens"]
+DropReason = Literal["overlong", "empty_answer", "template", "bad_row", "special_tokens", "held_out"]
 Changed: TypeAlias = Literal["answers", "prompts"]
 """What a chat template renders other than it stands in the row."""
 
@@ -93,20 +93,35 @@ class HeldOut:
     row: dict[str, Any] = field(repr=False)
 
 
-def is_held_out(row: dict[str, Any], share: float) -> bool:
+def row_is_held_out(row: dict[str, Any], share: float) -> bool:
     """Whether the row's seed is held out for evaluation.
 
-    The decision depends only on the seed's id, so that all contexts of a seed are treated alike, in every
-    run. A row without `seed_id` and `id` is never held out.
+    A row without `seed_id` and `id` is known by its instruction and answer, as a seed without an id is.
 
     Args:
-        row: A row of the stream.
+        row: A row of the stream, of `train.mix` or of `train.control`.
         share: Share of all seeds to hold out, 0 to 1.
     """
-    seed_id = row.get("seed_id") or row.get("id")
-    if not share or not isinstance(seed_id, str):
+    if not share:
         return False
-    return int.from_bytes(digest("holdout", seed_id)[:8]) < share * 2**64
+    seed_id = row.get("seed_id") or row.get("id")
+    if isinstance(seed_id, str):
+        return is_held_out(seed_id, share)
+    pair = _pair(row.get("messages"))
+    return pair is not None and is_held_out(digest(*pair).hex(), share)
+
+
+def _pair(messages: Any) -> tuple[str, str] | None:
+    """Instruction and answer of a conversation of these two alone."""
+    match messages:
+        case [
+            *before,
+            {"role": "user", "content": str(asked)},
+            {"role": "assistant", "content": str(answer)},
+        ]:
+            if all(isinstance(one, dict) and one.get("role") == "system" for one in before):
+                return asked, answer
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,7 +239,7 @@ def _open(
     renderer = Renderer(training.tokenizer, section.seq_len, section.overlong)
     control: list[Example] = []
     if section.control is not None:
-        control = control_examples(section.control, section.control_samples, renderer)
+        control = control_examples(section.control, section.control_samples, renderer, section.holdout)
     exam = open_exam(config, training.tokenizer, placed.plain, out)
     sources = open_sources(training.source, section, out)
     planner = Planner(section, config.run.seed, sources, renderer, store.stream, ranks=ranks.world)
@@ -311,6 +311,7 @@ def _why_all_dropped(dropped: dict[str, int], section: TrainSection) -> str:
         "template": f"train.chat_template: the template fails on {share} samples",
         "special_tokens": f"--from: {share} samples spell special tokens, which the tokenizer cannot read as "
         "text",
+        "held_out": f"train.holdout = {section.holdout}: {share} samples are of held-out seeds",
         "empty_answer": f"--from: the answers of {share} samples are empty",
         "bad_row": f"--from: {share} rows are not conversations (`messages` of role and content, as `run` "
         "and `export` write them)",

@@ -22,7 +22,7 @@ from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.token_counter import ChatTokenCounter
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import AssemblySection
-from streamsyn.records import Sample, digest
+from streamsyn.records import Sample, digest, is_held_out
 from streamsyn.shingles import signature, similarity
 from tests.assembly.test_assembler import assemble, passage
 from tests.assembly.tokenizers_made import SUPPORTED, made
@@ -108,6 +108,7 @@ OTHERS: list[dict[str, Any]] = [
     {"position": [0, 0.5, 1], "epoch": 3},
     {"exclude_flags": ["low_context_gain"], "max_similarity": 0.5},
     {"min_context_gain": 0.5, "max_similarity": 1, "min_answer_chars": 3},
+    {"holdout": 0.2},
 ]
 
 
@@ -265,6 +266,30 @@ def test_a_context_that_is_too_long_gets_no_sample() -> None:
     assert {"too_long": 1} == dict(one.left_out)
     assert [0, 1, 3, 4, 5] == sorted(int(sample.id.split("#")[1]) for sample in samples)
     assert [90] * 5 == [sample.n_tokens for sample in samples]
+
+
+@pytest.mark.parametrize("distractors", ["same_task", {"any_task": 2, "corpus": 1}])
+def test_held_out_contexts_are_not_in_samples_to_train_on(distractors: Any) -> None:
+    """Contexts of held-out seeds are distractors in samples of held-out seeds only, given the share."""
+    log = [passage(seq, task="qa", text=f"{STORIES[seq % 4]} {seq}") for seq in range(120)]
+    out = {one.seq for one in log if is_held_out(one.seed_id, 0.2)}
+
+    def leaks(holdout: float) -> tuple[int, int]:
+        """The distractors of held-out seeds in other samples, and in those of held-out seeds."""
+        section = AssemblySection(
+            contexts_per_sample=5, distractors=distractors, max_similarity=1, holdout=holdout
+        )
+        samples = assemble(assembler(section), log)
+        assert 120 == len(samples)
+        held = [sample.seed_id in {f"seed-{seq}" for seq in out} for sample in samples]
+        found = [len(out.intersection(sample.context_seqs)) for sample in samples]
+        return sum(n for n, is_out in zip(found, held, strict=True) if not is_out), sum(
+            n - 1 for n, is_out in zip(found, held, strict=True) if is_out
+        )
+
+    assert leaks(0.0)[0] > 10
+    assert 0 == leaks(0.2)[0]
+    assert leaks(0.2)[1] > 0
 
 
 def test_flagged_contexts_are_distractors_only() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamsyn.trainer.examples import is_held_out
+from streamsyn.trainer.examples import row_is_held_out
 from tests.system.conftest import COMMAND, Server, environment, rows, start
 from tests.trainer import tiny
 
@@ -98,7 +98,7 @@ def test_training_reads_a_pipe(
 
     assert 0 == running.wait(60)
     assert 0 == trained.returncode, trained.stderr
-    held = sum(is_held_out(row, 0.2) for row in rows(tmp_path / "run", "samples"))
+    held = sum(row_is_held_out(row, 0.2) for row in rows(tmp_path / "run", "samples"))
     assert 30 - held == sum(step["examples"] for step in steps(out)) < 30
     measured = figures(out, "evaluation")[-1]
     assert {"nll_with_context", "nll_without_context", "context_gain"} <= measured.keys()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from streamsyn.trainer.examples import is_held_out
+from streamsyn.trainer.examples import row_is_held_out
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 from tests.trainer import tiny
 
@@ -284,7 +284,7 @@ def test_kill_at_thirty_random_moments_of_a_growing_run(
 def assert_each_trained_on_once(trainings: Trainings, run: Path, seeds: int) -> None:
     """Once per epoch, except for held-out samples; and there is a sample for each seed."""
     samples = rows(run, "samples")
-    wanted = {row["id"] for row in samples if not is_held_out(row, SETTINGS["train.holdout"])}
+    wanted = {row["id"] for row in samples if not row_is_held_out(row, SETTINGS["train.holdout"])}
     trained = [(epoch, name) for line in trainings.trained() for _, epoch, _, name, _ in line["examples"]]
     assert seeds == len(samples) > len(wanted)
     assert Counter(trained) == Counter((epoch, name) for epoch in (0, 1) for name in wanted)

@@ -15,11 +15,11 @@ import structlog
 import torch
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row
+from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row, row_is_held_out
 from streamsyn.trainer.model.head import target_losses
 from streamsyn.trainer.model.loss import example_means, make_batch
 from streamsyn.trainer.sources.row_files import FileRows
-from streamsyn.trainer.stream.stream_reader import Rendering, row_digest
+from streamsyn.trainer.stream.stream_reader import HELD_OUT, Rendering, row_digest
 
 log = structlog.get_logger()
 
@@ -67,6 +67,7 @@ class HeldOutSet:
         if not held:
             return {}
         self._add_bare([one for one in held if one.example.key not in self._bare])
+        self._bare = {one.example.key: self._bare[one.example.key] for one in held}
         bare = [example for one in held if (example := self._bare[one.example.key]) is not None]
         dealt = {WITH: self._deal(one.example for one in held)}
         if bare:
@@ -83,15 +84,23 @@ class HeldOutSet:
             self._bare[one.example.key] = made if isinstance(made, Example) else None
 
 
-def control_examples(path: str, samples: int, renderer: Rendering) -> list[Example]:
-    """Read the first `samples` examples of the rows in `path`. Unusable rows are counted and logged.
+def control_examples(path: str, samples: int, renderer: Rendering, holdout: float = 0.0) -> list[Example]:
+    """Read the first `samples` examples of the rows in `path`.
+
+    Unusable rows are counted and logged, and so are those of held-out seeds, which are measured already.
+
+    Args:
+        path: `train.control`.
+        samples: Maximum number of examples.
+        renderer: Turns rows into examples.
+        holdout: `train.holdout`.
 
     Raises:
         ConfigError: No row is usable, or `path` cannot be read.
     """
     found: list[Example] = []
     dropped: Counter[str] = Counter()
-    for where, made in _made(path, renderer):
+    for where, made in _made(path, holdout, renderer):
         if len(found) == samples:
             break
         if isinstance(made, Example):
@@ -193,13 +202,17 @@ def _without_contexts(row: dict[str, Any]) -> dict[str, Any] | None:
     return {**row, "messages": [{"role": "user", "content": instruction}, answer]}
 
 
-def _made(path: str, renderer: Rendering) -> Iterator[tuple[str, Example | Dropped]]:
+def _made(path: str, holdout: float, renderer: Rendering) -> Iterator[tuple[str, Example | Dropped]]:
     rows = FileRows(path, "control", "train.control", count=False).placed()
     while some := list(islice(rows, _BATCH)):
         good = [(row.value, _key(row)) for _, row in some if row.value is not None]
         made = iter(renderer.render_batch(good))
         for where, row in some:
-            yield where, Dropped("bad_row", row.problem) if row.value is None else next(made)
+            if row.value is None:
+                yield where, Dropped("bad_row", row.problem)
+                continue
+            one = next(made)
+            yield where, Dropped("held_out", HELD_OUT) if row_is_held_out(row.value, holdout) else one
 
 
 def _key(row: Row) -> Key:

@@ -9,6 +9,7 @@ import sys
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -17,6 +18,7 @@ from streamsyn.config.data_paths import hub_name, is_url
 from streamsyn.errors import ConfigError
 from streamsyn.following.daemon_client import is_run_url
 from streamsyn.io.inputs import is_row_file, is_run_directory
+from streamsyn.sink.rundir import read_run_json
 from streamsyn.sink.shards import KINDS
 from streamsyn.trainer.sources.pipe import PipedSamples
 from streamsyn.trainer.sources.row_files import FileRows
@@ -55,7 +57,22 @@ def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
         Mixed(FileRows(one.path, f"mix:{one.path}", "train.mix", count=False), one.weight)
         for one in section.mix
     ]
-    return Sources(_open_stream(stream, out), mix)
+    source = _open_stream(stream, out)
+    if isinstance(source, RunSamples):
+        _warn_of_leaks(Path(stream), section.holdout)
+    return Sources(source, mix)
+
+
+def _warn_of_leaks(run: Path, holdout: float) -> None:
+    """Warn if samples of a run have contexts of held-out seeds as distractors."""
+    saved = read_run_json(run)
+    assembly: dict[str, Any] = saved["config"].get("assembly", {}) if saved is not None else {}
+    if assembly.get("holdout", 0.0) < holdout and assembly.get("distractors") not in ("none", "corpus"):
+        log.warning(
+            "stream.holdout",
+            why=f"samples of {run} have contexts of held-out seeds as distractors: for new samples, run or "
+            f"export with assembly.holdout = {holdout}",
+        )
 
 
 def _open_stream(stream: str, out: Path) -> Source:

@@ -96,7 +96,7 @@ class Planner:
     @property
     def held_out(self) -> list[HeldOut]:
         """What is kept for evaluation so far, in the order of the stream."""
-        return list(self._reader.held_out)
+        return self._reader.held_out.samples()
 
     def statistics(self) -> dict[str, Any]:
         """What was read, what it became, and how many seconds this process has waited for the stream.
@@ -180,7 +180,7 @@ class Planner:
     def _state(self) -> dict[str, Any]:
         return {
             "feed": self._reader.state(),
-            "held_out": [list(held_out.example.key) for held_out in self._reader.held_out],
+            "held_out": [list(held_out.example.key) for held_out in self.held_out],
             "draws": self._buffer.draws,
             "held": [list(key) for key in self._buffer.layout()],
             "drawn": [list(example.key) for example in self._drawn],
@@ -209,8 +209,9 @@ class Planner:
         if not self._packer.restore(layout):
             self._drawn.extend(chain.from_iterable(layout))
         self._drawn.extend(examples[key] for key in drawn if key in examples)
-        kept = (found[key] for key in held_out[: self._section.holdout_samples])
-        self._reader.held_out = [made for made in kept if isinstance(made, HeldOut)]
+        for key in held_out:
+            if isinstance(kept := found[key], HeldOut):
+                self._reader.held_out.add(kept)
         return True
 
 

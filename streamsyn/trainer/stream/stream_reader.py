@@ -7,11 +7,13 @@ read again after a restart.
 """
 
 import asyncio
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Protocol, TypeVar
 
 import orjson
@@ -20,13 +22,14 @@ import structlog
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import digest
-from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Row, is_held_out
+from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Row, row_is_held_out
 from streamsyn.trainer.sources.source import Source, Sources
 
 log = structlog.get_logger()
 
 BATCH_ROWS = 32
 """Rows that are read and tokenized together."""
+HELD_OUT = "its seed is held out (train.holdout): it is never trained on"
 _MAX_LOGGED = 5
 """Dropped rows that are logged one by one, for each reason."""
 
@@ -41,11 +44,47 @@ class Rendering(Protocol):
         ...
 
 
+class HeldOutChoice:
+    """The held-out samples to evaluate: about as many of each task, those with the smallest hashes of their
+    ids, so that neither the order of the stream nor its most frequent task decides.
+
+    Which ones are chosen depends only on what was added, not on its order.
+
+    Args:
+        size: Maximum number of samples.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._by_task: dict[str, list[tuple[bytes, Key, HeldOut]]] = {}
+        """For each task its samples by rising hash. Those removed would not be chosen later either: of each
+        task, those with the smallest hashes stay.
+        """
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_task.values()))
+
+    def add(self, one: HeldOut) -> None:
+        """Add a sample, and remove the last one of the largest task if there are too many."""
+        of_task = self._by_task.setdefault(one.example.task, [])
+        insort(of_task, (digest("evaluate", one.example.id), one.example.key, one), key=itemgetter(0, 1))
+        if len(self) > self._size:
+            largest = max(self._by_task.values(), key=lambda some: (len(some), some[-1][:2]))
+            largest.pop()
+            if not largest:  # there are more tasks than samples to choose
+                self._by_task = {task: some for task, some in self._by_task.items() if some}
+
+    def samples(self) -> list[HeldOut]:
+        """The samples chosen, in the order of the stream."""
+        chosen = (entry for of_task in self._by_task.values() for entry in of_task)
+        return [one for _, _, one in sorted(chosen, key=itemgetter(1))]
+
+
 class StreamReader:
     """Returns the examples of the stream and of what is mixed into it, in a fixed order.
 
-    Rows are read and tokenized in one thread. Rows that cannot be trained on are counted; rows of held-out
-    seeds are kept apart, up to `train.holdout_samples` of them.
+    Rows are read and tokenized in one thread. Rows that cannot be trained on are counted, and so are rows of
+    held-out seeds in `train.mix`; those of the stream are kept apart for evaluation.
 
     Args:
         section: The section `train`.
@@ -85,8 +124,8 @@ class StreamReader:
         """Rows that cannot be trained on, by reason."""
         self.template_changes: Counter[str] = Counter(state.get("changed", {}))
         """Examples whose `answers` or `prompts` the chat template changes."""
-        self.held_out: list[HeldOut] = []
-        """What is kept for evaluation, in the order of the stream."""
+        self.held_out = HeldOutChoice(section.holdout_samples)
+        """What is kept for evaluation."""
         self._warned_behind = False
 
     def state(self) -> dict[str, Any]:
@@ -184,8 +223,7 @@ class StreamReader:
                 self._drop(loaded.key, dropped)
             case HeldOut() as held_out if loaded.key.epoch == 0:
                 self.counts["held_out"] += 1
-                if len(self.held_out) < self._section.holdout_samples:
-                    self.held_out.append(held_out)
+                self.held_out.add(held_out)
         return None
 
     def _count_changed(self, key: Key, changed: Changed) -> None:
@@ -220,9 +258,13 @@ class StreamReader:
         ]
 
     def _hold_out(self, row: Row, made: Example | Dropped) -> Example | Dropped | HeldOut:
-        if isinstance(made, Dropped) or row.value is None or made.key.source != self._stream.source.name:
+        if isinstance(made, Dropped) or row.value is None:
             return made
-        return HeldOut(made, row.value) if is_held_out(row.value, self._section.holdout) else made
+        if not row_is_held_out(row.value, self._section.holdout):
+            return made
+        if made.key.source == self._stream.source.name:
+            return HeldOut(made, row.value)
+        return Dropped("held_out", HELD_OUT)
 
     def _reload(self, keys: Sequence[Key]) -> list["LoadedRow"] | None:
         self._stream.update_total()
