@@ -5,6 +5,5 @@ Modules in reading order:
     run_rows       rows of one kind of a run directory, live or complete: sealed shards, then the open one;
                    waits until files in a folder have changed
     daemon_client  asks a daemon for a run and its rows, again when it fails
-    feeds          batches of rows that are waited for, of a directory or a daemon
-    follow         `follow` and the iterator that it returns
+    follow         `follow` and the iterator that it returns, over batches of rows of a directory or a daemon
 """

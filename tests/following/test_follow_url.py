@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from streamsyn.errors import ConfigError, RunReplaced, ServerError
-from streamsyn.following import daemon_client, feeds
+from streamsyn.following import daemon_client
 from streamsyn.following.daemon_client import MAX_LINE_BYTES, run_url
 from streamsyn.following.follow import follow
 from tests.examples import in_turn
@@ -24,7 +24,7 @@ from tests.following.test_follow import BOTH, read_sync
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again at once."""
     monkeypatch.setattr(daemon_client, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(feeds, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("streamsyn.following.follow._LOOK_EVERY_S", 0.01)
 
 
 @pytest.fixture
