@@ -15,7 +15,7 @@ from typing import Any
 import streamsyn
 from streamsyn.config.fields import Section
 from streamsyn.following import follow
-from streamsyn.library import arguments, background_run, seed_feed
+from streamsyn.library import arguments, run_thread, seed_feed
 
 PAGE = Path(__file__).with_name("README.md")
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ FUNCTIONS = ("open_run", "run_sync", "follow")
 ALIASES = {
     arguments: ("PathLike", "ConfigLike", "Servers", "Seeds", "Overrides"),
     seed_feed: ("SeedRows",),
-    background_run: ("State",),
+    run_thread: ("State",),
     follow: ("Kind",),
 }
 MADE = ("Run", "Follower")

@@ -20,7 +20,7 @@ from typing import Any, Self
 from streamsyn.background import finished_in_thread, in_threads
 from streamsyn.errors import ConfigError, InboxClosed
 from streamsyn.library.arguments import ConfigLike, Overrides, PathLike, Seeds, Servers, make_request
-from streamsyn.library.background_run import BackgroundRun, State
+from streamsyn.library.run_thread import BackgroundRun, State
 from streamsyn.library.seed_feed import SeedRows
 from streamsyn.library.written_rows import ReadAhead, WrittenRows
 from streamsyn.pipeline.summary import RunSummary
