@@ -1,8 +1,9 @@
 """Assembly: contexts of the log in, chat samples out; see README.md in this folder.
 
+As a stage of a run it is in `pipeline/delivery.py`.
+
 In reading order:
 
-- `stage`: assembly as a stage of the pipeline; delivers each sample once, and catches up after a restart.
 - `assembler`: one sample for each context, as a pure function of the log, the configuration and `run.seed`;
   and the prompts, tokenizer and corpus of a configuration, loaded once.
 - `window`: the recent contexts that distractors are drawn from, and the contexts that wait for distractors.

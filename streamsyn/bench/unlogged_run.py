@@ -4,12 +4,12 @@ import asyncio
 from pathlib import Path
 from random import Random
 
-from streamsyn.assembly.stage import NoAssembly
 from streamsyn.bench.load import OpenLoop, RecordedWork
 from streamsyn.bench.replay import Replay
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
+from streamsyn.pipeline.delivery import NoAssembly
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import early_stop_noted

@@ -25,7 +25,7 @@ from streamsyn.cli.status import status
 from streamsyn.cli.train import train
 from streamsyn.cli.verify import verify
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
-from streamsyn.pipeline.delivery import secure_stdio
+from streamsyn.pipeline.stdout import secure_stdio
 from streamsyn.plain_text import visible, without_userinfo
 
 

@@ -30,7 +30,7 @@ def run(**given: Any) -> None:
     With --train a model is tuned on the samples during the run. A signal stops both, the run first.
     """
     from streamsyn.library.run_thread import run_to_end
-    from streamsyn.pipeline.delivery import SampleStream
+    from streamsyn.pipeline.stdout import SampleStream
     from streamsyn.telemetry import configure_logs
     from streamsyn.trainer.supervisor import training_beside
 

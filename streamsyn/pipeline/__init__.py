@@ -13,7 +13,8 @@ Modules in reading order:
     reopened    rejects that a retry asks again: what it may change, where their seeds come from
     workers     each turns one draft at a time into an outcome; the pool keeps them running
     reject_limits  the first rejects are held back; too many of them stop the run
-    delivery    samples to the reader of stdout, then to the log
+    delivery    the last stage: makes samples of durable contexts, gives them to the reader, then to the log
+    stdout      stdout as a stream of samples; a stderr that cannot fail
     progress    the live table, or a log line every 10 s
     prometheus  the same numbers as metrics for Prometheus
     otlp        traces for an OpenTelemetry collector

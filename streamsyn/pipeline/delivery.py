@@ -1,29 +1,222 @@
-"""Samples to whoever reads them: to stdout as a stream of lines, then to the log.
+"""The last stage: durable contexts in, samples out, to the reader of stdout and to the log.
 
-Here too: `secure_stdio`, after which writing to stderr cannot fail.
+Samples are derived data: what a kill leaves unfinished is made again from the log, with the same bytes. A
+small state file, saved from time to time, means that a resume does not have to read the whole log for that.
 """
 
-import io
-import os
-import select
-import stat
-import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from streamsyn.errors import ConfigError, ReaderGone, SinkError
+import structlog
 
-if TYPE_CHECKING:  # the command line starts with this module, and the log is slow to import
-    from streamsyn.records import Sample
-    from streamsyn.sink.log import RunLog
-    from streamsyn.telemetry import Counters
+from streamsyn.assembly.assembler import Arrangement, Assembler, AssemblyState
+from streamsyn.assembly.window import Passage
+from streamsyn.errors import StoppedEarly
+from streamsyn.pipeline.stdout import SampleStream
+from streamsyn.queues import BoundedQueue
+from streamsyn.records import Context, Sample
+from streamsyn.sink.log import RunLog
+from streamsyn.telemetry import Counters
 
-_PIPE_CHUNK = 4096
-"""Bytes that a pipe takes without blocking once it polls as writable (POSIX: PIPE_BUF)."""
+log = structlog.get_logger()
+
+_BATCH = 64
+_STATE_EVERY_BYTES = 16 * 2**20
+_DELIVERED_CHARS = 2**16
+"""Text delivered at a time. After a kill, a reader of stdout may see this much twice."""
 _MARKER = Path("index") / "stdout.open"
 """In the run directory while samples are written to stdout; left behind when the last line may be torn."""
+
+
+class AssemblyStore(Protocol):
+    """The storage that the stage needs. Every method may block."""
+
+    def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
+        """Yield the rows of contexts from `first_seq` up to, but not including, `end_seq`."""
+        ...
+
+    def load_state(self) -> dict[str, Any] | None:
+        """Return the state saved last; None if there is none that can be used."""
+        ...
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Save a state, after all samples made before it are on disk."""
+        ...
+
+
+class SampleOutlet(Protocol):
+    """Where samples are delivered. `deliver` may block."""
+
+    def deliver(self, samples: Sequence[Sample]) -> None:
+        """Deliver samples; when this returns they are recorded as delivered.
+
+        Raises:
+            StoppedEarly: The reader is gone.
+            SinkError: The samples cannot be written.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Make a `deliver` return that waits for a slow reader. Thread-safe."""
+        ...
+
+
+class NoAssembly:
+    """The stage where `assembly.write` is false: contexts are consumed and no samples are made."""
+
+    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+        """Consume the queue."""
+        async for _ in contexts:
+            pass
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+    def save(self) -> None:
+        """Do nothing."""
+
+
+class AssemblyStage:
+    """Makes samples and delivers each of them once.
+
+    Args:
+        assembler: A new assembler.
+        store: Contexts, and the saved state.
+        outlet: Where samples are delivered.
+        logged: Contexts in the log at the start.
+        delivered: Samples delivered by earlier runs.
+        flushes: Numbers of contexts at which earlier streams ended.
+        replay: Delivers the samples of earlier runs again, if the reader needs them; called first, in a
+            thread. Raises the errors of `outlet.deliver`.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        store: AssemblyStore,
+        outlet: SampleOutlet,
+        *,
+        logged: int,
+        delivered: int,
+        flushes: Sequence[int],
+        replay: Callable[[], None] | None = None,
+    ) -> None:
+        self._assembler = assembler
+        self._store = store
+        self._outlet = outlet
+        self._logged = logged
+        self._delivered = delivered
+        self._flushes = flushes
+        self._replay = replay
+        self._unsaved_bytes = 0
+        self._stopped = threading.Event()
+        self._has_skipped = False
+
+    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+        """Catch up with the log, then follow `contexts` to their end."""
+        await asyncio.to_thread(self.catch_up)
+        async for first in contexts:
+            batch = [first, *contexts.get_nowait(_BATCH - 1)]
+            if self._stopped.is_set():
+                self._has_skipped = True  # consume them, so that the queue can drain
+            else:
+                await asyncio.to_thread(self._take, [Passage.of_context(*one) for one in batch])
+
+    def catch_up(self) -> None:
+        """Make the samples of the contexts that the log held at the start. Blocks; `run` calls it first."""
+        if self._replay is not None:
+            self._replay()
+        self._restore()
+        behind = self._logged - self._assembler.consumed
+        if behind > 0:
+            log.info("assembly.catching_up", contexts=behind)
+        rows = self._store.read_contexts(self._assembler.consumed, self._logged)
+        passages = map(Passage.of_row, rows)
+        while batch := list(islice(passages, _BATCH)):
+            if self._stopped.is_set():
+                self._has_skipped = True
+                return
+            self._take(batch)
+        self._emit(self._flushed())
+
+    def stop(self) -> None:
+        """Stop making samples; a later run makes the missing ones from the log."""
+        self._stopped.set()
+        self._outlet.stop()
+
+    def finish(self) -> None:
+        """At the end of the stream, in a thread: make the samples that still wait for distractors.
+
+        Raises:
+            StoppedEarly: Contexts were skipped after `stop`; a later run makes their samples.
+        """
+        if self._has_skipped:
+            raise StoppedEarly("stopped before every sample was made")
+        self._emit(self._assembler.flush())
+        if self._assembler.left_out:
+            log.info("assembly.left_out", **self._assembler.left_out)
+        self.save()
+
+    def save(self) -> None:
+        """Save the state, in a thread."""
+        self._store.save_state(self._assembler.state().as_dict())
+        self._unsaved_bytes = 0
+
+    def _restore(self) -> None:
+        saved = self._store.load_state()
+        if saved is None:
+            return
+        try:
+            state = AssemblyState(**saved)
+        except TypeError:  # it has keys that this version does not know: start from the first context
+            log.warning("assembly.state_damaged")
+            return
+        if state.consumed > self._logged or state.samples > self._delivered:
+            # The log has lost its end since the state was saved: start from the first context.
+            log.warning("assembly.state_ahead", state=state.consumed, logged=self._logged)
+            return
+        rows = self._store.read_contexts(state.window_start, state.consumed)
+        self._assembler.restore(state, map(Passage.of_row, rows))
+
+    def _take(self, passages: Sequence[Passage]) -> None:
+        self._assembler.prepare(passages)
+        arranged: list[Arrangement] = []
+        for passage in passages:
+            arranged += self._flushed()
+            arranged += self._assembler.add(passage)
+            self._unsaved_bytes += passage.size
+        self._emit(arranged)
+        if self._unsaved_bytes > _STATE_EVERY_BYTES:
+            self.save()
+
+    def _flushed(self) -> list[Arrangement]:
+        """Return the samples that an earlier run made at the end of its stream, if the stream ended here."""
+        return self._assembler.flush() if self._assembler.consumed in self._flushes else []
+
+    def _emit(self, arranged: Sequence[Arrangement]) -> None:
+        """Deliver the samples that earlier runs have not, a bounded amount of text at a time."""
+        first = self._assembler.samples - len(arranged)
+        batch: list[Sample] = []
+        size = 0
+        for arrangement in arranged[max(0, self._delivered - first) :]:
+            batch.append(arrangement.sample())
+            size += len(batch[-1].messages[0]["content"])
+            if size > _DELIVERED_CHARS:
+                self._deliver(batch)
+                batch, size = [], 0
+        self._deliver(batch)
+
+    def _deliver(self, batch: Sequence[Sample]) -> None:
+        if batch:
+            self._outlet.deliver(batch)
+            self._delivered += len(batch)
 
 
 class SampleGate(Protocol):
@@ -52,9 +245,9 @@ class SampleDelivery:
 
     def __init__(
         self,
-        run_log: "RunLog",
-        stream: "SampleStream | None",
-        counters: "Counters",
+        run_log: RunLog,
+        stream: SampleStream | None,
+        counters: Counters,
         gate: SampleGate | None = None,
     ) -> None:
         self._log = run_log
@@ -68,7 +261,7 @@ class SampleDelivery:
             self._stream.resume(self._log.root / _MARKER)
             self._stream.write(self._log.read_sample_lines())
 
-    def deliver(self, samples: "Sequence[Sample]") -> None:
+    def deliver(self, samples: Sequence[Sample]) -> None:
         """Give samples to the reader, and record them.
 
         Raises:
@@ -89,123 +282,3 @@ class SampleDelivery:
             self._stream.stop()
         if self._gate is not None:
             self._gate.stop()
-
-
-class SampleStream:
-    """Takes over stdout: from now on only samples go there; everything else that is printed goes to stderr.
-
-    `write` blocks while the reader is slow: call it in a thread. `stop` ends a write that waits.
-
-    Raises:
-        ConfigError: Stdout is closed.
-    """
-
-    def __init__(self) -> None:
-        if sys.stdout is None:  # Python found it closed; by now its number may belong to a different file
-            raise ConfigError("--stdout prints samples, and stdout is closed")
-        self._fd = os.dup(1)
-        os.dup2(2, 1)
-        is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        self._chunk = 1 << 20 if is_file else _PIPE_CHUNK
-        self._wake_read, self._wake_write = os.pipe()
-        self._marker: Path | None = None
-        self._is_whole = True
-        """Whether no line is written in part."""
-
-    def resume(self, marker: Path) -> None:
-        """Begin a new line if an earlier run may have left part of one; called again, does nothing.
-
-        Otherwise a reader would find the first sample of this run joined to the torn one, and skip both.
-
-        Args:
-            marker: A file that exists while a run writes, and after one that may have left a torn line.
-
-        Raises:
-            ReaderGone: As `write`.
-            SinkError: As `write`, or the marker cannot be written.
-        """
-        if self._marker is not None:
-            return
-        if self._may_be_torn(marker):
-            self.write([b"\n"])
-        try:
-            marker.touch()
-        except OSError as error:
-            raise SinkError(f"cannot write {marker}: {error.strerror}") from error
-        self._marker = marker
-
-    def leave(self) -> None:
-        """Record that no line is torn, if that is so: a run that resumes need not begin a new line."""
-        if self._marker is not None and self._is_whole:
-            with suppress(OSError):  # then the next run begins with an empty line
-                self._marker.unlink(missing_ok=True)
-
-    def write(self, lines: Iterable[bytes]) -> None:
-        """Write whole lines.
-
-        Raises:
-            ReaderGone: The reader has closed its end, or `stop` was called.
-            SinkError: Stdout is a file that cannot be written.
-        """
-        for line in lines:
-            data = memoryview(line)
-            while data:
-                self._is_whole = len(data) == len(line)
-                stopped, _, _ = select.select([self._wake_read], [self._fd], [])
-                if stopped:
-                    raise ReaderGone("stopped while the reader of stdout was not reading")
-                try:
-                    data = data[os.write(self._fd, data[: self._chunk]) :]
-                except ConnectionError:  # EPIPE of a pipe, ECONNRESET of a socket
-                    self._is_whole = True  # nobody will read this pipe any more
-                    raise ReaderGone("the reader of stdout has gone away") from None
-                except OSError as error:
-                    raise SinkError(f"cannot write samples to stdout: {error.strerror}") from error
-            self._is_whole = True
-
-    def stop(self) -> None:
-        """End a write that waits for the reader, from any thread."""
-        os.write(self._wake_write, b"x")
-
-    def close(self) -> None:
-        """Close stdout: the reader sees the end of the stream."""
-        for fd in (self._fd, self._wake_read, self._wake_write):
-            os.close(fd)
-
-    def _may_be_torn(self, marker: Path) -> bool:
-        """Whether stdout may end in part of a line. A file tells; a pipe does not, so its marker decides."""
-        if stat.S_ISREG(os.fstat(self._fd).st_mode):
-            with suppress(OSError), Path(f"/dev/fd/{self._fd}").open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 1))
-                return file.read(1) not in (b"", b"\n")
-        return marker.exists()
-
-
-def secure_stdio() -> None:
-    """Make stderr a stream that cannot fail, and open closed standard streams on /dev/null."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    raw = _LossyFile(2, "wb", closefd=False)
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
-    )
-
-
-class _LossyFile(io.FileIO):
-    """A file that accepts every write, even when nobody reads it any more.
-
-    The terminal or the log collector behind stderr may go away, or its disk may be full. What is written then
-    is lost, but the run goes on. Logs, progress, the summary and Python's own messages all come through here.
-    """
-
-    def write(self, data: Any, /) -> int:
-        """Write as much as the file takes; after an error, report that all was written."""
-        try:
-            written = super().write(data)
-        except OSError:
-            written = None
-        return len(data) if written is None else written

@@ -12,7 +12,8 @@ from streamsyn.config.loading import Config
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.shares import Priority
 from streamsyn.fleet.sharing import Servers
-from streamsyn.pipeline.delivery import SampleGate, SampleStream
+from streamsyn.pipeline.delivery import SampleGate
+from streamsyn.pipeline.stdout import SampleStream
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
 from streamsyn.seeds.inbox import Inbox

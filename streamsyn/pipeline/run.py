@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from streamsyn.assembly.assembler import AssemblyResources
-from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.background import in_threads
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, StoppedEarly, root_cause
 from streamsyn.fleet.server_spec import server_specs
 from streamsyn.io.process_files import temporary_files_near
+from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
 from streamsyn.pipeline.preflight import preflight
 from streamsyn.pipeline.progress import Progress, reporting
 from streamsyn.pipeline.reopened import may_change

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streamsyn.assembly.assembler import AssemblyResources
-from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, FleetSection, ServerSection
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
 from streamsyn.io.process_files import free_files, raise_limit
-from streamsyn.pipeline.delivery import SampleDelivery
+from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly, SampleDelivery
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.reject_limits import RejectLimits
 from streamsyn.pipeline.reopened import Reopened, may_change

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import structlog
 
-from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.errors import ConfigError, StoppedEarly
+from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
 from streamsyn.pipeline.workers import WorkerPool
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.records import Context, Outcome, Work

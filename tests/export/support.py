@@ -11,9 +11,9 @@ import pyarrow.parquet
 import zstandard
 
 from streamsyn.assembly.assembler import AssemblyResources
-from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
+from streamsyn.pipeline.delivery import AssemblyStage
 from streamsyn.records import Context, Outcome, Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory

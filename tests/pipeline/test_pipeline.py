@@ -13,10 +13,10 @@ import pytest
 
 from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.sample_prompts import SamplePrompts
-from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.config.loading import Config, load
 from streamsyn.errors import ConfigError, ReaderGone, SinkError, StoppedEarly, root_cause
 from streamsyn.fleet.fleet import Fleet, open_fleet
+from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.stages import Pipeline, Stages
 from streamsyn.pipeline.workers import Worker, WorkerPool

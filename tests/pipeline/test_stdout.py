@@ -14,7 +14,7 @@ import pytest
 PRELUDE = """
 import os, subprocess, sys, threading
 from streamsyn.errors import StreamsynError
-from streamsyn.pipeline.delivery import SampleStream
+from streamsyn.pipeline.stdout import SampleStream
 
 def report(write):
     try:
@@ -241,7 +241,7 @@ def test_a_secured_stderr_never_fails() -> None:
     script = (
         PRELUDE
         + """
-from streamsyn.pipeline.delivery import secure_stdio
+from streamsyn.pipeline.stdout import secure_stdio
 secure_stdio()
 print("one", file=sys.stderr)
 sys.stdin.readline()

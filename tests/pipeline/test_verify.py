@@ -11,10 +11,10 @@ import orjson
 import pytest
 
 from streamsyn.assembly.assembler import AssemblyResources
-from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
+from streamsyn.pipeline.delivery import AssemblyStage
 from streamsyn.pipeline.verify import Verification, repair, verify
 from streamsyn.records import Outcome, Sample
 from streamsyn.sink import shards

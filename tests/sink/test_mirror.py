@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from streamsyn.assembly.assembler import AssemblyResources
-from streamsyn.assembly.stage import AssemblyStage
 from streamsyn.assembly.window import Passage
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import ConfigError
+from streamsyn.pipeline.delivery import AssemblyStage
 from streamsyn.pipeline.verify import repair, verify
 from streamsyn.records import Context, Outcome
 from streamsyn.sink import mirror

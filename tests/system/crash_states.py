@@ -36,9 +36,9 @@ from unittest import mock
 import orjson
 
 from streamsyn.config.loading import Config, load
-from streamsyn.pipeline.delivery import SampleStream
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
+from streamsyn.pipeline.stdout import SampleStream
 from streamsyn.pipeline.verify import verify
 from streamsyn.records import RejectReason
 from streamsyn.simulator.in_process import InProcessServers

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from streamsyn.assembly.assembler import Assembler
 from streamsyn.assembly.sample_prompts import SamplePrompts
-from streamsyn.assembly.stage import AssemblyStage, NoAssembly
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import StoppedEarly
+from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
 from tests.builders import as_rows, context, samples_of
