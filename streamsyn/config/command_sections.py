@@ -1,9 +1,9 @@
 """The sections of single commands: `train` for online instruction tuning, `serve` for the daemon."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from streamsyn.config.fields import (
     Count,
@@ -18,6 +18,9 @@ from streamsyn.config.fields import (
 
 Beta = Annotated[Unit, Field(lt=1)]
 AttentionKind = Literal["auto", "segments", "varlen", "flash_attention_2", "flash_attention_3"]
+_MAX_BETA_BF16 = 0.99
+"""A step changes the second moment by at least 1 - beta of it where a gradient stays away; bf16 rounds to
+2^-8."""
 FiniteSeconds = Annotated[Seconds, Field(allow_inf_nan=False)]
 NeedleKind = Literal["single", "multi_key", "multi_value", "multi_query"]
 
@@ -160,8 +163,19 @@ class TrainSection(Section):
     attention: Annotated[AttentionKind, operational] = "auto"
     """How the samples of a row are isolated: `segments` calls attention once per sample; `varlen` and
     `flash_attention_*` are kernels that take the boundaries."""
-    gradient_checkpointing: Annotated[bool, operational] = False
-    """Recompute activations in the backward pass instead of keeping them, to save memory."""
+    gradient_checkpointing: Annotated[bool | Literal["auto", "selective"], operational] = "auto"
+    """Recompute activations in the backward pass instead of keeping them, to save memory. `auto` does so from
+    `train.seq_len` = 8192 on; `selective` recomputes all but the results of attention."""
+    activation_offload: Annotated[bool, operational] = False
+    """Keep the activations that are not recomputed, the inputs of the layers, in host memory until the
+    backward pass needs them. Implies `train.gradient_checkpointing`."""
+    optimizer_offload: Annotated[bool, operational] = False
+    """Keep the optimizer's moments in host memory during forward and backward passes."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the optimizer's moments between steps. `bf16` halves their memory."""
+    dry_step: Annotated[bool, operational] = True
+    """Make a forward and backward pass over the largest row that `train.seq_len` allows before the training
+    starts, so that it runs out of memory at once or not at all. It changes nothing."""
     lora: LoraSection | None = None
     """Train low-rank adapters only."""
     save_every_steps: Annotated[Count, operational] = 100
@@ -193,6 +207,17 @@ class TrainSection(Section):
     publish: Annotated[PublishSection | None, operational] = None
     """Send the weights to the servers that write the contexts. Off by default: the paper's generator is a
     fixed teacher."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.activation_offload and self.gradient_checkpointing is False:
+            raise ValueError("activation_offload needs gradient_checkpointing, which is false")
+        if self.moments == "bf16" and self.betas[1] > _MAX_BETA_BF16:
+            raise ValueError(
+                f'moments = "bf16" needs a second beta of at most {_MAX_BETA_BF16}, not {self.betas[1]}: the '
+                "changes of one step would be lost in rounding"
+            )
+        return self
 
 
 class ServeSection(Section):

@@ -15,10 +15,12 @@ from torch.distributed.tensor import DTensor
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import StreamsynError
 from streamsyn.trainer.commands import Command, Evaluate, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.dry_step import dry_step
 from streamsyn.trainer.evaluation.exam import Answer, answer_all
 from streamsyn.trainer.evaluation.heldout import measure
 from streamsyn.trainer.model.head import target_losses
 from streamsyn.trainer.model.loss import example_means, make_batch
+from streamsyn.trainer.model.optimizer import parked_moments
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store
@@ -171,6 +173,17 @@ class Loop:
         self._ranks.any(False)
         self._ranks.scatter([Stop()] * self._ranks.world)
 
+    def rehearse(self) -> None:
+        """Make a dry step, which needs as much memory as any step will.
+
+        A collective: all ranks call it, before `run`.
+
+        Raises:
+            RuntimeError: There is not enough memory.
+        """
+        rows = self._section.rows_per_step // self._ranks.world
+        dry_step(self._placed, self._section, rows, self._pass(last=False))
+
     def train(self, command: Step) -> None:
         """Make one optimizer step. Called by `run`."""
         placed, accelerator = self._placed, self._placed.accelerator
@@ -181,14 +194,15 @@ class Loop:
         # both, so that a target token weighs the same on any rank and in any row.
         scale = self._ranks.world * accelerator.gradient_accumulation_steps / command.denominator
         parts, means = [], []
-        for number, (row, weights) in enumerate(zip(command.rows, command.weights, strict=True), 1):
-            with self._pass(last=number == len(command.rows)):
-                batch = make_batch(row, weights, accelerator.device)
-                losses = target_losses(placed.model, batch)
-                part = (losses * batch.weights).sum()
-                accelerator.backward(part * scale)
-            parts.append(part.detach().double())
-            means.append(example_means(losses.detach(), batch.owner, len(row)))
+        with parked_moments(placed.optimizer, self._section):
+            for number, (row, weights) in enumerate(zip(command.rows, command.weights, strict=True), 1):
+                with self._pass(last=number == len(command.rows)):
+                    batch = make_batch(row, weights, accelerator.device)
+                    losses = target_losses(placed.model, batch)
+                    part = (losses * batch.weights).sum()
+                    accelerator.backward(part * scale)
+                parts.append(part.detach().double())
+                means.append(example_means(losses.detach(), batch.owner, len(row)))
         self._update()
         summed = float(torch.stack(parts).sum())
         self.progress.loss = self._ranks.sum([summed])[0] / command.denominator

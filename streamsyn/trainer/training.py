@@ -180,6 +180,9 @@ def _run(training: Training) -> int:
     progress = Progress(step=info.get("step", 0), skipped=info.get("skipped", 0))
     seed = training.config.run.seed
     loop = Loop(training.placed, ranks, section, seed, store, progress, training.publisher)
+    if section.dry_step:
+        with memory_errors_explained(section):
+            loop.rehearse()
     if ranks.rank == 0:
         return _lead(training, loop, store, info)
     with stop_on_signals(loop.stop), memory_errors_explained(section):

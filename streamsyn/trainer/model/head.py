@@ -6,6 +6,7 @@ whole, so the head and the losses are computed there, piece by piece, and once m
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -30,12 +31,14 @@ class LossHead:
 
     Args:
         model: The model itself, with adapters if it has any, before it is wrapped.
+        offload: Makes the context around what comes before the head: see `activations`.
 
     Attributes:
         in_pieces: Whether logits are computed piece by piece; otherwise those of a row are whole.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, offload: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self._offload = offload
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder = plain.base_model
         self._head = plain.get_output_embeddings()
@@ -82,10 +85,12 @@ class LossHead:
             if targets is None:
                 return logits(*given, **named)
             if not self.in_pieces:
-                whole = logits(*given, **named).logits[0]
+                with self._offload():
+                    whole = logits(*given, **named).logits[0]
                 return _in_pieces(token_losses, whole, targets, whole.shape[-1])
             at = named.pop("logits_to_keep")
-            hidden = self._decoder(*given, **named)[0][0, at]
+            with self._offload():
+                hidden = self._decoder(*given, **named)[0][0, at]
             return self._head(hidden, targets)
 
         return forward

@@ -20,8 +20,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
+from streamsyn.trainer.model.activations import offload
 from streamsyn.trainer.model.attention import check_packing_isolation
 from streamsyn.trainer.model.head import LossHead
+from streamsyn.trainer.model.optimizer import make_optimizer
 
 
 def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Accelerator:
@@ -100,20 +102,10 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     """
     model.train()
     _freeze_towers(model)
-    head = LossHead(model)
+    head = LossHead(model, offload(section, accelerator.device))
     if accelerator.is_fsdp2:
         _name_layers(model, accelerator)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": section.weight_decay},
-        {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},  # norms and biases
-    ]
-    optimizer: Any = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=section.learning_rate,
-        betas=section.betas,
-        fused=True,
-    )
+    optimizer: Any = make_optimizer(model, section)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
     _keep_logits_dtype(plain, accelerator)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from streamsyn.config.command_sections import LoraSection, TrainSection
 from streamsyn.errors import ConfigError
+from streamsyn.trainer.model.activations import is_recomputed, recompute
 from streamsyn.trainer.model.attention import implementation
 from streamsyn.trainer.model.placed import Placed
 
@@ -165,23 +166,39 @@ def _is_rotary(config: Any) -> bool:
 
 @contextmanager
 def memory_errors_explained(section: TrainSection) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into one line that names the keys to lower.
+    """Turn out-of-memory errors into one line that names the keys that would help.
 
     Raises:
         ConfigError: There was not enough memory.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # On CPUs torch raises a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not of_memory and "DefaultCPUAllocator" not in str(error):
             raise
-        further = [] if section.gradient_checkpointing else ["train.gradient_checkpointing = true"]
-        further += [] if section.lora is not None else ["train.lora"]
         raise ConfigError(
-            f"out of memory, with rows of train.seq_len = {section.seq_len} tokens: try a lower train.seq_len"
-            f"{''.join(f', {one}' for one in further)}, or more GPUs (deploy/accelerate)"
+            f"out of memory, with rows of train.seq_len = {section.seq_len} tokens: try {_savings(section)}"
         ) from error
+
+
+def _savings(section: TrainSection) -> str:
+    """What would save memory and is not set, the cheapest first."""
+    keys = {
+        "train.gradient_checkpointing = true": section.gradient_checkpointing == "selective"
+        or not is_recomputed(section),
+        "train.optimizer_offload = true": not section.optimizer_offload,
+        "train.activation_offload = true": not section.activation_offload,
+        "train.lora": section.lora is None,
+    }
+    return ", ".join(
+        [
+            *(key for key, helps in keys.items() if helps),
+            "more GPUs (deploy/accelerate)",
+            "or a lower train.seq_len",
+        ]
+    )
 
 
 def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
@@ -232,12 +249,11 @@ def read_model(
     if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random
         raise ConfigError(f"--model {path}: {len(missing)} of its weights are missing: {missing[0]}, ...")
     _check_savable(model, path)
-    if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model, section)
     if section.lora is not None:
         torch.manual_seed(seed % 2**63)
         model = with_adapters(model, section.lora, adapter)
-        if section.gradient_checkpointing:
+        if is_recomputed(section):
             model.enable_input_require_grads()
     return model
 
