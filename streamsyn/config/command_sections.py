@@ -116,7 +116,8 @@ class TrainSection(Section):
     seq_len: Annotated[Count, Field(ge=16)] = 32_768
     """Maximum tokens of a row. Whole samples are packed into rows."""
     rows_per_step: Count = 8
-    """Rows per optimizer step over all ranks; a multiple of the number of ranks."""
+    """Rows per optimizer step over all ranks; a multiple of the number of ranks, or of groups of
+    `train.sequence_parallel` ranks."""
     epochs: Count = 1
     """Passes over the stream. After the first, it is read again from disk."""
     max_steps: Annotated[Count | None, operational] = None
@@ -163,6 +164,9 @@ class TrainSection(Section):
     attention: Annotated[AttentionKind, operational] = "auto"
     """How the samples of a row are isolated: `segments` calls attention once per sample; `varlen` and
     `flash_attention_*` are kernels that take the boundaries."""
+    sequence_parallel: Annotated[Literal[1, 2, 4, 8], operational] = 1
+    """Number of ranks that share each row, so that rows may be that much longer. It has to divide the number
+    of ranks and the model's attention heads."""
     gradient_checkpointing: Annotated[bool | Literal["auto", "selective"], operational] = "auto"
     """Recompute activations in the backward pass instead of keeping them, to save memory. `auto` does so from
     `train.seq_len` = 8192 on; `selective` recomputes all but the results of attention."""

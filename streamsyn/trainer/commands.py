@@ -90,12 +90,32 @@ Command: TypeAlias = Step | Wait | Evaluate | Save | Publish | Stop
 
 
 class Ranks:
-    """Communication between all ranks of the training. With a single rank nothing is sent."""
+    """Communication between all ranks of the training. With a single rank nothing is sent.
 
-    def __init__(self, rank: int, world: int) -> None:
+    Args:
+        rank: Number of this rank.
+        world: Number of ranks.
+        degree: `train.sequence_parallel`: this many consecutive ranks are a group that shares each row.
+    """
+
+    def __init__(self, rank: int, world: int, degree: int = 1) -> None:
         self.rank = rank
         self.world = world
+        self._degree = degree
         self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world > 1 else None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups: row i of a plan is for group i % groups."""
+        return self.world // self._degree
+
+    def for_ranks(self, commands: list[Command]) -> list[Command]:
+        """A command for each rank, from one for each group."""
+        return [command for command in commands for _ in range(self._degree)]
+
+    def of_groups(self, of_ranks: list[T]) -> list[T]:
+        """What the first rank of each group has, from what each rank has."""
+        return of_ranks[:: self._degree]
 
     def scatter(self, commands: list[Command] | None) -> Command:
         """Send each rank its command; rank 0 gives the list, the others None. Returns this rank's command."""

@@ -180,13 +180,16 @@ class Controller:
             yield from self._save(result=False)
 
     def _step_commands(self, plan: StepPlan, rate: float) -> list[Command]:
-        """A `Step` for each rank: row i is for rank i % world."""
-        kind, world = self._section.loss, self._ranks.world
+        """A `Step` for each rank: row i is for group i % groups."""
+        kind, groups = self._section.loss, self._ranks.groups
         whole = denominator(plan.rows, kind)
         weights = [target_weights(row, kind) for row in plan.rows]
-        return [
-            Step(plan.rows[rank::world], tuple(weights[rank::world]), whole, rate) for rank in range(world)
-        ]
+        return self._ranks.for_ranks(
+            [
+                Step(plan.rows[group::groups], tuple(weights[group::groups]), whole, rate)
+                for group in range(groups)
+            ]
+        )
 
     def _record(self, plan: StepPlan, rate: float) -> None:
         progress, stream = self._progress, self._plans.statistics

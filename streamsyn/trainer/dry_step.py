@@ -46,7 +46,7 @@ def dry_step(
     """
     device = placed.accelerator.device
     devices = [device] if device.type == "cuda" else []
-    batch = make_batch((largest_row(section.seq_len),), [1.0], device)
+    batch = placed.sequence.share(make_batch((largest_row(section.seq_len),), [1.0], device))
     with (
         torch.random.fork_rng(devices),
         _buffers_kept(placed.plain),

@@ -19,7 +19,7 @@ from streamsyn.trainer.dry_step import dry_step
 from streamsyn.trainer.evaluation.exam import Answer, answer_all
 from streamsyn.trainer.evaluation.heldout import measure
 from streamsyn.trainer.model.head import target_losses
-from streamsyn.trainer.model.loss import example_means, make_batch
+from streamsyn.trainer.model.loss import example_sums, make_batch
 from streamsyn.trainer.model.optimizer import parked_moments
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.saving.publish import Publisher
@@ -181,7 +181,7 @@ class Loop:
         Raises:
             RuntimeError: There is not enough memory.
         """
-        rows = self._section.rows_per_step // self._ranks.world
+        rows = self._section.rows_per_step // self._ranks.groups
         dry_step(self._placed, self._section, rows, self._pass(last=False))
 
     def train(self, command: Step) -> None:
@@ -193,21 +193,23 @@ class Loop:
         # Gradients are averaged over ranks and divided by accelerate's accumulation steps. The scale undoes
         # both, so that a target token weighs the same on any rank and in any row.
         scale = self._ranks.world * accelerator.gradient_accumulation_steps / command.denominator
-        parts, means = [], []
+        parts, sums = [], []
         with parked_moments(placed.optimizer, self._section):
             for number, (row, weights) in enumerate(zip(command.rows, command.weights, strict=True), 1):
                 with self._pass(last=number == len(command.rows)):
-                    batch = make_batch(row, weights, accelerator.device)
+                    batch = placed.sequence.share(make_batch(row, weights, accelerator.device))
                     losses = target_losses(placed.model, batch)
                     part = (losses * batch.weights).sum()
                     accelerator.backward(part * scale)
                 parts.append(part.detach().double())
-                means.append(example_means(losses.detach(), batch.owner, len(row)))
+                sums.append(example_sums(losses.detach(), batch.owner, len(row)))
         self._update()
         summed = float(torch.stack(parts).sum())
         self.progress.loss = self._ranks.sum([summed])[0] / command.denominator
-        # Row i of the plan went to rank i % world.
-        dealt = zip(*self._ranks.gather([one.tolist() for one in means]), strict=True)
+        losses, targets = placed.sequence.sum(torch.cat(sums, dim=1))
+        means = [row.tolist() for row in (losses / targets).split([one.shape[1] for one in sums])]
+        # Row i of the plan went to group i % groups.
+        dealt = zip(*self._ranks.of_groups(self._ranks.gather(means)), strict=True)
         self.progress.losses = [loss for rows in dealt for row in rows for loss in row]
         self.progress.step += 1
 
@@ -236,11 +238,12 @@ class Loop:
         placed.optimizer.zero_grad(set_to_none=True)
 
     def _evaluate(self, command: Evaluate) -> None:
+        placed = self._placed
         self.progress.measured = {
-            kind: self._ranks.gather(measure(self._placed.model, some, self._placed.accelerator.device))
+            kind: self._ranks.gather(measure(placed.model, some, placed.accelerator.device, placed.sequence))
             for kind, some in command.rows.items()
         }
-        answers = answer_all(self._placed, command.prompts, self._ranks, lambda: self._stop_wanted)
+        answers = answer_all(placed, command.prompts, self._ranks, lambda: self._stop_wanted)
         # Question i went to rank i % world.
         dealt = zip(*self._ranks.gather(answers), strict=True)
         self.progress.answers = [answer for some in dealt for answer in some]

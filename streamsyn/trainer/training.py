@@ -63,11 +63,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
     """
     rank, world = place_among_ranks(os.environ)
     section = config.train
-    if section.rows_per_step % world:
-        raise ConfigError(
-            f"train.rows_per_step: {section.rows_per_step} rows cannot be divided among {world} ranks; use "
-            f"a multiple of {world}"
-        )
+    check_shares(section, world)
     dtype = model_dtype(model)
     tokenizer = read_tokenizer(model, read_template(section.chat_template))
     check_compatibility(model, tokenizer, section.seq_len)
@@ -81,7 +77,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
         accelerator = start_accelerator(section, out / FOLDER)
         try:
             accelerator.wait_for_everyone()
-            ranks = Ranks(rank, world)
+            ranks = Ranks(rank, world, section.sequence_parallel)
             before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
             saved = None if before is None else before.folder / "model"
             seed = config.run.seed
@@ -134,6 +130,26 @@ def place_among_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
             "or unset it"
         )
     return rank, world
+
+
+def check_shares(section: TrainSection, world: int) -> None:
+    """Check that the ranks can be divided into groups, and the rows of a step among the groups.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    degree, rows = section.sequence_parallel, section.rows_per_step
+    if world % degree:
+        raise ConfigError(
+            f"train.sequence_parallel: {world} ranks cannot be divided into groups of {degree}; start a "
+            f"multiple of {degree}"
+        )
+    groups = world // degree
+    if rows % groups:
+        among = f"{groups} ranks" if degree == 1 else f"{groups} groups of {degree} ranks"
+        raise ConfigError(
+            f"train.rows_per_step: {rows} rows cannot be divided among {among}; use a multiple of {groups}"
+        )
 
 
 def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | None:
@@ -245,10 +261,10 @@ def _open(
         control = control_examples(section.control, section.control_samples, renderer, section.holdout)
     exam = open_exam(config, training.tokenizer, placed.plain, out)
     sources = open_sources(training.source, section, out)
-    planner = Planner(section, config.run.seed, sources, renderer, store.stream, ranks=ranks.world)
+    planner = Planner(section, config.run.seed, sources, renderer, store.stream, ranks=ranks.groups)
     stack.callback(planner.close)
     plans = stack.enter_context(PlanQueue(planner))
-    held_out = HeldOutSet(planner, renderer, section.seq_len, ranks.world)
+    held_out = HeldOutSet(planner, renderer, section.seq_len, ranks.groups)
     done, kept = Done(), -1  # without a checkpoint everything starts anew, evaluations too
     if training.before is not None:
         done, kept = done_before(out / "metrics.jsonl", progress.step, exam), progress.step

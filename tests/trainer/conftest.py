@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.trainer import tiny
+
+if TYPE_CHECKING:  # it imports tests that import this module
+    from tests.trainer.rank_runs import Ranks
 
 SETTINGS = {
     "train.seq_len": 256,
@@ -143,3 +146,12 @@ def start(server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
     yield started
     for training in trainings:
         training.end()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator["Ranks"]:
+    """Runs trainings of one or several ranks over the same samples."""
+    from tests.trainer.rank_runs import rank_runs
+
+    with rank_runs() as runs:
+        yield runs

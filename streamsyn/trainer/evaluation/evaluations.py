@@ -56,7 +56,8 @@ def _stop_tokens(model: Any) -> list[int]:
 
 
 HeldOutRows = Callable[[], dict[str, list[Rows]]]
-"""Returns the held-out rows to evaluate now, for each kind and rank; empty while none are held out."""
+"""Returns the held-out rows to evaluate now, for each kind and group of ranks; empty while none are held
+out."""
 
 
 @dataclass(slots=True)
@@ -95,7 +96,9 @@ class Evaluations:
     ) -> None:
         self._section = section
         self._held_out = held_out
-        self._control = deal_rows(control, section.seq_len, world) if control else None
+        self._degree = section.sequence_parallel
+        groups = world // self._degree
+        self._control = deal_rows(control, section.seq_len, groups) if control else None
         self._exam = exam
         self._world = world
         self._done = done or Done()
@@ -128,7 +131,10 @@ class Evaluations:
             return None
         prompts = [*(one.prompt for one in questions), *[None] * (-len(questions) % self._world)]
         return [
-            Evaluate({kind: dealt[rank] for kind, dealt in rows.items()}, tuple(prompts[rank :: self._world]))
+            Evaluate(
+                {kind: dealt[rank // self._degree] for kind, dealt in rows.items()},
+                tuple(prompts[rank :: self._world]),
+            )
             for rank in range(self._world)
         ]
 
@@ -153,8 +159,11 @@ class Evaluations:
         found: dict[str, Any] = {}
         if commands[0].rows:
             self._done.measured = step
+            firsts = slice(None, None, self._degree)  # all ranks of a group have the same rows
             losses = {
-                kind: dict(zip(_keys(commands, kind), chain.from_iterable(by_rank), strict=True))
+                kind: dict(
+                    zip(_keys(commands[firsts], kind), chain.from_iterable(by_rank[firsts]), strict=True)
+                )
                 for kind, by_rank in measured.items()
             }
             found = {**summary(losses), **self._changes.update(losses)}

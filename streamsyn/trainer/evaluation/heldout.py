@@ -17,7 +17,8 @@ import torch
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row, row_is_held_out
 from streamsyn.trainer.model.head import target_losses
-from streamsyn.trainer.model.loss import example_means, make_batch
+from streamsyn.trainer.model.loss import example_sums, make_batch
+from streamsyn.trainer.model.sequence_parallel import SequenceGroup
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.stream.stream_reader import HELD_OUT, Rendering, row_digest
 
@@ -25,7 +26,7 @@ log = structlog.get_logger()
 
 WITH, WITHOUT, CONTROL = "with_context", "without_context", "control"
 Rows = tuple[PackedRow, ...]
-"""The rows of one rank."""
+"""The rows of one rank, or of one group of ranks that share each row."""
 Losses = Mapping[Key, float]
 """For each sample, its mean loss per target in nats."""
 _BATCH = 64
@@ -132,15 +133,16 @@ def deal_rows(examples: Iterable[Example], seq_len: int, world: int) -> list[Row
 
 
 @torch.no_grad()
-def measure(model: torch.nn.Module, rows: Rows, device: torch.device) -> list[float]:
-    """The mean loss per target, in nats, of each sample of `rows` in order."""
+def measure(model: torch.nn.Module, rows: Rows, device: torch.device, sequence: SequenceGroup) -> list[float]:
+    """The mean loss per target, in nats, of each sample of `rows` in order; the same in all of a group."""
     means: list[float] = []
     model.eval()
     try:
         for row in rows:
-            batch = make_batch(row, [1.0] * len(row), device)
+            batch = sequence.share(make_batch(row, [1.0] * len(row), device))
             losses = target_losses(model, batch)
-            means += example_means(losses, batch.owner, len(row)).tolist()
+            summed, targets = sequence.sum(example_sums(losses, batch.owner, len(row)))
+            means += (summed / targets).tolist()
     finally:
         model.train()
     return means

@@ -33,6 +33,7 @@ class Batch:
         labels: `[N]`, the targets.
         weights: `[N]`, float32: the factor of each target's loss in the sum.
         owner: `[N]`, the index in the row of the sample that a target belongs to.
+        is_shared: Whether tokens and targets are a part of the row; see `sequence_parallel`.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,7 @@ class Batch:
     labels: torch.Tensor
     weights: torch.Tensor
     owner: torch.Tensor
+    is_shared: bool = False
 
     @property
     def longest(self) -> int:
@@ -56,7 +58,7 @@ class Batch:
         """
         device = self.input_ids.device
         bounds = torch.tensor(self.bounds, dtype=torch.int32).to(device, non_blocking=True)
-        return {
+        arguments = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "use_cache": False,
@@ -67,6 +69,7 @@ class Batch:
             "max_length_k": self.longest,
             "segments": self.bounds,
         }
+        return {**arguments, "is_shared": True} if self.is_shared else arguments
 
 
 def make_batch(row: PackedRow, weights: Sequence[float], device: torch.device) -> Batch:
@@ -153,15 +156,14 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, -2).float(), labels, reduction="none")
 
 
-def example_means(losses: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `[count]`, float64: the mean loss per target of each example.
+def example_sums(losses: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `[2, count]`, float64: for each example, the sum of its targets' losses, and their number.
 
     Args:
         losses: `[N]`, of the targets.
         owner: `[N]`, the example of each target, as in `Batch`.
         count: Examples in the row.
     """
-    zeros = losses.new_zeros(max(count, 1), dtype=torch.float64)
-    sums = zeros.index_add(0, owner, losses.double())
-    targets = zeros.index_add(0, owner, torch.ones_like(losses, dtype=torch.float64))
-    return (sums / targets)[:count]
+    zeros = losses.new_zeros((2, max(count, 1)), dtype=torch.float64)  # an empty row has one target
+    both = torch.stack((losses.double(), torch.ones_like(losses, dtype=torch.float64)))
+    return zeros.index_add(1, owner, both)[:, :count]

@@ -24,6 +24,7 @@ from streamsyn.trainer.model.activations import offload
 from streamsyn.trainer.model.attention import check_packing_isolation
 from streamsyn.trainer.model.head import LossHead
 from streamsyn.trainer.model.optimizer import make_optimizer
+from streamsyn.trainer.model.sequence_parallel import SequenceGroup, check_sequence_parallel
 
 
 def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Accelerator:
@@ -45,7 +46,8 @@ def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Ac
         if int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) > 1:
             raise ConfigError(
                 f"`accelerate launch` asks for {kind.lower()}, which splits rows or weights and loses the "
-                "boundaries between packed samples: use FSDP2 (deploy/accelerate/README.md)"
+                "boundaries between packed samples: use FSDP2 (deploy/accelerate/README.md) and "
+                "train.sequence_parallel"
             )
     bf16 = _uses_bf16(section)
     accelerator = Accelerator(
@@ -85,6 +87,7 @@ class Placed:
         plain: The model of transformers or peft itself.
         optimizer: AdamW over the trained parameters.
         dtype: The precision of the weights as they were read; the result is written in it.
+        sequence: The ranks that share this rank's rows.
     """
 
     accelerator: Accelerator
@@ -92,13 +95,16 @@ class Placed:
     plain: Any
     optimizer: Any
     dtype: torch.dtype
+    sequence: SequenceGroup
 
 
 def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: torch.dtype) -> Placed:
     """Put a model on its devices, make its optimizer, and check that packed samples stay isolated.
 
+    A collective: all ranks call it.
+
     Raises:
-        ConfigError: The model cannot be trained on packed samples.
+        ConfigError: The model cannot be trained on packed samples, or not by ranks that share rows.
     """
     model.train()
     _freeze_towers(model)
@@ -112,7 +118,10 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     half = accelerator.mixed_precision == "bf16"
     check_packing_isolation(prepared, accelerator.device, half=half)
     head.check(prepared, accelerator.device, half=half)
-    return Placed(accelerator, prepared, plain, optimizer, dtype)
+    sequence = SequenceGroup.join(section.sequence_parallel, accelerator.process_index)
+    sequence.wrap_attention(plain.config.get_text_config()._attn_implementation)  # noqa: SLF001
+    check_sequence_parallel(prepared, plain, sequence, accelerator.device, half=half)
+    return Placed(accelerator, prepared, plain, optimizer, dtype, sequence)
 
 
 def whole_weights(placed: Placed) -> dict[str, torch.Tensor]:
