@@ -70,7 +70,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
         }
     )
     accelerator = start_accelerator(section)
-    model = read_model(str(folder), section, accelerator, None, seed=0)
+    model = read_model(str(folder), section, accelerator, seed=0)
     if attention == "sdpa":
         model.set_attn_implementation("sdpa")
     placed = place(model, section, accelerator, model_dtype(str(folder)))

@@ -71,9 +71,12 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Write a checkpoint; with `result`, the tuned model too."""
+    """Begin to write a checkpoint."""
 
-    result: bool = False
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """Write the tuned model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class Stop:
     """Leave the loop."""
 
 
-Command: TypeAlias = Step | Wait | Evaluate | Save | Publish | Stop
+Command: TypeAlias = Step | Wait | Evaluate | Save | WriteResult | Publish | Stop
 
 
 class Ranks:
@@ -102,7 +105,14 @@ class Ranks:
         self.rank = rank
         self.world = world
         self._degree = degree
-        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world > 1 else None
+        self._group: Any = self.new_group() if world > 1 else None
+
+    def new_group(self) -> Any:
+        """A further gloo group of all ranks, for collectives of a thread. All ranks must call it.
+
+        None for one process without process groups.
+        """
+        return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
 
     @property
     def groups(self) -> int:

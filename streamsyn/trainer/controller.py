@@ -11,7 +11,7 @@ import structlog
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import StreamsynError, TrainingFailed
-from streamsyn.trainer.commands import Command, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.commands import Command, Publish, Ranks, Save, Step, Stop, Wait, WriteResult
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
 from streamsyn.trainer.loop import Progress, Schedule
@@ -116,10 +116,12 @@ class Controller:
                     break
                 yield self._all(Wait())
                 continue
+            self._store.settle(wait=False)
             yield from self._evaluate()  # before the first step, or where an earlier run was stopped
             if not wants_to_stop():
                 yield from self._train(found)
         yield from self._save_unsaved()
+        self._store.settle()
         yield self._all(Stop())
 
     def record_end(self) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class Controller:
         yield from self._evaluate()
         self._is_save_due |= self._progress.step % section.save_every_steps == 0
         if self._is_save_due and not self._skipped:  # else it would replace a checkpoint from before them
-            yield from self._save(result=False)
+            yield from self._save()
 
     def _step_commands(self, plan: StepPlan, rate: float) -> list[Command]:
         """A `Step` for each rank: row i is for group i % groups."""
@@ -247,7 +249,9 @@ class Controller:
         if self._progress.step:
             yield from self._publish(last=True)
             yield from self._evaluate(last=True)
-            yield from self._save(result=True)
+            yield from self._save()
+            self._store.settle()
+            yield self._all(WriteResult())
         yield self._all(Stop())
 
     def _evaluate(self, *, last: bool = False) -> Iterator[list[Command]]:
@@ -273,9 +277,9 @@ class Controller:
 
     def _save_unsaved(self) -> Iterator[list[Command]]:
         if self._progress.step > self._saved and not self._skipped:  # as in `_train`
-            yield from self._save(result=False)
+            yield from self._save()
 
-    def _save(self, *, result: bool) -> Iterator[list[Command]]:
+    def _save(self) -> Iterator[list[Command]]:
         self._metrics.sync(self._progress.step)
         self._store.noted = {
             "schedule": self._schedule.state(),
@@ -284,9 +288,9 @@ class Controller:
             "evaluations": self._evaluations.state(),
             "totals": asdict(self._totals),
         }
-        yield self._all(Save(result=result))
+        self._store.settle()  # so that its failure is reported before all ranks are told to save
+        yield self._all(Save())
         self._saved, self._is_save_due = self._progress.step, False
-        log.info("train.saved", step=self._saved)
 
     def _all(self, command: Command) -> list[Command]:
         return [command] * self._ranks.world

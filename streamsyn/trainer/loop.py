@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import StreamsynError
-from streamsyn.trainer.commands import Command, Evaluate, Publish, Ranks, Save, Step, Stop, Wait
+from streamsyn.trainer.commands import Command, Evaluate, Publish, Ranks, Save, Step, Stop, Wait, WriteResult
 from streamsyn.trainer.dry_step import dry_step
 from streamsyn.trainer.evaluation.exam import Answer, answer_all
 from streamsyn.trainer.evaluation.heldout import measure
@@ -143,6 +143,12 @@ class Loop:
         Raises:
             StreamsynError: The training cannot continue; the other ranks were told to stop.
         """
+        try:
+            self._carry_out(commands)
+        finally:
+            self._store.close()
+
+    def _carry_out(self, commands: Iterator[list[Command]] | None) -> None:
         while True:
             self.stopping = self._ranks.any(self._stop_wanted)
             try:
@@ -157,8 +163,10 @@ class Loop:
                     continue
                 case Evaluate() as evaluation:
                     self._evaluate(evaluation)
-                case Save(result):
-                    self._save(result=result)
+                case Save():
+                    self._store.save(self._placed, self.progress.step)
+                case WriteResult():
+                    self._write_result()
                 case Publish():
                     self._publish()
                 case Stop():
@@ -248,9 +256,9 @@ class Loop:
         dealt = zip(*self._ranks.gather(answers), strict=True)
         self.progress.answers = [answer for some in dealt for answer in some]
 
-    def _save(self, *, result: bool) -> None:
+    def _write_result(self) -> None:
         try:
-            self._store.save(self._placed, self.progress.step, result=result)
+            self._store.write_result(self._placed)
         except StreamsynError:
             if self._ranks.rank == 0:
                 self.stop_other_ranks()

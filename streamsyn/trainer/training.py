@@ -36,7 +36,7 @@ from streamsyn.trainer.model.pretrained import (
 from streamsyn.trainer.outdir import OutDirectory
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
-from streamsyn.trainer.saving.store import Store, restore_optimizer
+from streamsyn.trainer.saving.store import Store
 from streamsyn.trainer.signals import EXIT_STOPPED, stop_on_signals
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.sources.run_samples import DaemonSamples
@@ -79,17 +79,13 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
             accelerator.wait_for_everyone()
             ranks = Ranks(rank, world, section.sequence_parallel)
             before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
-            saved = None if before is None else before.folder / "model"
-            seed = config.run.seed
+            store = Store(out, section, tokenizer, ranks)
             with memory_errors_explained(section):
-                if section.lora is None:
-                    read = read_model(str(saved or model), section, accelerator, None, seed=seed)
-                else:
-                    read = read_model(model, section, accelerator, saved, seed=seed)
+                read = read_model(model, section, accelerator, seed=config.run.seed)
                 placed = place(read, section, accelerator, dtype)
                 if before is not None:
-                    restore_optimizer(placed, before)
-            code = _run(Training(config, source, out, tokenizer, placed, ranks, before, publisher))
+                    store.restore(placed, before)
+            code = _run(Training(config, source, out, tokenizer, placed, ranks, before, publisher), store)
             accelerator.end_training()
         finally:
             if dist.is_initialized():
@@ -187,12 +183,9 @@ def _own_directory(out: Path, rank: int) -> Iterator[OutDirectory | None]:
         directory.close()
 
 
-def _run(training: Training) -> int:
+def _run(training: Training, store: Store) -> int:
     info: dict[str, Any] = {} if training.before is None else training.before.info
     section, ranks = training.config.train, training.ranks
-    store = Store(training.out, section, training.tokenizer, ranks.rank)
-    if training.before is not None:
-        store.stream = training.before.stream
     progress = Progress(step=info.get("step", 0), skipped=info.get("skipped", 0))
     seed = training.config.run.seed
     loop = Loop(training.placed, ranks, section, seed, store, progress, training.publisher)

@@ -75,7 +75,7 @@ def fresh() -> Iterator[None]:
 def placed_model(folder: Path, settings: TrainSection) -> Placed:
     """The model in `folder`, on CPU."""
     accelerator: Accelerator = start_accelerator(settings)
-    read = read_model(str(folder), settings, accelerator, None, seed=0)
+    read = read_model(str(folder), settings, accelerator, seed=0)
     return place(read, settings, accelerator, model_dtype(str(folder)))
 
 
@@ -102,7 +102,7 @@ def train(
     ranks = Ranks(rank, world)
     if rank == 0:
         Checkpoints(out, settings.keep_checkpoints).prepare()
-    store = Store(out, settings, tiny.tokenizer(), rank)
+    store = Store(out, settings, tiny.tokenizer(), ranks)
     loop = Loop(placed, ranks, settings, 0, store, Progress())
     if rank != 0:
         loop.run(None)

@@ -1,6 +1,7 @@
 """A checkpoint is there whole or not at all, whenever the process is killed."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ for line in sys.stdin:
         checkpoints = Checkpoints(Path(out), keep=2)
         killed_at(int(calls))
         checkpoints.prepare()
-        checkpoints.write({"step": 3}, {"position": 3}, fill)
+        checkpoints.begin(3)
+        fill(checkpoints.unfinished(3))
+        checkpoints.commit({"step": 3}, {"position": 3})
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -53,12 +56,13 @@ for line in sys.stdin:
 def write(out: Path, step: int) -> Path:
     """The checkpoint of a step; every byte of it depends on the step."""
 
-    def fill(folder: Path) -> None:
-        (folder / "model").mkdir()
-        (folder / "model" / "weights").write_bytes(bytes([step]) * 1000)
-        (folder / "moments").write_bytes(bytes([step]) * 2000)
-
-    return Checkpoints(out, keep=2).write({"step": step}, {"position": step}, fill)
+    checkpoints = Checkpoints(out, keep=2)
+    checkpoints.begin(step)
+    folder = checkpoints.unfinished(step)
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_bytes(bytes([step]) * 1000)
+    (folder / "moments").write_bytes(bytes([step]) * 2000)
+    return checkpoints.commit({"step": step}, {"position": step})
 
 
 def assert_whole(out: Path, step: int) -> None:
@@ -228,17 +232,40 @@ def test_other_files_in_out_stay(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path: Path) -> None:
-    """Earlier checkpoints stay; nothing unfinished is left."""
+    """Earlier checkpoints stay; nothing unfinished is left. While a rank writes its part: `test_sharded`."""
     out = prepared(tmp_path)
     write(out, 1)
+    checkpoints = Checkpoints(out, keep=2)
+    checkpoints.begin(2)
     with (
-        disk_full_beyond(1500),
+        disk_full_beyond(15),
         pytest.raises(SinkError, match=r"step-0000002.*too large.*before it is whole"),
     ):
-        write(out, 2)
+        checkpoints.commit({"step": 2}, {"position": 2})
 
     assert_whole(out, 1)
     assert [] == list(out.glob("**/*.tmp"))
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapters"])
+def test_one_of_an_earlier_version_is_refused(tmp_path: Path, kind: str) -> None:
+    """In one line, with what to do: a whole model in it can be the start of a new training."""
+    out = prepared(tmp_path)
+    folder = write(out, 1)
+    info = json.loads((folder / "info.json").read_bytes())
+    (folder / "info.json").write_text(json.dumps(info | {"format": 1, "streamsyn": "0.9"}))
+    if kind == "whole":
+        (folder / "model" / "config.json").write_text("{}")
+
+    with pytest.raises(SinkError) as raised:
+        Checkpoints(out, 3).newest()
+    told = (
+        f"{folder} has the format of streamsyn 0.9, which this version does not read: finish this training "
+    )
+    told += "with that version"
+    if kind == "whole":
+        told += f", or begin a new one with --model {folder}/model and a different --out"
+    assert told == str(raised.value)
 
 
 def test_there_is_nothing_at_first(tmp_path: Path) -> None:

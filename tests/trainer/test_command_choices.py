@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamsyn.config.command_sections import TrainSection
@@ -136,7 +135,7 @@ def test_adapters_are_trained_stopped_and_merged(start: Start, tmp_path: Path) -
     training.wait_for("train.step")
     training.kill(15)
     assert 75 == training.wait(), training.stderr()
-    saved = load_file(next((out / "checkpoints").iterdir()) / "model" / "adapter_model.safetensors")
+    saved = tiny.saved(next((out / "checkpoints").iterdir()))
     rest = start(run, out, lora=LORA)
     assert 0 == rest.wait(), rest.stderr()
 

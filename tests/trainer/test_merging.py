@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from streamsyn.trainer.evaluation.exam import answering
-from streamsyn.trainer.model.placed import whole_weights
+from streamsyn.trainer.model.placed import whole_layers
 from streamsyn.trainer.model.pretrained import merged
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh, placed_model, section
@@ -39,7 +39,11 @@ def test_adapters_of_experts_are_merged(kind: str, tmp_path: Path) -> None:
             for name, parameter in placed.plain.named_parameters():
                 if "lora_" in name:
                     parameter.normal_(std=0.2)
-            _, weights = merged(placed, whole_weights(placed))
+            weights = {
+                name: value
+                for layer in whole_layers(placed)
+                for name, value in merged(placed, layer)[1].items()
+            }
             whole: Any = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
             whole.load_state_dict(weights)
             adapted, one, before = (

@@ -42,7 +42,7 @@ def published(out: Path, step: int) -> dict[str, torch.Tensor]:
 def adapters(out: Path) -> dict[str, torch.Tensor]:
     """The adapters of the newest checkpoint."""
     newest = (out / "LATEST").read_text().strip()
-    return load_file(out / "checkpoints" / newest / "model" / "adapter_model.safetensors")
+    return tiny.saved(out / "checkpoints" / newest)
 
 
 def assert_whole(folder: Path) -> None:

@@ -7,6 +7,7 @@ import numpy
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from streamsyn.trainer.examples import Example, Key
@@ -64,6 +65,14 @@ def write_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     made.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def saved(checkpoint: Path, part: str = "model") -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, or what the optimizer keeps: `part` is "optimizer"."""
+    whole = checkpoint.parent.parent / f"{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint / "state", whole)
+    found: dict[str, torch.Tensor] = torch.load(whole)[part]
+    return found
 
 
 def example(length: int, targets: int, seed: int = 0) -> Example:

@@ -1,10 +1,10 @@
-"""The model on its devices, with its optimizer: placed, gathered for checkpoints, restored and written.
+"""The model on its devices, with its optimizer, and its tensors by name for what is saved of it.
 
-Under FSDP2 each rank holds a shard of every weight and moment. Checkpoints hold whole tensors under the
-model's own names, so that they are portable between one process, DDP and FSDP2, and between numbers of ranks.
+Under FSDP2 each rank holds a shard of every weight and moment; names are always the model's own.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
@@ -124,67 +122,51 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     return Placed(accelerator, prepared, plain, optimizer, dtype, sequence)
 
 
-def whole_weights(placed: Placed) -> dict[str, torch.Tensor]:
-    """Gather the model's whole state on rank 0. A collective: all ranks call it."""
-    weights: dict[str, torch.Tensor] = placed.accelerator.get_state_dict(placed.model)
-    return weights
+def saved_weights(placed: Placed) -> dict[str, torch.Tensor]:
+    """The weights and persistent buffers that a checkpoint has to hold, by name; shards as DTensors.
 
-
-def optimizer_tensors(placed: Placed) -> dict[str, torch.Tensor]:
-    """Gather the optimizer's whole state on rank 0, on CPU, by names such as `exp_avg.lm_head.weight`.
-
-    A collective: all ranks call it. It is empty before the first step, and on other ranks.
+    With adapters these are the adapters alone, since the other weights are those of the model that was read.
+    A weight that is shared has one name.
     """
-    found = {}
-    for name, parameter in _trained(placed):
-        for kind, value in placed.optimizer.state[parameter].items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if placed.accelerator.is_main_process:
-                found[f"{kind}.{name}"] = whole.detach().cpu().contiguous()
+    _reshard(placed)
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, one in placed.plain.state_dict(keep_vars=True).items():
+        if id(one) not in seen and (one.requires_grad or not hasattr(placed.plain, "merge_and_unload")):
+            seen.add(id(one))
+            found[name] = one.detach()
     return found
 
 
-def load_optimizer(placed: Placed, path: Path) -> None:
-    """Restore what `optimizer_tensors` returned from a safetensors file. A collective: all ranks call it.
+def trained_parameters(placed: Placed) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that the optimizer updates, by name."""
+    _reshard(placed)
+    return [(name, one) for name, one in placed.plain.named_parameters() if one.requires_grad]
 
-    Tensors are read one at a time, so that no rank holds all of them in memory.
+
+def whole_layers(placed: Placed) -> Iterator[dict[str, torch.Tensor]]:
+    """Gather the model's state on rank 0, one layer at a time, on CPU; on other ranks the parts are empty.
+
+    A layer comes with its adapters; what is in no layer comes module by module. Each part is gathered when
+    it is asked for, which is a collective: all ranks must take all parts.
     """
-    with safe_open(path, "pt") as tensors:
-        kinds: dict[str, list[str]] = {}
-        for key in tensors.keys():  # noqa: SIM118 - it cannot be iterated
-            kind, _, name = key.partition(".")
-            kinds.setdefault(name, []).append(kind)
-        for name, parameter in _trained(placed):
-            placed.optimizer.state[parameter] = {
-                kind: _placed_as(parameter, tensors.get_tensor(f"{kind}.{name}"))
-                for kind in kinds.get(name, ())
-            }
+    _reshard(placed)
+    parts: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, one in placed.plain.state_dict().items():
+        parts.setdefault(_part_of(name), []).append((name, one))
+    is_main = placed.accelerator.is_main_process
+    for part in parts.values():
+        whole = {}
+        for name, one in part:
+            value = one.full_tensor() if isinstance(one, DTensor) else one
+            if is_main:
+                whole[name] = value.detach().cpu()
+        yield whole
 
 
-def write_model(
-    placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Write weights as given, configuration and tokenizer to a directory that `from_pretrained` reads."""
-    placed.plain.save_pretrained(folder, state_dict=weights)
-    _write_tokenizer(tokenizer, folder)
-
-
-def write_result(
-    placed: Placed, weights: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """As `write_model`, in the precision in which the model was read."""
-    tied = placed.plain.all_tied_weights_keys  # converted copies would no longer be recognised as shared
-    lowered = {
-        name: value.to(placed.dtype) if value.is_floating_point() else value
-        for name, value in weights.items()
-        if name not in tied
-    }
-    placed.plain.save_pretrained(folder, state_dict=lowered)
-    # save_pretrained has recorded the precision of training.
-    config = AutoConfig.from_pretrained(folder)
-    config.dtype = placed.dtype
-    config.save_pretrained(folder)
-    _write_tokenizer(tokenizer, folder)
+def _part_of(name: str) -> str:
+    layer = re.match(r".*?\.\d+(?=\.)", name)
+    return layer[0] if layer else re.split(r"\.(?:base_layer|lora_\w+)\.|\.\w+$", name)[0]
 
 
 def _freeze_towers(model: Any) -> None:
@@ -226,28 +208,11 @@ def _keep_logits_dtype(plain: Any, accelerator: Accelerator) -> None:
     plain.forward = forward
 
 
-def _trained(placed: Placed) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters that the optimizer updates, by name.
+def _reshard(placed: Placed) -> None:
+    """Undo that FSDP2 leaves weights gathered after a forward pass without a backward pass.
 
-    After a forward pass without a backward pass, FSDP2 leaves weights gathered. The optimizer knows only
-    the shards, so state stored under the gathered ones would be lost.
+    The optimizer knows only the shards, so state stored under the gathered ones would be lost.
     """
     for part in placed.plain.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    return ((name, one) for name, one in placed.plain.named_parameters() if one.requires_grad)
-
-
-def _placed_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as this rank keeps it beside a parameter: on its device, sharded like it."""
-    if value.ndim > 0 and isinstance(parameter, DTensor):  # the step count is a scalar, which is not sharded
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)  # with offload, host memory and not the mesh's devices
-
-
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        # tokenizers raises a bare Exception whatever the cause; usually the disk is full.
-        raise OSError(f"the tokenizer cannot be written: {error}") from error

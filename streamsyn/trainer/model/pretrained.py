@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,13 +28,12 @@ _ADAPTER = "default"
 _KEY = "train.lora.targets"
 
 
-def with_adapters(model: Any, lora: LoraSection, saved: Path | None) -> Any:
-    """Add adapters to a model.
+def with_adapters(model: Any, lora: LoraSection) -> Any:
+    """Add new adapters to a model.
 
     Args:
         model: A model of transformers.
         lora: `train.lora`: rank, scale and target modules.
-        saved: Directory of adapters to continue from; None for new ones.
 
     Raises:
         ConfigError: `train.lora.targets` does not fit the model.
@@ -43,8 +41,6 @@ def with_adapters(model: Any, lora: LoraSection, saved: Path | None) -> Any:
     import peft
 
     _check_targets(model, lora.targets)
-    if saved is not None:
-        return peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
     targets = list(lora.targets) or "all-linear"
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"
@@ -63,7 +59,7 @@ def merged(placed: Placed, weights: dict[str, Any]) -> tuple[Placed, dict[str, A
 
     Args:
         placed: The model in training.
-        weights: Its whole weights, from `placed.whole_weights`.
+        weights: Whole weights: all, or a part from `placed.whole_layers`.
     """
     if not hasattr(placed.plain, "merge_and_unload"):
         return placed, weights
@@ -76,7 +72,9 @@ def merged(placed: Placed, weights: dict[str, Any]) -> tuple[Placed, dict[str, A
     for name, layer in plain.named_modules():
         if _ADAPTER in getattr(layer, "lora_A", ()):
             key = f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
-            weight = whole[key]
+            weight = whole.get(key)
+            if weight is None:  # of a different part
+                continue
             delta = _delta(weights, f"base_model.model.{name}", layer).to(weight.device)
             whole[key] = (weight.float() + delta).to(weight.dtype)
     return replace(placed, plain=plain), whole
@@ -224,16 +222,13 @@ def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def read_model(
-    path: str, section: TrainSection, accelerator: Accelerator, adapter: Path | None, *, seed: int
-) -> Any:
+def read_model(path: str, section: TrainSection, accelerator: Accelerator, *, seed: int) -> Any:
     """Read the model at `path` in float32, with attention, checkpointing and adapters as configured.
 
     Args:
         path: A directory that `save_pretrained` wrote, or a name on the Hugging Face hub.
         section: `train`.
         accelerator: Knows the device and the precision.
-        adapter: Directory of adapters to continue from; None for new ones.
         seed: `run.seed`, which initialises new adapters.
 
     Raises:
@@ -252,7 +247,7 @@ def read_model(
     recompute(model, section)
     if section.lora is not None:
         torch.manual_seed(seed % 2**63)
-        model = with_adapters(model, section.lora, adapter)
+        model = with_adapters(model, section.lora)
         if is_recomputed(section):
             model.enable_input_require_grads()
     return model

@@ -1,10 +1,9 @@
 """OUT/checkpoints/: everything that a later run resumes from. A checkpoint exists whole or not at all.
 
-    step-0000100/model/                 as `save_pretrained` writes it, float32
-                 optimizer.safetensors  AdamW's two moments, by name of the weight
-                 stream.json            the position in the stream after the last step
-                 info.json              steps, schedule, totals, and the size of every other file
-    ../LATEST                           the name of the newest, written last
+    step-0000100/state/       weights and optimizer state, by torch.distributed.checkpoint (`sharded`)
+                 stream.json  the position in the stream after the last step
+                 info.json    steps, schedule, totals, and the size of every other file
+    ../LATEST                 the name of the newest, written last
 
 A folder is written under a name that ends in `.tmp`, all its files are synced, and it is renamed. What is
 random in a step is drawn from the seed and the step's number, so that there is no generator state to keep.
@@ -13,7 +12,8 @@ random in a step is drawn from the seed and the step's number, so that there is 
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from streamsyn.io.durable import sync_folder, write_whole
 
 log = structlog.get_logger()
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "LATEST"
+STATE = "state"
+"""The folder of a checkpoint with weights and optimizer state."""
 _NAME = re.compile(r"step-\d{7,}")
 _TORN = ".tmp"
 _OLD = f".old{_TORN}"
@@ -106,13 +108,23 @@ class Checkpoints:
             )
         return None
 
-    def write(self, info: dict[str, Any], stream: Any, fill: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of step `info["step"]`, and remove the oldest ones.
+    def begin(self, step: int) -> None:
+        """Make the folder that the files of a new checkpoint are written to, empty: `unfinished(step)`.
+
+        Raises:
+            SinkError: It cannot be made.
+        """
+        target = self.target(step)
+        with _untouched(target):
+            _make_empty(_temporary_path(target))
+
+    def commit(self, info: dict[str, Any], stream: Any) -> Path:
+        """Make the checkpoint of step `info["step"]` of what is in `unfinished(step)`, and remove the oldest
+        ones.
 
         Args:
             info: What info.json is to hold.
             stream: The position in the stream.
-            fill: Writes the large files into the folder it is given.
 
         Returns:
             The folder.
@@ -120,10 +132,9 @@ class Checkpoints:
         Raises:
             SinkError: It cannot be written; earlier checkpoints are unchanged.
         """
-        target = self._target(info["step"])
-
-        def fill_all(folder: Path) -> None:
-            fill(folder)
+        target = self.target(info["step"])
+        with _untouched(target):
+            folder = _temporary_path(target)
             (folder / "stream.json").write_bytes(orjson.dumps(stream))
             sizes = {
                 str(path.relative_to(folder)): path.stat().st_size
@@ -131,8 +142,7 @@ class Checkpoints:
                 if path.is_file()
             }
             (folder / "info.json").write_bytes(orjson.dumps({"format": FORMAT, **info, "files": sizes}))
-
-        write_folder(target, fill_all)
+            _put_in_place(target)
         write_whole(self._out / LATEST, f"{target.name}\n".encode())
         # Later ones belong to an abandoned course: this training resumed from a checkpoint before them.
         kept = sorted(name for name in self._names() if name <= target.name)[-self._keep :]
@@ -143,7 +153,16 @@ class Checkpoints:
                 log.warning("checkpoint.not_removed", name=name, why=error.strerror)
         return target
 
-    def _target(self, step: int) -> Path:
+    def discard(self, step: int) -> None:
+        """Remove what there is of an unfinished checkpoint, as far as possible."""
+        shutil.rmtree(self.unfinished(step), ignore_errors=True)
+
+    def unfinished(self, step: int) -> Path:
+        """Where the files of the checkpoint of a step are written, before it is committed."""
+        return _temporary_path(self.target(step))
+
+    def target(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
         return self._root / f"step-{step:07d}"
 
     def _names(self) -> list[str]:
@@ -160,25 +179,41 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         SinkError: It cannot be written; the folder that was there is unchanged.
     """
-    temporary = _temporary_path(target)
+    with _untouched(target):
+        _make_empty(_temporary_path(target))
+        fill(_temporary_path(target))
+        _put_in_place(target)
+
+
+@contextmanager
+def _untouched(target: Path) -> Iterator[None]:
+    """Raise an error while `target` is written as a SinkError; nothing unfinished is left, nor changed."""
     try:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        old = target.with_name(target.name + _OLD)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        temporary.rename(target)
-        sync_folder(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(_temporary_path(target), ignore_errors=True)
         why = getattr(error, "strerror", None) or str(error)
         raise SinkError(f"cannot write {target}: {why}; what was saved before it is whole") from error
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # another rank may have made it
+
+
+def _put_in_place(target: Path) -> None:
+    """Sync what was written for `target`, and rename it; what was there is replaced."""
+    temporary = _temporary_path(target)
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    old = target.with_name(target.name + _OLD)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _temporary_path(target: Path) -> Path:
@@ -201,13 +236,23 @@ def _sync(path: Path) -> None:
 
 
 def _read(folder: Path) -> Checkpoint | None:
-    """The checkpoint in `folder`; None if it is not whole."""
+    """The checkpoint in `folder`; None if it is not whole.
+
+    Raises:
+        SinkError: A different version of streamsyn wrote it.
+    """
     try:
         info = orjson.loads((folder / "info.json").read_bytes())
         stream = orjson.loads((folder / "stream.json").read_bytes())
-        whole = info["format"] == FORMAT and all(
-            (folder / name).stat().st_size == size for name, size in info["files"].items()
-        )
+        written_as = info["format"]
+        whole = all((folder / name).stat().st_size == size for name, size in info["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if whole and written_as != FORMAT:
+        anew = f", or begin a new one with --model {folder / 'model'} and a different --out"
+        anew = anew if (folder / "model" / "config.json").exists() else ""
+        raise SinkError(
+            f"{folder} has the format of streamsyn {info.get('streamsyn')}, which this version does not "
+            f"read: finish this training with that version{anew}"
+        )
     return Checkpoint(folder, info, stream) if whole else None

@@ -27,9 +27,9 @@ from streamsyn.fleet.server_spec import ServerSpec, base_url, headers_of, server
 from streamsyn.fleet.transport import Transport, http_transport, tls_context
 from streamsyn.io.durable import write_whole
 from streamsyn.plain_text import split_userinfo
-from streamsyn.trainer.model.placed import Placed, whole_weights, write_result
-from streamsyn.trainer.model.pretrained import merged
-from streamsyn.trainer.saving.checkpoint import LATEST, remove, write_folder
+from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.saving.checkpoint import LATEST, remove
+from streamsyn.trainer.saving.result import write_result
 
 log = structlog.get_logger()
 
@@ -79,13 +79,11 @@ class Publisher:
 
         Weights that cannot be written are logged and skipped: the training itself does not need them.
         """
-        weights = whole_weights(placed)
-        if self._rank != 0:
-            return
         target = self._root / f"step_{step}"
         try:
-            whole = merged(placed, weights)
-            write_folder(target, lambda folder: write_result(*whole, self._tokenizer, folder))
+            write_result(placed, self._tokenizer, target)
+            if self._rank != 0:
+                return
             write_whole(self._root / LATEST, f"{target.name}\n".encode())
         except (SinkError, OSError) as error:
             log.warning("train.not_published", step=step, error=str(error))

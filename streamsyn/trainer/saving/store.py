@@ -1,33 +1,49 @@
-"""Writes the model and the optimizer: into checkpoints, and at the end the tuned model into OUT/model."""
+"""Saves a training: checkpoints while it goes on, and at the end the tuned model in OUT/model."""
 
+import time
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 import streamsyn
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import SinkError
-from streamsyn.trainer.model.placed import (
-    Placed,
-    load_optimizer,
-    optimizer_tensors,
-    whole_weights,
-    write_model,
-    write_result,
-)
-from streamsyn.trainer.model.pretrained import merged
-from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints, write_folder
+from streamsyn.trainer.commands import Ranks
+from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
+from streamsyn.trainer.saving.result import write_result
+from streamsyn.trainer.saving.sharded import Saver, restore, save_error
+
+log = structlog.get_logger()
 
 _RESULT = "model"
-_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    future: Future[Any]
+    began: float
 
 
 class Store:
-    """Writes checkpoints and the result, on rank 0. The other ranks only take part in gathering the weights.
+    """Writes checkpoints and the result. Every rank has one, and all call `save` and `write_result`.
+
+    A checkpoint is written while the training goes on. There is at most one at a time: the next save waits.
+
+    Args:
+        out: OUT.
+        section: The section `train`.
+        tokenizer: Saved with the result.
+        ranks: All ranks.
 
     Attributes:
         stream: The position in the stream, set before a save.
@@ -35,46 +51,72 @@ class Store:
     """
 
     def __init__(
-        self, out: Path, section: TrainSection, tokenizer: PreTrainedTokenizerBase, rank: int
+        self, out: Path, section: TrainSection, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
     ) -> None:
         self._out = out
         self._tokenizer = tokenizer
-        self._rank = rank
+        self._rank = ranks.rank
         self._checkpoints = Checkpoints(out, section.keep_checkpoints)
+        self._group = ranks.new_group()
+        self._saver = Saver(self._checkpoints, self._group, ranks.rank, ranks.world)
+        self._pending: _Pending | None = None
         self.stream: dict[str, Any] | None = None
         self.noted: dict[str, Any] = {}
 
-    def save(self, placed: Placed, step: int, *, result: bool) -> None:
-        """Write a checkpoint; with `result`, OUT/model too. All ranks must call it.
+    def restore(self, placed: Placed, checkpoint: Checkpoint) -> None:
+        """Read weights and optimizer state from a checkpoint. All ranks must call it.
 
         Raises:
-            SinkError: It cannot be written.
+            SinkError: It is damaged, or of a different model.
         """
-        weights, tensors = whole_weights(placed), optimizer_tensors(placed)
+        restore(placed, checkpoint, self._group)
+        self.stream = checkpoint.stream
+
+    def save(self, placed: Placed, step: int) -> None:
+        """Begin to write a checkpoint, once the one before is written.
+
+        Raises:
+            SinkError: The one before could not be written. On rank 0 only.
+        """
+        self.settle()
+        info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
+        future = self._saver.start(placed, info, self.stream)
+        self._pending = _Pending(step, future, time.monotonic())
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Without `wait`, only see whether
+        it is done.
+
+        Raises:
+            SinkError: It could not be written. Earlier ones are whole. On rank 0 only: the save has failed
+                on the other ranks as well, and rank 0 tells them to stop.
+        """
+        pending = self._pending
+        if pending is None or not (wait or pending.future.done()):
+            return
+        wait_for([pending.future])
+        self._pending = None
         if self._rank != 0:
             return
+        error = pending.future.exception()
+        if error is not None:
+            self._checkpoints.discard(pending.step)
+            raise save_error(error, self._checkpoints, pending.step) from error
+        log.info("train.saved", step=pending.step, took_s=round(time.monotonic() - pending.began, 2))
 
-        def fill(folder: Path) -> None:
-            save_file(tensors, folder / _OPTIMIZER)
-            write_model(placed, weights, self._tokenizer, folder / "model")
+    def write_result(self, placed: Placed) -> None:
+        """Write OUT/model.
 
-        info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
-        self._checkpoints.write(info, self.stream, fill)
-        if result:
-            whole = merged(placed, weights)
-            write_folder(self._out / _RESULT, lambda folder: write_result(*whole, self._tokenizer, folder))
+        Raises:
+            SinkError: It cannot be written. On rank 0 only.
+        """
+        write_result(placed, self._tokenizer, self._out / _RESULT)
 
-
-def restore_optimizer(placed: Placed, checkpoint: Checkpoint) -> None:
-    """Load the optimizer's state from a checkpoint, with any number of ranks.
-
-    Raises:
-        SinkError: The file is damaged.
-    """
-    path = checkpoint.folder / _OPTIMIZER
-    try:
-        load_optimizer(placed, path)
-    except (SafetensorError, OSError) as error:
-        raise SinkError(
-            f"{path} is damaged ({error}); remove {checkpoint.folder} to resume from the checkpoint before it"
-        ) from error
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written. That it could not be written is logged by rank 0:
+        whoever closes a store that has not settled has an error to report already.
+        """
+        try:
+            self.settle()
+        except SinkError as error:
+            log.warning("train.not_saved", error=str(error))
