@@ -3,6 +3,7 @@ time.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -272,7 +273,9 @@ class Controller:
         section, step = self._section.publish, self._progress.step
         if section is None or step == self._published or (step % section.every_steps and not last):
             return
+        began = time.monotonic()
         yield self._all(Publish())
+        self._metrics.pause("publication", step, time.monotonic() - began)
         self._published = step
 
     def _save_unsaved(self) -> Iterator[list[Command]]:
@@ -288,8 +291,11 @@ class Controller:
             "evaluations": self._evaluations.state(),
             "totals": asdict(self._totals),
         }
+        began = time.monotonic()
         self._store.settle()  # so that its failure is reported before all ranks are told to save
         yield self._all(Save())
+        # All ranks have gone on to the next command.
+        self._metrics.pause("checkpoint", self._progress.step, time.monotonic() - began)
         self._saved, self._is_save_due = self._progress.step, False
 
     def _all(self, command: Command) -> list[Command]:

@@ -5,6 +5,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import orjson
 
@@ -127,6 +128,14 @@ def recorded_sections(root: Path) -> list[tuple[str, Any]]:
     load(None, saved["config"].items())  # checks that this version knows each key
     found: list[tuple[str, Any]] = list(saved["config"].items())
     return found
+
+
+def record_checksum(root: Path) -> int:
+    """A checksum of train.json, which differs between trainings and between starts; -1 without a file."""
+    try:
+        return crc32((root / _RECORD).read_bytes())
+    except OSError:
+        return -1
 
 
 def _shaping(config: Config, model: str) -> dict[str, Any]:

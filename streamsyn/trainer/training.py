@@ -22,7 +22,7 @@ from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_bef
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loop import Loop, Progress, Schedule
-from streamsyn.trainer.metrics.mfu import mfu_of
+from streamsyn.trainer.metrics.mfu import balance_of, mfu_of
 from streamsyn.trainer.metrics.record import TrainingMetrics
 from streamsyn.trainer.metrics.trackers import FOLDER, consumer_report, start_tracking
 from streamsyn.trainer.model.placed import Placed, place, start_accelerator
@@ -33,7 +33,7 @@ from streamsyn.trainer.model.pretrained import (
     read_model,
     read_tokenizer,
 )
-from streamsyn.trainer.outdir import OutDirectory
+from streamsyn.trainer.outdir import OutDirectory, record_checksum
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
 from streamsyn.trainer.saving.publish import Publisher
 from streamsyn.trainer.saving.store import Store
@@ -78,6 +78,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
         try:
             accelerator.wait_for_everyone()
             ranks = Ranks(rank, world, section.sequence_parallel)
+            _check_shared(out, ranks)
             before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
             store = Store(out, section, tokenizer, ranks)
             with memory_errors_explained(section):
@@ -148,6 +149,19 @@ def check_shares(section: TrainSection, world: int) -> None:
         )
 
 
+_NOT_SHARED = "--out must be one folder on storage that all ranks share"
+
+
+def _check_shared(out: Path, ranks: Ranks) -> None:
+    """Check that all ranks have the same OUT: each writes its part of a checkpoint there.
+
+    Raises:
+        ConfigError: A rank does not see the record that rank 0 has just written.
+    """
+    if not ranks.agree(record_checksum(out)):
+        raise ConfigError(f"{_NOT_SHARED}: they find different records of a training in it")
+
+
 def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint, the same on all ranks.
 
@@ -164,9 +178,7 @@ def _last_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> Checkpoint | Non
     if failure is not None:
         raise failure
     if not agreed:
-        raise ConfigError(
-            "--out must be one folder on storage that all ranks share: they find different checkpoints in it"
-        )
+        raise ConfigError(f"{_NOT_SHARED}: they find different checkpoints in it")
     return found
 
 
@@ -268,7 +280,8 @@ def _open(
     if isinstance(sources.stream, DaemonSamples):
         track = consumer_report(sources.stream, out, section.epochs, lambda: store.stream, track)
     mfu = mfu_of(placed.plain, placed.accelerator.device, ranks.world)
-    metrics = TrainingMetrics(out, kept, info.get("task_losses"), mfu, track)
+    balance = balance_of(placed.plain, ranks.groups)
+    metrics = TrainingMetrics(out, kept, info.get("task_losses"), mfu, track, balance)
     schedule = Schedule(section, info.get("schedule"))
     totals = Totals(**info.get("totals", {}))
     controller = Controller(section, ranks, plans, progress, store, schedule, metrics, evaluations, totals)

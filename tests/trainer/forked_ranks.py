@@ -1,9 +1,10 @@
 """Runs `streamsyn train` as ranks of one training, in forks of a process that has imported torch and peft.
 
 A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "sharded": null or a kind of
-`sharding`, "kill": null or see below}`, starts one; in `argv`, `{rank}` stands for a rank's number. When all
-its ranks have ended, their exit codes come back as a list, negative for a signal. Rank i says its lines to
-`said` + i. An `argv` that begins with `by-hand` runs `by_hand.main` on the rest in place of a command.
+`sharding`, "kill": null or see below, "full": null or the rank whose disk is full}`, starts one; in `argv`,
+`{rank}` stands for a rank's number. When all its ranks have ended, their exit codes come back as a list,
+negative for a signal. Rank i says its lines to `said` + i. An `argv` that begins with `by-hand` runs
+`by_hand.main` on the rest in place of a command.
 
 `kill` is `{"rank": i, "at": [[event, part], ...]}`. Each is an audit event of rank 0 whose first argument
 has `part` in it; when all have come, one after the other, rank i is killed before the last of them is done.
@@ -22,6 +23,8 @@ from tests.trainer import by_hand, tiny
 from tests.trainer.fork_server import run
 from tests.trainer.sharding import shard
 
+FULL_BYTES = 50_000
+"""No file of a rank with a full disk can be larger."""
 PATIENCE_S = 60
 """A rank that runs for longer hangs: it is ended."""
 
@@ -58,7 +61,7 @@ def train(task: dict[str, Any]) -> list[int]:
                 "argv": argv,
                 "stderr": f"{task['said']}{rank}",
                 "stdin": None,
-                "file_bytes": None,
+                "file_bytes": FULL_BYTES if rank == task["full"] else None,
             }
             run(told, by_hand.main if argv[0] == "by-hand" else main)
         pids[rank] = pid

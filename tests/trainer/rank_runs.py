@@ -53,13 +53,17 @@ class Ranks:
         kill: dict[str, Any] | None = None,
         sharded: Kind | None = None,
         model: Path | None = None,
+        full: int | None = None,
         **more: Any,
     ) -> list[int]:
-        """Train; return the exit code of each rank. Their stderr is in OUT.said0, OUT.said1."""
+        """Train; return the exit code of each rank. Their stderr is in OUT.said0, OUT.said1.
+
+        Of the rank `full`, the disk is full.
+        """
         keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
         sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
         given = ["--from", self._folder / "run", "--model", model or self._folder / "base", "--out", out]
-        return self.ask(["train", *map(str, given), *sets], world, out, kill, sharded)
+        return self.ask(["train", *map(str, given), *sets], world, out, kill, sharded, full)
 
     def ask(
         self,
@@ -68,10 +72,11 @@ class Ranks:
         out: Path,
         kill: dict[str, Any] | None = None,
         sharded: Kind | None = None,
+        full: int | None = None,
     ) -> list[int]:
         """Run a command as the ranks of one training; return the exit code of each rank."""
         task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said"}
-        task |= {"sharded": sharded, "kill": kill}
+        task |= {"sharded": sharded, "kill": kill, "full": full}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(task) + "\n")

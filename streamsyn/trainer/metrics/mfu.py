@@ -1,4 +1,5 @@
-"""Model FLOPs utilisation (MFU): what a training step has to compute, relative to its devices' peak.
+"""What a training step has to compute: relative to its devices' peak, model FLOPs utilisation (MFU), and
+how evenly it is divided among the ranks.
 
 FLOPs are those that the model needs, forward and backward, without what is recomputed to save memory:
 
@@ -81,6 +82,33 @@ class Mfu:
         """The share of the peak that a step over `plan` reached."""
         sizes = ((one.length, one.target_tokens) for one in plan.examples())
         return self.model.flops(sizes) / (self.peak * max(seconds, 1e-9))
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Computes how long ranks wait for the slowest one, on devices that are equally fast."""
+
+    model: ModelFlops
+    ranks: int
+
+    def idle(self, plan: StepPlan) -> tuple[float, int]:
+        """The share of a step in which a rank waits for the slowest one, in the mean over ranks, and the
+        number of that rank.
+        """
+        costs = [
+            self.model.flops(
+                (one.length, one.target_tokens) for row in plan.rows[rank :: self.ranks] for one in row
+            )
+            for rank in range(self.ranks)
+        ]
+        most = max(costs)
+        return 1 - sum(costs) / (self.ranks * most), costs.index(most)
+
+
+def balance_of(model: Any, ranks: int) -> Balance | None:
+    """The balance of a model's steps; None for one rank, or if the model is unknown."""
+    flops = model_flops(model) if ranks > 1 else None
+    return None if flops is None else Balance(flops, ranks)
 
 
 def mfu_of(model: Any, device: torch.device, ranks: int) -> Mfu | None:

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import structlog
 
 from streamsyn.io.durable import write_whole
 from streamsyn.trainer.examples import Example, StepPlan
-from streamsyn.trainer.metrics.mfu import Mfu
+from streamsyn.trainer.metrics.mfu import Balance, Mfu
 from streamsyn.trainer.metrics.step_log import StepLog
 
 log = structlog.get_logger()
@@ -31,6 +31,9 @@ HALF_LIFE = 32
 _DECAY = 0.5 ** (1 / HALF_LIFE)
 _LOGGED = ("step", "loss", "rate", "tokens_per_s", "target_tokens_per_s", "mfu", "queue", "read_ahead")
 
+Pause = Literal["checkpoint", "publication"]
+"""What holds up a training."""
+
 Track = Callable[[str, Mapping[str, Any], int], None]
 """Sends the metrics of a line elsewhere. Arguments: the kind of line, its fields, the step."""
 
@@ -44,6 +47,7 @@ class TrainingMetrics:
         tasks: What `tasks.state` returned at that step.
         mfu: Computes the utilisation of a step; None where model or device are unknown.
         track: Receives the metrics too.
+        balance: Computes how long ranks wait for the slowest one; None for one rank, or an unknown model.
 
     Raises:
         SinkError: A file cannot be written. Each method raises it too.
@@ -56,12 +60,15 @@ class TrainingMetrics:
         tasks: Mapping[str, Mapping[str, float]] | None = None,
         mfu: Mfu | None = None,
         track: Track | None = None,
+        balance: Balance | None = None,
     ) -> None:
         self._metrics = StepLog(out / "metrics.jsonl", step)
         self._trained = StepLog(out / "trained.jsonl", step)
         self.tasks = TaskLosses(out / "task_losses.json", tasks or {})
         self._mfu = mfu
         self._track = track
+        self._balance = balance
+        self._pauses: dict[Pause, list[float]] = {"checkpoint": [], "publication": []}
         self._started = self._began = time.monotonic()
         self._logged = 0.0
         self._waited_before = 0.0
@@ -110,6 +117,13 @@ class TrainingMetrics:
         }
         if self._mfu is not None:
             rates["mfu"] = round(self._mfu.utilisation(plan, trained), 4)
+        if self._balance is not None:
+            idle, slowest = self._balance.idle(plan)
+            rates |= {
+                "idle_share": round(idle, 4),
+                "straggler": slowest,
+                "straggler_s": round(idle * trained, 4),
+            }
         whole = {**line, **rates}
         self._write("step", whole, at)
         if now - self._logged >= _LOG_EVERY_S:
@@ -120,6 +134,11 @@ class TrainingMetrics:
         """Record an evaluation."""
         self._write("evaluation", {"step": step, **found}, time.time())
         log.info("train.evaluation", step=step, **{name: _rounded(value) for name, value in found.items()})
+
+    def pause(self, kind: Pause, step: int, pause_s: float) -> None:
+        """Record for how long a checkpoint or a publication has held up the training of all ranks."""
+        self._pauses[kind].append(pause_s)
+        self._write(kind, {"step": step, "pause_s": round(pause_s, 4)}, time.time())
 
     def sync(self, step: int) -> None:
         """Flush everything to disk. Called before a checkpoint, whose steps must not be missing here."""
@@ -143,6 +162,8 @@ class TrainingMetrics:
             "wait_share": round(shares[0], 4),
             "stream_wait_share": round(shares[1], 4),
             "verdict": verdict(*shares) if line["steps_of_run"] else None,
+            **{f"{kind}s": len(pauses) for kind, pauses in self._pauses.items()},
+            **{f"{kind}_pause_s": round(sum(pauses), 4) for kind, pauses in self._pauses.items()},
         }
         self._write("end", whole, time.time())
         self._metrics.sync()

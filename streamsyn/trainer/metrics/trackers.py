@@ -27,7 +27,13 @@ log = structlog.get_logger()
 FOLDER = "tracking"
 """OUT/tracking: the files of trackers that write files."""
 _PROJECT = "streamsyn"
-_PREFIX = {"step": "train", "evaluation": "eval", "end": "end"}
+_PREFIX = {
+    "step": "train",
+    "evaluation": "eval",
+    "checkpoint": "checkpoint",
+    "publication": "publication",
+    "end": "end",
+}
 _NOT_FIGURES = frozenset({"step", "at"})
 _REPORTED: Final = ("step", "loss", "rate", "grad_norm", "examples", "tokens")
 _NONE_DONE: Final = -1

@@ -11,10 +11,12 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
@@ -61,7 +63,7 @@ class Saver:
         if self._stager is None or not self._reuses:
             options = StagingOptions(self._reuses, False, False, self._reuses)
             self._stager = DefaultStager(options)
-        future: Any = dcp.async_save(
+        future: Any = async_save(
             _share(_held(placed), self._rank, self._world),
             storage_writer=_Writer(self._checkpoints, info, stream),
             async_stager=self._stager,
@@ -71,7 +73,7 @@ class Saver:
         return future  # type: ignore[no-any-return]
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """Writes the files of a checkpoint and, on rank 0, commits it when all ranks have written theirs.
 
     What these methods raise on one rank, all ranks get as a CheckpointException.
@@ -90,6 +92,15 @@ class _Writer(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
+        step = self._info["step"]
+        folder = self._checkpoints.unfinished(step) / STATE
+        for one in (one.storage_data for some in results for one in some):
+            path = folder / one.relative_path
+            if not path.exists() or path.stat().st_size < one.offset + one.length:
+                raise SinkError(
+                    f"cannot write {self._checkpoints.target(step)}: {path.name} of another rank is missing in "
+                    "it; --out must be one folder on storage that all ranks share"
+                )
         self._checkpoints.commit(self._info, self._stream)
 
 
@@ -116,10 +127,10 @@ def restore(placed: Placed, checkpoint: Checkpoint, group: Any) -> None:
     """
     _allow_one_process()
     try:
-        reader = dcp.FileSystemReader(checkpoint.folder / STATE)
+        reader = FileSystemReader(checkpoint.folder / STATE)
         found = _empty_optimizer(placed, reader.read_metadata())
         wanted = {_WEIGHTS: saved_weights(placed), _OPTIMIZER: _by_name(found)}
-        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+        load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:
         # torch raises all kinds for a damaged file.
         cause, _ = _cause(error)
