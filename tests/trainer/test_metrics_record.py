@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Example, Key, StepPlan
-from streamsyn.trainer.metrics.mfu import Mfu, ModelFlops, mfu_of, model_flops, peak_flops
+from streamsyn.trainer.metrics.mfu import Balance, Mfu, ModelFlops, mfu_of, model_flops, peak_flops
 from streamsyn.trainer.metrics.record import TrainingMetrics, verdict
 from streamsyn.trainer.metrics.trackers import start_tracking
 from streamsyn.trainer.model.placed import start_accelerator
@@ -77,6 +77,36 @@ def test_evaluations_do_not_count_as_step_time(tmp_path: Path, monkeypatch: pyte
     assert (50.0, 25.0, 2.0, 42.0) == tuple(second[name] for name in TIMES)
     assert (3.0, round(3 / 34, 4)) == (first["wait_s"], first["wait_share"])
     assert (0.0, round(3 / 42, 4)) == (second["wait_s"], second["wait_share"])
+
+
+def test_pauses_are_recorded(tmp_path: Path) -> None:
+    """Each checkpoint and each publication has a line; the last line has their number and sums."""
+    settings = section(save_every_steps=2)
+    _, controller, _ = train(tmp_path, settings, plans(5))
+    assert controller is not None
+    ended = controller.record_end()
+
+    found = [(line["step"], line["pause_s"]) for line in lines(tmp_path) if line["kind"] == "checkpoint"]
+    assert [2, 4, 5] == [step for step, _ in found]
+    assert all(pause_s > 0 for _, pause_s in found)
+    assert (3, 0) == (ended["checkpoints"], ended["publications"])
+    assert sum(pause_s for _, pause_s in found) == pytest.approx(ended["checkpoint_pause_s"], abs=1e-3)
+
+
+def test_what_the_slowest_rank_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that compute 300 and 100 FLOPs: in the mean, a rank waits for a third of the step; for rank 0."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    balance = Balance(ModelFlops(1.0, 0.0, 0.0), 2)
+    figures = TrainingMetrics(tmp_path, 0, balance=balance)
+    rows = ((tiny.example(200, 9),), (tiny.example(40, 9),), (tiny.example(100, 9),), (tiny.example(60, 9),))
+    now += 5
+    figures.lap()
+    now += 2
+    note(figures, 1, StepPlan(rows, {}), waited_s=5.0)
+    (line,) = lines(tmp_path)
+
+    assert (0.3333, 0, 0.6667) == (line["idle_share"], line["straggler"], line["straggler_s"])
 
 
 def test_utilisation_is_relative_to_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,8 @@ class _Writer(FileSystemWriter):
             path = folder / one.relative_path
             if not path.exists() or path.stat().st_size < one.offset + one.length:
                 raise SinkError(
-                    f"cannot write {self._checkpoints.target(step)}: {path.name} of another rank is missing in "
-                    "it; --out must be one folder on storage that all ranks share"
+                    f"cannot write {self._checkpoints.target(step)}: {path.name} of another rank is missing "
+                    "in it; --out must be one folder on storage that all ranks share"
                 )
         self._checkpoints.commit(self._info, self._stream)
 
