@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pydoc_data.topics import topics
 
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import AssemblySection
 from streamsyn.sink.log import encode_row

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.resume import context_of
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.records import Context, Seed

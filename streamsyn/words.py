@@ -12,10 +12,11 @@ import re
 import sys
 from functools import cache
 from itertools import pairwise
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the first request of a run needs no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 IDEOGRAPHIC: Final = (
     (0x3040, 0x30FF),  # Hiragana, Katakana
@@ -84,6 +85,8 @@ def words_and_filler(text: str) -> tuple[list[str], list[str]]:
 
 def _has_filler(text: str) -> bool:
     """Whether `_FILLER` may match, in a tenth of the time that it takes to search for a run."""
+    import numpy as np
+
     codes = np.frombuffer(text.encode("ascii"), np.uint8) if text.isascii() else _codes_of(text)
     return _ALL_EQUAL in (codes[1:] == codes[:-1]).tobytes() or _BLANK_LINES.search(text) is not None
 
@@ -105,6 +108,8 @@ def normalised(text: str) -> str:
     folded = text.casefold()
     if len(folded) < _SHORT_CHARS:
         return " ".join(folded.split())
+    import numpy as np
+
     if folded.isascii():
         letters = np.frombuffer(folded.encode("ascii").translate(_ASCII_SPACES), np.uint8)
         return letters[_is_kept(letters)].tobytes().decode("ascii").strip(" ")
@@ -114,7 +119,7 @@ def normalised(text: str) -> str:
     return kept.tobytes().decode(_UTF_32, "surrogatepass").strip(" ")
 
 
-def _is_kept(codes: NDArray[Any]) -> NDArray[np.bool_]:
+def _is_kept(codes: "NDArray[Any]") -> "NDArray[np.bool_]":
     """Whether a character is not a space after another one."""
     is_kept: NDArray[np.bool_] = codes != _SPACE_CODE
     is_kept[1:] |= is_kept[:-1].copy()
@@ -125,15 +130,19 @@ def unspaced_letters(text: str) -> int:
     """The number of letters of scripts that are written without spaces."""
     if text.isascii():
         return 0
+    import numpy as np
+
     kinds = _kinds_of(text)[0]
     return int(np.count_nonzero(kinds >= _IDEOGRAPH))
 
 
-def word_starts(text: str) -> NDArray[np.intp]:
+def word_starts(text: str) -> "NDArray[np.intp]":
     """The offset of each word, in characters; shape (words,).
 
     Takes about 40 ms for a million words in ASCII, a tenth of the time of lists of words.
     """
+    import numpy as np
+
     if text.isascii():
         is_space = np.frombuffer(text.encode("ascii").translate(_IS_ASCII_SPACE), np.bool_)
         begins = ~is_space
@@ -142,7 +151,9 @@ def word_starts(text: str) -> NDArray[np.intp]:
     return _starts(*_kinds_of(text))
 
 
-def _starts(kinds: NDArray[np.uint8], codes: NDArray[np.uint32]) -> NDArray[np.intp]:
+def _starts(kinds: "NDArray[np.uint8]", codes: "NDArray[np.uint32]") -> "NDArray[np.intp]":
+    import numpy as np
+
     begins = kinds != _SPACE
     now, before = kinds[1:], kinds[:-1]
     within = (now == _IDEOGRAPH) | ((now == _LETTER) & (before >= _STOP))
@@ -155,7 +166,7 @@ def _starts(kinds: NDArray[np.uint8], codes: NDArray[np.uint32]) -> NDArray[np.i
     return np.flatnonzero(begins)
 
 
-def _kinds_of(text: str) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+def _kinds_of(text: str) -> "tuple[NDArray[np.uint8], NDArray[np.uint32]]":
     """The kind and the code point of each character."""
     codes = _codes_of(text)
     kinds = _kinds().take(codes, mode="clip")
@@ -163,20 +174,26 @@ def _kinds_of(text: str) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
     return kinds, codes
 
 
-def _codes_of(text: str) -> NDArray[np.uint32]:
+def _codes_of(text: str) -> "NDArray[np.uint32]":
     """The code point of each character."""
+    import numpy as np
+
     return np.frombuffer(text.encode(_UTF_32, "surrogatepass"), np.uint32)
 
 
 @cache
-def _is_space() -> NDArray[np.bool_]:
+def _is_space() -> "NDArray[np.bool_]":
     """Whether a character is white space, by code point; the last one is that of all others."""
+    import numpy as np
+
     return np.array([*(chr(code).isspace() for code in range(_LAST_SPACE + 1)), False])
 
 
 @cache
-def _kinds() -> NDArray[np.uint8]:
+def _kinds() -> "NDArray[np.uint8]":
     """The kind of each character, by code point; the last one is that of all rare ideographs."""
+    import numpy as np
+
     kinds = np.full(_CLASSIFIED + 1, _OTHER, np.uint8)
     for code in range(_CLASSIFIED):
         character = chr(code)

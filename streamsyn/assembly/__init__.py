@@ -4,8 +4,8 @@ As a stage of a run it is in `pipeline/delivery.py`.
 
 In reading order:
 
-- `assembler`: one sample for each context, as a pure function of the log, the configuration and `run.seed`;
-  and the prompts, tokenizer and corpus of a configuration, loaded once.
+- `assembler`: one sample for each context, as a pure function of the log, the configuration and `run.seed`.
+- `resources`: the prompts, tokenizer and corpus of a configuration, loaded once.
 - `window`: the recent contexts that distractors are drawn from, and the contexts that wait for distractors.
 - `distractors`: which candidates become distractors, and when a sample has enough.
 - `corpus`: passages of other documents as distractors.

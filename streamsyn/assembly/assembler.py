@@ -1,4 +1,4 @@
-"""Assembly as a function: contexts in the order of the log in, samples out; and loading what it needs.
+"""Assembly as a function: contexts in the order of the log in, samples out.
 
 The samples follow from the log, the section `assembly` and the run's seed alone. Each context becomes the
 relevant one of one sample, unless the configuration excludes it. Distractors come from the window of
@@ -10,25 +10,18 @@ depend on the run's seed and the context's id, never on the time, the process or
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from streamsyn.assembly.corpus import Corpus, load_corpus
+from streamsyn.assembly.corpus import Corpus
 from streamsyn.assembly.distractors import Choice, Chooser, Goal, Sources
 from streamsyn.assembly.sample_prompts import SamplePrompts
 from streamsyn.assembly.token_counter import ServerTokenCounter, TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Waiting, Window, sign
-from streamsyn.config.sections import AssemblySection, LengthsSection, RecipeSection, Source
-from streamsyn.errors import ConfigError
+from streamsyn.config.sections import AssemblySection, LengthsSection, Source
 from streamsyn.records import Sample, digest
-
-if TYPE_CHECKING:
-    from streamsyn.assembly.chat_tokenizer import ChatTokenizer
-
-Templated = TypeVar("Templated", AssemblySection, RecipeSection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,85 +312,3 @@ class Sampling:
         if isinstance(depth, Sequence):
             depth = depth[passage.seq % len(depth)]
         return math.floor(float(depth) * distractors + 0.5)
-
-
-class ResourceMissing(ConfigError):
-    """Raised when the tokenizer or the corpus cannot be loaded."""
-
-
-class AssemblyResources:
-    """The prompts, tokenizer and corpus of a configuration. Several assemblers can share them.
-
-    Raises:
-        ConfigError: A prompt template cannot be used.
-        ResourceMissing: The tokenizer or the corpus cannot be loaded.
-    """
-
-    def __init__(self, section: AssemblySection) -> None:
-        self._section = section
-        self._prompts = SamplePrompts(section)
-        self._tokenizer: ChatTokenizer | None = None
-        self._corpus: Corpus | None = None
-        try:
-            if section.tokenizer is not None:
-                from streamsyn.assembly.chat_tokenizer import load_tokenizer
-
-                self._tokenizer = load_tokenizer(section.tokenizer)
-            if "corpus" in section.source_weights:
-                self._corpus = load_corpus(section)
-        except ConfigError as error:
-            raise ResourceMissing(str(error)) from error
-
-    def arrangement(
-        self, passages: Sequence[Passage | int], relevant_index: int, target_tokens: int | None, n_tokens: int
-    ) -> Arrangement:
-        """Return a sample that was chosen before. A number is the index of a passage of the corpus."""
-        corpus = self._corpus or ()
-        pieces = [corpus[one] if isinstance(one, int) else one for one in passages]
-        counter = ServerTokenCounter()  # not needed: the tokens have been counted
-        return Arrangement(pieces, relevant_index, target_tokens, n_tokens, self._prompts, counter)
-
-    def assembler(self, run_seed: int) -> Assembler:
-        """Return a new assembler."""
-        counter: TokenCounter | None = None
-        if self._tokenizer is not None:
-            from streamsyn.assembly.token_counter import ChatTokenCounter
-
-            counter = ChatTokenCounter(self._tokenizer, self._prompts)
-        return Assembler(self._section, run_seed, self._prompts, counter, self._corpus)
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return digests of what shapes samples besides the configuration: templates, tokenizer, corpus."""
-        digests = self._prompts.fingerprint()
-        if self._tokenizer is not None:
-            digests["assembly.tokenizer"] = self._tokenizer.digest
-        if self._corpus is not None:
-            digests["assembly.corpus"] = self._corpus.digest
-        return digests
-
-
-def with_templates(section: Templated, name: str, fingerprint: Mapping[str, Any], folder: Path) -> Templated:
-    """Return the section with its templates as the run's fingerprint has them, saved as files in `folder`.
-
-    Args:
-        section: The section.
-        name: Its name in the configuration.
-        fingerprint: The fingerprint in run.json.
-        folder: Where the files go.
-    """
-
-    def saved(key: str, path: Path | None) -> Path | None:
-        text = fingerprint.get(key)
-        if path is None or not isinstance(text, str):
-            return path
-        copy = folder / digest(key).hex()
-        copy.write_bytes(text.encode())  # `write_text` may change line ends
-        return copy
-
-    tasks = {
-        key: task.model_copy(update={"template": saved(f"{name}.tasks.{key}.template", task.template)})
-        for key, task in section.tasks.items()
-    }
-    return section.model_copy(
-        update={"template": saved(f"{name}.template", section.template), "tasks": tasks}
-    )

@@ -1,10 +1,14 @@
 """The user message of a sample, rendered with the template of its task's family or with the user's own."""
 
-from streamsyn.assembly.window import Passage
+from typing import TYPE_CHECKING
+
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
 from streamsyn.templates import PromptTemplate, packaged, read
+
+if TYPE_CHECKING:
+    from streamsyn.assembly.window import Passage
 
 FAMILIES = ("single_doc_qa", "multi_doc_qa", "summary", "meeting_query", "general")
 
@@ -59,7 +63,7 @@ class SamplePrompts:
                     )
                 self._tasks[task] = self._families[override.family]
 
-    def user_message(self, passage: Passage, contexts: list[str]) -> str:
+    def user_message(self, passage: "Passage", contexts: list[str]) -> str:
         """Return the message that holds `contexts` and asks the instruction of `passage`."""
         template = self.template(passage.task)
         return template.render(contexts=contexts, instruction=passage.instruction, task=passage.task)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from streamsyn.assembly.assembler import with_templates
+from streamsyn.assembly.resources import with_templates
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection
 from streamsyn.errors import ConfigError

@@ -2,34 +2,67 @@
 
 import signal
 import sys
-import traceback
-from typing import NoReturn
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Final, NoReturn
 
 import click
 
 import streamsyn
-from streamsyn.cli.bench import bench
-from streamsyn.cli.config import show_config
-from streamsyn.cli.demo import demo
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_STOPPED, EXIT_USAGE, as_json, fail, on_signals, stop_early
-from streamsyn.cli.export import export
-from streamsyn.cli.init import init_config
-from streamsyn.cli.preview import preview
-from streamsyn.cli.report import report
-from streamsyn.cli.retry import retry
-from streamsyn.cli.run import run
-from streamsyn.cli.score import score
-from streamsyn.cli.serve import serve
-from streamsyn.cli.simulate import simulate
-from streamsyn.cli.status import status
-from streamsyn.cli.train import train
-from streamsyn.cli.verify import verify
 from streamsyn.errors import ConfigError, LaunchError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.pipeline.stdout import secure_stdio
 from streamsyn.plain_text import visible, without_userinfo
 
+_COMMANDS: Final = {
+    "bench": "Measure the throughput of a fleet on this workload, and find what limits it.",
+    "config": "Print the resolved configuration as TOML: every key with its meaning and value.",
+    "demo": "Start a real SGLang server, write contexts for 12 packaged seeds, print the best sample.",
+    "export": "Assemble the contexts of a run into a data set with a dataset card.",
+    "init": "Write a short commented configuration to PATH (run.toml).",
+    "preview": "Print what would be sent for the first seeds (3, or --limit).",
+    "report": "Write one HTML page about a run: whether it is fit for training, statistics, samples to read.",
+    "retry": "Ask the rejects of a run again, with the settings of the run or with changed ones.",
+    "run": "Write contexts for seeds and assemble samples.",
+    "score": (
+        "Measure the contexts of a run: context gain, answers, near-duplicates, leaks of evaluation data."
+    ),
+    "serve": "Hold many runs over one fleet, and serve them over HTTP: seeds in, samples out.",
+    "simulate": "Serve a simulated SGLang on CPU: its wire protocol, without a model.",
+    "status": "Print what a run or a daemon is doing, or how a run ended.",
+    "train": "Tune a model on samples while they are written.",
+    "verify": "Check every guarantee of a run directory by reading all of it.",
+}
+"""What each command does; `streamsyn.cli.NAME` has the command, which is imported when it is used."""
+_FUNCTIONS: Final = {"config": "show_config", "init": "init_config"}
+"""Names of functions that are not those of their commands."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class _Commands(Mapping[str, click.Command]):
+    """All commands by name."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in _COMMANDS:
+            raise KeyError(name)
+        command: click.Command = getattr(import_module(f"streamsyn.cli.{name}"), _FUNCTIONS.get(name, name))
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _Group(click.Group):
+    """Lists the commands without importing them."""
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(streamsyn.__version__)
 def cli() -> None:
     """Write long contexts for short instruction-answer pairs, and assemble them into training samples.
@@ -51,24 +84,7 @@ def cli() -> None:
     """  # noqa: D301 - click keeps the line breaks of a paragraph that starts with \b
 
 
-for _command in (
-    run,
-    retry,
-    score,
-    preview,
-    verify,
-    export,
-    report,
-    bench,
-    train,
-    serve,
-    show_config,
-    demo,
-    simulate,
-    status,
-    init_config,
-):
-    cli.add_command(_command)
+cli.commands = _Commands()  # type: ignore[assignment] # of which click only reads
 
 
 def main() -> None:
@@ -96,6 +112,8 @@ def main() -> None:
         fail(str(error), EXIT_STOPPED)
     except Exception as error:  # noqa: BLE001 - whatever it is, its text may have passwords
         if not as_json():
+            import traceback
+
             click.echo(visible(without_userinfo(traceback.format_exc())), err=True, nl=False)
             sys.exit(EXIT_OTHER)
         fail(repr(error), EXIT_OTHER, exc_info=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, EXIT_USAGE, fail, on_signals
-from streamsyn.cli.options import examples, request_of, run_options
+from streamsyn.cli.options import examples, imports, request_of, run_options
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 
@@ -29,10 +29,10 @@ def run(**given: Any) -> None:
 
     With --train a model is tuned on the samples during the run. A signal stops both, the run first.
     """
-    from streamsyn.library.run_thread import run_to_end
-    from streamsyn.pipeline.stdout import SampleStream
-    from streamsyn.telemetry import configure_logs
-    from streamsyn.trainer.supervisor import training_beside
+    with imports():
+        from streamsyn.library.run_thread import run_to_end
+        from streamsyn.pipeline.stdout import SampleStream
+        from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
     request = request_of(given, given["out"], replay=given["replay"], preflight=not given["no_preflight"])
@@ -42,6 +42,8 @@ def run(**given: Any) -> None:
         raise ConfigError("--replay needs --stdout: it writes earlier samples to stdout again")
     training = None
     if given["train"]:
+        from streamsyn.trainer.supervisor import training_beside
+
         training = training_beside(given["train"], given["out"], as_json=given["log_json"])
     stream = SampleStream() if given["to_stdout"] else None
     request.stream, request.supervisor = stream, training

@@ -37,4 +37,5 @@ Threshold = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=
 class Section(BaseModel):
     """A table of the configuration: frozen, without unknown keys, each key described by its docstring."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Docstrings are read when they are printed: `use_attribute_docstrings` would read all at each start.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)

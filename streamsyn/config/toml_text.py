@@ -1,15 +1,16 @@
 """The configuration as TOML with the meaning of each key: all keys, or those that `streamsyn init` writes."""
 
+import ast
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from functools import cache
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
-
-from pydantic.fields import FieldInfo
 
 from streamsyn.config.fields import Section
 from streamsyn.config.loading import Config, load
@@ -60,7 +61,7 @@ def _section(section: Section, name: str) -> Iterator[str]:
     if name:
         meaning = inspect.cleandoc(type(section).__doc__ or "")
         yield "\n" + "".join(f"# {line}".rstrip() + "\n" for line in meaning.splitlines()) + f"[{name}]"
-    for key, field in type(section).model_fields.items():
+    for key in type(section).model_fields:
         value = getattr(section, key)
         path = f"{name}.{key}" if name else key
         if isinstance(value, Section):
@@ -68,13 +69,26 @@ def _section(section: Section, name: str) -> Iterator[str]:
         elif isinstance(value, dict) and any(isinstance(entry, Section) for entry in value.values()):
             below += [(f"{path}.{_key(entry)}", settings) for entry, settings in value.items()]
         else:
-            yield from _line(key, value, field)
+            yield from _line(key, value, meanings(type(section)).get(key, ""))
     for path, part in below:
         yield from _section(part, path)
 
 
-def _line(key: str, value: Any, field: FieldInfo) -> Iterator[str]:
-    for line in (field.description or "").splitlines():
+@cache
+def meanings(section: type[Section]) -> dict[str, str]:
+    """Return what the docstring below each key of a section says."""
+    (owner,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(owner, ast.ClassDef), "a section is a class"
+    found: dict[str, str] = {}
+    for key, below in pairwise(owner.body):
+        match key, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                found[name] = inspect.cleandoc(meaning)
+    return found
+
+
+def _line(key: str, value: Any, meaning: str) -> Iterator[str]:
+    for line in meaning.splitlines():
         yield f"# {line}"
     yield f"# {key} =" if value is None else f"{key} = {toml_value(value)}"
 
@@ -137,7 +151,7 @@ def _tables(config: Config, keys: list[str], own: Mapping[str, Any]) -> Iterator
         section: Section = getattr(config, name)
         yield f"\n[{name}]"
         for key in (key.partition(".")[2] for key in group):
-            meaning = " ".join((type(section).model_fields[key].description or "").split())
+            meaning = " ".join(meanings(type(section)).get(key, "").split())
             sentence = _FIRST_SENTENCES.match(meaning)
             yield f"# {sentence[1] if sentence else meaning}"
             yield f"{key} = {toml_value(own.get(f'{name}.{key}', getattr(section, key)))}"

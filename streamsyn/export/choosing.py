@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from streamsyn.assembly.assembler import Arrangement, Assembler, AssemblyResources
+from streamsyn.assembly.assembler import Arrangement, Assembler
 from streamsyn.assembly.corpus import CorpusPassage
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.window import Passage, Piece, give_signatures
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import SinkError, StreamsynError

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import pyarrow
 
-from streamsyn.assembly.assembler import Arrangement, AssemblyResources, with_templates
+from streamsyn.assembly.assembler import Arrangement
+from streamsyn.assembly.resources import AssemblyResources, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection

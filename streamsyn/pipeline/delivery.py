@@ -7,20 +7,23 @@ small state file, saved from time to time, means that a resume does not have to 
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
-from streamsyn.assembly.assembler import Arrangement, Assembler, AssemblyState
-from streamsyn.assembly.window import Passage
 from streamsyn.errors import StoppedEarly
 from streamsyn.pipeline.stdout import SampleStream
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Context, Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
+
+if TYPE_CHECKING:  # imported in a thread, when the first context is on disk
+    from streamsyn.assembly.assembler import Arrangement, Assembler
+    from streamsyn.assembly.window import Passage
 
 log = structlog.get_logger()
 
@@ -87,7 +90,7 @@ class AssemblyStage:
     """Makes samples and delivers each of them once.
 
     Args:
-        assembler: A new assembler.
+        assembler: Makes a new assembler; called in a thread.
         store: Contexts, and the saved state.
         outlet: Where samples are delivered.
         logged: Contexts in the log at the start.
@@ -99,7 +102,7 @@ class AssemblyStage:
 
     def __init__(
         self,
-        assembler: Assembler,
+        assembler: "Callable[[], Assembler]",
         store: AssemblyStore,
         outlet: SampleOutlet,
         *,
@@ -108,7 +111,7 @@ class AssemblyStage:
         flushes: Sequence[int],
         replay: Callable[[], None] | None = None,
     ) -> None:
-        self._assembler = assembler
+        self._make_assembler = assembler
         self._store = store
         self._outlet = outlet
         self._logged = logged
@@ -119,18 +122,29 @@ class AssemblyStage:
         self._stopped = threading.Event()
         self._has_skipped = False
 
+    @cached_property
+    def _assembler(self) -> "Assembler":
+        """The assembler, which is made in the thread that first needs it."""
+        return self._make_assembler()
+
     async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
         """Catch up with the log, then follow `contexts` to their end."""
-        await asyncio.to_thread(self.catch_up)
+        if self._logged or self._replay is not None:
+            await asyncio.to_thread(self.catch_up)
         async for first in contexts:
             batch = [first, *contexts.get_nowait(_BATCH - 1)]
             if self._stopped.is_set():
                 self._has_skipped = True  # consume them, so that the queue can drain
             else:
-                await asyncio.to_thread(self._take, [Passage.of_context(*one) for one in batch])
+                await asyncio.to_thread(self._take_contexts, batch)
 
     def catch_up(self) -> None:
-        """Make the samples of the contexts that the log held at the start. Blocks; `run` calls it first."""
+        """Make the samples of the contexts that the log held at the start. Blocks.
+
+        `run` calls it first if there are any.
+        """
+        from streamsyn.assembly.window import Passage
+
         if self._replay is not None:
             self._replay()
         self._restore()
@@ -170,6 +184,9 @@ class AssemblyStage:
         self._unsaved_bytes = 0
 
     def _restore(self) -> None:
+        from streamsyn.assembly.assembler import AssemblyState
+        from streamsyn.assembly.window import Passage
+
         saved = self._store.load_state()
         if saved is None:
             return
@@ -185,7 +202,12 @@ class AssemblyStage:
         rows = self._store.read_contexts(state.window_start, state.consumed)
         self._assembler.restore(state, map(Passage.of_row, rows))
 
-    def _take(self, passages: Sequence[Passage]) -> None:
+    def _take_contexts(self, batch: Sequence[tuple[int, Context]]) -> None:
+        from streamsyn.assembly.window import Passage
+
+        self._take([Passage.of_context(*one) for one in batch])
+
+    def _take(self, passages: "Sequence[Passage]") -> None:
         self._assembler.prepare(passages)
         arranged: list[Arrangement] = []
         for passage in passages:
@@ -196,11 +218,11 @@ class AssemblyStage:
         if self._unsaved_bytes > _STATE_EVERY_BYTES:
             self.save()
 
-    def _flushed(self) -> list[Arrangement]:
+    def _flushed(self) -> "list[Arrangement]":
         """Return the samples that an earlier run made at the end of its stream, if the stream ended here."""
         return self._assembler.flush() if self._assembler.consumed in self._flushes else []
 
-    def _emit(self, arranged: Sequence[Arrangement]) -> None:
+    def _emit(self, arranged: "Sequence[Arrangement]") -> None:
         """Deliver the samples that earlier runs have not, a bounded amount of text at a time."""
         first = self._assembler.samples - len(arranged)
         batch: list[Sample] = []

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.background import in_threads
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, FleetSection, ServerSection
@@ -339,7 +339,7 @@ def make_assembly(parts: Parts) -> AssemblyStage | NoAssembly:
         return NoAssembly()
     delivery = SampleDelivery(parts.log, parts.request.stream, parts.counters, parts.request.after_samples)
     return AssemblyStage(
-        parts.resources.assembler(config.run.seed),
+        partial(parts.resources.assembler, config.run.seed),
         parts.log,
         delivery,
         logged=parts.log.contexts.rows,

@@ -17,13 +17,8 @@ from typing import Any, TypeAlias
 import orjson
 import structlog
 
-from streamsyn.assembly.assembler import (
-    Arrangement,
-    Assembler,
-    AssemblyResources,
-    ResourceMissing,
-    with_templates,
-)
+from streamsyn.assembly.assembler import Arrangement, Assembler
+from streamsyn.assembly.resources import AssemblyResources, ResourceMissing, with_templates
 from streamsyn.assembly.window import Passage
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, SinkError

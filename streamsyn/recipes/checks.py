@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy
+from typing import TYPE_CHECKING, Any
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.records import Completion, RejectReason, Seed
-from streamsyn.shingles import Hashes, ngrams
 from streamsyn.words import normalised, words_and_filler
+
+if TYPE_CHECKING:  # the first request of a run needs no numpy
+    from streamsyn.shingles import Hashes
 
 _CANNOT = r"(?:can['\u2019]?t|cannot|can\s+not|unable|not\s+able|won['\u2019]?t)"
 _WE_ARE = r"(?:i['\u2019]?m|i\s+am|we['\u2019]?re|we\s+are)"
@@ -172,6 +172,8 @@ def repetition(words: list[str], before: list[str] | None = None) -> float:
     if runs < 1:
         return 0.0
     sorted_runs = _sorted_runs(words)
+    import numpy
+
     if before:
         new = len(
             numpy.setdiff1d(_different(sorted_runs), _different(_sorted_runs(before)), assume_unique=True)
@@ -181,14 +183,20 @@ def repetition(words: list[str], before: list[str] | None = None) -> float:
     return 1 - new / runs
 
 
-def _sorted_runs(words: list[str]) -> Hashes:
+def _sorted_runs(words: list[str]) -> "Hashes":
     """Return all runs as numbers, sorted: ten times as fast as a set of tuples for a long text."""
+    import numpy
+
+    from streamsyn.shingles import ngrams
+
     hashes = numpy.fromiter(map(hash, words), numpy.int64, len(words)).view(numpy.uint64)
     return numpy.sort(ngrams(hashes, _RUN))
 
 
-def _different(sorted_runs: Hashes) -> Hashes:
+def _different(sorted_runs: "Hashes") -> "Hashes":
     """Return each run once, in a tenth of the time of numpy.unique."""
+    import numpy
+
     is_first = numpy.ones(len(sorted_runs), numpy.bool_)
     is_first[1:] = sorted_runs[1:] != sorted_runs[:-1]
     return sorted_runs[is_first]

@@ -8,10 +8,7 @@ random place of a longer document.
 import re
 from dataclasses import dataclass
 from random import Random
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.recipes.checks import Checks, Failure
@@ -21,6 +18,10 @@ from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed, digest
 from streamsyn.words import normalised, word_count, word_starts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f]['\")\]\u2019\u201d\u300d\u300f]*\Z")
 _NEAR = 100
@@ -177,7 +178,7 @@ def draw_window(document: str, words: int | None, rng: Random) -> Window:
     return Window(document[starts[first] : end].rstrip(), first, words, of)
 
 
-def _start_near(document: str, starts: NDArray[np.intp], drawn: int, words: int) -> int:
+def _start_near(document: str, starts: "NDArray[np.intp]", drawn: int, words: int) -> int:
     """Return the number of the word that the window starts with, near the one drawn."""
     reach = min(_NEAR, words // 2)
     paragraphs, sentences = [], []

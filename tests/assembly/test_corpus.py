@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.assembly.assembler import AssemblyResources, ResourceMissing
 from streamsyn.assembly.corpus import Corpus, cut, load_corpus
+from streamsyn.assembly.resources import AssemblyResources, ResourceMissing
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 

@@ -10,7 +10,7 @@ import orjson
 import pyarrow.parquet
 import zstandard
 
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.pipeline.delivery import AssemblyStage
@@ -61,7 +61,7 @@ def make_run(
     log = RunLog(root, config.sink)
     log.append(outcomes)
     stage = AssemblyStage(
-        resources.assembler(config.run.seed),
+        lambda: resources.assembler(config.run.seed),
         log,
         Outlet(log),
         logged=log.contexts.rows,

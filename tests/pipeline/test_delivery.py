@@ -61,7 +61,7 @@ class Disk:
 
     def stage(self, logged: int) -> AssemblyStage:
         return AssemblyStage(
-            Assembler(SECTION, 0, PROMPTS),
+            lambda: Assembler(SECTION, 0, PROMPTS),
             self,
             self,
             logged=logged,
@@ -140,7 +140,7 @@ async def test_a_resume_reads_the_log_from_the_window_on() -> None:
     await run(stage, list(enumerate(contexts))[:150])
     await asyncio.to_thread(stage.save)
     await run_and_finish(disk, contexts, 160)
-    window_start, caught_up_from = disk.read_from[1:]
+    window_start, caught_up_from = disk.read_from
 
     assert expected_samples(contexts, []) == disk.samples
     assert 100 < window_start < 150
@@ -268,7 +268,12 @@ def test_many_samples_due_at_once_are_delivered_a_little_at_a_time() -> None:
             pass
 
     stage = AssemblyStage(
-        Assembler(section, 0, SamplePrompts(section)), disk, Outlet(), logged=40, delivered=0, flushes=()
+        lambda: Assembler(section, 0, SamplePrompts(section)),
+        disk,
+        Outlet(),
+        logged=40,
+        delivered=0,
+        flushes=(),
     )
     asyncio.run(run(stage, []))
     stage.finish()

@@ -126,7 +126,7 @@ class Bench:
         self.sink = OutcomeWriter(self.log, self.config.sink, self.counters)
         section = self.config.assembly
         self.assembly: AssemblyStage | NoAssembly = AssemblyStage(
-            Assembler(section, 0, SamplePrompts(section)),
+            lambda: Assembler(section, 0, SamplePrompts(section)),
             self.log,
             self.outlet,
             logged=self.log.contexts.rows,

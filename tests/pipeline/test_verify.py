@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
@@ -59,7 +59,7 @@ def run(root: Path, config: Config, outcomes: Sequence[Outcome], *, to_the_end: 
         log.append(outcomes[number : number + 3])
         log.sync()
     stage = AssemblyStage(
-        materials.assembler(config.run.seed),
+        lambda: materials.assembler(config.run.seed),
         log,
         Outlet(log),
         logged=log.contexts.rows,

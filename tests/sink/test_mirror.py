@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from streamsyn.assembly.assembler import AssemblyResources
+from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.assembly.window import Passage
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
@@ -97,7 +97,7 @@ class Run:
     def __init__(self, root: Path, log: RunLog, config: Config) -> None:
         self.log = log
         self._stage = AssemblyStage(
-            AssemblyResources(config.assembly).assembler(config.run.seed),
+            lambda: AssemblyResources(config.assembly).assembler(config.run.seed),
             log,
             Outlet(log),
             logged=log.contexts.rows,
