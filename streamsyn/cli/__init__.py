@@ -5,6 +5,7 @@
     options   the options of `run`, which `preview` shares, and the configuration that they give
     run, preview, train, demo         write contexts and samples; tune a model on them
     serve                             the daemon: many runs over one fleet
+    deploy                            submit a Slurm job: servers, and a run that asks them
     retry, score                      ask rejects again; measure contexts beside the log
     export, report, verify, status    read a run directory
     bench                             measure the throughput of a fleet on this workload
