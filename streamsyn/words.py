@@ -120,7 +120,7 @@ def normalised(text: str) -> str:
 
 
 def _is_kept(codes: "NDArray[Any]") -> "NDArray[np.bool_]":
-    """Whether a character is not a space after another one."""
+    """Whether each character is kept: all but spaces that follow a space."""
     is_kept: NDArray[np.bool_] = codes != _SPACE_CODE
     is_kept[1:] |= is_kept[:-1].copy()
     return is_kept

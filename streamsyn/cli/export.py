@@ -179,7 +179,8 @@ def closing_lines(directory: Path, summary: "ExportSummary") -> list[str]:
         lines = [f"{directory} -> {summary.to}: the log has no contexts yet; only a card was written"]
     else:
         made = f"{summary.samples:,} samples of {summary.contexts:,} contexts"
-        size = f"{summary.written_bytes / 1e6:,.1f} MB in {summary.files:,} files"
+        files = "1 file" if summary.files == 1 else f"{summary.files:,} files"
+        size = f"{summary.written_bytes / 1e6:,.2f} MB in {files}"
         lines = [f"{directory} -> {summary.to}: {made}, {size}"]
     if len(summary.splits) > 1:
         lines += [f"  {rows:>12,} {split}" for split, rows in sorted(summary.splits.items())]

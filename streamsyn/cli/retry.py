@@ -60,7 +60,7 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
     """Ask the rejects of a run again, with the settings of the run or with changed ones.
 
     A reject holds until its seed has a new outcome. Settings that other rows depend on (assembly, the seed of
-    the run) cannot be changed. Stopped early, `streamsyn run --out DIRECTORY` goes on with it.
+    the run) cannot be changed. A retry that stopped early is resumed by `streamsyn run --out DIRECTORY`.
     """
     from streamsyn.library.run_thread import run_to_end
     from streamsyn.pipeline.reopened import without_missing_sources

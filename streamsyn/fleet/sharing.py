@@ -121,8 +121,8 @@ class Servers:
         """Open the fleet of one run; its requests still in flight at the end are aborted.
 
         Args:
-            section: The `fleet` section of the run: its models, retries, timeouts and hedging. Its servers,
-                and what is said there of them, do not count.
+            section: The `fleet` section of the run: its models, retries, timeouts and hedging. Its servers
+                and their settings are ignored.
             weight: The run's part of the places relative to the others; above 0.
             priority: Multiplies the weight by 1/8, 1 or 8.
         """

@@ -32,7 +32,7 @@ except ImportError as error:
 log = structlog.get_logger()
 
 _TIMEOUT_S: Final = 3.0
-"""Time that a collector has for a batch; so long the end of a run may wait for it."""
+"""Longest wait for a collector to take a batch, also at the end of a run."""
 _WARN_EVERY_S: Final = 300.0
 _QUEUED_SPANS: Final = 8192
 _PROPAGATOR: Final = TraceContextTextMapPropagator()

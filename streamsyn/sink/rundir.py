@@ -192,7 +192,7 @@ def is_foreign(name: str) -> bool:
 
 
 def _refuse_foreign(root: Path) -> None:
-    """Refuse a directory that holds something else than a run: it may be another one than was meant.
+    """Refuse a directory that holds something else than a run: its path may be a mistake.
 
     Configurations, templates, logs and hidden files may lie in a directory before its run begins.
 
