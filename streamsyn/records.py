@@ -317,6 +317,8 @@ class Reject:
 
 
 Outcome: TypeAlias = Context | Reject
+DurableContext: TypeAlias = tuple[int, Context]
+"""A context that is on disk, and its `seq` in the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

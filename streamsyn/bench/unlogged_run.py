@@ -20,7 +20,7 @@ from streamsyn.pipeline.summary import RunSummary
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe
-from streamsyn.records import Context, Outcome
+from streamsyn.records import DurableContext, Outcome
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
 from streamsyn.telemetry import Counters, traced
@@ -32,7 +32,7 @@ class DroppedOutcomes:
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
 
-    async def run(self, results: Backlog[Outcome], _durable: BoundedQueue[tuple[int, Context]]) -> None:
+    async def run(self, results: Backlog[Outcome], _durable: BoundedQueue[DurableContext]) -> None:
         """Count outcomes until `results` ends."""
         async for outcome in results:
             self._counters.count_outcome(outcome)

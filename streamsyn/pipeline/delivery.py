@@ -17,7 +17,7 @@ import structlog
 from streamsyn.errors import StoppedEarly
 from streamsyn.pipeline.stdout import SampleStream
 from streamsyn.queues import BoundedQueue
-from streamsyn.records import Context, Sample
+from streamsyn.records import DurableContext, Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
 
@@ -71,7 +71,7 @@ class SampleOutlet(Protocol):
 class NoAssembly:
     """The stage where `assembly.write` is false: contexts are consumed and no samples are made."""
 
-    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+    async def run(self, contexts: BoundedQueue[DurableContext]) -> None:
         """Consume the queue."""
         async for _ in contexts:
             pass
@@ -127,7 +127,7 @@ class AssemblyStage:
         """The assembler, which is made in the thread that first needs it."""
         return self._make_assembler()
 
-    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+    async def run(self, contexts: BoundedQueue[DurableContext]) -> None:
         """Catch up with the log, then follow `contexts` to their end."""
         if self._logged or self._replay is not None:
             await asyncio.to_thread(self.catch_up)
@@ -202,7 +202,7 @@ class AssemblyStage:
         rows = self._store.read_contexts(state.window_start, state.consumed)
         self._assembler.restore(state, map(Passage.of_row, rows))
 
-    def _take_contexts(self, batch: Sequence[tuple[int, Context]]) -> None:
+    def _take_contexts(self, batch: Sequence[DurableContext]) -> None:
         from streamsyn.assembly.window import Passage
 
         self._take([Passage.of_context(*one) for one in batch])

@@ -10,7 +10,7 @@ from streamsyn.errors import ConfigError, StoppedEarly
 from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
 from streamsyn.pipeline.workers import WorkerPool
 from streamsyn.queues import Backlog, BoundedQueue
-from streamsyn.records import Context, Outcome, Work
+from streamsyn.records import DurableContext, Outcome, Work
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ class ProducerStage(Protocol):
 class SinkStage(Protocol):
     """The stage that takes outcomes, and calls `results.done()` for each one that needs no room any more."""
 
-    async def run(self, results: Backlog[Outcome], durable: BoundedQueue[tuple[int, Context]], /) -> None:
+    async def run(self, results: Backlog[Outcome], durable: BoundedQueue[DurableContext], /) -> None:
         """Take outcomes until `results` ends."""
         ...
 
@@ -73,7 +73,7 @@ class Pipeline:
         self._drain_timeout_s = drain_timeout_s
         self._work: BoundedQueue[Work] = BoundedQueue(queue_size)
         self._results: Backlog[Outcome] = Backlog(backlog)
-        self._durable: BoundedQueue[tuple[int, Context]] = BoundedQueue(queue_size)
+        self._durable: BoundedQueue[DurableContext] = BoundedQueue(queue_size)
         self._producing: asyncio.Task[None] | None = None
         self._working: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None

@@ -12,15 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.queues import Backlog, BoundedQueue
-from streamsyn.records import Context, Outcome
+from streamsyn.records import Context, DurableContext, Outcome
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
-
-DurableContext: TypeAlias = tuple[int, Context]
 
 _MAX_BATCH = 256
 _GATHER_S = 0.005

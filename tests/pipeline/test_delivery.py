@@ -17,7 +17,7 @@ from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import StoppedEarly
 from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
 from streamsyn.queues import BoundedQueue
-from streamsyn.records import Context, Sample
+from streamsyn.records import Context, DurableContext, Sample
 from tests.builders import as_rows, context, samples_of
 from tests.examples import examples
 
@@ -88,9 +88,9 @@ def expected_samples(contexts: Sequence[Context], flushes: Sequence[int]) -> lis
     return made + samples_of(assembler.flush())
 
 
-async def run(stage: AssemblyStage, contexts: Sequence[tuple[int, Context]]) -> None:
+async def run(stage: AssemblyStage, contexts: Sequence[DurableContext]) -> None:
     """Run a stage on contexts that are new to the log."""
-    queue: BoundedQueue[tuple[int, Context]] = BoundedQueue(max(1, len(contexts)))
+    queue: BoundedQueue[DurableContext] = BoundedQueue(max(1, len(contexts)))
     for one in contexts:
         await queue.put(one)
     queue.close()
@@ -241,7 +241,7 @@ async def test_after_stop_a_later_run_makes_the_rest(logged: int) -> None:
 
 async def test_without_assembly_the_queue_is_consumed() -> None:
     """With `assembly.write = false` nothing else happens."""
-    queue: BoundedQueue[tuple[int, Context]] = BoundedQueue(3)
+    queue: BoundedQueue[DurableContext] = BoundedQueue(3)
     for one in enumerate(contexts_of(3)):
         await queue.put(one)
     queue.close()

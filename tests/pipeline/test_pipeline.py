@@ -22,7 +22,7 @@ from streamsyn.pipeline.stages import Pipeline, Stages
 from streamsyn.pipeline.workers import Worker, WorkerPool
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.registry import load_recipe
-from streamsyn.records import Context, Outcome, Sample
+from streamsyn.records import DurableContext, Outcome, Sample
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.simulator.app import RunningSimulator, running
 from streamsyn.simulator.settings import Fault, Script, SimulatorConfig
@@ -297,7 +297,7 @@ class Behind(NoAssembly):
     def __init__(self) -> None:
         self._stopped = asyncio.Event()
 
-    async def run(self, contexts: BoundedQueue[tuple[int, Context]]) -> None:
+    async def run(self, contexts: BoundedQueue[DurableContext]) -> None:
         """Catch up for ever."""
         await self._stopped.wait()
         async for _ in contexts:

@@ -12,9 +12,9 @@ import pytest
 from streamsyn.config.sections import SinkSection
 from streamsyn.errors import SinkError, root_cause
 from streamsyn.queues import Backlog, BoundedQueue
-from streamsyn.records import Context, Outcome
+from streamsyn.records import Context, DurableContext, Outcome
 from streamsyn.sink.log import RunLog
-from streamsyn.sink.writer import DurableContext, OutcomeWriter
+from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters
 from tests.builders import as_rows, context, disk_full_beyond, new_run, outcome, rows, sink
 
