@@ -1,23 +1,23 @@
 """Training speed: streamsyn's loop compared with TRL's SFTTrainer on the same packs and the same model.
 
-    python -m benchmarks.train [--trl PYTHON] [--rounds N] [--json FILE]
-    python -m benchmarks.train --gpu [--dry] [--trl PYTHON] [--rounds N] [--json FILE]
+    python -m benchmarks.train [--rounds N] [--only NAME] [--json FILE]
+    python -m benchmarks.train --gpu [--dry] [--only NAME] [--rounds N] [--json FILE]
 
 Both train a randomly initialised Llama on the same rows of samples, in separate processes that take turns.
-The first steps are left out, and the fastest round counts. PYTHON has trl, torch, transformers, accelerate
-and datasets; without --trl only streamsyn is measured. To make one that takes all but trl from this
-environment:
+The first steps are left out, and the median of the rounds counts. The losses of both have to be equal, or the
+exit code is 1. TRL (pinned in the extra `dev`) comes from this environment or from --trl PYTHON; without it
+only streamsyn is measured. TRL runs with its own best settings: packing best-fit decreasing, which makes it
+free of padding, its loss in chunks, the fused AdamW, gradient checkpointing only where ours has it, and the
+fastest attention that is installed.
 
-    python -m venv V; V/bin/pip install --no-deps trl==1.16.0
-    echo "$PWD"/.venv/lib/python3*/site-packages > "$(echo V/lib/python3*/site-packages)"/here.pth
-
-Without --gpu: a CPU, 4 layers of width 256, rows of 1k and 4k tokens, one thread, tokens per CPU second;
+Without --gpu: a CPU, 4 layers of width 256, rows of 1k, 4k and 16k tokens, one thread, tokens per CPU second;
 streamsyn once with transformers' SDPA and its mask, like TRL, and once with one attention call a sample.
-With --gpu: models of 0.5B and 1.5B parameters, rows of 8k and 32k tokens (32k with gradient checkpointing),
-bf16 with float32 weights, the best attention that each side has installed; tokens per second of wall time,
-model FLOPs utilisation of the dense bf16 peak (by `streamsyn.trainer.metrics.mfu` for both), and peak
-memory. If there is no GPU, the plan is printed. With --dry the same functions run on the CPU with tiny
-models and short rows.
+With --gpu: models of 0.5B and 1.5B parameters, rows of 8k, 32k and 64k tokens (from 32k on with gradient
+checkpointing), bf16 with float32 weights; tokens per second of wall time, model FLOPs utilisation of the
+dense bf16 peak (by `streamsyn.trainer.metrics.mfu` for both), and peak memory; and the loss curves of bf16
+with each attention beside that of float32. If there is no GPU, the plan is printed. With --dry the same
+functions run on the CPU with tiny models and short rows. `benchmarks/train_gpu.sh` runs what fits into ten
+minutes.
 """
 
 import argparse
@@ -27,11 +27,16 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-WARM_UP = 3
+from benchmarks.train_sides import best_flash
+
+EQUAL, EQUAL_HALF = 1e-3, 2e-2
+"""Largest relative difference between losses of the same step; TRL rounds its own to four digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class Case:
         checkpointing: Whether to use gradient checkpointing.
         steps: Optimizer steps, warm-up included.
         per_step: Rows of a step.
+        warm_up: Steps that are not measured.
+        curve: Whether to compare attentions and precisions of streamsyn instead of with TRL.
     """
 
     name: str
@@ -59,6 +66,8 @@ class Case:
     checkpointing: bool = False
     steps: int = 12
     per_step: int = 2
+    warm_up: int = 3
+    curve: bool = False
 
     def config(self) -> Any:
         """Return the transformers configuration of the Llama."""
@@ -73,27 +82,31 @@ class Case:
 
 
 SMALL = (256, 1024, 4, 8, 4, 4096)
-CPU_CASES = [Case("4x256 1k", SMALL, 1024), Case("4x256 4k", SMALL, 4096, steps=WARM_UP + 3)]
+CPU_CASES = [
+    Case("4x256 1k", SMALL, 1024),
+    Case("4x256 4k", SMALL, 4096, steps=5, warm_up=2),
+    Case("4x256 16k", SMALL, 16_384, steps=2, per_step=1, warm_up=1),
+]
 MODELS = {"0.5B": (896, 4864, 24, 14, 2, 151_936), "1.5B": (1536, 8960, 28, 12, 2, 151_936)}
 TINY = (64, 128, 2, 4, 2, 1024)
+SHORTER = 128
+"""Rows of a dry run are this much shorter."""
 
 
 def gpu_cases(*, dry: bool) -> list[Case]:
-    """Return both models at both lengths; tiny models and short rows when `dry`."""
-    return [
-        Case(
-            f"{name} {length // 1024}k",
-            TINY if dry else sizes,
-            length // 64 if dry else length,
-            tied=True,
-            gpu=not dry,
-            half=True,
-            checkpointing=length > 8192,
-            steps=WARM_UP + 2 if dry else 12,
-        )
-        for name, sizes in MODELS.items()
-        for length in (8192, 32_768)
-    ]
+    """Return both models at all lengths, and their loss curves; tiny models and short rows when `dry`."""
+    cases = []
+    for name, sizes in MODELS.items():
+        shared: dict[str, Any] = {"sizes": TINY if dry else sizes, "tied": True, "gpu": not dry, "half": True}
+        for length, steps in ((8192, 12), (32_768, 8), (65_536, 5)):
+            size = length // SHORTER if dry else length
+            few = 3 if dry else steps
+            shown = f"{name} {length // 1024}k"
+            long = length > 8192
+            cases.append(Case(shown, length=size, checkpointing=long, steps=few, warm_up=2, **shared))
+        size, steps = (128, 6) if dry else (4096, 40)
+        cases.append(Case(f"{name} curve", length=size, steps=steps, curve=True, **shared))
+    return cases
 
 
 def samples(rows: int, length: int) -> list[list[tuple[int, int]]]:
@@ -131,16 +144,18 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     from streamsyn.trainer.metrics.mfu import model_flops
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(case.config())
     model.save_pretrained(folder)
     plain = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>", pad_token="<e>").save_pretrained(folder)
     rows = samples(case.steps * case.per_step, case.length)
-    measured: list[tuple[int, int]] = [*chain(*rows[WARM_UP * case.per_step :])]
+    measured: list[tuple[int, int]] = [*chain(*rows[case.warm_up * case.per_step :])]
     work = model_flops(model)
     assert work is not None
     plan = {
@@ -157,8 +172,9 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
 
 def compare(case: Case, trl: str | None, rounds: int) -> dict[str, Any]:
     """Run all sides in turns and return the figures of each."""
-    own_sides = ["ours"] if case.half else ["ours-sdpa", "ours-segments"]
-    sides = {**dict.fromkeys(own_sides, sys.executable), **({"trl": trl} if trl else {})}
+    sides = dict.fromkeys(own_sides(case), sys.executable)
+    if trl and not case.curve:
+        sides[TRL] = trl
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
         plan = prepare(Path(name), case)
@@ -168,14 +184,25 @@ def compare(case: Case, trl: str | None, rounds: int) -> dict[str, Any]:
     return {side: figures_of(case, plan, rounds_of_side) for side, rounds_of_side in found.items()}
 
 
+TRL = "trl-auto"
+
+
+def own_sides(case: Case) -> list[str]:
+    """Return the sides of streamsyn to measure."""
+    if not case.curve:
+        return ["ours-auto"] if case.half else ["ours-sdpa", "ours-segments"]
+    kernels = ["varlen"] if case.gpu else []
+    if case.gpu and (flash := best_flash()) != "sdpa":
+        kernels.append(flash)
+    return ["ours-segments-fp32", *(f"ours-{name}" for name in ("segments", *kernels))]
+
+
 def figures_of(case: Case, plan: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of a side: speed and memory of its best round, losses of its first."""
-    seconds = min(sum(each["times"][WARM_UP:]) for each in rounds)
-    losses = rounds[0]["losses"]
+    """Return the figures of a side: speed of its median round, the least memory, losses of its first."""
+    seconds = median(sum(each["times"][case.warm_up :]) for each in rounds)
     figures = {
         "tokens_per_s": plan["tokens"] / seconds,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "losses": rounds[0]["losses"],
         "peak_gib": min(each["peak_bytes"] for each in rounds) / 2**30,
         "weights": plan["weights"],
     }
@@ -196,29 +223,36 @@ def report(case: Case, sides: dict[str, dict[str, Any]]) -> None:
     """Print one line for each side."""
     for side, found in sides.items():
         line = f"{case.name:9} {side:14} {found['tokens_per_s']:9,.0f} tokens/s"
-        line += f"   loss {found['first_loss']:.4f} to {found['last_loss']:.4f}"
+        line += f"   loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
         line += f"   {found['peak_gib']:.2f} GiB"
         if "mfu" in found:
             line += f"   {found['mfu']:.1%} MFU"
-        if "trl" in sides:
-            line += f"   {found['tokens_per_s'] / sides['trl']['tokens_per_s']:.2f} times TRL"
-        print(line)
+        if TRL in sides:
+            line += f"   {found['tokens_per_s'] / sides[TRL]['tokens_per_s']:.2f} times TRL"
+        print(line, flush=True)
+
+
+def furthest_losses(sides: dict[str, dict[str, Any]]) -> float:
+    """Return the largest relative difference between the losses of a step of any two sides."""
+    steps = zip(*(found["losses"] for found in sides.values()), strict=True)
+    return max(float(max(losses) / min(losses) - 1) for losses in steps)
 
 
 def main() -> None:
     """Run the benchmark; without the GPU that it needs, print the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--trl", metavar="PYTHON", help="Python interpreter with trl; default: measure only streamsyn"
-    )
+    parser.add_argument("--trl", metavar="PYTHON", help="Python interpreter with trl; default: this one")
+    parser.add_argument("--only", metavar="NAME", help="only cases whose name contains this, such as 16k")
     parser.add_argument("--gpu", action="store_true", help="large models on a GPU")
     parser.add_argument("--dry", action="store_true", help="with --gpu: tiny models on the CPU")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side; the median counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     cases = gpu_cases(dry=args.dry) if args.gpu else CPU_CASES
-    if not args.trl:
-        print("without --trl PYTHON only streamsyn is measured")
+    cases = [case for case in cases if (args.only or "") in case.name]
+    trl = args.trl or (sys.executable if find_spec("trl") else None)
+    if not trl:
+        print("trl is not installed: only streamsyn is measured")
     if any(case.gpu for case in cases) and not has_gpu():
         print("torch finds no GPU. With one, these cases would run (try --dry for tiny models on the CPU):")
         for case in cases:
@@ -226,14 +260,20 @@ def main() -> None:
                 f"  {case.name}: {case.steps} steps of {case.per_step} rows, bf16{checkpointing_note(case)}"
             )
         return
-    found = {}
+    found, differing = {}, []
     for case in cases:
-        found[case.name] = compare(case, args.trl, args.rounds)
+        found[case.name] = compare(case, trl, args.rounds)
         report(case, found[case.name])
+        differ = furthest_losses(found[case.name])
+        print(f"{case.name:9} losses differ by up to {differ:.1e}", flush=True)
+        if differ > (EQUAL_HALF if case.half else EQUAL):
+            differing.append(case.name)
     if args.dry:
         print("all cases ran; the numbers of tiny models are not meaningful")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if differing:
+        sys.exit(f"the losses of the sides are not equal: {', '.join(differing)}")
 
 
 def has_gpu() -> bool:

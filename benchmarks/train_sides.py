@@ -2,8 +2,9 @@
 
     python -m benchmarks.train_sides SIDE FOLDER
 
-FOLDER holds the model and plan.json; SIDE is ours, ours-sdpa, ours-segments or trl. Losses, step times and
-peak memory go to stdout as one JSON object.
+FOLDER holds the model and plan.json. SIDE is `ours` or `trl` and an attention implementation, such as
+`ours-segments`, `ours-varlen` or `trl-sdpa`; `auto` takes the fastest that is installed. `-fp32` behind it
+trains in float32 whatever the plan says. Losses, step times and peak memory go to stdout as one JSON object.
 """
 
 import json
@@ -46,6 +47,12 @@ def peak_bytes(gpu: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def best_flash() -> str:
+    """Return transformers' name of the fastest attention that is installed for packed rows."""
+    installed = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+    return next((name for name, package in installed.items() if find_spec(package)), "sdpa")
+
+
 def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float], list[float]]:
     """Train with streamsyn's loop and return the losses and the seconds of its steps."""
     import numpy
@@ -67,6 +74,7 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
             "loss": "token",
             "precision": "bf16" if plan["half"] else "fp32",
             "gradient_checkpointing": plan["checkpointing"],
+            "attention": "segments" if attention == "sdpa" else attention,
         }
     )
     accelerator = start_accelerator(section)
@@ -121,7 +129,7 @@ def trl_rows(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
+def theirs(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float], list[float]]:
     """Train with TRL's SFTTrainer on the same packs; returns like `ours`."""
     import torch
     from datasets import Dataset
@@ -164,10 +172,9 @@ def theirs(folder: Path, plan: dict[str, Any]) -> tuple[list[float], list[float]
         disable_tqdm=True,
         dataloader_pin_memory=plan["gpu"],
     )
-    flash = plan["gpu"] and find_spec("flash_attn") is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="flash_attention_2" if flash else "sdpa"
-    )
+    if attention == "auto":
+        attention = best_flash() if plan["gpu"] else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     trainer = SFTTrainer(
         model=model,
         args=config,
@@ -186,8 +193,9 @@ def worker(side: str, folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     if not plan["gpu"]:
         torch.set_num_threads(1)
-    name, _, attention = side.partition("-")
-    losses, times = ours(folder, plan, attention) if name == "ours" else theirs(folder, plan)
+    name, attention, *single = side.split("-")
+    plan["half"] &= not single
+    losses, times = (ours if name == "ours" else theirs)(folder, plan, attention)
     figures = {"losses": losses, "times": times, "peak_bytes": peak_bytes(plan["gpu"])}
     sys.stdout.write(json.dumps(figures) + "\n")
 
