@@ -121,20 +121,22 @@ class TrainSection(Section):
     epochs: Count = 1
     """Passes over the stream. After the first, it is read again from disk."""
     max_steps: Annotated[Count | None, operational] = None
-    """Maximum number of optimizer steps. By default the stream's end decides."""
+    """Maximum number of optimizer steps. By default the stream's end decides. Without `train.total_steps` the
+    learning rate falls over the last `train.decay_steps` of them."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What to do with a sample longer than `train.seq_len`: `drop` it, or `truncate` its prompt in the
     middle."""
     mix: tuple[MixSection, ...] = ()
     """Other chat data to mix in."""
     shuffle_size: Count = 512
-    """Size of the shuffle buffer, in samples."""
+    """Size of the shuffle buffer, in samples. The rows of each step are packed from all samples in it: full
+    ones, that cost about the same."""
     shuffle_min: Count = 64
     """Minimum number of samples in the shuffle buffer before one is drawn, unless the stream has ended or
     paused."""
     max_wait_s: Annotated[FiniteSeconds, operational] = 60.0
     """Train on the samples in the buffer, however few, when the stream has delivered nothing for this many
-    seconds."""
+    seconds. The learning rate of a step that is not full is lower in proportion to its tokens."""
     stall_s: Annotated[FiniteSeconds, operational] = 1800.0
     """The stream is stalled when it has not ended and has delivered nothing for this many seconds."""
     on_stall: Annotated[Literal["wait", "stop"], operational] = "wait"

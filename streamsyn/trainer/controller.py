@@ -100,6 +100,7 @@ class Controller:
                 log.info("train.stopping", step=self._progress.step, why=self.stopped)
                 break
             if self._is_at_limit:
+                self._schedule.reopen()
                 yield from self._finish()
                 return
             try:
@@ -164,7 +165,8 @@ class Controller:
         step, skipped, section = self._progress.step, self._progress.skipped, self._section
         self._warned_stalled = False
         self._metrics.lap()
-        rate = self._schedule.rate(step, None if plan.left_steps is None else plan.left_steps + 1)
+        # A step that a slow stream has not filled must not move the weights as far as a full one.
+        rate = self._schedule.rate(step, self._left(plan)) * plan.fill
         if not rate and not self._warned_zero_rate:
             self._warned_zero_rate = True
             log.warning("train.rate_is_zero", step=step, why="train.total_steps have been made")
@@ -182,10 +184,27 @@ class Controller:
         if self._is_save_due and not self._skipped:  # else it would replace a checkpoint from before them
             yield from self._save()
 
+    def _left(self, plan: StepPlan) -> int | None:
+        """About how many steps remain with this one, up to the end of the stream or `train.max_steps`."""
+        limit = self._section.max_steps
+        known = [] if plan.left_steps is None else [plan.left_steps + 1]
+        known += [] if limit is None else [limit - self._progress.step]
+        return min(known, default=None)
+
+    def _denominator(self, plan: StepPlan) -> float:
+        """The divisor of a step's loss.
+
+        Steps hold different numbers of samples, depending on their lengths. With `train.loss = "sequence"`,
+        samples weigh the same in all of them: their losses are divided by the number that is usual.
+        """
+        if self._section.loss == "sequence" and plan.usual_count is not None:
+            return plan.usual_count
+        return denominator(plan.rows, self._section.loss)
+
     def _step_commands(self, plan: StepPlan, rate: float) -> list[Command]:
         """A `Step` for each rank: row i is for group i % groups."""
         kind, groups = self._section.loss, self._ranks.groups
-        whole = denominator(plan.rows, kind)
+        whole = self._denominator(plan)
         weights = [target_weights(row, kind) for row in plan.rows]
         return self._ranks.for_ranks(
             [
@@ -198,8 +217,9 @@ class Controller:
         progress, stream = self._progress, self._plans.statistics
         line = {
             "step": progress.step,
-            "loss": progress.loss,
+            "loss": progress.loss * self._denominator(plan) / denominator(plan.rows, self._section.loss),
             "rate": rate,
+            "fill": plan.fill,
             "grad_norm": progress.grad_norm,
             "skipped": progress.skipped,
             "examples": plan.count,

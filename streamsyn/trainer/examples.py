@@ -134,12 +134,16 @@ class StepPlan:
         state: The position in the stream after this step; can be written as JSON.
         left_steps: About how many steps remain after this one; None while the end is not known.
         flushed: Whether the plan was made because the stream has ended or paused, with rows not full.
+        fill: Tokens compared with those of full steps, at most 1; always 1 unless `flushed`.
+        usual_count: Mean number of examples of full steps; None if `flushed`.
     """
 
     rows: tuple[PackedRow, ...]
     state: dict[str, Any] = field(repr=False)
     left_steps: int | None = None
     flushed: bool = False
+    fill: float = 1.0
+    usual_count: float | None = None
 
     def examples(self) -> Iterator[Example]:
         """All examples, row by row."""

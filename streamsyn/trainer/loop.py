@@ -30,8 +30,9 @@ class Schedule:
     """The learning-rate schedule.
 
     With `train.total_steps`: linear warm-up over `train.warmup_steps`, then a cosine down to 0. Without:
-    warm-up, then constant until at most `train.decay_steps` are known to remain, then linear decay. The rate
-    does not rise again if the stream turns out to be longer than estimated.
+    warm-up, then constant until at most `train.decay_steps` are known to remain, before the end of the stream
+    or `train.max_steps`, then linear decay. The rate does not rise again if the stream turns out to be longer
+    than estimated.
 
     Args:
         section: The section `train`.
@@ -51,7 +52,7 @@ class Schedule:
         return {"span": self._span, "share": self._share}
 
     def reopen(self) -> None:
-        """Forget the decay: the stream has ended, but more may come, for example by a run with new seeds."""
+        """Forget the decay: more may come, by a run with new seeds or a higher `train.max_steps`."""
         self._span, self._share = None, 1.0
 
     def rate(self, step: int, left: int | None) -> float:

@@ -27,6 +27,7 @@ SETTINGS = {
     "train.learning_rate": 0.001,
     "train.warmup_steps": 2,
     "train.max_steps": STEPS,
+    "train.decay_steps": 0,  # else the rate would fall before each of the limits at which some stop
     "train.max_wait_s": 60,
     "train.save_every_steps": 100,
 }

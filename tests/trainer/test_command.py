@@ -229,17 +229,17 @@ def test_a_full_disk_stops_it_and_it_resumes_with_room(start: Start, tmp_path: P
     always been room.
     """
     run, out = write_run(tmp_path / "run", range(40)), tmp_path / "out"
-    whole = start(run, tmp_path / "whole")
+    whole = start(run, tmp_path / "whole", decay_steps=0)
     assert 0 == whole.wait(), whole.stderr()
-    first = start(run, out, max_steps=3)
+    first = start(run, out, decay_steps=0, max_steps=3)
     assert 0 == first.wait(), first.stderr()
-    full = start(run, out, file_bytes=50_000)
+    full = start(run, out, decay_steps=0, file_bytes=50_000)
 
     assert 1 == full.wait(), full.stderr()
     last = full.stderr().splitlines()[-1]
     assert re.match(r"streamsyn: cannot write .*step-0000004.*what was saved before it is whole", last)
     assert "Traceback" not in full.stderr()
-    rest = start(run, out)
+    rest = start(run, out, decay_steps=0)
     assert 0 == rest.wait(), rest.stderr()
     assert lines(tmp_path / "whole")[-1]["loss"] == lines(out)[-1]["loss"]
 

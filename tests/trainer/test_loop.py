@@ -1,5 +1,6 @@
 """The loop over plans made by hand: what a step does, and that nothing but the samples decides it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from streamsyn.errors import SinkError
 from streamsyn.trainer.commands import Step
 from streamsyn.trainer.examples import End, Idle, StepPlan
-from streamsyn.trainer.loop import Loop
+from streamsyn.trainer.loop import Loop, Schedule
 from streamsyn.trainer.model.loss import make_batch
 from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.saving.checkpoint import Checkpoints
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
 from tests.trainer.by_hand import plans, section, train, weights
@@ -116,6 +118,49 @@ def test_a_stall_is_waited_out(tmp_path: Path) -> None:
 
     assert controller is not None
     assert (2, None) == (loop.progress.step, controller.stopped)
+
+
+def test_the_rate_follows_how_full_a_step_is(tmp_path: Path) -> None:
+    """A step that a slow stream has filled to a quarter has a quarter of the rate."""
+    moves = plans(3)
+    moves[1] = replace(step_of(moves[1]), fill=0.25)
+    train(tmp_path, section(warmup_steps=0, decay_steps=0), moves)
+
+    assert [0.001, 0.00025, 0.001] == [line["rate"] for line in lines(tmp_path)]
+    assert [1.0, 0.25, 1.0] == [line["fill"] for line in lines(tmp_path)]
+
+
+def test_samples_weigh_the_same_in_steps_of_few_and_of_many(tmp_path: Path) -> None:
+    """With twice as many samples in a usual step, a step has half the gradient of its mean loss, which is
+    recorded.
+    """
+    first = step_of(plans(1)[0])
+    for name, usual in (("own", None), ("usual", 2.0 * first.count)):
+        train(tmp_path / name, section(), [replace(first, usual_count=usual), End({})])
+    [own], [usual_one] = lines(tmp_path / "own"), lines(tmp_path / "usual")
+
+    assert pytest.approx(own["loss"]) == usual_one["loss"]
+    assert pytest.approx(own["grad_norm"] / 2, rel=1e-4) == usual_one["grad_norm"]
+
+
+def test_the_rate_falls_before_the_limit(tmp_path: Path) -> None:
+    """Over the last `decay_steps` of `max_steps`; the saved schedule is open again for a higher limit."""
+    settings = section(warmup_steps=0, decay_steps=3, max_steps=4)
+    moves = [replace(step_of(one), left_steps=None) for one in plans(9)[:-1]]
+    train(tmp_path, settings, moves)
+    saved = Checkpoints(tmp_path, 1).newest()
+
+    assert pytest.approx([0.001, 0.001, 0.001 * 2 / 3, 0.001 / 3]) == [
+        line["rate"] for line in lines(tmp_path)
+    ]
+    assert saved is not None
+    assert 0.001 == Schedule(section(warmup_steps=0), saved.info["schedule"]).rate(4, None)
+
+
+def step_of(move: StepPlan | Idle | End) -> StepPlan:
+    """A plan that is a step."""
+    assert isinstance(move, StepPlan)
+    return move
 
 
 def test_a_limit_below_the_steps_made_ends_it_at_once(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from streamsyn.simulator.virtual_time import run_virtually
 from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, StepPlan
 from streamsyn.trainer.sources.row_files import FileRows
 from streamsyn.trainer.sources.source import Mixed, Sources
-from streamsyn.trainer.stream.stream_reader import BATCH_ROWS
+from streamsyn.trainer.stream.stream_reader import BATCH_ROWS, StreamReader
 from tests.examples import examples
-from tests.trainer.streams import Arriving, Lengths, keys, planner, plans, row
+from tests.trainer.streams import Arriving, Lengths, keys, planner, plans, row, section
 
 rows = st.lists(
     st.one_of(st.none(), st.integers(1, 120)), max_size=50
@@ -141,8 +141,8 @@ def test_training_begins_before_the_buffer_is_full() -> None:
         source = Arriving(made([90] * 20), [(0.0, count), (1000.0, 0)])
         return await planner(Sources(source), max_wait_s=900, shuffle_min=4, shuffle_size=8).next(10)
 
-    assert isinstance(run_virtually(after(5)), Idle)  # two rows are open, one example more does not fill them
-    assert isinstance(run_virtually(after(6)), StepPlan)
+    assert isinstance(run_virtually(after(3)), Idle)
+    assert isinstance(run_virtually(after(4)), StepPlan)
 
 
 def test_a_paused_stream_is_trained_on_as_it_is() -> None:
@@ -165,6 +165,44 @@ def test_a_paused_stream_is_trained_on_as_it_is() -> None:
     assert [Key("run", 0, 0), Key("run", 0, 1), Key("run", 0, 2)] == sorted(keys([step]))
     assert [at >= 300 for at, _ in after] == [idle.stalled for _, idle in after]
     assert any(idle.stalled for _, idle in after)
+
+
+def test_how_full_a_step_is() -> None:
+    """A full step counts as full; what a slow stream brings, or leaves at its end, in proportion to that."""
+
+    async def slow() -> list[StepPlan]:
+        source = Arriving(made([90] * 5 + [20] * 2), [(0.0, 5), (100.0, 1), (100.0, 1), (1000.0, 0)])
+        return await plans(planner(Sources(source), max_wait_s=60, shuffle_min=5))
+
+    steps = run_virtually(slow())
+
+    assert [180, 180, 90, 20, 20] == [step.tokens for step in steps]
+    assert [False, False, True, True, True] == [step.flushed for step in steps]
+    assert pytest.approx([1, 1, 90 / 180, 20 / 180, 20 / 180]) == [step.fill for step in steps]
+    assert [2.0, 2.0, None, None, None] == [step.usual_count for step in steps]
+
+
+def test_how_full_the_first_step_is() -> None:
+    """Before any full step, that is compared with what rows hold; a whole stream that is shorter is full."""
+
+    async def slow() -> list[StepPlan]:
+        return await plans(planner(Sources(Arriving(made([10] * 4), [(0.0, 1), (100.0, 3)])), max_wait_s=60))
+
+    assert pytest.approx([10 / 200, 30 / 40]) == [step.fill for step in run_virtually(slow())]
+    assert [1.0] == [step.fill for step in asyncio.run(plans(planner(Sources(Arriving(made([10] * 4))))))]
+
+
+def test_a_state_of_an_older_version_is_understood() -> None:
+    """It has what was drawn and what was in open rows apart: all of it is trained on."""
+    rows = made([7 * n % 60 + 1 for n in range(100)])
+    first = asyncio.run(plans(planner(Sources(Arriving(rows)), shuffle_size=30)))[:3]
+    state = orjson.loads(orjson.dumps(first[-1].state))
+    held = state["held"]
+    older = {**state, "held": held[5:], "drawn": held[:2], "rows": [held[2:4], held[4:5]]}
+    rest = asyncio.run(plans(planner(Sources(Arriving(rows)), older)))
+
+    assert len(held) > 5
+    assert [Key("run", 0, seq) for seq in range(100)] == sorted(keys([*first, *rest]))
 
 
 def test_waiting_is_counted() -> None:
@@ -274,11 +312,17 @@ def test_held_out_seeds_are_kept_for_evaluation() -> None:
 def test_a_mix_keeps_its_weight_step_by_step() -> None:
     """After k examples of the stream there were round(k * weight) of the mix, whatever was dropped."""
     lengths: list[int | None] = [None if n % 3 == 0 else 10 for n in range(90)]
-    stream = planner(
-        Sources(Arriving(made(lengths)), mixed(0.5)), shuffle_size=1, shuffle_min=1, rows_per_step=1
-    )
-    steps = asyncio.run(plans(stream))
-    order = [key.source for key in keys(steps)]
+    sources = Sources(Arriving(made(lengths)), mixed(0.5))
+    reader = StreamReader(section(), sources, Lengths(100), None)
+
+    order: list[str] = []
+
+    async def read() -> None:
+        while one := await reader.next():
+            order.append(one.key.source)
+
+    asyncio.run(read())
+    reader.close()
 
     assert Counter(run=60, mix=30) == Counter(order)
     for end in range(1, len(order) + 1):

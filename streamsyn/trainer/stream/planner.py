@@ -1,6 +1,6 @@
 """Decides what each optimizer step trains on, and can resume after any step exactly.
 
-`Planner` reads examples, shuffles them in a buffer, and packs them into the rows of a step. The order of the
+`Planner` reads examples, holds them, and packs some of those held into the rows of a step. The order of the
 rows in the stream decides; time matters only where the trainer has to wait for the stream. Each `StepPlan`
 carries the state after it: a planner that starts from that state makes the same plans that would have come
 next.
@@ -14,7 +14,6 @@ import math
 import queue
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from itertools import chain
 from typing import Any, Protocol, Self
@@ -22,7 +21,7 @@ from typing import Any, Protocol, Self
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.examples import End, Example, HeldOut, Idle, Key, PackedRow, StepPlan
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.packing import Packer, ShuffleBuffer, balanced
+from streamsyn.trainer.stream.packing import Packer, balanced
 from streamsyn.trainer.stream.stream_reader import Rendering, StreamReader
 
 _DEPTH = 2
@@ -36,8 +35,8 @@ _TICK_S = 1e-3
 class Planner:
     """Makes the plans of a stream. Not safe for two callers at a time.
 
-    An example is drawn from the shuffle buffer when `train.shuffle_size` examples are held, when nothing more
-    has been written and `train.shuffle_min` are held, and when the stream has ended or paused.
+    A step is packed when `train.shuffle_size` examples are held and fill it, when nothing more has been
+    written and `train.shuffle_min` are held, and when the stream has ended or paused.
 
     Args:
         section: The section `train`.
@@ -64,10 +63,7 @@ class Planner:
         self._section = section
         self._ranks = ranks
         self._reader = StreamReader(section, sources, renderer, state and state["feed"])
-        self._buffer = ShuffleBuffer(section.shuffle_size, run_seed)
-        self._packer = Packer(section.rows_per_step, section.seq_len)
-        self._drawn: deque[Example] = deque()
-        """Drawn before the restart, to be packed before anything else."""
+        self._packer = Packer(section.rows_per_step, section.seq_len, run_seed, section.shuffle_size)
         self._full_steps: int = state["full_steps"] if state else 0
         """Plans made so far because their rows were full."""
         self._full_tokens: int = state["full_tokens"] if state else 0
@@ -111,7 +107,7 @@ class Planner:
             "held_out": counts["held_out"],
             "dropped": dict(self._reader.dropped),
             "changed": dict(self._reader.template_changes),
-            "held": len(self._buffer) + sum(map(len, self._packer.layout())) + len(self._drawn),
+            "held": len(self._packer),
             "waited_s": self._waited_s,
         }
 
@@ -122,14 +118,12 @@ class Planner:
     async def _plan(self) -> StepPlan | End | None:
         """The next plan that can be made of what has been written; None when there is too little."""
         while True:
-            if not self._buffer.is_full and (example := await self._reader.next()):
-                self._buffer.put(example)
+            if not self._packer.is_full and (example := await self._reader.next()):
+                self._packer.put(example)
                 self._quiet_s = 0.0
-            elif self._may_draw():
-                drawn = self._drawn.popleft() if self._drawn else self._buffer.draw()
-                if rows := self._packer.add(drawn):
-                    return self._step(rows)
-            elif self._has_paused and self._packer.tokens:
+            elif self._may_pack and (rows := self._packer.take()):
+                return self._step(rows)
+            elif self._has_paused and len(self._packer):
                 return self._step(self._packer.flush(), flushed=True)
             else:
                 return End(self._state()) if self._reader.ended else None
@@ -139,11 +133,10 @@ class Planner:
         """Whether the stream has ended, or has brought nothing for `train.max_wait_s`."""
         return self._reader.ended or self._quiet_s >= self._section.max_wait_s
 
-    def _may_draw(self) -> bool:
-        if self._drawn:
-            return True
+    @property
+    def _may_pack(self) -> bool:
         enough = min(self._section.shuffle_min, self._section.shuffle_size)
-        return len(self._buffer) >= (1 if self._has_paused else enough)
+        return self._has_paused or len(self._packer) >= enough
 
     async def _wait(self, until: float) -> bool:
         """Wait for the stream until it may have more, or counts as paused; True when the time is up."""
@@ -160,10 +153,26 @@ class Planner:
         return False
 
     def _step(self, rows: list[PackedRow], *, flushed: bool = False) -> StepPlan:
+        tokens = sum(example.length for row in rows for example in row)
         if not flushed:
             self._full_steps += 1
-            self._full_tokens += sum(example.length for row in rows for example in row)
-        return StepPlan(balanced(rows, self._ranks), self._state(), self._steps_left(), flushed)
+            self._full_tokens += tokens
+        usual, counts = self._usual_tokens(), self._reader.counts
+        return StepPlan(
+            balanced(rows, self._ranks),
+            self._state(),
+            self._steps_left(),
+            flushed,
+            fill=min(1.0, tokens / usual) if flushed else 1.0,
+            usual_count=None if flushed else usual * counts["examples"] / counts["tokens"],
+        )
+
+    def _usual_tokens(self) -> float:
+        """Tokens of a full step: the mean so far; else as many as its rows hold or the whole stream has."""
+        if self._full_steps:
+            return self._full_tokens / self._full_steps
+        room = self._section.rows_per_step * self._section.seq_len
+        return min(room, self._reader.counts["tokens"]) if self._reader.ended else room
 
     def _steps_left(self) -> int | None:
         """About how many plans remain; None while the end is not known."""
@@ -171,20 +180,15 @@ class Planner:
         if left is None:
             return None
         counts = self._reader.counts
-        held = self._buffer.tokens + self._packer.tokens + sum(one.length for one in self._drawn)
-        tokens = held + left * counts["tokens"] / max(1, counts["examples"])
-        if not self._full_steps:
-            return math.ceil(tokens / (self._section.rows_per_step * self._section.seq_len))
-        return math.ceil(tokens * self._full_steps / self._full_tokens)
+        tokens = self._packer.tokens + left * counts["tokens"] / max(1, counts["examples"])
+        return math.ceil(tokens / self._usual_tokens()) if tokens else 0
 
     def _state(self) -> dict[str, Any]:
         return {
             "feed": self._reader.state(),
             "held_out": [list(held_out.example.key) for held_out in self.held_out],
-            "draws": self._buffer.draws,
-            "held": [list(key) for key in self._buffer.layout()],
-            "drawn": [list(example.key) for example in self._drawn],
-            "rows": [[list(key) for key in row] for row in self._packer.layout()],
+            "draws": self._packer.draws,
+            "held": [list(key) for key in self._packer.layout()],
             "full_steps": self._full_steps,
             "full_tokens": self._full_tokens,
         }
@@ -197,18 +201,16 @@ class Planner:
         state = self._to_restore
         if state is None:
             return True
-        held, drawn, held_out = ([Key(*key) for key in state[name]] for name in ("held", "drawn", "held_out"))
-        rows = [[Key(*key) for key in row] for row in state["rows"]]
-        found = await self._reader.reload([*held, *drawn, *held_out, *chain.from_iterable(rows)])
+        # Earlier versions kept apart what was in open rows, and what had been drawn.
+        earlier = [*chain.from_iterable(state.get("rows", ())), *state.get("drawn", ())]
+        held = [Key(*key) for key in [*earlier, *state["held"]]]
+        held_out = [Key(*key) for key in state["held_out"]]
+        found = await self._reader.reload([*held, *held_out])
         if found is None:
             return False
         self._to_restore = None
-        examples = {key: made for key, made in found.items() if isinstance(made, Example)}
-        layout = [[examples[key] for key in row if key in examples] for row in rows]
-        self._buffer.restore([examples[key] for key in held if key in examples], state["draws"])
-        if not self._packer.restore(layout):
-            self._drawn.extend(chain.from_iterable(layout))
-        self._drawn.extend(examples[key] for key in drawn if key in examples)
+        made = (found[key] for key in held)
+        self._packer.restore((one for one in made if isinstance(one, Example)), state["draws"])
         for key in held_out:
             if isinstance(kept := found[key], HeldOut):
                 self._reader.held_out.add(kept)
