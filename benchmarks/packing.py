@@ -88,7 +88,8 @@ def random_rows(bound: float) -> Packing:
         while True:
             most = bound * seq_len * cost(waiting) / sum(one.length for one in waiting)
             packed: list[list[Example]] = []
-            room, costs = [], []
+            room: list[int] = []
+            costs: list[int] = []
             for one in sorted(waiting, key=lambda one: one.length, reverse=True):
                 fitting = [at for at, left in enumerate(room) if left >= one.length]
                 fitting = [at for at in fitting if costs[at] + one.length**2 <= most]

@@ -33,7 +33,7 @@ options = st.fixed_dictionaries(
 )
 
 
-def made(lengths: list[int | None]) -> list[dict[str, Any] | None]:
+def made(lengths: Sequence[int | None]) -> list[dict[str, Any] | None]:
     """Rows of these lengths."""
     return [None if length is None else row(number, length) for number, length in enumerate(lengths)]
 
