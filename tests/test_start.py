@@ -32,7 +32,6 @@ class Recipe(BaseRecipe):
         return Document(answer.text, {"flags": []}, [answer])
 """
 LATER = {
-    "numpy": "checks of the first answer, and assembly",
     "tokenizers": "assembly",
     "streamsyn.assembly.assembler": "assembly",
     "rich": "progress on a terminal",
@@ -77,6 +76,14 @@ def test_help_imports_no_command() -> None:
     assert {"streamsyn.cli.main", "click"} <= loaded
     assert set() == {f"streamsyn.cli.{name}" for name in cli.commands} & loaded
     assert set() == {"asyncio", "pydantic", "structlog", "aiohttp", *LATER} & loaded
+
+
+def test_a_run_imports_no_numpy_before_its_event_loop() -> None:
+    """Checks and assembly need it; it is imported while servers are asked for their models."""
+    loaded = modules_of("-c", "import sys, streamsyn.library.run_thread; print(*sys.modules)")
+
+    assert "streamsyn.pipeline.run" in loaded
+    assert set() == {"numpy", *LATER} & loaded - {"rich"}  # structlog imports rich; `imports` prevents it
 
 
 def test_the_first_request_is_sent_before_other_things_are_imported(tmp_path: Path) -> None:

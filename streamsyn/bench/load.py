@@ -53,10 +53,9 @@ class RecordedWork:
 
 
 class OpenLoop:
-    """A producer whose drafts arrive at a rate, whatever is in flight: a Poisson process.
+    """A producer whose drafts arrive at a rate, whatever is in flight: a Poisson process. See `Arrivals`.
 
     Args:
-        producer: Reads the drafts.
         rate: Drafts per second.
         rng: Draws the times between arrivals.
         queue_size: Drafts that are read ahead.
@@ -66,13 +65,22 @@ class OpenLoop:
         on_arrival: Called when a draft has arrived: it needs a worker.
     """
 
-    def __init__(self, producer: ProducerStage, rate: float, rng: Random, queue_size: int) -> None:
-        self._producer = producer
+    def __init__(self, rate: float, rng: Random, queue_size: int) -> None:
         self._rate = rate
         self._rng = rng
         self._queue_size = queue_size
         self.arrived = 0
         self.on_arrival: Callable[[], None] = lambda: None
+        self._producer: ProducerStage
+
+    def after(self, producer: ProducerStage) -> ProducerStage:
+        """See Arrivals."""
+        self._producer = producer
+        return self
+
+    def workers(self, outcomes: int) -> int:
+        """See Arrivals: one for each draft that has arrived and not ended, and one more."""
+        return self.arrived - outcomes + 1
 
     async def run(self, work: BoundedQueue[Work]) -> None:
         """Put drafts on `work` at their times."""

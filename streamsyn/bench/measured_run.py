@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Final
 
 from streamsyn.background import background
-from streamsyn.bench.load import under_load
+from streamsyn.bench.load import OpenLoop, under_load
 from streamsyn.bench.measurement import Load, Measurement, Replayed, ServerCounters
 from streamsyn.bench.phases import Phases, steady_state
 from streamsyn.bench.recorder import Recorder
@@ -86,9 +86,8 @@ def measure(asked: RunToMeasure) -> Measurement:
         ConfigError: A setting or a source of seeds cannot be used.
         SinkError: The log of a run with a log cannot be written.
     """
-    for name, given in (("--rate", asked.load.rate), ("--replay", asked.replay)):
-        if given is not None and asked.load.with_log:
-            raise ConfigError(f"{name} cannot be combined with --with-log")
+    if asked.replay is not None and asked.load.with_log:
+        raise ConfigError("--replay cannot be combined with --with-log: the log has the requests already")
     if any(source.path == "-" for source in asked.config.seeds.sources):
         raise ConfigError("--seeds -: stdin cannot be read again when the seeds run out; give a file")
     fleet = asked.config.fleet
@@ -126,7 +125,8 @@ class _MeasuredRun:
                 update={"run": config.run.model_copy(update={"drain_timeout_s": _NO_LIMIT_S})}
             )
         self._has_end = self._replay is not None or asked.once
-        out = scratch / "run"
+        out, rng = scratch / "run", Random(asked.seed)
+        rate, queue_size = asked.load.rate, config.run.queue_size
         self._summary = RunSummary(out, Counters())
         self._begun = asyncio.Event()
         self._phases = Phases(asked.load, asked.limit_s, has_end=self._has_end)
@@ -141,18 +141,18 @@ class _MeasuredRun:
             out=out,
             environ=asked.environ,
             connect=None if self.servers is None else self.servers.connect,
-            rng=Random(asked.seed),
+            rng=rng,
             show_progress=False,
             preflight=False,
             handles_signals=asked.handles_signals,
             repeats_seeds=not asked.once,
             skips_seeds=asked.skip,
+            arrivals=None if rate is None else OpenLoop(rate, rng, queue_size),
             on_begun=self._begin,
         )
         self._unlogged: UnloggedRun | None = None
         if not asked.load.with_log:
-            rate = asked.load.rate
-            self._unlogged = UnloggedRun(self._request, self._summary, scratch, rate, self._replay)
+            self._unlogged = UnloggedRun(self._request, self._summary, scratch, self._replay)
 
     async def run(self) -> None:
         """Run to the end."""

@@ -2,9 +2,9 @@
 
 import asyncio
 from pathlib import Path
-from random import Random
 
-from streamsyn.bench.load import OpenLoop, RecordedWork
+import streamsyn.shingles  # noqa: F401 - for checks, which must not import it in the event loop
+from streamsyn.bench.load import RecordedWork
 from streamsyn.bench.replay import Replay
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.fleet import Fleet
@@ -46,7 +46,6 @@ class UnloggedRun:
         request: What is to be run.
         summary: Filled while it goes on.
         scratch: An existing folder for the ids of the seeds that were read.
-        rate: Drafts per second of an open loop; None for a closed loop.
         replay: The work, in place of the seeds.
 
     Raises:
@@ -58,7 +57,6 @@ class UnloggedRun:
         request: RunRequest,
         summary: RunSummary,
         scratch: Path,
-        rate: float | None,
         replay: Replay | None = None,
     ) -> None:
         config = request.config
@@ -67,7 +65,7 @@ class UnloggedRun:
                 "checks.context_gain, checks.answerable, checks.eval_sets and checks.near_duplicate need the "
                 "log: add --with-log, or switch them off with --set"
             )
-        self._request, self._summary, self._scratch, self._rate = request, summary, scratch, rate
+        self._request, self._summary, self._scratch = request, summary, scratch
         self._replay = replay
         self._recipe: Recipe = load_recipe(config.recipe, config.checks) if replay is None else replay.recipe
         self._reader: SeedReader | None = None
@@ -131,17 +129,10 @@ class UnloggedRun:
 
     def _pipeline(self, fleets: Fleets, stopper: Stopper, claims: Claims) -> Pipeline:
         config, counters = self._request.config, self._summary.counters
-        producer = self._producer(claims)
-        size = None
-        if self._rate is not None:
-            rng = self._request.rng or Random()
-            producer = arrivals = OpenLoop(producer, self._rate, rng, config.run.queue_size)
-            size = lambda: arrivals.arrived - counters.outcomes + 1  # noqa: E731 - one idle worker at least
-        workers = worker_pool(
-            self._request, self._recipe, fleets, stopper, self._summary, journal=None, size=size
-        )
-        if isinstance(producer, OpenLoop):
-            producer.on_arrival = workers.grow
+        producer, arrivals = self._producer(claims), self._request.arrivals
+        if arrivals is not None:
+            producer = arrivals.after(producer)
+        workers = worker_pool(self._request, self._recipe, fleets, stopper, self._summary, journal=None)
         stages = Stages(producer, workers, DroppedOutcomes(counters), NoAssembly())
         backlog = config.run.queue_size + config.sink.sync_rows
         return Pipeline(stages, config.run.queue_size, backlog, config.run.drain_timeout_s)

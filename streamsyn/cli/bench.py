@@ -250,7 +250,6 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     for one, other in (
         ("simulate", "server"),
         ("rate", "sweep"),
-        ("rate", "with_log"),
         ("replay", "with_log"),
         ("replay", "seeds"),
         ("sweep", "repeats"),

@@ -13,6 +13,7 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.shares import Priority
 from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.delivery import SampleGate
+from streamsyn.pipeline.stages import ProducerStage
 from streamsyn.pipeline.stdout import SampleStream
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.records import RejectReason
@@ -34,6 +35,21 @@ class Supervisor(Protocol):
 
     def end(self) -> None:
         """A second signal has arrived: end at once."""
+        ...
+
+
+class Arrivals(Protocol):
+    """When drafts begin, whatever is in flight; without it, a draft begins as soon as a worker is free."""
+
+    on_arrival: Callable[[], None]
+    """Called when a draft has arrived: it needs a worker."""
+
+    def after(self, producer: ProducerStage) -> ProducerStage:
+        """Return a producer whose drafts, those of `producer`, arrive at their times."""
+        ...
+
+    def workers(self, outcomes: int) -> int:
+        """Return how many workers there should be, after this many outcomes."""
         ...
 
 
@@ -71,6 +87,7 @@ class RunRequest:
         priority: Multiplies the weight by 1/8, 1 or 8.
         repeats_seeds: Read the seeds again and again until the run is stopped; see `SeedReader`.
         skips_seeds: Leave out this many seeds at the beginning.
+        arrivals: When drafts begin; None begins them as soon as a worker is free.
     """
 
     config: Config
@@ -100,3 +117,4 @@ class RunRequest:
     priority: Priority = "normal"
     repeats_seeds: bool = False
     skips_seeds: int = 0
+    arrivals: Arrivals | None = None

@@ -11,6 +11,7 @@ import asyncio
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.background import in_threads
@@ -150,7 +151,10 @@ async def _run(parts: Parts) -> None:
         control.of(stopper),
     ):
         async with open_fleets(parts, stopper) as fleets:
-            await preflight(parts, fleets.writing)
+            async with asyncio.TaskGroup() as group:
+                imported = asyncio.to_thread(import_module, "streamsyn.shingles")  # for checks; with numpy
+                group.create_task(imported, name="import-shingles")
+                await preflight(parts, fleets.writing)
             await record_fingerprint(parts, fleets)
             parts.request.on_begun()
             claims = await asyncio.to_thread(parts.log.claims)

@@ -21,6 +21,7 @@ from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.reject_limits import RejectLimits
 from streamsyn.pipeline.reopened import Reopened, may_change
 from streamsyn.pipeline.request import RunRequest
+from streamsyn.pipeline.stages import ProducerStage
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.pipeline.summary import GOVERNED_BY, RunSummary
 from streamsyn.pipeline.workers import Worker, WorkerPool
@@ -241,14 +242,16 @@ def _record(parts: Parts, shaping: dict[str, Any]) -> None:
         run_log.add_retry(request.retry)
 
 
-def make_producer(parts: Parts, claims: Claims) -> Producer:
+def make_producer(parts: Parts, claims: Claims) -> ProducerStage:
     """The producer, which begins with the rejects of a retry that is open."""
     reopened = None
     if parts.log.manifest.open_retries:
         reopened = Reopened(parts.log, takes_documents=parts.recipe.takes_documents)
     config, group = parts.request.config, parts.recipe.group
     look = UnusedText(parts.recipe).look
-    return Producer(parts.reader, claims, config, parts.counters, group, reopened, look)
+    producer = Producer(parts.reader, claims, config, parts.counters, group, reopened, look)
+    arrivals = parts.request.arrivals
+    return producer if arrivals is None else arrivals.after(producer)
 
 
 def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:
@@ -263,7 +266,6 @@ def worker_pool(
     stopper: Stopper,
     summary: RunSummary,
     journal: Journal | None,
-    size: Callable[[], int] | None = None,
 ) -> WorkerPool:
     """Return the workers of a run.
 
@@ -274,18 +276,19 @@ def worker_pool(
         stopper: Stops the run when there are too many rejects.
         summary: Notes that.
         journal: Keeps finished steps of drafts; None without a log.
-        size: Returns how many workers there should be; by default slightly more than there are places for.
     """
     draining = asyncio.Event()
     examiner = None if fleets.examination is None else fleets.examination.examiner
-    each, thinking = fleets.all(), Thinking(request.config.recipe)
+    each, thinking, arrivals = fleets.all(), Thinking(request.config.recipe), request.arrivals
 
     def drain() -> None:
         draining.set()
         for fleet in each:
             fleet.drain()
 
-    def slightly_more() -> int:
+    def size() -> int:
+        if arrivals is not None:
+            return arrivals.workers(summary.counters.outcomes)
         capacity = sum(fleet.capacity for fleet in each)
         waiting = sum(fleet.limited for fleet in each)  # their workers need no place
         return capacity + capacity // 8 + 1 + waiting  # so that no place waits for a worker
@@ -296,7 +299,7 @@ def worker_pool(
 
     pool = WorkerPool(
         lambda: Worker(recipe, fleets.writing, journal, draining.is_set, examiner, thinking),
-        size=size or slightly_more,
+        size=size,
         max_consecutive_bugs=request.config.run.max_consecutive_bugs,
         on_drain=drain,
         on_idle=tail,
@@ -306,6 +309,8 @@ def worker_pool(
     for fleet in each:
         fleet.on_room(pool.grow)
     fleets.writing.know_left(pool.not_begun)
+    if arrivals is not None:
+        arrivals.on_arrival = pool.grow
     return pool
 
 

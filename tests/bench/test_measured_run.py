@@ -138,6 +138,18 @@ def test_a_run_with_a_log_measures_the_disk(asked: Callable[..., RunToMeasure], 
     assert [] == list(folder.iterdir())
 
 
+def test_an_open_loop_may_have_a_log(asked: Callable[..., RunToMeasure], tmp_path: Path) -> None:
+    """Drafts begin at the rate, and are on disk at the end."""
+    limits = Load(rate=20.0, warmup_s=0.0, duration_s=5.0, with_log=True)
+    run = measure(asked(server={"latency_ms": 4_000.0, "slots": 1000}, load_of=limits, folder=tmp_path))
+    begun = [draft for draft in run.drafts if run.measured.holds(draft.begun_at)]
+
+    assert run.is_complete
+    assert 100 == pytest.approx(len(begun), abs=4 * 100**0.5)  # Poisson
+    assert max(load_over_time(run, run.measured, 5)) > 50
+    assert run.ticks[-1].disk_s > 0
+
+
 def test_the_steps_of_a_draft_are_recorded_in_order(asked: Callable[..., RunToMeasure]) -> None:
     """With their prefix group, also where a journal keeps them."""
     sections = {
@@ -274,7 +286,6 @@ a:running 7
         ({"seeds.sources": [{"path": "-"}]}, {}, "--seeds -"),
         ({"seeds.sources": []}, {}, "no seeds"),
         ({"fleet.servers": []}, {}, "no server"),
-        ({}, {"load_of": Load(rate=1.0, with_log=True)}, "--rate"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
