@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.recipes.checks import Checks, Failure
 from streamsyn.recipes.context import SingleRequest, joined
-from streamsyn.recipes.parsing import Pair, document_text, first_pair
+from streamsyn.recipes.parsing import WrittenPair, document_text, first_pair
 from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed, digest
@@ -149,7 +149,7 @@ class InstructionRecipe:
         variables = {"context": window.text, "task": seed.task, "metadata": seed.metadata}
         return self._single.open(seed, variables)
 
-    def _failure(self, pair: Pair, own_lines: tuple[str, ...]) -> Failure | None:
+    def _failure(self, pair: WrittenPair, own_lines: tuple[str, ...]) -> Failure | None:
         """Return the first check that a pair fails, or None."""
         for name, text in (("question", pair.question), ("answer", pair.answer)):
             if not text:

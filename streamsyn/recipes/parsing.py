@@ -129,15 +129,19 @@ def outline_headings(answer: str, wanted: int) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A question and its answer. `is_whole` means that more text followed, so that the answer was not cut."""
+class WrittenPair:
+    """A question and its answer, as an LLM wrote them.
+
+    Attributes:
+        is_whole: Whether more text followed, so that the answer was not cut.
+    """
 
     question: str
     answer: str
     is_whole: bool
 
 
-def first_pair(text: str) -> Pair | None:
+def first_pair(text: str) -> WrittenPair | None:
     """Return the first question that has an answer, or None.
 
     Recognises labels such as `Question:` in many forms, tags, and JSON.
@@ -147,7 +151,7 @@ def first_pair(text: str) -> Pair | None:
     return found or _labelled(plain) or _tagged(plain) or _unlabelled(plain) or _in_json(plain)
 
 
-def _labelled(text: str) -> Pair | None:
+def _labelled(text: str) -> WrittenPair | None:
     labels = _labels(text)
     ends = [*labels, None]
     for place, (label, following) in enumerate(pairwise(ends)):
@@ -167,7 +171,7 @@ def _labelled(text: str) -> Pair | None:
             after = next((labels[later] for later in rest if _kind(labels[later]) in _QUESTIONS), None)
             asked, answer = question, text[following.end() : after.start() if after else len(text)]
         if asked.strip():
-            return Pair(_cleaned(asked), _cleaned(answer), after is not None)
+            return WrittenPair(_cleaned(asked), _cleaned(answer), after is not None)
     return None
 
 
@@ -189,7 +193,7 @@ def _kind(label: re.Match[str]) -> str:
     return label["label"].casefold()
 
 
-def _tagged(text: str) -> Pair | None:
+def _tagged(text: str) -> WrittenPair | None:
     tags = list(_TAG.finditer(text))
     kinds = [tag[1].casefold() for tag in tags]
     for place in range(len(tags) - 2):
@@ -197,11 +201,11 @@ def _tagged(text: str) -> Pair | None:
             end = tags[place + 3] if len(tags) > place + 3 else None
             question = text[tags[place].end() : tags[place + 1].start()]
             answer = text[tags[place + 2].end() : end.start() if end else len(text)]
-            return Pair(_cleaned(question), _cleaned(answer), end is not None)
+            return WrittenPair(_cleaned(question), _cleaned(answer), end is not None)
     return None
 
 
-def _unlabelled(text: str) -> Pair | None:
+def _unlabelled(text: str) -> WrittenPair | None:
     """A question without a label, with a labelled answer below it."""
     answers = [label for label in _labels(text) if _kind(label) in ("answer", "response")]
     if not answers:
@@ -211,12 +215,12 @@ def _unlabelled(text: str) -> Pair | None:
     if not asked.endswith("?"):
         return None
     if len(answers) == 1:
-        return Pair(asked, _cleaned(text[answers[0].end() :]), is_whole=False)
+        return WrittenPair(asked, _cleaned(text[answers[0].end() :]), is_whole=False)
     answer = text[answers[0].end() : answers[1].start()].strip()  # its last line is the next question
-    return Pair(asked, _cleaned(re.split(r"\n(?=[^\n]*\Z)", answer)[0]), is_whole=True)
+    return WrittenPair(asked, _cleaned(re.split(r"\n(?=[^\n]*\Z)", answer)[0]), is_whole=True)
 
 
-def _in_json(text: str) -> Pair | None:
+def _in_json(text: str) -> WrittenPair | None:
     decoder = json.JSONDecoder(strict=False)  # models do not escape line breaks
     for begin in [brace.start() for brace in re.finditer(r"[{\[]", text)][:_BRACES]:
         try:
@@ -229,13 +233,13 @@ def _in_json(text: str) -> Pair | None:
     return None
 
 
-def _pairs(value: Any, depth: int) -> Iterator[Pair]:
+def _pairs(value: Any, depth: int) -> Iterator[WrittenPair]:
     if isinstance(value, dict):
         named = {str(key).strip().casefold(): below for key, below in value.items()}
         question = next((_plain(named[key]) for key in _QUESTIONS if key in named), None)
         answer = next((_plain(named[key]) for key in _ANSWERS if key in named), None)
         if question is not None and answer is not None:
-            yield Pair(question, answer, is_whole=True)
+            yield WrittenPair(question, answer, is_whole=True)
     if isinstance(value, dict | list) and depth:
         for below in value.values() if isinstance(value, dict) else value:
             yield from _pairs(below, depth - 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from streamsyn.recipes.parsing import Pair, first_pair
+from streamsyn.recipes.parsing import WrittenPair, first_pair
 from tests.examples import in_turn
 
 ASKED = "Who kept the light of Aldersby in 1847?"
@@ -94,7 +94,7 @@ def test_json_is_read(form: str, raw_lines: bool) -> None:
     said = said.replace("\\n", "\n") if raw_lines else said
     swapped = form.startswith('{"Answer"')
     text = form % ((said, asked) if swapped else (asked, said))
-    assert Pair(ASKED, SAID, is_whole=True) == first_pair(text)
+    assert WrittenPair(ASKED, SAID, is_whole=True) == first_pair(text)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_what_stands_behind_a_pair_shows_that_it_is_whole() -> None:
     """So a text that was cut later on cost it nothing."""
     first = f"Question: {ASKED}\nAnswer: {SAID}"
     found = [first_pair(text) for text in (first, f"{first}\n\nQuestion: And wh")]
-    assert [Pair(ASKED, SAID, is_whole=False), Pair(ASKED, SAID, is_whole=True)] == found
+    assert [WrittenPair(ASKED, SAID, is_whole=False), WrittenPair(ASKED, SAID, is_whole=True)] == found
     assert ("Who?", "") == pair_in("Question: Who?\nAnswer:")
 
 
