@@ -32,6 +32,7 @@ from streamsyn.trainer.model.pretrained import (
     model_dtype,
     read_model,
     read_tokenizer,
+    sliced_weights,
 )
 from streamsyn.trainer.outdir import OutDirectory, record_checksum
 from streamsyn.trainer.saving.checkpoint import Checkpoint, Checkpoints
@@ -82,8 +83,9 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
             before = _last_checkpoint(Checkpoints(out, section.keep_checkpoints), ranks)
             store = Store(out, section, tokenizer, ranks)
             with memory_errors_explained(section):
-                read = read_model(model, section, accelerator, seed=config.run.seed)
-                placed = place(read, section, accelerator, dtype)
+                sliced = sliced_weights(model, accelerator)
+                read = read_model(model, section, accelerator, seed=config.run.seed, sliced=sliced)
+                placed = place(read, section, accelerator, dtype, sliced)
                 if before is not None:
                     store.restore(placed, before)
             code = _run(Training(config, source, out, tokenizer, placed, ranks, before, publisher), store)

@@ -23,6 +23,7 @@ from streamsyn.trainer.model.attention import check_packing_isolation
 from streamsyn.trainer.model.head import LossHead
 from streamsyn.trainer.model.optimizer import make_optimizer
 from streamsyn.trainer.model.sequence_parallel import SequenceGroup, check_sequence_parallel
+from streamsyn.trainer.model.slices import SlicedWeights
 
 
 def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Accelerator:
@@ -96,10 +97,23 @@ class Placed:
     sequence: SequenceGroup
 
 
-def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: torch.dtype) -> Placed:
+def place(
+    model: Any,
+    section: TrainSection,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    sliced: SlicedWeights | None = None,
+) -> Placed:
     """Put a model on its devices, make its optimizer, and check that packed samples stay isolated.
 
     A collective: all ranks call it.
+
+    Args:
+        model: What `read_model` returned.
+        section: `train`.
+        accelerator: Its accelerator.
+        dtype: The precision of the weights as they were read.
+        sliced: The weights to read once the model is sharded; None if `read_model` has read them.
 
     Raises:
         ConfigError: The model cannot be trained on packed samples, or not by ranks that share rows.
@@ -113,6 +127,8 @@ def place(model: Any, section: TrainSection, accelerator: Accelerator, dtype: to
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
     _keep_logits_dtype(plain, accelerator)
+    if sliced is not None:
+        sliced.read_into(plain)
     half = accelerator.mixed_precision == "bf16"
     check_packing_isolation(prepared, accelerator.device, half=half)
     head.check(prepared, accelerator.device, half=half)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,6 +24,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.activations import is_recomputed, recompute
 from streamsyn.trainer.model.attention import implementation
 from streamsyn.trainer.model.placed import Placed
+from streamsyn.trainer.model.slices import SlicedWeights, can_be_sliced
 
 _ADAPTER = "default"
 _KEY = "train.lora.targets"
@@ -222,7 +224,14 @@ def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def read_model(path: str, section: TrainSection, accelerator: Accelerator, *, seed: int) -> Any:
+def read_model(
+    path: str,
+    section: TrainSection,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    sliced: SlicedWeights | None = None,
+) -> Any:
     """Read the model at `path` in float32, with attention, checkpointing and adapters as configured.
 
     Args:
@@ -230,6 +239,7 @@ def read_model(path: str, section: TrainSection, accelerator: Accelerator, *, se
         section: `train`.
         accelerator: Knows the device and the precision.
         seed: `run.seed`, which initialises new adapters.
+        sliced: If given, the weights are not read: `place` reads them once the model is sharded.
 
     Raises:
         ConfigError: The model cannot be read, used or saved again.
@@ -237,12 +247,7 @@ def read_model(path: str, section: TrainSection, accelerator: Accelerator, *, se
     half = accelerator.mixed_precision == "bf16"
     attention = implementation(section.attention, accelerator.device, half=half)
     with _refused(f"--model {path}: cannot be read"):
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
-        )
-    model, found = read
-    if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random
-        raise ConfigError(f"--model {path}: {len(missing)} of its weights are missing: {missing[0]}, ...")
+        model = _read_whole(path, attention) if sliced is None else sliced.empty_model(attention)
     _check_savable(model, path)
     recompute(model, section)
     if section.lora is not None:
@@ -250,6 +255,28 @@ def read_model(path: str, section: TrainSection, accelerator: Accelerator, *, se
         model = with_adapters(model, section.lora)
         if is_recomputed(section):
             model.enable_input_require_grads()
+    return model
+
+
+def sliced_weights(path: str, accelerator: Accelerator) -> SlicedWeights | None:
+    """What each rank reads its part of the weights from; None if every rank reads all of them.
+
+    Raises:
+        ConfigError: It is not a model of transformers.
+    """
+    if not accelerator.is_fsdp2:
+        return None
+    with _refused(f"--model {path}: cannot be read"):
+        return SlicedWeights(Path(path)) if can_be_sliced(path) else None
+
+
+def _read_whole(path: str, attention: str) -> Any:
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+    )
+    model, found = read
+    if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random
+        raise ConfigError(f"--model {path}: {len(missing)} of its weights are missing: {missing[0]}, ...")
     return model
 
 
@@ -293,6 +320,8 @@ def _refused(what: str) -> Iterator[None]:
     """Turn any error into a ConfigError that begins with `what`: transformers raises all kinds."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"{what}: {_brief(error)}") from error
 
