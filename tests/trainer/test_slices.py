@@ -89,7 +89,7 @@ def test_a_rank_reads_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_others_are_read_whole(tmp_path: Path, kind: str) -> None:
     """Models whose tensors transformers joins, and files that lack some: transformers says what is wrong."""
     if kind == "converted":
-        few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        few: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         config = transformers.Qwen3MoeConfig(**SMALL, **few)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     else:
