@@ -39,8 +39,8 @@ def gathered(placed: Placed, folder: Path) -> Callable[[], None]:
     """The earlier way. Returns once rank 0 has written."""
     tensors: dict[str, torch.Tensor] = {}
     state = dict(saved_weights(placed))
-    for name, one in trained_parameters(placed):
-        state |= {f"{kind}.{name}": value for kind, value in placed.optimizer.state[one].items()}
+    for name, parameter in trained_parameters(placed):
+        state |= {f"{kind}.{name}": value for kind, value in placed.optimizer.state[parameter].items()}
     for name, one in state.items():
         whole = one.full_tensor() if isinstance(one, DTensor) else one
         if dist.get_rank() == 0:
