@@ -15,7 +15,7 @@ HERMETIC := not crash and not torture and not real_sglang and not chromium
 # compile this repository and its tests anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint bench bench-real clean
+.PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint check-deploy bench bench-real clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -56,6 +56,9 @@ lint: .venv/stamp  ## formatting, ruff, mypy, the direction of imports; examples
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python tests/library/examples
 
+check-deploy: .venv/stamp  ## deploy/ by hadolint, promtool, shellcheck, kubectl and others; CRDS=FOLDER of their definitions
+	PYTHON=$(BIN)/python deploy/check.sh $(CRDS)
+
 bench: .venv/stamp  ## overhead, memory, resume and a simulated fleet, beside baselines of the same run
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.memory
@@ -72,7 +75,7 @@ bench-real: .venv/stamp sglang  ## beside other software: a router, datatrove an
 	$(BIN)/python -m benchmarks.real sections
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .venv-core .sglang-cpu .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf .venv .venv-core .sglang-cpu .peers .deploy-tools .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache .coverage
 
 # For development: torch and all that tests and benchmarks need.

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154 # the caller sets $python
 # Sourced by the scripts that install packages; "$python" names the interpreter.
 #
 # uv downloads and unpacks in parallel: it takes less than half of pip's time.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# Checked: run, by `make test-browser`.
 # Installs Chromium, in which the tests look at what `streamsyn report` writes.
 #
 #   deploy/chromium/install.sh

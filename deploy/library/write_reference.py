@@ -1,6 +1,7 @@
 """Write README.md in this folder: the examples and every public name, from signatures and docstrings.
 
 Usage: python deploy/library/write_reference.py
+Checked: run, by tests/library/test_reference.py.
 """
 
 import ast
@@ -31,6 +32,7 @@ What `streamsyn run` does, from Python: as an asynchronous stream of samples (`o
 has types.
 
 This page is written by `deploy/library/write_reference.py` from the signatures and docstrings.
+Checked: run: the examples, by tests/library.
 
 ## Good to know
 - Names are imported when they are first used, which takes a second for `open_run`. Import it at
