@@ -9,7 +9,7 @@ AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
 # with processes and signals on a busy machine sometimes meet a late clock; those that passed then are named.
 once_more = || { [ $$? = 1 ] && printf '\n--- what failed, once more and alone ---\n' && \
 	  $(BIN)/pytest -n 0 --last-failed --last-failed-no-failures=none -rp $(1); }
-HERMETIC := not crash and not torture and not real_sglang and not chromium
+HERMETIC := not crash and not torture and not real_sglang and not ray and not chromium
 
 # Byte code is kept, also where the environment says otherwise: each worker, command and later target would
 # compile this repository and its tests anew.
@@ -29,12 +29,13 @@ test: .venv/stamp  ## all tests but those below: no real server, no browser, no 
 	$(call once_more,-m "$(HERMETIC)")
 
 test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length; asyncio in debug mode
-	$(BIN)/pytest $(AT_A_TIME) -m "(crash or hypothesis) and not torture and not real_sglang and not chromium" \
+	$(BIN)/pytest $(AT_A_TIME) -m "(crash or hypothesis) and not torture and not real_sglang and not ray and not chromium" \
 	  --hypothesis-profile=long -o asyncio_debug=true \
 	$(call once_more,--hypothesis-profile=long -o asyncio_debug=true)
 
-test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, and one that a run launches
-	$(BIN)/pytest tests/real -n 2 --dist loadgroup -m real_sglang $(call once_more,tests/real)
+test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, one that a run launches; and raylets
+	$(BIN)/pytest tests/real tests/cluster -n 2 --dist loadgroup -m "real_sglang or ray" \
+	$(call once_more,-m "real_sglang or ray")
 
 test-browser: .venv/stamp chromium  ## the report and the page of the daemon in a browser
 	$(BIN)/pytest tests/report tests/daemon/test_page.py -m chromium $(call once_more,-m chromium)
@@ -43,7 +44,7 @@ test-all: test test-crash test-browser test-real  ## all four
 
 torture: .venv/stamp  ## every crash state of small runs, many kills (STREAMSYN_KILLS, STREAMSYN_KILLS_SEED), all examples of property tests
 	$(BIN)/python -m tests.system.crash_states
-	$(BIN)/pytest $(AT_A_TIME) -m "hypothesis and not real_sglang and not chromium" --hypothesis-profile=torture -o timeout=1800
+	$(BIN)/pytest $(AT_A_TIME) -m "hypothesis and not real_sglang and not ray and not chromium" --hypothesis-profile=torture -o timeout=1800
 	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m "crash or torture" -o timeout=1800
 
 coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_REGRESSION, EXIT_REJECTS, EXIT_STOPPED, fail
-from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
+from streamsyn.cli.options import CLUSTER, LOG_JSON, SERVER, SETTINGS, examples, resolve, with_options
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 
@@ -160,6 +160,7 @@ class _Objective(click.ParamType[tuple[str, float]]):
     show_default=True,
     help="For --compare: what B may be worse by, as a fraction.",
 )
+@with_options(CLUSTER)
 @SETTINGS
 @LOG_JSON
 def bench(**given: Any) -> None:

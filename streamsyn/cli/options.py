@@ -3,13 +3,15 @@
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from streamsyn.errors import ConfigError
 
 if TYPE_CHECKING:
     from streamsyn.config.loading import Config
@@ -39,6 +41,22 @@ LAUNCH = [
         multiple=True,
         metavar="FLAG",
         help="For --launch: further flag of the server. Repeatable.",
+    ),
+]
+CLUSTER = [
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value="auto",
+        metavar="[ADDRESS]",
+        help="Have Ray start servers on the nodes of this cluster; without ADDRESS, of the one here.",
+    ),
+    click.option(
+        "--model", metavar="MODEL", help="For --ray: model to serve, a path on each node or a name."
+    ),
+    click.option("--replicas", type=click.IntRange(min=1), metavar="N", help="For --ray: number of servers."),
+    click.option(
+        "--gpus-per-replica", type=click.IntRange(min=0), metavar="G", help="For --ray: GPUs of each server."
     ),
 ]
 _INPUT_OPTIONS = [
@@ -79,6 +97,7 @@ _OUTPUT_OPTIONS = [
         help="Train during the run, with the [train] section of this TOML file.",
     ),
     *LAUNCH,
+    *CLUSTER,
 ]
 
 
@@ -95,10 +114,19 @@ def run_options(command: Command) -> Command:
         required=command.__name__ == "run",
         help="Run directory; an existing one is resumed.",
     )
-    options = [*_INPUT_OPTIONS, out, *_OUTPUT_OPTIONS]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(_INPUT_OPTIONS, [out], _OUTPUT_OPTIONS)(command)
+
+
+def with_options(*groups: Sequence[Command]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        decorated = command
+        for option in reversed([option for group in groups for option in group]):
+            decorated = option(decorated)
+        return decorated
+
+    return add
 
 
 def resolve(given: dict[str, Any], out: Path | None) -> "Config":
@@ -133,7 +161,7 @@ def _overriding(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "servers": given["server"],
         "limit": given.get("limit"),
-        "overrides": map(parse_override, given["settings"]),
+        "overrides": [*cluster_overrides(given), *map(parse_override, given["settings"])],
     }
 
 
@@ -156,3 +184,23 @@ def imports() -> Iterator[None]:
         gc.enable()
         if hides_rich:
             del sys.modules["rich"]
+
+
+def cluster_overrides(given: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The keys of `cluster` that the options of `CLUSTER` set.
+
+    Raises:
+        ConfigError: One of them was given without --ray.
+    """
+    keys = {
+        "ray": "address",
+        "model": "model",
+        "replicas": "replicas",
+        "gpus_per_replica": "gpus_per_replica",
+    }
+    found = {name: given[name] for name in keys if given.get(name) is not None}
+    if found and "ray" not in found:
+        option = next(iter(found)).replace("_", "-")
+        meant = "; the model to ask for is set with --set fleet.model=NAME" if option == "model" else ""
+        raise ConfigError(f"--{option} is for servers that Ray starts: it needs --ray{meant}")
+    return [(f"cluster.{keys[name]}", value) for name, value in found.items()]

@@ -38,6 +38,8 @@ def run(**given: Any) -> None:
     request = request_of(given, given["out"], replay=given["replay"], preflight=not given["no_preflight"])
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
+    if given["launch"] and given["ray"]:
+        raise ConfigError("--launch and --ray cannot be combined: each starts servers of its own")
     if given["replay"] and not given["to_stdout"]:
         raise ConfigError("--replay needs --stdout: it writes earlier samples to stdout again")
     training = None

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples
+from streamsyn.cli.options import (
+    CLUSTER,
+    LOG_JSON,
+    SERVER,
+    SETTINGS,
+    cluster_overrides,
+    examples,
+    with_options,
+)
 
 
 @click.command(
@@ -19,6 +27,7 @@ from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples
 @click.argument("config", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--listen", metavar="HOST:PORT", help="Address to listen at.  [default: 127.0.0.1:8200]")
 @SERVER
+@with_options(CLUSTER)
 @SETTINGS
 @LOG_JSON
 def serve(
@@ -29,6 +38,7 @@ def serve(
     settings: tuple[str, ...],
     *,
     log_json: bool,
+    **cluster: Any,
 ) -> None:
     """Hold many runs over one fleet, and serve them over HTTP: seeds in, samples out.
 
@@ -45,5 +55,5 @@ def serve(
     if server:
         overrides.append(("fleet.servers", list(server)))
         overrides += [("fleet.servers_file", None), ("fleet.servers_dns", None)]
-    overrides += map(parse_override, settings)
+    overrides += [*cluster_overrides(cluster), *map(parse_override, settings)]
     serve_root(root, partial(load, config, overrides))

@@ -1,4 +1,4 @@
-"""The sections of single commands: `train` for online instruction tuning, `serve` for the daemon."""
+"""Sections beside the stages: `train` for online tuning, `serve` for the daemon, `cluster` for Ray."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -224,6 +224,39 @@ class TrainSection(Section):
                 "changes of one step would be lost in rounding"
             )
         return self
+
+
+class ClusterSection(Section):
+    """SGLang servers that Ray starts on its nodes (needs `streamsyn[ray]`, there and here)."""
+
+    address: str | None = None
+    """The Ray cluster: `HOST:PORT`, or `auto` for the one of this machine or job. By default none is used."""
+    model: str | None = None
+    """The model to serve: a directory that every node has, or a name on the Hugging Face hub."""
+    replicas: Count = 1
+    """Number of servers."""
+    max_replicas: Count | None = None
+    """Number of servers up to which more are started while there is work for them. By default `replicas`."""
+    idle_s: FiniteSeconds = 120.0
+    """Seconds for which there was too little work for a server beyond `replicas` before it is stopped."""
+    gpus_per_replica: CountOrZero = 1
+    """GPUs of each server on each of its nodes."""
+    cpus_per_replica: Count = 1
+    """CPUs that Ray reserves for each server on each of its nodes."""
+    nodes_per_replica: Count = 1
+    """Nodes of each server: more than one for a model that one node cannot hold."""
+    args: tuple[str, ...] = ()
+    """Further flags of each server, such as `--tp-size=8`."""
+    python: Path | None = None
+    """Interpreter with sglang on the nodes. By default it is looked for there as for `--launch`."""
+    command: tuple[str, ...] = ()
+    """Command that starts a server in place of SGLang's own. `{model}`, `{host}`, `{port}`, `{rank}`,
+    `{nodes}` and `{head}` (`HOST:PORT` for the nodes of one server to meet) are replaced."""
+    start_timeout_s: FiniteSeconds = 900.0
+    """Longest start of a server."""
+    log_dir: Path | None = None
+    """Directory of the servers' logs on each node. By default `streamsyn-servers` in the one for temporary
+    files."""
 
 
 class ServeSection(Section):

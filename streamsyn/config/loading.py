@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from streamsyn.config.command_sections import ServeSection, TrainSection
+from streamsyn.config.command_sections import ClusterSection, ServeSection, TrainSection
 from streamsyn.config.fields import Section, operational
 from streamsyn.config.sections import (
     AssemblySection,
@@ -78,6 +78,7 @@ class Config(Section):
     fleet: FleetSection = FleetSection()
     sink: SinkSection = SinkSection()
     assembly: AssemblySection = AssemblySection()
+    cluster: Annotated[ClusterSection, operational] = ClusterSection()
     serve: Annotated[ServeSection, operational] = ServeSection()
     train: Annotated[TrainSection, operational] = TrainSection()
 

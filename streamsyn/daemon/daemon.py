@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -30,7 +30,7 @@ from streamsyn.daemon.webhooks import open_webhooks
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
 from streamsyn.io.process_files import free_files, raise_limit
-from streamsyn.pipeline.setup import traces_exported
+from streamsyn.pipeline.setup import on_cluster, traces_exported
 
 _RETRY_AFTER_S: Final = "30"
 
@@ -185,7 +185,11 @@ async def _opened_servers(
     async def save(edits: ServerEdits) -> None:
         await asyncio.to_thread(save_edits, root, edits)
 
-    async with open_servers(
-        config.fleet, environ, connect, max_sockets=max_sockets, edits=edits, save=save
-    ) as servers:
-        yield servers
+    async with AsyncExitStack() as stack:
+        placed = None
+        if config.cluster.address is not None:
+            placed = await stack.enter_async_context(on_cluster(config.cluster, waits=False))
+        opening = open_servers(
+            config.fleet, environ, connect, max_sockets=max_sockets, edits=edits, save=save, placed=placed
+        )
+        yield await stack.enter_async_context(opening)

@@ -73,7 +73,7 @@ _INSTEAD: Final = {
 
 def operators_tree(config: Config) -> dict[str, Any]:
     """The operator's configuration as the base of all runs, without what belongs to the daemon itself."""
-    tree = config.model_dump(exclude_none=True, exclude={"serve", "train"})
+    tree = config.model_dump(exclude_none=True, exclude={"cluster", "serve", "train"})
     tree["seeds"].pop("sources", None)
     tree["run"].pop("metrics_listen", None)
     return tree

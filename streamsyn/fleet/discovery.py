@@ -12,9 +12,10 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import structlog
@@ -53,8 +54,39 @@ _ADVICE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a fleet has to do.
+
+    Attributes:
+        left: Requests in flight, and those that are known to come; infinite if nobody knows.
+        room: Requests that a server can have in flight, on average.
+        in_flight: Requests in flight, by server.
+    """
+
+    left: float
+    room: float
+    in_flight: Mapping[str, int]
+
+
+class PlacedServers(Protocol):
+    """Servers that are placed on machines while they are used: only those that are alive are listed.
+
+    Attributes:
+        changed: Set when others are listed than before.
+        demand: Set by the fleet: returns what it has to do.
+    """
+
+    changed: asyncio.Event
+    demand: Callable[[], Demand]
+
+    def specs(self) -> list[ServerSpec]:
+        """Return the servers that are alive, each with its incarnation."""
+        ...
+
+
 class Discovery:
-    """The wanted servers: those of `fleet.servers`, of `fleet.servers_file` and of `fleet.servers_dns`.
+    """The wanted servers: of `fleet.servers`, `fleet.servers_file` and `fleet.servers_dns`, and placed ones.
 
     A server named by several sources is one server; the file's settings override those of `fleet.servers`.
 
@@ -63,6 +95,7 @@ class Discovery:
         environ: Holds the servers' keys.
         look_up: Resolves host names.
         may_be_empty: Whether there may be no server at the start.
+        placed: Servers that are placed while they are used.
 
     Raises:
         ConfigError: See `server_specs`.
@@ -75,11 +108,13 @@ class Discovery:
         look_up: LookUp | None = None,
         *,
         may_be_empty: bool = False,
+        placed: PlacedServers | None = None,
     ) -> None:
         self._environ = environ
         self._interval_s = section.discover_interval_s
         self._may_be_empty = may_be_empty
-        self._configured = server_specs(section, may_be_empty=may_be_empty)
+        self._placed = placed
+        self._configured = server_specs(section, may_be_empty=may_be_empty or placed is not None)
         self._sources: list[_Source] = []
         if section.servers_file is not None:
             file = ServersFile(section.servers_file)
@@ -135,16 +170,27 @@ class Discovery:
     async def watch(self, on_change: Callable[[list[ServerSpec]], Awaitable[None]]) -> None:
         """Refresh every `fleet.discover_interval_s` and call `on_change` with each new set, until cancelled.
 
-        Returns at once when there is neither a file nor a DNS name to watch.
+        A change of placed servers is passed on at once. Returns when there is nothing to watch.
         """
-        while self._sources:
-            await asyncio.sleep(self._interval_s)
+        while self._sources or self._placed is not None:
+            await self._until_next()
             wanted = await self.refresh()
             if wanted is not None:
                 await on_change(wanted)
 
+    async def _until_next(self) -> None:
+        if self._placed is None:
+            await asyncio.sleep(self._interval_s)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._interval_s if self._sources else None):
+                await self._placed.changed.wait()
+
     def _union(self) -> list[ServerSpec]:
         union = {spec.url: spec for spec in self._configured}
+        if self._placed is not None:
+            self._placed.changed.clear()
+            union |= {spec.url: spec for spec in self._placed.specs()}
         for source in self._sources:
             for spec in source.found:
                 union[spec.url] = _merge(union.get(spec.url), spec)
@@ -195,6 +241,7 @@ def _merge(known: ServerSpec | None, more: ServerSpec) -> ServerSpec:
         server_name=known.server_name or more.server_name,
         userinfo=more.userinfo or known.userinfo,
         query=more.query or known.query,
+        incarnation=known.incarnation,
     )
 
 

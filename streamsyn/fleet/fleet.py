@@ -28,7 +28,7 @@ from streamsyn.errors import (
     StoppedEarly,
 )
 from streamsyn.fleet import prefixes
-from streamsyn.fleet.discovery import Discovery
+from streamsyn.fleet.discovery import Discovery, PlacedServers
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
 from streamsyn.fleet.membership import NOTICE_S, Connect, Membership, connect_http, open_membership
@@ -419,6 +419,7 @@ async def open_fleet(
     connect: Connect | None = None,
     rng: Random | None = None,
     max_sockets: int | None = None,
+    placed: PlacedServers | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet of the servers in `section`; requests still in flight at the end are aborted.
 
@@ -429,11 +430,12 @@ async def open_fleet(
         connect: Opens a transport to a server; None uses HTTP.
         rng: For jitter; a seeded one makes a simulation repeatable.
         max_sockets: Connections that this process can open to all servers together; None for any number.
+        placed: Servers that are placed while they are used, beside those of `section`.
 
     Raises:
         ConfigError: There is no server, or a URL, file or key is invalid.
     """
-    discovery = Discovery(section, environ)
+    discovery = Discovery(section, environ, placed=placed)
     first = await discovery.first()
     if max_sockets is not None:
         section = within_sockets(max_sockets, section, len(first))
@@ -444,6 +446,8 @@ async def open_fleet(
         tasks = await stack.enter_async_context(background())
         membership = Membership(section, connect, tasks, outage, rng)
         await stack.enter_async_context(open_membership(membership, first))
+        if placed is not None:
+            placed.demand = membership.demand
 
         async def agree(_: FleetSection) -> list[str]:
             tasks.start(discovery.watch(membership.apply), name="discovery")

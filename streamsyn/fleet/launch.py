@@ -53,12 +53,14 @@ STOP_TIMEOUT_S = 20.0
 STOP_SIGNAL = signal.SIGINT
 
 # Runs in the child before the server: requests SIGKILL from the kernel when the thread that forked it ends,
-# checks that this has not happened already, and becomes the server. (A shell's `&` may have ignored SIGINT.)
+# checks that this has not happened already, and becomes the server. (A shell's `&` may have ignored SIGINT,
+# and the thread of an actor blocks signals.)
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 if os.getppid() == int(sys.argv[1]):
     os.execvp(sys.argv[2], sys.argv[2:])
 """
@@ -83,8 +85,10 @@ class LaunchCommand:
 class LaunchedServer:
     """A server's process group; after a restart the new process has the same port."""
 
-    def __init__(self, command: LaunchCommand, *, port: int, model: str, log_path: Path) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(
+        self, command: LaunchCommand, *, port: int, model: str, log_path: Path, host: str = "127.0.0.1"
+    ) -> None:
+        self.url = f"http://{host}:{port}"
         self.model = model
         """The served model name."""
         self.log_path = log_path
@@ -274,13 +278,19 @@ def served_name(model: str | Path) -> str:
 
 
 def server_command(
-    python: Path, model: str | Path, port: int, *, gpu: bool, extra_args: Sequence[str] = ()
+    python: Path,
+    model: str | Path,
+    port: int,
+    *,
+    gpu: bool,
+    extra_args: Sequence[str] = (),
+    host: str = "127.0.0.1",
 ) -> LaunchCommand:
-    """Return the command that serves `model` on 127.0.0.1; `extra_args` come last and override ours."""
+    """Return the command that serves `model`; `extra_args` come last and override ours."""
     argv = (
         *(str(python), "-m", "sglang.launch_server" if gpu else "sglang_cpu_server"),
         *("--model-path", str(model), "--served-model-name", served_name(model)),
-        *("--host", "127.0.0.1", "--port", str(port), "--enable-cache-report", "--enable-metrics"),
+        *("--host", host, "--port", str(port), "--enable-cache-report", "--enable-metrics"),
         *(() if gpu else CPU_FLAGS),
         *extra_args,
     )
@@ -343,10 +353,10 @@ def _executable(python: Path, name: str) -> Path:
     return python.absolute()
 
 
-def free_port() -> int:
-    """Return a port of this machine that is free now."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that is free now at an address of this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
 

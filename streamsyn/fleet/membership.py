@@ -17,7 +17,7 @@ from streamsyn.background import Background
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable, WrongAddress
 from streamsyn.fleet.client import ServerClient
-from streamsyn.fleet.discovery import warn_about_router
+from streamsyn.fleet.discovery import Demand, warn_about_router
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
 from streamsyn.fleet.models import agreed_models, listed
@@ -214,10 +214,13 @@ class Membership:
         return tuple(model for model in self.models if model in server.served)
 
     async def apply(self, wanted: Iterable[ServerSpec]) -> None:
-        """Change to the `wanted` servers: add new ones; drain those not wanted any more, and let them go."""
-        unwanted = {server.url: server for server in self.servers}
+        """Change to the `wanted` servers: add new ones; drain those not wanted any more, and let them go.
+
+        One with an incarnation that is not wanted any more is dead: its requests fail at once.
+        """
+        unwanted = {(server.url, server.spec.incarnation): server for server in self.servers}
         for spec in wanted:
-            server = unwanted.pop(spec.url, None)
+            server = unwanted.pop((spec.url, spec.incarnation), None)
             if server is None:
                 server = await self._open_server(spec)
                 self.servers.append(server)
@@ -230,9 +233,22 @@ class Membership:
         for server in unwanted.values():
             server.is_removed = True
             self._set_draining(server, draining=True)
+            if server.spec.incarnation:
+                self._hang_up(server)
             self.let_go(server)
         if self._is_begun:
             self.check_usable()
+
+    def demand(self) -> Demand:
+        """Return what there is to do, for those who place servers."""
+        usable = [server.limiter.cap for server in self.servers if server.is_usable]
+        in_flight = {server.url: server.limiter.in_flight for server in self.servers}
+        return Demand(self.left(), sum(usable) / max(1, len(usable)), in_flight)
+
+    def _hang_up(self, server: Server) -> None:
+        """Close the connections to a server that is dead: of a machine that is gone no packet says so."""
+        server.error = "it is dead"
+        self._tasks.start(self._transports[server].aclose(), name=f"hang-up-{server.url}", finish=True)
 
     def let_go(self, server: Server) -> None:
         """Forget a server that was removed and has answered everything; its connections are closed."""

@@ -41,6 +41,8 @@ class ServerSpec:
             against it, and the Host header carries it.
         userinfo: `USER:PASSWORD` of the URL that the user gave, for the Authorization header alone.
         query: Query of each request, such as `api-version=2024-02-01`.
+        incarnation: Of a server that we placed: which process this is. A new one at the same URL has an empty
+            cache, and one that is no longer listed is dead.
     """
 
     url: str
@@ -50,6 +52,7 @@ class ServerSpec:
     server_name: str | None = None
     userinfo: str | None = field(default=None, repr=False)
     query: str = ""
+    incarnation: str = ""
 
 
 def server_specs(section: FleetSection, *, may_be_empty: bool = False) -> list[ServerSpec]:

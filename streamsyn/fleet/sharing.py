@@ -22,7 +22,7 @@ import structlog
 from streamsyn.background import background
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.discovery import Discovery
+from streamsyn.fleet.discovery import Discovery, PlacedServers
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.health import Outage
 from streamsyn.fleet.membership import Connect, Membership, connect_http, open_membership
@@ -249,6 +249,7 @@ async def open_servers(
     max_sockets: int | None = None,
     edits: ServerEdits | None = None,
     save: Save = _kept_in_memory,
+    placed: PlacedServers | None = None,
 ) -> AsyncIterator[Servers]:
     """Open the servers of `section`, of which there may be none yet.
 
@@ -260,6 +261,7 @@ async def open_servers(
         max_sockets: Connections that this process can open to all servers together; None for any number.
         edits: What was changed before: servers added, removed and drained.
         save: Keeps each change before it takes effect.
+        placed: Servers that are placed while they are used, beside those of `section`.
 
     Raises:
         ConfigError: A URL, file or key is invalid.
@@ -271,7 +273,7 @@ async def open_servers(
         except ConfigError as error:  # one server must not keep the others from being used
             log.warning("fleet.server_left_out", server=spec.url, error=str(error))
             del edits.added[spec.url]
-    discovery = Discovery(section, environ, may_be_empty=True)
+    discovery = Discovery(section, environ, may_be_empty=True, placed=placed)
     named = await discovery.first()
     first = edits.apply(named)
     if max_sockets is not None:
@@ -280,6 +282,8 @@ async def open_servers(
     outage = Outage(section, on_gone=None)
     async with background() as tasks:
         membership = Membership(section, connect, tasks, outage, rng, is_shared=True)
+        if placed is not None:
+            placed.demand = membership.demand
         async with open_membership(membership, first):
             servers = Servers(membership, outage, rng, environ, named, edits, save, discovery)
             membership.begin()

@@ -214,7 +214,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
     if config.recipe.use == "chat" and (config.seeds.format != "request" or config.assembly.write):
         raise ConfigError('recipe.use = "chat" needs seeds.format = "request" and assembly.write = false')
     if request.launch is None and request.servers is None:
-        server_specs(config.fleet)
+        server_specs(config.fleet, may_be_empty=config.cluster.address is not None)
     reader = SeedReader(
         config.seeds,
         config.run.seed,

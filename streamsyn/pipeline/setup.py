@@ -1,7 +1,7 @@
 """From the configuration and an open run directory to the servers and the stages of a run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.config.command_sections import ClusterSection
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
-from streamsyn.config.sections import ChecksSection, FleetSection, ServerSection
+from streamsyn.config.sections import ChecksSection, FleetSection
+from streamsyn.errors import ConfigError
+from streamsyn.fleet.discovery import PlacedServers
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
 from streamsyn.io.process_files import free_files, raise_limit
@@ -89,10 +92,17 @@ async def open_fleets(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleets]:
 
 
 @asynccontextmanager
-async def _servers(request: RunRequest) -> AsyncIterator[Sequence[str | ServerSection]]:
-    """The servers of the configuration, or one launched for this run."""
+async def _servers(request: RunRequest) -> AsyncIterator[tuple[FleetSection, PlacedServers | None]]:
+    """The servers of the configuration, those placed on a cluster, or one launched for this run."""
+    section, cluster = request.config.fleet, request.config.cluster
+    if request.launch is None and cluster.address is None:
+        yield section, None
+        return
     if request.launch is None:
-        yield request.config.fleet.servers
+        async with on_cluster(cluster) as placed:
+            # A server that died is not missing for good before another could have started.
+            give_up_s = max(section.give_up_s, 2 * cluster.start_timeout_s)
+            yield section.model_copy(update={"give_up_s": give_up_s}), placed
         return
     from streamsyn.fleet.launch import launched
 
@@ -103,7 +113,26 @@ async def _servers(request: RunRequest) -> AsyncIterator[Sequence[str | ServerSe
         extra_args=request.launch_args,
         on_wait=_log_waiting,
     ) as server:
-        yield [server.url]
+        alone = {"servers": (server.url,), "servers_file": None, "servers_dns": None}
+        yield section.model_copy(update=alone), None
+
+
+@asynccontextmanager
+async def on_cluster(section: ClusterSection, *, waits: bool = True) -> AsyncIterator[PlacedServers]:
+    """Servers that Ray places; if it `waits`, one of them is ready.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no such cluster.
+        LaunchError: No server could be started.
+    """
+    try:
+        from streamsyn.cluster.placing import placed
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise ConfigError("--ray and cluster.address need Ray: pip install 'streamsyn[ray]'") from error
+    async with placed(section, waits=waits) as servers:
+        yield servers
 
 
 def _log_waiting(seconds: float, line: str) -> None:
@@ -140,19 +169,19 @@ async def _with_its_model(request: RunRequest) -> FleetSection:
 @asynccontextmanager
 async def own_fleet(request: RunRequest, stopper: Stopper) -> AsyncIterator[Fleet]:
     """A fleet of this run alone."""
-    async with _servers(request) as servers:
-        section = request.config.fleet.model_copy(update={"servers": tuple(servers)})
-        if request.launch is not None:
-            section = section.model_copy(update={"servers_file": None, "servers_dns": None})
-        async with open_fleet(
+    async with (
+        _servers(request) as (section, placed),
+        open_fleet(
             section,
             stopper.cancel,
             request.environ,
             request.connect,
             request.rng,
             _max_sockets(request),
-        ) as fleet:
-            yield fleet
+            placed,
+        ) as fleet,
+    ):
+        yield fleet
 
 
 @asynccontextmanager

@@ -51,7 +51,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 def test_each_key_is_either_the_clients_or_the_operators() -> None:
     """A new key belongs to one of the lists: nothing is allowed, nor refused, by accident."""
-    keys = {key for key in known_keys() if key.partition(".")[0] not in {"serve", "train"}}
+    keys = {key for key in known_keys() if key.partition(".")[0] not in {"cluster", "serve", "train"}}
     fields = {key for key in keys if key.startswith("seeds.fields.")}
     clients = (ALLOWED - {"seeds.fields.*"}) | AT_MOST | fields
 
@@ -59,7 +59,7 @@ def test_each_key_is_either_the_clients_or_the_operators() -> None:
     assert not clients & OPERATORS
 
 
-@in_turn("key", [*sorted(OPERATORS), "serve.tokens_file", "train.model"])
+@in_turn("key", [*sorted(OPERATORS), "cluster.command", "serve.tokens_file", "train.model"])
 def test_the_operators_keys_are_refused_by_name(key: str) -> None:
     """The message names the key as the client wrote it, and says what to do."""
     key = key.replace("*", "qa")

@@ -1,0 +1,7 @@
+"""SGLang servers on the nodes of a Ray cluster: placed, restarted, added and removed while a run goes on.
+
+Modules:
+    replica: One server on its node or nodes: the actor that Ray places.
+    placing: Keeps as many servers alive as there is work for, and lists those that are.
+    scaling: The rule for how many that are.
+"""

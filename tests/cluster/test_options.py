@@ -1,0 +1,38 @@
+"""The options of `--ray`, and what is missing for it."""
+
+import sys
+
+import pytest
+
+from streamsyn.cli.options import cluster_overrides
+from streamsyn.config.command_sections import ClusterSection
+from streamsyn.errors import ConfigError
+from streamsyn.pipeline.setup import on_cluster
+
+
+def test_options_set_keys() -> None:
+    """Each has a key of the section; what is not given keeps the key's value."""
+    given = {"ray": "auto", "model": "m", "replicas": 4, "gpus_per_replica": None, "limit": 3}
+    assert [
+        ("cluster.address", "auto"),
+        ("cluster.model", "m"),
+        ("cluster.replicas", 4),
+    ] == cluster_overrides(given)
+    assert [] == cluster_overrides({"ray": None, "model": None})
+
+
+def test_options_without_ray() -> None:
+    """`--model` alone is most likely meant for the fleet."""
+    with pytest.raises(ConfigError, match=r"--gpus-per-replica is for servers that Ray starts"):
+        cluster_overrides({"gpus_per_replica": 2})
+    with pytest.raises(ConfigError, match=r"needs --ray; .*--set fleet\.model=NAME"):
+        cluster_overrides({"model": "m"})
+
+
+async def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what to install."""
+    monkeypatch.delitem(sys.modules, "streamsyn.cluster.placing", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'streamsyn\[ray\]'"):
+        async with on_cluster(ClusterSection(address="auto", model="m")):
+            pytest.fail("it was found")

@@ -1,0 +1,163 @@
+"""Servers that Ray places, on several raylets of this machine, with the simulator in place of SGLang."""
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from structlog.testing import capture_logs
+
+import streamsyn
+from streamsyn.config.command_sections import ClusterSection
+from streamsyn.errors import ConfigError, LaunchError, root_cause
+from streamsyn.fleet.server_spec import ServerSpec
+from tests.builders import rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
+
+SIMULATE = (sys.executable, "-m", "streamsyn", "simulate", "--host", "{host}", "--port", "{port}")
+SLOW = (*SIMULATE, "--latency-ms", "300")
+NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 8, "object_store_memory": 80_000_000}
+
+
+class Raylets:
+    """A cluster whose nodes are killed without a word."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        quick = {
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 3,
+        }
+        head = {"num_cpus": 0, "num_gpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": quick})
+        self.nodes = [self._cluster.add_node(**NODE) for _ in range(3)]
+
+    @property
+    def address(self) -> str:
+        """What to connect to."""
+        return str(self._cluster.address)
+
+    async def kill_node(self) -> None:
+        """Kill a node that has a server, with all that runs there."""
+        from ray._private.state import available_resources_per_node
+
+        def kill() -> None:
+            free = available_resources_per_node()
+            node = next(node for node in self.nodes if "GPU" not in free[node.node_id])
+            self._cluster.remove_node(node, allow_graceful=False)
+
+        await asyncio.to_thread(kill)
+
+    def stop(self) -> None:
+        """Stop all of it."""
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def raylets() -> Iterator[Raylets]:
+    """A head without resources, and three nodes with a CPU and eight GPUs that nobody uses."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    started = Raylets()
+    yield started
+    started.stop()
+
+
+def section(raylets: Raylets, **given: Any) -> ClusterSection:
+    """Two replicas of the simulator, each with all that a node has."""
+    return ClusterSection(
+        **{
+            "address": raylets.address,
+            "model": "simulated",
+            "replicas": 2,
+            "gpus_per_replica": 8,
+            "command": SIMULATE,
+            **given,
+        }
+    )
+
+
+async def test_a_node_dies_in_a_run(raylets: Raylets, tmp_path: Path) -> None:
+    """Each seed has one outcome, and Ray places another server on the node that has room."""
+    seeds = tmp_path / "seeds.jsonl"
+    text = "".join(f'{{"instruction": "{n}?", "answer": "{n}"}}\n' for n in range(400))
+    await asyncio.to_thread(seeds.write_text, text)
+    given = section(raylets, command=SLOW).model_dump(mode="json")
+    overrides: dict[str, Any] = {"cluster": given, "fleet.concurrency": 8, "assembly.write": False}
+    with capture_logs() as logs:
+        async with streamsyn.open_run(out=tmp_path / "out", seeds=seeds, overrides=overrides) as run:
+            began = 0
+            async for _ in run.outcomes():
+                began += 1
+                if began == 60:
+                    await raylets.kill_node()
+    events = [entry["event"] for entry in logs]
+    assert 1 == events.count("cluster.server_lost")
+    found = await asyncio.to_thread(rows, tmp_path / "out", "contexts")
+    assert {1} == set(Counter(row["seed_id"] for row in found).values())
+    assert 400 == len(found)
+    assert 3 == events.count("cluster.server_ready")
+    assert {row["server"] for row in found} == {
+        entry["server"] for entry in logs if entry["event"] == "cluster.server_ready"
+    }
+
+
+async def test_a_server_over_two_nodes_is_one_server(raylets: Raylets) -> None:
+    """All its ranks get the address where they meet; if one ends, all are started again."""
+    from streamsyn.cluster.placing import placed
+
+    rank = (
+        "import os, signal, sys; sys.argv[1] == '0' and os.execv(sys.argv[3], sys.argv[3:]); signal.pause()"
+    )
+    mark = f"rank-of-{os.getpid()}"
+    command = (sys.executable, "-c", rank, "{rank}", mark, *SIMULATE, "--model", "{nodes}-{head}")
+    async with placed(section(raylets, replicas=1, nodes_per_replica=2, command=command)) as servers:
+        (first,) = servers.specs()
+        (other_rank,) = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if mark in (process.info["cmdline"] or []) and "1" in process.info["cmdline"]
+        ]
+        other_rank.kill()
+        await until_listed(servers, lambda specs: not specs)
+        await until_listed(servers, lambda specs: len(specs) == 1)
+        (second,) = servers.specs()
+    assert first.incarnation != second.incarnation
+
+
+async def until_listed(servers: Any, holds: Callable[[list[ServerSpec]], bool]) -> None:
+    """Wait until something holds of the servers that are listed."""
+    async with asyncio.timeout(60):
+        while not holds(servers.specs()):
+            servers.changed.clear()
+            await servers.changed.wait()
+
+
+async def test_a_server_that_cannot_start_ends_the_run(raylets: Raylets) -> None:
+    """One line with its last words; nothing is left behind."""
+    from streamsyn.cluster.placing import placed
+
+    broken = (sys.executable, "-c", "raise ValueError('no such model')")
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - a group
+        async with placed(section(raylets, replicas=1, command=broken)):
+            pytest.fail("it started")
+    cause = root_cause(caught.value)
+    assert isinstance(cause, LaunchError)
+    assert "ValueError: no such model" in str(cause)
+    assert "\n" not in str(cause)
+
+
+async def test_no_cluster_at_the_address() -> None:
+    """One line."""
+    from streamsyn.cluster.placing import placed
+
+    with pytest.raises(ConfigError, match=r"cluster.address: no Ray cluster at 127.0.0.1:1\b"):
+        async with placed(ClusterSection(address="127.0.0.1:1", model="m")):
+            pytest.fail("there is one")
