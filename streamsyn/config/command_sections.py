@@ -166,6 +166,10 @@ class TrainSection(Section):
     attention: Annotated[AttentionKind, operational] = "auto"
     """How the samples of a row are isolated: `segments` calls attention once per sample; `varlen` and
     `flash_attention_*` are kernels that take the boundaries."""
+    packing: Annotated[Literal["auto", "none"], operational] = "auto"
+    """Whether rows hold several samples. With `none` each sample gets a row of its own, as many as fit into
+    `train.rows_per_step` rows of `train.seq_len` tokens; `auto` does so for a model that cannot keep packed
+    samples apart, which is checked and logged at the start."""
     sequence_parallel: Annotated[Literal[1, 2, 4, 8], operational] = 1
     """Number of ranks that share each row, so that rows may be that much longer. It has to divide the number
     of ranks and the model's attention heads."""

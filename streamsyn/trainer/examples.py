@@ -129,8 +129,9 @@ class StepPlan:
     """What one optimizer step trains on.
 
     Attributes:
-        rows: `train.rows_per_step` rows of whole examples, each with up to `train.seq_len` tokens. With R
-            ranks, row i is for rank i % R. Rows may be empty when the stream has ended or paused.
+        rows: `train.rows_per_step` rows of whole examples, each with up to `train.seq_len` tokens; with
+            `train.packing = "none"` a row for each of these examples. With R ranks, row i is for rank i % R.
+            Rows may be empty when the stream has ended or paused, and so that each rank gets equally many.
         state: The position in the stream after this step; can be written as JSON.
         left_steps: About how many steps remain after this one; None while the end is not known.
         flushed: Whether the plan was made because the stream has ended or paused, with rows not full.

@@ -19,7 +19,7 @@ from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFai
 from streamsyn.trainer.commands import Ranks
 from streamsyn.trainer.controller import Controller, Totals
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before, open_exam
-from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples
+from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples, row_tokens
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.loop import Loop, Progress, Schedule
 from streamsyn.trainer.metrics.mfu import balance_of, mfu_of
@@ -88,12 +88,19 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
                 placed = place(read, section, accelerator, dtype, sliced)
                 if before is not None:
                     store.restore(placed, before)
+            config = _with_packing(config, placed)
             code = _run(Training(config, source, out, tokenizer, placed, ranks, before, publisher), store)
             accelerator.end_training()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()  # its threads must have ended before Python does
     return code
+
+
+def _with_packing(config: Config, placed: Placed) -> Config:
+    """The configuration with `train.packing` as the model needs it."""
+    packing = "auto" if placed.packs else "none"
+    return config.model_copy(update={"train": config.train.model_copy(update={"packing": packing})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +278,7 @@ def _open(
     planner = Planner(section, config.run.seed, sources, renderer, store.stream, ranks=ranks.groups)
     stack.callback(planner.close)
     plans = stack.enter_context(PlanQueue(planner))
-    held_out = HeldOutSet(planner, renderer, section.seq_len, ranks.groups)
+    held_out = HeldOutSet(planner, renderer, row_tokens(section), ranks.groups)
     done, kept = Done(), -1  # without a checkpoint everything starts anew, evaluations too
     if training.before is not None:
         done, kept = done_before(out / "metrics.jsonl", progress.step, exam), progress.step

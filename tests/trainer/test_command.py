@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import context, opened, sample, sink
+from tests.trainer import tiny
 from tests.trainer.conftest import Start, lines
 
 pytestmark = pytest.mark.timeout(300)
@@ -332,3 +334,46 @@ def test_missing_packages_are_named(tmp_path: Path) -> None:
     assert (0, "") == (helped.returncode, helped.stderr)
     assert 2 == done.returncode
     assert "streamsyn: training needs torch: pip install 'streamsyn[train]'\n" == done.stderr
+
+
+def test_one_sample_a_row_trains_the_same(start: Start, tmp_path: Path) -> None:
+    """With `train.packing = "none"` weights and evaluations are those of packed rows, up to rounding."""
+    run = write_run(tmp_path / "run", range(40))
+    for packing in ("auto", "none"):
+        training = start(run, tmp_path / packing, packing=packing)
+        assert 0 == training.wait(), training.stderr()
+        assert ("one sample a row" in training.stderr()) is (packing == "none")
+
+    packed, alone = (result(tmp_path / packing) for packing in ("auto", "none"))
+    assert tiny.furthest(packed, alone) < 1e-5
+    packed_losses, alone_losses = (
+        [
+            (line["step"], pytest.approx(line["nll_with_context"], rel=1e-4))
+            for line in lines(out, "evaluation")
+        ]
+        for out in (tmp_path / "auto", tmp_path / "none")
+    )
+    assert packed_losses == alone_losses
+
+
+def test_a_recurrent_model_is_trained_one_sample_a_row(start: Start, tmp_path: Path) -> None:
+    """By itself, with one line in the log that says so and why."""
+    shape: Any = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "pad_token_id": 256,
+        "eos_token_id": 256,
+    }
+    config = Lfm2Config(vocab_size=tiny.VOCABULARY, layer_types=["conv", "full_attention"], **shape)
+    torch.manual_seed(0)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    training = start(write_run(tmp_path / "run", range(12)), tmp_path / "out")
+    assert 0 == training.wait(), training.stderr()
+
+    assert ["one sample a row: a sample's logits depend on the sample before it in its row"] == re.findall(
+        r'train.packing .*why="(.*)"', training.stderr()
+    )
+    assert any("conv" in name for name in result(tmp_path / "out"))

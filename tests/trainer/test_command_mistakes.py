@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.examples import one_in
 from tests.trainer import tiny
@@ -67,6 +74,23 @@ def few_positions(model: Path) -> None:
     made.save_pretrained(model)
 
 
+def frequencies_of_the_longest_row(model: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    tiny.model(max_position_embeddings=128, rope_parameters=dynamic).save_pretrained(model)
+
+
+def bidirectional(model: Path) -> None:
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertLMHeadModel(config).save_pretrained(model)
+
+
+def encoder_and_decoder(model: Path) -> None:
+    shape: Any = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **shape)).save_pretrained(model)
+
+
 def a_file(model: Path) -> None:
     shutil.rmtree(model)
     model.write_text("no model")
@@ -87,6 +111,9 @@ def a_file(model: Path) -> None:
             (no_template, "train.chat_template"),
             (another_vocabulary, "token 259, but the model has embeddings for 200"),
             (few_positions, "train.seq_len: 256 is more"),
+            (frequencies_of_the_longest_row, "train.seq_len: 256 is more than the 128 positions"),
+            (bidirectional, "the model cannot be trained: the model's attention is not causal"),
+            (encoder_and_decoder, "is not a causal language model"),
             (a_file, "is a file"),
         ],
     ),

@@ -7,18 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.trainer.examples import PackedRow
-from streamsyn.trainer.stream.packing import Packer, balanced, cost
+from streamsyn.trainer.stream.packing import Packer, balanced, cost, one_a_row
 from tests.trainer.streams import example
 
 lengths = st.lists(st.integers(1, 100), max_size=60)
-alike = st.booleans()
 
 
-def packer(
-    given_lengths: Sequence[int], rows: int = 2, *, size: int = 8, seed: int = 0, alone: bool = False
-) -> Packer:
+def packer(given_lengths: Sequence[int], rows: int = 2, *, size: int = 8, seed: int = 0) -> Packer:
     """A packer of rows of 100 tokens that holds examples of these lengths."""
-    made = Packer(rows, 100, seed, size, alone=alone)
+    made = Packer(rows, 100, seed, size)
     for number, length in enumerate(given_lengths):
         made.put(example(length, number))
     return made
@@ -41,27 +38,24 @@ def tokens(row: PackedRow) -> int:
     return sum(one.length for one in row)
 
 
-@given(lengths=lengths, rows=st.integers(1, 5), alone=alike)
-def test_rows_hold_whole_examples_and_no_more_than_their_length(
-    lengths: list[int], rows: int, alone: bool
-) -> None:
+@given(lengths=lengths, rows=st.integers(1, 5))
+def test_rows_hold_whole_examples_and_no_more_than_their_length(lengths: list[int], rows: int) -> None:
     """No row is too long, none is empty in a full step, and each example is whole in one row."""
-    steps = rest(packer(lengths, rows, alone=alone))
+    steps = rest(packer(lengths, rows))
 
     assert all(rows == len(step) for step in steps)
     assert all(tokens(row) <= 100 for step in steps for row in step)
     assert all(all(step) for step in steps[:-1])
-    assert not alone or all(len(row) <= 1 for step in steps for row in step)
     assert list(range(len(lengths))) == sorted(n for step in numbers(steps) for row in step for n in row)
     found = {one.key.seq: one.length for step in steps for row in step for one in row}
     assert dict(enumerate(lengths)) == found
 
 
-@given(lengths=lengths, rows=st.integers(1, 5), alone=alike, at=st.integers(0, 60))
-def test_a_packer_is_restored(lengths: list[int], rows: int, alone: bool, at: int) -> None:
+@given(lengths=lengths, rows=st.integers(1, 5), at=st.integers(0, 60))
+def test_a_packer_is_restored(lengths: list[int], rows: int, at: int) -> None:
     """Stopped after any step, a packer that holds the same in the same order packs the same steps."""
     examples = [example(length, number) for number, length in enumerate(lengths)]
-    stopped, other = (packer(lengths, rows, alone=alone) for _ in range(2))
+    stopped, other = (packer(lengths, rows) for _ in range(2))
     for _ in range(at % 5):
         if stopped.take() is None:
             break
@@ -71,10 +65,10 @@ def test_a_packer_is_restored(lengths: list[int], rows: int, alone: bool, at: in
     assert numbers(rest(stopped)) == numbers(rest(other))
 
 
-@given(lengths=lengths, rows=st.integers(1, 3), size=st.integers(1, 20), alone=alike)
-def test_what_is_full_fills_a_step(lengths: list[int], rows: int, size: int, alone: bool) -> None:
+@given(lengths=lengths, rows=st.integers(1, 3), size=st.integers(1, 20))
+def test_what_is_full_fills_a_step(lengths: list[int], rows: int, size: int) -> None:
     """A packer that reads until it is full can always pack a step, and holds no more than that takes."""
-    made = packer([], rows, size=size, alone=alone)
+    made = packer([], rows, size=size)
     for number, length in enumerate(lengths):
         if made.is_full:
             break
@@ -124,13 +118,16 @@ def test_rows_of_a_step_cost_about_the_same() -> None:
     assert [[400 * 5] * 4] * 1 + [[10_000] * 4] * 2 == sorted(costs)
 
 
-def test_examples_alone_are_batched_by_length() -> None:
-    """With a row for each example, rows of a step have neighbouring lengths, and short ones come too."""
-    steps = rest(packer(range(1, 41), 4, alone=True))
+@given(lengths=lengths, ranks=st.sampled_from([1, 2, 4]))
+def test_rows_of_one_sample_are_batched_by_length(lengths: list[int], ranks: int) -> None:
+    """Each sample has its own row; ranks get equally many, and those of a pass are neighbours in length."""
+    rows = [tuple(example(length, at) for at, length in enumerate(lengths)), ()]
+    singles = balanced(one_a_row(rows, ranks), ranks)
+    passes = [sorted(map(tokens, singles[begin : begin + ranks])) for begin in range(0, len(singles), ranks)]
 
-    assert list(range(1, 41)) == sorted(tokens(row) for step in steps for row in step if row)
-    first = sorted(map(tokens, steps[0]))
-    assert list(range(first[0], first[0] + 4)) == first
+    assert len(lengths) + -len(lengths) % ranks == len(singles)
+    assert sorted(lengths) == sorted(tokens(row) for row in singles if len(row) == 1)
+    assert all(before[0] >= after[-1] for before, after in pairwise(passes))
 
 
 @given(lengths=st.lists(st.integers(0, 100), min_size=8, max_size=8), ranks=st.sampled_from([1, 2, 4, 8]))

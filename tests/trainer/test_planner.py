@@ -397,6 +397,23 @@ def test_rows_are_divided_among_ranks() -> None:
     assert [step.tokens for step in one] == [step.tokens for step in two]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_sample_a_row_trains_on_the_same_samples_a_step(ranks: int) -> None:
+    """Each sample has its own row; ranks get equally many, and at the same time rows of like length."""
+    lengths: list[int | None] = [7 * n % 60 + 1 for n in range(100)]
+    packed = asyncio.run(plans(planner(Sources(Arriving(made(lengths))), ranks=ranks)))
+    alone = asyncio.run(plans(planner(Sources(Arriving(made(lengths))), ranks=ranks, packing="none")))
+
+    assert [sorted(keys([step])) for step in packed] == [sorted(keys([step])) for step in alone]
+    assert [step.state for step in packed] == [step.state for step in alone]
+    for step in alone:
+        assert {0, 1} >= set(map(len, step.rows))
+        assert len(step.rows) == step.count + -step.count % ranks
+        for rank in range(ranks):
+            lengths_of_rank = [sum(one.length for one in row) for row in step.rows[rank::ranks]]
+            assert sorted(lengths_of_rank, reverse=True) == lengths_of_rank
+
+
 def test_a_cancelled_wait_loses_nothing() -> None:
     """A caller that gives up while rows are read may call again."""
 

@@ -13,7 +13,7 @@ from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.loading import Config
 from streamsyn.trainer.commands import Evaluate
 from streamsyn.trainer.evaluation.exam import Chat, Exam, Question
-from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_rows, summary
+from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_rows, row_tokens, summary
 from streamsyn.trainer.evaluation.longbench import longbench_questions
 from streamsyn.trainer.evaluation.needles import needle_questions
 from streamsyn.trainer.examples import Example, Key
@@ -98,7 +98,7 @@ class Evaluations:
         self._held_out = held_out
         self._degree = section.sequence_parallel
         groups = world // self._degree
-        self._control = deal_rows(control, section.seq_len, groups) if control else None
+        self._control = deal_rows(control, row_tokens(section), groups) if control else None
         self._exam = exam
         self._world = world
         self._done = done or Done()

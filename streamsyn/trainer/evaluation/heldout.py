@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import structlog
 import torch
 
+from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row, row_is_held_out
 from streamsyn.trainer.model.head import target_losses
@@ -116,6 +117,11 @@ def control_examples(path: str, samples: int, renderer: Rendering, holdout: floa
         why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "it is empty"
         raise ConfigError(f"train.control: {path}: no row can be evaluated ({why})")
     return found
+
+
+def row_tokens(section: TrainSection) -> int:
+    """Maximum tokens of a row of several samples; 0 if each sample gets a row of its own."""
+    return 0 if section.packing == "none" else section.seq_len
 
 
 def deal_rows(examples: Iterable[Example], seq_len: int, world: int) -> list[Rows]:

@@ -1,12 +1,11 @@
-"""Attention within the samples of a packed row, without a T x T mask, and the check that a model uses it.
+"""Attention within the samples of a packed row, without a T x T mask.
 
 Two attention functions are registered with transformers under our own names. transformers builds no mask for
 names that it does not know, so the samples' boundaries, which are passed to each forward pass, are the only
-thing that isolates samples. Both functions refuse to run without them.
+thing that isolates samples. Both functions refuse to run without them. `isolation` checks at the start that
+the model complies.
 
-A model may ignore the boundaries, the positions or the choice of logits: it has its own attention, a
-recurrent state, or a different forward signature. Nothing would fail; training would be silently wrong.
-Therefore `check_packing_isolation` compares logits at the start.
+A third one, for models whose masks only transformers builds, is called with these masks, one sample a row.
 """
 
 from importlib.util import find_spec
@@ -14,18 +13,18 @@ from inspect import signature
 from itertools import pairwise
 from typing import Any
 
-import numpy
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Example, Key
-from streamsyn.trainer.model.loss import make_batch
 
 SEGMENTS = "streamsyn_segments"
 VARLEN = "streamsyn_varlen"
+MASKED = "streamsyn_masked"
 _NAMES = {
     "segments": SEGMENTS,
     "varlen": VARLEN,
@@ -53,6 +52,8 @@ def implementation(wanted: str, device: torch.device, *, half: bool) -> str:
     """
     AttentionInterface.register(SEGMENTS, segments)
     AttentionInterface.register(VARLEN, varlen)
+    AttentionInterface.register(MASKED, masked)
+    AttentionMaskInterface.register(MASKED, sdpa_mask)
     if wanted == "auto":
         wanted = _best(device, half=half)
     if wanted != "segments" and (device.type != "cuda" or not half):
@@ -195,6 +196,19 @@ def varlen(
     return out[None], None
 
 
+def masked(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers' `sdpa`, with its masks; `sdpa` ignores silently what is refused here."""
+    _check_supported(more)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+
+
 def _check(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
     """Check that the model needs nothing that these functions leave out.
 
@@ -206,55 +220,14 @@ def _check(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, A
         raise ConfigError("the model does not pass the boundaries of the samples to its attention")
     if not getattr(module, "is_causal", True):
         raise ConfigError("the model's attention is not causal")
+    _check_supported(more)
+
+
+def _check_supported(more: dict[str, Any]) -> None:
+    """Raise ConfigError if attention gets something that torch's kernels do not take."""
     for name in ("softcap", "s_aux", "position_bias"):
         if more.get(name) is not None:
             raise ConfigError(
                 f"the model's attention has {name}, which train.attention = segments or varlen does not "
                 "support; try flash_attention_2 or flash_attention_3"
             )
-
-
-_SINGLE, _HALF = 1e-4, 5e-2
-"""Largest relative difference of logits in float32 and in bf16, where rounding depends on the row's length. A
-model that sees the other sample differs by about 1."""
-
-
-@torch.no_grad()
-def check_packing_isolation(model: Any, device: torch.device, *, half: bool) -> None:
-    """Compare the logits of a sample alone with those of the same sample packed behind another sample.
-
-    A collective: all ranks call it.
-
-    Raises:
-        ConfigError: They differ or are not finite, or the model cannot be called with packed samples.
-    """
-    first, second = _sample(0, 37), _sample(1, 26)
-    model.eval()
-    try:
-        behind, alone = (
-            model(**make_batch(row, [1.0] * len(row), device).forward_arguments()).logits[0].float()
-            for row in ((first, second), (second,))
-        )
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise ConfigError(
-            f"the model cannot be called with packed samples: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        model.train()
-    targets = second.target_tokens
-    if len(alone) != targets or len(behind) != targets + first.target_tokens:
-        raise ConfigError("the model does not return the logits of chosen positions (logits_to_keep)")
-    if not (alone.isfinite().all() and behind.isfinite().all()):
-        raise ConfigError("the model's logits are not finite: its weights hold NaN or infinity, or overflow")
-    differ = float((behind[-targets:] - alone).norm() / alone.norm())
-    if not differ <= (_HALF if half else _SINGLE):
-        raise ConfigError(
-            f"the model does not isolate the samples of a row: a sample's logits differ by {differ:.1%} "
-            "behind a different sample, so it cannot be trained on packed samples"
-        )
-
-
-def _sample(number: int, length: int) -> Example:
-    """Tokens that any vocabulary has; all but the first are targets."""
-    tokens = (numpy.arange(length, dtype=numpy.int32) * (7 + 4 * number) + 3) % 61
-    return Example(Key("isolation", 0, number), "", "", tokens, 1)

@@ -68,8 +68,15 @@ class Batch:
             "max_length_q": self.longest,
             "max_length_k": self.longest,
             "segments": self.bounds,
+            "seq_idx": self._sample_of_token(),
         }
         return {**arguments, "is_shared": True} if self.is_shared else arguments
+
+    def _sample_of_token(self) -> torch.Tensor:
+        """`[1, T]`, int32: for recurrent layers and convolutions, whose kernels restart with each sample."""
+        lengths = torch.tensor([end - begin for begin, end in pairwise(self.bounds)])
+        numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        return numbers[None].to(self.input_ids.device, non_blocking=True)
 
 
 def make_batch(row: PackedRow, weights: Sequence[float], device: torch.device) -> Batch:

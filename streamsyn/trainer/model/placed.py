@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.model.activations import offload
-from streamsyn.trainer.model.attention import check_packing_isolation
 from streamsyn.trainer.model.head import LossHead
+from streamsyn.trainer.model.isolation import choose_packing
 from streamsyn.trainer.model.optimizer import make_optimizer
 from streamsyn.trainer.model.sequence_parallel import SequenceGroup, check_sequence_parallel
 from streamsyn.trainer.model.slices import SlicedWeights
@@ -87,6 +87,7 @@ class Placed:
         optimizer: AdamW over the trained parameters.
         dtype: The precision of the weights as they were read; the result is written in it.
         sequence: The ranks that share this rank's rows.
+        packs: Whether rows hold several samples; otherwise each sample has a row of its own.
     """
 
     accelerator: Accelerator
@@ -95,6 +96,7 @@ class Placed:
     optimizer: Any
     dtype: torch.dtype
     sequence: SequenceGroup
+    packs: bool
 
 
 def place(
@@ -104,7 +106,7 @@ def place(
     dtype: torch.dtype,
     sliced: SlicedWeights | None = None,
 ) -> Placed:
-    """Put a model on its devices, make its optimizer, and check that packed samples stay isolated.
+    """Put a model on its devices, make its optimizer, and find out whether it keeps packed samples apart.
 
     A collective: all ranks call it.
 
@@ -116,7 +118,7 @@ def place(
         sliced: The weights to read once the model is sharded; None if `read_model` has read them.
 
     Raises:
-        ConfigError: The model cannot be trained on packed samples, or not by ranks that share rows.
+        ConfigError: The model cannot be trained, or not by ranks that share rows.
     """
     model.train()
     _freeze_towers(model)
@@ -130,12 +132,12 @@ def place(
     if sliced is not None:
         sliced.read_into(plain)
     half = accelerator.mixed_precision == "bf16"
-    check_packing_isolation(prepared, accelerator.device, half=half)
+    packs = choose_packing(prepared, plain, accelerator.device, section, half=half)
     head.check(prepared, accelerator.device, half=half)
     sequence = SequenceGroup.join(section.sequence_parallel, accelerator.process_index)
     sequence.wrap_attention(plain.config.get_text_config()._attn_implementation)  # noqa: SLF001
     check_sequence_parallel(prepared, plain, sequence, accelerator.device, half=half)
-    return Placed(accelerator, prepared, plain, optimizer, dtype, sequence)
+    return Placed(accelerator, prepared, plain, optimizer, dtype, sequence, packs)
 
 
 def saved_weights(placed: Placed) -> dict[str, torch.Tensor]:

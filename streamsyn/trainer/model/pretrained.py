@@ -15,7 +15,13 @@ from typing import Any
 import structlog
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -135,9 +141,16 @@ def check_compatibility(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: 
     A model with rotary positions extrapolates beyond those it knows: that only logs a warning.
 
     Raises:
-        ConfigError: The tokenizer has more tokens than the model, or the model has too few positions.
+        ConfigError: It is not a causal language model, the tokenizer has more tokens than the model, or the
+            model has too few positions or frequencies that depend on other rows.
     """
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    whole = AutoConfig.from_pretrained(path)
+    if whole.is_encoder_decoder or type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"--model {path} is not a causal language model, but {whole.model_type}: only models that "
+            "transformers' AutoModelForCausalLM reads can be tuned"
+        )
+    config = whole.get_text_config()
     highest = max(tokenizer.get_vocab().values(), default=-1)
     embeddings = getattr(config, "vocab_size", None)
     if isinstance(embeddings, int) and highest >= embeddings:
@@ -148,6 +161,12 @@ def check_compatibility(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: 
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions >= seq_len:
         return
+    if any("dynamic" in kind for kind in _rope_types(config)):
+        raise ConfigError(
+            f"train.seq_len: {seq_len} is more than the {positions} positions of --model {path}, beyond "
+            "which its rotary frequencies (rope_type dynamic) depend on the longest row before; use a "
+            "different rope_type in its config.json, such as yarn, or a lower train.seq_len"
+        )
     if not _is_rotary(config):
         raise ConfigError(
             f"train.seq_len: {seq_len} is more than the {positions} positions of --model {path}"
@@ -158,6 +177,12 @@ def check_compatibility(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: 
         known_positions=positions,
         why="later positions are extrapolated: set rope scaling in its config.json, or a lower train.seq_len",
     )
+
+
+def _rope_types(config: Any) -> list[str]:
+    """The kinds of rotary frequencies, of all types of layers."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return [one.get("rope_type", "") for one in (given, *given.values()) if isinstance(one, dict)]
 
 
 def _is_rotary(config: Any) -> bool:
@@ -247,7 +272,9 @@ def read_model(
     half = accelerator.mixed_precision == "bf16"
     attention = implementation(section.attention, accelerator.device, half=half)
     with _refused(f"--model {path}: cannot be read"):
-        model = _read_whole(path, attention) if sliced is None else sliced.empty_model(attention)
+        model = _read_whole(path) if sliced is None else sliced.empty_model("eager")
+    # Set afterwards: models with attention classes of their own do not know the name.
+    model.config._attn_implementation = attention  # noqa: SLF001 - there is no public name for it
     _check_savable(model, path)
     recompute(model, section)
     if section.lora is not None:
@@ -270,9 +297,9 @@ def sliced_weights(path: str, accelerator: Accelerator) -> SlicedWeights | None:
         return SlicedWeights(Path(path)) if can_be_sliced(path) else None
 
 
-def _read_whole(path: str, attention: str) -> Any:
+def _read_whole(path: str) -> Any:
     read: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random

@@ -25,15 +25,13 @@ class Packer:
         seq_len: Maximum tokens of a row; no example may be longer.
         seed: Seed of the random choices.
         size: Number of examples to hold, in order to choose among them.
-        alone: Place each example in a row of its own; the rows of a step are then of about the same length.
     """
 
-    def __init__(self, rows: int, seq_len: int, seed: int, size: int, *, alone: bool = False) -> None:
+    def __init__(self, rows: int, seq_len: int, seed: int, size: int) -> None:
         self._rows = rows
         self._seq_len = seq_len
         self._seed = str(seed)
         self._size = size
-        self._alone = alone
         self._held: list[Example] = []
         self.tokens = 0
         """Tokens of all examples held."""
@@ -46,8 +44,7 @@ class Packer:
     @property
     def is_full(self) -> bool:
         """Whether enough examples are held: `size`, and as many as fill the rows of a step for sure."""
-        fills = len(self._held) >= self._rows if self._alone else self.tokens > self._rows * self._seq_len
-        return fills and len(self._held) >= self._size
+        return self.tokens > self._rows * self._seq_len and len(self._held) >= self._size
 
     def put(self, example: Example) -> None:
         """Hold an example."""
@@ -60,8 +57,7 @@ class Packer:
         order = list(range(len(self._held)))
         rng.shuffle(order)  # examples of the same length come in random order
         packed = self._packed(order)
-        if not self._alone:
-            del packed[-1:]  # it may still have much room
+        del packed[-1:]  # it may still have much room
         if len(packed) < self._rows:
             return None
         chosen = self._nearest(packed, rng.randrange(len(packed)))
@@ -89,8 +85,6 @@ class Packer:
         """All examples held in rows, by their places in `_held`; only the last row may have much room."""
         lengths = [example.length for example in self._held]
         longest_first = sorted(order, key=lengths.__getitem__, reverse=True)
-        if self._alone:
-            return [[at] for at in longest_first]
         rows: list[list[int]] = []
         room: list[tuple[int, int]] = []  # tokens left in each row, and its place in `rows`; sorted
         for at in longest_first:
@@ -120,6 +114,15 @@ class Packer:
         taken = {at for row in rows for at in row}
         self.restore((one for at, one in enumerate(self._held) if at not in taken), self.draws + 1)
         return made
+
+
+def one_a_row(rows: Sequence[PackedRow], ranks: int) -> list[PackedRow]:
+    """Give each sample a row of its own. Empty rows are added, so that each rank gets equally many.
+
+    A step holds the same samples as with packed rows, and has the same loss.
+    """
+    singles: list[PackedRow] = [(example,) for row in rows for example in row]
+    return [*singles, *[()] * (-len(singles) % ranks)]
 
 
 def balanced(rows: Sequence[PackedRow], ranks: int) -> tuple[PackedRow, ...]:

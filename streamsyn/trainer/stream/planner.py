@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.examples import End, Example, HeldOut, Idle, Key, PackedRow, StepPlan
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.packing import Packer, balanced
+from streamsyn.trainer.stream.packing import Packer, balanced, one_a_row
 from streamsyn.trainer.stream.stream_reader import Rendering, StreamReader
 
 _DEPTH = 2
@@ -157,6 +157,8 @@ class Planner:
         if not flushed:
             self._full_steps += 1
             self._full_tokens += tokens
+        if self._section.packing == "none":
+            rows = one_a_row(rows, self._ranks)
         usual, counts = self._usual_tokens(), self._reader.counts
         return StepPlan(
             balanced(rows, self._ranks),
