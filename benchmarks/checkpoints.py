@@ -100,7 +100,9 @@ def run_rank(rank: int, port: int, way: str, shape: tuple[int, int], folder: Pat
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    placed = Placed(accelerator, model, model, optimizer, torch.float32, SequenceGroup.join(1, rank))
+    placed = Placed(
+        accelerator, model, model, optimizer, torch.float32, SequenceGroup.join(1, rank), packs=True
+    )
     dist.barrier()
     before = memory_mib(peak=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
