@@ -39,7 +39,7 @@ ALLOWED: Final = frozenset(
         *("assembly.write", "assembly.contexts_per_sample", "assembly.target_tokens", "assembly.max_tokens"),
         *("assembly.distractors", "assembly.position", "assembly.epoch", "assembly.max_similarity"),
         *("assembly.exclude_flags", "assembly.min_context_gain", "assembly.min_answer_chars"),
-        "assembly.tasks.*.family",
+        *("assembly.holdout", "assembly.tasks.*.family"),
     }
 )
 """Keys that a client may set; `*` stands for one name."""
