@@ -104,7 +104,7 @@ def test_a_long_text_takes_little_time(piece: str) -> None:
     started = time.process_time()
     first_turn(text)
 
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 10  # quadratic, it takes minutes
 
 
 PLAN = "I plan: SECRET. First the river,\n\nthen the mill."
@@ -224,4 +224,4 @@ def test_a_long_answer_takes_little_time(piece: str) -> None:
     split_thought(answer)
     has_marks(answer)
 
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 10  # quadratic, it takes minutes

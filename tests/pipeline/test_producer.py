@@ -86,7 +86,7 @@ async def drained(producer: Producer, counters: Counters) -> Produced:
     async def taken() -> list[str]:
         return [item.id if isinstance(item, Draft) else Path(item.origin).name async for item in work]
 
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(50), asyncio.TaskGroup() as group:
         taking = group.create_task(taken())
         try:
             await producer.run(work)
@@ -231,7 +231,7 @@ async def test_groups_are_found_across_batches(tmp_path: Path) -> None:
     reader = Ahead(config.seeds, 0, None)
     claims = await asyncio.to_thread(Claims, None, tmp_path / "read.sqlite")
     producer, work = Producer(reader, claims, config, Counters(), grouped), BoundedQueue[Work](1)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(50), asyncio.TaskGroup() as group:
         producing = group.create_task(producer.run(work))
         producing.add_done_callback(lambda _: work.close())
         async for item in work:
@@ -273,7 +273,7 @@ async def test_what_comes_in_is_not_held_back(tmp_path: Path) -> None:
     reader = Pipe(config.seeds, 0, None)
     claims = await asyncio.to_thread(Claims, None, tmp_path / "read.sqlite")
     producer, work = Producer(reader, claims, config, Counters(), grouped), BoundedQueue[Work](100)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(50), asyncio.TaskGroup() as group:
         producing = group.create_task(producer.run(work))
         producing.add_done_callback(lambda _: work.close())
         async for item in work:
@@ -292,7 +292,7 @@ def test_a_slow_reader_holds_the_producer(tmp_path: Path) -> None:
     counters, work = Counters(), BoundedQueue[Work](4)
 
     async def run(producer: Producer) -> None:
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(50), asyncio.TaskGroup() as group:
             producing = group.create_task(producer.run(work))
             while len(work) < 4:  # noqa: ASYNC110 - what is waited for sets no event
                 await asyncio.sleep(0)

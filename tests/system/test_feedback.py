@@ -61,7 +61,7 @@ def test_the_loop_closes(tmp_path: Path, serve: Callable[..., Server]) -> None:
     command = ["train", "--from", run, "--wait", "--model", base, "--out", out, *sets(publish)]
     with (tmp_path / "stderr").open("wb") as said:
         training = start(*command, env=environment(OMP_NUM_THREADS="1"), stderr=said)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while "train.start" not in (tmp_path / "stderr").read_text():
         assert time.monotonic() < until
         time.sleep(0.05)

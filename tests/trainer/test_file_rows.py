@@ -235,7 +235,7 @@ def test_what_cannot_be_read_names_its_key(tmp_path: Path) -> None:
 def test_a_stream_is_opened_by_what_it_is(tmp_path: Path) -> None:
     """A run directory, one that does not exist yet or waits for its servers, and files; URLs are refused."""
     run = new_run(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_bytes(b"{}")
+    (tmp_path / "run" / "run.json").write_bytes(b'{"format":1,"config":{},"fingerprint":{}}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "waiting" / "out").mkdir(parents=True)
     RunDirectory(tmp_path / "begun").close()
