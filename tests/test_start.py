@@ -87,7 +87,7 @@ def test_a_run_imports_no_numpy_before_its_event_loop() -> None:
 
 
 def test_the_first_request_is_sent_before_other_things_are_imported(tmp_path: Path) -> None:
-    """The recipe is asked for it right before."""
+    """The recipe is asked for it right before. Assembly is imported beside that, in its thread."""
     (tmp_path / "mine.py").write_text(RECIPE)
     (tmp_path / "seeds.jsonl").write_bytes(orjson.dumps(pairs(1)[0]))
     options = [
@@ -98,6 +98,8 @@ def test_the_first_request_is_sent_before_other_things_are_imported(tmp_path: Pa
         "--no-progress",
         "--set",
         "recipe.use=mine:Recipe",
+        "--set",
+        "assembly.write=false",
     ]
     with serving(words=150) as server:
         run = ["-m", "streamsyn", "run", "--server", server.url, "--no-preflight", *options]

@@ -21,7 +21,7 @@ from streamsyn.records import DurableContext, Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
 
-if TYPE_CHECKING:  # imported in a thread, when the first context is on disk
+if TYPE_CHECKING:  # imported in the thread of assembly, while the first requests are sent
     from streamsyn.assembly.assembler import Arrangement, Assembler
     from streamsyn.assembly.window import Passage
 
@@ -129,8 +129,7 @@ class AssemblyStage:
 
     async def run(self, contexts: BoundedQueue[DurableContext]) -> None:
         """Catch up with the log, then follow `contexts` to their end."""
-        if self._logged or self._replay is not None:
-            await asyncio.to_thread(self.catch_up)
+        await asyncio.to_thread(self.catch_up)
         async for first in contexts:
             batch = [first, *contexts.get_nowait(_BATCH - 1)]
             if self._stopped.is_set():
@@ -139,10 +138,7 @@ class AssemblyStage:
                 await asyncio.to_thread(self._take_contexts, batch)
 
     def catch_up(self) -> None:
-        """Make the samples of the contexts that the log held at the start. Blocks.
-
-        `run` calls it first if there are any.
-        """
+        """Make the samples of the contexts that the log held at the start. Blocks; `run` calls it first."""
         from streamsyn.assembly.window import Passage
 
         if self._replay is not None:
