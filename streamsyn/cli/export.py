@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamsyn.cli.options import examples
+from streamsyn.cli.options import Size, examples
 from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
     from streamsyn.export.export_request import ExportSummary
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _ASSEMBLY = {
     "contexts_per_sample": "Contexts per sample, in place of a length.",
     "target_tokens": "Tokens per sample, or a distribution such as {uniform = [8000, 32000]}.",
@@ -22,25 +21,6 @@ _ASSEMBLY = {
     "position": "Of the relevant context: uniform, a depth from 0 to 1, or a list of depths.",
     "epoch": "Different numbers draw different distractors, lengths and positions.",
 }
-
-
-class _Size(click.ParamType[int]):
-    """A number of bytes, such as 500MB or 1GiB."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower().removesuffix("b")
-        number = text.rstrip("kmgi")
-        try:
-            size = float(number) * _UNITS[text[len(number) :]]
-        except (ValueError, KeyError):
-            size = 0
-        if not 1 <= size < 2**63:
-            self.fail(f"invalid size {value!r}; expected bytes, such as 500000, 500MB or 1GiB", param, ctx)
-        return int(size)
 
 
 def _assembly_options(command: Any) -> Any:
@@ -82,7 +62,7 @@ def _assembly_options(command: Any) -> Any:
 @click.option("--split-seed", default=0, show_default=True, help="Seed of the random splits.")
 @click.option(
     "--shard-bytes",
-    type=_Size(),
+    type=Size(),
     default=500_000_000,
     show_default=True,
     help="Maximum bytes per shard, before compression.",

@@ -204,3 +204,25 @@ def cluster_overrides(given: dict[str, Any]) -> list[tuple[str, Any]]:
         meant = "; the model to ask for is set with --set fleet.model=NAME" if option == "model" else ""
         raise ConfigError(f"--{option} is for servers that Ray starts: it needs --ray{meant}")
     return [(f"cluster.{keys[name]}", value) for name, value in found.items()]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, such as 500MB or 1GiB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().removesuffix("b")
+        number = text.rstrip("kmgi")
+        try:
+            size = float(number) * _UNITS[text[len(number) :]]
+        except (ValueError, KeyError):
+            size = 0
+        if not 1 <= size < 2**63:
+            self.fail(f"invalid size {value!r}; expected bytes, such as 500000, 500MB or 1GiB", param, ctx)
+        return int(size)

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from streamsyn.cli.exits import on_signals
+from streamsyn.cli.options import Size
 from streamsyn.errors import ConfigError, StreamsynError, TrainingFailed
 
 _EXAMPLES = """\b
@@ -40,6 +41,14 @@ Examples:
 @click.option(
     "--plot", is_flag=True, help="Draw OUT/training.png at the end; without --from, draw it and exit."
 )
+@click.option("--plan", is_flag=True, help="Print how much memory the training needs on each GPU, and exit.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="For --plan: GPUs (FSDP2)."
+)
+@click.option(
+    "--gpu-memory", type=Size(), metavar="SIZE", help="For --plan: memory of one, such as 80GB or 79GiB."
+)
+@click.option("--json", "as_json", is_flag=True, help="For --plan: print one JSON object.")
 @click.option("--wait", is_flag=True, help="Wait for the run of --from, if its directory does not exist yet.")
 @click.option("--log-json", is_flag=True, help="Write only JSON objects to stderr, one per line.")
 @click.option("--tethered", is_flag=True, hidden=True)  # set by `run --train`: see streamsyn.trainer.signals
@@ -50,6 +59,10 @@ def train(
     out: str | None,
     settings: tuple[str, ...],
     plot: bool,
+    plan: bool,
+    gpus: int,
+    gpu_memory: int | None,
+    as_json: bool,
     wait: bool,
     log_json: bool,
     tethered: bool,
@@ -70,14 +83,11 @@ def train(
     if out is not None and not out:  # Path("") would be the working directory
         raise ConfigError("--out: the path is empty; give the directory of the training")
     folder = None if out is None else Path(out)
+    if plan:
+        _plan(config, model, settings, gpus, gpu_memory, as_json=as_json)
+        return
     if source is None:
-        if not plot:
-            raise ConfigError(
-                "--from is missing: expected a run directory, a file of chat rows, or - for stdin"
-            )
-        from streamsyn.trainer.metrics.plot import draw
-
-        click.echo(draw(_existing_out(config, folder, settings)))
+        _draw_only(config, folder, settings, wanted=plot)
         return
     parent = ParentLiveness.of_this_rank(wanted=tethered)
     try:
@@ -101,6 +111,43 @@ def train(
     if parent is not None:
         parent.send_exit_code(code)
     _exit(code)
+
+
+def _plan(
+    config: Path | None,
+    model: str | None,
+    settings: tuple[str, ...],
+    gpus: int,
+    gpu_memory: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the memory of the training as a table, or as JSON."""
+    from streamsyn.config.loading import load, parse_override
+    from streamsyn.trainer.training_request import check_packages
+
+    section = load(config, map(parse_override, settings)).train
+    path = model or section.model
+    if path is None:
+        raise ConfigError("the model to tune is missing: pass --model PATH, or set train.model")
+    check_packages(section)
+    from streamsyn.trainer.memory_plan import memory_plan
+    from streamsyn.trainer.memory_table import plan_json, print_plan
+
+    needs = memory_plan(path, section, gpus)
+    if as_json:
+        click.echo(plan_json(path, section, gpus, gpu_memory, needs))
+    else:
+        print_plan(path, section, gpus, gpu_memory, needs)
+
+
+def _draw_only(config: Path | None, out: Path | None, settings: tuple[str, ...], *, wanted: bool) -> None:
+    """Draw a training without continuing it, as `--plot` without `--from` asks for."""
+    if not wanted:
+        raise ConfigError("--from is missing: expected a run directory, a file of chat rows, or - for stdin")
+    from streamsyn.trainer.metrics.plot import draw
+
+    click.echo(draw(_existing_out(config, out, settings)))
 
 
 def _check_plot(*, wanted: bool) -> None:

@@ -87,11 +87,7 @@ def check(request: TrainRequest) -> None:
     """
     temporary_files_near(request.out)
     section = request.config.train
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if section.lora is not None and find_spec("peft") is None:
-        missing.append("peft (for train.lora)")
-    if missing:
-        raise ConfigError(f"training needs {', '.join(missing)}: pip install 'streamsyn[train]'")
+    check_packages(section)
     for name in section.trackers:  # accelerate silently skips a tracker that is not installed
         if find_spec(name) is None:
             raise ConfigError(f"train.trackers: {name} needs the package {name}: pip install {name}")
@@ -106,6 +102,19 @@ def check(request: TrainRequest) -> None:
         check_replaceable(out)
         _check_out(out, source, section)
         check_shaping(out, request.config, request.model)
+
+
+def check_packages(section: TrainSection) -> None:
+    """Check that what the training imports is installed.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if section.lora is not None and find_spec("peft") is None:
+        missing.append("peft (for train.lora)")
+    if missing:
+        raise ConfigError(f"training needs {', '.join(missing)}: pip install 'streamsyn[train]'")
 
 
 def check_launcher(section: TrainSection) -> None:

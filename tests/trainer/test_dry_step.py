@@ -13,6 +13,8 @@ from tests.trainer.by_hand import plans, section, train, weights
 from tests.trainer.conftest import Start
 from tests.trainer.test_command import write_run
 
+pytestmark = pytest.mark.timeout(300)
+
 STEPS = 3
 
 

@@ -37,8 +37,8 @@ class LossHead:
         in_pieces: Whether logits are computed piece by piece; otherwise those of a row are whole.
     """
 
-    def __init__(self, model: Any, offload: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        self._offload = offload
+    def __init__(self, model: Any, offload: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
+        self._offload = offload or nullcontext
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder = plain.base_model
         self._head = plain.get_output_embeddings()

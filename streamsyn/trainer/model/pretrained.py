@@ -240,11 +240,11 @@ def read_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     # The hub logs each failed attempt; our error reports the outcome.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    with _refused(f"--model {path}: its tokenizer cannot be read"):
+    with refused(f"--model {path}: its tokenizer cannot be read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     if template is not None:
         tokenizer.chat_template = template
-    with _refused(f"--model {path}: its tokenizer cannot be saved again"), TemporaryDirectory() as folder:
+    with refused(f"--model {path}: its tokenizer cannot be saved again"), TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -271,7 +271,7 @@ def read_model(
     """
     half = accelerator.mixed_precision == "bf16"
     attention = implementation(section.attention, accelerator.device, half=half)
-    with _refused(f"--model {path}: cannot be read"):
+    with refused(f"--model {path}: cannot be read"):
         model = _read_whole(path) if sliced is None else sliced.empty_model("eager")
     # Set afterwards: models with attention classes of their own do not know the name.
     model.config._attn_implementation = attention  # noqa: SLF001 - there is no public name for it
@@ -293,7 +293,7 @@ def sliced_weights(path: str, accelerator: Accelerator) -> SlicedWeights | None:
     """
     if not accelerator.is_fsdp2:
         return None
-    with _refused(f"--model {path}: cannot be read"):
+    with refused(f"--model {path}: cannot be read"):
         return SlicedWeights(Path(path)) if can_be_sliced(path) else None
 
 
@@ -318,14 +318,14 @@ def _check_savable(model: Any, path: str) -> None:
     """
     generation = getattr(model, "generation_config", None)
     with TemporaryDirectory() as folder:
-        with _refused(f"--model {path}: its config.json cannot be saved again"):
+        with refused(f"--model {path}: its config.json cannot be saved again"):
             model.config.save_pretrained(folder)
         if generation is None:
             return
         try:
             generation.save_pretrained(folder)
         except ValueError:
-            with _refused(f"--model {path}: its generation_config.json cannot be saved again"):
+            with refused(f"--model {path}: its generation_config.json cannot be saved again"):
                 generation.do_sample = True if generation.temperature != 0 else generation.do_sample
                 generation.save_pretrained(folder)
             log.warning("train.generation_config", do_sample=True, why="it has values that need do_sample")
@@ -337,13 +337,13 @@ def model_dtype(path: str) -> torch.dtype:
     Raises:
         ConfigError: It is not a model of transformers.
     """
-    with _refused(f"--model {path} is not a model that transformers reads"):
+    with refused(f"--model {path} is not a model that transformers reads"):
         dtype = getattr(AutoConfig.from_pretrained(path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def refused(what: str) -> Iterator[None]:
     """Turn any error into a ConfigError that begins with `what`: transformers raises all kinds."""
     try:
         yield

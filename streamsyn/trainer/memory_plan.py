@@ -1,0 +1,233 @@
+"""How much memory a training needs on each GPU, worked out without a GPU and without weights.
+
+The model is made of meta tensors, which have shapes but no data. A forward and backward pass over the row of
+the dry step then allocates what a real one would, and the largest sum that is alive at a time is the memory
+of the activations. The rest follows from the number of weights and of GPUs, over which FSDP2 shards them.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from streamsyn.config.command_sections import TrainSection
+from streamsyn.trainer.dry_step import largest_row
+from streamsyn.trainer.model.activations import is_recomputed, recompute
+from streamsyn.trainer.model.attention import VARLEN, implementation
+from streamsyn.trainer.model.head import LossHead, target_losses
+from streamsyn.trainer.model.loss import make_batch
+from streamsyn.trainer.model.optimizer import moment_bytes
+from streamsyn.trainer.model.pretrained import refused, with_adapters
+
+OTHER_BYTES = 2 * 10**9
+"""What torch, CUDA and NCCL need for themselves, and what is lost between blocks: an estimate."""
+_META = torch.device("meta")
+_HALF, _SINGLE = 2, 4
+"""Bytes of a number in bf16 and in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes on each GPU with some keys of `[train]`.
+
+    Attributes:
+        keys: The keys: those that decide about memory.
+        weights: This GPU's part of the weights, float32.
+        gradients: Its part of the gradients, float32.
+        moments: Its part of the optimizer's moments during the passes.
+        gathered: Whole weights of the layers in use, and gradients on their way to their GPUs.
+        activations: The largest sum of what a pass has in memory at a time.
+        total: The largest sum of all, with `OTHER_BYTES`.
+        host: Host memory for what is offloaded, for each GPU.
+    """
+
+    keys: dict[str, Any]
+    weights: int
+    gradients: int
+    moments: int
+    gathered: int
+    activations: int
+    total: int
+    host: int
+
+
+def memory_plan(path: str, section: TrainSection, gpus: int) -> list[Need]:
+    """What the training needs as it is configured, and then with keys that save more and more.
+
+    Args:
+        path: A directory with a config.json, or a name on the hub. Weights are not read.
+        section: The section `train`; bf16 is assumed.
+        gpus: GPUs that share weights, gradients and moments by FSDP2.
+
+    Raises:
+        ConfigError: It is not a model, or it cannot be laid out without its weights.
+    """
+    with refused(f"--model {path} is not a model that transformers reads"):
+        config = AutoConfig.from_pretrained(path)
+    variants: list[dict[str, Any]] = [
+        {"gradient_checkpointing": False, "activation_offload": False, "optimizer_offload": False},
+        {"gradient_checkpointing": "selective", "activation_offload": False, "optimizer_offload": False},
+        {"gradient_checkpointing": True, "activation_offload": False, "optimizer_offload": False},
+        {"gradient_checkpointing": True, "activation_offload": False, "optimizer_offload": True},
+        {"gradient_checkpointing": True, "activation_offload": True, "optimizer_offload": True},
+    ]
+    as_configured = {name: getattr(section, name) for name in variants[0]}
+    as_configured["gradient_checkpointing"] = (
+        is_recomputed(section) if section.gradient_checkpointing == "auto" else section.gradient_checkpointing
+    )
+    others = [keys for keys in variants if keys != as_configured]
+    measured: dict[Any, tuple[Any, int, int]] = {}
+    found = []
+    for keys in [as_configured, *others]:
+        settings = section.model_copy(update=keys)
+        of_pass = (keys["gradient_checkpointing"], keys["activation_offload"])
+        if of_pass not in measured:  # the place of moments does not change a pass
+            with refused(f"--model {path}: its memory cannot be worked out without its weights"):
+                model = _on_meta(config, settings)
+                measured[of_pass] = (model, *pass_bytes(model, settings.seq_len, offloads=of_pass[1]))
+        found.append(_need(keys, settings, gpus, *measured[of_pass]))
+    return found
+
+
+def pass_bytes(model: Any, tokens: int, *, offloads: bool = False) -> tuple[int, int]:
+    """The largest number of bytes that a forward and backward pass over the largest row has in memory.
+
+    Args:
+        model: A model of meta tensors with our attention and a `LossHead`; its `device` may be a real one.
+        tokens: Tokens of the row.
+        offloads: Whether what is kept for the backward pass waits in host memory.
+
+    Returns:
+        Bytes besides weights and whole gradients, and bytes in host memory.
+    """
+    host = _HostMemory()
+    LossHead(model, host.offload if offloads else None)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    batch = make_batch((largest_row(tokens),), [1.0], model.device)
+    given = (*model.parameters(), *model.buffers())
+    with LiveMemory(given) as memory:
+        (target_losses(model, batch) * batch.weights).sum().backward()
+    return memory.peak, host.bytes
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they are alive.
+
+    Args:
+        given: Tensors that are not counted, nor are views of them.
+
+    Attributes:
+        peak: The largest sum so far.
+    """
+
+    def __init__(self, given: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {one.untyped_storage()._cdata for one in given}  # noqa: SLF001 - its identity
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor):
+                self._add(one.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - its identity
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+class _HostMemory:
+    """Takes the place of host memory for activations: notes sizes and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def offload(self) -> AbstractContextManager[Any]:
+        return saved_tensors_hooks(
+            self._pack, lambda packed: torch.empty(packed[0], dtype=packed[1], device=_META)
+        )
+
+    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.bytes += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _on_meta(config: Any, section: TrainSection) -> Any:
+    """The model in bf16, as FSDP2 has it in a pass, with attention by a kernel that takes boundaries."""
+    implementation("segments", torch.device("cpu"), half=False)  # registers both
+    with _META:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+        model.config._attn_implementation = VARLEN  # noqa: SLF001 - as `read_model` does
+        model.train()
+        recompute(model, section)
+        if section.lora is not None:
+            model = with_adapters(model, section.lora)
+            if is_recomputed(section):
+                model.enable_input_require_grads()
+    return model
+
+
+def _need(
+    keys: dict[str, Any], section: TrainSection, gpus: int, model: Any, activations: int, host: int
+) -> Need:
+    whole = sum(one.numel() for one in model.parameters())
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    weights, gradients = _SINGLE * whole // gpus, _SINGLE * trained // gpus
+    all_moments = 2 * _SINGLE * trained // gpus
+    moments = moment_bytes(section) * trained // gpus
+    if section.optimizer_offload:
+        moments, host = 0, host + moments
+    gathered = _gathered(model) if gpus > 1 else _HALF * whole  # one GPU: autocast keeps copies in bf16
+    in_passes = gathered + activations + moments
+    return Need(
+        keys=keys,
+        weights=weights,
+        gradients=gradients,
+        moments=moments,
+        gathered=gathered,
+        activations=activations,
+        total=weights + gradients + max(in_passes, all_moments) + OTHER_BYTES,
+        host=host,
+    )
+
+
+def _gathered(model: Any) -> int:
+    """FSDP2's buffers: embedding and head stay whole during a pass, layers come and go, the next one early.
+    Gradients of a unit are in bf16 when they are complete, and are added up over the GPUs in float32.
+    """
+    units = list(_units(model))
+    layers: list[int] = [sum(one.numel() for one in unit.parameters()) for unit in units]
+    inside = {one for unit in units for one in unit.parameters()}
+    outside: list[torch.Tensor] = [one for one in model.parameters() if one not in inside]
+    largest = max(layers, default=0)
+    reduced = max([largest, *(one.numel() for one in outside)])
+    return _HALF * (sum(one.numel() for one in outside) + 3 * largest) + _SINGLE * reduced
+
+
+def _units(model: Any) -> Iterator[torch.nn.Module]:
+    """The layers that are sharded one by one."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return (module for module in model.modules() if type(module).__name__ in names)
