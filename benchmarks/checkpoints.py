@@ -125,8 +125,8 @@ def memory_mib(*, peak: bool) -> float:
 
 
 def run_once(way: str, shape: tuple[int, int]) -> tuple[int, dict[int, Figures]]:
-    """One checkpoint by two fresh processes: the number of weights, and the figures of each rank."""
-    context = multiprocessing.get_context("spawn")
+    """One checkpoint by two new processes: the number of weights, and the figures of each rank."""
+    context = multiprocessing.get_context("fork")  # this one has imported everything
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

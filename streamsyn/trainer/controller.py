@@ -103,6 +103,7 @@ class Controller:
                 self._schedule.reopen()
                 yield from self._finish()
                 return
+            self._store.settle(wait=False)
             try:
                 found = self._plans.get(_WAIT_S)
             except StreamsynError:
@@ -118,7 +119,6 @@ class Controller:
                     break
                 yield self._all(Wait())
                 continue
-            self._store.settle(wait=False)
             yield from self._evaluate()  # before the first step, or where an earlier run was stopped
             if not wants_to_stop():
                 yield from self._train(found)

@@ -80,7 +80,8 @@ class _Writer(FileSystemWriter):
     """
 
     def __init__(self, checkpoints: Checkpoints, info: dict[str, Any], stream: Any) -> None:
-        super().__init__(checkpoints.unfinished(info["step"]) / STATE)
+        # The tensors are in host memory already: the writer needs no stream of a GPU to copy them ahead.
+        super().__init__(checkpoints.unfinished(info["step"]) / STATE, per_thread_copy_ahead=0)
         self._checkpoints = checkpoints
         self._info = info
         self._stream = stream
