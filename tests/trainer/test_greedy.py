@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.evaluation.exam import _answer, answer_all, answering
+from streamsyn.trainer.metrics.mfu import model_flops
 from streamsyn.trainer.model.attention import SEGMENTS
 from streamsyn.trainer.model.placed import Placed
 from tests.trainer import tiny
@@ -143,6 +144,25 @@ def test_ranks_that_need_each_other_go_on_together(tmp_path: Path) -> None:
         passes.clear()
         assert () == _answer(placed.plain, None, torch.device("cpu"), until(5))
         assert [False] * 5 == passes
+
+
+def test_a_model_without_a_cache_of_keys_answers(tmp_path: Path) -> None:
+    """A purely recurrent model chooses the tokens that it chooses without a cache."""
+    tiny.write_model(tmp_path)
+    shape: Any = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": 256}
+    torch.manual_seed(0)
+    MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, **shape)).save_pretrained(tmp_path)
+    with fresh():
+        placed = placed_model(tmp_path, section(seq_len=512))
+    prompt = prompts()[2]
+    with answering(placed), torch.no_grad():
+        found = _answer(placed.plain, prompt, torch.device("cpu"), bool)
+        read = [*prompt.tokens.tolist(), *found]
+        chosen = placed.plain(input_ids=torch.tensor([read])).logits[0].argmax(-1)
+
+    assert not placed.packs
+    assert chosen[-TOKENS - 1 : -1].tolist() == list(found)
+    assert model_flops(placed.plain) is None
 
 
 def test_a_rank_without_a_question_answers_nothing(tmp_path: Path) -> None:

@@ -159,9 +159,11 @@ def _answer(
             model(input_ids=inputs[:, -1:], use_cache=False, logits_to_keep=1)
             continue
         out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        inputs = out.logits[:, -1].argmax(-1, keepdim=True)
-        token = int(inputs)
+        cache = getattr(out, "past_key_values", None)
+        chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+        # Purely recurrent models have other caches: they read the prompt again for each token.
+        inputs = chosen if cache is not None else torch.cat((inputs, chosen), dim=1)
+        token = int(chosen)
         if token in prompt.stop:
             wants_more = False
         else:

@@ -128,12 +128,16 @@ def peak_flops(device: str) -> float | None:
 
 
 def model_flops(model: Any) -> ModelFlops | None:
-    """What a model of transformers costs; None for a mixture of experts, which uses few of its weights."""
+    """What a model of transformers costs; None for a mixture of experts, which uses few of its weights,
+    and for a model without attention.
+    """
     config = model.config.get_text_config()
     layers = [config] * config.num_hidden_layers
     if getattr(config, "is_heterogeneous", False):  # its own attributes raise where layers differ
         layers = [config.per_layer_config[number] for number in range(config.num_hidden_layers)]
     if any(getattr(one, name, None) for one in layers for name in _EXPERTS):
+        return None
+    if not all(hasattr(one, "num_attention_heads") for one in layers):
         return None
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     body = sum(_cost(one) for one in model.parameters() if one is not embedding and one is not head)
