@@ -132,6 +132,7 @@ class SlurmJob:
         for source in self.seeds:
             yield from ("--seeds", source)
         yield from ("--out", str(self.out), "--log-json", "--set", f"fleet.give_up_s={_START_S}")
+        yield from ("--set", "fleet.servers=[]")  # those of the job alone
         for setting in self.settings:
             yield from ("--set", setting)
 

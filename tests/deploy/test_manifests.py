@@ -121,6 +121,19 @@ def test_every_flag_of_sglang_exists() -> None:
     assert set() == {(where, flag) for where, flag in used if flag not in FLAGS}
 
 
+def test_all_name_one_version_of_sglang() -> None:
+    """The one that deploy/sglang-cpu installs, with which tests and flags.txt were made."""
+    pinned = (DEPLOY / "sglang-cpu" / "requirements-no-deps.txt").read_text("utf-8")
+    [version] = re.findall(r"^sglang==(\S+)", pinned, re.MULTILINE)
+
+    assert f"SGLang {version}." in (DEPLOY / "sglang" / "flags.txt").read_text("utf-8").splitlines()[0]
+    assert f"SGLang {version}," in (DEPLOY / "sglang" / "README.md").read_text("utf-8")
+    assert compose()["services"]["sglang"]["image"].endswith(f":v{version}}}")
+    for folder in ("base", "multi-host"):
+        listed = yaml.safe_load((KUBERNETES / folder / "kustomization.yaml").read_text("utf-8"))["images"]
+        assert [f"v{version}"] == [image["newTag"] for image in listed if image["name"] == "sglang"]
+
+
 def test_the_units_run_commands_of_ours(defaults: Config) -> None:
     """Their options exist; a stop lasts longer than a drain, and a watchdog has a readiness to start from."""
     for name in ("streamsyn.service", "streamsyn-train@.service"):
