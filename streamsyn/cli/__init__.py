@@ -8,7 +8,7 @@
     deploy                            submit a Slurm job: servers, and a run that asks them
     retry, score                      ask rejects again; measure contexts beside the log
     export, report, verify, status    read a run directory
-    bench                             measure the throughput of a fleet on this workload
+    bench, evaluate                   measure the throughput of a fleet on this workload, and its model
     init, config, simulate            write or print a configuration; serve the simulator
 
 Commands import what they need when they run, so that `streamsyn --help` takes 0.1 s. Results go to stdout;

@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "config": "Print the resolved configuration as TOML: every key with its meaning and value.",
     "demo": "Start a real SGLang server, write contexts for 12 packaged seeds, print the best sample.",
     "deploy": "Start streamsyn and its servers on a cluster.",
+    "evaluate": "Ask servers the questions of published suites, and print scores with 95 % intervals.",
     "export": "Assemble the contexts of a run into a data set with a dataset card.",
     "init": "Write a short commented configuration to PATH (run.toml).",
     "preview": "Print what would be sent for the first seeds (3, or --limit).",

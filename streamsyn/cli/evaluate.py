@@ -1,0 +1,121 @@
+"""`streamsyn evaluate`: published suites of questions, asked of servers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
+from streamsyn.errors import ConfigError, SinkError
+
+if TYPE_CHECKING:
+    from streamsyn.scoring.suite_run import SuiteRow
+
+
+@click.command(
+    epilog=examples(
+        "streamsyn evaluate --server http://gpu-1:30000 --suite longbench/hotpotqa.jsonl",
+        "streamsyn evaluate --server http://gpu-1:30000 --suite 'longbench/*.jsonl' --out answers.jsonl",
+        "streamsyn evaluate --server http://gpu-1:30000 --suite longbench --prompts dataset2prompt.json",
+    )
+)
+@SERVER
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="File, directory or glob with the published rows of LongBench or LongBench v2. Repeatable.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON file with a prompt for each data set of LongBench, as it is published.",
+)
+@click.option(
+    "--prompt-chars",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Cut contexts in the middle to prompts of N characters.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask at most N questions of a part.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write each answer to this file as NDJSON."
+)
+@SETTINGS
+@LOG_JSON
+def evaluate(
+    *,
+    suites: tuple[str, ...],
+    prompts: Path | None,
+    prompt_chars: int | None,
+    limit: int | None,
+    out: Path | None,
+    **given: Any,
+) -> None:
+    """Ask servers the questions of published suites, and print scores with 95 % intervals.
+
+    Answers are greedy, and scored by the published rules. Exit code 1 if a question had no answer.
+    """
+    import asyncio
+    from contextlib import ExitStack
+    from functools import partial
+
+    import orjson
+
+    from streamsyn.scoring.suite_files import read_suites
+    from streamsyn.scoring.suite_run import Answered, SuiteRun, suite_table
+    from streamsyn.telemetry import configure_logs
+
+    configure_logs(as_json=given["log_json"])
+    config = resolve(given, None)
+    questions = partial(read_suites, suites, prompts, prompt_chars, limit)
+    total = sum(1 for _ in questions())  # a mistake in a file ends the command before the first request
+    with ExitStack() as stack:
+        file = None
+        if out is not None:
+            try:
+                file = stack.enter_context(out.open("wb"))
+            except OSError as error:
+                raise ConfigError(f"--out: cannot write {out}: {error.strerror}") from error
+
+        def write(found: Answered) -> None:
+            if file is not None:
+                try:
+                    file.write(orjson.dumps(found.row(), option=orjson.OPT_APPEND_NEWLINE))
+                    file.flush()
+                except OSError as error:
+                    raise SinkError(f"cannot write {out}: {error.strerror}") from error
+
+        run = SuiteRun(
+            questions=questions(),
+            total=total,
+            fleet=config.fleet,
+            model=config.scoring.model,
+            on_answer=write,
+        )
+        answered = asyncio.run(run.run())
+    failed = sum(one.error is not None for one in answered)
+    _print(suite_table(answered), failed, as_json=given["log_json"])
+    if failed:
+        raise SystemExit(1)
+
+
+def _print(rows: "list[SuiteRow]", failed: int, *, as_json: bool) -> None:
+    """Print the table to stdout, or log it as evaluate.done."""
+    from dataclasses import asdict
+
+    import structlog
+
+    if as_json:
+        structlog.get_logger().info("evaluate.done", rows=[asdict(row) for row in rows], failed=failed)
+        return
+    click.echo(f"{'suite':14} {'part':22} {'questions':>9} {'score':>7}   95 % interval")
+    for row in rows:
+        click.echo(
+            f"{row.suite:14} {row.part:22} {row.questions:9,} {row.score:7.2f}"
+            f"   {row.low:.2f} to {row.high:.2f}"
+        )
+    if failed:
+        click.echo(f"{failed:,} questions had no answer, and are left out", err=True)
