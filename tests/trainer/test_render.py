@@ -1,5 +1,7 @@
 import asyncio
+import json
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from streamsyn.trainer.examples import Dropped, Example, Key
 from streamsyn.trainer.sources.run_samples import RunSamples
 from streamsyn.trainer.sources.source import Sources
 from streamsyn.trainer.stream.render import MIN_PROMPT_TOKENS, Renderer
+from tests.assembly.tokenizers_made import SUPPORTED, UNSUPPORTED
+from tests.assembly.tokenizers_made import made as made_tokenizer
 from tests.builders import opened, sample, sink
-from tests.examples import in_turn
+from tests.examples import examples, in_turn
 from tests.trainer.streams import keys, planner, plans
 
 SPECIALS = ["<s>", "</s>", "<|start|>", "<|end|>"]
@@ -61,6 +65,21 @@ def tokenizer(template: str | None = CHATML, eos: str | None = "</s>") -> PreTra
     made.add_special_tokens(SPECIALS)
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos)
     fast.chat_template = template
+    return fast
+
+
+@cache
+def of_kind(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits text in its own way."""
+    ways = {**SUPPORTED, **UNSUPPORTED}
+    counted = made_tokenizer(ways[kind], ["why is it so", "because (it is) 12345\n\n", "ab ab1 abab"] * 20)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(counted.spec)), eos_token="</s>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
     return fast
 
 
@@ -311,3 +330,43 @@ async def test_a_run_is_planned_while_it_is_written(tmp_path: Path) -> None:
 
     assert list(range(120)) == sorted(key.seq for key in keys(steps))
     assert {"overlong": 0} | stream.statistics()["dropped"] == {"overlong": 0}
+
+
+@pytest.mark.parametrize("kind", sorted({**SUPPORTED, **UNSUPPORTED}))
+@examples(15)
+@given(turns=st.lists(text, min_size=2, max_size=4), answer=text)
+def test_an_answer_tokenized_without_its_prompt_is_the_same(kind: str, turns: list[str], answer: str) -> None:
+    """Whatever the tokenizer does between special tokens, the tokens are those of the whole text."""
+    tokens = of_kind(kind)
+    once, twice = Renderer(tokens, 4096, "drop"), Renderer(tokens, 4096, "drop")
+    twice.last_special = None
+    row = chat(*turns[: 2 * (len(turns) // 2) - 1], answer)
+
+    for expected, found in zip(
+        twice.render_batch([(row, KEY)]), once.render_batch([(row, KEY)]), strict=True
+    ):
+        if isinstance(expected, Dropped):
+            assert expected == found
+        else:
+            assert isinstance(found, Example)
+            assert (expected.tokens.tolist(), expected.loss_from) == (found.tokens.tolist(), found.loss_from)
+
+
+def test_a_prompt_is_tokenized_once() -> None:
+    """What is tokenized is little more than the text."""
+    lengths: list[int] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            lengths.append(sum(map(len, texts)))
+            return super().__call__(texts, **options)
+
+    made = tokenizer()
+    counting = Counting(tokenizer_object=made.backend_tokenizer, eos_token="</s>")
+    counting.chat_template = CHATML
+    renderer = Renderer(counting, 4096, "drop")
+    lengths.clear()
+    [one] = renderer.render_batch([(chat("word " * 500, "yes"), KEY)])
+
+    assert isinstance(one, Example)
+    assert sum(lengths) < 2500 + 200

@@ -84,6 +84,11 @@ class SpelledTokens:
         ids: list[int] = self._copy.encode(named.translate(spelled), add_special_tokens=False).ids
         return ids
 
+    def last_special(self, prompt: str) -> str | None:
+        """Return the end of a rendered prompt, from its last special token on; None if it has none."""
+        begins = [found.start() for found in self._of_template.finditer(prompt)]
+        return prompt[begins[-1] :] if begins else None
+
     def _spells(self, text: str) -> bool:
         bracketed = (found[0] in self._special for found in _BRACKETED.finditer(text))
         return self._others.search(text) is not None or any(bracketed)
@@ -129,6 +134,7 @@ _GENERATION_TAG = "generation"
 MIN_PROMPT_TOKENS = 16
 """An over-long sample is dropped if truncation would leave fewer prompt tokens than this."""
 
+_PROBE_ANSWERS = ("Because.", " Because", "\n\nBecause it is\n", "3", "\u00e9t\u00e9", "(so)", "\t-")
 _PROBE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
 
@@ -147,6 +153,8 @@ class Renderer:
     Attributes:
         stop: The token that ends an answer.
         spelled: Keeps what spells a special token as text.
+        last_special: The end of a prompt, from its last special token on, if answers can be tokenized from
+            there; else they are tokenized with their prompts.
     """
 
     def __init__(
@@ -157,6 +165,7 @@ class Renderer:
         self._overlong = overlong
         self._lock = threading.Lock()  # tokenizers are not thread-safe
         self._special = special_tokens(tokenizer)
+        self.last_special: str | None = None
         self.spelled = SpelledTokens(self._special, getattr(tokenizer, "backend_tokenizer", None))
         self._learn_ending()
 
@@ -165,10 +174,7 @@ class Renderer:
         with self._lock:
             texts = [self._texts(row) for row, _ in rows]
             plain = [one for one in texts if isinstance(one, Rendered) and not one.spells]
-            in_bulk = (
-                self._encode([text for one in plain for text in (one.prompt, one.whole)]) if plain else []
-            )
-            tokens = {id(one): in_bulk[2 * place : 2 * place + 2] for place, one in enumerate(plain)}
+            tokens = {id(one): both for one, both in zip(plain, self._encode_both(plain), strict=True)}
             return [
                 one if isinstance(one, Dropped) else self._example(row, key, one, tokens.get(id(one)))
                 for (row, key), one in zip(rows, texts, strict=True)
@@ -189,8 +195,45 @@ class Renderer:
                 raise Unrenderable("no token ends an answer: there is none in the template, and no eos token")
             self.stop = stop
             self._split(probe, *self._encode([probe.prompt, probe.whole]))
+            self._learn_last_special()
         except Unrenderable as error:
             raise ConfigError(f"the model's chat template cannot be trained on: {error}") from error
+
+    def _learn_last_special(self) -> None:
+        """Find out whether an answer can be tokenized without its prompt.
+
+        Tokenizers split texts at special tokens first, so that the text from the last special token of the
+        prompt on can be tokenized by itself. A few answers show whether that holds for this tokenizer.
+        """
+        probes = [
+            self._rendered([_PROBE[0], {"role": "assistant", "content": answer}]) for answer in _PROBE_ANSWERS
+        ]
+        as_whole = self._encode_both(probes)
+        self.last_special = self.spelled.last_special(probes[0].prompt)
+        if self._encode_both(probes) != as_whole:
+            self.last_special = None
+
+    def _encode_both(self, texts: Sequence["Rendered"]) -> list[tuple[list[int], list[int]]]:
+        """The tokens of the prompt, and of prompt and answer, of each text."""
+        begins = [self._answer_begins(one) for one in texts]
+        parts = ((one.prompt, one.whole[begin:]) for one, begin in zip(texts, begins, strict=True))
+        encoded = self._encode([text for both in parts for text in both]) if texts else []
+        both = []
+        for begin, prompt, end in zip(begins, encoded[::2], encoded[1::2], strict=True):
+            before = (
+                next(at for at in range(len(prompt) - 1, -1, -1) if prompt[at] in self._special)
+                if begin
+                else 0
+            )
+            both.append((prompt, prompt[:before] + end))
+        return both
+
+    def _answer_begins(self, text: "Rendered") -> int:
+        """The place from which on a text must be tokenized again, after its prompt."""
+        last = self.last_special
+        if last is None or not text.prompt.endswith(last) or not text.whole.startswith(text.prompt):
+            return 0
+        return len(text.prompt) - len(last)
 
     def _from_first_special(self, ending: str) -> list[int]:
         """The tokens of the text after an answer, from the first special token on.
@@ -226,7 +269,7 @@ class Renderer:
         return ids
 
     def _example(
-        self, row: dict[str, Any], key: Key, text: "Rendered", encoded: list[list[int]] | None
+        self, row: dict[str, Any], key: Key, text: "Rendered", encoded: tuple[list[int], list[int]] | None
     ) -> Example | Dropped:
         try:
             prompt, whole = encoded or map(self.spelled.encode, (text.prompt, text.whole))
