@@ -124,8 +124,9 @@ class TrainSection(Section):
     """Maximum number of optimizer steps. By default the stream's end decides. Without `train.total_steps` the
     learning rate falls over the last `train.decay_steps` of them."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What to do with a sample longer than `train.seq_len`: `drop` it, or `truncate` its prompt in the
-    middle."""
+    """What to do with a sample longer than `train.seq_len`: `drop` it, or `truncate` it: of the samples of a
+    run directory, distractors are left out first. What is too long without them, and samples of other
+    sources, lose the middle of the prompt, and never a word of the answer."""
     mix: tuple[MixSection, ...] = ()
     """Other chat data to mix in."""
     shuffle_size: Count = 512

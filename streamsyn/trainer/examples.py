@@ -51,6 +51,7 @@ class Example:
         tokens: int32 [n]: prompt, answer, stop token.
         loss_from: The targets are tokens[loss_from:]: the answer and its stop token.
         seen_at: When this process made it from its row, in seconds on the monotonic clock.
+        cut: Whether tokens in the middle of the prompt were cut out, because it was too long.
         changed: What the chat template has changed; None if messages stand in the text as in the row.
     """
 
@@ -61,6 +62,7 @@ class Example:
     loss_from: int
     seen_at: float = field(default_factory=time.monotonic, repr=False)
     changed: Changed | None = None
+    cut: bool = False
 
     @property
     def length(self) -> int:

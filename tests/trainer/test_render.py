@@ -357,12 +357,12 @@ def test_a_prompt_is_tokenized_once() -> None:
     lengths: list[int] = []
 
     class Counting(PreTrainedTokenizerFast):
-        def __call__(self, texts: Any, **options: Any) -> Any:
-            lengths.append(sum(map(len, texts)))
-            return super().__call__(texts, **options)
+        def __call__(self, text: Any, **options: Any) -> Any:
+            lengths.append(sum(map(len, text)))
+            return super().__call__(text, **options)
 
     made = tokenizer()
-    counting = Counting(tokenizer_object=made.backend_tokenizer, eos_token="</s>")
+    counting: Any = Counting(tokenizer_object=made.backend_tokenizer, eos_token="</s>")  # type: ignore[no-untyped-call]
     counting.chat_template = CHATML
     renderer = Renderer(counting, 4096, "drop")
     lengths.clear()

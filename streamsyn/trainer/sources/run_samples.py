@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from streamsyn.errors import RunReplaced, ServerError, StreamsynError
+from streamsyn.errors import RowsRemoved, RunReplaced, ServerError, StreamsynError
 from streamsyn.following.daemon_client import RETRY_S, DaemonClient, LoopThread, Reconnecting, run_url
 from streamsyn.following.run_rows import FolderWatch, RunRows
 from streamsyn.following.shard_lines import Cursor
@@ -53,6 +53,7 @@ class RunSamples:
 
     def __init__(self, root: Path) -> None:
         self._samples = RunRows(root)
+        self._contexts = RunRows(root, "contexts")
         self._watch = FolderWatch()
 
     def fetch(self, first: int, limit: int) -> list[Row]:
@@ -78,6 +79,16 @@ class RunSamples:
             return [Row(seq, row) for seq, row in enumerate(rows, first)]
 
         return _picked(seqs, read)
+
+    def contexts(self, seqs: Sequence[int]) -> list[str] | None:
+        cursor, found = Cursor(), {}
+        try:
+            for seq in sorted(set(seqs)):
+                for row in self._contexts.rows(seq, 1, cursor=cursor):
+                    found[seq] = row["context"]
+        except RowsRemoved:
+            return None
+        return [found[seq] for seq in seqs] if found.keys() >= set(seqs) else None
 
     async def changed(self, timeout_s: float) -> None:
         await self._watch.changed(timeout_s)

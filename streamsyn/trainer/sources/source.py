@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Row
@@ -62,6 +62,15 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close what is open."""
+        ...
+
+
+@runtime_checkable
+class HasContexts(Protocol):
+    """A source that has the contexts of its samples, too."""
+
+    def contexts(self, seqs: Sequence[int]) -> list[str] | None:
+        """The texts of contexts by their seqs, in any order; None if one is not there any more. Blocks."""
         ...
 
 

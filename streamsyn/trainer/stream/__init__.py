@@ -4,6 +4,7 @@
 
 Modules in reading order:
     render         a row of messages as tokens, with the model's chat template
+    shortening     leaves distractors out of samples that are too long
     stream_reader  reads the stream and what is mixed into it, ahead of the training, in a fixed order
     packing        what is held; the examples of a step, packed into rows; balance between ranks
     planner        what each step trains on, with the state to resume after it; the queue of plans

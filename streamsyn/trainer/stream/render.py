@@ -279,7 +279,8 @@ class Renderer:
         except Unrenderable as error:
             return Dropped("template", str(error))
         loss_from, answer = len(prompt), len(tokens) - len(prompt)
-        if len(tokens) > self._seq_len:
+        cut = len(tokens) > self._seq_len
+        if cut:
             room = self._seq_len - answer
             if self._overlong == "drop" or room < MIN_PROMPT_TOKENS:
                 return Dropped("overlong", f"{len(tokens)} tokens, {answer} of them the answer")
@@ -293,6 +294,7 @@ class Renderer:
             tokens=numpy.array(tokens, dtype=numpy.int32),
             loss_from=loss_from,
             changed=text.changed,
+            cut=cut,
         )
 
     def _split(self, text: "Rendered", prompt: list[int], whole: list[int]) -> list[int]:

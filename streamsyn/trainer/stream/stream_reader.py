@@ -23,7 +23,8 @@ from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import digest
 from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Row, row_is_held_out
-from streamsyn.trainer.sources.source import Source, Sources
+from streamsyn.trainer.sources.source import HasContexts, Source, Sources
+from streamsyn.trainer.stream.shortening import context_seqs, shortened
 
 log = structlog.get_logger()
 
@@ -247,7 +248,8 @@ class StreamReader:
         """Turn rows into examples. Blocks."""
         keys = [Key(source.name, epoch, row.seq) for row in rows]
         good = [(row.value, key) for row, key in zip(rows, keys, strict=True) if row.value is not None]
-        made = dict(zip((key for _, key in good), self._renderer.render_batch(good), strict=True))
+        rendered = zip(good, self._renderer.render_batch(good), strict=True)
+        made = {key: self._shortened(source, row, key, one) for (row, key), one in rendered}
         return [
             LoadedRow(
                 key,
@@ -256,6 +258,19 @@ class StreamReader:
             )
             for row, key in zip(rows, keys, strict=True)
         ]
+
+    def _shortened(
+        self, source: Source, row: dict[str, Any], key: Key, made: Example | Dropped
+    ) -> Example | Dropped:
+        """What a row makes: if its prompt was cut, with fewer distractors where their texts are known."""
+        if not isinstance(made, Example) or not made.cut or not isinstance(source, HasContexts):
+            return made
+        seqs = context_seqs(row)
+        texts = None if seqs is None else source.contexts(seqs)
+        if texts is None:
+            return made
+        shorter = shortened(row, key, texts, lambda *one: self._renderer.render_batch([one])[0])
+        return made if shorter is None else shorter
 
     def _hold_out(self, row: Row, made: Example | Dropped) -> Example | Dropped | HeldOut:
         if isinstance(made, Dropped) or row.value is None:
