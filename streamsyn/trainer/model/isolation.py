@@ -42,7 +42,10 @@ rotary length."""
 _LIMIT = re.compile(r"window|chunk|topk|floor_scale|local_attention")
 """Names of limits in tokens: sliding windows, chunks, the tokens that sparse attention chooses."""
 _SINGLE, _HALF = 1e-4, 5e-2
-"""Largest relative difference from eager attention in float32 and in bf16: other kernels round otherwise."""
+"""Largest relative difference from eager attention in float32 and in bf16: kernels differ in rounding."""
+_ROUNDING = 3
+"""In bf16 a deep model may differ by that many times more, if tokens within the first window do so too: these
+see the same tokens with any mask."""
 _SAME, _SAME_HALF = 1e-5, 1e-3
 """Largest relative difference between calls of the same shapes, which should be none. What a model sees of
 another sample can change its logits by less than kernels of different shapes differ in bf16."""
@@ -150,10 +153,18 @@ class _Check:
         except ConfigError as error:
             return str(error)
         parts = torch.cat(found).split([len(one) for one in expected])
-        differ = max(_difference(*pair) for pair in zip(parts, expected, strict=True))
-        if leak is None and not differ <= (_HALF if self.half else _SINGLE):
+        if leak is None and not all(map(self._is_near, parts, expected)):
+            differ = max(map(_difference, parts, expected))
             return f"its logits differ by {differ:.2g} of their norm from those of its own eager attention"
         return leak
+
+    def _is_near(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether the logits of a sample are those of eager attention, up to rounding."""
+        early = _difference(found[: _WINDOW - 1], expected[: _WINDOW - 1])
+        late = _difference(found, expected)
+        if not self.half:
+            return late <= _SINGLE
+        return early <= _ROUNDING * _HALF and late <= max(_HALF, _ROUNDING * early)
 
     def _leak_in_row(self, base: torch.Tensor) -> str | None:
         """Whether the second sample of a row depends on the tokens of the first, or on its positions."""
