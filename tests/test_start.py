@@ -87,7 +87,7 @@ def test_a_run_imports_no_numpy_before_its_event_loop() -> None:
 
 
 def test_the_first_request_is_sent_before_other_things_are_imported(tmp_path: Path) -> None:
-    """The recipe is asked for it right before. Assembly is imported beside that, in its thread."""
+    """The recipe is asked for it right before. Without assembly, which is imported beside the preflight."""
     (tmp_path / "mine.py").write_text(RECIPE)
     (tmp_path / "seeds.jsonl").write_bytes(orjson.dumps(pairs(1)[0]))
     options = [

@@ -21,7 +21,7 @@ from streamsyn.records import DurableContext, Sample
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
 
-if TYPE_CHECKING:  # imported in the thread of assembly, while the first requests are sent
+if TYPE_CHECKING:  # imported by `pipeline.run`, beside the preflight
     from streamsyn.assembly.assembler import Arrangement, Assembler
     from streamsyn.assembly.window import Passage
 

@@ -152,8 +152,9 @@ async def _run(parts: Parts) -> None:
     ):
         async with open_fleets(parts, stopper) as fleets:
             async with asyncio.TaskGroup() as group:
-                imported = asyncio.to_thread(import_module, "streamsyn.shingles")  # for checks; with numpy
-                group.create_task(imported, name="import-shingles")
+                # It takes a while, with numpy: not in the event loop, nor while requests are in flight.
+                needed = "streamsyn.assembly.assembler" if config.assembly.write else "streamsyn.shingles"
+                group.create_task(asyncio.to_thread(import_module, needed), name="import-later-stages")
                 await preflight(parts, fleets.writing)
             await record_fingerprint(parts, fleets)
             parts.request.on_begun()
