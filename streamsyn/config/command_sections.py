@@ -177,6 +177,8 @@ class TrainSection(Section):
     gradient_checkpointing: Annotated[bool | Literal["auto", "selective"], operational] = "auto"
     """Recompute activations in the backward pass instead of keeping them, to save memory. `auto` does so from
     `train.seq_len` = 8192 on; `selective` recomputes all but the results of attention."""
+    compile: Annotated[bool, operational] = False
+    """Compile the layers with torch.compile: faster steps after some minutes of compilation at the start."""
     activation_offload: Annotated[bool, operational] = False
     """Keep the activations that are not recomputed, the inputs of the layers, in host memory until the
     backward pass needs them. Implies `train.gradient_checkpointing`."""

@@ -83,6 +83,7 @@ def _torch_has_varlen() -> bool:
     return {"window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def segments(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -110,7 +111,7 @@ def segments(
         `[1, T, heads, width]`, and None.
     """
     _check(module, attention_mask, more)
-    bounds: tuple[int, ...] = more["segments"]
+    bounds: list[int] = more["segments"].tolist()
     assert query.shape[2] == key.shape[2] == bounds[-1], "a cache was made: use_cache must be False"
     lengths = [end - begin for begin, end in pairwise(bounds)]
     window = more.get("sliding_window")
@@ -173,7 +174,10 @@ def varlen(
     assert query.shape[2] == key.shape[2], "a cache was made: use_cache must be False"
     width = query.shape[-1]
     if width > _WIDEST_HEAD or width % 8 or value.shape[-1] != width:  # not supported by the kernel
-        return segments(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more)
+        by_sample: tuple[torch.Tensor, None] = segments(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
+        )
+        return by_sample
     if dropout != 0.0:
         raise ConfigError(
             "train.attention: varlen does not support the model's attention dropout; use segments"

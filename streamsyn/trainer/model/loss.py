@@ -67,7 +67,7 @@ class Batch:
             "cu_seq_lens_k": bounds,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
-            "segments": self.bounds,
+            "segments": torch.tensor(self.bounds),  # a tuple would be compiled anew for each row
             "seq_idx": self._sample_of_token(),
         }
         return {**arguments, "is_shared": True} if self.is_shared else arguments

@@ -123,6 +123,8 @@ def place(
     model.train()
     _freeze_towers(model)
     head = LossHead(model, offload(section, accelerator.device))
+    if section.compile:
+        compile_layers(model)
     if accelerator.is_fsdp2:
         _name_layers(model, accelerator)
     optimizer: Any = make_optimizer(model, section)
@@ -185,6 +187,17 @@ def whole_layers(placed: Placed) -> Iterator[dict[str, torch.Tensor]]:
 def _part_of(name: str) -> str:
     layer = re.match(r".*?\.\d+(?=\.)", name)
     return layer[0] if layer else re.split(r"\.(?:base_layer|lora_\w+)\.|\.\w+$", name)[0]
+
+
+def compile_layers(model: Any, backend: Any = "inductor") -> None:
+    """Compile each layer in place, as accelerate's regional compilation does: equal layers share graphs.
+
+    Wrappers, hooks and names of weights stay as they are. Attention by `segments` is left out of the graph.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(backend=backend)
 
 
 def _freeze_towers(model: Any) -> None:
