@@ -137,7 +137,8 @@ def place(
     packs = choose_packing(prepared, plain, accelerator.device, section, half=half)
     head.check(prepared, accelerator.device, half=half)
     sequence = SequenceGroup.join(section.sequence_parallel, accelerator.process_index)
-    sequence.wrap_attention(plain.config.get_text_config()._attn_implementation)  # noqa: SLF001
+    if packs:  # else the model's own attention sees a part of the row, which the check refuses
+        sequence.wrap_attention(plain.config.get_text_config()._attn_implementation)  # noqa: SLF001
     check_sequence_parallel(prepared, plain, sequence, accelerator.device, half=half)
     return Placed(accelerator, prepared, plain, optimizer, dtype, sequence, packs)
 
