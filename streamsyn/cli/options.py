@@ -1,7 +1,6 @@
 """The options of `run`, which `preview` shares, and the configuration that they give."""
 
 import gc
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,21 +168,15 @@ def _overriding(given: dict[str, Any]) -> dict[str, Any]:
 def imports() -> Iterator[None]:
     """Import quickly what a run needs, within the block.
 
-    Without the garbage collector: modules stay. Without rich, which structlog would import for tracebacks
-    that are not used. And aiohttp in a thread: it loads the system's certificates when it is imported, which
-    takes a tenth of the time and needs no Python.
+    Without the garbage collector: modules stay. And aiohttp in a thread: it loads the system's certificates
+    when it is imported, which takes a tenth of the time and needs no Python.
     """
-    hides_rich = {"rich", "structlog"}.isdisjoint(sys.modules)
     gc.disable()
     threading.Thread(target=import_module, args=("aiohttp",), name="import-aiohttp", daemon=True).start()
-    if hides_rich:
-        sys.modules["rich"] = None  # type: ignore[assignment] # this makes an import fail
     try:
         yield
     finally:
         gc.enable()
-        if hides_rich:
-            del sys.modules["rich"]
 
 
 def cluster_overrides(given: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -109,14 +109,17 @@ class Checkpoints:
         return None
 
     def begin(self, step: int) -> None:
-        """Make the folder that the files of a new checkpoint are written to, empty: `unfinished(step)`.
+        """Make the folder that the files of a new checkpoint are written to: `unfinished(step)`.
+
+        Other ranks make it at the same time, so nothing is removed from it: `prepare` and `discard` have
+        removed what an earlier save left.
 
         Raises:
             SinkError: It cannot be made.
         """
         target = self.target(step)
         with _untouched(target):
-            _make_empty(_temporary_path(target))
+            _temporary_path(target).mkdir(parents=True, exist_ok=True)
 
     def commit(self, info: dict[str, Any], stream: Any) -> Path:
         """Make the checkpoint of step `info["step"]` of what is in `unfinished(step)`, and remove the oldest
@@ -199,7 +202,7 @@ def _untouched(target: Path) -> Iterator[None]:
 def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)  # another rank may have made it
+    folder.mkdir(parents=True)
 
 
 def _put_in_place(target: Path) -> None:
