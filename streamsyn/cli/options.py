@@ -194,7 +194,7 @@ def cluster_overrides(given: dict[str, Any]) -> list[tuple[str, Any]]:
     found = {name: given[name] for name in keys if given.get(name) is not None}
     if found and "ray" not in found:
         option = next(iter(found)).replace("_", "-")
-        meant = "; the model to ask for is set with --set fleet.model=NAME" if option == "model" else ""
+        meant = "; the model to ask for is set with --set fleet.model=VALUE" if option == "model" else ""
         raise ConfigError(f"--{option} is for servers that Ray starts: it needs --ray{meant}")
     return [(f"cluster.{keys[name]}", value) for name, value in found.items()]
 

@@ -25,7 +25,7 @@ def test_options_without_ray() -> None:
     """`--model` alone is most likely meant for the fleet."""
     with pytest.raises(ConfigError, match=r"--gpus-per-replica is for servers that Ray starts"):
         cluster_overrides({"gpus_per_replica": 2})
-    with pytest.raises(ConfigError, match=r"needs --ray; .*--set fleet\.model=NAME"):
+    with pytest.raises(ConfigError, match=r"needs --ray; .*--set fleet\.model=VALUE"):
         cluster_overrides({"model": "m"})
 
 

@@ -167,7 +167,8 @@ def last_done(state: Mapping[str, Any] | None, epochs: int) -> int:
     source, stream = state["feed"]["source"], state["feed"]["stream"]
     if stream["epoch"] + 1 < epochs:
         return _NONE_DONE  # a later pass reads all of them again
-    keys = chain(state["held"], state["drawn"], state["held_out"], *state["rows"])
+    earlier = chain(state.get("drawn", ()), *state.get("rows", ()))  # of positions of earlier versions
+    keys = chain(state["held"], state["held_out"], earlier)
     needed: list[int] = [seq for name, epoch, seq in keys if name == source and epoch == stream["epoch"]]
     return max(_NONE_DONE, min([int(stream["next"]) - 1, *needed]) - 1)
 
