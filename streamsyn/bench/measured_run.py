@@ -91,7 +91,8 @@ def measure(asked: RunToMeasure) -> Measurement:
     if any(source.path == "-" for source in asked.config.seeds.sources):
         raise ConfigError("--seeds -: stdin cannot be read again when the seeds run out; give a file")
     fleet = asked.config.fleet
-    if not (fleet.servers or fleet.servers_file or fleet.servers_dns):
+    placed = asked.config.cluster.address is not None
+    if not (fleet.servers or fleet.servers_file or fleet.servers_dns or placed):
         raise ConfigError("no server: pass --server URL, set fleet.servers, or simulate some with --simulate")
     scratch_in = asked.folder if asked.load.with_log else None
     with (

@@ -2,7 +2,8 @@
 
 Each server is an actor in a placement group of its own. Ray tells at once when the actor, its node or the
 process of the server is gone. It is not listed from then on, so that no request goes there, and Ray places
-another one, on whatever node has room. That is another incarnation: its cache is empty, whatever its URL.
+another one, on whatever node has room. The fleet treats that as a new server, with an empty cache, even when
+it has the same URL: its `incarnation` differs.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ _REACH_S = 10.0
 _SCALE_S = 5.0
 """Seconds between two looks at how many servers are needed."""
 _WAITING_S = 30.0
-"""Seconds without a server after which it is said that one is waited for."""
+"""Seconds without a server after which a log line says so."""
 
 
 @asynccontextmanager

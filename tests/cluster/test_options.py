@@ -1,11 +1,15 @@
 """The options of `--ray`, and what is missing for it."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
+from streamsyn.bench.measured_run import RunToMeasure, measure
+from streamsyn.bench.measurement import Load
 from streamsyn.cli.options import cluster_overrides
 from streamsyn.config.command_sections import ClusterSection
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.setup import on_cluster
 
@@ -27,6 +31,17 @@ def test_options_without_ray() -> None:
         cluster_overrides({"gpus_per_replica": 2})
     with pytest.raises(ConfigError, match=r"needs --ray; .*--set fleet\.model=VALUE"):
         cluster_overrides({"model": "m"})
+
+
+def test_a_benchmark_needs_no_other_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With `--ray` it goes on to the cluster, here to the lack of Ray, and does not ask for --server."""
+    monkeypatch.delitem(sys.modules, "streamsyn.cluster.placing", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    path = tmp_path / "seeds.jsonl"
+    path.write_text('{"instruction": "Why?", "answer": "So."}\n')
+    overrides = [("seeds.sources", [{"path": str(path)}]), ("cluster", {"address": "auto", "model": "m"})]
+    with pytest.raises(ConfigError, match=r"pip install 'streamsyn\[ray\]'"):
+        measure(RunToMeasure(config=load(None, overrides), load=Load(cap=1), handles_signals=False))
 
 
 async def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
