@@ -41,8 +41,8 @@ class ServerSpec:
             against it, and the Host header carries it.
         userinfo: `USER:PASSWORD` of the URL that the user gave, for the Authorization header alone.
         query: Query of each request, such as `api-version=2024-02-01`.
-        incarnation: Of a server that we placed: which process this is. A new one at the same URL has an empty
-            cache, and one that is no longer listed is dead.
+        incarnation: Tells processes at one URL apart, of servers that streamsyn starts on a cluster. A new
+            process has an empty cache. When its incarnation is not listed any more, the server is dead.
     """
 
     url: str
