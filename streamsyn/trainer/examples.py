@@ -95,6 +95,10 @@ class HeldOut:
     row: dict[str, Any] = field(repr=False)
 
 
+Made: TypeAlias = Example | Dropped | HeldOut
+"""What a row makes."""
+
+
 def row_is_held_out(row: dict[str, Any], share: float) -> bool:
     """Whether the row's seed is held out for evaluation.
 

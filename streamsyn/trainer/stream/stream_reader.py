@@ -11,7 +11,6 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 from typing import Any, Protocol, TypeVar
@@ -22,7 +21,7 @@ import structlog
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import digest
-from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Row, row_is_held_out
+from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Made, Row, row_is_held_out
 from streamsyn.trainer.sources.source import HasContexts, Source, Sources
 from streamsyn.trainer.stream.shortening import context_seqs, shortened
 
@@ -165,14 +164,15 @@ class StreamReader:
                 reader.ready.extend(await self._in_thread(reader.read))
             if not reader.ready:
                 return None
-            if example := self._count(reader.take()):
+            made = reader.take()
+            if example := self._count(reader.last_key, made):
                 return example
 
     async def changed(self, timeout_s: float) -> None:
         """Return when the stream may have more rows, and after `timeout_s` seconds at the latest."""
         await self._stream.source.changed(timeout_s)
 
-    async def reload(self, keys: Iterable[Key]) -> dict[Key, Example | Dropped | HeldOut] | None:
+    async def reload(self, keys: Iterable[Key]) -> dict[Key, Made] | None:
         """Load again rows that were returned before the checkpoint.
 
         Rows that no longer make an example (because `train.seq_len` is smaller now, say) are counted as
@@ -189,10 +189,10 @@ class StreamReader:
         loaded = await self._in_thread(lambda: self._reload(wanted))
         if loaded is None:
             return None
-        for one in loaded:
-            if isinstance(one.made, Dropped):
-                self._drop(one.key, one.made)
-        return {one.key: one.made for one in loaded}
+        for key, made in loaded.items():
+            if isinstance(made, Dropped):
+                self._drop(key, made)
+        return loaded
 
     def close(self) -> None:
         """Close the sources and end the thread."""
@@ -211,18 +211,18 @@ class StreamReader:
                 return reader
         return self._stream
 
-    def _count(self, loaded: "LoadedRow") -> Example | None:
+    def _count(self, key: Key, made: Made) -> Example | None:
         self.counts["read"] += 1
-        match loaded.made:
+        match made:
             case Example() as example:
                 self.counts["examples"] += 1
                 self.counts["tokens"] += example.length
                 if example.changed is not None:
-                    self._count_changed(example.key, example.changed)
+                    self._count_changed(key, example.changed)
                 return example
             case Dropped() as dropped:
-                self._drop(loaded.key, dropped)
-            case HeldOut() as held_out if loaded.key.epoch == 0:
+                self._drop(key, dropped)
+            case HeldOut() as held_out if key.epoch == 0:
                 self.counts["held_out"] += 1
                 self.held_out.add(held_out)
         return None
@@ -244,18 +244,14 @@ class StreamReader:
                 "stream.dropped", source=key.source, row=key.seq, reason=dropped.reason, why=dropped.detail
             )
 
-    def _load(self, source: Source, epoch: int, rows: Sequence[Row]) -> list["LoadedRow"]:
-        """Turn rows into examples. Blocks."""
+    def _load(self, source: Source, epoch: int, rows: Sequence[Row]) -> list[Made]:
+        """What each row makes. Blocks."""
         keys = [Key(source.name, epoch, row.seq) for row in rows]
         good = [(row.value, key) for row, key in zip(rows, keys, strict=True) if row.value is not None]
         rendered = zip(good, self._renderer.render_batch(good), strict=True)
         made = {key: self._shortened(source, row, key, one) for (row, key), one in rendered}
         return [
-            LoadedRow(
-                key,
-                self._hold_out(row, made[key]) if key in made else Dropped("bad_row", row.problem),
-                row_digest(row),
-            )
+            self._hold_out(row, made[key]) if key in made else Dropped("bad_row", row.problem)
             for row, key in zip(rows, keys, strict=True)
         ]
 
@@ -272,7 +268,7 @@ class StreamReader:
         shorter = shortened(row, key, texts, lambda *one: self._renderer.render_batch([one])[0])
         return made if shorter is None else shorter
 
-    def _hold_out(self, row: Row, made: Example | Dropped) -> Example | Dropped | HeldOut:
+    def _hold_out(self, row: Row, made: Example | Dropped) -> Made:
         if isinstance(made, Dropped) or row.value is None:
             return made
         if not row_is_held_out(row.value, self._section.holdout):
@@ -281,12 +277,12 @@ class StreamReader:
             return HeldOut(made, row.value)
         return Dropped("held_out", HELD_OUT)
 
-    def _reload(self, keys: Sequence[Key]) -> list["LoadedRow"] | None:
+    def _reload(self, keys: Sequence[Key]) -> dict[Key, Made] | None:
         self._stream.update_total()
         if not all(one.has_last_row() for one in (self._stream, *(reader for reader, _ in self._mix))):
             self._warn_behind()
             return None
-        found: list[LoadedRow] = []
+        found: dict[Key, Made] = {}
         for name, epoch in sorted({(key.source, key.epoch) for key in keys}):
             source = self._sources.get(name)
             if source is None:
@@ -296,7 +292,8 @@ class StreamReader:
             wanted = [key.seq for key in keys if (key.source, key.epoch) == (name, epoch)]
             rows, before = source.pick(wanted), len(found)
             while some := list(islice(rows, BATCH_ROWS)):
-                found += self._load(source, epoch, some)
+                made = self._load(source, epoch, some)
+                found |= {Key(name, epoch, row.seq): one for row, one in zip(some, made, strict=True)}
             if len(found) < before + len(wanted):
                 if source.total() is None:
                     return None
@@ -311,15 +308,6 @@ class StreamReader:
                 row=self._stream.next,
                 why="the checkpoint has read up to this row, and the stream has not reached it (again) yet",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedRow:
-    """A row that was read: its key, what it makes, and the digest of its content."""
-
-    key: Key
-    made: Example | Dropped | HeldOut
-    content: str
 
 
 def row_digest(row: Row) -> str:
@@ -341,7 +329,7 @@ class SourceReader:
         self,
         source: Source,
         epochs: int | None,
-        load: Callable[[Source, int, Sequence[Row]], list[LoadedRow]],
+        load: Callable[[Source, int, Sequence[Row]], list[Made]],
         state: dict[str, Any] | None = None,
     ) -> None:
         self.source = source
@@ -356,15 +344,17 @@ class SourceReader:
         """Examples taken so far."""
         self._before: int = state["before"]
         """Examples taken in earlier passes."""
-        self._last: tuple[int, str] | None = tuple(state["last"]) if state["last"] else None
-        """The number and the content digest of the last row taken."""
+        self._last: Row | tuple[int, str] | None = tuple(state["last"]) if state["last"] else None
+        """The last row taken; its number and the digest of its content if an earlier process took it."""
         self.total: int | None = None
         """Rows of the source; None while that was not known at the last look."""
-        self.ready: deque[LoadedRow] = deque()
-        """Rows read ahead."""
+        self.ready: deque[tuple[Row, Made]] = deque()
+        """Rows read ahead, and what each makes."""
 
     def state(self) -> dict[str, Any]:
         """The position; can be written as JSON."""
+        if isinstance(self._last, Row):
+            self._last = (self._last.seq, row_digest(self._last))
         return {
             "epoch": self.epoch,
             "next": self.next,
@@ -399,7 +389,7 @@ class SourceReader:
         Raises:
             ConfigError: The row is missing for good, or its content has changed.
         """
-        if self._last is None:
+        if self._last is None or isinstance(self._last, Row):
             return True
         seq, content = self._last
         row = next(iter(self.source.pick([seq])), None)
@@ -411,8 +401,9 @@ class SourceReader:
             )
         return row is not None
 
-    def read(self) -> list[LoadedRow]:
-        """The rows that come next, as far as they are written. Blocks; changes nothing but the pass.
+    def read(self) -> list[tuple[Row, Made]]:
+        """The rows that come next and what they make, as far as they are written. Blocks; changes nothing but
+        the pass.
 
         The end of a source may become known only when it is reached. The next pass then begins at once, so
         that the order does not depend on where a process started to read.
@@ -424,15 +415,19 @@ class SourceReader:
             rows = self.source.fetch(self.next, BATCH_ROWS)
             self.update_total()
             if rows or not self._is_at_end or self.ended:
-                return self._load(self.source, self.epoch, rows)
+                return list(zip(rows, self._load(self.source, self.epoch, rows), strict=True))
 
-    def take(self) -> LoadedRow:
-        """Take the next row of those read ahead."""
-        loaded = self.ready.popleft()
-        self.next = loaded.key.seq + 1
-        self._last = (loaded.key.seq, loaded.content)
-        self.examples += isinstance(loaded.made, Example)
-        return loaded
+    def take(self) -> Made:
+        """Take the next row of those read ahead; return what it makes."""
+        self._last, made = self.ready.popleft()
+        self.next = self._last.seq + 1
+        self.examples += isinstance(made, Example)
+        return made
+
+    @property
+    def last_key(self) -> Key:
+        """The key of the last row taken."""
+        return Key(self.source.name, self.epoch, self.next - 1)
 
     def rows_left(self) -> int | None:
         """Rows that remain in all passes; None while that is not known."""
