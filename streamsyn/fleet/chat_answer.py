@@ -13,7 +13,7 @@ from streamsyn.answer_text import thought_tokens
 from streamsyn.errors import BrokenResponse, ServerUnavailable
 from streamsyn.fleet import wire
 from streamsyn.plain_text import cut
-from streamsyn.records import Completion, Request
+from streamsyn.records import Completion
 
 _BYTES_PER_TOKEN = 4
 """Of UTF-8, for estimates: about right for current tokenizers, in English and in Chinese."""
@@ -44,11 +44,17 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Asked(NamedTuple):
-    """What was asked: the server's URL, for messages; the request; the model."""
+    """What was asked.
+
+    Attributes:
+        server: The server's URL, for messages.
+        model: The model.
+        prompt_tokens: Tokens of the messages, estimated.
+    """
 
     server: str
-    request: Request
     model: str
+    prompt_tokens: int
 
 
 def parse_chat(status: int, body: bytes, asked: Asked) -> Completion:
@@ -181,9 +187,9 @@ def _completion(text: str, thought: str, reason: Any, answer: dict[str, Any], as
     prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
     is_estimated = prompt is None or completion is None
     if prompt is None:
-        prompt = sum(_estimate(message["content"]) for message in asked.request.messages)
+        prompt = asked.prompt_tokens
     if completion is None:
-        completion = _estimate(thought + text)
+        completion = estimated_tokens(thought + text)
     cached = _count(_dict(usage.get("prompt_tokens_details")).get("cached_tokens")) or 0
     model = answer.get("model")
     return Completion(
@@ -220,7 +226,8 @@ def _count(value: Any) -> int | None:
         return None
 
 
-def _estimate(text: str) -> int:
+def estimated_tokens(text: str) -> int:
+    """Return about how many tokens a text has."""
     return -(-len(text.encode()) // _BYTES_PER_TOKEN)
 
 

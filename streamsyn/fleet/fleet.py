@@ -31,6 +31,7 @@ from streamsyn.fleet import prefixes
 from streamsyn.fleet.discovery import Discovery, PlacedServers
 from streamsyn.fleet.health import Outage, RetryBudget
 from streamsyn.fleet.hedging import Call, Hedging
+from streamsyn.fleet.kv_pool import Footprint
 from streamsyn.fleet.membership import NOTICE_S, Connect, Membership, connect_http, open_membership
 from streamsyn.fleet.models import ModelWeights, listed
 from streamsyn.fleet.server import Place, Server, Timings, Usage
@@ -81,7 +82,7 @@ class Fleet:
         self._capacity = 0
         self._capacity_until = 0.0
         self._model_weights = ModelWeights({"": 1.0})
-        self._hedging = Hedging(section.hedge_tail, membership.placement, tasks, self._ask)
+        self._hedging = Hedging(section.hedge_tail, membership.placement, tasks)
         self._clock = asyncio.get_running_loop().time
         self._run_rid = secrets.token_hex(6)
         self._requests = count()
@@ -281,20 +282,26 @@ class Fleet:
         self, request: Request, attempts: list[Attempt], model: str, budget: RetryBudget
     ) -> Completion:
         placement = self._membership.placement
+        footprint = Footprint.of(request)
         failed_at: Server | None = None
+
+        async def send(to: Place) -> Completion:
+            own = request if to is place else replace(request, group="", prefixes=())
+            return await self._ask(to, own, footprint, budget)
+
         while True:
             asked = self._clock()
-            place = await placement.acquire(request, failed_at, model, self._share)
+            place = await placement.acquire(footprint, failed_at, model, self._share)
             at, started = time.time(), self._clock()
             self._outcomes.waited(place.server, started - asked)
             try:
                 if self._hedging.is_on and request.scored is None:
-                    call = Call(request, place, budget, started)
+                    call = Call(footprint, place, send, started)
                     completion = await self._hedging.ask(call)
                     if call.failure is not None:
                         attempts.append(_failed(place.server.url, at, *call.failure))
                 else:
-                    completion = await self._ask(place, request, budget)
+                    completion = await send(place)
             except ServerError as error:
                 failure, failed_at = error, place.server
             else:
@@ -339,7 +346,9 @@ class Fleet:
             return  # nothing new is sent
         self._hedging.tail(busy, workers)
 
-    async def _ask(self, place: Place, request: Request, budget: RetryBudget) -> Completion:
+    async def _ask(
+        self, place: Place, request: Request, footprint: Footprint, budget: RetryBudget
+    ) -> Completion:
         """Make one try at one server, and update the server's state by its outcome."""
         server, started = place.server, self._clock()
         text = prefixes.conversation_text(request)
@@ -392,7 +401,7 @@ class Fleet:
         if request.group and scored is None:  # the conversation may continue
             keys = prefixes.block_keys(prefixes.with_answer(text, completion.text), keys)
         server.prefixes.add(keys)
-        server.limiter.learn(request, completion)
+        server.limiter.learn(footprint, completion)
         self._outcomes.answered(server, completion, planned, self._since(started), generated=scored is None)
         if completion.weight_version is None and server.weight_version is not None:
             completion = replace(completion, weight_version=await server.current_weights())

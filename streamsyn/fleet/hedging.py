@@ -6,17 +6,17 @@ Source: "hedged requests" of Dean and Barroso, "The Tail at Scale", 2013.
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from streamsyn.background import Background
 from streamsyn.errors import ServerError, StoppedEarly
-from streamsyn.fleet.health import RetryBudget
+from streamsyn.fleet.kv_pool import Footprint
 from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place
-from streamsyn.records import Completion, Request
+from streamsyn.records import Completion
 
 log = structlog.get_logger()
 
@@ -31,9 +31,9 @@ class Call:
     """One try in flight.
 
     Attributes:
-        request: The request.
+        footprint: What is known of the request.
         place: Where it was sent first.
-        budget: The retry budget of the request.
+        send: Makes one try at a place.
         started: When it was sent, in seconds of the event loop.
         failure: The failure at its own server, and the seconds until then, if the second one answered.
         task: Awaits the first try; None when that has ended.
@@ -43,9 +43,9 @@ class Call:
         context: Context variables of who asks, for the second try.
     """
 
-    request: Request
+    footprint: Footprint
     place: Place
-    budget: RetryBudget
+    send: Callable[[Place], Awaitable[Completion]]
     started: float
     failure: tuple[ServerError, float] | None = None
     task: "asyncio.Task[Any] | None" = None
@@ -62,20 +62,12 @@ class Hedging:
         share: `fleet.hedge_tail`: hedge when at most this share of the workers is busy; 0 or False for never.
         placement: Hands out places at second servers.
         tasks: Run the second tries.
-        ask: Makes one try at one server.
     """
 
-    def __init__(
-        self,
-        share: bool | float,
-        placement: Placement,
-        tasks: Background,
-        ask: Callable[[Place, Request, RetryBudget], Awaitable[Completion]],
-    ) -> None:
+    def __init__(self, share: bool | float, placement: Placement, tasks: Background) -> None:
         self._placement = placement
         self._share = _DEFAULT_SHARE if share is True else float(share)
         self._tasks = tasks
-        self._ask = ask
         self._calls: dict[Call, None] = {}
         self._answers = 0
         self._total_s = 0.0
@@ -95,7 +87,7 @@ class Hedging:
         task = call.task = asyncio.current_task()
         assert task is not None, "called from an asyncio task"
         try:
-            completion = await self._ask(call.place, call.request, call.budget)
+            completion = await call.send(call.place)
         except asyncio.CancelledError:
             # When the second answer comes, it cancels the first try, which aborts the request at its server.
             if call.answer is None or task.uncancel() > 0:
@@ -139,9 +131,9 @@ class Hedging:
         ):
             return
         # Without its group, which stays at its server for its later requests.
-        request = replace(call.request, group="", prefixes=())
+        footprint = call.footprint.without_group()
         try:
-            place = await self._placement.acquire(request, first.server, first.model, first.share)
+            place = await self._placement.acquire(footprint, first.server, first.model, first.share)
         except StoppedEarly:
             return
         try:
@@ -149,7 +141,7 @@ class Hedging:
                 return  # there is no other server
             log.debug("fleet.hedged", server=first.server.url, second=place.server.url)
             call.is_sent = True
-            call.answer = await self._ask(place, request, call.budget)
+            call.answer = await call.send(place)
         except ServerError as error:
             log.debug("fleet.hedge_failed", server=place.server.url, error=str(error))
         else:

@@ -17,7 +17,6 @@ A server that retracts requests although the level was kept (answers are longer 
 other clients) lowers the level once, towards what really runs; it recovers with later answers.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from math import inf, sqrt
 from typing import NamedTuple
@@ -50,6 +49,68 @@ requests in flight if that is more. The first answers to arrive are the shortest
 _MEMORY = 500
 """Answers after which older ones are forgotten little by little."""
 _MAX_KINDS = 1000
+
+
+class Footprint(NamedTuple):
+    """What placement and limits know of a request: what it shares with others, and its sizes.
+
+    Attributes:
+        group: See `Request`.
+        prefixes: See `Request`.
+        messages: Number of messages.
+        chars: Characters of all messages.
+        opening_chars: Characters of the prompt; of a conversation, those before its first answer.
+        template_chars: Characters of the system message if other requests have the same one, else 0.
+        conversation_tokens: See `Request`.
+        kind: Requests of one kind have answers of similar lengths: the task and `max_tokens`, which tells the
+            steps of a recipe apart.
+        is_scored: Whether nothing is generated.
+        has_answers: Whether it continues a conversation.
+    """
+
+    group: str = ""
+    prefixes: tuple[str, ...] = ()
+    messages: int = 0
+    chars: int = 0
+    opening_chars: int = 0
+    template_chars: int = 0
+    conversation_tokens: int = 0
+    kind: tuple[str, int] = ("", _UNKNOWN_TOKENS)
+    is_scored: bool = False
+    has_answers: bool = False
+
+    @classmethod
+    def of(cls, request: Request) -> "Footprint":
+        """Return the footprint of a request."""
+        asked = request.sampling.get("max_tokens", request.sampling.get("max_completion_tokens"))
+        max_tokens = asked if isinstance(asked, int) and asked > 0 else _UNKNOWN_TOKENS
+        lengths = [len(message["content"]) for message in request.messages]
+        roles = [message["role"] for message in request.messages]
+        chars = opening = sum(lengths)
+        if request.conversation_tokens and "assistant" in roles:
+            opening = sum(lengths[: roles.index("assistant")])
+        is_template = request.prefixes and roles[:1] == ["system"]
+        return cls(
+            request.group,
+            request.prefixes,
+            len(lengths),
+            chars,
+            opening,
+            lengths[0] if is_template else 0,
+            request.conversation_tokens,
+            (request.task, max_tokens),
+            request.scored is not None,
+            "assistant" in roles,
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest answer that is asked for, in tokens."""
+        return self.kind[1]
+
+    def without_group(self) -> "Footprint":
+        """Return that of the same request, which shares nothing with others."""
+        return self._replace(group="", prefixes=(), template_chars=0)
 
 
 class Expected(NamedTuple):
@@ -94,8 +155,8 @@ class PoolCap:
     _growth: int = 0
     """Requests in flight, and the sums of what they are expected to hold."""
     _last: Expected = NOTHING
-    _answers: dict[Hashable, Mean] = field(default_factory=dict)
-    """Tokens of an answer by kind: the task, and `max_tokens`, which tells the steps of a recipe apart."""
+    _answers: dict[tuple[str, int], Mean] = field(default_factory=dict)
+    """Tokens of an answer by kind."""
     _chars_per_token: Mean = field(default_factory=lambda: Mean(_CHARS_PER_TOKEN))
     _shared: Mean = field(default_factory=lambda: Mean(0.0))
     """Tokens of a prompt that were cached because other requests have them too."""
@@ -105,9 +166,9 @@ class PoolCap:
     _seen: int = 0
     """Answers so far."""
 
-    def begin(self, request: Request) -> Expected:
+    def begin(self, footprint: Footprint) -> Expected:
         """Count a request as in flight. Return what it is expected to hold, for `end`."""
-        expected = self.expected(request)
+        expected = self.expected(footprint)
         self._number += 1
         self._prompts += expected.prompt
         self._growth += expected.growth
@@ -120,36 +181,35 @@ class PoolCap:
         self._prompts -= expected.prompt
         self._growth -= expected.growth
 
-    def expected(self, request: Request) -> Expected:
+    def expected(self, footprint: Footprint) -> Expected:
         """Return what a request is expected to hold."""
-        growth = request.conversation_tokens
-        if not growth and request.scored is None:
-            seen = self._answers.get(_kind(request))
-            growth = _asked(request) if seen is None else round(seen.value)
-        chars = _opening_chars(request)
+        growth = footprint.conversation_tokens
+        if not growth and not footprint.is_scored:
+            seen = self._answers.get(footprint.kind)
+            growth = footprint.max_tokens if seen is None else round(seen.value)
+        chars = footprint.opening_chars
         if not self._shared.weight:  # no answer has shown yet how much of it is shared
-            chars -= _template_chars(request)
+            chars -= footprint.template_chars
         prompt = chars / self._chars_per_token.value - self._shared.value
         return Expected(max(1, round(prompt)), growth)
 
-    def learn(self, request: Request, completion: Completion) -> None:
+    def learn(self, footprint: Footprint, completion: Completion) -> None:
         """Record an answer: how long it is, how many tokens its prompt has, and how many were shared."""
         self._seen += 1
         if self._answers_until_change:
             self._answers_until_change -= 1
         else:
             self._fill = min(_FILL, self._fill + _RECOVERY)
-        if request.scored is None and not request.conversation_tokens:
-            kind = _kind(request)
+        if not footprint.is_scored and not footprint.conversation_tokens:
+            kind = footprint.kind
             if kind not in self._answers and len(self._answers) >= _MAX_KINDS:
                 del self._answers[next(iter(self._answers))]
-            prior = Mean(_asked(request), max(_PRIOR, _PRIOR_SHARE * self._number))
+            prior = Mean(footprint.max_tokens, max(_PRIOR, _PRIOR_SHARE * self._number))
             self._answers.setdefault(kind, prior).add(completion.completion_tokens)
         if completion.tokens_estimated or not completion.prompt_tokens:
             return
-        chars = sum(len(message["content"]) for message in request.messages)
-        self._chars_per_token.add(chars / completion.prompt_tokens)
-        if all(message["role"] != "assistant" for message in request.messages):
+        self._chars_per_token.add(footprint.chars / completion.prompt_tokens)
+        if not footprint.has_answers:
             self._shared.add(completion.cached_tokens)
 
     def cap(self, load: Load, left: float = inf) -> int | None:
@@ -191,28 +251,3 @@ class PoolCap:
         runs = _LESS * load.running / self.level
         self._fill = max(_LEAST_FILL, self._fill * min(_LESS, max(_MOST_AT_ONCE, runs)))
         self._answers_until_change = max(1, self._number)
-
-
-def _kind(request: Request) -> Hashable:
-    return request.task, _asked(request)
-
-
-def _asked(request: Request) -> int:
-    asked = request.sampling.get("max_tokens", request.sampling.get("max_completion_tokens"))
-    return asked if isinstance(asked, int) and asked > 0 else _UNKNOWN_TOKENS
-
-
-def _opening_chars(request: Request) -> int:
-    """Return the characters of the prompt; of a conversation, those before its first answer."""
-    chars = 0
-    for message in request.messages:
-        if request.conversation_tokens and message["role"] == "assistant":
-            break
-        chars += len(message["content"])
-    return chars
-
-
-def _template_chars(request: Request) -> int:
-    """Return the characters of the system message if other requests have the same one, else 0."""
-    first = request.messages[0] if request.prefixes else {"role": "", "content": ""}
-    return len(first["content"]) if first["role"] == "system" else 0

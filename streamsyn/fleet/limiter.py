@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from math import inf
 
-from streamsyn.fleet.kv_pool import NOTHING, Expected, PoolCap
+from streamsyn.fleet.kv_pool import NOTHING, Expected, Footprint, PoolCap
 from streamsyn.fleet.wire import Load
-from streamsyn.records import Completion, Request
+from streamsyn.records import Completion
 
 START = 8
 """Where an adaptive cap starts."""
@@ -53,7 +53,7 @@ class Limiter:
     _next_hold_s: float = _FIRST_HOLD_S
     _back_since: float | None = None
 
-    def begin(self, request: Request, now: float) -> Expected:  # noqa: ARG002 - AdaptiveLimiter uses them
+    def begin(self, footprint: Footprint, now: float) -> Expected:  # noqa: ARG002 - AdaptiveLimiter uses them
         """Count a request as in flight. Return what it is expected to hold at the server, for `end`."""
         self.in_flight += 1
         return NOTHING
@@ -106,7 +106,7 @@ class Limiter:
         """Record an answer of `tokens` tokens that took `seconds`."""
         self._next_hold_s = _FIRST_HOLD_S
 
-    def learn(self, request: Request, completion: Completion) -> None:
+    def learn(self, footprint: Footprint, completion: Completion) -> None:
         """Record what an answer shows about the prompts and answers to come."""
 
     def scored(self, now: float, seconds: float, tokens: int) -> None:  # noqa: ARG002 - AdaptiveLimiter uses them
@@ -227,20 +227,20 @@ class AdaptiveLimiter(Limiter):
 
     _pool: PoolCap = field(default_factory=PoolCap)
 
-    def begin(self, request: Request, now: float) -> Expected:
+    def begin(self, footprint: Footprint, now: float) -> Expected:
         """See Limiter."""
         self.in_flight += 1
         self._cap_reached = self._cap_reached or self.in_flight >= self.cap_at(now)
-        return self._pool.begin(request)
+        return self._pool.begin(footprint)
 
     def end(self, expected: Expected) -> None:
         """See Limiter."""
         self.in_flight -= 1
         self._pool.end(expected)
 
-    def learn(self, request: Request, completion: Completion) -> None:
+    def learn(self, footprint: Footprint, completion: Completion) -> None:
         """See Limiter."""
-        self._pool.learn(request, completion)
+        self._pool.learn(footprint, completion)
 
     def busy(self, now: float, jitter: float) -> bool:
         """See Limiter. The first refusal of a burst also lowers the cap."""

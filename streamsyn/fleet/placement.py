@@ -14,9 +14,9 @@ from hashlib import blake2b
 from itertools import count
 
 from streamsyn.errors import StoppedEarly
+from streamsyn.fleet.kv_pool import Footprint
 from streamsyn.fleet.server import Place, Server, Waiter, WaitQueue
 from streamsyn.fleet.shares import Share, next_share
-from streamsyn.records import Request
 
 PATIENCE_S = 2.0
 """How long a server has to be overloaded before groups leave it. Requests come in bursts: a second over the
@@ -28,7 +28,7 @@ _CHANCE = 4.0
 _DRAINED = "the run is draining, and no server has a free place"
 _IDLE = 0.8
 """A server that uses less than this part of its cap takes over requests that wait for other servers."""
-_NO_GROUP = Request([], {})
+_NO_GROUP = Footprint()
 
 
 class Affinity:
@@ -191,7 +191,7 @@ class Placement:
 
     async def acquire(
         self,
-        request: Request = _NO_GROUP,
+        footprint: Footprint = _NO_GROUP,
         avoid: Server | None = None,
         model: str = "",
         share: Share | None = None,
@@ -199,7 +199,7 @@ class Placement:
         """Wait for a place, if possible at a server other than `avoid`. Call `release` afterwards.
 
         Args:
-            request: The request.
+            footprint: What is known of the request.
             avoid: A server to use only if there is no other.
             model: The model that the server must have.
             share: The share of the run.
@@ -209,7 +209,7 @@ class Placement:
         """
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         share = share or self._alone
-        waiter = Waiter(next(self._numbers), request, model, share, turn, avoid, self._clock())
+        waiter = Waiter(next(self._numbers), footprint, model, share, turn, avoid, self._clock())
         self._put(waiter)
         if turn.done():
             return turn.result()
@@ -297,9 +297,9 @@ class Placement:
         """Give it a free place, or put it into the queue where it belongs."""
         model = waiter.model
         usable = [server for server in self.servers if server.is_usable and model in server.models]
-        if waiter.request.group and usable:
+        if waiter.footprint.group and usable:
             fit = [server for server in usable if not self._is_held(server)] or usable
-            server = self._affinity(model).server_for(waiter.request.group, fit, waiter.avoid)
+            server = self._affinity(model).server_for(waiter.footprint.group, fit, waiter.avoid)
             if server.queue.heads() or not self._seat(waiter, server):
                 server.queue.append(waiter)
             return
@@ -322,14 +322,14 @@ class Placement:
         """Give it a place at `server`, or have it follow a leader there. False if it has no room."""
         if not server.limiter.has_room(self._clock()):
             return False
-        shared = waiter.request.prefixes
+        shared = waiter.footprint.prefixes
         if shared and (key := server.warm_up.find_leader(shared)) is not None:
             server.warm_up.follow(key, waiter)
             return True
         leads = server.warm_up.lead(shared) if shared else ()
         for key in leads:
             self._limit_wait(server, key)
-        expected = server.limiter.begin(waiter.request, self._clock())
+        expected = server.limiter.begin(waiter.footprint, self._clock())
         waiter.share.begin(server.url)
         waiter.turn.set_result(Place(server, waiter.share, waiter.model, leads, expected))
         return True
@@ -375,12 +375,12 @@ class Placement:
         ]
         if not waiting or fullest is server:
             return None
-        first = min(waiting, key=lambda waiter: (len(waiter.request.messages), waiter.number))
-        group = first.request.group
+        first = min(waiting, key=lambda waiter: (waiter.footprint.messages, waiter.number))
+        group = first.footprint.group
         moving = [
             waiter
             for waiter in fullest.queue
-            if waiter.request.group == group and waiter.model == first.model
+            if waiter.footprint.group == group and waiter.model == first.model
         ]
         for waiter in moving:
             fullest.queue.remove(waiter)
@@ -401,7 +401,7 @@ class Placement:
             if not waiter.turn.done() and not (server.is_usable and self._seat(waiter, server))
         ]
         for waiter in reversed(unplaced):
-            is_kept = waiter.request.group and server.is_usable
+            is_kept = waiter.footprint.group and server.is_usable
             queue = server.queue if is_kept else self._queues.setdefault(waiter.model, WaitQueue())
             queue.appendleft(waiter)
 

@@ -16,13 +16,13 @@ import structlog
 from streamsyn.errors import ServerError
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.health import Health, RateLimit
-from streamsyn.fleet.kv_pool import NOTHING, Expected
+from streamsyn.fleet.kv_pool import NOTHING, Expected, Footprint
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.prefixes import PrefixModel, PrefixWarmUp
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.shares import Share
 from streamsyn.fleet.wire import Load
-from streamsyn.records import Completion, Request
+from streamsyn.records import Completion
 
 log = structlog.get_logger()
 
@@ -351,7 +351,7 @@ class Waiter:
 
     Attributes:
         number: Its position in the order of arrival.
-        request: The request.
+        footprint: What is known of the request.
         model: The model that it is for.
         share: The share of its run.
         turn: Resolves to its place.
@@ -361,7 +361,7 @@ class Waiter:
     """
 
     number: int
-    request: Request
+    footprint: Footprint
     model: str
     share: Share
     turn: asyncio.Future[Place]

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamsyn.fleet.kv_pool import Footprint
 from streamsyn.fleet.limiter import FLOOR, START, AdaptiveLimiter
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Request
 from tests.examples import examples
 
-REQUEST = Request([{"role": "user", "content": "x" * 400}], {"max_tokens": 4000})
+REQUEST = Footprint.of(Request([{"role": "user", "content": "x" * 400}], {"max_tokens": 4000}))
 
 
 @dataclass

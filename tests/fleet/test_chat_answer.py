@@ -7,12 +7,11 @@ import pytest
 
 from streamsyn.errors import BrokenResponse, RequestRefused, ServerBusy, ServerUnavailable
 from streamsyn.fleet.chat_answer import Asked, events_in, parse_chat, parse_chat_stream
-from streamsyn.records import Completion, Request
+from streamsyn.records import Completion
 from tests.examples import in_turn
 
 URL = "http://one:1"
-MESSAGES = [{"role": "user", "content": "About geese."}]
-ASKED = Asked(URL, Request(MESSAGES, {}), "asked")
+ASKED = Asked(URL, "asked", 3)
 
 
 def answer(**fields: Any) -> dict[str, Any]:

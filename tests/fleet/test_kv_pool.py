@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.fleet.kv_pool import Expected, PoolCap
+from streamsyn.fleet.kv_pool import Expected, Footprint, PoolCap
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Completion, Request
 from tests.examples import examples
@@ -18,9 +18,9 @@ from tests.examples import examples
 POOL = 100_000
 
 
-def request(max_tokens: int = 1000, chars: int = 400, task: str = "", **fields: Any) -> Request:
+def request(max_tokens: int = 1000, chars: int = 400, task: str = "", **fields: Any) -> Footprint:
     messages = [{"role": "user", "content": "x" * chars}]
-    return Request(messages, {"max_tokens": max_tokens}, task=task, **fields)
+    return Footprint.of(Request(messages, {"max_tokens": max_tokens}, task=task, **fields))
 
 
 def answer(tokens: int, prompt: int = 100, cached: int = 0, *, estimated: bool = False) -> Completion:
@@ -36,7 +36,7 @@ def test_before_any_answer_the_length_asked_for_is_expected() -> None:
     pool = PoolCap()
     assert pool.expected(request()) == Expected(100, 1000)
     assert pool.expected(request(scored="text")) == Expected(100, 0)
-    assert pool.expected(Request([], {})).growth == 4096
+    assert pool.expected(Footprint.of(Request([], {}))).growth == 4096
 
 
 def test_answers_are_expected_as_they_were_seen_by_task_and_step() -> None:
@@ -75,7 +75,9 @@ def test_a_template_is_known_to_be_shared_before_any_answer() -> None:
     """The system message does not count where others have it as well; answers then show what was cached."""
     pool = PoolCap()
     messages = [{"role": "system", "content": "s" * 1200}, {"role": "user", "content": "x" * 400}]
-    alone, shared = (Request(messages, {}, prefixes=prefixes) for prefixes in ((), ("template",)))
+    alone, shared = (
+        Footprint.of(Request(messages, {}, prefixes=prefixes)) for prefixes in ((), ("template",))
+    )
     assert (pool.expected(alone).prompt, pool.expected(shared).prompt) == (400, 100)
     pool.learn(shared, answer(10, prompt=400, cached=310))
     assert pool.expected(shared).prompt == 90
@@ -84,10 +86,10 @@ def test_a_template_is_known_to_be_shared_before_any_answer() -> None:
 def test_a_conversation_is_expected_to_grow_to_its_end() -> None:
     """Its first question is what it holds from the start, in each of its requests."""
     pool = PoolCap()
-    later = request(chars=400, conversation_tokens=9000)
-    assert pool.expected(later) == Expected(100, 9000)
-    more = [{"role": "assistant", "content": "y" * 8000}, {"role": "user", "content": "on"}]
-    later = Request([*later.messages, *more], later.sampling, conversation_tokens=9000)
+    assert pool.expected(request(chars=400, conversation_tokens=9000)) == Expected(100, 9000)
+    messages = [("user", "x" * 400), ("assistant", "y" * 8000), ("user", "on")]
+    said = [{"role": role, "content": content} for role, content in messages]
+    later = Footprint.of(Request(said, {"max_tokens": 1000}, conversation_tokens=9000))
     assert pool.expected(later) == Expected(100, 9000)
     pool.learn(later, answer(1000, prompt=2100, cached=2000))
     assert pool.expected(later) == Expected(100, 9000)

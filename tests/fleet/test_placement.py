@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import StoppedEarly
+from streamsyn.fleet.kv_pool import Footprint
 from streamsyn.fleet.limiter import Limiter
 from streamsyn.fleet.placement import PATIENCE_S, Affinity, Placement, fair_shares
 from streamsyn.fleet.server import Place, Server
 from streamsyn.fleet.shares import Share
-from streamsyn.records import Request
 from tests.builders import server_at
 from tests.examples import examples, in_turn
 
@@ -31,9 +31,9 @@ def placed(fleet: list[Server], leader_wait_s: float = 60.0) -> Placement:
     return Placement(fleet, 1.25, leader_wait_s, clock)
 
 
-def of(group: str = "", *beginnings: str) -> Request:
+def of(group: str = "", *beginnings: str) -> Footprint:
     """A request of a group."""
-    return Request([], {}, group, beginnings)
+    return Footprint(group, beginnings)
 
 
 async def settle() -> None:
@@ -47,7 +47,7 @@ async def acquired(placement: Placement, avoid: Server | None = None) -> Server:
     return (await place(placement, of(), avoid)).server
 
 
-async def place(placement: Placement, request: Request, avoid: Server | None = None) -> Place:
+async def place(placement: Placement, request: Footprint, avoid: Server | None = None) -> Place:
     """A place that must be free now."""
     async with asyncio.timeout(1):
         return await placement.acquire(request, avoid)
@@ -249,7 +249,7 @@ async def test_a_drain_ends_all_waits() -> None:
     placement = placed(fleet)
     await place(placement, of("", "a"))
 
-    async def fails(request: Request) -> None:
+    async def fails(request: Footprint) -> None:
         with pytest.raises(StoppedEarly):
             await placement.acquire(request)
 
@@ -335,7 +335,7 @@ class Crowd:
         assert len(self.holding) == sum(share.in_flight for share in self.shares)
         assert len(self.waiting) == sum(share.waiting for share in self.shares)
 
-    async def _acquire(self, request: Request, avoid: Server | None, model: str, share: Share) -> None:
+    async def _acquire(self, request: Footprint, avoid: Server | None, model: str, share: Share) -> None:
         place = await self.placement.acquire(request, avoid, model, share)
         assert model == place.model
         assert model in place.server.models
