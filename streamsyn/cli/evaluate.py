@@ -9,13 +9,13 @@ from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
 from streamsyn.errors import ConfigError, SinkError
 
 if TYPE_CHECKING:
-    from streamsyn.scoring.suite_run import SuiteRow
+    from streamsyn.scoring.suites.suite_run import SuiteRow
 
 
 @click.command(
     epilog=examples(
-        "streamsyn evaluate --server http://gpu-1:30000 --suite longbench/hotpotqa.jsonl",
         "streamsyn evaluate --server http://gpu-1:30000 --suite 'longbench/*.jsonl' --out answers.jsonl",
+        "streamsyn evaluate --server http://gpu-1:30000 --suite ruler/4096/data --suite mrcr/2needle.parquet",
         "streamsyn evaluate --server http://gpu-1:30000 --suite longbench --prompts dataset2prompt.json",
     )
 )
@@ -26,18 +26,25 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="FILE",
-    help="File, directory or glob with the published rows of LongBench or LongBench v2. Repeatable.",
+    help="File, directory or glob with rows of LongBench, LongBench v2, RULER, HELMET's recall, MRCR or "
+    "GraphWalks, as published. Repeatable.",
 )
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="JSON file with a prompt for each data set of LongBench, as it is published.",
+    help="JSON file with a prompt for each data set of LongBench, as it is published, or task of HELMET.",
 )
 @click.option(
     "--prompt-chars",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Cut contexts in the middle to prompts of N characters.",
+    help="Cut contexts of LongBench and HELMET in the middle to prompts of N characters.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Maximum tokens of an answer. By default as published, or enough for the right answer.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask at most N questions of a part.")
 @click.option(
@@ -50,6 +57,7 @@ def evaluate(
     suites: tuple[str, ...],
     prompts: Path | None,
     prompt_chars: int | None,
+    max_tokens: int | None,
     limit: int | None,
     out: Path | None,
     **given: Any,
@@ -64,13 +72,13 @@ def evaluate(
 
     import orjson
 
-    from streamsyn.scoring.suite_files import read_suites
-    from streamsyn.scoring.suite_run import Answered, SuiteRun, suite_table
+    from streamsyn.scoring.suites.suite_files import read_suites
+    from streamsyn.scoring.suites.suite_run import Answered, SuiteRun, suite_table
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
     config = resolve(given, None)
-    questions = partial(read_suites, suites, prompts, prompt_chars, limit)
+    questions = partial(read_suites, suites, prompts, prompt_chars, limit, max_tokens)
     total = sum(1 for _ in questions())  # a mistake in a file ends the command before the first request
     with ExitStack() as stack:
         file = None
@@ -111,10 +119,10 @@ def _print(rows: "list[SuiteRow]", failed: int, *, as_json: bool) -> None:
     if as_json:
         structlog.get_logger().info("evaluate.done", rows=[asdict(row) for row in rows], failed=failed)
         return
-    click.echo(f"{'suite':14} {'part':22} {'questions':>9} {'score':>7}   95 % interval")
+    click.echo(f"{'suite':13} {'part':22} {'questions':>9} {'score':>7}   95 % interval")
     for row in rows:
         click.echo(
-            f"{row.suite:14} {row.part:22} {row.questions:9,} {row.score:7.2f}"
+            f"{row.suite:13} {row.part:22} {row.questions:9,} {row.score:7.2f}"
             f"   {row.low:.2f} to {row.high:.2f}"
         )
     if failed:

@@ -13,9 +13,5 @@ then asks a fleet of servers how much the context helps to find the gold answer.
     sidecar          its findings, beside the log, and how readers get them
     duplicates       near-duplicates among the contexts so far (MinHash)
 
-What a model is worth: `streamsyn evaluate` asks servers the questions of published suites.
-
-    suite_files        questions from the published files
-    suite_run          asks servers; scores with confidence intervals
-    longbench_metrics  the published metrics of LongBench
+What a model is worth: `streamsyn evaluate` asks servers the questions of published suites (`suites/`).
 """

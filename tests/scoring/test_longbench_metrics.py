@@ -1,13 +1,22 @@
-"""LongBench's metrics, by the published rules: expected values are worked out by hand from them."""
+"""LongBench's metrics: values worked out by hand, and those that its own code returned for the same pairs."""
 
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from streamsyn.errors import ConfigError
-from streamsyn.scoring.longbench_metrics import METRICS, check_metric, longbench_score
+from streamsyn.scoring.suites.longbench_metrics import METRICS, check_metric, longbench_score
 
+PUBLISHED: dict[str, Any] = json.loads(
+    Path(__file__).with_name("longbench_published.json").read_text("utf-8")
+)
+"""`examples`: pairs of our own sentences with the score that LongBench's code (github.com/THUDM/LongBench,
+metrics.py and eval.py, with rouge 1.0.1, fuzzywuzzy 0.18.0 and jieba 0.42.1) returns. `words`: how jieba cuts
+the Chinese ones."""
 CLASSES = ["City", "Other location", "State", "Country", "Individual", "location"]
 
 
@@ -29,7 +38,7 @@ CLASSES = ["City", "Other location", "State", "Country", "Individual", "location
         ("passage_retrieval_en", "Paragraph 15", ["Paragraph 15"], 1.0),
         ("passage_retrieval_en", "Paragraph 1 or 15", ["Paragraph 15"], 0.5),
         ("passage_retrieval_zh", "段落3", ["段落3"], 1.0),
-        # 7 of 8 characters in order: 2 * 7 / (8 + 7) = 93 %.
+        # Of `x = 1234` and `x = 134`, 7 characters match: 2 * 7 / (8 + 7) = 93 %.
         ("lcc", "\n# a comment\n```python\nx = 1234\ny", ["x = 134"], 0.93),
         ("repobench-p", "// only a comment", ["x = 1"], 0.0),
     ],
@@ -52,6 +61,20 @@ def test_published_rules(dataset: str, answer: str, wanted: list[str], expected:
 def test_classes(answer: str, gold: str, expected: float) -> None:
     """One over the number of classes that are named."""
     assert expected == longbench_score("trec", answer, [gold], CLASSES)
+
+
+def test_scores_are_those_of_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs of each data set, none of them right or wrong altogether."""
+    cut = SimpleNamespace(cut=lambda text, cut_all: [] if cut_all else PUBLISHED["words"][text])
+    monkeypatch.setitem(sys.modules, "jieba", cut)
+    examples = PUBLISHED["examples"]
+    found = [
+        longbench_score(one["dataset"], one["answer"], one["wanted"], one["classes"]) for one in examples
+    ]
+
+    assert METRICS.keys() == {one["dataset"] for one in examples}
+    assert all(0 < one["score"] < 1 for one in examples)
+    assert [one["score"] for one in examples] == pytest.approx(found, abs=1e-12)
 
 
 def test_chinese_words_come_from_jieba(monkeypatch: pytest.MonkeyPatch) -> None:

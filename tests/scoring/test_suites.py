@@ -11,8 +11,10 @@ from click.testing import CliRunner
 from streamsyn.cli.main import cli
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError
-from streamsyn.scoring.suite_files import SuiteQuestion, chosen, read_suites
-from streamsyn.scoring.suite_run import Answered, SuiteRun, suite_table
+from streamsyn.scoring.suites.longbench_suite import chosen
+from streamsyn.scoring.suites.suite_files import read_suites
+from streamsyn.scoring.suites.suite_question import SuiteQuestion, as_user
+from streamsyn.scoring.suites.suite_run import Answered, SuiteRun, suite_table
 from streamsyn.simulator.app import running
 from streamsyn.simulator.settings import Fault, SimulatorConfig
 from tests.scoring.conftest import HELPS, QUICK
@@ -58,7 +60,7 @@ def test_both_versions_are_read(tmp_path: Path) -> None:
     assert first.prompt == f"Read: {HELPS}\nAsk: Who keeps the {{context}} lighthouse?"
     assert ("longbench_v2", "short", "hard") == (second.suite, second.part, second.also)
     assert "(B) Tarn" in second.prompt
-    assert [1.0, 0.0] == [second.score(f"**The correct answer is ({one})**") for one in "BA"]
+    assert [1.0, 0.0] == [second.rule(f"**The correct answer is ({one})**") for one in "BA"]
 
 
 def test_long_contexts_are_cut_in_the_middle(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_at_most_so_many_of_a_part(tmp_path: Path) -> None:
         ({**V1, "answers": []}, r"a.jsonl:1: `answers` is not a list of texts"),
         ({**V2, "answer": "E"}, r"a.jsonl:1: `answer` is 'E', and must be A, B, C or D"),
         ({**V2, "choice_C": 3}, r"a.jsonl:1: `choice_C` is missing or not a text"),
-        ({"messages": []}, r"a.jsonl:1 is not a question of LongBench"),
+        ({"messages": []}, r"a.jsonl:1 is not a question of a known suite: LongBench"),
         ([1], r"a.jsonl:1 cannot be read: not a JSON object"),
     ],
 )
@@ -111,10 +113,12 @@ def test_the_choice_is_found_by_the_published_rule(answer: str, letter: str | No
 
 def answered(suite: str, part: str, scores: list[float], also: str = "") -> list[Answered]:
     """Answers of one part."""
-    return [
-        Answered(SuiteQuestion(suite, part, also, str(n), "", 1, ("",)), score=score)
-        for n, score in enumerate(scores)
-    ]
+    return [Answered(asked(suite, part, str(n), also), score=score) for n, score in enumerate(scores)]
+
+
+def asked(suite: str, part: str, name: str, also: str = "") -> SuiteQuestion:
+    """A question that no answer is right for."""
+    return SuiteQuestion(suite, part, name, as_user(""), 1, ("",), lambda _: 0.0, also)
 
 
 def test_the_table_has_means_and_intervals() -> None:
@@ -124,7 +128,7 @@ def test_the_table_has_means_and_intervals() -> None:
         *answered("longbench", "hotpotqa", [1.0] * 10),
         *answered("longbench_v2", "short", [1.0, 1.0, 1.0], "easy"),
         *answered("longbench_v2", "long", [0.0], "hard"),
-        Answered(SuiteQuestion("longbench", "qasper", "", "x", "", 1, ("",)), error="too long"),
+        Answered(asked("longbench", "qasper", "x"), error="too long"),
     ]
     rows = {(row.suite, row.part): row for row in suite_table(some)}
 
@@ -167,7 +171,7 @@ async def test_a_question_that_a_server_refuses_ends_no_other(tmp_path: Path) ->
     assert found["long"].error
     assert [None, None] == [found[name].error for name in "ab"]
     assert all(found[name].answer for name in "ab")
-    assert found["a"].score == found["a"].question.score(found["a"].answer)
+    assert found["a"].score == found["a"].question.rule(found["a"].answer)
     assert {"a", "long", "b"} == {row["id"] for row in rows}
 
 

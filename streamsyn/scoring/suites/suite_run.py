@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Final
@@ -19,7 +20,10 @@ from streamsyn.queues import BoundedQueue
 from streamsyn.records import Request
 from streamsyn.scoring.examiner import scoring_model
 from streamsyn.scoring.measures import ScoringClient, context_group
-from streamsyn.scoring.suite_files import V1, SuiteQuestion
+from streamsyn.scoring.suites.graphwalks_suite import GRAPHWALKS
+from streamsyn.scoring.suites.longbench_suite import V2
+from streamsyn.scoring.suites.mrcr_suite import MRCR
+from streamsyn.scoring.suites.suite_question import SuiteQuestion
 
 log = structlog.get_logger()
 
@@ -28,6 +32,8 @@ _QUEUE: Final = 16
 _RESAMPLES: Final = 2000
 _LOG_EVERY_S: Final = 10.0
 OVERALL: Final = "overall"
+_BY_QUESTION: Final = frozenset({V2, MRCR, GRAPHWALKS})
+"""Suites whose overall score is published as the mean over questions; of the others it is that over parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +158,16 @@ class SuiteRun:
     async def _work(self, work: BoundedQueue[SuiteQuestion], fleet: Fleet, model: str) -> None:
         async for question in work:
             sampling = {"temperature": 0, "max_tokens": question.max_tokens}
-            messages = [{"role": "user", "content": question.prompt}]
             try:
                 completion = await ScoringClient(fleet, model).complete(
-                    Request(messages, sampling, context_group(question.prompt))
+                    Request([*question.messages], sampling, context_group(question.prompt))
                 )
             except ServerError as error:
                 log.warning("evaluate.failed", suite=question.suite, id=question.id, error=str(error))
                 found = Answered(question, error=str(error))
             else:
                 answer = without_thought(completion.text)
-                found = Answered(question, answer, await asyncio.to_thread(question.score, answer))
+                found = Answered(question, answer, await asyncio.to_thread(question.rule, answer))
             await asyncio.to_thread(self.on_answer, found)
             self.answered.append(found)
 
@@ -175,38 +180,39 @@ class SuiteRun:
 def suite_table(answered: Sequence[Answered]) -> list[SuiteRow]:
     """The rows of the table: the parts of each suite by name, then all of it.
 
-    All of LongBench v1 is the mean over its data sets, all of version 2 that over its questions, as
-    published. Questions without an answer are left out.
+    All of a suite is the mean over its parts or over its questions, as it is published. Questions without an
+    answer are left out.
     """
     rows: list[SuiteRow] = []
     scored = [one for one in answered if one.error is None]
     for suite in sorted({one.question.suite for one in scored}):
-        parts: dict[str, list[float]] = {}
-        others: dict[str, list[float]] = {}
         # Sorted, so that intervals do not depend on the order in which answers came.
-        for one in sorted((one for one in scored if one.question.suite == suite), key=_order):
-            parts.setdefault(one.question.part, []).append(one.score)
-            if one.question.also:
-                others.setdefault(one.question.also, []).append(one.score)
-        rows += [_row(suite, name, [scores]) for name, scores in sorted({**parts, **others}.items())]
-        groups = [*parts.values()] if suite == V1 else [[*_flat(parts.values())]]
-        rows.append(_row(suite, OVERALL, groups))
+        some = sorted((one for one in scored if one.question.suite == suite), key=_order)
+        names = {one.question.part for one in some} | {one.question.also for one in some if one.question.also}
+        rows += [
+            _row(suite, name, [one for one in some if name in (one.question.part, one.question.also)])
+            for name in sorted(names, key=_in_numbers)
+        ]
+        rows.append(_row(suite, OVERALL, some))
     return rows
+
+
+def _in_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `up to 8k` before `up to 16k`."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _order(one: Answered) -> tuple[str, str]:
     return one.question.part, one.question.id
 
 
-def _flat(groups: Iterable[list[float]]) -> Iterator[float]:
-    for group in groups:
-        yield from group
-
-
-def _row(suite: str, part: str, groups: Sequence[list[float]]) -> SuiteRow:
-    """The mean over groups of their means, and its interval: percentiles of the means of resamples."""
+def _row(suite: str, part: str, some: Sequence[Answered]) -> SuiteRow:
+    """The mean score, and its interval: percentiles of the means of resamples."""
+    groups: dict[str, list[float]] = {}
+    for one in some:
+        groups.setdefault("" if suite in _BY_QUESTION else one.question.part, []).append(one.score)
     rng = numpy.random.default_rng([*f"{suite} {part}".encode()])
-    resampled = [rng.choice(group, (_RESAMPLES, len(group))).mean(axis=1) for group in groups]
+    resampled = [rng.choice(group, (_RESAMPLES, len(group))).mean(axis=1) for group in groups.values()]
     low, high = numpy.percentile(numpy.mean(resampled, axis=0), [2.5, 97.5])
-    score, number = fmean(map(fmean, groups)), sum(map(len, groups))
-    return SuiteRow(suite, part, number, 100 * score, 100 * float(low), 100 * float(high))
+    score = fmean(map(fmean, groups.values()))
+    return SuiteRow(suite, part, len(some), 100 * score, 100 * float(low), 100 * float(high))
