@@ -86,8 +86,6 @@ def measure(asked: RunToMeasure) -> Measurement:
         ConfigError: A setting or a source of seeds cannot be used.
         SinkError: The log of a run with a log cannot be written.
     """
-    if asked.replay is not None and asked.load.with_log:
-        raise ConfigError("--replay cannot be combined with --with-log: the log has the requests already")
     if any(source.path == "-" for source in asked.config.seeds.sources):
         raise ConfigError("--seeds -: stdin cannot be read again when the seeds run out; give a file")
     fleet = asked.config.fleet
@@ -115,8 +113,11 @@ class _MeasuredRun:
         self._asked = asked
         self._replay = None if asked.replay is None else open_replay(asked.replay)
         config = asked.config
-        if self._replay is not None:  # the run's, but for the servers
-            config = self._replay.config.model_copy(update={"fleet": config.fleet, "run": config.run})
+        if self._replay is not None:  # the run's, but for the servers and the disk
+            of_run = self._replay.config
+            seeds = of_run.seeds.model_copy(update={"sources": ()})  # the drafts are given
+            kept = {"fleet": config.fleet, "run": config.run, "sink": config.sink, "seeds": seeds}
+            config = of_run.model_copy(update=kept)
         gives_up_s = min(config.fleet.give_up_s, asked.limit_s)
         config = config.model_copy(
             update={"fleet": config.fleet.model_copy(update={"give_up_s": gives_up_s})}
@@ -150,10 +151,11 @@ class _MeasuredRun:
             skips_seeds=asked.skip,
             arrivals=None if rate is None else OpenLoop(rate, rng, queue_size),
             on_begun=self._begin,
+            given=self._replay,
         )
         self._unlogged: UnloggedRun | None = None
         if not asked.load.with_log:
-            self._unlogged = UnloggedRun(self._request, self._summary, scratch, self._replay)
+            self._unlogged = UnloggedRun(self._request, self._summary, scratch)
 
     async def run(self) -> None:
         """Run to the end."""

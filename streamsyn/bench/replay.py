@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from streamsyn.assembly.resources import with_templates
+from streamsyn.bench.load import RecordedWork
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection
 from streamsyn.errors import ConfigError
@@ -119,6 +120,10 @@ class Replay:
             yield recorded.draft
         if is_empty:
             raise ConfigError(f"{self._root} holds no answer that could be asked for again")
+
+    def producer(self) -> RecordedWork:
+        """Return the producer of the drafts. See GivenWork."""
+        return RecordedWork(self.drafts())
 
     def opening(self) -> Request | None:
         """Return the first request; None if there is none. Reads files.

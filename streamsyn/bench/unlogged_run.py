@@ -4,12 +4,9 @@ import asyncio
 from pathlib import Path
 
 import streamsyn.shingles  # noqa: F401 - for checks, which must not import it in the event loop
-from streamsyn.bench.load import RecordedWork
-from streamsyn.bench.replay import Replay
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.fleet import Fleet
-from streamsyn.fleet.thinking import Thinking
 from streamsyn.pipeline.delivery import NoAssembly
+from streamsyn.pipeline.preflight import send_opening
 from streamsyn.pipeline.producer import Producer
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import early_stop_noted
@@ -46,30 +43,22 @@ class UnloggedRun:
         request: What is to be run.
         summary: Filled while it goes on.
         scratch: An existing folder for the ids of the seeds that were read.
-        replay: The work, in place of the seeds.
 
     Raises:
         ConfigError: The recipe or a source of seeds cannot be used, or the checks need a log.
     """
 
-    def __init__(
-        self,
-        request: RunRequest,
-        summary: RunSummary,
-        scratch: Path,
-        replay: Replay | None = None,
-    ) -> None:
-        config = request.config
+    def __init__(self, request: RunRequest, summary: RunSummary, scratch: Path) -> None:
+        config, given = request.config, request.given
         if is_examined(config.checks):
             raise ConfigError(
                 "checks.context_gain, checks.answerable, checks.eval_sets and checks.near_duplicate need the "
                 "log: add --with-log, or switch them off with --set"
             )
         self._request, self._summary, self._scratch = request, summary, scratch
-        self._replay = replay
-        self._recipe: Recipe = load_recipe(config.recipe, config.checks) if replay is None else replay.recipe
+        self._recipe: Recipe = load_recipe(config.recipe, config.checks) if given is None else given.recipe
         self._reader: SeedReader | None = None
-        if replay is not None:
+        if given is not None:
             return
         self._reader = SeedReader(
             config.seeds,
@@ -100,8 +89,8 @@ class UnloggedRun:
             async with own_fleet(request, stopper) as fleet:
                 summary.servers, summary.timings = fleet.metrics, fleet.timings
                 await fleet.ask_models()
-                if self._replay is not None:
-                    await self._open_replay(self._replay, fleet)
+                if request.given is not None:
+                    await send_opening(request.given, request.config, fleet)
                 claims = await asyncio.to_thread(Claims, None, self._scratch / "claims.sqlite")
                 try:
                     pipeline = stopper.pipeline = self._pipeline(Fleets(fleet, None), stopper, claims)
@@ -111,19 +100,10 @@ class UnloggedRun:
                 finally:
                     await asyncio.to_thread(claims.close)
 
-    async def _open_replay(self, replay: Replay, fleet: Fleet) -> None:
-        """Send the first request once before the others, as the preflight of a run does."""
-        opening = await asyncio.to_thread(replay.opening)
-        if opening is None:
-            return
-        thinking = Thinking(replay.config.recipe)
-        for model in fleet.models:
-            await fleet.check_accepted([thinking.request(opening, model)], model)
-
     def _producer(self, claims: Claims) -> ProducerStage:
-        if self._replay is not None:
-            return RecordedWork(self._replay.drafts())
-        assert self._reader is not None, "without a replay there are seeds"
+        if self._request.given is not None:
+            return self._request.given.producer()
+        assert self._reader is not None, "without given work there are seeds"
         config = self._request.config
         return Producer(self._reader, claims, config, self._summary.counters, self._recipe.group)
 

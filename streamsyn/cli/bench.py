@@ -251,7 +251,6 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     for one, other in (
         ("simulate", "server"),
         ("rate", "sweep"),
-        ("replay", "with_log"),
         ("replay", "seeds"),
         ("sweep", "repeats"),
     ):

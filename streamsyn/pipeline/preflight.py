@@ -17,6 +17,7 @@ from streamsyn.config.sections import SourceSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
+from streamsyn.pipeline.request import GivenWork
 from streamsyn.pipeline.setup import Parts
 from streamsyn.pipeline.summary import GOVERNED_BY
 from streamsyn.plain_text import message
@@ -44,6 +45,9 @@ async def preflight(parts: Parts, fleet: Fleet) -> None:
         ConfigError: Every seed would be rejected.
     """
     request = parts.request
+    if request.given is not None:
+        await send_opening(request.given, request.config, fleet)
+        return
     if not request.preflight or request.retry or parts.log.outcomes:
         return
     requests = await asyncio.to_thread(sampled_requests, request.config, parts.recipe)
@@ -57,6 +61,20 @@ async def preflight(parts: Parts, fleet: Fleet) -> None:
             raise ConfigError(f"every seed would be rejected: {error} ({_SKIP})") from error
         if completion is not None:
             parts.counters.wasted_tokens += completion.completion_tokens
+
+
+async def send_opening(given: GivenWork, config: Config, fleet: Fleet) -> None:
+    """Send the first request of the given work to each model.
+
+    Raises:
+        ConfigError: A server refuses it.
+    """
+    opening = await asyncio.to_thread(given.opening)
+    if opening is None:
+        return
+    thinking = Thinking(config.recipe)
+    for model in fleet.models:
+        await fleet.check_accepted([thinking.request(opening, model)], model)
 
 
 def sampled_requests(config: Config, recipe: Recipe) -> list[Request]:

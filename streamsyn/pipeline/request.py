@@ -16,7 +16,8 @@ from streamsyn.pipeline.delivery import SampleGate
 from streamsyn.pipeline.stages import ProducerStage
 from streamsyn.pipeline.stdout import SampleStream
 from streamsyn.pipeline.stop import RunControl
-from streamsyn.records import RejectReason
+from streamsyn.recipes.recipe import Recipe
+from streamsyn.records import RejectReason, Request
 from streamsyn.seeds.inbox import Inbox
 from streamsyn.telemetry import Tracer
 
@@ -50,6 +51,23 @@ class Arrivals(Protocol):
 
     def workers(self, outcomes: int) -> int:
         """Return how many workers there should be, after this many outcomes."""
+        ...
+
+
+class GivenWork(Protocol):
+    """Drafts in place of those of the seeds, and what writes them."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Writes the drafts."""
+        ...
+
+    def opening(self) -> Request | None:
+        """Return the request to send before all others, in place of the preflight. Reads files."""
+        ...
+
+    def producer(self) -> ProducerStage:
+        """Return the producer of the drafts."""
         ...
 
 
@@ -88,6 +106,7 @@ class RunRequest:
         repeats_seeds: Read the seeds again and again until the run is stopped; see `SeedReader`.
         skips_seeds: Leave out this many seeds at the beginning.
         arrivals: When drafts begin; None begins them as soon as a worker is free.
+        given: Work in place of that of the seeds, if any.
     """
 
     config: Config
@@ -118,3 +137,4 @@ class RunRequest:
     repeats_seeds: bool = False
     skips_seeds: int = 0
     arrivals: Arrivals | None = None
+    given: GivenWork | None = None

@@ -98,11 +98,12 @@ async def run_in_loop(request: RunRequest, summary: RunSummary | None = None) ->
 def _opened(request: RunRequest, summary: RunSummary) -> Iterator[Parts]:
     """Check the request, and open the directory and the log for the block; then complete the summary."""
     temporary_files_near(request.out)
-    recipe = load_recipe(request.config.recipe, request.config.checks)
-    resources = AssemblyResources(request.config.assembly)
-    shaping = {**fingerprint(request.config), **recipe.fingerprint(), **resources.fingerprint()}
+    given, config = request.given, request.config
+    recipe = load_recipe(config.recipe, config.checks) if given is None else given.recipe
+    resources = AssemblyResources(config.assembly)
+    shaping = {**fingerprint(config), **recipe.fingerprint(), **resources.fingerprint()}
     reader = _check(request, recipe)
-    summary.recipe = request.config.recipe
+    summary.recipe = config.recipe
     directory = RunDirectory(request.out)
     try:
         may_differ = may_change(request.out) if request.retry else None
@@ -226,7 +227,7 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
         repeats=request.repeats_seeds,
         skip=request.skips_seeds,
     )
-    if not (reader.has_sources or request.retry):
+    if not (reader.has_sources or request.retry or request.given):
         raise ConfigError("no seeds: pass --seeds PATH or set seeds.sources")
     return reader
 

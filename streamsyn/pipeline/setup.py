@@ -272,15 +272,19 @@ def _record(parts: Parts, shaping: dict[str, Any]) -> None:
 
 
 def make_producer(parts: Parts, claims: Claims) -> ProducerStage:
-    """The producer, which begins with the rejects of a retry that is open."""
+    """The producer: of the given drafts, or of the seeds, which begins with the rejects of an open retry."""
+    request = parts.request
+    producer = _producer(parts, claims) if request.given is None else request.given.producer()
+    return producer if request.arrivals is None else request.arrivals.after(producer)
+
+
+def _producer(parts: Parts, claims: Claims) -> Producer:
     reopened = None
     if parts.log.manifest.open_retries:
         reopened = Reopened(parts.log, takes_documents=parts.recipe.takes_documents)
     config, group = parts.request.config, parts.recipe.group
     look = UnusedText(parts.recipe).look
-    producer = Producer(parts.reader, claims, config, parts.counters, group, reopened, look)
-    arrivals = parts.request.arrivals
-    return producer if arrivals is None else arrivals.after(producer)
+    return Producer(parts.reader, claims, config, parts.counters, group, reopened, look)
 
 
 def make_workers(parts: Parts, fleets: Fleets, stopper: Stopper) -> WorkerPool:

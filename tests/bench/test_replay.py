@@ -66,14 +66,15 @@ def recorded_run(
     return [row for kind in ("contexts", "rejects") for part in snapshot.parts[kind] for row in part.rows()]
 
 
-def replayed(tmp_path: Path, servers: InProcessServers) -> Measurement:
+def replayed(tmp_path: Path, servers: InProcessServers, *, with_log: bool = False) -> Measurement:
     """Replay the run in virtual time."""
-    config = load(None, {"fleet.servers": [URL]}.items())
+    config = load(None, {"fleet.servers": [URL], "sink.sync_rows": 1}.items())
     return measure(
         RunToMeasure(
             config=config,
-            load=Load(),
+            load=Load(with_log=with_log),
             limit_s=math.inf,
+            folder=tmp_path,
             replay=tmp_path / "out",
             simulated=lambda: servers,
             handles_signals=False,
@@ -119,6 +120,23 @@ def test_discarded_answers_and_rejects_are_asked_for_again(tmp_path: Path) -> No
     assert {"context", "reject"} == {draft.outcome for draft in found.drafts}
     assert len(lengths(rows)) > len(found.drafts) == 6
     assert lengths(rows) == lengths(found)
+
+
+def test_a_replay_may_have_a_log(tmp_path: Path) -> None:
+    """It is a log of its own, on the disk and deleted; the recorded run and its sources are not touched."""
+    settings = {"assembly.write": True, "assembly.contexts_per_sample": 2, "run.max_reject_fraction": 1.0}
+    rows = recorded_run(tmp_path, fleet_of(words=300, faults={"short": 0.6}, seed=3), settings)
+    (tmp_path / "seeds.jsonl").unlink()  # the drafts come from the log
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    found = replayed(tmp_path, fleet_of(words=300), with_log=True)
+
+    assert found.is_complete
+    assert lengths(rows) == lengths(found)
+    assert {"context", "reject"} == {draft.outcome for draft in found.drafts}
+    assert found.ticks[-1].disk_s > 0
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert [tmp_path / "out"] == list(tmp_path.iterdir())
 
 
 def test_documents_come_from_the_sources_of_the_run(tmp_path: Path) -> None:
