@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "streamsyn evaluate --server http://gpu-1:30000 --suite 'longbench/*.jsonl' --out answers.jsonl",
         "streamsyn evaluate --server http://gpu-1:30000 --suite ruler/4096/data --suite mrcr/2needle.parquet",
-        "streamsyn evaluate --server http://gpu-1:30000 --suite longbench --prompts dataset2prompt.json",
+        "streamsyn evaluate --server http://gpu-1:30000 --suite needles --set train.needles.lengths=[4096]",
     )
 )
 @SERVER
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     "suites",
     multiple=True,
     required=True,
-    metavar="FILE",
+    metavar="FILE|needles",
     help="File, directory or glob with rows of LongBench, LongBench v2, RULER, HELMET's recall, MRCR or "
-    "GraphWalks, as published. Repeatable.",
+    "GraphWalks, as published; or needles: generated questions, as in [train.needles]. Repeatable.",
 )
 @click.option(
     "--prompts",
@@ -72,14 +72,19 @@ def evaluate(
 
     import orjson
 
+    from streamsyn.config.command_sections import NeedlesSection
+    from streamsyn.scoring.suites.needle_suite import NEEDLES, needle_count
     from streamsyn.scoring.suites.suite_files import read_suites
     from streamsyn.scoring.suites.suite_run import Answered, SuiteRun, suite_table
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
     config = resolve(given, None)
-    questions = partial(read_suites, suites, prompts, prompt_chars, limit, max_tokens)
+    paths = [suite for suite in suites if suite != NEEDLES]
+    needles = (config.train.needles or NeedlesSection(), config.run.seed) if NEEDLES in suites else None
+    questions = partial(read_suites, paths, prompts, prompt_chars, limit, max_tokens)
     total = sum(1 for _ in questions())  # a mistake in a file ends the command before the first request
+    total += needle_count(needles[0]) if needles else 0
     with ExitStack() as stack:
         file = None
         if out is not None:
@@ -100,6 +105,7 @@ def evaluate(
             questions=questions(),
             total=total,
             fleet=config.fleet,
+            needles=needles,
             model=config.scoring.model,
             on_answer=write,
         )

@@ -189,6 +189,23 @@ async def test_the_command_prints_a_table(tmp_path: Path) -> None:
     assert {"a", "b"} == {json.loads(line)["id"] for line in out.read_text().splitlines()}
 
 
+async def test_needles_are_asked_of_servers(tmp_path: Path) -> None:
+    """Generated to the lengths of the model that is served, and beside the questions of files."""
+    path, out = written(tmp_path / "a.jsonl", V1), tmp_path / "answers.jsonl"
+    keys = ("lengths=[512,1024]", 'kinds=["single","multi_value"]', "samples=2")
+    settings = [part for key in keys for part in ("--set", f"train.needles.{key}")]
+    async with asyncio.timeout(20), running(SimulatorConfig()) as server:
+        argv = ["evaluate", "--server", server.url, "--suite", "needles", "--suite", path, "--out", str(out)]
+        done = await asyncio.to_thread(CliRunner().invoke, cli, [*argv, *settings])
+
+    assert 0 == done.exit_code, done.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    parts = {f"needle_{kind}_{length}" for kind in ("single", "multi_value") for length in (512, 1024)}
+    assert parts | {"hotpotqa"} == {row["part"] for row in rows}
+    assert 9 == len(rows)
+    assert parts <= set(done.output.split())
+
+
 def test_a_bad_file_is_refused_before_a_server_is_asked(tmp_path: Path) -> None:
     """Nothing listens at the server's address."""
     path = written(tmp_path / "a.jsonl", V1, {**V1, "dataset": "mine"})

@@ -7,9 +7,9 @@ import pytest
 
 from streamsyn.config.command_sections import LongBenchSection, NeedlesSection
 from streamsyn.errors import ConfigError
+from streamsyn.scoring.suites.needle_suite import needle_questions
 from streamsyn.trainer.evaluation.exam import Chat
 from streamsyn.trainer.evaluation.longbench import longbench_questions
-from streamsyn.trainer.evaluation.needles import needle_questions
 from tests.trainer import tiny
 
 OPENING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|system|>{% endfor %}<|assistant|>"
@@ -39,6 +39,6 @@ def test_a_template_that_refuses_a_question_is_an_error(tmp_path: Path) -> None:
     why = r"^train\.needles or train\.longbench: .* the chat template fails: .* by zero$"
 
     with pytest.raises(ConfigError, match=why):
-        needle_questions(NeedlesSection(lengths=(1024,)), 0, failing, None)
+        list(needle_questions(NeedlesSection(lengths=(1024,)), 0, failing))
     with pytest.raises(ConfigError, match=why):
         longbench_questions(LongBenchSection(path=str(tmp_path / "rows.jsonl")), failing, 1024)

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from streamsyn.config.command_sections import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.evaluation.exam import Chat, Question, recall
-from streamsyn.trainer.evaluation.needles import ANSWER_TOKENS, needle_questions, sentences
+from streamsyn.scoring.suites.needle_suite import (
+    ANSWER_TOKENS,
+    measured,
+    needle_count,
+    needle_questions,
+    sentences,
+)
+from streamsyn.trainer.evaluation.exam import Chat, Question, rendered
 from tests.examples import examples
 from tests.trainer import tiny
 
@@ -27,7 +33,8 @@ def chat() -> Chat:
 
 def asked(seed: int = 0, positions: int | None = None, **given: object) -> list[Question]:
     """The questions of a section."""
-    return needle_questions(NeedlesSection.model_validate(given), seed, chat(), positions)
+    made = needle_questions(NeedlesSection.model_validate(given), seed, chat(), positions)
+    return [rendered(one, chat()) for one in made]
 
 
 def text_of(question: Question) -> str:
@@ -148,6 +155,19 @@ def test_the_share_of_wanted_numbers_counts(said: str, wanted: tuple[str, ...], 
     assert score == question.score(said)
 
 
-def test_recall_is_blind_to_case() -> None:
-    """Upper and lower case are equal."""
-    assert 1.0 == recall("THE BLUE one", ("the blue",))
+async def test_lengths_are_measured_where_there_is_no_tokenizer() -> None:
+    """By two prompts, of a model with 0.3 tokens per character and 11 around a message."""
+
+    async def prompt_tokens(text: str) -> int:
+        return round(11 + 0.3 * len(text))
+
+    lengths = await measured(prompt_tokens)
+    section = NeedlesSection(lengths=(512, 2048), samples=2)
+    made = list(needle_questions(section, 0, lengths))
+
+    assert [11, 0.3] == pytest.approx([lengths.around, lengths.per_char], abs=1e-3, rel=0.2)
+    assert needle_count(section) == len(made) == 16
+    for one in made:
+        length = int(one.part.rpartition("_")[2])
+        assert 0.96 * length <= await prompt_tokens(one.prompt) <= 1.01 * length
+        assert 1.0 == one.rule(f"They are {' and '.join(one.wanted)}.")

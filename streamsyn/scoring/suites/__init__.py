@@ -9,5 +9,6 @@ rules. No data is packaged.
     recall_suite       the recall tasks of HELMET
     mrcr_suite         OpenAI MRCR
     graphwalks_suite   GraphWalks
+    needle_suite       questions about numbers hidden in generated text, also for a training's own model
     suite_run          asks servers; scores with confidence intervals
 """

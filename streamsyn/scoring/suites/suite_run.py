@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import fmean
 from typing import Any, Final
 
@@ -13,8 +14,9 @@ import structlog
 
 from streamsyn.answer_text import without_thought
 from streamsyn.background import background
+from streamsyn.config.command_sections import NeedlesSection
 from streamsyn.config.sections import FleetSection
-from streamsyn.errors import FleetGone, ServerError, StoppedEarly, root_cause
+from streamsyn.errors import ConfigError, FleetGone, ServerError, StoppedEarly, root_cause
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.queues import BoundedQueue
 from streamsyn.records import Request
@@ -23,7 +25,8 @@ from streamsyn.scoring.measures import ScoringClient, context_group
 from streamsyn.scoring.suites.graphwalks_suite import GRAPHWALKS
 from streamsyn.scoring.suites.longbench_suite import V2
 from streamsyn.scoring.suites.mrcr_suite import MRCR
-from streamsyn.scoring.suites.suite_question import SuiteQuestion
+from streamsyn.scoring.suites.needle_suite import measured, needle_questions
+from streamsyn.scoring.suites.suite_question import SuiteQuestion, as_user
 
 log = structlog.get_logger()
 
@@ -86,8 +89,9 @@ class SuiteRun:
 
     Attributes:
         questions: The questions; read while others are asked.
-        total: Number of questions.
+        total: Number of questions, needles included.
         fleet: The section `fleet`.
+        needles: Needle questions to ask first, with `run.seed`; None for none.
         model: The model to ask; None for the one that is served, or the first by name.
         on_answer: Called with each answer as it comes; may block.
         environ: Holds the servers' credentials.
@@ -96,6 +100,7 @@ class SuiteRun:
     questions: Iterable[SuiteQuestion]
     total: int
     fleet: FleetSection
+    needles: tuple[NeedlesSection, int] | None = None
     model: str | None = None
     on_answer: Callable[[Answered], None] = lambda _: None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -145,13 +150,34 @@ class SuiteRun:
                         return
 
             tasks.start(self._report(), name="evaluate-progress")
-            reading = group.create_task(self._read(work), name="evaluate-read")
+            questions = chain(await self._needles(fleet, model), self.questions)
+            reading = group.create_task(self._read(questions, work), name="evaluate-read")
             reading.add_done_callback(lambda _: work.close())
             fleet.on_room(grow)
             grow()
 
-    async def _read(self, work: BoundedQueue[SuiteQuestion]) -> None:
-        questions = iter(self.questions)
+    async def _needles(self, fleet: Fleet, model: str) -> Iterable[SuiteQuestion]:
+        """Needle questions as long as the model's tokenizer makes them, by two requests.
+
+        Raises:
+            ConfigError: They cannot be measured, or a length is too short.
+        """
+        if self.needles is None:
+            return ()
+        section, seed = self.needles
+
+        async def prompt_tokens(text: str) -> int:
+            request = Request([*as_user(text)], {"temperature": 0, "max_tokens": 1})
+            return (await ScoringClient(fleet, model).complete(request)).prompt_tokens
+
+        try:
+            lengths = await measured(prompt_tokens)
+        except ServerError as error:
+            raise ConfigError(f"--suite needles: their lengths cannot be measured: {error}") from error
+        return needle_questions(section, seed, lengths)
+
+    async def _read(self, asked: Iterable[SuiteQuestion], work: BoundedQueue[SuiteQuestion]) -> None:
+        questions = iter(asked)
         while (question := await asyncio.to_thread(next, questions, None)) is not None:
             await work.put(question)
 

@@ -6,6 +6,5 @@ losses and answers; rank 0 turns them into a line of metrics.jsonl and a file in
     evaluations   when what is due, the commands, and the metrics from the results
     heldout       held-out samples with and without contexts, and control data: rows, losses, chained changes
     exam          questions, greedy decoding on all ranks, grading, metrics and OUT/answers
-    needles       questions about numbers hidden in synthetic text (after RULER)
     longbench     questions from files in LongBench's format
 """

@@ -11,11 +11,11 @@ import structlog
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.loading import Config
+from streamsyn.scoring.suites.needle_suite import needle_questions
 from streamsyn.trainer.commands import Evaluate
-from streamsyn.trainer.evaluation.exam import Chat, Exam, Question
+from streamsyn.trainer.evaluation.exam import Chat, Exam, Question, rendered
 from streamsyn.trainer.evaluation.heldout import CONTROL, Changes, Rows, deal_rows, row_tokens, summary
 from streamsyn.trainer.evaluation.longbench import longbench_questions
-from streamsyn.trainer.evaluation.needles import needle_questions
 from streamsyn.trainer.examples import Example, Key
 from streamsyn.trainer.metrics.step_log import read_lines
 
@@ -41,8 +41,8 @@ def open_exam(config: Config, tokenizer: Any, model: Any, out: Path) -> Exam | N
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     questions: list[Question] = []
     if section.needles is not None:
-        seed = config.run.seed
-        questions += needle_questions(section.needles, seed, chat, positions)
+        asked = needle_questions(section.needles, config.run.seed, chat, positions)
+        questions += [rendered(one, chat) for one in asked]
     if section.longbench is not None:
         longest = section.seq_len if positions is None else min(section.seq_len, positions)
         questions += longbench_questions(section.longbench, chat, longest)

@@ -19,6 +19,8 @@ from streamsyn.answer_text import without_thought
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.io.durable import write_whole
 from streamsyn.scoring.answer_metrics import answer_score
+from streamsyn.scoring.suites.ruler_suite import string_match_all
+from streamsyn.scoring.suites.suite_question import SuiteQuestion, as_user
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.model.attention import SEGMENTS, VARLEN
 from streamsyn.trainer.model.placed import Placed
@@ -64,6 +66,10 @@ class Chat:
             ConfigError: The chat template refuses the message.
         """
         return len(self._tokens(message))
+
+    def tokens(self, text: str) -> int:
+        """The number of tokens of a text."""
+        return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without special tokens."""
@@ -186,6 +192,7 @@ class Question:
         prompt: The prompt, in tokens.
         wanted: With `recall`, texts that should all occur in the answer; otherwise alternative right answers.
         grading: The metric.
+        message: The user message of the prompt.
     """
 
     exam: str
@@ -194,20 +201,37 @@ class Question:
     prompt: Prompt
     wanted: tuple[str, ...]
     grading: Grading
+    message: str = ""
 
     def score(self, answer: str) -> float:
         """The score of an answer, from 0 to 1. Reasoning in front of the answer is left out."""
         answer = without_thought(answer)
         if self.grading == "recall":
-            return recall(answer, self.wanted)
+            return string_match_all(answer, self.wanted)
         metric = self.grading
         return max(answer_score(metric, answer, gold) for gold in self.wanted)
 
+    def for_servers(self) -> SuiteQuestion:
+        """The same question, to be asked of a server that has the model."""
+        return SuiteQuestion(
+            suite=self.exam,
+            part=self.part,
+            id=self.id,
+            messages=as_user(self.message),
+            max_tokens=self.prompt.max_new_tokens,
+            wanted=self.wanted,
+            rule=self.score,
+        )
 
-def recall(answer: str, wanted: Sequence[str]) -> float:
-    """The share of the texts `wanted` that occur in the answer, ignoring case (RULER, arXiv 2404.06654)."""
-    lowered = answer.lower()
-    return sum(one.lower() in lowered for one in wanted) / len(wanted)
+
+def rendered(asked: SuiteQuestion, chat: Chat) -> Question:
+    """A question of a suite, graded by recall, for the model at hand.
+
+    Raises:
+        ConfigError: The chat template refuses it.
+    """
+    prompt = chat.prompt(asked.prompt, asked.max_tokens)
+    return Question(asked.suite, asked.part, asked.id, prompt, asked.wanted, "recall", asked.prompt)
 
 
 FOLDER = "answers"

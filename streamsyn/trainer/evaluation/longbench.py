@@ -149,13 +149,15 @@ class _Prompts:
         """
         room = self._longest - item.max_new_tokens
         room = room if self._prompt_tokens is None else min(room, self._prompt_tokens)
+        text = self._fitting(item, room)
         return Question(
             exam="longbench",
             part=f"longbench_{item.dataset}",
             id=item.id,
-            prompt=self._chat.prompt(self._fitting(item, room), item.max_new_tokens),
+            prompt=self._chat.prompt(text, item.max_new_tokens),
             wanted=item.answers,
             grading=metric_of(item.family, item.answers[0]),
+            message=text,
         )
 
     def _fitting(self, item: Item, room: int) -> str:

@@ -6,22 +6,82 @@ The haystack is made of plain sentences without digits. The kinds of questions:
     multi_key    several keys have a number each; one of them is asked for
     multi_value  one key has several numbers; all of them are asked for
     multi_query  several keys have a number each; all of them are asked for
+
+Lengths are in tokens of the model: counted with its tokenizer in a training, and estimated by `measured` for
+a model that is only known by its server.
 """
 
+import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
 
 import orjson
 
 from streamsyn.config.command_sections import NeedleKind, NeedlesSection
 from streamsyn.errors import ConfigError
 from streamsyn.records import digest
-from streamsyn.trainer.evaluation.exam import Chat, Question
+from streamsyn.scoring.suites.ruler_suite import string_match_all
+from streamsyn.scoring.suites.suite_question import SuiteQuestion, as_user
+
+NEEDLES: Final = "needles"
+ANSWER_TOKENS: Final = 128
+"""Maximum tokens of an answer, as in RULER."""
+_MANY: Final = 4
+"""Number of keys, or of values of a key, where there are several."""
+_TOLERANCE: Final = 0.01
+"""A prompt may be shorter than its length by this share."""
+_TRIES: Final = 12
+_PROBE_WORDS: Final = 400
+"""Words of filler from which tokens per word are estimated."""
+
+
+class Lengths(Protocol):
+    """Counts tokens of a model, or estimates them."""
+
+    def length(self, message: str) -> int:
+        """Tokens of the prompt for a user message."""
+
+    def tokens(self, text: str) -> float:
+        """Tokens of a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Lengths by the number of characters.
+
+    Attributes:
+        around: Tokens that the chat template adds.
+        per_char: Tokens per character.
+    """
+
+    around: float
+    per_char: float
+
+    def length(self, message: str) -> int:
+        """Tokens of the prompt for a user message."""
+        return round(self.around + self.tokens(message))
+
+    def tokens(self, text: str) -> float:
+        """Tokens of a text."""
+        return self.per_char * len(text)
+
+
+async def measured(prompt_tokens: Callable[[str], Awaitable[int]]) -> Estimate:
+    """Find out how long haystacks are in tokens of a model, from two prompts.
+
+    Args:
+        prompt_tokens: Returns the tokens of the prompt for a user message, as its server counts them.
+    """
+    filler = await asyncio.to_thread(_probe)  # it reads the packaged words
+    half = filler[: len(filler) // 2]
+    short, long = await prompt_tokens(half), await prompt_tokens(filler)
+    per_char = (long - short) / (len(filler) - len(half))
+    return Estimate(short - per_char * len(half), per_char)
 
 
 @cache
@@ -47,17 +107,6 @@ def sentences(rng: random.Random) -> Iterator[str]:
         before = text
 
 
-ANSWER_TOKENS: Final = 128
-"""Maximum tokens of an answer, as in RULER."""
-_MANY: Final = 4
-"""Number of keys, or of values of a key, where there are several."""
-_TOLERANCE: Final = 0.01
-"""A prompt may be shorter than its length by this share."""
-_TRIES: Final = 12
-_PROBE_WORDS: Final = 400
-"""Words of filler from which tokens per word are estimated."""
-
-
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """The needles of one question.
@@ -74,15 +123,15 @@ class Hidden:
 
 
 def needle_questions(
-    section: NeedlesSection, run_seed: int, chat: Chat, positions: int | None
-) -> list[Question]:
-    """Make all questions, grouped by part. They are the same for the same seed and tokenizer.
+    section: NeedlesSection, run_seed: int, lengths: Lengths, positions: int | None = None
+) -> Iterator[SuiteQuestion]:
+    """Make all questions, grouped by part. They are the same for the same seed and lengths.
 
     Args:
         section: `train.needles`.
         run_seed: `run.seed`, which seeds keys, numbers and haystacks.
-        chat: Makes prompts.
-        positions: Number of positions of the model; None if its configuration has none.
+        lengths: Counts tokens.
+        positions: Number of positions of the model; None if it is not known.
 
     Raises:
         ConfigError: A length exceeds the model's positions, or is too short for the needles.
@@ -92,12 +141,15 @@ def needle_questions(
             raise ConfigError(
                 f"train.needles.lengths: {length} is more than the {positions} positions of the model"
             )
-    return [
-        _question(kind, length, number, section.samples, run_seed, chat, positions)
-        for kind in dict.fromkeys(section.kinds)
-        for length in sorted(set(section.lengths))
-        for number in range(section.samples)
-    ]
+    for kind in dict.fromkeys(section.kinds):
+        for length in sorted(set(section.lengths)):
+            for number in range(section.samples):
+                yield _question(kind, length, number, section.samples, run_seed, lengths, positions)
+
+
+def needle_count(section: NeedlesSection) -> int:
+    """The number of questions of a section."""
+    return len(set(section.kinds)) * len(set(section.lengths)) * section.samples
 
 
 def hide(kind: NeedleKind, depth: float, rng: random.Random) -> Hidden:
@@ -143,17 +195,34 @@ def message(filler: Sequence[str], hidden: Hidden) -> str:
 
 
 def _question(
-    kind: NeedleKind, length: int, number: int, samples: int, run_seed: int, chat: Chat, positions: int | None
-) -> Question:
+    kind: NeedleKind,
+    length: int,
+    number: int,
+    samples: int,
+    run_seed: int,
+    lengths: Lengths,
+    positions: int | None,
+) -> SuiteQuestion:
     rng = random.Random(digest("needles", str(run_seed), kind, str(length), str(number)))
     hidden = hide(kind, number / (samples - 1) if samples > 1 else 0.5, rng)
     # Leave positions for the answer.
     room = length if positions is None else min(length, positions - ANSWER_TOKENS)
-    text = _filled(hidden, _filler(rng), room, chat)
+    text = _filled(hidden, _filler(rng), room, lengths)
     if text is None:
         raise ConfigError(f"train.needles.lengths: {length} tokens are too few for the needles of {kind}")
-    part = f"needle_{kind}_{length}"
-    return Question("needles", part, str(number), chat.prompt(text, ANSWER_TOKENS), hidden.wanted, "recall")
+    return SuiteQuestion(
+        suite=NEEDLES,
+        part=f"needle_{kind}_{length}",
+        id=str(number),
+        messages=as_user(text),
+        max_tokens=ANSWER_TOKENS,
+        wanted=hidden.wanted,
+        rule=partial(string_match_all, wanted=hidden.wanted),
+    )
+
+
+def _probe() -> str:
+    return " ".join(islice(_filler(random.Random(0)), 2 * _PROBE_WORDS))
 
 
 def _filler(rng: random.Random) -> Iterator[str]:
@@ -161,12 +230,12 @@ def _filler(rng: random.Random) -> Iterator[str]:
         yield from sentence.split()
 
 
-def _filled(hidden: Hidden, supply: Iterator[str], room: int, chat: Chat) -> str | None:
+def _filled(hidden: Hidden, supply: Iterator[str], room: int, lengths: Lengths) -> str | None:
     """Search for the message whose prompt has `room` tokens or slightly fewer; None if there is none."""
     filler = list(islice(supply, _PROBE_WORDS))
-    tokens_per_word = len(chat.encode(" ".join(filler))) / len(filler)
+    tokens_per_word = lengths.tokens(" ".join(filler)) / len(filler)
     best = message((), hidden)
-    low, low_tokens = 0, chat.length(best)
+    low, low_tokens = 0, lengths.length(best)
     if low_tokens > room:
         return None
     high, high_tokens = 0, 0
@@ -181,7 +250,7 @@ def _filled(hidden: Hidden, supply: Iterator[str], room: int, chat: Chat) -> str
         tried = min(tried, high - 1) if high else tried
         filler += islice(supply, max(0, tried - len(filler)))
         text = message(filler[:tried], hidden)
-        tokens = chat.length(text)
+        tokens = lengths.length(text)
         if tokens <= room:
             low, low_tokens, best = tried, tokens, text
         else:
