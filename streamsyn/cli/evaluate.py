@@ -1,5 +1,7 @@
 """`streamsyn evaluate`: published suites of questions, asked of servers."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
 from streamsyn.errors import ConfigError, SinkError
 
 if TYPE_CHECKING:
-    from streamsyn.scoring.suites.suite_run import SuiteRow
+    from streamsyn.scoring.suites.suite_run import Answered, SuiteRow
 
 
 @click.command(
@@ -67,15 +69,12 @@ def evaluate(
     Answers are greedy, and scored by the published rules. Exit code 1 if a question had no answer.
     """
     import asyncio
-    from contextlib import ExitStack
     from functools import partial
-
-    import orjson
 
     from streamsyn.config.command_sections import NeedlesSection
     from streamsyn.scoring.suites.needle_suite import NEEDLES, needle_count
     from streamsyn.scoring.suites.suite_files import read_suites
-    from streamsyn.scoring.suites.suite_run import Answered, SuiteRun, suite_table
+    from streamsyn.scoring.suites.suite_run import SuiteRun, suite_table
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
@@ -85,22 +84,7 @@ def evaluate(
     questions = partial(read_suites, paths, prompts, prompt_chars, limit, max_tokens)
     total = sum(1 for _ in questions())  # a mistake in a file ends the command before the first request
     total += needle_count(needles[0]) if needles else 0
-    with ExitStack() as stack:
-        file = None
-        if out is not None:
-            try:
-                file = stack.enter_context(out.open("wb"))
-            except OSError as error:
-                raise ConfigError(f"--out: cannot write {out}: {error.strerror}") from error
-
-        def write(found: Answered) -> None:
-            if file is not None:
-                try:
-                    file.write(orjson.dumps(found.row(), option=orjson.OPT_APPEND_NEWLINE))
-                    file.flush()
-                except OSError as error:
-                    raise SinkError(f"cannot write {out}: {error.strerror}") from error
-
+    with _writing(out) as write:
         run = SuiteRun(
             questions=questions(),
             total=total,
@@ -114,6 +98,30 @@ def evaluate(
     _print(suite_table(answered), failed, as_json=given["log_json"])
     if failed:
         raise SystemExit(1)
+
+
+@contextmanager
+def _writing(out: Path | None) -> "Iterator[Callable[[Answered], None]]":
+    """What writes an answer to the file `--out`, or nowhere without one."""
+    import orjson
+
+    if out is None:
+        yield lambda _: None
+        return
+    try:
+        file = out.open("wb")
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {out}: {error.strerror}") from error
+    with file:
+
+        def write(found: "Answered") -> None:
+            try:
+                file.write(orjson.dumps(found.row(), option=orjson.OPT_APPEND_NEWLINE))
+                file.flush()
+            except OSError as error:
+                raise SinkError(f"cannot write {out}: {error.strerror}") from error
+
+        yield write
 
 
 def _print(rows: "list[SuiteRow]", failed: int, *, as_json: bool) -> None:
