@@ -37,24 +37,29 @@ def score(directory: Path, measures: tuple[Any, ...], *, again: bool, **given: A
 
     The run may be finished or still going on. The findings go to DIRECTORY/scores; `report` and `export` read
     them as if the run had measured its contexts itself. What is measured is skipped, so a `score` that was
-    stopped goes on.
+    stopped goes on. Partitions are measured one after the other, each on its own: near-duplicates are found
+    within a partition.
     """
     from streamsyn.scoring.score_log import ScoreRequest
     from streamsyn.scoring.score_log import score as score_contexts
     from streamsyn.scoring.sidecar import MEASURES
+    from streamsyn.sink.partitions import run_directories
     from streamsyn.sink.rundir import read_run_json
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
-    if read_run_json(directory) is None:
-        raise ConfigError(f"{directory} is not a run directory: it has no run.json")
+    directories = run_directories(directory)
+    for one in directories:
+        if read_run_json(one) is None:
+            raise ConfigError(f"{one} is not a run directory: it has no run.json")
     if given["server"]:
         given["settings"] = (*given["settings"], "scoring.servers=[]")
-    config = resolve(given, directory)
-    summary = score_contexts(
-        ScoreRequest(root=directory, config=config, measures=measures or MEASURES, again=again)
-    )
-    _summarise(directory, summary, as_json=given["log_json"])
+    for one in directories:
+        config = resolve(given, one)
+        summary = score_contexts(
+            ScoreRequest(root=one, config=config, measures=measures or MEASURES, again=again)
+        )
+        _summarise(one, summary, as_json=given["log_json"])
 
 
 def _summarise(directory: Path, summary: "ScoreSummary", *, as_json: bool) -> None:

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from streamsyn.assembly.assembler import Arrangement, Assembler
@@ -24,6 +23,7 @@ from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import SinkError, StreamsynError
 from streamsyn.scoring.sidecar import with_scores
 from streamsyn.shingles import sign_from
+from streamsyn.sink.partitions import in_turn
 from streamsyn.sink.snapshot import Part
 
 Row: TypeAlias = dict[str, Any]
@@ -34,17 +34,17 @@ BATCH: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class ContextLog:
-    """The contexts of a run as of one moment.
+    """The contexts of a run as of one moment; those of partitions in turn, numbered anew.
 
     Attributes:
-        root: The run directory.
-        parts: The shards of contexts.
+        partitions: The shards of contexts of the run directory, or of each partition.
+        ends: The rows of each partition at the end of each round, as `in_turn` needs them.
         flushes: Numbers of contexts at which the run's streams ended.
         is_flushed: Whether the contexts that still wait at the end get samples with what there is.
     """
 
-    root: Path
-    parts: Sequence[Part]
+    partitions: Sequence[Sequence[Part]]
+    ends: Sequence[Sequence[int]]
     flushes: frozenset[int]
     is_flushed: bool
 
@@ -54,15 +54,11 @@ class ContextLog:
         Raises:
             SinkError: A row is missing or damaged.
         """
-        next_seq = 0
-        for part in self.parts:
-            for row in with_scores(self.root, part.rows()):
-                if row.get("seq") != next_seq:
-                    raise self._unreadable(part, next_seq)
-                yield row
-                next_seq += 1
-            if part.sealed is not None and next_seq != part.sealed.last_seq + 1:
-                raise self._unreadable(part, next_seq)
+        if len(self.partitions) == 1:
+            yield from _rows(self.partitions[0])
+            return
+        for seq, (_, row) in enumerate(in_turn([*map(_rows, self.partitions)], self.ends)):
+            yield {**row, "seq": seq}
 
     def arrangements(self, assembler: Assembler, passages: Iterable[Passage]) -> Iterator[Arrangement]:
         """Yield the samples as the run made them: `passages` are all contexts in order."""
@@ -73,8 +69,27 @@ class ContextLog:
         if assembler.consumed in self.flushes or self.is_flushed:
             yield from assembler.flush()
 
-    def _unreadable(self, part: Part, seq: int) -> SinkError:
-        return SinkError(f"{self.root / part.name}: row {seq} cannot be read; `streamsyn verify` says why")
+    @property
+    def bytes(self) -> int:
+        """Size of the shards."""
+        return sum(part.bytes for parts in self.partitions for part in parts)
+
+
+def _rows(parts: Sequence[Part]) -> Iterator[Row]:
+    """Yield the rows of one run directory."""
+    next_seq = 0
+    for part in parts:
+        for row in with_scores(part.root, part.rows()):
+            if row.get("seq") != next_seq:
+                raise _unreadable(part, next_seq)
+            yield row
+            next_seq += 1
+        if part.sealed is not None and next_seq != part.sealed.last_seq + 1:
+            raise _unreadable(part, next_seq)
+
+
+def _unreadable(part: Part, seq: int) -> SinkError:
+    return SinkError(f"{part.root / part.name}: row {seq} cannot be read; `streamsyn verify` says why")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ rows of an export: a sample, and the scores of its relevant context.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from streamsyn.errors import ConfigError
 from streamsyn.export.choosing import BATCH, Choosing, ContextLog, Ended, chosen_elsewhere, waiting
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.records import Sample
+from streamsyn.sink.partitions import read_partitions, run_directories
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Snapshot, holding_rejects
 
@@ -106,11 +107,12 @@ class LogReader:
     def __init__(self, request: ExportRequest, summary: ExportSummary, folder: Path) -> None:
         self._request = request
         self._summary = summary
-        run_config, run = saved_config(request.root), read_run_json(request.root)
+        roots = run_directories(request.root)
+        run_config, run = saved_config(roots[0]), read_run_json(roots[0])
         if run_config is None or run is None:
-            raise ConfigError(f"{request.root} is not a run directory: it has no run.json")
+            raise ConfigError(f"{roots[0]} is not a run directory: it has no run.json")
         self.run = run
-        """The content of run.json."""
+        """The content of run.json; with partitions, that of the first."""
         self.run_config = run_config
         """The configuration of the run."""
         self.config = _overridden(
@@ -118,18 +120,11 @@ class LogReader:
         )
         """The same with the settings of this export."""
         self._resources = AssemblyResources(self.config.assembly)
-        self._snapshot = Snapshot(request.root)
-        self._manifest = self._snapshot.manifest
-        self.is_final = self._manifest.final is not None and not any(
-            part.sealed is None for part in self._snapshot.parts["contexts"]
-        )
+        self._snapshots = [Snapshot(root) for root in roots]
+        self.is_final = all(map(_is_final, self._snapshots))
         """Whether the run was finished."""
-        self._log = ContextLog(
-            request.root,
-            self._snapshot.parts["contexts"],
-            frozenset(self._manifest.flushes),
-            is_flushed=request.flush,
-        )
+        self.partitions = read_partitions(request.root)
+        self._log = self._contexts()
         self.contexts_by_model: Counter[str] = Counter()
         self._is_first_epoch = True
         self._fields: dict[int, Row] = {}
@@ -142,6 +137,8 @@ class LogReader:
         has_run_settings = not self._request.settings and self._request.config is None
         keys = now if has_run_settings else {"assembly.prompts"} & now.keys()
         changed = sorted(key for key in keys if key in then and then[key] != now[key])
+        if self.partitions is not None:
+            changed.append("distractors are of all partitions, not of the sample's own")
         if has_run_settings and "assembly.max_similarity" not in then:
             changed.append("the version of streamsyn, which chooses distractors differently")
         return changed
@@ -150,7 +147,7 @@ class LogReader:
         """Yield the rows of all epochs in the order of the log."""
         first = self.config.assembly.epoch
         # Starting processes takes longer than assembling a small log.
-        is_small = sum(part.bytes for part in self._log.parts) < SMALL_BYTES
+        is_small = self._log.bytes < SMALL_BYTES
         for epoch in range(first, first + self._request.epochs):
             section = self.config.assembly.model_copy(update={"epoch": epoch})
             resources = self._resources if epoch == first else AssemblyResources(section)
@@ -165,7 +162,17 @@ class LogReader:
 
     def rejects(self) -> Iterator[Row]:
         """Yield the rows of rejects that hold."""
-        return holding_rejects(self._snapshot)
+        return chain.from_iterable(map(holding_rejects, self._snapshots))
+
+    def _contexts(self) -> ContextLog:
+        parts = [snapshot.parts["contexts"] for snapshot in self._snapshots]
+        if self.partitions is None:
+            flushes = frozenset(self._snapshots[0].manifest.flushes)
+            return ContextLog(parts, (), flushes, is_flushed=self._request.flush)
+        ends = self.partitions.ends("contexts")
+        # All partitions had ended at the end of a round: there, as in one run, its last samples were made.
+        flushes = frozenset(map(sum, ends))
+        return ContextLog(parts, ends, flushes, is_flushed=self._request.flush or self.is_final)
 
     def _take(self, row: Row) -> None:
         """Count a context, and keep the fields of its sample's row."""
@@ -213,6 +220,12 @@ class LogReader:
                     return
                 pieces = [held[number] if number >= 0 else -1 - number for number in one.pieces]
                 yield resources.arrangement(pieces, one.relevant_index, one.target_tokens, one.n_tokens)
+
+
+def _is_final(snapshot: Snapshot) -> bool:
+    return snapshot.manifest.final is not None and not any(
+        part.sealed is None for part in snapshot.parts["contexts"]
+    )
 
 
 def _drop_below(first_seq: int, *held: dict[int, Any]) -> None:

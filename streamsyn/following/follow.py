@@ -27,7 +27,9 @@ from streamsyn.following.daemon_client import (
     RowStream,
     run_url,
 )
-from streamsyn.following.run_rows import FolderWatch, Rows, RunRows
+from streamsyn.following.joined_rows import JoinedRows
+from streamsyn.following.run_rows import FolderWatch, Rows
+from streamsyn.sink.partitions import FILE
 from streamsyn.sink.rundir import LOCK_NAME
 from streamsyn.sink.shards import KINDS
 
@@ -103,6 +105,9 @@ class Follower:
       seen that end. If it is taken up later, follow again with `after` for the new rows.
     - A run that is deleted and begun anew in its place is followed from its first row; `follow.replaced` is
       logged as a warning, and `run` has changed then.
+    - With partitions, `seq` is the number of a row in the order of all of them, which never changes, and
+      `partition` and `partition_seq` name the row within its partition. `context_seqs` belong to that
+      partition. A partition that is behind holds up the others.
     - If the directory disappears, `stream.gone` is logged and the iterator waits. A run that is deleted at a
       daemon is an error.
     - Contexts and rejects of a directory are seen before they are synced: a loss of power may take the last
@@ -245,7 +250,7 @@ def check_after(place: str, first: int, total: int) -> None:
 
 
 class DirectoryFeed:
-    """Feed: the rows of one kind of a run directory.
+    """Feed: the rows of one kind of a run directory, with partitions as one.
 
     Args:
         root: The run directory.
@@ -255,7 +260,7 @@ class DirectoryFeed:
     """
 
     def __init__(self, root: Path, kind: str, run: float | None, *, wait: bool) -> None:
-        self._rows = RunRows(root, kind, run)
+        self._rows = JoinedRows(root, kind, run)
         self._watch = FolderWatch()
         self._wait = wait
         self._is_there = False
@@ -265,7 +270,7 @@ class DirectoryFeed:
         return self._rows.run
 
     def restart(self) -> None:
-        self._rows = RunRows(self._rows.root, self._rows.kind)
+        self._rows = JoinedRows(self._rows.root, self._rows.kind)
 
     def read(self, first: int) -> Rows | None:
         while (batch := self._look(first)) is not None and not batch:
@@ -299,7 +304,7 @@ class DirectoryFeed:
         root = self._rows.root
         if root.exists() and not root.is_dir():
             raise ConfigError(f"{root} is not a run directory but a file")
-        marks = ("run.json", "manifest.jsonl", LOCK_NAME)
+        marks = ("run.json", "manifest.jsonl", LOCK_NAME, FILE)
         if not self._wait and not any((root / name).exists() for name in marks):
             what = "does not hold a run" if root.exists() else "does not exist"
             raise ConfigError(f"the run directory {root} {what}; use `wait` to wait for its run")

@@ -141,9 +141,10 @@ def is_saved_dataset(path: Path) -> bool:
 
 def is_run_directory(path: Path) -> bool:
     """Whether a directory is one that `streamsyn run` writes to."""
-    return (path / "run.json").is_file() and (
+    is_single = (path / "run.json").is_file() and (
         (path / "manifest.jsonl").is_file() or (path / "contexts").is_dir()
     )
+    return is_single or (path / "partitions.json").is_file()
 
 
 def find_rows(pattern: str, key: str, kinds: Collection[Kind] = ROW_KINDS) -> Found:

@@ -21,5 +21,6 @@ Modules in reading order:
     summary     the summary of what was done (`RunSummary`), as text and as JSON
 
 Beside the flow: `preview` renders requests without sending them and estimates what a run would take,
-`status` shows what one is doing, and `verify` checks a run directory.
+`status` shows what one is doing, and `verify` checks a run directory; `verify_joined` all
+partitions of one.
 """

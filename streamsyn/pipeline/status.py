@@ -4,7 +4,7 @@ import fcntl
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,6 +13,7 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.following.daemon_client import answers, is_run_url, run_url
 from streamsyn.pipeline.progress import duration
 from streamsyn.scoring.sidecar import measured
+from streamsyn.sink.partitions import Partitions, read_partitions
 from streamsyn.sink.rundir import LOCK_NAME, lock_holder, read_run_json
 from streamsyn.sink.snapshot import Part, Snapshot, open_rejects, superseded
 
@@ -47,6 +48,7 @@ class Status:
         model: The models that write.
         version: The version of streamsyn that ran last.
         scored: Contexts that `streamsyn score` has measured, by measure.
+        partitions: The status of each partition that has begun; then the other fields are of all.
     """
 
     directory: str
@@ -66,6 +68,7 @@ class Status:
     model: str
     version: str
     scored: dict[str, int]
+    partitions: "list[Status]" = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -73,12 +76,52 @@ class Status:
 
 
 def status(root: Path) -> Status:
-    """Read the status of a run directory; a run may be writing to it.
+    """Read the status of a run directory, or of all partitions as one; a run may be writing to it.
 
     Raises:
         ConfigError: It is not a run directory, or its manifest is damaged.
         SinkError: The findings of `streamsyn score` cannot be read.
     """
+    partitions = read_partitions(root)
+    if partitions is None:
+        return _status(root)
+    begun = [directory for directory in partitions.directories if (directory / "run.json").exists()]
+    return _joined(partitions, [_status(directory) for directory in begun])
+
+
+def _joined(partitions: Partitions, parts: list[Status]) -> Status:
+    """The status of OUT from those of its partitions."""
+    process = _process(partitions.root)
+    is_running = process is not None or any(part.state == "running" for part in parts)
+    is_finished = partitions.has_ended and all(part.state == "finished" for part in parts)
+    rates = [part.outcomes_per_s for part in parts if part.outcomes_per_s is not None]
+    last = [part.last_outcome_at for part in parts if part.last_outcome_at is not None]
+    reasons: Counter[str] = sum((Counter(part.reasons) for part in parts), Counter())
+    scored: Counter[str] = sum((Counter(part.scored) for part in parts), Counter())
+    return Status(
+        directory=str(partitions.root),
+        state="running" if is_running else "finished" if is_finished else "unfinished",
+        process=process,
+        contexts=sum(part.contexts for part in parts),
+        rejects=sum(part.rejects for part in parts),
+        superseded=sum(part.superseded for part in parts),
+        reasons=dict(reasons.most_common()),
+        samples=sum(part.samples for part in parts),
+        retrying=sum(part.retrying for part in parts),
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+        outcomes_per_s=sum(rates) if rates else None,
+        started_at=partitions.created_at,
+        last_outcome_at=max(last, default=None),
+        model=", ".join(sorted({part.model for part in parts})),
+        version=", ".join(sorted({part.version for part in parts})),
+        scored=dict(scored),
+        partitions=parts,
+    )
+
+
+def _status(root: Path) -> Status:
+    """The status of one run directory."""
     saved = read_run_json(root)
     if saved is None:
         raise ConfigError(f"{root} is not a run directory: it has no run.json")
@@ -148,6 +191,9 @@ def status_lines(found: Status, now: float) -> Iterator[str]:
     if found.scored:
         yield "  scored     " + ", ".join(f"{name} {number:,}" for name, number in found.scored.items())
     yield f"  model      {found.model}; streamsyn {found.version}"
+    for part in found.partitions:
+        name = Path(part.directory).name
+        yield f"  {name}: {part.state}, {part.contexts:,} contexts, {part.rejects:,} rejects"
 
 
 def _process(root: Path) -> str | None:

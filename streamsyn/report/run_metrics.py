@@ -1,7 +1,9 @@
 """All metrics of a report, collected in one pass over a run directory; a run may be writing to it."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from streamsyn.report.report_examples import (
 )
 from streamsyn.report.traffic import Traffic
 from streamsyn.scoring.sidecar import measured, with_scores
+from streamsyn.sink.partitions import run_directories
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
-from streamsyn.sink.snapshot import Snapshot, superseded
+from streamsyn.sink.snapshot import Part, SeqSet, Snapshot, superseded
 
 DEPTHS = 10
 """Bins of the position of the relevant context."""
@@ -42,17 +45,17 @@ _GAIN_STEP, _SCORE_STEP = 0.005, 0.005
 
 
 class RunMetrics:
-    """Reads contexts, rejects and samples of a run. Memory does not grow with their number.
+    """Reads contexts, rejects and samples of a run and of all its partitions. Memory does not grow with them.
 
     Raises:
         ConfigError: The directory is not a run directory, or its manifest is damaged.
     """
 
     def __init__(self, root: Path) -> None:
-        config, saved = saved_config(root), read_run_json(root)
+        roots = run_directories(root)
+        config, saved = saved_config(roots[0]), read_run_json(roots[0])
         if config is None or saved is None:
-            raise ConfigError(f"{root} is not a run directory: it has no run.json")
-        self._root = root
+            raise ConfigError(f"{roots[0]} is not a run directory: it has no run.json")
         self.name = root.resolve().name
         self.config: Config = config
         self.version = str((saved.get("versions") or {}).get("streamsyn", "?"))
@@ -81,26 +84,28 @@ class RunMetrics:
         known = config.checks.flag_known_above
         self._known_above = _KNOWN_ABOVE if known is None else known
         try:
-            snapshot = Snapshot(root)
+            snapshots = [Snapshot(one) for one in roots]
         except SinkError as error:
             raise ConfigError(str(error)) from error
-        self.scored = measured(root)
+        self.scored = sum(map(measured, roots), Counter())
         """Contexts that `streamsyn score` has measured, by measure."""
-        self._gone = superseded(snapshot)
-        self._read(snapshot)
+        self._read(snapshots)
         if self.samples_removed:
             self.notes.append(
                 f"{self.samples_removed:,} samples were removed by retention; what is shown of samples is of "
                 "the rest"
             )
-        self.openings = self._openings(snapshot)
+        self.openings = self._openings(snapshots)
         """The beginnings of the contexts that the shown near-duplicates repeat, by id."""
-        final = snapshot.manifest.final
+        finals = [snapshot.manifest.final for snapshot in snapshots]
         rows = self.counts | {
             "rejects": self.counts["rejects"] + self.superseded,
             "samples": self.counts["samples"] + self.samples_removed,
         }
-        self.is_complete = final is not None and all(final.get(kind) == rows[kind] for kind in KINDS)
+        ended = [final for final in finals if final is not None]
+        self.is_complete = len(ended) == len(finals) and all(
+            sum(final.get(kind, 0) for final in ended) == rows[kind] for kind in KINDS
+        )
 
     @property
     def outcomes(self) -> int:
@@ -111,30 +116,40 @@ class RunMetrics:
         """Return a few rejects of one reason."""
         return self._examples[reason].items
 
-    def _read(self, snapshot: Snapshot) -> None:
-        add = {"contexts": self._add_context, "rejects": self._add_reject, "samples": self._add_sample}
-        for kind in KINDS:
-            for part in snapshot.parts[kind]:
-                if part.is_removed and part.sealed is not None:
-                    self.samples_removed += part.sealed.rows
-                    continue
-                read = 0
-                rows = part.rows() if kind != "contexts" else with_scores(self._root, part.rows())
-                for row in rows:
-                    read += 1
-                    add[kind](row)
-                if part.sealed is not None and read != part.sealed.rows:
-                    self.notes.append(
-                        f"{part.path}: only {read:,} of {part.sealed.rows:,} rows could be read; "
-                        "`streamsyn verify` says why"
-                    )
+    def _read(self, snapshots: Sequence[Snapshot]) -> None:
+        gone = [superseded(snapshot) for snapshot in snapshots]
+        for kind in KINDS:  # samples are last: see `SampleExamples`
+            for snapshot, no_longer_hold in zip(snapshots, gone, strict=True):
+                self._read_kind(kind, snapshot.parts[kind], no_longer_hold)
 
-    def _openings(self, snapshot: Snapshot) -> dict[str, str]:
+    def _read_kind(self, kind: str, parts: Sequence[Part], gone: SeqSet) -> None:
+        add: dict[str, Callable[[dict[str, Any]], None]] = {
+            "contexts": self._add_context,
+            "rejects": partial(self._add_reject, gone),
+            "samples": self._add_sample,
+        }
+        for part in parts:
+            if part.is_removed and part.sealed is not None:
+                self.samples_removed += part.sealed.rows
+                continue
+            read = 0
+            rows = part.rows() if kind != "contexts" else with_scores(part.root, part.rows())
+            for row in rows:
+                read += 1
+                add[kind](row)
+            if part.sealed is not None and read != part.sealed.rows:
+                self.notes.append(
+                    f"{part.path}: only {read:,} of {part.sealed.rows:,} rows could be read; "
+                    "`streamsyn verify` says why"
+                )
+
+    def _openings(self, snapshots: Sequence[Snapshot]) -> dict[str, str]:
         openings = dict.fromkeys((match.other for match in self.duplicates.items), "")
         missing = set(openings)
         if not missing:
             return openings
-        for row in (row for part in snapshot.parts["contexts"] for row in part.rows()):
+        parts = (part for snapshot in snapshots for part in snapshot.parts["contexts"])
+        for row in (row for part in parts for row in part.rows()):
             if text(row, "id") in missing:
                 openings[text(row, "id")] = opening(row)
                 missing.discard(text(row, "id"))
@@ -177,9 +192,9 @@ class RunMetrics:
                 ),
             )
 
-    def _add_reject(self, row: dict[str, Any]) -> None:
+    def _add_reject(self, gone: SeqSet, row: dict[str, Any]) -> None:
         self.traffic.add_reject(row)
-        if row.get("seq") in self._gone:
+        if row.get("seq") in gone:
             self.superseded += 1
             return
         self.counts["rejects"] += 1

@@ -13,6 +13,7 @@ Modules in reading order:
     completed_keys  the index of drafts with an outcome, so that a resume asks for nothing twice
     journal         finished steps of unfinished drafts
     snapshot        the directory at one moment, for readers beside a run that writes; which rejects hold
+    partitions      partitions.json: several run directories as one, in one order
     mirror          copies sealed shards to a URL, in a thread
     mirror_plan     what the mirror copies, in which order
 

@@ -341,7 +341,8 @@ def test_a_run_that_changes_while_it_is_read_is_noticed(
     begin(root, range(5))
     source = RunSamples(root)
     read_all(source)
-    read = source._samples._read
+    rows = source._samples.part(None)
+    read = rows._read
 
     def late(*given: Any) -> Any:
         root.rename(tmp_path / "old")
@@ -349,7 +350,7 @@ def test_a_run_that_changes_while_it_is_read_is_noticed(
         monkeypatch.undo()
         return read(*given)
 
-    monkeypatch.setattr(source._samples, "_read", late)
+    monkeypatch.setattr(rows, "_read", late)
     with pytest.raises(SinkError, match="now holds a different run"):
         source.fetch(5, 3)
 

@@ -12,7 +12,8 @@ import structlog
 
 from streamsyn.errors import RowsRemoved, RunReplaced, ServerError, StreamsynError
 from streamsyn.following.daemon_client import RETRY_S, DaemonClient, LoopThread, Reconnecting, run_url
-from streamsyn.following.run_rows import FolderWatch, RunRows
+from streamsyn.following.joined_rows import JoinedRows
+from streamsyn.following.run_rows import FolderWatch
 from streamsyn.following.shard_lines import Cursor
 from streamsyn.trainer.examples import Row
 
@@ -41,7 +42,7 @@ def _picked(seqs: Sequence[int], read: Callable[[int, int], Sequence[Row]]) -> I
 
 
 class RunSamples:
-    """Source: the samples that a run writes, as `RunRows` reads them. They end when the run has ended.
+    """Source: the samples that a run writes, as `JoinedRows` reads them. They end when the run has ended.
 
     A different run in the place of the first one is an error.
 
@@ -52,8 +53,8 @@ class RunSamples:
     name = "run"
 
     def __init__(self, root: Path) -> None:
-        self._samples = RunRows(root)
-        self._contexts = RunRows(root, "contexts")
+        self._samples = JoinedRows(root)
+        self._contexts = JoinedRows(root, "contexts")
         self._watch = FolderWatch()
 
     def fetch(self, first: int, limit: int) -> list[Row]:
@@ -80,12 +81,13 @@ class RunSamples:
 
         return _picked(seqs, read)
 
-    def contexts(self, seqs: Sequence[int]) -> list[str] | None:
+    def contexts(self, row: dict[str, Any], seqs: Sequence[int]) -> list[str] | None:
         cursor, found = Cursor(), {}
+        contexts = self._contexts.part(row.get("partition"))
         try:
             for seq in sorted(set(seqs)):
-                for row in self._contexts.rows(seq, 1, cursor=cursor):
-                    found[seq] = row["context"]
+                for one in contexts.rows(seq, 1, cursor=cursor):
+                    found[seq] = one["context"]
         except RowsRemoved:
             return None
         return [found[seq] for seq in seqs] if found.keys() >= set(seqs) else None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Row
@@ -69,8 +69,10 @@ class Source(Protocol):
 class HasContexts(Protocol):
     """A source that has the contexts of its samples, too."""
 
-    def contexts(self, seqs: Sequence[int]) -> list[str] | None:
-        """The texts of contexts by their seqs, in any order; None if one is not there any more. Blocks."""
+    def contexts(self, row: dict[str, Any], seqs: Sequence[int]) -> list[str] | None:
+        """The texts of contexts of a sample by their seqs, in any order; None if one is not there any more.
+        Blocks.
+        """
         ...
 
 

@@ -262,7 +262,7 @@ class StreamReader:
         if not isinstance(made, Example) or not made.cut or not isinstance(source, HasContexts):
             return made
         seqs = context_seqs(row)
-        texts = None if seqs is None else source.contexts(seqs)
+        texts = None if seqs is None else source.contexts(row, seqs)
         if texts is None:
             return made
         shorter = shortened(row, key, texts, lambda *one: self._renderer.render_batch([one])[0])

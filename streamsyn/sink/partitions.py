@@ -1,0 +1,224 @@
+"""Partitions: OUT/partition-000, ..., each a run directory, and OUT/partitions.json, which joins them.
+
+A seed belongs to one partition, by a hash of its prefix group, or else of its id. Whoever reads OUT as one
+sees the rows of all partitions in turn: the first of each, the second of each, and so on, without those that
+have ended. A row's number in this order never changes. So partitions.json records which partitions have
+ended, with their rows; and when all have, and are taken up again, a round ends: what comes later comes behind
+all rows of the rounds before. One process writes the file: the one that starts the coordinators.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import orjson
+
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.io.durable import disk_errors, make_folder, write_whole
+from streamsyn.sink.manifest import Manifest
+from streamsyn.sink.rundir import is_foreign
+from streamsyn.sink.shards import KINDS
+
+T = TypeVar("T")
+
+FILE: Final = "partitions.json"
+_FORMAT: Final = 1
+_HASH: Final = "blake2b-64"
+
+
+def partition_of(key: str, number: int) -> int:
+    """Return which of `number` partitions a key belongs to: the same in every process and version."""
+    return int.from_bytes(blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()) % number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partitions:
+    """What partitions.json says.
+
+    Attributes:
+        root: OUT.
+        number: Number of partitions.
+        created_at: When the first run began, in Unix seconds, which identifies it.
+        rounds: For each round that has ended: the rows of each partition by then, by kind.
+        ended: The rows of each partition that has ended in the present round, by kind.
+    """
+
+    root: Path
+    number: int
+    created_at: float
+    rounds: list[dict[str, list[int]]] = field(default_factory=list)
+    ended: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def directories(self) -> list[Path]:
+        """The run directories, in order; some may not exist yet."""
+        return [self.root / f"partition-{at:03d}" for at in range(self.number)]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all partitions have ended."""
+        return len(self.ended) == self.number
+
+    def ends(self, kind: str) -> list[list[int]]:
+        """The rows of each partition at the end of each round."""
+        return [ended[kind] for ended in self.rounds]
+
+    def totals(self, kind: str) -> list[int | None]:
+        """The rows of each partition that has ended; None for the others."""
+        return [self.ended[at][kind] if at in self.ended else None for at in range(self.number)]
+
+    def with_ended(self, at: int) -> "Partitions":
+        """Record that a partition has ended: every seed that it read has its outcome.
+
+        Raises:
+            SinkError: Its manifest is damaged or has no final line, or the file cannot be written.
+        """
+        path = self.directories[at] / "manifest.jsonl"
+        final = Manifest(path).final
+        if final is None:
+            raise SinkError(f"{path} has no final line, though its run has ended; run `streamsyn verify`")
+        rows = {kind: int(final[kind]) for kind in KINDS}
+        return self._saved(replace(self, ended={**self.ended, at: rows}))
+
+    def with_next_round(self, ended: Collection[int] = ()) -> "Partitions":
+        """Record that all partitions are taken up again, after all have ended.
+
+        Args:
+            ended: Those that have ended in the new round already, without new rows.
+        """
+        rows = {kind: [self.ended[at][kind] for at in range(self.number)] for kind in KINDS}
+        kept = {at: self.ended[at] for at in ended}
+        return self._saved(replace(self, rounds=[*self.rounds, rows], ended=kept))
+
+    @staticmethod
+    def _saved(new: "Partitions") -> "Partitions":
+        new.save()
+        return new
+
+    def save(self) -> None:
+        """Replace partitions.json."""
+        data = {
+            "format": _FORMAT,
+            "created_at": self.created_at,
+            "partitions": self.number,
+            "hash": _HASH,
+            "rounds": self.rounds,
+            "ended": {str(at): rows for at, rows in self.ended.items()},
+        }
+        write_whole(self.root / FILE, orjson.dumps(data, option=orjson.OPT_INDENT_2))
+
+
+def read_partitions(root: Path) -> Partitions | None:
+    """Read OUT/partitions.json; None where OUT has no partitions.
+
+    Raises:
+        ConfigError: It cannot be read, or is of a different format.
+    """
+    path = root / FILE
+    try:
+        data: dict[str, Any] = orjson.loads(path.read_bytes())
+        if (data["format"], data["hash"]) != (_FORMAT, _HASH):
+            raise ConfigError(
+                f"{path} has format {data['format']!r} with hash {data['hash']!r}; this streamsyn reads "
+                f"format {_FORMAT} with {_HASH}"
+            )
+        return Partitions(
+            root=root,
+            number=data["partitions"],
+            created_at=data["created_at"],
+            rounds=data["rounds"],
+            ended={int(at): rows for at, rows in data["ended"].items()},
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def begin_partitions(root: Path, number: int) -> Partitions:
+    """Read OUT/partitions.json, or make it for a new OUT.
+
+    Raises:
+        ConfigError: OUT has a different number of partitions, or holds something else.
+    """
+    found = read_partitions(root)
+    if found is not None:
+        if found.number != number:
+            raise ConfigError(
+                f"{root} has {found.number} partitions, which its first run has fixed; pass --partitions "
+                f"{found.number}, or choose a different --out"
+            )
+        return found
+    if (root / "run.json").exists():
+        raise ConfigError(f"{root} holds a run without partitions; choose a different --out for --partitions")
+    foreign = sorted(path.name for path in root.iterdir() if is_foreign(path.name)) if root.is_dir() else []
+    if foreign:
+        raise ConfigError(f"--out {root} is not a run directory, and is not empty ({foreign[0]}, ...)")
+    new = Partitions(root=root, number=number, created_at=time.time())
+    with disk_errors(f"make {root}"):
+        make_folder(root)
+    new.save()
+    return new
+
+
+def run_directories(root: Path) -> list[Path]:
+    """Return the run directories that OUT stands for: those of its partitions, or OUT itself.
+
+    Raises:
+        ConfigError: As `read_partitions`.
+    """
+    found = read_partitions(root)
+    return [root] if found is None else found.directories
+
+
+def in_turn(streams: Sequence[Iterable[T]], ends: Sequence[Sequence[int]] = ()) -> Iterator[tuple[int, T]]:
+    """Yield the items of all streams in the order of a joined run, each with the number of its stream.
+
+    Args:
+        streams: The rows of one kind of each partition.
+        ends: The rows of each partition at the end of each round.
+    """
+    iterators = [iter(stream) for stream in streams]
+    taken = [0] * len(iterators)
+    live = set(range(len(iterators)))
+    for limits in (*ends, None):
+        going = [at for at in sorted(live) if limits is None or taken[at] < limits[at]]
+        while going:
+            for at in list(going):
+                try:
+                    item = next(iterators[at])
+                except StopIteration:
+                    live.discard(at)
+                    going.remove(at)
+                    continue
+                taken[at] += 1
+                if limits is not None and taken[at] == limits[at]:
+                    going.remove(at)
+                yield at, item
+
+
+def place_of(row: int, ends: Sequence[Sequence[int]], totals: Sequence[int | None]) -> tuple[int, int] | None:
+    """Return partition and row number there of a row of a joined run; None behind the last one.
+
+    Args:
+        row: Its number in the order of `in_turn`.
+        ends: The rows of each partition at the end of each round.
+        totals: The rows of each partition that has ended; None for one that may get more.
+    """
+    starts: Sequence[int] = [0] * len(totals)
+    for limits in (*ends, totals):
+        lengths = [None if end is None else end - start for start, end in zip(starts, limits, strict=True)]
+        level = 0
+        while live := [at for at, length in enumerate(lengths) if length is None or length > level]:
+            bounds = [length for at in live if (length := lengths[at]) is not None]
+            until = min(bounds) if bounds else None
+            if until is None or row < (until - level) * len(live):
+                at = live[row % len(live)]
+                return at, starts[at] + level + row // len(live)
+            row -= (until - level) * len(live)
+            level = until
+        starts = [start if end is None else end for start, end in zip(starts, limits, strict=True)]
+    return None
