@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import structlog
 
 from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut, visible, without_userinfo
-from streamsyn.records import Context, Outcome, Reject, Sample
 
 _TRACEBACK_BYTES = 2**15
 """Longest traceback in the log."""
@@ -152,8 +151,8 @@ class Counters:
     reading_done: bool = False
     contexts: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
-    reject_examples: dict[str, Reject] = field(default_factory=dict)
-    """The first reject of each reason."""
+    reject_examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The origin and the detail of the first reject of each reason."""
     context_words: int = 0
     """Words of the contexts."""
     flags: Counter[str] = field(default_factory=Counter)
@@ -192,30 +191,34 @@ class Counters:
         """Seconds since the run started."""
         return time.monotonic() - self.started_at
 
-    def count_outcome(self, outcome: Outcome) -> None:
-        """Add one outcome that has been written to the log."""
-        self.wasted_tokens += outcome.wasted_tokens
-        self.retries += sum(attempt.error is not None for attempt in outcome.attempts)
-        match outcome:
-            case Context():
-                self.contexts += 1
-                self.prompt_tokens += outcome.prompt_tokens
-                self.cached_tokens += outcome.cached_tokens
-                self.useful_tokens += outcome.completion_tokens
-                self.context_words += outcome.checks.get("words", 0)
-                self.flags.update(outcome.checks.get("flags", ()))
-                self.thinking_tokens += outcome.thinking_tokens
-            case Reject():
-                self.rejects[outcome.reason] += 1
-                self.reject_examples.setdefault(outcome.reason, outcome)
+    def count_context(
+        self,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int,
+        completion_tokens: int,
+        thinking_tokens: int,
+        words: int,
+        flags: Iterable[str],
+    ) -> None:
+        """Add a context that has been written to the log."""
+        self.contexts += 1
+        self.context_words += words
+        self.flags.update(flags)
+        self.prompt_tokens += prompt_tokens
+        self.cached_tokens += cached_tokens
+        self.useful_tokens += completion_tokens
+        self.thinking_tokens += thinking_tokens
 
-    def count_samples(self, samples: Sequence[Sample]) -> None:
-        """Add samples that have been delivered."""
-        self.samples += len(samples)
-        self.short_samples += sum(
-            sample.target_tokens is not None and sample.n_tokens < _REACHED * sample.target_tokens
-            for sample in samples
-        )
+    def count_reject(self, reason: str, origin: str, detail: str) -> None:
+        """Add a reject that has been written to the log."""
+        self.rejects[reason] += 1
+        self.reject_examples.setdefault(reason, (origin, detail))
+
+    def count_sample(self, n_tokens: int, target_tokens: int | None) -> None:
+        """Add a sample that has been delivered, with its length, and the length it should have if any."""
+        self.samples += 1
+        self.short_samples += target_tokens is not None and n_tokens < _REACHED * target_tokens
 
     def count_scoring(self, figures: Mapping[str, int], retries: int, *, failed: bool) -> None:
         """Add the token counts and retries of scoring one context."""

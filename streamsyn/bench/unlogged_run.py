@@ -20,6 +20,7 @@ from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import DurableContext, Outcome
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.completed_keys import Claims
+from streamsyn.sink.writer import count_outcome
 from streamsyn.telemetry import Counters, traced
 
 
@@ -32,7 +33,7 @@ class DroppedOutcomes:
     async def run(self, results: Backlog[Outcome], _durable: BoundedQueue[DurableContext]) -> None:
         """Count outcomes until `results` ends."""
         async for outcome in results:
-            self._counters.count_outcome(outcome)
+            count_outcome(self._counters, outcome)
             results.done()
 
 

@@ -5,7 +5,7 @@ the one that was asked for is taken.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,12 +49,12 @@ class Asked(NamedTuple):
     Attributes:
         server: The server's URL, for messages.
         model: The model.
-        prompt_tokens: Tokens of the messages, estimated.
+        message_bytes: UTF-8 bytes of each message.
     """
 
     server: str
     model: str
-    prompt_tokens: int
+    message_bytes: Sequence[int]
 
 
 def parse_chat(status: int, body: bytes, asked: Asked) -> Completion:
@@ -187,9 +187,9 @@ def _completion(text: str, thought: str, reason: Any, answer: dict[str, Any], as
     prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
     is_estimated = prompt is None or completion is None
     if prompt is None:
-        prompt = asked.prompt_tokens
+        prompt = sum(map(_estimate, asked.message_bytes))
     if completion is None:
-        completion = estimated_tokens(thought + text)
+        completion = _estimate(len((thought + text).encode()))
     cached = _count(_dict(usage.get("prompt_tokens_details")).get("cached_tokens")) or 0
     model = answer.get("model")
     return Completion(
@@ -226,9 +226,8 @@ def _count(value: Any) -> int | None:
         return None
 
 
-def estimated_tokens(text: str) -> int:
-    """Return about how many tokens a text has."""
-    return -(-len(text.encode()) // _BYTES_PER_TOKEN)
+def _estimate(text_bytes: int) -> int:
+    return -(-text_bytes // _BYTES_PER_TOKEN)
 
 
 def _finish_reason(reason: Any, completion_tokens: int, server: str) -> str:

@@ -6,7 +6,7 @@ import structlog
 
 from streamsyn.errors import BrokenResponse, ConfigError, ServerUnavailable, WrongAddress
 from streamsyn.fleet import wire
-from streamsyn.fleet.chat_answer import Asked, estimated_tokens, parse_chat, parse_chat_stream, parse_whole
+from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream, parse_whole
 from streamsyn.fleet.logprobs import Scorer
 from streamsyn.fleet.thinking import CONTINUES, PromptEnds, cleaned, template_fields
 from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
@@ -87,8 +87,8 @@ class ServerClient:
             parse = parse_whole
         else:
             parse = parse_chat if on_first_token is None else parse_chat_stream
-        prompt_tokens = sum(estimated_tokens(message["content"]) for message in request.messages)
-        completion = parse(reply.status, reply.body, Asked(self.url, model, prompt_tokens))
+        sizes = [len(message["content"].encode()) for message in request.messages]
+        completion = parse(reply.status, reply.body, Asked(self.url, model, sizes))
         if completion.tokens_estimated and self._has_usage:
             self._has_usage = False
             log.warning("fleet.no_token_counts", server=self.url, then="tokens are estimated from the text")

@@ -290,7 +290,8 @@ class SampleDelivery:
             self._stream.resume(self._log.root / _MARKER)
             self._stream.write(self._log.samples.encode(samples))
         self._log.samples.append(samples)
-        self._counters.count_samples(samples)
+        for sample in samples:
+            self._counters.count_sample(sample.n_tokens, sample.target_tokens)
         if self._gate is not None:
             self._gate.written(self._log.samples.rows)
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from streamsyn.plain_text import cut
-from streamsyn.queues import Backlog
-from streamsyn.records import Context, Outcome, Reject
+from streamsyn.records import Reject
 from streamsyn.telemetry import Counters
 
 FIRST: Final = 32
@@ -23,7 +22,7 @@ Stop = Callable[[str, bool], None]
 
 
 class RejectLimits:
-    """Decides which outcomes are written, and when there are too many rejects.
+    """Decides which rejects are written, and when there are too many.
 
     Rejects are held back until the first context. If as many as FIRST of them have one reason, and no fewer
     than are in flight, the run stops, and their seeds keep no outcome: the next run asks them again. A kill
@@ -37,12 +36,16 @@ class RejectLimits:
     """
 
     def __init__(
-        self, allowed: float, stop: Stop, advice: Callable[[Reject], str], counters: Counters
+        self,
+        allowed: float = 1.0,
+        stop: Stop = lambda _why, _at_once: None,
+        advice: Callable[[Reject], str] = lambda _: "",
+        counters: Counters | None = None,
     ) -> None:
         self._allowed = allowed
         self._stop = stop
         self._advice = advice
-        self._counters = counters
+        self._counters = counters or Counters()
         self._held: list[Reject] = []
         self._reasons: Counter[str] = Counter()
         self._is_holding = allowed < 1
@@ -53,30 +56,34 @@ class RejectLimits:
         """Count a draft, or an invalid line, that a worker has begun."""
         self._in_flight += 1
 
-    def take(self, outcome: Outcome) -> list[Outcome]:
-        """Return the outcomes to write now that this one is there."""
+    def context(self) -> list[Reject]:
+        """Count a context; return the rejects to write before it."""
         self._in_flight -= 1
-        if isinstance(outcome, Reject) and not outcome.attempts:
-            return [outcome]
         self._outcomes += 1
-        self._rejects += isinstance(outcome, Reject)
-        if isinstance(outcome, Context):
-            return [*self.end(drop=self._drops), outcome]
+        return self.end(drop=self._drops)
+
+    def reject(self, reject: Reject) -> list[Reject]:
+        """Take a reject; return it if it is to be written now."""
+        self._in_flight -= 1
+        if not reject.attempts:
+            return [reject]
+        self._outcomes += 1
+        self._rejects += 1
         if not (self._is_holding or self._drops):
             self._judge_share()
-            return [outcome]
-        self._held.append(outcome)
-        self._reasons[outcome.reason] += 1
-        self._judge_first(outcome)
+            return [reject]
+        self._held.append(reject)
+        self._reasons[reject.reason] += 1
+        self._judge_first(reject)
         if self._drops:
             self.end(drop=True)
         return []
 
-    def end(self, *, drop: bool) -> list[Outcome]:
+    def end(self, *, drop: bool) -> list[Reject]:
         """Return the rejects that are held back, to be written now; none if they are dropped."""
         held, self._held, self._is_holding = self._held, [], False
         if not drop:
-            return list(held)
+            return held
         self._counters.wasted_tokens += sum(reject.wasted_tokens for reject in held)
         return []
 
@@ -108,33 +115,3 @@ class RejectLimits:
                 f"{self._allowed:.1%}",
                 False,
             )
-
-
-class LimitedResults:
-    """The results of workers, as far as `limits` lets them be written.
-
-    Args:
-        results: Takes them.
-        limits: Decides.
-    """
-
-    def __init__(self, results: Backlog[Outcome], limits: RejectLimits) -> None:
-        self._results = results
-        self._limits = limits
-
-    async def room(self) -> None:
-        """Wait for room before an item is begun; see `Backlog.room`."""
-        await self._results.room()
-        self._limits.began()
-
-    def put(self, outcome: Outcome) -> None:
-        """Add an outcome."""
-        for one in self._limits.take(outcome):
-            self._results.put(one)
-
-    def end(self, *, drop: bool) -> bool:
-        """Add what is held back, or drop it; returns whether anything was dropped."""
-        drops_any = drop and self._limits.holds_any
-        for one in self._limits.end(drop=drop):
-            self._results.put(one)
-        return drops_any

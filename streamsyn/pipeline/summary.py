@@ -9,7 +9,7 @@ from streamsyn.config.sections import RecipeSection
 from streamsyn.fleet.server import Timings
 from streamsyn.pipeline.progress import duration
 from streamsyn.pipeline.stages import Queues
-from streamsyn.records import Reject, RejectReason
+from streamsyn.records import RejectReason
 from streamsyn.telemetry import Counters
 
 _MAX_SERVERS = 8
@@ -164,8 +164,8 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
     if counters.rejects:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in counters.rejects.most_common())
         yield f"  rejects    {reasons}"
-        for reason, reject in counters.reject_examples.items():
-            yield f"  {'':10} {_example(reason, reject)}"
+        for reason, (origin, detail) in counters.reject_examples.items():
+            yield f"  {'':10} {_example(reason, origin, detail)}"
         yield f"  {'':10} to ask them again: streamsyn retry {out}"
     if counters.finished_before or counters.repeated:
         yield f"  skipped    {counters.finished_before:,} finished before, {counters.repeated:,} repeated ids"
@@ -205,15 +205,15 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         yield f'  load       datasets.load_dataset("json", data_files="{pattern}", split="train")'
 
 
-def _example(reason: str, reject: Reject) -> str:
+def _example(reason: str, origin: str, detail: str) -> str:
     """One reject of a reason: where, why, and the key that governs it."""
     key = GOVERNED_BY.get(RejectReason(reason))
-    why = reject.detail.strip()
+    why = detail.strip()
     if reason == RejectReason.INTERNAL_ERROR:
         why = why.rpartition("\n")[2]  # the last line of a traceback names the error
     why = " ".join(why.split())
     why = why if len(why) <= _MAX_DETAIL else f"{why[: _MAX_DETAIL - 3]}..."
-    return f"{reason}, such as {reject.origin}: {why}" + (f" ({key})" if key and key not in why else "")
+    return f"{reason}, such as {origin}: {why}" + (f" ({key})" if key and key not in why else "")
 
 
 def _length_lines(summary: RunSummary) -> Iterator[str]:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -26,7 +26,7 @@ from streamsyn.errors import (
 )
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.thinking import Thinking
-from streamsyn.pipeline.reject_limits import LimitedResults, RejectLimits
+from streamsyn.pipeline.reject_limits import RejectLimits
 from streamsyn.plain_text import MAX_MESSAGE_BYTES, cut
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.recipe import Recipe, RejectedDraft
@@ -332,16 +332,26 @@ def _step_row(step: Completion) -> dict[str, Any]:
     }
 
 
-class Results(Protocol):
-    """Takes the outcomes of workers."""
+class Results:
+    """Takes the outcomes of workers, as far as `limits` lets rejects be written."""
+
+    def __init__(self, queue: Backlog[Outcome], limits: RejectLimits) -> None:
+        self._queue = queue
+        self._limits = limits
 
     async def room(self) -> None:
-        """Wait until an item may be begun."""
-        ...
+        """Wait for room before an item is begun; see `Backlog.room`."""
+        await self._queue.room()
+        self._limits.began()
 
-    def put(self, item: Outcome, /) -> None:
+    def put(self, outcome: Outcome) -> None:
         """Take an outcome."""
-        ...
+        if isinstance(outcome, Reject):
+            written: list[Outcome] = [*self._limits.reject(outcome)]
+        else:
+            written = [*self._limits.context(), outcome]
+        for one in written:
+            self._queue.put(one)
 
 
 class WorkerPool:
@@ -354,7 +364,7 @@ class WorkerPool:
         on_drain: Called when the run starts to drain.
         on_idle: Called when a worker finds no more work, with the number of workers still at work and the
             number that were started.
-        limits: Holds back the first rejects, and stops a run with too many.
+        limits: Holds back the first rejects, and stops a run with too many; None accepts any.
         shrinks: Whether workers end after their item when there are clearly more of them than `size`.
 
     Attributes:
@@ -378,7 +388,7 @@ class WorkerPool:
         self._bugs = 0
         self._on_drain = on_drain
         self._on_idle = on_idle
-        self._limits = limits
+        self._limits = limits or RejectLimits()
         self._shrinks = shrinks
         self._start: Callable[[int], None] | None = None
         self._work: BoundedQueue[Work] | None = None
@@ -406,22 +416,14 @@ class WorkerPool:
 
     async def run(self, work: BoundedQueue[Work], results: Backlog[Outcome]) -> None:
         """Run workers until `work` ends."""
-        if self._limits is None:
-            await self._run(work, results)
-            return
-        limited = LimitedResults(results, self._limits)
-        await self._run(work, limited)
-        if limited.end(drop=self._is_draining):
-            self.left_work = True
-
-    async def _run(self, work: BoundedQueue[Work], results: Results) -> None:
         self._work = work
         context = copy_context()  # of this run: what calls `grow` may belong to a different one
+        limited = Results(results, self._limits)
 
         async with asyncio.TaskGroup() as pool:
 
             def start(number: int) -> None:
-                working = self._keep_one(work, results)
+                working = self._keep_one(work, limited)
                 try:
                     pool.create_task(working, name=f"worker-{number}", context=context.copy())
                 except RuntimeError:  # the pool is ending
@@ -429,6 +431,9 @@ class WorkerPool:
 
             self._start = start
             self.grow()
+        self.left_work = self.left_work or (self._is_draining and self._limits.holds_any)
+        for reject in self._limits.end(drop=self._is_draining):
+            results.put(reject)
 
     async def _keep_one(self, work: BoundedQueue[Work], results: Results) -> None:
         while True:

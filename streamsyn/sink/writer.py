@@ -15,7 +15,7 @@ from functools import partial
 
 from streamsyn.config.sections import SinkSection
 from streamsyn.queues import Backlog, BoundedQueue
-from streamsyn.records import Context, DurableContext, Outcome
+from streamsyn.records import Context, DurableContext, Outcome, Reject
 from streamsyn.sink.log import RunLog
 from streamsyn.telemetry import Counters
 
@@ -190,7 +190,7 @@ class OutcomeWriter:
                 continue
             seq, outcome = self._written.popleft()
             passed_on += 1
-            self._counters.count_outcome(outcome)
+            count_outcome(self._counters, outcome)
             if isinstance(outcome, Context):
                 self._on_durable(seq, outcome)
                 await durable.put((seq, outcome))
@@ -201,6 +201,23 @@ class OutcomeWriter:
         self._sync_soon.set()
         self._sync_now.set()
         self._have_synced.set()
+
+
+def count_outcome(counters: Counters, outcome: Outcome) -> None:
+    """Add an outcome to the counters."""
+    counters.wasted_tokens += outcome.wasted_tokens
+    counters.retries += sum(attempt.error is not None for attempt in outcome.attempts)
+    if isinstance(outcome, Reject):
+        counters.count_reject(outcome.reason, outcome.origin, outcome.detail)
+        return
+    counters.count_context(
+        prompt_tokens=outcome.prompt_tokens,
+        cached_tokens=outcome.cached_tokens,
+        completion_tokens=outcome.completion_tokens,
+        thinking_tokens=outcome.thinking_tokens,
+        words=outcome.checks.get("words", 0),
+        flags=outcome.checks.get("flags", ()),
+    )
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ from streamsyn.records import Completion
 from tests.examples import in_turn
 
 URL = "http://one:1"
-ASKED = Asked(URL, "asked", 3)
+ASKED = Asked(URL, "asked", [12])
 
 
 def answer(**fields: Any) -> dict[str, Any]:

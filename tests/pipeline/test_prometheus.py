@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server import Timings
 from streamsyn.pipeline.prometheus import Figures, RunFigures, serving_metrics
+from streamsyn.sink.writer import count_outcome
 from streamsyn.telemetry import Counters
 from tests.builders import context, reject
 from tests.examples import in_turn
@@ -63,7 +64,7 @@ def test_what_the_run_has_done() -> None:
     with serving_metrics("127.0.0.1:0", of(counters)) as url:
         before = scraped(url)
         for outcome in (context(1, wasted_tokens=4), context(2), reject(3)):
-            counters.count_outcome(outcome)
+            count_outcome(counters, outcome)
         counters.reading_done = True
         figures = {"prompt_tokens": 70, "cached_tokens": 30, "completion_tokens": 9}
         counters.count_scoring(figures, 2, failed=True)

@@ -1,6 +1,7 @@
 """Rejects at the beginning are held back until something succeeds; too many of them stop a run."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import orjson
 import pytest
 
 from streamsyn.config.loading import load
-from streamsyn.pipeline.reject_limits import LimitedResults, RejectLimits
+from streamsyn.pipeline.reject_limits import RejectLimits
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run
 from streamsyn.pipeline.summary import RunSummary
-from streamsyn.queues import Backlog
-from streamsyn.records import Attempt, Outcome, Reject, RejectReason
+from streamsyn.pipeline.workers import Results, Worker, WorkerPool
+from streamsyn.queues import Backlog, BoundedQueue
+from streamsyn.records import Attempt, Outcome, Reject, RejectReason, Work
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
 from streamsyn.simulator.simulation import Simulation
@@ -34,11 +36,12 @@ class Limits:
 
     def take(self, *outcomes: Outcome) -> list[Outcome]:
         """What is written of outcomes that begin and end one after the other."""
-        written = []
+        results = Backlog[Outcome](1000)
+        limited = Results(results, self.limits)
         for outcome in outcomes:
             self.limits.began()
-            written += self.limits.take(outcome)
-        return written
+            limited.put(outcome)
+        return results.get_nowait(1000)
 
 
 def rejects(number: int, reason: RejectReason = RejectReason.REQUEST_REFUSED) -> list[Reject]:
@@ -131,7 +134,7 @@ def test_1_accepts_any_rejects() -> None:
 async def test_an_item_begins_when_there_is_room() -> None:
     """One that waits for room is not in flight yet."""
     case, results = Limits(), Backlog[Outcome](1)
-    limited = LimitedResults(results, case.limits)
+    limited = Results(results, case.limits)
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
         await limited.room()
         limited.put(context(0))
@@ -143,18 +146,31 @@ async def test_an_item_begins_when_there_is_room() -> None:
     assert case.limits._in_flight == 1
 
 
-@pytest.mark.parametrize("drop", [False, True])
-def test_what_is_held_at_the_end_is_added_or_dropped(*, drop: bool) -> None:
-    """`end` returns whether there is work for a later run."""
+@pytest.mark.parametrize("drains", [False, True])
+async def test_what_is_held_at_the_end_is_written_or_left_to_a_later_run(*, drains: bool) -> None:
+    """A run that drains leaves the drafts to the next one, which asks them again."""
     case, results = Limits(), Backlog[Outcome](9)
-    limited = LimitedResults(results, case.limits)
     held = rejects(3)
-    for reject in held:
-        case.limits.began()
-        limited.put(reject)
-    assert limited.end(drop=drop) == drop
-    assert results.get_nowait(9) == ([] if drop else held)
-    assert not limited.end(drop=drop)
+
+    class Rejecting(Worker):
+        def __init__(self) -> None:
+            """Needs nothing."""
+
+        async def run(
+            self, _work: BoundedQueue[Work], results: Results, _goes_on: Callable[[], bool]
+        ) -> bool:
+            for reject in held:
+                await results.room()
+                results.put(reject)
+            if drains:
+                pool.drain()
+            return True
+
+    pool = WorkerPool(Rejecting, lambda: 1, 3, limits=case.limits)
+    await pool.run(BoundedQueue[Work](1), results)
+    assert pool.left_work == drains
+    assert results.get_nowait(9) == ([] if drains else held)
+    assert case.counters.wasted_tokens == (9 if drains else 0)
 
 
 def run_at(server: SimulatorConfig, root: Path, contexts_per_seed: int) -> RunSummary:

@@ -6,6 +6,7 @@ from streamsyn.config.loading import known_keys
 from streamsyn.config.sections import RecipeSection
 from streamsyn.pipeline.summary import GOVERNED_BY, RunSummary, closing_lines
 from streamsyn.records import Reject, RejectReason
+from streamsyn.sink.writer import count_outcome
 from streamsyn.telemetry import Counters
 
 
@@ -46,8 +47,9 @@ def test_one_reject_of_each_reason_is_quoted() -> None:
     for number, (reason, detail) in enumerate(
         [("too_short", "31 words, fewer than 50"), ("too_short", "8 words"), ("internal_error", bug)]
     ):
-        quoted.counters.count_outcome(
-            Reject(key=b"k", reason=RejectReason(reason), detail=detail, origin=f"a.jsonl:{number}")
+        count_outcome(
+            quoted.counters,
+            Reject(key=b"k", reason=RejectReason(reason), detail=detail, origin=f"a.jsonl:{number}"),
         )
     lines = list(closing_lines(quoted))
     at = lines.index("             too_short, such as a.jsonl:0: 31 words, fewer than 50 (checks.min_words)")

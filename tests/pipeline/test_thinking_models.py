@@ -24,6 +24,7 @@ from streamsyn.records import (
     Seed,
     Work,
 )
+from streamsyn.sink.writer import count_outcome
 from streamsyn.telemetry import Counters
 
 PROSE = " ".join(f"The {number}th year saw the river rise by {number * 7} feet." for number in range(1, 21))
@@ -75,7 +76,7 @@ async def test_a_context_is_written_without_its_thought() -> None:
     row = asdict(context) | {"seq": 0}
     assert 20 == Passage.of_context(0, context).tokens == Passage.of_row(row).tokens
     counters = Counters()
-    counters.count_outcome(context)
+    count_outcome(counters, context)
     assert (40, 20) == (counters.useful_tokens, counters.thinking_tokens)
 
 

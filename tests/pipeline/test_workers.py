@@ -15,7 +15,8 @@ import pytest
 from streamsyn.config.sections import ChecksSection, FleetSection, RecipeSection, ScoringSection
 from streamsyn.errors import root_cause
 from streamsyn.fleet.fleet import Fleet, open_fleet
-from streamsyn.pipeline.workers import Worker, WorkerPool
+from streamsyn.pipeline.reject_limits import RejectLimits
+from streamsyn.pipeline.workers import Results, Worker, WorkerPool
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.context import ContextRecipe
 from streamsyn.recipes.recipe import Recipe, RejectedDraft, Steps
@@ -550,7 +551,7 @@ async def test_long_texts_are_judged_in_a_thread(words: int) -> None:
     await work.put(drafts("one")[0])
     work.close()
 
-    await worker.run(work, results, lambda: True)
+    await worker.run(work, Results(results, RejectLimits()), lambda: True)
 
     first, last = recipe.seen
     assert first is threading.main_thread()
