@@ -26,7 +26,7 @@ import structlog
 from streamsyn.config.loading import Config
 from streamsyn.pipeline.reopened import Reopened, Sought
 from streamsyn.queues import BoundedQueue
-from streamsyn.records import BadSeed, Draft, Entry, Seed, Work
+from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
 from streamsyn.seeds.reader import SeedReader, is_spooled
 from streamsyn.sink.completed_keys import Claim, Claims
 from streamsyn.telemetry import Counters
@@ -185,9 +185,9 @@ class Producer:
         self._counters.finished_before += len(parts) - len(left)
         return left
 
-    def _is_taken(self, seed: Seed) -> bool:
-        """Whether this run has read a seed with the same id."""
-        return self._claims.is_claimed(Draft(seed).key)
+    def _is_taken(self, seed_id: str) -> bool:
+        """Whether this run has read a seed with this id."""
+        return self._claims.is_claimed(draft_key(seed_id, 0))
 
     def _is_known(self, entry: Entry) -> bool:
         """Whether the spool need not hold an entry: it holds it already, or all its drafts are finished."""

@@ -5,6 +5,7 @@ Short to Long: Effective Data Synthesis for Long-Context Instruction Tuning", ar
 """
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +15,8 @@ from streamsyn.recipes.checks import Checks, Failure, thinking_failure
 from streamsyn.recipes.parsing import document_text
 from streamsyn.recipes.prompt import (
     EXAMPLE,
-    Opening,
     Prompt,
-    first_messages,
+    first_request,
     group_of,
     pair_variables,
     seed_group,
@@ -56,11 +56,12 @@ class ContextRecipe:
     def request(self, draft: Draft) -> Request:
         """Return the request of each try."""
         seed, drafts_alike = draft.seed, self._recipe.contexts_per_seed > 1
-        return self._single.request(self._opening(seed), seed, drafts_alike=drafts_alike)
+        return self._single.request(seed, self._variables(seed), drafts_alike=drafts_alike)
 
     def group(self, seed: Seed) -> str:
         """Return the key of the template's block `group` for a seed."""
-        return group_of(self._single.prompt_of(seed), seed, self._opening)
+        prompt = self._single.prompt_of(seed)
+        return group_of(prompt, lambda: self._single.first_request(seed, self._variables(seed)))
 
     def outlook(self) -> str:
         """Return "": one request is all."""
@@ -70,10 +71,10 @@ class ContextRecipe:
         """Return a digest of the prompt, since the packaged one may change between versions."""
         return self._single.fingerprint()
 
-    def _opening(self, seed: Seed) -> Opening:
+    def _variables(self, seed: Seed) -> dict[str, Any]:
         override = self._recipe.tasks.get(seed.task)
         target_words = (override and override.target_words) or self._recipe.target_words
-        return self._single.open(seed, pair_variables(seed, target_words))
+        return pair_variables(seed, target_words)
 
 
 Judge: TypeAlias = Callable[[list[Completion]], Document | Failure]
@@ -106,19 +107,20 @@ class SingleRequest:
         """Return the prompt for the task of a seed."""
         return self._prompts.get(seed.task, self._prompt)
 
-    def open(self, seed: Seed, variables: dict[str, Any]) -> Opening:
-        """Return the first messages for a seed, rendered with `variables`."""
+    def first_request(self, seed: Seed, variables: dict[str, Any], *, drafts_alike: bool = False) -> Request:
+        """Return the request for a seed, rendered with `variables`, in the group of its block `group`."""
         prompt = self.prompt_of(seed)
         blocks = prompt.blocks(variables)
         own = blocks.get("user") or prompt.whole(variables)
-        return first_messages(blocks.get("system", ""), blocks.get("group", ""), own)
+        system, group = blocks.get("system", ""), blocks.get("group", "")
+        return first_request(system, group, own, self._sampling, drafts_alike=drafts_alike)
 
-    def request(self, opening: Opening, seed: Seed, *, drafts_alike: bool) -> Request:
+    def request(self, seed: Seed, variables: dict[str, Any], *, drafts_alike: bool) -> Request:
         """Return the request of each try; `drafts_alike` if all drafts of the seed send the same messages."""
-        group, prefixes = opening.group, opening.prefixes_of_drafts if drafts_alike else opening.prefixes
-        if drafts_alike or self._recipe.on_truncated == "continue":
-            group = group or seed_group(seed)
-        return Request(opening.messages, self._sampling, group, prefixes)
+        request = self.first_request(seed, variables, drafts_alike=drafts_alike)
+        if request.group or not (drafts_alike or self._recipe.on_truncated == "continue"):
+            return request
+        return replace(request, group=seed_group(seed))
 
     def fingerprint(self) -> dict[str, str]:
         """Return a digest of the prompt, since the packaged one may change between versions."""

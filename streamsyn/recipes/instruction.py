@@ -14,7 +14,7 @@ from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.recipes.checks import Checks, Failure
 from streamsyn.recipes.context import SingleRequest, joined
 from streamsyn.recipes.parsing import WrittenPair, document_text, first_pair
-from streamsyn.recipes.prompt import EXAMPLE, Opening, group_of
+from streamsyn.recipes.prompt import EXAMPLE, group_of
 from streamsyn.recipes.recipe import RejectedDraft, Steps
 from streamsyn.records import Completion, Document, Draft, RejectReason, Request, Seed, digest
 from streamsyn.words import normalised, word_count, word_starts
@@ -127,10 +127,10 @@ class InstructionRecipe:
     def group(self, seed: Seed) -> str:
         """Return the key of the template's block `group` for the first draft of a document."""
 
-        def opening_of(seed: Seed) -> Opening:
-            return self._opening(seed, self.window(Draft(seed)))
+        def first() -> Request:
+            return self._single.first_request(seed, _variables(seed, self.window(Draft(seed))))
 
-        return group_of(self._single.prompt_of(seed), seed, opening_of)
+        return group_of(self._single.prompt_of(seed), first)
 
     def outlook(self) -> str:
         """Return "": one request is all."""
@@ -143,11 +143,7 @@ class InstructionRecipe:
     def _request(self, seed: Seed, window: Window) -> Request:
         # Drafts share their text only if each has the whole document.
         drafts_alike = self._recipe.contexts_per_seed > 1 and window.is_whole
-        return self._single.request(self._opening(seed, window), seed, drafts_alike=drafts_alike)
-
-    def _opening(self, seed: Seed, window: Window) -> Opening:
-        variables = {"context": window.text, "task": seed.task, "metadata": seed.metadata}
-        return self._single.open(seed, variables)
+        return self._single.request(seed, _variables(seed, window), drafts_alike=drafts_alike)
 
     def _failure(self, pair: WrittenPair, own_lines: tuple[str, ...]) -> Failure | None:
         """Return the first check that a pair fails, or None."""
@@ -162,6 +158,10 @@ class InstructionRecipe:
                 most = f"more than checks.max_words = {self._section.max_words}"
                 return Failure(RejectReason.TOO_LONG, f"the {name} has {words} words, {most}")
         return None
+
+
+def _variables(seed: Seed, window: Window) -> dict[str, Any]:
+    return {"context": window.text, "task": seed.task, "metadata": seed.metadata}
 
 
 def draw_window(document: str, words: int | None, rng: Random) -> Window:

@@ -1,13 +1,13 @@
 """The state of a long document written section by section: its length, its facts, its conversation."""
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from math import ceil
 from random import Random
 from typing import Any, Literal
 
 from streamsyn.config.sections import RecipeSection
 from streamsyn.recipes.checks import Failure, thinking_failure
-from streamsyn.recipes.prompt import Opening
 from streamsyn.recipes.recipe import RejectedDraft
 from streamsyn.records import Completion, Draft, Request, digest
 
@@ -171,28 +171,17 @@ class Conversation:
     """A conversation that only grows, with verbatim answers: each request starts with a cached prefix.
 
     Args:
-        opening: Its first messages; the last of them is the first question.
-        group: `Request.group` of each request.
-        prefixes: `Request.prefixes` of each request.
+        first: Its first request; the last message is the first question. The other requests differ from it
+            in their messages and sampling parameters.
         recipe: Its `tries` is the maximum number of answers per step.
-        expected_tokens: Tokens of all answers that it will hold in the end.
     """
 
-    def __init__(
-        self,
-        opening: Opening,
-        group: str,
-        prefixes: tuple[str, ...],
-        recipe: RecipeSection,
-        expected_tokens: int,
-    ) -> None:
-        *self._messages, first = opening.messages
-        self.question = first["content"]
+    def __init__(self, first: Request, recipe: RecipeSection) -> None:
+        *self._messages, question = first.messages
+        self.question = question["content"]
         """The first question, for `ask`."""
-        self._group = group
-        self._beginnings = prefixes
+        self._first = first
         self._recipe = recipe
-        self._expected_tokens = expected_tokens
         self.tokens = 0
         """Tokens of the whole conversation, as the server counted them at the last answer."""
         self.answers: list[Completion] = []
@@ -207,13 +196,7 @@ class Conversation:
             RejectedDraft: All tries failed.
         """
         messages = [*self._messages, {"role": "user", "content": question}]
-        request = Request(
-            messages,
-            sampling,
-            self._group,
-            self._beginnings,
-            conversation_tokens=self._expected_tokens,
-        )
+        request = replace(self._first, messages=messages, sampling=sampling)
         failure: Failure | None = None
         for _ in range(self._recipe.tries):
             completion = yield request

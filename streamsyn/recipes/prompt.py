@@ -1,4 +1,4 @@
-"""A template as the first messages of a conversation, with keys of the prefixes that requests share.
+"""A template as the first request of a conversation, with keys of the prefixes that requests share.
 
 Shared text comes first: the system message of a task, then the text of a group of seeds, then the seed's own
 text. So servers find shared text in their prefix caches.
@@ -8,7 +8,6 @@ text. So servers find shared text in their prefix caches.
 
 from collections.abc import Callable, Collection
 from contextlib import closing
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -57,23 +56,6 @@ def pair_variables(seed: Seed, target_words: int) -> dict[str, Any]:
         "target_words": target_words,
         "metadata": seed.metadata,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """The first messages of a conversation.
-
-    Attributes:
-        messages: The system message, if there is one, and the first user message.
-        group: `Request.group` if the template has a block `group`, else "".
-        prefixes: Keys of the prefixes shared with other seeds, shortest first.
-        prefixes_of_drafts: The same, with the key of the whole text if drafts of a seed share it.
-    """
-
-    messages: list[dict[str, str]]
-    group: str
-    prefixes: tuple[str, ...]
-    prefixes_of_drafts: tuple[str, ...]
 
 
 class Prompt:
@@ -139,18 +121,27 @@ class Prompt:
             raise ConfigError(f"template {self._name}: it never mentions {{{{ {variable} }}}}")
 
 
-def first_messages(system: str, group: str, own: str) -> Opening:
-    """Return the first messages: `system` of all seeds, `group` of several, `own` of this seed."""
+def first_request(
+    system: str, group: str, own: str, sampling: dict[str, Any], *, drafts_alike: bool
+) -> Request:
+    """Return the first request of a conversation; its group is that of the block `group`, "" without one.
+
+    Args:
+        system: The text that all seeds share; "" for none.
+        group: The text that several seeds share; "" for none.
+        own: The text of this seed.
+        sampling: See `Request`.
+        drafts_alike: Whether all drafts of the seed send the same text.
+    """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": f"{group}\n\n{own}" if group else own})
     group_key = digest("group", system, group).hex() if group else ""
     prefixes = (_template_key(system),) if len(system) >= MIN_PREFIX_CHARS else ()
     if len(group) >= MIN_PREFIX_CHARS:
         prefixes = (*prefixes, group_key)
-    prefixes_of_drafts = prefixes
-    if len(own) >= MIN_PREFIX_CHARS:
-        prefixes_of_drafts = (*prefixes, digest("own", system, group, own).hex())
-    return Opening(messages, group_key, prefixes, prefixes_of_drafts)
+    if drafts_alike and len(own) >= MIN_PREFIX_CHARS:
+        prefixes = (*prefixes, digest("own", system, group, own).hex())
+    return Request(messages, sampling, group_key, prefixes)
 
 
 @lru_cache(maxsize=256)
@@ -158,12 +149,17 @@ def _template_key(system: str) -> str:
     return digest("system", system).hex()
 
 
-def group_of(prompt: Prompt, seed: Seed, opening_of: Callable[[Seed], Opening]) -> str:
-    """Return the key of the template's block `group` for a seed; "" without such a block."""
+def group_of(prompt: Prompt, first: Callable[[], Request]) -> str:
+    """Return the key of the template's block `group` for a seed; "" without such a block.
+
+    Args:
+        prompt: The prompt of its task.
+        first: Renders its first request.
+    """
     if "group" not in prompt.block_names:
         return ""
     try:
-        return opening_of(seed).group
+        return first().group
     except ConfigError:  # reported by the worker that gets the seed
         return ""
 

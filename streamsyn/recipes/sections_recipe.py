@@ -14,6 +14,7 @@ over would cost as much as the whole document.
 """
 
 from collections.abc import Generator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,9 +25,8 @@ from streamsyn.recipes.manuscript import Conversation, FactPlan, Manuscript, tit
 from streamsyn.recipes.parsing import document_text, outline_headings, section_text
 from streamsyn.recipes.prompt import (
     EXAMPLE,
-    Opening,
     Prompt,
-    first_messages,
+    first_request,
     group_of,
     pair_variables,
     seed_group,
@@ -121,7 +121,7 @@ class SectionsRecipe:
 
     def group(self, seed: Seed) -> str:
         """Return the key of the template's block `group` for a seed."""
-        return group_of(self._prompt_of(seed), seed, self._opening)
+        return group_of(self._prompt_of(seed), lambda: self._first_request(seed))
 
     def outlook(self) -> str:
         """Describe the sections that follow the outline."""
@@ -137,18 +137,21 @@ class SectionsRecipe:
         return {"recipe.prompt": self._prompt.digest}
 
     def _conversation(self, seed: Seed) -> Conversation:
-        opening = self._opening(seed)
-        prefixes = opening.prefixes_of_drafts if self._recipe.contexts_per_seed > 1 else opening.prefixes
+        first = self._first_request(seed)
         target = self._target_tokens(seed)
         sections = Manuscript(target, self._recipe.section_tokens).planned
         whole = target + _HEADING_TOKENS * min(sections, _MOST_HEADINGS) + _FRAME_TOKENS // 2 * sections
         tokens = min(whole, self._recipe.window_tokens)
-        return Conversation(opening, opening.group or seed_group(seed), prefixes, self._recipe, tokens)
+        grouped = replace(first, group=first.group or seed_group(seed), conversation_tokens=tokens)
+        return Conversation(grouped, self._recipe)
 
-    def _opening(self, seed: Seed) -> Opening:
+    def _first_request(self, seed: Seed) -> Request:
         planned = Manuscript(self._target_tokens(seed), self._recipe.section_tokens).planned
         blocks = self._blocks(seed, headings=min(planned, _MOST_HEADINGS))
-        return first_messages(blocks["system"], blocks.get("group", ""), blocks["outline"])
+        drafts_alike = self._recipe.contexts_per_seed > 1
+        return first_request(
+            blocks["system"], blocks.get("group", ""), blocks["outline"], {}, drafts_alike=drafts_alike
+        )
 
     def _section(
         self,

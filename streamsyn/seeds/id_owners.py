@@ -48,14 +48,12 @@ class IdOwners:
         self._looks_up_hashes = path.exists()
         self.renamed = 0
 
-    def own(
-        self, entries: Sequence[Entry], is_taken: Callable[[Seed], bool] = lambda _: False
-    ) -> list[Entry]:
+    def own(self, entries: Sequence[Entry], is_taken: Callable[[str], bool] = lambda _: False) -> list[Entry]:
         """The entries, with different ids where an id belongs to a different pair.
 
         Args:
             entries: What was read next.
-            is_taken: Whether this run has read a seed with the id before.
+            is_taken: Whether this run has read a seed with this id before.
 
         Raises:
             SinkError: The file cannot be used, for a reason that making it anew does not cure.
@@ -79,7 +77,7 @@ class IdOwners:
         """Close the file."""
         self._file.close()
 
-    def _own(self, entries: Sequence[Entry], is_taken: Callable[[Seed], bool]) -> list[Entry]:
+    def _own(self, entries: Sequence[Entry], is_taken: Callable[[str], bool]) -> list[Entry]:
         db = self._file.connect()
         keyed = [(entry, _key(entry.id) if isinstance(entry, Seed) else b"") for entry in entries]
         keys = [key for _, key in keyed if key]
@@ -110,14 +108,14 @@ class IdOwners:
         return found
 
     def _belongs_to_its_hash(
-        self, seed: Seed, pair: bytes, hashes: set[str], is_taken: Callable[[Seed], bool]
+        self, seed: Seed, pair: bytes, hashes: set[str], is_taken: Callable[[str], bool]
     ) -> bool:
         """Whether an id without a recorded owner is the hash of a different pair that was read before."""
         if len(seed.id) != _HASH_CHARS:
             return False
         query = "SELECT 1 FROM renamed WHERE key = ?"
         was_renamed = self._file.connect().execute(query, (_renamed_key(seed, pair),)).fetchall()
-        return bool(was_renamed) or seed.id in hashes or is_taken(seed)
+        return bool(was_renamed) or seed.id in hashes or is_taken(seed.id)
 
     def _renamed(self, seed: Seed, pair: bytes) -> str:
         """The id of a pair whose own id belongs to a different one; the same wherever the pair is."""

@@ -150,7 +150,7 @@ class SeedReader:
         self._spool = SeedSpool(spool_folder) if spool_folder is not None else None
         self._stdin: StdinSource | None = None
         self._owners = None if ids is None else IdOwners(ids)
-        self._is_taken: Callable[[Seed], bool] = lambda _: False
+        self._is_taken: Callable[[str], bool] = lambda _: False
         self._seen: list[FormsSeen] = []
         self._left_out: list[str] = []
         self._sources = [(source.weight, self._open(source)) for source in seeds.sources]
@@ -167,13 +167,13 @@ class SeedReader:
         return bool(self._sources) or is_spooled or self._submitted is not None
 
     def batches(
-        self, is_known: Callable[[Entry], bool], is_taken: Callable[[Seed], bool] = lambda _: False
+        self, is_known: Callable[[Entry], bool], is_taken: Callable[[str], bool] = lambda _: False
     ) -> Iterator[list[Entry]]:
         """The entries of all sources, in batches.
 
         Args:
             is_known: Whether an entry of a pipe is spooled or finished already.
-            is_taken: Whether a seed with the id of this one was read before.
+            is_taken: Whether a seed with this id was read before.
 
         Raises:
             ConfigError: A source cannot be read to its end.

@@ -98,8 +98,8 @@ def test_a_chat_with_and_without_a_system_message_are_two_seeds(
         owners = IdOwners(tmp_path / "ids.sqlite")
         found: list[str] = []
 
-        def is_taken(seed: Seed) -> bool:
-            return seed.id in found
+        def is_taken(seed_id: str) -> bool:
+            return seed_id in found
 
         for part in parts:
             owned = owners.own(part, is_taken)
