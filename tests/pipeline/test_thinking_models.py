@@ -9,7 +9,8 @@ import pytest
 from streamsyn.assembly.window import Passage
 from streamsyn.config.sections import ChecksSection, RecipeSection
 from streamsyn.fleet.thinking import Thinking, cleaned
-from streamsyn.pipeline.workers import Worker
+from streamsyn.pipeline.reject_limits import RejectLimits
+from streamsyn.pipeline.workers import Results, Worker
 from streamsyn.queues import Backlog, BoundedQueue
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.records import (
@@ -56,7 +57,8 @@ async def outcome_of(fleet: Any, **recipe: Any) -> Outcome:
     await work.put(Draft(SEED))
     work.close()
     made = await asyncio.to_thread(load_recipe, section, ChecksSection())
-    await Worker(made, fleet, thinking=Thinking(section)).run(work, results, lambda: True)
+    limited = Results(results, RejectLimits())
+    await Worker(made, fleet, thinking=Thinking(section)).run(work, limited, lambda: True)
     return results.get_nowait(1)[0]
 
 
