@@ -1,6 +1,7 @@
 """What the in-flight cap makes of simulated servers, in virtual time: adaptive, beside fixed caps.
 
-    python -m benchmarks.fleet [WORKLOAD] [--servers N] [--seeds N] [--caps N ...] [--plot PATH] [--check]
+    python -m benchmarks.fleet [WORKLOAD] [--servers N] [--seeds N] [--caps N ...] [--draw N] [--plot PATH]
+                               [--check]
     python -m benchmarks.fleet --all
 
 Workloads: `default` (recipe and lengths as they are by default: the KV pool is the limit), `full` (answers as
@@ -71,11 +72,13 @@ class Scenario:
         servers: Number of servers.
         seeds: Number of seeds.
         workload: What is written.
+        draw: Random seed of the texts and their lengths.
     """
 
     servers: int
     seeds: int
     workload: Workload
+    draw: int = 0
 
     @property
     def drafts(self) -> int:
@@ -106,7 +109,9 @@ class Scenario:
     @property
     def config(self) -> SimulatorConfig:
         """The simulator's configuration, the same for each server."""
-        return SimulatorConfig(cost_model=COST_MODEL, slots=self.workload.slots, words=self.workload.words)
+        return SimulatorConfig(
+            cost_model=COST_MODEL, slots=self.workload.slots, words=self.workload.words, seed=self.draw
+        )
 
     def requests_per_s(self) -> float:
         """Return the capacity of one server at nominal speed in requests a second, from the cost model."""
@@ -153,7 +158,7 @@ class Scenario:
         if self.workload.sigma:
             for number, simulation in enumerate(servers.values()):
                 # the simulator has no such setting
-                simulation._prose = VariedProse(number, self.workload.sigma)  # noqa: SLF001
+                simulation._prose = VariedProse(number + 1000 * self.draw, self.workload.sigma)  # noqa: SLF001
         return InProcessServers(servers, timelines)
 
 
@@ -389,10 +394,12 @@ def plot(scenario: Scenario, outcomes: list[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def measure(name: str, servers: int, seeds: int, caps: tuple[int, ...], picture: Path | None) -> bool:
+def measure(
+    name: str, servers: int, seeds: int, caps: tuple[int, ...], picture: Path | None = None, draw: int = 0
+) -> bool:
     """Run a workload with `auto` and with fixed caps, and print a table. Return whether `auto` is good."""
     workload = WORKLOADS[name]
-    scenario = Scenario(servers, seeds * servers, workload)
+    scenario = Scenario(servers, seeds * servers, workload, draw)
     prompt, shared, answer = tokens_of_a_request(scenario)
     print(
         f"{name}: {servers} servers, {scenario.drafts} documents of {answer} tokens, prompts of {prompt} "
@@ -449,6 +456,7 @@ def main() -> int:
     parser.add_argument("--servers", type=int, help="default: 1, and 64 for `faulty`")
     parser.add_argument("--seeds", type=int, help="seeds for each server")
     parser.add_argument("--caps", type=int, nargs="*", help="fixed caps to compare with")
+    parser.add_argument("--draw", type=int, default=0, help="random seed of the texts and their lengths")
     parser.add_argument("--plot", type=Path, help="where to save the picture")
     parser.add_argument("--all", action="store_true", help="all workloads, with 1, 8 and 64 servers; hours")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
@@ -459,7 +467,7 @@ def main() -> int:
         caps = QUICK_CAPS if args.workload == "default" else workload.caps
         caps = caps if args.caps is None else tuple(args.caps)
         servers = args.servers or (64 if workload.faulty else 1)
-        good = measure(args.workload, servers, args.seeds or workload.seeds, caps, args.plot)
+        good = measure(args.workload, servers, args.seeds or workload.seeds, caps, args.plot, args.draw)
         return int(args.check and not good)
     found = []
     for name, workload in WORKLOADS.items():
@@ -470,7 +478,7 @@ def main() -> int:
                 else workload.caps[len(workload.caps) // 2 :][:1]
             )
             seeds = workload.seeds if servers < 64 else workload.seeds // 4
-            found.append(measure(name, servers, args.seeds or seeds, caps, None))
+            found.append(measure(name, servers, args.seeds or seeds, caps))
     return int(args.check and not all(found))
 
 

@@ -33,7 +33,9 @@ _SIMULATED_TOKENS_A_WORD: Final = 1.773
 """Of the simulator's texts, whose tokens have four characters."""
 _WARM_UP_DRAFTS, _WINDOW_DRAFTS = 2.0, 4.0
 """Warm-up and window of a plan, in median durations of a draft: drafts of many steps all begin with short
-prompts. A shorter measurement is repeated."""
+prompts. A measurement that is clearly shorter is repeated."""
+_LONG_ENOUGH: Final = 0.75
+"""Share of them that is enough: a measurement knows requests, and a draft also waits for its place."""
 _FILLED: Final = 0.95
 """Length of a simulated section, as a share of the longest one that is asked for."""
 _FORM: Final = re.compile(r"(?P<servers>[1-9]\d{0,4})x(?P<model>[^:]+)(?::(?P<settings>.*))?\Z", re.DOTALL)
@@ -281,7 +283,8 @@ def plan(
         return simulated_whole(measured, drafts, price, assumptions)
     quiet = replace(asked, limit_s=math.inf, on_phase=lambda _: None)
     draft_s = _median_draft_s(measured)
-    if min(measured.window.seconds / _WINDOW_DRAFTS, measured.window.begins_at / _WARM_UP_DRAFTS) < draft_s:
+    drafts_long = min(measured.window.seconds / _WINDOW_DRAFTS, measured.window.begins_at / _WARM_UP_DRAFTS)
+    if drafts_long < _LONG_ENOUGH * draft_s:
         warmup_s, duration_s = _WARM_UP_DRAFTS * draft_s, _WINDOW_DRAFTS * draft_s
         load = replace(asked.load, warmup_s=warmup_s, duration_s=duration_s)
         measured = measure(replace(quiet, load=load))

@@ -101,6 +101,28 @@ def test_the_plan_is_as_long_as_the_run(tmp_path: Path, drafts: int, is_full: bo
     assert "https://example.com" == found.as_dict()["assumptions"][-1]["source"]
 
 
+@pytest.mark.parametrize(("draft_s", "times"), [(22.0, 1), (40.0, 2)])
+def test_a_measurement_is_repeated_only_if_it_is_clearly_too_short(
+    monkeypatch: pytest.MonkeyPatch, draft_s: float, times: int
+) -> None:
+    """78 s are 3.5 drafts of 22 s, and 2 of 40 s."""
+    slower = [replace(one, ended_at=one.begun_at + draft_s) for one in measured().drafts]
+    first = replace(measured(), drafts=slower, warm_up=Interval(0, 40), steady=Interval(40, 118))
+    runs = [first]
+
+    def again(asked: RunToMeasure) -> Measurement:
+        assert asked.load.duration_s == 4 * draft_s
+        runs.append(first)
+        return first
+
+    monkeypatch.setattr("streamsyn.bench.plan.measure", again)
+    asked = RunToMeasure(config=load(None, ()), load=Load())
+
+    assert plan(asked, first, 10_000, [], None) is not None
+
+    assert times == len(runs)
+
+
 def test_a_fleet_of_equal_servers_with_answers_as_long_as_the_recipe_asks() -> None:
     """2,000 words are 2,667 tokens; `sections` cuts at the length of a section."""
     fleet = simulated_fleet("64xh100", RECIPE)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.fleet.kv_pool import Footprint
+from streamsyn.fleet.kv_pool import Expected, Footprint
 from streamsyn.fleet.limiter import FLOOR, START, AdaptiveLimiter
 from streamsyn.fleet.wire import Load
 from streamsyn.records import Request
@@ -174,6 +174,48 @@ def test_a_full_queue_keeps_the_cap_down_also_where_the_pool_is_the_limit() -> N
     assert lowered == limiter.cap
     limiter.observe(Load(33, 0, token_usage=0.8, pool_tokens=400_000, taken_at=(12.0,)), 12.0)
     assert limiter.cap > 100
+
+
+def at_the_cap(pool_tokens: int) -> tuple[AdaptiveLimiter, list[Expected]]:
+    """A limiter whose server runs as many requests as the cap allows."""
+    limiter = AdaptiveLimiter()
+    held = [limiter.begin(REQUEST, 0.0) for _ in range(8)]
+    load = Load(8, 0, token_usage=0.01, pool_tokens=pool_tokens, taken_at=(1.0,))
+    limiter.observe(load, 1.0, left=1)  # the rest fits into the pool, so nothing is spread
+    held += [limiter.begin(REQUEST, 1.0) for _ in range(limiter.room(1.0))]
+    assert limiter.cap == limiter.in_flight
+    return limiter, held
+
+
+def test_where_the_pool_is_the_limit_requests_are_replaced_several_at_a_time() -> None:
+    """No place is filled before a fortieth of the cap is free; then all are."""
+    limiter, held = at_the_cap(400_000)
+    assert 4 == limiter.cap // 40
+    rooms = []
+    for _ in range(4):
+        limiter.end(held.pop())
+        rooms.append(limiter.room(4.0))
+    assert [0, 0, 0, 4] == rooms
+    for _ in range(4):
+        assert limiter.has_room(4.0)
+        held.append(limiter.begin(REQUEST, 4.0))
+    limiter.end(held.pop())
+    assert not limiter.has_room(4.0)
+
+
+def test_all_places_come_back() -> None:
+    """However few requests are left, each place is filled again once enough are free."""
+    limiter, held = at_the_cap(400_000)
+    while held:
+        limiter.end(held.pop())
+    assert limiter.cap == limiter.room(4.0)
+
+
+def test_a_low_cap_is_filled_one_by_one() -> None:
+    """A few long conversations never wait for each other."""
+    limiter, held = at_the_cap(100_000)
+    limiter.end(held.pop())
+    assert 1 == limiter.room(4.0)
 
 
 @examples(100)
