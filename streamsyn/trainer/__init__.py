@@ -6,7 +6,7 @@ Modules in reading order:
     training_request  what to train on what, and every check that does not need torch
     training          one training from start to end; every rank runs `train`
     dry_step          one pass over the largest row before the first step: short memory is found at once
-    examples          what flows: Row, Example, StepPlan
+    examples          what flows: rows, Example, StepPlan
     sources/          rows: of a run directory, of stdin, of files
     stream/           rows -> tokens -> the rows of each step, exactly resumable
     commands          what rank 0 sends to all ranks, and the channel

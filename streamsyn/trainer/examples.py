@@ -1,6 +1,6 @@
-"""What flows through the trainer: Row -> Example | Dropped | HeldOut -> StepPlan.
+"""What flows through the trainer: row -> Example | Dropped | HeldOut -> StepPlan.
 
-A Row comes from a source; an Example is a row as tokens; a StepPlan is what one optimizer step trains on.
+A row of a source is a dict; an Example is a row as tokens; a StepPlan is what one optimizer step trains on.
 """
 
 import time
@@ -21,18 +21,14 @@ Changed: TypeAlias = Literal["answers", "prompts"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a source.
+class BadRow:
+    """A row of a source that is not a JSON object, and why."""
 
-    Attributes:
-        seq: Its number, counted from 0.
-        value: What it holds; None when it is not a JSON object.
-        problem: Why `value` is None.
-    """
+    problem: str
 
-    seq: int
-    value: dict[str, Any] | None
-    problem: str = ""
+
+Row: TypeAlias = dict[str, Any] | BadRow
+"""A row of a source."""
 
 
 class Key(NamedTuple):

@@ -102,6 +102,4 @@ async def test_a_training_reads_the_samples_of_a_daemon(daemon: Served, tmp_path
 
     assert before is None
     assert total == len(found)
-    assert await asyncio.to_thread(rows, tmp_path / "root" / "runs" / "one", "samples") == [
-        row.value for row in found
-    ]
+    assert await asyncio.to_thread(rows, tmp_path / "root" / "runs" / "one", "samples") == found

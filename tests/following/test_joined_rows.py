@@ -113,12 +113,11 @@ def test_a_training_reads_partitions_as_one(tmp_path: Path) -> None:
         partitions = partitions.with_ended(at)
     source = RunSamples(tmp_path)
 
-    rows = [row.value for row in source.fetch(0, 100)]
+    rows: list[Any] = source.fetch(0, 100)
     assert ["0:0", "1:0", "0:1", "1:1", "0:2", "1:2", "1:3"] == names(rows)
     assert 7 == source.total()
-    assert ["1:1", "1:3"] == [
-        f"{row.value['partition']}:{row.value['partition_seq']}" for row in source.pick([3, 6]) if row.value
-    ]
+    picked: list[Any] = list(source.pick([3, 6]))
+    assert ["1:1", "1:3"] == [f"{row['partition']}:{row['partition_seq']}" for row in picked]
     last = rows[-1]
     assert last is not None
     assert ["text of seed-1-3"] == source.contexts(last, last["context_seqs"])

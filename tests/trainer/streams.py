@@ -8,7 +8,7 @@ import numpy
 import orjson
 
 from streamsyn.config.command_sections import TrainSection
-from streamsyn.trainer.examples import Dropped, End, Example, Idle, Key, Row, StepPlan
+from streamsyn.trainer.examples import BadRow, Dropped, End, Example, Idle, Key, Row, StepPlan
 from streamsyn.trainer.sources.source import Sources
 from streamsyn.trainer.stream.planner import Planner
 from streamsyn.trainer.stream.stream_reader import Rendering
@@ -64,13 +64,17 @@ class Arriving:
 
     def fetch(self, first: int, limit: int) -> list[Row]:
         end = min(first + limit, self._there)
-        return [Row(seq, self._rows[seq], "bad") for seq in range(first, end)]
+        return [self._row(seq) for seq in range(first, end)]
 
     def total(self) -> int | None:
         return None if self._chunks else len(self._rows)
 
     def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
-        yield from (Row(seq, self._rows[seq], "bad") for seq in seqs)
+        yield from map(self._row, seqs)
+
+    def _row(self, seq: int) -> Row:
+        row = self._rows[seq]
+        return BadRow("bad") if row is None else row
 
     async def changed(self, timeout_s: float) -> None:
         now = asyncio.get_running_loop().time()

@@ -43,7 +43,7 @@ def source(server: RunServer) -> Iterator[DaemonSamples]:
 
 
 def numbers(rows: Any) -> list[int]:
-    return [row.seq for row in rows]
+    return [row["seq"] for row in rows]
 
 
 def test_rows_are_read_and_found_again_by_number(server: RunServer, source: DaemonSamples) -> None:

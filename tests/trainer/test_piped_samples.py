@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
-from streamsyn.trainer.examples import Row
+from streamsyn.trainer.examples import BadRow, Row
 from streamsyn.trainer.sources.pipe import PipedSamples
 from tests.builders import disk_full_beyond
 from tests.trainer.streams import row
@@ -54,7 +54,7 @@ def lines(*numbers: int) -> bytes:
 
 def ids(rows: list[Row]) -> list[str | None]:
     """The ids of rows; None for bad ones."""
-    return [None if one.value is None else one.value["id"] for one in rows]
+    return [None if isinstance(one, BadRow) else one["id"] for one in rows]
 
 
 def spooled(folder: Path) -> int:
@@ -120,7 +120,7 @@ def test_piping_the_same_again_changes_nothing(tmp_path: Path) -> None:
         source.close()
         pipe.close()
     later = PipedSamples(tmp_path, None)
-    values = [one.value for one in later.fetch(0, 10)]
+    values = [None if isinstance(one, BadRow) else one for one in later.fetch(0, 10)]
     later.close()
 
     assert [row(0), None, row(1), {"no": "id"}, row(2)] == values
@@ -141,7 +141,7 @@ def piped(folder: Path, rows: list[dict[str, Any]], *more: dict[str, Any]) -> li
     source = PipedSamples(folder, pipe.read_end)
     while source.total() is None:
         source.fetch(spooled(folder), 1)
-    found = [one.value for one in source.fetch(0, 100)]
+    found = source.fetch(0, 100)
     source.close()
     pipe.close()
     return found
@@ -168,7 +168,7 @@ def test_bad_lines_are_rows_with_a_problem(pipe: Pipe, tmp_path: Path) -> None:
     source.close()
 
     assert ["row-0", None, None, "row-1", None] == ids(found)
-    problems = [one.problem.partition(":")[0] for one in found if one.problem]
+    problems = [one.problem.partition(":")[0] for one in found if isinstance(one, BadRow)]
     assert [
         "line 3 of stdin is not valid JSON",
         "line 4 of stdin is not a JSON object but list",

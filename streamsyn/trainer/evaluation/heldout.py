@@ -16,7 +16,7 @@ import torch
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
-from streamsyn.trainer.examples import Dropped, Example, HeldOut, Key, PackedRow, Row, row_is_held_out
+from streamsyn.trainer.examples import BadRow, Dropped, Example, HeldOut, Key, PackedRow, row_is_held_out
 from streamsyn.trainer.model.head import target_losses
 from streamsyn.trainer.model.loss import example_sums, make_batch
 from streamsyn.trainer.model.sequence_parallel import SequenceGroup
@@ -211,18 +211,18 @@ def _without_contexts(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _made(path: str, holdout: float, renderer: Rendering) -> Iterator[tuple[str, Example | Dropped]]:
-    rows = FileRows(path, "control", "train.control", count=False).placed()
+    rows = enumerate(FileRows(path, "control", "train.control", count=False).placed())
     while some := list(islice(rows, _BATCH)):
-        good = [(row.value, _key(row)) for _, row in some if row.value is not None]
+        good = [(row, _key(seq, row)) for seq, (_, row) in some if not isinstance(row, BadRow)]
         made = iter(renderer.render_batch(good))
-        for where, row in some:
-            if row.value is None:
+        for _, (where, row) in some:
+            if isinstance(row, BadRow):
                 yield where, Dropped("bad_row", row.problem)
                 continue
             one = next(made)
-            yield where, Dropped("held_out", HELD_OUT) if row_is_held_out(row.value, holdout) else one
+            yield where, Dropped("held_out", HELD_OUT) if row_is_held_out(row, holdout) else one
 
 
-def _key(row: Row) -> Key:
+def _key(seq: int, row: dict[str, Any]) -> Key:
     """The row's content is part of the key, so that a changed file is not compared with the earlier one."""
-    return Key(f"control:{row_digest(row)}", 0, row.seq)
+    return Key(f"control:{row_digest(row)}", 0, seq)

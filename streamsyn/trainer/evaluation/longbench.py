@@ -15,6 +15,7 @@ from streamsyn.scoring.answer_metrics import metric_of
 from streamsyn.seeds.forms import NotASeed, answers_in
 from streamsyn.templates import PromptTemplate, packaged
 from streamsyn.trainer.evaluation.exam import Chat, Question
+from streamsyn.trainer.examples import BadRow
 from streamsyn.trainer.sources.row_files import FileRows
 
 log = structlog.get_logger()
@@ -31,7 +32,7 @@ _LOGGED: Final = 5
 """Bad rows that are logged one by one; the rest is counted."""
 
 
-class _BadRow(Exception):
+class _Unusable(Exception):
     """Raised when a row cannot be used; the message is the reason."""
 
 
@@ -78,18 +79,21 @@ def longbench_questions(section: LongBenchSection, chat: Chat, longest: int) -> 
     prompts = _Prompts(chat, section.prompt_tokens, longest)
     found: dict[str, list[Question]] = {}
     bad: Counter[str] = Counter()
-    for where, row in FileRows(section.path, "longbench", "train.longbench.path", count=False).placed():
+    rows = FileRows(section.path, "longbench", "train.longbench.path", count=False).placed()
+    for seq, (where, row) in enumerate(rows):
         try:
-            if row.value is None:
-                raise _BadRow("it is not an object")
-            item = item_of(row.value, row.seq)
+            if isinstance(row, BadRow):
+                raise _Unusable("it is not an object")
+            item = item_of(row, seq)
             some = found.setdefault(item.dataset, [])
             if section.samples is None or len(some) < section.samples:
                 some.append(prompts.question(item))
-        except _BadRow as error:
+        except _Unusable as error:
             bad[str(error)] += 1
             if bad.total() <= _LOGGED:
-                log.warning("longbench.bad_row", at=where, why=row.problem or str(error))
+                log.warning(
+                    "longbench.bad_row", at=where, why=row.problem if isinstance(row, BadRow) else str(error)
+                )
     questions = [question for name in sorted(found) for question in found[name]]
     if bad:
         log.warning("longbench.bad_rows", count=bad.total(), questions=len(questions))
@@ -108,22 +112,22 @@ def item_of(row: Mapping[str, Any], number: int) -> Item:
     """Read a row.
 
     Raises:
-        _BadRow: A field is missing or invalid.
+        _Unusable: A field is missing or invalid.
     """
     for name in ("input", "context", "dataset"):
         if not isinstance(row.get(name), str):
-            raise _BadRow(f"the field `{name}` is missing or not a string")
+            raise _Unusable(f"the field `{name}` is missing or not a string")
     if not row["context"].strip():
-        raise _BadRow("the context is empty")
+        raise _Unusable("the context is empty")
     dataset = row["dataset"].strip().lower().removesuffix("_e")
     if not re.fullmatch(r"[\w.-]+", dataset):
-        raise _BadRow("the dataset name has characters other than letters, digits, _, - and .")
+        raise _Unusable("the dataset name has characters other than letters, digits, _, - and .")
     if row.get("answers") is None:
-        raise _BadRow("the field `answers` is missing")
+        raise _Unusable("the field `answers` is missing")
     try:
         right = tuple(answers_in(row["answers"], "answers"))
     except NotASeed as error:
-        raise _BadRow(str(error)) from error
+        raise _Unusable(str(error)) from error
     named = row.get("_id", row.get("id"))
     item_id = str(named) if isinstance(named, str | int) else str(number)
     return Item(dataset, item_id, row["input"].strip(), row["context"], right)
@@ -145,7 +149,7 @@ class _Prompts:
         """Make the question of an item.
 
         Raises:
-            _BadRow: The prompt has no room for the context.
+            _Unusable: The prompt has no room for the context.
         """
         room = self._longest - item.max_new_tokens
         room = room if self._prompt_tokens is None else min(room, self._prompt_tokens)
@@ -170,7 +174,7 @@ class _Prompts:
         while tokens > room:
             kept -= tokens - room
             if kept < _MIN_CONTEXT_TOKENS:
-                raise _BadRow(f"a prompt of {max(room, 0)} tokens has no room for the context")
+                raise _Unusable(f"a prompt of {max(room, 0)} tokens has no room for the context")
             head = kept // 2
             ends = self._chat.decode(context[:head]), self._chat.decode(context[head - kept :])
             text = self._message(item, "".join(ends))

@@ -15,7 +15,7 @@ from streamsyn.io.rows import Line, LineSplitter
 from streamsyn.io.spool import Spool
 from streamsyn.records import digest
 from streamsyn.sink.completed_keys import Claim, Claims
-from streamsyn.trainer.examples import Row
+from streamsyn.trainer.examples import BadRow, Row
 
 log = structlog.get_logger()
 
@@ -153,7 +153,7 @@ class PipedSamples:
                 entry = _decoded(line)
                 if entry is None:
                     raise SinkError(f"{self._spool.path}: row {row} (counted from 0) is damaged")
-                found.append(Row(row, entry.get("row"), entry.get("bad", "")))
+                found.append(entry["row"] if "row" in entry else BadRow(entry["bad"]))
             row += 1
             offset += len(line)
             if len(found) == limit:

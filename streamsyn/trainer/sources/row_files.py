@@ -18,7 +18,7 @@ from streamsyn.io.inputs import find_rows, open_rows
 from streamsyn.io.json_rows import decode_json
 from streamsyn.io.places import Place
 from streamsyn.io.rows import RawRow, ReadOptions, RowReader, TableRow, is_blank
-from streamsyn.trainer.examples import Row
+from streamsyn.trainer.examples import BadRow, Row
 from streamsyn.trainer.sources.source import path_errors
 
 log = structlog.get_logger()
@@ -64,7 +64,7 @@ class FileRows:
     def fetch(self, first: int, limit: int) -> list[Row]:
         if first != self._next:
             self._rows = islice(self._all(), first, None)
-        found = [_decoded(seq, placed) for seq, placed in enumerate(islice(self._rows, limit), first)]
+        found = [_decoded(placed) for placed in islice(self._rows, limit)]
         self._next = first + len(found)
         if len(found) < limit:
             self._total = self._next
@@ -79,15 +79,15 @@ class FileRows:
         wanted = set(seqs)
         for seq, placed in enumerate(self._all()):
             if seq in wanted:
-                yield _decoded(seq, placed)
+                yield _decoded(placed)
             if seq == seqs[-1]:
                 return
         self._total = self._total or 0  # there are fewer rows than before
 
     def placed(self) -> Iterator[tuple[str, Row]]:
         """All rows, each with its place as `file:line`."""
-        for seq, placed in enumerate(self._all()):
-            yield placed[0], _decoded(seq, placed)
+        for placed in self._all():
+            yield placed[0], _decoded(placed)
 
     async def changed(self, timeout_s: float) -> None:
         """Return at once: all rows are there from the beginning."""
@@ -106,19 +106,19 @@ class FileRows:
                         yield f"{batch.source}:{row.number}", row
 
 
-def _decoded(seq: int, placed: _Placed) -> Row:
+def _decoded(placed: _Placed) -> Row:
     place, row = placed
     if isinstance(row, TableRow):
-        return Row(seq, row.value) if row.error is None else Row(seq, None, f"{place} cannot be read")
+        return row.value if row.error is None else BadRow(f"{place} cannot be read")
     if row.text is None:
-        return Row(seq, None, f"{place} is longer than {MAX_LINE_BYTES} bytes")
+        return BadRow(f"{place} is longer than {MAX_LINE_BYTES} bytes")
     try:
         value = decode_json(row.text)
     except orjson.JSONDecodeError as error:
-        return Row(seq, None, f"{place} is not valid JSON: {error}")
+        return BadRow(f"{place} is not valid JSON: {error}")
     if isinstance(value, dict):
-        return Row(seq, value)
-    return Row(seq, None, f"{place} is not a JSON object but {type(value).__name__}")
+        return value
+    return BadRow(f"{place} is not a JSON object but {type(value).__name__}")
 
 
 def without_other_splits(places: Sequence[Place], key: str) -> list[Place]:

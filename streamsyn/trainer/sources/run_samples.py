@@ -61,11 +61,10 @@ class RunSamples:
         self._watch.add(self._samples.folders)
         found: list[Row] = []
         while len(found) < limit:
-            at = first + len(found)
-            some = self._samples.rows(at, limit - len(found))
+            some = self._samples.rows(first + len(found), limit - len(found))
             if not some:
                 break
-            found += (Row(seq, row) for seq, row in enumerate(some, at))
+            found += some
         return found
 
     def total(self) -> int | None:
@@ -74,12 +73,7 @@ class RunSamples:
 
     def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
         cursor = Cursor()
-
-        def read(first: int, limit: int) -> list[Row]:
-            rows = self._samples.rows(first, limit, cursor=cursor)
-            return [Row(seq, row) for seq, row in enumerate(rows, first)]
-
-        return _picked(seqs, read)
+        return _picked(seqs, lambda first, limit: self._samples.rows(first, limit, cursor=cursor))
 
     def contexts(self, row: dict[str, Any], seqs: Sequence[int]) -> list[str] | None:
         cursor, found = Cursor(), {}
@@ -206,7 +200,7 @@ class DaemonSamples:
         found: list[Row] = []
         async with self._client.open(first, follow=False, limit=limit) as stream:
             while rows := await stream.read():
-                found += (Row(row["seq"], row) for row in rows)
+                found += rows
         return found
 
     async def _next_row(self) -> None:

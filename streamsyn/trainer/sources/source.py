@@ -34,7 +34,7 @@ class Source(Protocol):
         ...
 
     def fetch(self, first: int, limit: int) -> list[Row]:
-        """Up to `limit` rows from number `first` on, as far as they have been written.
+        """Up to `limit` rows, of the numbers from `first` on, as far as they have been written.
 
         Raises:
             StreamsynError: A row that must exist cannot be read; the message names it.
@@ -49,7 +49,7 @@ class Source(Protocol):
         """Rows that were read before, by number.
 
         Args:
-            seqs: Their numbers, rising. Rows that do not exist (yet) are left out.
+            seqs: Their numbers, rising. The rows end before the first that does not exist (yet).
 
         Raises:
             StreamsynError: A row cannot be read any more.

@@ -21,7 +21,17 @@ import structlog
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError, SinkError
 from streamsyn.records import digest
-from streamsyn.trainer.examples import Changed, Dropped, Example, HeldOut, Key, Made, Row, row_is_held_out
+from streamsyn.trainer.examples import (
+    BadRow,
+    Changed,
+    Dropped,
+    Example,
+    HeldOut,
+    Key,
+    Made,
+    Row,
+    row_is_held_out,
+)
 from streamsyn.trainer.sources.source import HasContexts, Source, Sources
 from streamsyn.trainer.stream.shortening import context_seqs, shortened
 
@@ -244,14 +254,13 @@ class StreamReader:
                 "stream.dropped", source=key.source, row=key.seq, reason=dropped.reason, why=dropped.detail
             )
 
-    def _load(self, source: Source, epoch: int, rows: Sequence[Row]) -> list[Made]:
+    def _load(self, source: Source, keys: Sequence[Key], rows: Sequence[Row]) -> list[Made]:
         """What each row makes. Blocks."""
-        keys = [Key(source.name, epoch, row.seq) for row in rows]
-        good = [(row.value, key) for row, key in zip(rows, keys, strict=True) if row.value is not None]
+        good = [(row, key) for row, key in zip(rows, keys, strict=True) if not isinstance(row, BadRow)]
         rendered = zip(good, self._renderer.render_batch(good), strict=True)
         made = {key: self._shortened(source, row, key, one) for (row, key), one in rendered}
         return [
-            self._hold_out(row, made[key]) if key in made else Dropped("bad_row", row.problem)
+            Dropped("bad_row", row.problem) if isinstance(row, BadRow) else self._hold_out(row, made[key])
             for row, key in zip(rows, keys, strict=True)
         ]
 
@@ -268,13 +277,11 @@ class StreamReader:
         shorter = shortened(row, key, texts, lambda *one: self._renderer.render_batch([one])[0])
         return made if shorter is None else shorter
 
-    def _hold_out(self, row: Row, made: Example | Dropped) -> Made:
-        if isinstance(made, Dropped) or row.value is None:
-            return made
-        if not row_is_held_out(row.value, self._section.holdout):
+    def _hold_out(self, row: dict[str, Any], made: Example | Dropped) -> Made:
+        if isinstance(made, Dropped) or not row_is_held_out(row, self._section.holdout):
             return made
         if made.key.source == self._stream.source.name:
-            return HeldOut(made, row.value)
+            return HeldOut(made, row)
         return Dropped("held_out", HELD_OUT)
 
     def _reload(self, keys: Sequence[Key]) -> dict[Key, Made] | None:
@@ -289,12 +296,13 @@ class StreamReader:
                 raise ConfigError(
                     f"train.mix: the checkpoint holds examples of {name}, which is no longer in train.mix"
                 )
-            wanted = [key.seq for key in keys if (key.source, key.epoch) == (name, epoch)]
-            rows, before = source.pick(wanted), len(found)
+            wanted = [key for key in keys if (key.source, key.epoch) == (name, epoch)]
+            rows, loaded = source.pick([key.seq for key in wanted]), 0
             while some := list(islice(rows, BATCH_ROWS)):
-                made = self._load(source, epoch, some)
-                found |= {Key(name, epoch, row.seq): one for row, one in zip(some, made, strict=True)}
-            if len(found) < before + len(wanted):
+                of_rows = wanted[loaded : loaded + len(some)]
+                found |= zip(of_rows, self._load(source, of_rows, some), strict=True)
+                loaded += len(some)
+            if loaded < len(wanted):
                 if source.total() is None:
                     return None
                 raise SinkError(f"{name}: rows that the checkpoint has read are missing")
@@ -312,7 +320,8 @@ class StreamReader:
 
 def row_digest(row: Row) -> str:
     """A digest of what a row holds."""
-    return digest(orjson.dumps(row.value, default=str, option=orjson.OPT_SORT_KEYS)).hex()
+    held = None if isinstance(row, BadRow) else row
+    return digest(orjson.dumps(held, default=str, option=orjson.OPT_SORT_KEYS)).hex()
 
 
 class SourceReader:
@@ -329,7 +338,7 @@ class SourceReader:
         self,
         source: Source,
         epochs: int | None,
-        load: Callable[[Source, int, Sequence[Row]], list[Made]],
+        load: Callable[[Source, Sequence[Key], Sequence[Row]], list[Made]],
         state: dict[str, Any] | None = None,
     ) -> None:
         self.source = source
@@ -344,8 +353,8 @@ class SourceReader:
         """Examples taken so far."""
         self._before: int = state["before"]
         """Examples taken in earlier passes."""
-        self._last: Row | tuple[int, str] | None = tuple(state["last"]) if state["last"] else None
-        """The last row taken; its number and the digest of its content if an earlier process took it."""
+        self._last: tuple[int, Row | str] | None = tuple(state["last"]) if state["last"] else None
+        """The number of the last row taken, and its content, or the digest of that."""
         self.total: int | None = None
         """Rows of the source; None while that was not known at the last look."""
         self.ready: deque[tuple[Row, Made]] = deque()
@@ -353,8 +362,8 @@ class SourceReader:
 
     def state(self) -> dict[str, Any]:
         """The position; can be written as JSON."""
-        if isinstance(self._last, Row):
-            self._last = (self._last.seq, row_digest(self._last))
+        if self._last is not None and not isinstance(self._last[1], str):
+            self._last = (self._last[0], row_digest(self._last[1]))
         return {
             "epoch": self.epoch,
             "next": self.next,
@@ -389,12 +398,12 @@ class SourceReader:
         Raises:
             ConfigError: The row is missing for good, or its content has changed.
         """
-        if self._last is None or isinstance(self._last, Row):
+        if self._last is None:
             return True
         seq, content = self._last
         row = next(iter(self.source.pick([seq])), None)
         gone = row is None and self.source.total() is not None
-        if gone or (row is not None and row_digest(row) != content):
+        if gone or (row is not None and content not in (row, row_digest(row))):
             raise ConfigError(
                 f"{self.source.name}: row {seq} (counted from 0) {'is missing' if gone else 'has changed'} "
                 "since it was trained on: this is not the stream of the checkpoint; use another --out"
@@ -415,12 +424,14 @@ class SourceReader:
             rows = self.source.fetch(self.next, BATCH_ROWS)
             self.update_total()
             if rows or not self._is_at_end or self.ended:
-                return list(zip(rows, self._load(self.source, self.epoch, rows), strict=True))
+                keys = [Key(self.source.name, self.epoch, seq) for seq, _ in enumerate(rows, self.next)]
+                return list(zip(rows, self._load(self.source, keys, rows), strict=True))
 
     def take(self) -> Made:
         """Take the next row of those read ahead; return what it makes."""
-        self._last, made = self.ready.popleft()
-        self.next = self._last.seq + 1
+        row, made = self.ready.popleft()
+        self._last = (self.next, row)
+        self.next += 1
         self.examples += isinstance(made, Example)
         return made
 
