@@ -32,8 +32,8 @@ from benchmarks.common import Simulator, run_measured, seeds_file
 from benchmarks.daemon_load import cpu_s
 from streamsyn.config.loading import load
 from streamsyn.config.sections import FleetSection
+from streamsyn.fleet.shared_servers import Servers, open_servers
 from streamsyn.fleet.shares import PRIORITIES, Priority
-from streamsyn.fleet.sharing import Servers, open_servers
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run_in_loop
 from streamsyn.pipeline.stop import RunControl

@@ -131,8 +131,7 @@ def _plan(
     if path is None:
         raise ConfigError("the model to tune is missing: pass --model PATH, or set train.model")
     check_packages(section)
-    from streamsyn.trainer.memory_plan import memory_plan
-    from streamsyn.trainer.memory_table import plan_json, print_plan
+    from streamsyn.trainer.memory_plan import memory_plan, plan_json, print_plan
 
     needs = memory_plan(path, section, gpus)
     if as_json:

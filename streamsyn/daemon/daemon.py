@@ -28,7 +28,7 @@ from streamsyn.daemon.stored_files import Files
 from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import open_webhooks
 from streamsyn.fleet.membership import Connect
-from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
+from streamsyn.fleet.shared_servers import ServerEdits, Servers, open_servers
 from streamsyn.io.process_files import free_files, raise_limit
 from streamsyn.pipeline.setup import on_cluster, traces_exported
 

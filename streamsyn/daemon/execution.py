@@ -12,7 +12,7 @@ from streamsyn.daemon.run_record import Figures
 from streamsyn.daemon.tail import Streams
 from streamsyn.daemon.webhooks import Webhooks
 from streamsyn.fleet.membership import Connect
-from streamsyn.fleet.sharing import Servers
+from streamsyn.fleet.shared_servers import Servers
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.pipeline.summary import RunSummary
 from streamsyn.sink.shards import KINDS

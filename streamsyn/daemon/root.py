@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import streamsyn
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec
-from streamsyn.fleet.sharing import ServerEdits
+from streamsyn.fleet.shared_servers import ServerEdits
 from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.rundir import DirectoryLock, is_foreign
 

@@ -8,7 +8,7 @@ In reading order:
     fleet, try_outcomes         `open_fleet`, `Fleet.complete`: place, try, retry; what an outcome changes
     server                      the state of one server
     placement                   which server a request goes to, and when; a prefix group stays at one server
-    sharing, shares             many runs over the same servers: each has a fleet, and a fair share of places
+    shared_servers, shares      many runs over the same servers: each has a fleet, and a fair share of places
     prefixes                    the prefixes that a server has in its cache; each is warmed up once
     limiter, kv_pool, health    how many requests a server gets; when it is ejected; when a run gives up
     hedging                     second tries for the last stragglers

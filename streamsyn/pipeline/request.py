@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from streamsyn.config.loading import Config
 from streamsyn.fleet.membership import Connect
+from streamsyn.fleet.shared_servers import Servers
 from streamsyn.fleet.shares import Priority
-from streamsyn.fleet.sharing import Servers
 from streamsyn.pipeline.delivery import SampleGate
 from streamsyn.pipeline.stages import ProducerStage
 from streamsyn.pipeline.stdout import SampleStream

@@ -14,7 +14,7 @@ from streamsyn.daemon.daemon import open_daemon
 from streamsyn.daemon.root import SERVERS_FILE, read_edits, save_edits
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec
-from streamsyn.fleet.sharing import ServerEdits
+from streamsyn.fleet.shared_servers import ServerEdits
 from tests.daemon.conftest import QUICK, SERVER, Served, StartDaemon
 
 OTHER = "http://gpu-2:30000"

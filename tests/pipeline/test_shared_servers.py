@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streamsyn.config.sections import FleetSection
-from streamsyn.fleet.sharing import Servers, open_servers
+from streamsyn.fleet.shared_servers import Servers, open_servers
 from streamsyn.pipeline.request import RunRequest
 from streamsyn.pipeline.run import run_in_loop
 from streamsyn.simulator.in_process import InProcessServers

@@ -13,8 +13,8 @@ from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, StoppedEarly
 from streamsyn.fleet.fleet import Fleet
 from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.fleet.shared_servers import ServerEdits, Servers, open_servers
 from streamsyn.fleet.shares import Priority
-from streamsyn.fleet.sharing import ServerEdits, Servers, open_servers
 from streamsyn.records import Request
 from streamsyn.simulator.in_process import InProcessServers
 from streamsyn.simulator.settings import SimulatorConfig
