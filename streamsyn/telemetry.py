@@ -148,6 +148,8 @@ class Counters:
     """Drafts skipped because an earlier run finished them."""
     repeated: int = 0
     """Seeds skipped because their id was read before."""
+    other_partitions: int = 0
+    """Seeds and invalid lines skipped because they belong to other partitions (`seeds.partition`)."""
     reading_done: bool = False
     contexts: int = 0
     rejects: Counter[str] = field(default_factory=Counter)

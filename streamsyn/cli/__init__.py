@@ -3,6 +3,7 @@
     main      the command group; turns errors into one line and an exit code
     exits     the exit codes, and how a command ends with one
     options   the options of `run`, which `preview` shares, and the configuration that they give
+    partitioned_run   `run --partitions`: one process for each partition
     run, preview, train, demo         write contexts and samples; tune a model on them
     serve                             the daemon: many runs over one fleet
     deploy                            submit a Slurm job: servers, and a run that asks them

@@ -16,8 +16,10 @@ from streamsyn.cli.run import exit_code_of, judge_rejects, summarise
 from streamsyn.errors import ConfigError
 
 if TYPE_CHECKING:
+    from streamsyn.pipeline.summary import RunSummary
     from streamsyn.records import RejectReason
     from streamsyn.sink.manifest import Manifest
+    from streamsyn.sink.partitions import Partitions
 
 
 def _reasons(_: click.Context, __: click.Parameter, given: Sequence[str]) -> "list[RejectReason]":
@@ -61,34 +63,80 @@ def retry(directory: Path, reasons: Sequence["RejectReason"], **given: Any) -> N
 
     A reject holds until its seed has a new outcome. Settings that other rows depend on (assembly, the seed of
     the run) cannot be changed. A retry that stopped early is resumed by `streamsyn run --out DIRECTORY`.
+    Partitions are retried one after the other.
     """
-    from streamsyn.library.run_thread import run_to_end
-    from streamsyn.pipeline.reopened import without_missing_sources
     from streamsyn.records import RejectReason
-    from streamsyn.sink.rundir import read_run_json
+    from streamsyn.sink.partitions import read_partitions
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
+    asked = reasons or tuple(RejectReason)
+    partitions = read_partitions(directory)
+    if partitions is None:
+        if (summary := _retry(directory, asked, given)) is not None:
+            on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
+            judge_rejects(*summary)
+        return
+    _retry_partitions(partitions, asked, given)
+
+
+def _retry_partitions(
+    partitions: "Partitions", asked: Sequence["RejectReason"], given: dict[str, Any]
+) -> None:
+    """Retry in all partitions, one after the other. Rejects are judged over all of them."""
+    from streamsyn.pipeline.status import status
+    from streamsyn.pipeline.summary import RunSummary
+    from streamsyn.sink.rundir import DirectoryLock
+    from streamsyn.telemetry import Counters
+
+    out, allowed = partitions.root, 1.0
+    lock = DirectoryLock(out)
+    try:
+        if not partitions.has_ended:
+            raise ConfigError(
+                f"not all partitions of {out} have ended; run `streamsyn run --out {out}` first"
+            )
+        partitions = partitions.with_next_round()
+        for at, directory in enumerate(partitions.directories):
+            if (done := _retry(directory, asked, given)) is not None:
+                allowed = done[1]
+            partitions = partitions.with_ended(at)
+    finally:
+        lock.close()
+    on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
+    found = status(out)
+    judge_rejects(RunSummary(out, Counters(), contexts=found.contexts, rejects=found.rejects), allowed)
+
+
+def _retry(
+    directory: Path, asked: Sequence["RejectReason"], given: dict[str, Any]
+) -> "tuple[RunSummary, float] | None":
+    """Retry in one run directory; exit if it stops early.
+
+    Returns:
+        Its summary, and the `run.max_reject_fraction` to judge it by; None if there was nothing to do.
+    """
+    from streamsyn.library.run_thread import run_to_end
+    from streamsyn.pipeline.reopened import without_missing_sources
+    from streamsyn.sink.rundir import read_run_json
+
     if read_run_json(directory) is None:
         raise ConfigError(f"{directory} is not a run directory: it has no run.json")
-    asked = reasons or tuple(RejectReason)
     request = request_of(given, directory, retry=asked)
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
     manifest = _announce(directory, asked, as_json=given["log_json"])
     if manifest is None:
-        return
+        return None
     if manifest.seeds_read:
         request.config = without_missing_sources(request.config)
-    try:
-        summary = run_to_end(request)
-    finally:
-        on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
+    summary = run_to_end(request)
     summarise(summary, as_json=given["log_json"])
     if summary.stopped:
+        on_signals(signal.SIG_IGN)  # the outcome is final: nothing is left to stop
         sys.exit(exit_code_of(summary))
     _report_left(directory, as_json=given["log_json"])
-    judge_rejects(summary, request.config.run.max_reject_fraction)
+    return summary, request.config.run.max_reject_fraction
 
 
 def _announce(directory: Path, asked: "Sequence[RejectReason]", *, as_json: bool) -> "Manifest | None":

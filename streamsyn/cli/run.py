@@ -9,8 +9,10 @@ import click
 
 from streamsyn.cli.exits import EXIT_OTHER, EXIT_REJECTS, EXIT_STOPPED, EXIT_USAGE, fail, on_signals
 from streamsyn.cli.options import examples, imports, request_of, run_options
+from streamsyn.cli.partitioned_run import partitions_of, run_partitions
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
+from streamsyn.stop_signals import stop_with_parent
 
 if TYPE_CHECKING:
     from streamsyn.pipeline.summary import RunSummary
@@ -24,17 +26,29 @@ if TYPE_CHECKING:
     )
 )
 @run_options
+@click.option(
+    "--partitions",
+    type=click.IntRange(min=1, max=1000),
+    metavar="N",
+    help="Split the seeds over N coordinator processes, each with a run directory in --out.",
+)
+@click.option("--tethered", is_flag=True, hidden=True)  # a coordinator: it stops when its stdin ends
 def run(**given: Any) -> None:
     """Write contexts for seeds and assemble samples. An existing --out is resumed.
 
     With --train a model is tuned on the samples during the run. A signal stops both, the run first.
     """
+    if (number := partitions_of(given)) is not None:
+        run_partitions(given, number)
+        return
     with imports():
         from streamsyn.library.run_thread import run_to_end
         from streamsyn.pipeline.stdout import SampleStream
         from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
+    if given["tethered"]:
+        stop_with_parent()
     request = request_of(given, given["out"], replay=given["replay"], preflight=not given["no_preflight"])
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")

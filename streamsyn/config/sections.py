@@ -75,6 +75,15 @@ SeedFormat = Literal[
 ]
 
 
+def _check_partition(text: str | None) -> str | None:
+    if text is None:
+        return None
+    at, slash, number = text.partition("/")
+    if not (slash and at.isdecimal() and number.isdecimal() and int(at) < int(number)):
+        raise ValueError("expected I/N with I from 0 to N - 1, such as 0/3")
+    return text
+
+
 class SeedsSection(Section):
     """Where seeds come from, and in which order they are worked on."""
 
@@ -96,6 +105,9 @@ class SeedsSection(Section):
     group_window: Annotated[int, Field(ge=0), operational] = 1024
     """Number of seeds read ahead to bring together those that share a long text (the template's block
     `group`). 0 keeps the order of the input. At most this many other seeds overtake a seed."""
+    partition: Annotated[str | None, AfterValidator(_check_partition)] = None
+    """`I/N`: take only the seeds of partition I of N, counted from 0, by a hash of the prefix group or of the
+    id. `run --partitions N` sets it for each of its coordinators."""
     task_losses: Annotated[Path | None, operational] = None
     """A trainer's OUT/task_losses.json. Seeds of tasks with a high loss come first. The file may appear
     later, and is read again when it changes."""

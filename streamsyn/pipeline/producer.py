@@ -29,6 +29,7 @@ from streamsyn.queues import BoundedQueue
 from streamsyn.records import BadSeed, Draft, Entry, Seed, Work, draft_key
 from streamsyn.seeds.reader import SeedReader, is_spooled
 from streamsyn.sink.completed_keys import Claim, Claims
+from streamsyn.sink.partitions import partition_of
 from streamsyn.telemetry import Counters
 
 log = structlog.get_logger()
@@ -77,6 +78,8 @@ class Producer:
         self._reopened = reopened
         self._look = look
         self._has_groups = config.seeds.group_window > 0
+        at, _, number = (config.seeds.partition or "0/1").partition("/")
+        self._partition, self._partitions = int(at), int(number)
         self._order: GroupOrder[Work] | TaskOrder[Work] = GroupOrder(config.seeds.group_window)
         self._losses: TaskLosses | None = None
         self._refreshed = -math.inf
@@ -172,6 +175,9 @@ class Producer:
         """The parts of an entry without an outcome; none if this run has read the entry before."""
         if self._is_enough:
             return []
+        if not self._is_own(entry):
+            self._pass_over(entry, parts[0][0])
+            return []
         self._counters.seeds_read += 1
         left = [work for key, work in parts if key not in finished]
         # Finished entries need not be claimed, which makes a resume twice as fast; but a limit must count
@@ -184,6 +190,23 @@ class Producer:
         self._counters.drafts_read += len(parts)
         self._counters.finished_before += len(parts) - len(left)
         return left
+
+    def _is_own(self, entry: Entry) -> bool:
+        """Whether an entry belongs to this partition. A prefix group is not split."""
+        if self._partitions == 1:
+            return True
+        key = entry.key.hex() if isinstance(entry, BadSeed) else self._group_of(entry) or entry.id
+        return partition_of(key, self._partitions) == self._partition
+
+    def _pass_over(self, entry: Entry, key: bytes) -> None:
+        """Count an entry of a different partition.
+
+        It is claimed: a seed with its id that comes later is a repeated one in all partitions, even if its
+        group is of this one. And the limit counts it: all partitions read the same seeds.
+        """
+        if self._claims.claim(key) is not Claim.REPEATED:
+            self._taken += isinstance(entry, Seed)
+            self._counters.other_partitions += 1
 
     def _is_taken(self, seed_id: str) -> bool:
         """Whether this run has read a seed with this id."""

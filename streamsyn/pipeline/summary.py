@@ -114,6 +114,7 @@ class RunSummary:
             "samples": counters.samples,
             "finished_before": counters.finished_before,
             "repeated": counters.repeated,
+            "other_partitions": counters.other_partitions,
             "useful_tokens": counters.useful_tokens,
             "thinking_tokens": counters.thinking_tokens,
             "wasted_tokens": counters.wasted_tokens + unfinished_tokens,
@@ -169,6 +170,8 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         yield f"  {'':10} to ask them again: streamsyn retry {out}"
     if counters.finished_before or counters.repeated:
         yield f"  skipped    {counters.finished_before:,} finished before, {counters.repeated:,} repeated ids"
+    if counters.other_partitions:
+        yield f"  {'':10} {counters.other_partitions:,} seeds of other partitions"
     yield from (f"  seeds      {note}" for note in summary.notes)
     yield from _length_lines(summary)
     within = (

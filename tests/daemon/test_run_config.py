@@ -14,7 +14,13 @@ OPERATORS = frozenset(
     {
         # files, directories and data sets, of this machine or elsewhere
         *("seeds.sources", "seeds.sources.*.path", "seeds.sources.*.weight", "seeds.sources.*.task"),
-        *("seeds.interleave", "seeds.task_losses", "seeds.task_window", "seeds.task_exponent"),
+        *(
+            "seeds.interleave",
+            "seeds.partition",
+            "seeds.task_losses",
+            "seeds.task_window",
+            "seeds.task_exponent",
+        ),
         *("recipe.template", "recipe.tasks.*.template", "scoring.template", "checks.eval_sets"),
         *("checks.eval_ngram_words", "assembly.corpus", "assembly.corpus_field", "assembly.corpus_words"),
         *("assembly.tokenizer", "assembly.template", "assembly.tasks.*.template", "sink.mirror"),

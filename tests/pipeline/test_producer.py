@@ -306,3 +306,55 @@ def test_a_slow_reader_holds_the_producer(tmp_path: Path) -> None:
         claims.close()
     assert 4 <= counters.seeds_read < 3_000
     assert not counters.reading_done
+
+
+def in_partitions(produce: Produce, *contents: bytes, **given: Any) -> list[Produced]:
+    """What the producers of three partitions do with the same files."""
+    return [produce(*contents, seeds__partition=f"{at}/3", **given) for at in range(3)]
+
+
+def test_each_seed_belongs_to_one_partition(produce: Produce) -> None:
+    """Bad lines, too. The others are counted apart, and repeated ids by the partition they belong to."""
+    names = [f"s{number}" for number in range(60)]
+    content = lines(*names, "s1", "s2") + b"no seed\n"
+    done = in_partitions(produce, content)
+
+    assert sorted([*names, "seeds-0.jsonl:63"]) == sorted(name for one in done for name in one.names)
+    assert all(len(one.names) > 9 for one in done)
+    assert [61] * 3 == [len(one.names) + one.counters.other_partitions for one in done]
+    assert 2 == sum(one.counters.repeated for one in done)
+
+
+def test_a_prefix_group_is_not_split(produce: Produce) -> None:
+    """Nor is a repeated id written twice where its second group belongs to a different partition."""
+    shared = {f"s{number}": f"document {number % 5}" for number in range(40)}
+    groups: Iterator[str] = iter(())
+
+    def group_of(seed: Seed) -> str:
+        return next(groups, "") if seed.id == "twice" else shared[seed.id]
+
+    done = in_partitions(produce, lines(*shared), group_of=group_of)
+    found = [{shared[name] for name in one.names} for one in done]
+    assert 5 == sum(map(len, found))
+    assert 40 == sum(len(one.names) for one in done)
+
+    twice = lines("twice", "twice")
+    for at in range(3):
+        groups = iter(["document 0", "document 1"])
+        done[at] = produce(twice, group_of=group_of, seeds__partition=f"{at}/3")
+    assert ["twice"] == [name for one in done for name in one.names]
+
+
+def test_the_limit_counts_the_seeds_of_all_partitions(produce: Produce) -> None:
+    """They read the same seeds, those that one partition would."""
+    names = [f"s{number}" for number in range(30)]
+    done = in_partitions(produce, lines(*names), seeds__limit=10)
+
+    assert sorted(names[:10]) == sorted(name for one in done for name in one.names)
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/"])
+def test_a_partition_is_checked(text: str) -> None:
+    """Before anything is read."""
+    with pytest.raises(ConfigError, match=r"seeds\.partition"):
+        load(None, [("seeds.partition", text)])

@@ -1,0 +1,171 @@
+"""`streamsyn run --partitions N`: one coordinator process for each partition."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamsyn.cli.exits import EXIT_REJECTS, fail
+from streamsyn.cli.options import resolve
+from streamsyn.errors import ConfigError
+from streamsyn.plain_text import visible
+
+if TYPE_CHECKING:
+    from streamsyn.config.loading import Config
+    from streamsyn.pipeline.coordinators import Coordinators
+
+_REFUSED = {
+    "to_stdout": "--stdout: follow the run beside it, with streamsyn.follow(OUT)",
+    "train": "--train: train beside it, with `streamsyn train --from OUT`",
+    "launch": "--launch: start the server first, and pass --server",
+    "ray": "--ray: place the servers first, and pass --server",
+}
+"""Options that are those of one coordinator, and what to do instead."""
+
+
+def partitions_of(given: Mapping[str, Any]) -> int | None:
+    """Return the number of partitions that is asked for, or that OUT has; None for a run without them."""
+    from streamsyn.sink.partitions import read_partitions
+
+    if given["partitions"] is not None:
+        return int(given["partitions"])
+    found = read_partitions(given["out"])
+    return None if found is None else found.number
+
+
+def run_partitions(given: dict[str, Any], number: int) -> None:
+    """Run the coordinators, print their summary, and exit with the worst of their codes."""
+    import asyncio
+
+    from streamsyn.pipeline.coordinators import Coordinators, coordinator_command
+    from streamsyn.sink.partitions import begin_partitions
+    from streamsyn.sink.rundir import DirectoryLock
+    from streamsyn.telemetry import configure_logs
+
+    configure_logs(as_json=given["log_json"])
+    for name, advice in _REFUSED.items():
+        if given[name]:
+            raise ConfigError(f"--partitions cannot be combined with {advice}")
+    out: Path = given["out"]
+    asked = resolve(given, None)
+    if any(source.path == "-" for source in asked.seeds.sources):
+        raise ConfigError(
+            "--partitions reads seeds once for each partition: write those of stdin to a file first"
+        )
+    partitions = begin_partitions(out, number)
+    lock = DirectoryLock(out)
+    try:
+        options = _options(given)
+        coordinators = Coordinators(
+            partitions,
+            lambda at: coordinator_command(
+                [*options, *_own_settings(asked, at, number)], partitions.directories[at]
+            ),
+            as_json=given["log_json"],
+        )
+        code = asyncio.run(coordinators.run())
+        _summarise(coordinators, as_json=given["log_json"])
+        allowed = resolve(given, partitions.directories[0]).run.max_reject_fraction
+        _exit(coordinators, code, allowed)
+    finally:
+        lock.close()
+
+
+def _options(given: Mapping[str, Any]) -> list[str]:
+    """The options that the run was started with, for a coordinator."""
+    options = [] if given["config"] is None else [str(given["config"])]
+    for name, option in (("seeds", "--seeds"), ("server", "--server"), ("settings", "--set")):
+        options += [text for value in given[name] for text in (option, str(value))]
+    if given["limit"] is not None:
+        options += ["--limit", str(given["limit"])]
+    return options + ["--no-preflight"] * bool(given["no_preflight"])
+
+
+def _own_settings(asked: "Config", at: int, number: int) -> list[str]:
+    """The settings that differ for one coordinator.
+
+    A fixed number of requests per server is shared out. What a coordinator finds by itself (`auto`) is not:
+    the load that a server reports is that of all coordinators.
+    """
+    fleet, sink, run = asked.fleet, asked.sink, asked.run
+    fixed = {
+        key: getattr(fleet, key) for key in ("concurrency", "max_in_flight") if key in fleet.model_fields_set
+    }
+    shares = {
+        key: max(1, most // number + (at < most % number)) for key, most in fixed.items() if most != "auto"
+    }
+    settings = [
+        f'seeds.partition="{at}/{number}"',
+        *(f"fleet.{key}={share}" for key, share in shares.items()),
+    ]
+    if sink.mirror:
+        settings.append(f'sink.mirror="{sink.mirror.rstrip("/")}/partition-{at:03d}"')
+    if run.metrics_listen:
+        host, _, port = run.metrics_listen.rpartition(":")
+        settings.append(f'run.metrics_listen="{host}:{int(port) + at}"')
+    return [text for setting in settings for text in ("--set", setting)]
+
+
+def _summarise(coordinators: "Coordinators", *, as_json: bool) -> None:
+    """Print the summary of all partitions, or log it as run.done."""
+    import structlog
+
+    from streamsyn.pipeline.progress import duration
+
+    kinds = ("contexts", "rejects", "samples")
+    now = {kind: coordinators.total(kind) for kind in kinds}
+    there = {kind: coordinators.total("directory", kind) for kind in kinds}
+    stopped = {one.at: one.done["stopped"] for one in coordinators.each if one.done.get("stopped")}
+    out = coordinators.partitions.root
+    if as_json:
+        structlog.get_logger().info(
+            "run.done",
+            out=str(out),
+            stopped="; ".join(sorted(set(stopped.values()))) or None,
+            seconds=round(coordinators.seconds, 3),
+            **{**now, "rejects": dict(coordinators.rejects())},
+            finished_before=coordinators.total("finished_before"),
+            directory=there,
+            partitions=[
+                {"partition": one.at, "exit_code": one.code, **one.done} for one in coordinators.each
+            ],
+        )
+        return
+    how = "done" if coordinators.partitions.has_ended else "stopped early"
+    lines = [f"{how} after {duration(coordinators.seconds)}"]
+    rate = (now["contexts"] + now["rejects"]) / max(coordinators.seconds, 1e-9)
+    lines.append(
+        f"  this run   {now['contexts']:,} contexts, {now['rejects']:,} rejects, {now['samples']:,} samples; "
+        f"{rate:,.1f} outcomes/s"
+    )
+    if rejects := coordinators.rejects():
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejects.most_common())
+        lines.append(f"  rejects    {reasons}")
+    lines += [f"  partition  {at}: stopped early ({why})" for at, why in stopped.items()]
+    lines += [f"  partition  {one.at}: {one.error}" for one in coordinators.each if one.code and one.error]
+    lines.append(
+        f"  directory  {out}: {there['contexts']:,} contexts, {there['rejects']:,} rejects, "
+        f"{there['samples']:,} samples in {len(coordinators.each)} partitions"
+    )
+    if not coordinators.partitions.has_ended:
+        lines.append(f"  resume     run again with --out {out}")
+    for line in lines:
+        click.echo(visible(line), err=True)
+
+
+def _exit(coordinators: "Coordinators", code: int, allowed: float) -> None:
+    """Exit with the worst code. Rejects are judged over all partitions once all have ended."""
+    if code in (0, EXIT_REJECTS) and coordinators.partitions.has_ended:
+        rejects = coordinators.total("directory", "rejects")
+        share = rejects / max(1, rejects + coordinators.total("directory", "contexts"))
+        if share > allowed:
+            fail(
+                f"rejects are {share:.1%} of the outcomes, more than run.max_reject_fraction = {allowed:.1%}",
+                EXIT_REJECTS,
+                prefix="",
+            )
+        return
+    if code:
+        sys.exit(code)

@@ -1,0 +1,304 @@
+"""The coordinators of a run with partitions: each a process of its own that runs one partition.
+
+The process that starts them owns the signals, shows one progress, starts those that died again, and records
+in partitions.json which have ended. A coordinator's stdin is a pipe from it: if it is killed, they drain.
+"""
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGTERM
+from time import monotonic
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from streamsyn.background import background
+from streamsyn.pipeline.progress import duration
+from streamsyn.sink.partitions import Partitions
+from streamsyn.sink.rundir import wait_until_free
+from streamsyn.sink.snapshot import Snapshot
+from streamsyn.stop_signals import GENTLE, stop_signals
+
+log = structlog.get_logger()
+
+_WORST_FIRST: Final = (1, 2, 3, 75)
+"""Exit codes of `streamsyn run`."""
+_FINAL: Final = (0, 2, 3, 75)
+"""With these a coordinator ended by its own decision."""
+_REFUSED: Final = 2
+_ENDED: Final = (0, 3)
+"""With these it may have read all seeds."""
+_LOG_EVERY_S: Final = 10.0
+_MAX_LINE_BYTES: Final = 2**24
+_SHOWN: Final = ("warning", "error", "critical")
+
+
+class RestartLimit:
+    """Decides whether a coordinator that died is started again. Has no clock and no process.
+
+    Args:
+        most: Maximum restarts in a row without a new outcome.
+        pause_s: Seconds before the first of these; doubled for each further one, up to a minute.
+    """
+
+    def __init__(self, most: int = 5, pause_s: float = 1.0) -> None:
+        self._most = most
+        self._pause_s = pause_s
+        self._in_a_row = 0
+        self._bytes = 0
+
+    def after(self, log_bytes: int) -> float | None:
+        """Return the seconds to wait before it is started again; None if it is given up.
+
+        Args:
+            log_bytes: The size of its log, which tells whether it wrote anything since the last death.
+        """
+        if log_bytes > self._bytes:
+            self._in_a_row = 0
+        self._bytes = max(self._bytes, log_bytes)
+        self._in_a_row += 1
+        if self._in_a_row > self._most:
+            return None
+        return min(60.0, self._pause_s * 2.0 ** (self._in_a_row - 1))
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """One coordinator.
+
+    Attributes:
+        at: Its partition.
+        directory: Its run directory.
+        code: Its exit code, once it has ended for good; negative for a signal.
+        figures: Its progress, as it logged it last.
+        done: Its summary, once it has logged it.
+        error: Why it failed, as it reported it.
+    """
+
+    at: int
+    directory: Path
+    code: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    done: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    process: asyncio.subprocess.Process | None = None
+    restarts: RestartLimit = field(default_factory=RestartLimit)
+
+
+class Coordinators:
+    """Runs the coordinators of all partitions to their ends.
+
+    Args:
+        partitions: OUT, which this process has locked.
+        command: Returns the command line of the coordinator of a partition. It logs JSON lines to stderr, and
+            stops when its stdin ends.
+        as_json: Whether to log all that they log, instead of what a person must know.
+    """
+
+    def __init__(
+        self, partitions: Partitions, command: Callable[[int], Sequence[str]], *, as_json: bool
+    ) -> None:
+        self.partitions = partitions
+        self.each = [Coordinator(at, path) for at, path in enumerate(partitions.directories)]
+        self.interrupted = False
+        self._command = command
+        self._as_json = as_json
+        self._began = monotonic()
+        self._stopping = asyncio.Event()
+        self._recording = asyncio.Lock()
+
+    async def run(self) -> int:
+        """Run each partition until it has ended or is stopped; return the worst exit code.
+
+        Partitions that have ended while others have not are only taken up, for seeds that are new, once all
+        have: this keeps the numbers of rows (see `sink.partitions`).
+        """
+        loop = asyncio.get_running_loop()
+        for number in stop_signals():
+            loop.add_signal_handler(number, self._on_signal, number)
+        async with background() as tasks:
+            tasks.start(self._report(), name="progress")
+            everyone = set(range(self.partitions.number))
+            if self.partitions.has_ended:
+                self.partitions = await asyncio.to_thread(self.partitions.with_next_round)
+            first = everyone - self.partitions.ended.keys()
+            await self._run_all(first)
+            later = everyone - first
+            if later and self.partitions.has_ended and not self._stopping.is_set():
+                self.partitions = await asyncio.to_thread(self.partitions.with_next_round, first)
+                await self._run_all(later)
+        codes = [one.code for one in self.each if one.code is not None]
+        return next((code for code in _WORST_FIRST if code in codes), 0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return monotonic() - self._began
+
+    def total(self, *names: str) -> int:
+        """A figure of the summaries, added up over the partitions; the names are those of nested tables."""
+        total = 0
+        for one in self.each:
+            value: Any = one.done
+            for name in names:
+                value = value.get(name, 0) if isinstance(value, dict) else 0
+            total += sum(value.values()) if isinstance(value, dict) else value
+        return total
+
+    def rejects(self) -> Counter[str]:
+        """The rejects of this run by reason."""
+        return sum((Counter(one.done.get("rejects", {})) for one in self.each), Counter())
+
+    async def _run_all(self, some: set[int]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for at in sorted(some):
+                group.create_task(self._keep(self.each[at]), name=f"coordinator-{at}")
+
+    async def _keep(self, one: Coordinator) -> None:
+        """Run a coordinator, again if it dies, to its end."""
+
+        def waiting(holder: str) -> None:
+            log.info("coordinator.waits", partition=one.at, holder=holder)
+
+        while not self._stopping.is_set():
+            # That of an earlier run may be draining, after the process that started it was killed.
+            await asyncio.to_thread(wait_until_free, one.directory, waiting)
+            code = await self._run_once(one)
+            if code in _ENDED and not one.done.get("stopped"):
+                async with self._recording:
+                    self.partitions = await asyncio.to_thread(self.partitions.with_ended, one.at)
+            if code in _FINAL:
+                one.code = code
+                if code == _REFUSED:  # by what all have in common, as a rule
+                    log.error("coordinator.refused", partition=one.at, why=one.error)
+                    self._stop("a coordinator was refused")
+                return
+            pause_s = one.restarts.after(await asyncio.to_thread(_log_bytes, one.directory))
+            how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+            if pause_s is None:
+                log.error("coordinator.given_up", partition=one.at, because=how, why=one.error)
+                one.code = 1
+                return
+            log.warning("coordinator.restarts", partition=one.at, because=how, why=one.error, in_s=pause_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._stopping.wait()
+        one.code = 75
+
+    async def _run_once(self, one: Coordinator) -> int:
+        one.figures, one.done, one.error = {}, {}, ""
+        process = one.process = await asyncio.create_subprocess_exec(
+            *self._command(one.at),
+            stdin=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            limit=_MAX_LINE_BYTES,
+        )
+        log.info("coordinator.started", partition=one.at, pid=process.pid)
+        if self._stopping.is_set():
+            process.send_signal(SIGTERM)
+        assert process.stderr is not None
+        try:
+            async for line in process.stderr:
+                self._take_line(one, line)
+            return await process.wait()
+        finally:
+            one.process = None
+            if process.returncode is None:  # this process has a bug, or cannot write partitions.json
+                process.kill()
+
+    def _take_line(self, one: Coordinator, line: bytes) -> None:
+        """Keep what a coordinator logs about itself, and pass on the rest."""
+        try:
+            event = orjson.loads(line)
+            name, level = event.pop("event"), event.pop("level")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                log.warning("coordinator.said", partition=one.at, text=text)
+            return
+        event.pop("timestamp", None)
+        if name == "run.progress":
+            one.figures = event
+        elif name == "run.done":
+            one.done = event
+        elif name == "run.failed":
+            one.error = str(event.get("error"))
+        if self._as_json or (level in _SHOWN and name != "run.failed"):
+            event.pop("partition", None)
+            getattr(log, level if level in _SHOWN else "info")(name, partition=one.at, **event)
+
+    def _on_signal(self, number: int) -> None:
+        if number in GENTLE and self.interrupted:
+            return
+        self.interrupted = True
+        self._stop("stopped by a signal")
+
+    def _stop(self, why: str) -> None:
+        """Drain the coordinators; a second time, have them stop at once."""
+        if not self._stopping.is_set():
+            log.info(
+                "run.draining", plain=f"{why}: finishing what is in flight; Ctrl-C again stops now", why=why
+            )
+        self._stopping.set()
+        for one in self.each:
+            if one.process is not None and one.process.returncode is None:
+                one.process.send_signal(SIGTERM)
+
+    async def _report(self) -> None:
+        logged = ""
+        while True:
+            await asyncio.sleep(_LOG_EVERY_S)
+            line, figures = self._progress()
+            if line != logged:
+                logged = line
+                log.info("run.progress", plain=line, **figures)
+
+    def _progress(self) -> tuple[str, dict[str, Any]]:
+        """The progress of all coordinators, as a line and as figures."""
+        known = [one.figures for one in self.each if one.figures]
+        live = sum(one.process is not None for one in self.each)
+        totals = [one["total"] for one in known]
+        total = None if None in totals or len(known) < len(self.each) else sum(totals)
+        left = [one["eta_s"] for one in known if one["eta_s"] is not None]
+        rejects: Counter[str] = sum((Counter(one["rejects"]) for one in known), Counter())
+        figures = {
+            "coordinators": live,
+            "partitions": len(self.each),
+            "done": sum(one["done"] for one in known),
+            "total": total,
+            "outcomes_per_s": round(sum(one["outcomes_per_s"] for one in known), 1),
+            "in_flight": sum(sum(one["in_flight"].values()) for one in known),
+            "rejects": dict(rejects),
+            "eta_s": max(left, default=None),
+        }
+        named = ", ".join(f"{reason} {number:,}" for reason, number in sorted(rejects.items())) or "none"
+        line = (
+            f"{figures['done']:,} of {'?' if total is None else f'~{total:,}'}   "
+            f"ETA {duration(figures['eta_s'])}; {figures['outcomes_per_s']:,} outcomes/s; "
+            f"in flight {figures['in_flight']:,}; rejects {named}; "
+            f"{live} of {len(self.each)} coordinators at work"
+        )
+        return line, figures
+
+
+def _log_bytes(directory: Path) -> int:
+    parts = Snapshot(directory).parts
+    return sum(part.bytes for kind in ("contexts", "rejects") for part in parts[kind])
+
+
+def coordinator_command(options: Sequence[str], directory: Path) -> list[str]:
+    """Return the command line of a coordinator.
+
+    Args:
+        options: What the run was started with, and what differs for this partition.
+        directory: Its run directory.
+    """
+    own = ["--out", str(directory), "--log-json", "--no-progress", "--tethered"]
+    return [sys.executable, "-m", "streamsyn", "run", *options, *own]

@@ -1,0 +1,132 @@
+"""Coordinators: run, started again when they die, drained, and what is recorded of their ends."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from streamsyn.pipeline.coordinators import Coordinators, RestartLimit
+from streamsyn.sink.partitions import begin_partitions, read_partitions
+from tests.builders import new_run, opened, sink
+
+DONE = (
+    """print('{"event": "run.done", "level": "info", "contexts": 2, "directory": {"contexts": 5}}', file=e)"""
+)
+
+
+def python(code: str) -> list[str]:
+    """The command line of a coordinator that is a small program."""
+    return [sys.executable, "-I", "-S", "-c", f"import os, sys, signal; e = sys.stderr; {code}"]
+
+
+def finished(root: Path, number: int) -> None:
+    """Partitions that the programs of these tests seem to have written."""
+    for directory in begin_partitions(root, number).directories:
+        with opened(new_run(directory), sink()) as log:
+            log.finish()
+
+
+def ran(root: Path, *codes: str) -> tuple[Coordinators, int]:
+    """Run a program for each partition to its end."""
+    commands = [python(code) for code in codes]
+    coordinators = Coordinators(begin_partitions(root, len(codes)), lambda at: commands[at], as_json=False)
+    return coordinators, asyncio.run(coordinators.run())
+
+
+def test_partitions_that_end_are_recorded(tmp_path: Path) -> None:
+    """With the sum of their summaries. The next run takes them up in a new round."""
+    finished(tmp_path, 2)
+    done, code = ran(tmp_path, DONE, f"{DONE}; sys.exit(3)")
+
+    assert (3, True) == (code, done.partitions.has_ended)
+    assert (4, 10) == (done.total("contexts"), done.total("directory", "contexts"))
+    done, code = ran(tmp_path, DONE, DONE)
+    assert 0 == code
+    assert 1 == len(done.partitions.rounds)
+
+
+def test_a_partition_that_had_ended_waits_for_the_others(tmp_path: Path) -> None:
+    """It is taken up, for new seeds, when all have ended; not at all if they have not."""
+    finished(tmp_path, 2)
+    begin_partitions(tmp_path, 2).with_ended(0)
+    note = f"open({str(tmp_path / 'order')!r}, 'a').write"
+
+    _, code = ran(tmp_path, f"{note}('0')", f"{note}('1'); sys.exit(75)")
+    assert (75, "1") == (code, (tmp_path / "order").read_text())
+    done, code = ran(tmp_path, f"{note}('0')", f"{note}('1')")
+    assert (0, "110") == (code, (tmp_path / "order").read_text())
+    assert done.partitions.has_ended
+    assert read_partitions(tmp_path) == done.partitions
+
+
+def test_a_coordinator_that_dies_is_started_again(tmp_path: Path) -> None:
+    """What it logged is passed on with its partition; its end is that of the last start."""
+    finished(tmp_path, 1)
+    mark = tmp_path / "mark"
+    dies = f"os.kill(os.getpid(), signal.SIGKILL) if not os.path.exists({str(mark)!r}) else None"
+    warns = """print('{"event": "server.ejected", "level": "warning", "url": "http://gpu-1"}', file=e)"""
+    command = python(f"{warns}; new = {dies}")
+
+    def next_command(_: int) -> Sequence[str]:
+        if started:
+            mark.touch()
+        started.append(True)
+        return command
+
+    started: list[bool] = []
+    coordinators = Coordinators(begin_partitions(tmp_path, 1), next_command, as_json=False)
+    coordinators.each[0].restarts = RestartLimit(pause_s=0.0)
+    with structlog.testing.capture_logs() as logged:
+        code = asyncio.run(coordinators.run())
+
+    assert (0, 2) == (code, len(started))
+    [restart] = [one for one in logged if one["event"] == "coordinator.restarts"]
+    assert ("signal 9", 0) == (restart["because"], restart["partition"])
+    ejected = [one for one in logged if one["event"] == "server.ejected"]
+    assert [("http://gpu-1", 0, "warning")] * 2 == [
+        (one["url"], one["partition"], one["log_level"]) for one in ejected
+    ]
+
+
+def test_a_refused_coordinator_drains_the_others(tmp_path: Path) -> None:
+    """A mistake in the configuration is that of all."""
+    finished(tmp_path, 2)
+    fails = """print('{"event": "run.failed", "level": "error", "error": "no seeds"}', file=e); sys.exit(2)"""
+    drains = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()"
+    waits = f"signal.pthread_sigmask(signal.SIG_BLOCK, [15]); signal.sigwait([15]); sys.exit(75); {drains}"
+    done, code = ran(tmp_path, fails, waits)
+
+    assert (2, [2, 75]) == (code, [one.code for one in done.each])
+    assert "no seeds" == done.each[0].error
+    assert {} == done.partitions.ended
+
+
+def test_a_signal_drains_all(tmp_path: Path) -> None:
+    """It is passed on; none is started again."""
+    finished(tmp_path, 2)
+    waits = (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [15]); os.kill(%d, 15); signal.sigwait([15]); sys.exit(75)"
+    )
+    waits %= os.getpid()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        done, code = ran(tmp_path, waits, waits)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert (75, [75, 75]) == (code, [one.code for one in done.each])
+    assert done.interrupted
+
+
+def test_deaths_without_an_outcome_in_between_are_limited() -> None:
+    """Each pause is twice the one before; an outcome begins anew."""
+    limit = RestartLimit(most=3)
+
+    assert [1.0, 2.0, 4.0, None] == [limit.after(100) for _ in range(4)]
+    assert 1.0 == limit.after(101)
+    many = RestartLimit(most=20)
+    assert 60.0 == [many.after(0) for _ in range(10)][-1]
