@@ -9,6 +9,7 @@
     ├── StoppedEarly           resumable: exit 75
     │   ├── FleetGone          no server was usable for `fleet.give_up_s`
     │   └── ReaderGone         the reader of stdout closed the pipe
+    ├── TakenOver              a newer process writes to the run directory: nothing to do here; exit 75
     ├── TooManyRejects         rejects exceed `run.max_reject_fraction`: mend the cause, then resume; exit 3
     ├── ServerError            one attempt of a request failed
     │   ├── ServerUnavailable  connection lost, 5xx: try another server
@@ -68,6 +69,10 @@ class FleetGone(StoppedEarly):
 
 class ReaderGone(StoppedEarly):
     """Raised when the reader of stdout closed the pipe."""
+
+
+class TakenOver(StreamsynError):
+    """Raised when a newer process has taken over the run directory: this one must not write any more."""
 
 
 class TooManyRejects(StreamsynError):

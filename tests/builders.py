@@ -18,10 +18,11 @@ from streamsyn.fleet.server import Server
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.records import BadSeed, Context, Outcome, Reject, RejectReason, Sample
 from streamsyn.sink import shards
-from streamsyn.sink.log import RunLog, encode_row, shard_paths
+from streamsyn.sink.log import RunLog, encode_row
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import RunDirectory
 from streamsyn.sink.shards import KINDS
+from streamsyn.sink.snapshot import shard_paths
 
 COMPRESSIONS = ("none", "zstd")
 

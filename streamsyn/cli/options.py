@@ -85,6 +85,11 @@ _OUTPUT_OPTIONS = [
     NO_PROGRESS,
     LOG_JSON,
     click.option(
+        "--take-over",
+        is_flag=True,
+        help="Resume although another process has --out open, or its lock is stuck: that process stops.",
+    ),
+    click.option(
         "--no-preflight",
         is_flag=True,
         help="Do not check a sample of the seeds, and one request, before a new run starts.",

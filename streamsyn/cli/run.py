@@ -50,6 +50,7 @@ def run(**given: Any) -> None:
     if given["tethered"]:
         stop_with_parent()
     request = request_of(given, given["out"], replay=given["replay"], preflight=not given["no_preflight"])
+    request.take_over = given["take_over"]
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
     if given["launch"] and given["ray"]:

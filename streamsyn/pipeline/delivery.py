@@ -285,7 +285,9 @@ class SampleDelivery:
         Raises:
             ReaderGone: The reader of stdout has closed its end, or `stop` was called.
             SinkError: Stdout is a file that cannot be written, or the log cannot be.
+            TakenOver: A newer process writes to the run directory.
         """
+        self._log.epoch.check()
         if self._stream is not None:
             self._stream.resume(self._log.root / _MARKER)
             self._stream.write(self._log.samples.encode(samples))

@@ -90,7 +90,7 @@ class Reopened:
         if first is None:
             yield None
             return
-        with closing(Sought(self._log.root / "index" / "retry.sqlite")) as sought:
+        with closing(Sought(self._log.epoch.database("retry.sqlite"))) as sought:
             sought.add(first)
             for row in rows:
                 sought.add(row)

@@ -105,6 +105,7 @@ class RunRequest:
         priority: Multiplies the weight by 1/8, 1 or 8.
         repeats_seeds: Read the seeds again and again until the run is stopped; see `SeedReader`.
         skips_seeds: Leave out this many seeds at the beginning.
+        take_over: Take the directory from a process that has it open, as `RunDirectory` describes.
         arrivals: When drafts begin; None begins them as soon as a worker is free.
         given: Work in place of that of the seeds, if any.
     """
@@ -136,5 +137,6 @@ class RunRequest:
     priority: Priority = "normal"
     repeats_seeds: bool = False
     skips_seeds: int = 0
+    take_over: bool = False
     arrivals: Arrivals | None = None
     given: GivenWork | None = None

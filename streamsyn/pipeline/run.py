@@ -17,7 +17,7 @@ from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.background import in_threads
 from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import Config
-from streamsyn.errors import ConfigError, StoppedEarly, root_cause
+from streamsyn.errors import ConfigError, SinkError, StoppedEarly, root_cause
 from streamsyn.fleet.server_spec import server_specs
 from streamsyn.io.process_files import temporary_files_near
 from streamsyn.pipeline.delivery import AssemblyStage, NoAssembly
@@ -42,6 +42,7 @@ from streamsyn.pipeline.summary import RunSummary
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.seeds.reader import SeedReader
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
 from streamsyn.sink.rundir import RunDirectory
@@ -104,17 +105,21 @@ def _opened(request: RunRequest, summary: RunSummary) -> Iterator[Parts]:
     shaping = {**fingerprint(config), **recipe.fingerprint(), **resources.fingerprint()}
     reader = _check(request, recipe)
     summary.recipe = config.recipe
-    directory = RunDirectory(request.out)
+    directory = RunDirectory(request.out, take_over=request.take_over)
     try:
+        reader.move_ids(directory.epoch.database("ids.sqlite"))
         may_differ = may_change(request.out) if request.retry else None
         directory.check(shaping, fingerprint(Config()), may_differ)
-        with _open_log(request) as run_log:
+        with _open_log(request, directory.epoch) as run_log:
             summary.in_log = run_log.counts
             yield Parts(request, directory, run_log, reader, recipe, resources, shaping, summary)
             in_log = run_log.counts()
             summary.contexts, summary.rejects = in_log["contexts"], in_log["rejects"]
             summary.samples = in_log["samples"]
             summary.notes = list(reader.notes())
+    except SinkError:
+        directory.epoch.check()  # a newer process moves files away from under this one
+        raise
     finally:
         if request.stream is not None:
             request.stream.leave()
@@ -233,10 +238,10 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
 
 
 @contextmanager
-def _open_log(request: RunRequest) -> Iterator[RunLog]:
+def _open_log(request: RunRequest, epoch: Epoch) -> Iterator[RunLog]:
     """The log, mirrored and closed at the end of the block; an error of the block takes precedence."""
     with mirrored(request.out, request.config.sink) as mirror:
-        run_log = RunLog(request.out, request.config.sink, request.on_rows)
+        run_log = RunLog(request.out, request.config.sink, request.on_rows, epoch)
         if mirror is not None:
             mirror.follow(run_log)
         try:

@@ -206,7 +206,7 @@ async def _open_examination(
     run_log = parts.log
     async with open_examination(
         config,
-        request.out,
+        run_log.epoch.database("duplicates.sqlite"),
         lambda first: run_log.read_contexts(first, run_log.contexts.rows),
         writing,
         lambda section: opening(section, lambda why: stopper.cancel(f"scoring servers: {why}")),

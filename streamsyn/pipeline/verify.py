@@ -28,6 +28,7 @@ from streamsyn.io.process_files import temporary_files_near
 from streamsyn.io.spool import never_synced
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import row_key
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.log import RunLog, encode_row
 from streamsyn.sink.manifest import Manifest, Retry, SealedShard
 from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
@@ -90,13 +91,13 @@ def repair(root: Path) -> None:
     directory = RunDirectory(root)
     try:
         _, found = verify(root)
-        _drop_derived(root)
+        _drop_derived(root, directory.epoch)
         if found.log_is_sound and found.bad_samples is not None:
             _drop_samples(root, found.manifest, found.bad_samples)
             log.warning(
                 "verify.samples_dropped", first=found.bad_samples, then="run again to make them again"
             )
-        RunLog(root, config.sink).close()
+        RunLog(root, config.sink, epoch=directory.epoch).close()
     finally:
         directory.close()
 
@@ -394,8 +395,8 @@ def _drop_samples(root: Path, manifest: Manifest, first: str) -> None:
     write_whole(root / "manifest.jsonl", b"".join(kept))
 
 
-def _drop_derived(root: Path) -> None:
+def _drop_derived(root: Path, epoch: Epoch) -> None:
     """Remove what can be made from the log: the index but for the owners of ids, and assembly's state."""
-    for path in (*(root / "index").glob("*.sqlite*"), root / "assembly.json"):
+    for path in (*epoch.database("ids.sqlite").parent.glob("*.sqlite*"), root / "assembly.json"):
         if not path.name.startswith("ids."):
             path.unlink(missing_ok=True)

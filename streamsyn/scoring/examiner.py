@@ -255,9 +255,6 @@ def _question(draft: Draft, document: Document) -> Question:
     )
 
 
-INDEX = Path("index") / "duplicates.sqlite"
-"""In the run directory: the index of the contexts so far, derived from the log."""
-
 Opening = Callable[[FleetSection], AbstractAsyncContextManager[Fleet]]
 """Opens a fleet, as a context manager."""
 Rows = Callable[[int], Iterable[dict[str, Any]]]
@@ -281,13 +278,13 @@ class Examination:
 
 @asynccontextmanager
 async def open_examination(
-    config: Config, root: Path, contexts: Rows, writing: Fleet, opening: Opening, counters: Counters
+    config: Config, index: Path, contexts: Rows, writing: Fleet, opening: Opening, counters: Counters
 ) -> AsyncIterator[Examination]:
     """Open an examiner, and close its index and its own fleet afterwards.
 
     Args:
         config: The configuration; `checks` and `scoring` are used.
-        root: The run directory.
+        index: The SQLite file with the index of the contexts so far, derived from the log.
         contexts: Reads the contexts in the log from a `seq` on.
         writing: The fleet that writes, whose models are known.
         opening: Opens a fleet of servers that only score.
@@ -304,7 +301,7 @@ async def open_examination(
         shaping["checks.eval_sets"] = eval_sets.digest
     async with (
         _scoring_fleet(config, writing, opening) as fleet,
-        _duplicates(checks, root / INDEX, contexts) as duplicates,
+        _duplicates(checks, index, contexts) as duplicates,
     ):
         scores: Scores | None = None
         if fleet is not None:

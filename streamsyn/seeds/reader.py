@@ -166,6 +166,10 @@ class SeedReader:
         is_spooled = self._spool is not None and self._spool.exists()
         return bool(self._sources) or is_spooled or self._submitted is not None
 
+    def move_ids(self, path: Path) -> None:
+        """Keep the owners of ids in a different file, before the first seed is read."""
+        self._owners = IdOwners(path)
+
     def batches(
         self, is_known: Callable[[Entry], bool], is_taken: Callable[[str], bool] = lambda _: False
     ) -> Iterator[list[Entry]]:

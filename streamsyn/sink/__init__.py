@@ -6,6 +6,7 @@
 
 Modules in reading order:
     rundir          the run directory: folders, lock, run.json with configuration and fingerprint
+    epoch           which of several processes may write to it
     writer          the sink stage: writes outcomes as they arrive, syncs, passes contexts on
     log             the log of a run: numbers rows, fills and seals shards, resumes after a kill
     shards          the bytes of one shard: append, sync, seal; reading up to a torn tail

@@ -8,7 +8,7 @@ manifest and added to the index of completed keys, in this order, which takes sy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -18,15 +18,16 @@ import orjson
 import structlog
 
 from streamsyn.config.sections import SinkSection
-from streamsyn.errors import SinkError
+from streamsyn.errors import SinkError, TakenOver
 from streamsyn.io.durable import disk_errors, sync_folder, write_whole
 from streamsyn.records import Context, Outcome, Reject, Sample
 from streamsyn.sink import shards
 from streamsyn.sink.completed_keys import Claims, CompletedKeys, row_key
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.journal import Journal
 from streamsyn.sink.manifest import Manifest, Retry, SealedShard, removed_rows
 from streamsyn.sink.shards import OPEN_SUFFIX, SUFFIXES, OpenShard
-from streamsyn.sink.snapshot import SeqSet, Snapshot, open_rejects, superseded
+from streamsyn.sink.snapshot import SeqSet, Snapshot, open_rejects, read_rows, superseded
 
 log = structlog.get_logger()
 
@@ -49,6 +50,7 @@ class RunLog:
     Args:
         root: The run directory, which this process has locked.
         sink: Size of a shard, and compression.
+        epoch: That of this process; None if no other process can know the directory.
         on_rows: Called with a kind and the number of its rows that readers may see, whenever it has grown,
             in the thread that wrote or synced; must not block. It counts contexts and rejects once they are
             synced, and samples once they are written: a sample is made of synced contexts, so a loss of
@@ -56,28 +58,35 @@ class RunLog:
 
     Raises (all methods):
         SinkError: The disk failed, or a file of the log is damaged.
+        TakenOver: A newer process writes to the directory. What was synced before is in its log.
     """
 
     def __init__(
-        self, root: Path, sink: SinkSection, on_rows: Callable[[str, int], None] = lambda _kind, _rows: None
+        self,
+        root: Path,
+        sink: SinkSection,
+        on_rows: Callable[[str, int], None] = lambda _kind, _rows: None,
+        epoch: Epoch | None = None,
     ) -> None:
         self.root = root
+        self.epoch = epoch or Epoch(root)
         manifest = root / "manifest.jsonl"
         with disk_errors(f"write {manifest}"):
             if not manifest.exists():
                 manifest.touch()
                 sync_folder(root)
-        self.manifest = Manifest(manifest)
+        self.manifest = Manifest(manifest, self.epoch)
         self.manifest.cut_torn_line()
-        self._completed = CompletedKeys(root / "index" / "finished.sqlite")
+        self._completed = CompletedKeys(self.epoch.database("finished.sqlite"))
         index = self._completed.add_shard
-        self.contexts = ShardLog(root, "contexts", self.manifest, sink, index, partial(on_rows, "contexts"))
-        self.rejects = ShardLog(root, "rejects", self.manifest, sink, index, partial(on_rows, "rejects"))
-        self.samples = ShardLog(root, "samples", self.manifest, sink, on_rows=partial(on_rows, "samples"))
+        self.contexts, self.rejects, self.samples = (
+            ShardLog(root, kind, self.manifest, sink, on_sealed, partial(on_rows, kind), self.epoch)
+            for kind, on_sealed in (("contexts", index), ("rejects", index), ("samples", None))
+        )
         self.samples.recover()
         tail = [*self.contexts.recover(), *self.rejects.recover()]
         self._completed.catch_up(self.manifest, root, [row_key(row) for row in tail])
-        self.journal = Journal(root / "journal.sqlite")
+        self.journal = Journal(self.epoch.database("journal.sqlite"))
         self._unsynced: list[bytes] = []
         """Keys of drafts with steps in the journal whose outcome is written, but not yet synced."""
         self._lock = Lock()
@@ -127,7 +136,7 @@ class RunLog:
 
     def claims(self) -> Claims:
         """The set by which the producer knows what is already completed, or read earlier in this run."""
-        claims = Claims(self._completed.path, self.root / "index" / "read.sqlite")
+        claims = Claims(self._completed.path, self.epoch.database("read.sqlite"))
         # An earlier run may have been killed between syncing these outcomes and dropping their steps.
         finished = claims.finished(self.journal.keys())
         if finished and self.manifest.open_retries:
@@ -172,12 +181,12 @@ class RunLog:
 
     def read_contexts(self, first_seq: int, end_seq: int) -> Iterator[dict[str, Any]]:
         """Rows of contexts from `first_seq` up to, but not including, `end_seq`."""
-        return _read_rows(self.root, self.manifest, "contexts", first_seq, end_seq)
+        return read_rows(self.root, self.manifest, "contexts", first_seq, end_seq)
 
     def read_sample_lines(self) -> Iterator[bytes]:
         """The samples in the log that retention has not removed, each as its line."""
         first = removed_rows(self.root)
-        return map(shards.line, _read_rows(self.root, self.manifest, "samples", first, self.samples.rows))
+        return map(shards.line, read_rows(self.root, self.manifest, "samples", first, self.samples.rows))
 
     def load_state(self) -> dict[str, Any] | None:
         """The assembly state saved last; None when there is none, or it is damaged."""
@@ -226,14 +235,16 @@ class RunLog:
 
         Raises:
             SinkError: A shard cannot be synced.
+            TakenOver: As all methods.
         """
-        failures = []
+        failures: list[SinkError | TakenOver] = []
         for part in (self.contexts, self.rejects, self.samples, self._completed):
             try:
                 part.close()
-            except SinkError as error:
+            except (SinkError, TakenOver) as error:
                 failures.append(error)
         self.journal.close()
+        self.manifest.close()
         if failures and not quietly:
             raise failures[0]
         for failure in failures:
@@ -253,6 +264,7 @@ class ShardLog:
         sink: Size of a shard, and compression.
         on_sealed: Called with each sealed shard and the keys of its rows, one after the other.
         on_rows: Called with the number of rows that readers may see, as `RunLog` describes.
+        epoch: As `RunLog`.
     """
 
     def __init__(
@@ -263,7 +275,9 @@ class ShardLog:
         sink: SinkSection,
         on_sealed: Callable[[SealedShard, bytes], None] | None = None,
         on_rows: Callable[[int], None] = lambda _rows: None,
+        epoch: Epoch | None = None,
     ) -> None:
+        self._epoch = epoch or Epoch(root)
         self._root = root
         self._kind = kind
         self._manifest = manifest
@@ -310,9 +324,12 @@ class ShardLog:
         if number != self._number + (self._shard is not None):
             return None
         path = self._path(number)
-        if path.exists():  # the earlier run was killed between the rename and the manifest's line
+        try:
+            shard = OpenShard(path, self._kind, self.rows, self._epoch, is_new=False)
+        except FileNotFoundError:  # the earlier run was killed between the rename and the manifest's line
+            self._epoch.check()
             path.rename(path.with_name(path.name + OPEN_SUFFIX))
-        shard = OpenShard(path, self._kind, self.rows)
+            shard = OpenShard(path, self._kind, self.rows, self._epoch, is_new=False)
         kept = shard.recover()
         if self._shard is not None and not kept:
             shard.close()
@@ -401,7 +418,7 @@ class ShardLog:
         if self._shard is not None and self._shard.bytes >= self._sink.shard_bytes:
             self._finish_shard()  # an earlier run was killed before it opened the next one
         if self._shard is None:
-            self._shard = OpenShard(self._path(self._number), self._kind, self.rows)
+            self._shard = OpenShard(self._path(self._number), self._kind, self.rows, self._epoch)
         room = self._sink.shard_bytes - self._shard.bytes
         lines: list[bytes] = []
         while room > 0 and len(lines) < len(records):
@@ -437,6 +454,7 @@ class ShardLog:
     def _drop(self, numbers: Sequence[int]) -> None:
         """Remove open shards whose rows were never synced, before new rows get their numbers."""
         for path in map(self._path, numbers):
+            self._epoch.check()
             path.with_name(path.name + OPEN_SUFFIX).unlink()
         sync_folder(self._root / self._kind)
 
@@ -450,40 +468,6 @@ def encode_row(seq: int, record: Record) -> bytes:
     body = orjson.dumps(record, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
     start = len(_NOT_SUPERSEDING) if body.startswith(_NOT_SUPERSEDING) else 1
     return b'{"seq":%d,%s' % (seq, body[start:])
-
-
-def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:
-    """The shards of a kind that hold rows from `first_seq` on, in order; the open one is the last."""
-    listed = manifest.of_kind(kind)
-    for shard in listed:
-        if shard.last_seq >= first_seq:
-            yield root / shard.path
-    # The rest: shards sealed since, one sealed by a run that was killed before it was listed, the open one.
-    known = {root / shard.path for shard in listed}
-    yield from sorted(path for path in (root / kind).glob("part-*") if path not in known)
-
-
-def _read_rows(
-    root: Path, manifest: Manifest, kind: str, first_seq: int, end_seq: int
-) -> Iterator[dict[str, Any]]:
-    """Rows from `first_seq` up to, but not including, `end_seq`, from sealed and open shards.
-
-    Raises:
-        SinkError: A shard is missing or damaged.
-    """
-    seq, tries = first_seq, 0
-    while seq < end_seq and tries < 3:
-        before = seq
-        with disk_errors(f"read {root / kind}"):
-            for path in shard_paths(root, manifest, kind, seq):
-                with suppress(FileNotFoundError):  # a different thread has just sealed it: look again
-                    for row in shards.rows(path):
-                        if row.get("seq") == seq < end_seq:
-                            yield row
-                            seq += 1
-        tries = 0 if seq > before else tries + 1
-    if seq < end_seq:
-        raise SinkError(f"row {seq} of {root / kind} cannot be read: run `streamsyn verify {root}`")
 
 
 def _counted(record: Record) -> dict[str, Any]:

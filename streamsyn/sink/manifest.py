@@ -3,6 +3,9 @@
 A `flush` line records that a stream of seeds ended after N contexts: there, contexts that still waited for
 distractors were assembled with what there was. So samples are a function of the log and of these lines.
 
+Each line names the epoch of its process (`streamsyn.sink.epoch`), where there is one. A line of an older
+epoch behind one of a newer epoch is ignored.
+
 A `retry` line records that rejects are to be asked again. It is open until the next final line.
 
 removed.json beside it has the number of samples that retention has removed: whole shards, the oldest first,
@@ -21,6 +24,7 @@ import orjson
 
 from streamsyn.errors import SinkError
 from streamsyn.io.durable import disk_errors, sync_folder, write_whole
+from streamsyn.sink.epoch import Epoch
 
 _REMOVED = "removed.json"
 _REMOVED_FORMAT = 1
@@ -72,12 +76,21 @@ class Retry:
 class Manifest:
     """The manifest of a run directory: read once, then appended to; each line is synced.
 
+    Args:
+        path: The file.
+        epoch: That of this process, to append; None only reads.
+
     Raises:
         SinkError: A line before the last one is invalid, or (all methods) the disk failed.
+        TakenOver: A newer process writes to it; what was appended is not in the manifest.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, epoch: Epoch | None = None) -> None:
         self._path = path
+        self._epoch = epoch or Epoch(path.parent)
+        self._newest_epoch = 0
+        """The epoch of the last line."""
+        self._file: int | None = None
         self._lock = threading.Lock()  # contexts and samples are sealed by different threads
         self.shards: list[SealedShard] = []
         self.flushes: list[int] = []
@@ -112,10 +125,16 @@ class Manifest:
         return self._path.stat().st_size - self.good_bytes if self._path.exists() else 0
 
     def cut_torn_line(self) -> None:
-        """Remove a torn last line, left by a kill."""
+        """Open the file to append, and remove a torn last line, left by a kill."""
         with disk_errors(f"cut the torn last line of {self._path}"):
-            if self.torn_bytes:
-                os.truncate(self._path, self.good_bytes)
+            self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._cut(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            os.close(file)
 
     def add_shard(self, shard: SealedShard) -> None:
         """Append the entry of a shard that has just been sealed."""
@@ -144,15 +163,29 @@ class Manifest:
             self._close(line)
 
     def _append(self, line: Any) -> None:
-        data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-        self.cut_torn_line()  # left by a disk that was full: no line may be joined to half a line
-        with disk_errors(f"write {self._path}"), self._path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        data = orjson.dumps(line)
+        if self._epoch.number:
+            data = b'%s,"epoch":%d}' % (data[:-1], self._epoch.number)
+        data += b"\n"
+        if self._file is None:
+            self.cut_torn_line()
+        assert self._file is not None, "opened"
+        with disk_errors(f"write {self._path}"):
+            self._cut(self._file)  # left by a disk that was full: no line may be joined to half a line
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._file, left) :]
+            os.fsync(self._file)
+            self._file = self._epoch.keep_name(self._file, self._path)
+        self._epoch.check()
         self.good_bytes += len(data)
         if self.on_line is not None:
             self.on_line(line)
+
+    def _cut(self, file: int) -> None:
+        self._epoch.check()
+        if os.fstat(file).st_size > self.good_bytes:
+            os.ftruncate(file, self.good_bytes)
 
     def _read(self) -> None:
         with self._path.open("rb") as file:
@@ -183,6 +216,10 @@ class Manifest:
         self.open_retries = []
 
     def _take(self, line: dict[str, Any]) -> None:
+        epoch = line.pop("epoch", 0)
+        if epoch < self._newest_epoch:
+            return
+        self._newest_epoch = epoch
         self.final = None
         if line.get("final"):
             self._close(line)

@@ -1,6 +1,7 @@
 """The run directory: its folders, its lock, and run.json with the configuration and fingerprint of the run.
 
-A directory has one writer at a time: whoever holds the lock of DIR/.lock, which names the process.
+A directory has one writer at a time: whoever holds the lock of DIR/.lock, which names the process. Where
+locks cannot be trusted, on a file system of several machines, the newest epoch decides (`sink/epoch.py`).
 """
 
 import fcntl
@@ -17,17 +18,20 @@ import orjson
 import streamsyn
 from streamsyn.config.fingerprint import differences
 from streamsyn.config.loading import Config, load
-from streamsyn.errors import ConfigError, DirectoryInUse
+from streamsyn.errors import ConfigError, DirectoryInUse, TakenOver
 from streamsyn.io.durable import make_folder, write_whole
-from streamsyn.sink.shards import KINDS
+from streamsyn.sink.epoch import claim
+from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
 
 FORMAT = 1
 _OURS = frozenset(
-    {*KINDS, "index", "spool", "templates", "training", "run.json", "manifest.jsonl", ".lock"}
+    {*KINDS, "index", "epochs", "spool", "templates", "training", "run.json", "manifest.jsonl", ".lock"}
     | {"service.json", "consumers.json"}  # the daemon's
 )
 _BESIDES = (".toml", ".j2", ".log", "lost+found")
 """Endings of what may lie in a directory before its run begins."""
+_GROWING = ("manifest.jsonl", "spool/*.jsonl", f"*/part-*{OPEN_SUFFIX}")
+"""Files that a writer of a run directory holds open."""
 LOCK_NAME = ".lock"
 """In a directory that one process at a time writes to."""
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
@@ -40,24 +44,47 @@ _NO_DEFAULTS: Mapping[str, Any] = {}
 class RunDirectory:
     """A run directory, created if necessary and locked against other writers until `close`.
 
+    Args:
+        root: The directory.
+        take_over: Do not wait for a process that holds the lock, and may be gone or alive: it stops.
+
+    Attributes:
+        epoch: That of this opening, the newest one.
+
     Raises:
         DirectoryInUse: A different process has it open.
+        TakenOver: A newer process has opened it meanwhile.
         ConfigError: It cannot be created.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, take_over: bool = False) -> None:
         self.root = root
+        self._lock: DirectoryLock | None = None
         _refuse_foreign(root)
         try:
             for folder in (*KINDS, "index"):
                 make_folder(root / folder)
-            self._lock = DirectoryLock(root)
+            try:
+                self._lock = DirectoryLock(root)
+            except (OSError, DirectoryInUse):
+                if not take_over:
+                    raise
+            self.epoch = claim(root, _GROWING, is_locked=self._lock is not None)
         except OSError as error:
+            self._unlock()
             raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
+        except TakenOver:
+            self._unlock()
+            raise
 
     def close(self) -> None:
         """Release the lock."""
-        self._lock.close()
+        self.epoch.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def check(
         self,
@@ -136,6 +163,7 @@ class RunDirectory:
         }
         if replaced:
             data["replaced"] = replaced
+        self.epoch.check()
         write_whole(self.root / "run.json", orjson.dumps(data, option=orjson.OPT_INDENT_2))
 
 

@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import orjson
 
 from streamsyn.io.durable import sync_folder
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.manifest import SealedShard
 
 KINDS = ("contexts", "rejects", "samples")
@@ -40,25 +42,36 @@ class OpenShard:
         path: The final name; the file has OPEN_SUFFIX behind it until `seal`.
         kind: One of KINDS.
         first_seq: The seq of its first row.
+        epoch: That of this process.
+        is_new: Whether the file is made where it does not exist.
 
     Raises (all methods):
         OSError: The disk failed.
+        TakenOver: A newer process writes to the run directory.
     """
 
-    def __init__(self, path: Path, kind: str, first_seq: int) -> None:
+    def __init__(self, path: Path, kind: str, first_seq: int, epoch: Epoch, *, is_new: bool = True) -> None:
         self.path = path
         self.open_path = path.with_name(path.name + OPEN_SUFFIX)
         self._kind = kind
         self._compression = "zstd" if path.suffix == ".zst" else "none"
         self._first_seq = first_seq
+        self._empty()
+        self._epoch = epoch
+        create = os.O_CREAT if is_new else 0
+        self._fd = os.open(self.open_path, os.O_RDWR | create | os.O_APPEND, 0o644)
+        self._writing = Lock()
+        """Held to write, and to replace the file."""
+        self._is_in_folder = False
+        """Whether the folder's entry for it is synced."""
+
+    def _empty(self) -> None:
+        """Begin with no rows."""
         self.rows = 0
         self.bytes = 0
         self._sha256 = hashlib.sha256()
         self._tokens = {"prompt": 0, "cached": 0, "completion": 0}
         self._models: set[str] = set()
-        self._fd = os.open(self.open_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._is_in_folder = False
-        """Whether the folder's entry for it is synced."""
 
     @property
     def next_seq(self) -> int:
@@ -67,13 +80,20 @@ class OpenShard:
 
     def recover(self) -> list[dict[str, Any]]:
         """Cut off a torn tail and resume behind it; returns the rows kept, without their long texts."""
-        good, kept = 0, []
-        for end, some in scan(self.open_path):
-            if [row.get("seq") for row in some] != list(range(self.next_seq, self.next_seq + len(some))):
+        while True:
+            self._empty()
+            good, kept = 0, []
+            for end, some in scan(self.open_path):
+                if [row.get("seq") for row in some] != list(range(self.next_seq, self.next_seq + len(some))):
+                    break
+                good = end
+                self._count(some)
+                kept += [{name: row.get(name) for name in ("seq", "seed_id", "draft", "key")} for row in some]
+            named = self._epoch.keep_name(self._fd, self.open_path)
+            if named == self._fd:  # otherwise it may not have been this file that was read
                 break
-            good = end
-            self._count(some)
-            kept += [{name: row.get(name) for name in ("seq", "seed_id", "draft", "key")} for row in some]
+            self._fd = named
+        self._epoch.check()
         os.ftruncate(self._fd, good)
         self.sync()  # the earlier run may have been killed before it synced what was read here
         self.bytes = good
@@ -89,14 +109,16 @@ class OpenShard:
             counted: Of each row, the token numbers and the model that the manifest adds up; may be empty.
         """
         data = encode(b"".join(lines), self._compression)
-        try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(self._fd, left) :]
-        except OSError:
-            with suppress(OSError):  # a torn tail that stays is cut by the next run
-                os.ftruncate(self._fd, self.bytes)
-            raise
+        self._epoch.check()
+        with self._writing:
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(self._fd, left) :]
+            except OSError:
+                with suppress(OSError):  # a torn tail that stays is cut by the next run
+                    os.ftruncate(self._fd, self.bytes)
+                raise
         self._sha256.update(data)
         self.bytes += len(data)
         self._count(counted)
@@ -105,19 +127,23 @@ class OpenShard:
         """Sync the file to disk. A different thread may append meanwhile."""
         if self._fd != _CLOSED:
             os.fsync(self._fd)
+            with self._writing:
+                self._fd = self._epoch.keep_name(self._fd, self.open_path)
+            self._epoch.check()
             if not self._is_in_folder:
                 sync_folder(self.path.parent)
                 self._is_in_folder = True
 
     def close(self) -> None:
         """Sync and close the file, which stays open to a later run under its present name."""
-        fd = self._fd
-        if fd == _CLOSED:
-            return
         try:
             self.sync()
         finally:
-            self._fd = _CLOSED  # the number may soon belong to a different file
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, _CLOSED  # the number may soon belong to a different file
+        if fd != _CLOSED:
             os.close(fd)
 
     def seal(self, root: Path) -> SealedShard:
@@ -135,8 +161,16 @@ class OpenShard:
             sealed_at=time.time(),
         )
         orjson.dumps(sealed)  # an entry that cannot be encoded fails here, while the shard is still open
-        self.close()
-        self.open_path.rename(self.path)
+        try:
+            self.sync()
+            this = os.fstat(self._fd)
+        finally:
+            self._close()
+        try:
+            self.open_path.rename(self.path)
+        except FileNotFoundError:  # an older process may just have done that
+            if not os.path.samestat(this, self.path.stat()):
+                raise
         sync_folder(self.path.parent)
         return sealed
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamsyn.errors import SinkError
+from streamsyn.io.durable import disk_errors
 from streamsyn.sink import shards
 from streamsyn.sink.manifest import Manifest, SealedShard, removed_rows
 from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
@@ -194,3 +196,39 @@ def holding_rejects(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
 def _rows_from(part: Part, first_seq: int) -> Iterator[dict[str, Any]]:
     if part.sealed is None or part.sealed.last_seq >= first_seq:
         yield from part.rows()
+
+
+def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -> Iterator[Path]:
+    """The shards of a kind that hold rows from `first_seq` on, in order; the open one is the last."""
+    listed = manifest.of_kind(kind)
+    for shard in listed:
+        if shard.last_seq >= first_seq:
+            yield root / shard.path
+    # The rest: shards sealed since, one sealed by a run that was killed before it was listed, the open one.
+    known = {root / shard.path for shard in listed}
+    found = {path for path in (root / kind).glob("part-*") if path not in known}
+    # If a shard has both names, the sealed one is what an older process left, too late (`epoch`).
+    yield from sorted(path for path in found if path.with_name(path.name + OPEN_SUFFIX) not in found)
+
+
+def read_rows(
+    root: Path, manifest: Manifest, kind: str, first_seq: int, end_seq: int
+) -> Iterator[dict[str, Any]]:
+    """Rows from `first_seq` up to, but not including, `end_seq`, from sealed and open shards.
+
+    Raises:
+        SinkError: A shard is missing or damaged.
+    """
+    seq, tries = first_seq, 0
+    while seq < end_seq and tries < 3:
+        before = seq
+        with disk_errors(f"read {root / kind}"):
+            for path in shard_paths(root, manifest, kind, seq):
+                with suppress(FileNotFoundError):  # a different thread has just sealed it: look again
+                    for row in shards.rows(path):
+                        if row.get("seq") == seq < end_seq:
+                            yield row
+                            seq += 1
+        tries = 0 if seq > before else tries + 1
+    if seq < end_seq:
+        raise SinkError(f"row {seq} of {root / kind} cannot be read: run `streamsyn verify {root}`")

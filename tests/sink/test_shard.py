@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from streamsyn.errors import SinkError
 from streamsyn.sink import shards
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.shards import OpenShard
@@ -29,7 +30,7 @@ def descriptors() -> int:
 def open_shard(tmp_path: Path) -> OpenShard:
     folder = tmp_path / "contexts"
     folder.mkdir()
-    return OpenShard(folder / "part-000000.jsonl", "contexts", 0)
+    return OpenShard(folder / "part-000000.jsonl", "contexts", 0, Epoch(tmp_path))
 
 
 @pytest.mark.parametrize("again", [OpenShard.close, OpenShard.sync])
