@@ -128,8 +128,13 @@ def texts_of(sample: Sample, log: Sequence[Passage]) -> list[str]:
     """Return the passages of a sample; those of the corpus are found by their text."""
     user = sample.messages[0]["content"]
     found = [log[seq].text for seq in sample.context_seqs if seq is not None]
-    foreign = [text for text in (corpus()[n].text for n in range(len(corpus()))) if text in user]
-    return found + list(dict.fromkeys(foreign))[: sample.context_seqs.count(None)]
+    of_corpus = {corpus()[n].text for n in range(len(corpus()))}
+    foreign = []
+    for text in sorted({*found, *of_corpus}, key=len, reverse=True):
+        if text in user:
+            foreign += [text] if text in of_corpus else []
+            user = user.replace(text, "")  # a shorter passage may be a part of it
+    return found + foreign[: sample.context_seqs.count(None)]
 
 
 @examples(120)
