@@ -5,7 +5,8 @@ ramps up and drains, and how long both take, comes from the same measurement:
 
     seconds = ramp + (N - drafts of ramp and drain) / drafts per second of the steady state + drain
 
-Fewer drafts than that are simulated once more, to the end.
+Fewer drafts than that are simulated once more, to the end. Of a large fleet a sample of servers can be
+simulated (`64xh100:sample=8`): servers are equal, so each takes as long for its part of the drafts.
 
 The fleet is simulated by the cost models of `simulator/costs.py`. The plan names assumptions and sources.
 """
@@ -40,6 +41,7 @@ _FILLED: Final = 0.95
 """Length of a simulated section, as a share of the longest one that is asked for."""
 _FORM: Final = re.compile(r"(?P<servers>[1-9]\d{0,4})x(?P<model>[^:]+)(?::(?P<settings>.*))?\Z", re.DOTALL)
 _EXAMPLE: Final = "64xh100, or 8xh100:words=1500,cache_tokens=0"
+_SAMPLE: Final = "sample"
 _SETTINGS: Final = (
     "words",
     "slots",
@@ -51,8 +53,9 @@ _SETTINGS: Final = (
     "cache_tokens",
     "context_tokens",
     "seed",
+    _SAMPLE,
 )
-"""Keys of `SimulatorConfig` that may be set."""
+"""Keys of `SimulatorConfig` that may be set, and the number of servers that are simulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +69,22 @@ class Assumption:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedFleet:
-    """Equal simulated servers, and what is assumed about them."""
+    """Equal simulated servers, and what is assumed about them; `sampled` of them are simulated."""
 
     servers: int
+    sampled: int
     config: SimulatorConfig
     assumptions: Sequence[Assumption]
 
     @property
     def urls(self) -> list[str]:
         """The URLs of the servers."""
-        return [f"http://{self.config.cost_model}-{number:03}:30000" for number in range(self.servers)]
+        return [f"http://{self.config.cost_model}-{number:03}:30000" for number in range(self.sampled)]
+
+    @property
+    def share(self) -> float:
+        """The share of the servers that is simulated."""
+        return self.sampled / self.servers
 
     def start(self) -> InProcessServers:
         """Return new servers in this process."""
@@ -99,6 +108,10 @@ def simulated_fleet(asked: str, recipe: RecipeSection | None) -> SimulatedFleet:
     if name not in costs.PRESETS:
         raise ConfigError(f"--simulate {asked}: no cost model {name!r}; choose {' or '.join(costs.PRESETS)}")
     given = _settings(asked, found["settings"])
+    servers = int(found["servers"])
+    sampled = given.pop(_SAMPLE, servers)
+    if not 1 <= sampled <= servers:
+        raise ConfigError(f"--simulate {asked}: {_SAMPLE} must be from 1 to {servers}, not {sampled}")
     words, length = _answer_length(recipe)
     if "words" in given:
         length = Assumption("length of an answer", f"{given['words']} simulated words", "--simulate")
@@ -116,7 +129,10 @@ def simulated_fleet(asked: str, recipe: RecipeSection | None) -> SimulatedFleet:
     others = ", ".join(f"{key} = {value}" for key, value in given.items() if key != "words")
     if others:
         assumptions.append(Assumption("settings of a server", others, "--simulate"))
-    return SimulatedFleet(int(found["servers"]), config, assumptions)
+    if sampled < servers:
+        value = f"{sampled} of {servers} servers are simulated, with their part of the contexts"
+        assumptions.append(Assumption("sample", value, "--simulate; what was measured is theirs"))
+    return SimulatedFleet(servers, sampled, config, assumptions)
 
 
 def _settings(asked: str, settings: str | None) -> dict[str, Any]:
@@ -264,6 +280,7 @@ def plan(
     drafts: int,
     assumptions: Sequence[Assumption],
     price: Price | None,
+    share: float = 1.0,
 ) -> Plan | None:
     """Return the plan for `drafts` drafts; None if the simulation was stopped.
 
@@ -273,7 +290,24 @@ def plan(
         drafts: Contexts to write for the seeds of the configuration.
         assumptions: What the simulation assumes.
         price: Price of a GPU hour, if known.
+        share: Share of the fleet's servers that is simulated.
     """
+    found = _of_simulated(asked, measured, max(1, round(share * drafts)), assumptions, price)
+    if found is None or share == 1:
+        return found
+    return replace(
+        found, drafts=drafts, gpus=round(found.gpus / share), drafts_per_s=found.drafts_per_s / share
+    )
+
+
+def _of_simulated(
+    asked: RunToMeasure,
+    measured: Measurement,
+    drafts: int,
+    assumptions: Sequence[Assumption],
+    price: Price | None,
+) -> Plan | None:
+    """Return the plan of the servers that are simulated."""
     if price is not None:
         value = f"${price.a_gpu_hour:.2f} a GPU hour"
         assumptions = [*assumptions, Assumption("price", value, price.source)]
@@ -290,8 +324,11 @@ def plan(
         measured = measure(replace(quiet, load=load))
     found = extrapolated(measured, drafts, price, assumptions)
     if found is None:
-        load = replace(asked.load, duration_s=None)
-        whole = measure(replace(quiet, once=True, load=load))
+        load, config = replace(asked.load, duration_s=None), asked.config
+        limit = math.ceil(drafts / config.recipe.contexts_per_seed)
+        seeds = config.seeds.model_copy(update={"limit": limit})
+        config = config.model_copy(update={"seeds": seeds})
+        whole = measure(replace(quiet, once=True, load=load, config=config))
         found = simulated_whole(whole, drafts, price, assumptions) if whole.is_complete else None
     return found
 

@@ -283,6 +283,8 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
             from streamsyn.bench.plan import simulated_fleet
 
             fleet = simulated_fleet(given["simulate"], None if given["replay"] else config.recipe)
+            if given["replay"] and fleet.share < 1:
+                raise ConfigError("--replay needs the whole fleet: leave out the sample of --simulate")
             config = resolve({**given, "server": fleet.urls, "seeds": _paths(config)}, None)
         to_measure = _to_measure(given, config, fleet, out)
         runs = _measured(given, to_measure)
@@ -293,7 +295,8 @@ def _benchmark(given: dict[str, Any], out: Path) -> "Benchmark":
         typical = benchmark.typical
         drafts = len(typical.drafts) if given["replay"] else _drafts(config)
         to_measure = replace(to_measure, load=typical.load)
-        return replace(benchmark, plan=plan(to_measure, typical, drafts, fleet.assumptions, price))
+        of_fleet = plan(to_measure, typical, drafts, fleet.assumptions, price, fleet.share)
+        return replace(benchmark, plan=of_fleet)
 
 
 def _paths(config: "Config") -> tuple[str, ...]:

@@ -137,9 +137,39 @@ def test_a_fleet_of_equal_servers_with_answers_as_long_as_the_recipe_asks() -> N
     assert (99, 0, 0.5) == (set_.words, set_.cache_tokens, set_.speed)
 
 
+@pytest.mark.parametrize("drafts", [400, 30])
+def test_a_sample_of_the_servers_stands_for_all(tmp_path: Path, drafts: int) -> None:
+    """A server takes as long for its part, whether extrapolated or simulated to the end."""
+    path = tmp_path / "seeds.jsonl"
+    rows = [{"instruction": f"What of {number}?", "answer": "It is."} for number in range(drafts)]
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    plans = []
+    for sample in (1, 2):
+        fleet = simulated_fleet(f"2xh100:slots=4,sample={sample}", RecipeSection(target_words=150))
+        settings = {
+            "seeds.sources": [{"path": str(path)}],
+            "fleet.servers": fleet.urls,
+            "recipe.target_words": 150,
+            "checks.max_repetition": 1.0,
+        }
+        config = load(None, settings.items())
+        asked = RunToMeasure(config=config, load=Load(), simulated=fleet.start, handles_signals=False)
+        assert sample == len(fleet.start().simulations)
+        plans.append(plan(asked, measure(asked), drafts, fleet.assumptions, None, fleet.share))
+
+    sampled, whole = plans
+    assert sampled is not None
+    assert whole is not None
+    assert (drafts, 2) == (sampled.drafts, sampled.gpus)
+    assert pytest.approx(whole.seconds, rel=0.1) == sampled.seconds
+    assert pytest.approx(whole.drafts_per_s, rel=0.1) == sampled.drafts_per_s
+    assert "1 of 2 servers are simulated" in "".join(one.value for one in sampled.assumptions)
+
+
 @in_turn(
     ("asked", "named"),
     [
+        ("2xh100:sample=3", "sample must be from 1 to 2, not 3"),
         ("3xfoo", "no cost model 'foo'; choose cpu or h100"),
         ("h100", "expected NUMBERxMODEL"),
         ("0xh100", "expected NUMBERxMODEL"),
