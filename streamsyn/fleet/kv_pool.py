@@ -84,23 +84,24 @@ class Footprint(NamedTuple):
         """Return the footprint of a request."""
         asked = request.sampling.get("max_tokens", request.sampling.get("max_completion_tokens"))
         max_tokens = asked if isinstance(asked, int) and asked > 0 else _UNKNOWN_TOKENS
-        lengths = [len(message["content"]) for message in request.messages]
-        roles = [message["role"] for message in request.messages]
-        chars = opening = sum(lengths)
-        if request.conversation_tokens and "assistant" in roles:
-            opening = sum(lengths[: roles.index("assistant")])
-        is_template = request.prefixes and roles[:1] == ["system"]
+        messages, before_answer, chars = request.messages, -1, 0
+        for message in messages:
+            if before_answer < 0 and message["role"] == "assistant":
+                before_answer = chars
+            chars += len(message["content"])
+        has_answers, tokens = before_answer >= 0, request.conversation_tokens
+        is_template = request.prefixes and messages[0]["role"] == "system"
         return cls(
             request.group,
             request.prefixes,
-            len(lengths),
+            len(messages),
             chars,
-            opening,
-            lengths[0] if is_template else 0,
-            request.conversation_tokens,
+            before_answer if tokens and has_answers else chars,
+            len(messages[0]["content"]) if is_template else 0,
+            tokens,
             (request.task, max_tokens),
             request.scored is not None,
-            "assistant" in roles,
+            has_answers,
         )
 
     @property
