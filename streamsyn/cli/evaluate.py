@@ -133,10 +133,14 @@ def _print(rows: "list[SuiteRow]", failed: int, *, as_json: bool) -> None:
     if as_json:
         structlog.get_logger().info("evaluate.done", rows=[asdict(row) for row in rows], failed=failed)
         return
-    click.echo(f"{'suite':13} {'part':22} {'questions':>9} {'score':>7}   95 % interval")
+    suite, part = (
+        max(map(len, names))
+        for names in zip(("suite", "part"), *((row.suite, row.part) for row in rows), strict=True)
+    )
+    click.echo(f"{'suite':{suite}}  {'part':{part}} {'questions':>9} {'score':>7}   95 % interval")
     for row in rows:
         click.echo(
-            f"{row.suite:13} {row.part:22} {row.questions:9,} {row.score:7.2f}"
+            f"{row.suite:{suite}}  {row.part:{part}} {row.questions:9,} {row.score:7.2f}"
             f"   {row.low:.2f} to {row.high:.2f}"
         )
     if failed:

@@ -214,7 +214,13 @@ class TrainSection(Section):
     """Test on questions in LongBench's format."""
     tests_every_steps: Annotated[Count | None, operational] = None
     """Optimizer steps between these two tests, which are slow because they generate. By default they run with
-    each evaluation."""
+    each evaluation; with `train.eval_servers`, only before the first step and at the end."""
+    eval_servers: Annotated[tuple[str, ...], operational] = ()
+    """URLs of SGLang servers that are asked the questions of these two tests while the training goes on. They
+    load each publication (`train.publish`) and must see OUT under the same path. A publication that comes
+    while they are still asked about an earlier one waits, and is skipped if another one follows."""
+    eval_wait_s: Annotated[FiniteSeconds, operational] = 600.0
+    """Maximum seconds that the end of a training waits for `train.eval_servers`."""
     trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], operational] = ()
     """Experiment trackers, by accelerate, that get the metrics besides OUT/metrics.jsonl."""
     publish: Annotated[PublishSection | None, operational] = None
@@ -230,6 +236,10 @@ class TrainSection(Section):
                 f'moments = "bf16" needs a second beta of at most {_MAX_BETA_BF16}, not {self.betas[1]}: the '
                 "changes of one step would be lost in rounding"
             )
+        if self.eval_servers and self.publish is None:
+            raise ValueError("eval_servers needs publish: the weights that the servers load")
+        if self.eval_servers and self.needles is None and self.longbench is None:
+            raise ValueError("eval_servers needs needles or longbench: the questions that are asked")
         return self
 
 

@@ -13,6 +13,7 @@ import structlog
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import StreamsynError, TrainingFailed
 from streamsyn.trainer.commands import Command, Publish, Ranks, Save, Step, Stop, Wait, WriteResult
+from streamsyn.trainer.evaluation.eval_servers import EvalServers
 from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
 from streamsyn.trainer.loop import Progress, Schedule
@@ -51,6 +52,7 @@ class Controller:
         metrics: Where steps and evaluations are recorded.
         evaluations: Decides what is evaluated.
         totals: Counts of earlier runs; continued here.
+        eval_servers: Servers whose results are recorded as they come.
 
     Attributes:
         stopped: Why the training stopped before the end of the stream; None if it did not.
@@ -67,6 +69,7 @@ class Controller:
         metrics: TrainingMetrics,
         evaluations: Evaluations,
         totals: Totals,
+        eval_servers: EvalServers | None = None,
     ) -> None:
         self._section = section
         self._ranks = ranks
@@ -77,6 +80,7 @@ class Controller:
         self._metrics = metrics
         self._evaluations = evaluations
         self._totals = totals
+        self._eval_servers = eval_servers
         self._began = self._saved = progress.step
         self._skipped = 0
         """Skipped steps in a row, up to the last step."""
@@ -104,6 +108,7 @@ class Controller:
                 yield from self._finish()
                 return
             self._store.settle(wait=False)
+            self.record_servers()
             try:
                 found = self._plans.get(_WAIT_S)
             except StreamsynError:
@@ -125,6 +130,15 @@ class Controller:
         yield from self._save_unsaved()
         self._store.settle()
         yield self._all(Stop())
+
+    def record_servers(self) -> None:
+        """Record the evaluations that servers have finished.
+
+        Raises:
+            SinkError: They cannot be written.
+        """
+        for one in self._eval_servers.results() if self._eval_servers is not None else ():
+            self._metrics.server_evaluation(one.step, one.found, self._progress.step)
 
     def record_end(self) -> dict[str, Any]:
         """Record in the metrics that this run ends, and return the line.

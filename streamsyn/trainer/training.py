@@ -18,6 +18,7 @@ from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError, SinkError, StreamsynError, TrainingFailed
 from streamsyn.trainer.commands import Ranks
 from streamsyn.trainer.controller import Controller, Totals
+from streamsyn.trainer.evaluation.eval_servers import EvalServers
 from streamsyn.trainer.evaluation.evaluations import Done, Evaluations, done_before, open_exam
 from streamsyn.trainer.evaluation.heldout import HeldOutSet, control_examples, row_tokens
 from streamsyn.trainer.examples import Example
@@ -240,8 +241,8 @@ def _lead(training: Training, loop: Loop, store: Store, info: Mapping[str, Any])
         def stop() -> None:
             loop.stop()
             plans.wake()
-            if publisher is not None:
-                publisher.servers.hurry()
+            for receiver in publisher.receivers if publisher is not None else ():
+                receiver.hurry()
 
         if publisher is not None:
             stack.enter_context(publisher.servers)
@@ -249,11 +250,13 @@ def _lead(training: Training, loop: Loop, store: Store, info: Mapping[str, Any])
         try:
             with stop_on_signals(stop), memory_errors_explained(section):
                 loop.run(controller.commands(lambda: loop.stopping))
-                if publisher is not None and controller.stopped is None:
-                    publisher.servers.finish()
+                if publisher is not None:
+                    publisher.finish(in_a_hurry=controller.stopped is not None)
+                controller.record_servers()
         except StreamsynError as error:
             controller.stopped = str(error)
             with suppress(SinkError):  # the first error is the one to report
+                controller.record_servers()
                 _finish(controller, section)
             raise
         code = _finish(controller, section)
@@ -293,7 +296,14 @@ def _open(
     metrics = TrainingMetrics(out, kept, info.get("task_losses"), mfu, track, balance)
     schedule = Schedule(section, info.get("schedule"))
     totals = Totals(**info.get("totals", {}))
-    controller = Controller(section, ranks, plans, progress, store, schedule, metrics, evaluations, totals)
+    servers = None
+    if section.eval_servers and training.publisher is not None and exam is not None:
+        questions = [one.for_servers() for one in exam.questions]
+        servers = stack.enter_context(EvalServers(section, config.fleet, questions, out))
+        training.publisher.receivers.append(servers)
+    controller = Controller(
+        section, ranks, plans, progress, store, schedule, metrics, evaluations, totals, servers
+    )
     return controller, plans
 
 

@@ -179,6 +179,18 @@ def _check_keys(section: TrainSection) -> None:
             )
     for url in section.publish.servers if section.publish is not None else ():
         base_url(url, "train.publish.servers")
+    _check_eval_servers(section)
+
+
+def _check_eval_servers(section: TrainSection) -> None:
+    writers = section.publish.servers if section.publish is not None else ()
+    others = {base_url(url, "train.publish.servers") for url in writers}
+    for given in section.eval_servers:
+        if (url := base_url(given, "train.eval_servers")) in others:
+            raise ConfigError(
+                f"train.eval_servers: {url} is in train.publish.servers, too: its weights would change while "
+                "it is asked; give it in one of the two"
+            )
 
 
 def _check_apart(out: Path, named: str, pattern: str) -> None:

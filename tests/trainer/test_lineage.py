@@ -133,6 +133,17 @@ def test_lines_after_a_checkpoint_are_cut_off(
     assert b"".join(kept) + b'{"step":9}\n' == path.read_bytes()
 
 
+def test_a_line_about_an_earlier_step_is_cut_off_by_when_it_was_written(tmp_path: Path) -> None:
+    """Servers answer about weights of step 2 while the training is at step 5."""
+    path = tmp_path / "metrics.jsonl"
+    written = [b'{"step":3}\n', b'{"step":5}\n', b'{"step":2,"at_step":5}\n']
+    path.write_bytes(b"".join(written))
+    StepLog(path, 5)
+    assert b"".join(written) == path.read_bytes()
+    StepLog(path, 4)
+    assert written[0] == path.read_bytes()
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """It names the file that cannot be written."""
     log = StepLog(tmp_path / "trained.jsonl", 0)

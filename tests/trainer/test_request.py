@@ -43,6 +43,7 @@ def test_a_valid_request_passes(folder: Path) -> None:
             needles.lengths = [4096]
             longbench.path = "other.jsonl"
             publish.servers = ["http://gpu-1:30000"]
+            eval_servers = ["http://gpu-2:30000"]
             [[train.mix]]
             path = "other.jsonl"
             weight = 1
@@ -90,6 +91,11 @@ def test_an_empty_out_is_refused(folder: Path) -> None:
     assert {"rows.jsonl", "model"} == {path.name for path in folder.iterdir()}
 
 
+ASKED = """publish = {{servers = ["http://gpu-1:30000"]}}
+needles = {{lengths = [512]}}
+eval_servers = ["{}"]"""
+
+
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
@@ -99,6 +105,13 @@ def test_an_empty_out_is_refused(folder: Path) -> None:
         ('longbench = {path = "none.jsonl"}', r"train\.longbench\.path: .*none\.jsonl"),
         ("seq_len = 4096\nneedles = {lengths = [512, 4097]}", r"train\.needles\.lengths: 4097 .* 4096"),
         ('publish = {servers = ["gpu-1:30000"]}', r"train\.publish\.servers: .*gpu-1:30000"),
+        (ASKED.format("gpu-2:30000"), r"train\.eval_servers: gpu-2:30000 is not a valid URL"),
+        (
+            ASKED.format("http://gpu-1:30000/v1"),
+            r"train\.eval_servers: http://gpu-1:30000 is in train\.publish",
+        ),
+        ('eval_servers = ["http://a"]\nneedles = {}', r"eval_servers needs publish: the weights"),
+        ('eval_servers = ["http://a"]\npublish = {}', r"eval_servers needs needles or longbench"),
     ],
 )
 def test_missing_paths_are_named_at_once(folder: Path, toml: str, message: str) -> None:

@@ -41,12 +41,19 @@ _BY_QUESTION: Final = frozenset({V2, MRCR, GRAPHWALKS})
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question with the model's answer; `error` says why there is none."""
+    """A question with the model's answer.
+
+    Attributes:
+        score: From 0 to 1.
+        error: Why there is no answer; None if there is one.
+        version: The weights that wrote it, as SGLang reports them.
+    """
 
     question: SuiteQuestion
     answer: str = ""
     score: float = 0.0
     error: str | None = None
+    version: str | None = None
 
     def row(self) -> dict[str, Any]:
         """As it is written to `--out`."""
@@ -193,7 +200,8 @@ class SuiteRun:
                 found = Answered(question, error=str(error))
             else:
                 answer = without_thought(completion.text)
-                found = Answered(question, answer, await asyncio.to_thread(question.rule, answer))
+                score = await asyncio.to_thread(question.rule, answer)
+                found = Answered(question, answer, score, version=completion.weight_version)
             await asyncio.to_thread(self.on_answer, found)
             self.answered.append(found)
 
@@ -204,7 +212,7 @@ class SuiteRun:
 
 
 def suite_table(answered: Sequence[Answered]) -> list[SuiteRow]:
-    """The rows of the table: the parts of each suite by name, then all of it.
+    """The rows of the table: the parts of each suite by name, the others that they count in, then all of it.
 
     All of a suite is the mean over its parts or over its questions, as it is published. Questions without an
     answer are left out.
@@ -214,9 +222,11 @@ def suite_table(answered: Sequence[Answered]) -> list[SuiteRow]:
     for suite in sorted({one.question.suite for one in scored}):
         # Sorted, so that intervals do not depend on the order in which answers came.
         some = sorted((one for one in scored if one.question.suite == suite), key=_order)
-        names = {one.question.part for one in some} | {one.question.also for one in some if one.question.also}
+        parts = {one.question.part for one in some}
+        others = {one.question.also for one in some} - {""}
         rows += [
             _row(suite, name, [one for one in some if name in (one.question.part, one.question.also)])
+            for names in (parts, others)
             for name in sorted(names, key=_in_numbers)
         ]
         rows.append(_row(suite, OVERALL, some))

@@ -5,6 +5,7 @@ losses and answers; rank 0 turns them into a line of metrics.jsonl and a file in
 
     evaluations   when what is due, the commands, and the metrics from the results
     heldout       held-out samples with and without contexts, and control data: rows, losses, chained changes
+    eval_servers  the same questions, asked of servers that load the published weights
     exam          questions, greedy decoding on all ranks, grading, metrics and OUT/answers
     longbench     questions from files in LongBench's format
 """

@@ -117,10 +117,12 @@ class Evaluations:
         """
         section = self._section
         always = last or step == 0
+        # Servers answer in between.
+        every = section.tests_every_steps or (None if section.eval_servers else section.eval_every_steps)
         examines = (
             self._exam is not None
             and self._done.examined != step
-            and (always or step % (section.tests_every_steps or section.eval_every_steps) == 0)
+            and (always or (every is not None and step % every == 0))
         )
         measures = self._done.measured != step and (
             always or examines or step % section.eval_every_steps == 0

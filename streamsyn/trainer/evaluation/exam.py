@@ -1,10 +1,9 @@
 """Questions that the tuned model answers during training: decoding, grading, metrics, and OUT/answers/."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TypeAlias
@@ -268,30 +267,15 @@ class Exam:
         Raises:
             SinkError: The file cannot be written.
         """
-        scores: list[float] = []
+        scores: list[float | None] = [None] * len(self.questions)
         lines = []
-        for question, tokens in zip(self.questions, answers, strict=False):
+        for number, (question, tokens) in enumerate(zip(self.questions, answers, strict=False)):
             text = self._chat.answer(tokens)
-            scores.append(question.score(text))
-            lines.append(_line(question, text, scores[-1]))
+            score = scores[number] = question.score(text)
+            lines.append(_line(question, text, score))
         self._write(step, b"".join(lines))
-        return self._metrics(scores)
-
-    def _metrics(self, scores: Sequence[float]) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        begin = 0
-        for exam, questions in groupby(self.questions, lambda question: question.exam):
-            parts: list[float] = []
-            whole = True
-            for part, some in groupby(questions, lambda question: question.part):
-                end = begin + sum(1 for _ in some)
-                if whole := end <= len(scores):
-                    metrics[part] = fmean(scores[begin:end])
-                    parts.append(metrics[part])
-                begin = end
-            if whole:
-                metrics[exam] = fmean(parts)
-        return metrics
+        graded = zip(self.questions, scores, strict=True)
+        return mean_scores((one.exam, one.part, score) for one, score in graded)
 
     def _write(self, step: int, data: bytes) -> None:
         try:
@@ -299,6 +283,25 @@ class Exam:
         except OSError as error:
             raise SinkError(f"cannot make {self._folder}: {error.strerror}") from error
         write_whole(self._folder / f"step-{step:07}.jsonl", data)
+
+
+def mean_scores(graded: Iterable[tuple[str, str, float | None]]) -> dict[str, float]:
+    """The mean score of each finished part, and the mean over the parts of each finished exam.
+
+    Args:
+        graded: Exam, part and score of each question; None as the score of one without an answer.
+    """
+    exams: dict[str, dict[str, list[float | None]]] = {}
+    for exam, part, score in graded:
+        exams.setdefault(exam, {}).setdefault(part, []).append(score)
+    found: dict[str, float] = {}
+    for exam, parts in exams.items():
+        known = {part: [score for score in scores if score is not None] for part, scores in parts.items()}
+        means = {part: fmean(some) for part, some in known.items() if len(some) == len(parts[part])}
+        found |= means
+        if len(means) == len(parts):
+            found[exam] = fmean(means.values())
+    return found
 
 
 def _line(question: Question, answer: str, score: float) -> bytes:

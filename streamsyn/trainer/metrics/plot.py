@@ -83,8 +83,13 @@ class Curves:
             self.skipped.append(step)
         self.last, self.end = line, None
 
-    def add_evaluation(self, line: dict[str, Any]) -> None:
-        """Add an evaluation. Needle scores are averaged over kinds, for each length."""
+    def add_evaluation(self, line: dict[str, Any], by: str = "") -> None:
+        """Add an evaluation. Needle scores are averaged over kinds, for each length.
+
+        Args:
+            line: The line of metrics.jsonl.
+            by: Appended to the names of scores: who answered.
+        """
         needles: dict[int, list[float]] = {}
         for key, value in line.items():
             if key in _LOSSES:
@@ -92,9 +97,9 @@ class Curves:
             elif found := _NEEDLE.fullmatch(key):
                 needles.setdefault(int(found[1]), []).append(value)
             elif key == "longbench":
-                self.scores.setdefault("LongBench", Line()).add(line["step"], value)
+                self.scores.setdefault(f"LongBench{by}", Line()).add(line["step"], value)
         for length, values in needles.items():
-            self.scores.setdefault(f"needles, {length:,} tokens", Line()).add(line["step"], fmean(values))
+            self.scores.setdefault(f"needles, {length:,} tokens{by}", Line()).add(line["step"], fmean(values))
 
     def _add_loss(self, name: str, step: int, mean: float, change: float) -> None:
         curve, before = self.losses.setdefault(name, Line()), self._anchors.get(name, 0.0)
@@ -120,6 +125,8 @@ def read_curves(out: Path) -> Curves:
                 curves.add_step(line, before_s)
             case "evaluation":
                 curves.add_evaluation(line)
+            case "server_evaluation":
+                curves.add_evaluation(line, ", servers")
             case "end":
                 curves.end = line
     if not curves.last and not curves.losses and not curves.scores:

@@ -16,7 +16,7 @@ import structlog
 from streamsyn.io.durable import write_whole
 from streamsyn.trainer.examples import Example, StepPlan
 from streamsyn.trainer.metrics.mfu import Balance, Mfu
-from streamsyn.trainer.metrics.step_log import StepLog
+from streamsyn.trainer.metrics.step_log import AT_STEP, StepLog
 
 log = structlog.get_logger()
 
@@ -135,6 +135,18 @@ class TrainingMetrics:
         self._write("evaluation", {"step": step, **found}, time.time())
         log.info("train.evaluation", step=step, **{name: _rounded(value) for name, value in found.items()})
 
+    def server_evaluation(self, step: int, found: Mapping[str, Any], now: int) -> None:
+        """Record what servers answered.
+
+        Args:
+            step: The step at which the weights were published.
+            found: The fields of the line.
+            now: The step of the training, by which the line is kept or cut off on resume.
+        """
+        self._write("server_evaluation", {"step": step, AT_STEP: now, **found}, time.time())
+        named = {name: _rounded(value) for name, value in found.items()}
+        log.info("train.server_evaluation", step=step, **named)
+
     def pause(self, kind: Pause, step: int, pause_s: float) -> None:
         """Record for how long a checkpoint or a publication has held up the training of all ranks."""
         self._pauses[kind].append(pause_s)
@@ -172,7 +184,7 @@ class TrainingMetrics:
     def _write(self, kind: str, line: dict[str, Any], at: float) -> None:
         self._metrics.append({"kind": kind, **line, "at": at})
         if self._track is not None:
-            self._track(kind, line, line["step"])
+            self._track(kind, line, line.get(AT_STEP, line["step"]))  # trackers want rising steps
 
 
 class TaskLosses:

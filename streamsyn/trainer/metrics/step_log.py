@@ -10,6 +10,9 @@ import orjson
 
 from streamsyn.errors import SinkError
 
+AT_STEP = "at_step"
+"""The field of a line about an earlier `step`: the step of the training when it was written."""
+
 
 class StepLog:
     """Appends lines to a file.
@@ -86,6 +89,7 @@ def _cut(path: Path, step: int) -> None:
 
 def _is_kept(line: bytes, step: int) -> bool:
     try:
-        return bool(orjson.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
+        found = orjson.loads(line)
+        return bool(found.get(AT_STEP, found["step"]) <= step)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False

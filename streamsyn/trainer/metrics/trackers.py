@@ -30,11 +30,12 @@ _PROJECT = "streamsyn"
 _PREFIX = {
     "step": "train",
     "evaluation": "eval",
+    "server_evaluation": "eval_servers",
     "checkpoint": "checkpoint",
     "publication": "publication",
     "end": "end",
 }
-_NOT_FIGURES = frozenset({"step", "at"})
+_NOT_FIGURES = frozenset({"step", "at", "at_step"})
 _REPORTED: Final = ("step", "loss", "rate", "grad_norm", "examples", "tokens")
 _NONE_DONE: Final = -1
 

@@ -11,10 +11,10 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import structlog
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +42,28 @@ _RESUME_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses between attempts to resume a server: while it stays paused, it holds up all its clients."""
 
 
+class Receiver(Protocol):
+    """Does something with publications, in its own time."""
+
+    @property
+    def in_use(self) -> set[Path]:
+        """Folders that must not be removed yet."""
+
+    def offer(self, folder: Path) -> None:
+        """Take up a publication. Returns at once."""
+
+    def hurry(self) -> None:
+        """Make `finish` return soon. Safe in a signal handler."""
+
+    def finish(self) -> None:
+        """Wait until the last publication has been dealt with, within a limit."""
+
+
+def step_of(folder: Path) -> int:
+    """The step of a publication."""
+    return int(folder.name.rpartition("_")[2])
+
+
 class Publisher:
     """Writes weights and has servers load them. Every rank has one to gather the weights; rank 0 does the
     rest.
@@ -55,6 +77,7 @@ class Publisher:
 
     Attributes:
         servers: The servers to update; a context manager, to be entered on rank 0 before `publish`.
+        receivers: All that publications are offered to, `servers` among them.
 
     Raises:
         ConfigError: A server's URL is invalid, or its API key is not in the environment.
@@ -73,6 +96,7 @@ class Publisher:
         self._tokenizer = tokenizer
         self._rank = rank
         self.servers = Servers(section, fleet)
+        self.receivers: list[Receiver] = [self.servers]
 
     def publish(self, placed: Placed, step: int) -> None:
         """Write the weights after `step` and have servers load them. All ranks must call it.
@@ -90,14 +114,23 @@ class Publisher:
             return
         log.info("train.weights", step=step, path=str(target))
         self._prune(step)
-        self.servers.offer(target)
+        for receiver in self.receivers:
+            receiver.offer(target)
+
+    def finish(self, *, in_a_hurry: bool) -> None:
+        """Wait for all receivers, on rank 0."""
+        for receiver in self.receivers:
+            if in_a_hurry:
+                receiver.hurry()
+            receiver.finish()
 
     def _prune(self, newest: int) -> None:
         found = [*self._root.glob("step_*")]
         # The rest was left by a kill, or is of steps that are made again after a restart.
         whole = {int(named[1]): one for one in found if (named := _NAME.fullmatch(one.name))}
         kept = sorted(step for step in whole if step <= newest)[-self._keep :]
-        gone = {*found} - {whole[step] for step in kept} - self.servers.in_use
+        in_use = {folder for receiver in self.receivers for folder in receiver.in_use}
+        gone = {*found} - {whole[step] for step in kept} - in_use
         for folder in sorted(gone, key=lambda folder: not folder.suffix):  # what a kill left comes first
             try:
                 remove(folder)
@@ -123,7 +156,7 @@ class Servers:
     ) -> None:
         self._section = section
         self._fleet = fleet
-        self._headers = _headers(section, fleet, environ)
+        self._headers = server_headers(section.servers, "train.publish.servers", fleet, environ)
         self._tls = tls_context(fleet) if self._headers else None
         self._servers: list[ServerWeights] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -192,14 +225,24 @@ class Servers:
             self._ready.set()
 
 
-def _headers(
-    section: PublishSection, fleet: FleetSection, environ: Mapping[str, str]
+def server_headers(
+    urls: Iterable[str], key: str, fleet: FleetSection, environ: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    """The HTTP headers for each server, by URL: with the API key that the server has in `fleet.servers`."""
+    """The HTTP headers for each server, by URL: with the API key that the server has in `fleet.servers`.
+
+    Args:
+        urls: The servers.
+        key: The key of the configuration that lists them, for messages.
+        fleet: The section `fleet`.
+        environ: Where the API keys are.
+
+    Raises:
+        ConfigError: A URL is invalid, or an API key is not in the environment.
+    """
     known = {spec.url: spec for spec in server_specs(fleet)} if fleet.servers else {}
     headers = {}
-    for given in section.servers:
-        url, userinfo = base_url(given, "train.publish.servers"), split_userinfo(given).userinfo
+    for given in urls:
+        url, userinfo = base_url(given, key), split_userinfo(given).userinfo
         spec = known.get(url, ServerSpec(url)) if userinfo is None else ServerSpec(url, userinfo=userinfo)
         headers[url] = headers_of(spec, environ)
     return headers
@@ -253,15 +296,16 @@ class ServerWeights:
             self._changed.clear()
             while self._wanted is not None:
                 self._loading, self._wanted = self._wanted, None
-                await self._update(self._loading)
+                await self.load(self._loading)
                 self._loading = None
             if self._ending:
                 return
 
-    async def _update(self, folder: Path) -> None:
+    async def load(self, folder: Path) -> bool:
+        """Have the server load these weights now. Returns whether it has; if not, why is logged."""
         mode, timeout_s = self._section.pause, self._section.timeout_s
         clock = asyncio.get_running_loop().time
-        began, version, is_paused = clock(), folder.name, False
+        began, version, is_paused, is_loaded = clock(), folder.name, False, False
         try:
             async with asyncio.timeout(timeout_s) as self._deadline:
                 await weight_update.pause(self._transport, self._url, mode, timeout_s)
@@ -275,9 +319,11 @@ class ServerWeights:
         except StreamsynError as error:
             self._log_failed(version, str(error))
         else:
+            is_loaded = True
             log.info("train.published", server=self._url, version=version, seconds=round(clock() - began, 1))
         self._deadline = None
         await self._resume(tries=len(_RESUME_PAUSES_S) if is_paused else 1)
+        return is_loaded
 
     def _log_failed(self, version: str, why: str) -> None:
         log.warning("train.not_published", server=self._url, version=version, error=why)
