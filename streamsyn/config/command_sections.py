@@ -173,7 +173,7 @@ class TrainSection(Section):
     samples apart, which is checked and logged at the start."""
     sequence_parallel: Annotated[Literal[1, 2, 4, 8], operational] = 1
     """Number of ranks that share each row, so that rows may be that much longer. It has to divide the number
-    of ranks and the model's attention heads."""
+    of ranks. Attention heads that it does not divide are filled up with heads of zeros."""
     gradient_checkpointing: Annotated[bool | Literal["auto", "selective"], operational] = "auto"
     """Recompute activations in the backward pass instead of keeping them, to save memory. `auto` does so from
     `train.seq_len` = 8192 on; `selective` recomputes all but the results of attention."""

@@ -6,8 +6,9 @@ A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "
 negative for a signal. Rank i says its lines to `said` + i. An `argv` that begins with `by-hand` runs
 `by_hand.main` on the rest in place of a command.
 
-`kill` is `{"rank": i, "at": [[event, part], ...]}`. Each is an audit event of rank 0 whose first argument
-has `part` in it; when all have come, one after the other, rank i is killed before the last of them is done.
+`kill` is `{"ranks": [i, ...], "at": [[event, part], ...], "after": n}`. Each is an audit event of rank 0
+whose first argument has `part` in it; when all have come, one after the other, and `after` (0 by default)
+events of any kind after them, these ranks are killed before the last event is done.
 """
 
 import json
@@ -29,14 +30,21 @@ PATIENCE_S = 60
 """A rank that runs for longer hangs: it is ended."""
 
 
-def watch(victim: int, awaited: list[list[str]]) -> None:
-    """Kill a process when all that is awaited has come about in this one."""
+def watch(victims: list[int], awaited: list[list[str]], after: int) -> None:
+    """Kill processes when all that is awaited has come about in this one, and `after` more events."""
+    left = after + 1
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
         if awaited and event == awaited[0][0] and awaited[0][1] in str(arguments[0]):
             del awaited[0]
-            if not awaited:
-                os.kill(victim, signal.SIGKILL)
+        if not awaited and victims:
+            left -= 1
+            if left == 0:
+                killed = sorted(victims, key=os.getpid().__eq__)  # this one last
+                victims.clear()
+                for one in killed:
+                    os.kill(one, signal.SIGKILL)
 
     sys.addaudithook(audit)
 
@@ -55,7 +63,7 @@ def train(task: dict[str, Any]) -> list[int]:
             if task["sharded"]:
                 shard(task["sharded"])
             if rank == 0 and kill is not None:
-                watch(pids.get(kill["rank"], os.getpid()), kill["at"])
+                watch([pids.get(one, os.getpid()) for one in kill["ranks"]], kill["at"], kill.get("after", 0))
             argv = [one.replace("{rank}", str(rank)) for one in task["argv"]]
             told: dict[str, object] = {
                 "argv": argv,

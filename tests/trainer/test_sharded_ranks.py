@@ -1,11 +1,6 @@
-"""Several ranks save while they train: one that cannot write, kills in the middle of a save, and a different
-number of ranks afterwards.
-"""
+"""Several ranks save while they train: one that cannot write, and a different number of ranks afterwards."""
 
-import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +8,6 @@ from tests.trainer import tiny
 from tests.trainer.conftest import lines
 from tests.trainer.rank_runs import Ranks, said
 from tests.trainer.sharding import Kind
-from tests.trainer.test_command import result
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -51,43 +45,3 @@ def test_a_checkpoint_of_two_ranks_is_read_by_others_bit_for_bit(ranks: Ranks, t
         for part, before in saved.items():
             assert tiny.furthest(before, tiny.saved(newest(out), part)) == 0
     assert 3 == len(saved["optimizer"]) / (len(saved["model"]))
-
-
-KILLS = {
-    "rank 0 before the names of all": (0, [["open", "step-0000004.tmp/state/.metadata"]]),
-    "the last rank while rank 0 writes": (-1, [["open", "step-0000004.tmp/state/__0_0"]]),
-}
-
-
-@pytest.mark.crash
-@pytest.mark.parametrize(
-    ("world", "others", "kill"),
-    [
-        (1, 2, "rank 0 before the names of all"),
-        (2, 4, "the last rank while rank 0 writes"),
-        pytest.param(2, 1, "rank 0 before the names of all", marks=pytest.mark.torture),
-        (4, 1, "the last rank while rank 0 writes"),
-        pytest.param(4, 2, "rank 0 before the names of all", marks=pytest.mark.torture),
-    ],
-)
-def test_a_kill_in_the_middle_of_a_save_changes_nothing(
-    ranks: Ranks, tmp_path: Path, world: int, others: int, kill: str
-) -> None:
-    """The same number of ranks ends with the weights of an undisturbed training bit for bit, and a different
-    number with the same up to rounding."""
-    kind: Kind | None = "fsdp2" if world > 1 else None
-    keys: dict[str, Any] = {"rows_per_step": 4, "save_every_steps": 2}
-    whole = ranks.done(world, tmp_path / "whole", sharded=kind, **keys)
-    out, copied = tmp_path / "out", tmp_path / "copied"
-    victim, at = KILLS[kill]
-    codes = ranks.run(world, out, {"rank": range(world)[victim], "at": at}, sharded=kind, **keys)
-
-    assert -signal.SIGKILL == codes[victim], said(out)
-    assert 0 not in codes
-    assert newest(out).name in {"step-0000002", "step-0000004"}
-    shutil.copytree(out, copied)
-    ranks.done(world, out, sharded=kind, **keys)
-    ranks.done(others, copied, sharded="fsdp2" if others > 1 else None, **keys)
-    assert tiny.furthest(result(whole), result(out)) == 0
-    assert tiny.furthest(tiny.saved(newest(whole), "optimizer"), tiny.saved(newest(out), "optimizer")) == 0
-    assert tiny.furthest(result(whole), result(copied)) < 1e-5

@@ -205,7 +205,7 @@ def test_a_kill_of_a_rank_leaves_whole_weights(ranks: Ranks, tmp_path: Path, mom
     out, root = tmp_path / "out", tmp_path / "out/weights"
     rank, at, whole, newest = KILLS[moment]
     keys: dict[str, Any] = {"publish": publishing(keep=1), "save_every_steps": 3}
-    codes = ranks.run(2, out, {"rank": rank, "at": at}, **keys)
+    codes = ranks.run(2, out, {"ranks": [rank], "at": at}, **keys)
 
     assert -signal.SIGKILL == codes[rank], said(out)
     assert codes[1 - rank] > 0, said(out)

@@ -5,7 +5,7 @@ Under FSDP2 each rank holds a shard of every weight and moment; names are always
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -123,8 +123,7 @@ def place(
     model.train()
     _freeze_towers(model)
     head = LossHead(model, offload(section, accelerator.device))
-    if section.compile:
-        compile_layers(model)
+    layers = layers_of(model)
     if accelerator.is_fsdp2:
         _name_layers(model, accelerator)
     optimizer: Any = make_optimizer(model, section)
@@ -140,6 +139,8 @@ def place(
     if packs:  # else the model's own attention sees a part of the row, which the check refuses
         sequence.wrap_attention(plain.config.get_text_config()._attn_implementation)  # noqa: SLF001
     check_sequence_parallel(prepared, plain, sequence, accelerator.device, half=half)
+    if section.compile:  # not before the checks: their rows would use up the graphs that torch allows
+        compile_layers(layers)
     return Placed(accelerator, prepared, plain, optimizer, dtype, sequence, packs)
 
 
@@ -190,15 +191,19 @@ def _part_of(name: str) -> str:
     return layer[0] if layer else re.split(r"\.(?:base_layer|lora_\w+)\.|\.\w+$", name)[0]
 
 
-def compile_layers(model: Any, backend: Any = "inductor") -> None:
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The layers of a model of transformers or peft, before FSDP2 shards it and renames their classes."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def compile_layers(layers: Iterable[torch.nn.Module], backend: Any = "inductor") -> None:
     """Compile each layer in place, as accelerate's regional compilation does: equal layers share graphs.
 
     Wrappers, hooks and names of weights stay as they are. Attention by `segments` is left out of the graph.
     """
-    names = getattr(model, "_no_split_modules", None) or ()
-    for module in model.modules():
-        if type(module).__name__ in names:
-            module.compile(backend=backend)
+    for layer in layers:
+        layer.compile(backend=backend)
 
 
 def _freeze_towers(model: Any) -> None:

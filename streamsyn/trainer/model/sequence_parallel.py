@@ -10,13 +10,13 @@ on wrong states. `check_sequence_parallel` refuses what is known to, and compare
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from math import gcd
 from typing import Any, Self
 
 import numpy
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from streamsyn.errors import ConfigError
@@ -97,34 +97,42 @@ class SequenceGroup:
         if self.degree == 1:
             return
         registered: Any = AttentionInterface()[name]
-        attend: Callable[..., Any] = getattr(registered, "__wrapped__", registered)
+        attend: Callable[..., Any] = getattr(registered, "unshared", registered)
 
-        @wraps(attend)
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def shared(
             module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
         ) -> tuple[torch.Tensor, None]:
             if not more.pop("is_shared", False):
                 whole: tuple[torch.Tensor, None] = attend(module, query, key, value, mask, **more)
                 return whole
-            self._check_heads(query.shape[_HEADS], more)
-            repeats = self.degree // gcd(key.shape[_HEADS], self.degree)
-            if repeats > 1:  # key heads that cannot be divided; groups of query heads stay consecutive
-                key, value = (one.repeat_interleave(repeats, _HEADS) for one in (key, value))
-            query, key, value = (self._exchange(one, _HEADS, _TOKENS) for one in (query, key, value))
+            for given in ("s_aux", "position_bias"):
+                if more.get(given) is not None:
+                    raise ConfigError(
+                        f"{KEY}: the model's attention has {given}, which cannot be divided; use 1"
+                    )
+            heads = query.shape[_HEADS]
+            divisible = self._with_divisible_heads(query, key, value)
+            query, key, value = (self._exchange(one, _HEADS, _TOKENS) for one in divisible)
             out = attend(module, query, key, value, mask, **more)[0]
-            return self._exchange(out.transpose(1, 2), _TOKENS, _HEADS).transpose(1, 2), None
+            return self._exchange(out.transpose(1, 2), _TOKENS, _HEADS).transpose(1, 2)[:, :, :heads], None
 
+        shared.unshared = attend
         AttentionInterface.register(name, shared)
 
-    def _check_heads(self, heads: int, more: dict[str, Any]) -> None:
-        if heads % self.degree:
-            raise ConfigError(
-                f"{KEY}: {heads} attention heads cannot be divided among {self.degree} ranks; use a degree "
-                f"that divides {heads}"
-            )
-        for name in ("s_aux", "position_bias"):
-            if more.get(name) is not None:
-                raise ConfigError(f"{KEY}: the model's attention has {name}, which cannot be divided; use 1")
+    def _with_divisible_heads(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Repeat key heads, and add heads of zeros behind the others, until the degree divides all."""
+        heads, key_heads = query.shape[_HEADS], key.shape[_HEADS]
+        missing = -heads % self.degree
+        # Groups of query heads stay consecutive; with heads of zeros, each query head has a key head.
+        repeats = heads // key_heads if missing else self.degree // gcd(key_heads, self.degree)
+        if repeats > 1:
+            key, value = (one.repeat_interleave(repeats, _HEADS) for one in (key, value))
+        if missing == 0:
+            return query, key, value
+        return tuple(pad(one, (0, 0, 0, 0, 0, missing)) for one in (query, key, value))
 
     def _exchange(self, values: torch.Tensor, give: int, take: int) -> torch.Tensor:
         out: torch.Tensor = _Exchange.apply(values, give, take, self._group)  # type: ignore[no-untyped-call]
