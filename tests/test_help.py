@@ -42,7 +42,8 @@ def parse(example: str) -> list[str]:
 def test_the_examples_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the directories that they name; nothing is run."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "first").mkdir(parents=True)
+    for run in ("first", "second"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
     found = examples_of(name)
 
     assert 2 <= len(found) <= 3, found

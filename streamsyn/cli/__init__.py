@@ -9,6 +9,7 @@
     deploy                            submit a Slurm job: servers, and a run that asks them
     retry, score                      ask rejects again; measure contexts beside the log
     export, report, verify, status    read a run directory
+    merge                             makes one of several
     bench, evaluate                   measure the throughput of a fleet on this workload, and its model
     init, config, simulate            write or print a configuration; serve the simulator
 

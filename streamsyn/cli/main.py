@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "evaluate": "Ask servers the questions of published suites, and print scores with 95 % intervals.",
     "export": "Assemble the contexts of a run into a data set with a dataset card.",
     "init": "Write a short commented configuration to PATH (run.toml).",
+    "merge": "Merge finished runs into one run directory.",
     "preview": "Print what would be sent for the first seeds (3, or --limit).",
     "report": "Write one HTML page about a run: whether it is fit for training, statistics, samples to read.",
     "retry": "Ask the rejects of a run again, with the settings of the run or with changed ones.",

@@ -24,5 +24,5 @@ With partitions, `coordinators` runs one process of this flow for each of them.
 
 Beside the flow: `preview` renders requests without sending them and estimates what a run would take,
 `status` shows what one is doing, and `verify` checks a run directory; `verify_joined` all
-partitions of one.
+partitions of one. `merge` makes one run of several.
 """
