@@ -25,7 +25,7 @@ def example(length: int, number: int = 0, answer: int = 1) -> Example:
     return Example(Key("run", 0, number), f"row-{number}", "qa", tokens, length - answer)
 
 
-class Lengths:
+class Lengths(Rendering):
     """Rendering: the number of tokens is in the row; more than `seq_len` is over-long."""
 
     def __init__(self, seq_len: int) -> None:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from streamsyn.errors import ConfigError
 from streamsyn.trainer.examples import Changed, Dropped, Example, Key
+from streamsyn.trainer.stream.shortening import around_instruction, common_ends, cut_between
 
 _NAMES = 0xF0000
 """First of the private characters that stand for special tokens in the copy, one for each."""
@@ -132,7 +133,10 @@ def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
 _GENERATION_TAG = "generation"
 """A Jinja tag that transformers adds and plain Jinja does not know."""
 MIN_PROMPT_TOKENS = 16
-"""An over-long sample is dropped if truncation would leave fewer prompt tokens than this."""
+"""An over-long sample is dropped if its prompt would have fewer tokens than this, or half as many between
+those that are never cut."""
+_SEAM = 8
+"""Characters at either end of a context that are not cut: a token may belong to it and to what is next."""
 
 _PROBE_ANSWERS = ("Because.", " Because", "\n\nBecause it is\n", "3", "\u00e9t\u00e9", "(so)", "\t-")
 _PROBE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -144,8 +148,8 @@ class Renderer:
     Args:
         tokenizer: The tokenizer of the model to tune, with a chat template.
         seq_len: Maximum tokens of an example.
-        overlong: What happens to longer samples: `drop`, or `truncate`, which removes tokens from the middle
-            of the prompt and never from the answer.
+        overlong: What happens to longer samples: `drop`, or `truncate`, which removes tokens of the prompt
+            and never of the answer: see `shortening`.
 
     Raises:
         ConfigError: The tokenizer has no chat template, or one that cannot be trained on.
@@ -179,6 +183,28 @@ class Renderer:
                 one if isinstance(one, Dropped) else self._example(row, key, one, tokens.get(id(one)))
                 for (row, key), one in zip(rows, texts, strict=True)
             ]
+
+    def render_around(self, row: dict[str, Any], key: Key, context: str) -> Example | Dropped:
+        """Make the example of a row with only as much of its context as fits. Slow: call it in a thread.
+
+        Args:
+            row: A row with the context in its first message, once.
+            key: Its key.
+            context: The only text that may be cut.
+        """
+        first, *others = row["messages"]
+        content = first["content"].replace(context, context[:_SEAM] + context[-_SEAM:], 1)
+        bare = self.render_batch([({**row, "messages": [{**first, "content": content}, *others]}, key)])[0]
+        if isinstance(bare, Dropped):
+            return bare
+        if bare.cut:
+            return Dropped("overlong", "its instruction and answer alone are longer than a row")
+        with self._lock:
+            text = self._texts(row)
+            if isinstance(text, Dropped):
+                return text
+            tokens = None if text.spells else self._encode_both([text])[0]
+            return self._example(row, key, text, tokens, bare.tokens[: bare.loss_from].tolist())
 
     def _learn_ending(self) -> None:
         """Find out how the template ends an answer, and check that a small conversation can be trained on."""
@@ -269,8 +295,14 @@ class Renderer:
         return ids
 
     def _example(
-        self, row: dict[str, Any], key: Key, text: "Rendered", encoded: tuple[list[int], list[int]] | None
+        self,
+        row: dict[str, Any],
+        key: Key,
+        text: "Rendered",
+        encoded: tuple[list[int], list[int]] | None,
+        bare: list[int] | None = None,
     ) -> Example | Dropped:
+        """The example of a row; of one that is too long, what it has in common with `bare` is not cut."""
         try:
             prompt, whole = encoded or map(self.spelled.encode, (text.prompt, text.whole))
             tokens = self._split(text, prompt, whole)
@@ -278,24 +310,37 @@ class Renderer:
             return Dropped("special_tokens", str(error))
         except Unrenderable as error:
             return Dropped("template", str(error))
-        loss_from, answer = len(prompt), len(tokens) - len(prompt)
-        cut = len(tokens) > self._seq_len
-        if cut:
-            room = self._seq_len - answer
-            if self._overlong == "drop" or room < MIN_PROMPT_TOKENS:
-                return Dropped("overlong", f"{len(tokens)} tokens, {answer} of them the answer")
-            loss_from, tail = room, room - room // 2
-            tokens = prompt[: room // 2] + prompt[-tail:] + tokens[len(prompt) :]
+        answer, too_long = tokens[len(prompt) :], len(tokens) > self._seq_len
+        kept: list[int] | None = prompt
+        if too_long:
+            kept = None if self._overlong == "drop" else self._cut(row, prompt, answer, bare)
+        if kept is None:
+            return Dropped("overlong", f"{len(tokens)} tokens, {len(answer)} of them the answer")
         named, task = row.get("id"), row.get("task")
         return Example(
             key=key,
             id=named if isinstance(named, str) else f"{key.source}:{key.seq}",
             task=task if isinstance(task, str) else key.source,
-            tokens=numpy.array(tokens, dtype=numpy.int32),
-            loss_from=loss_from,
+            tokens=numpy.array(kept + answer, dtype=numpy.int32),
+            loss_from=len(kept),
             changed=text.changed,
-            cut=cut,
+            cut=too_long,
         )
+
+    def _cut(
+        self, row: dict[str, Any], prompt: list[int], answer: list[int], bare: list[int] | None
+    ) -> list[int] | None:
+        """As much of a prompt as there is room for beside its answer; None if that is too little."""
+        room = self._seq_len - len(answer)
+        instruction = row.get("instruction")
+        asked = self._encode([instruction])[0] if isinstance(instruction, str) else []
+        if bare is not None:
+            head, tail = common_ends(prompt, bare)
+        else:
+            head, tail = around_instruction(prompt, asked, room // 4)
+        if room < MIN_PROMPT_TOKENS or room - head - tail < MIN_PROMPT_TOKENS // 2:
+            return None
+        return cut_between(prompt, head, tail, room, answer[:-1] + asked)
 
     def _split(self, text: "Rendered", prompt: list[int], whole: list[int]) -> list[int]:
         """The tokens of prompt, answer and stop token; they begin with exactly the tokens of `prompt`."""

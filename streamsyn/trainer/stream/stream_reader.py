@@ -53,6 +53,15 @@ class Rendering(Protocol):
         """For each row its example, or the reason why there is none. Blocks."""
         ...
 
+    def render_around(
+        self,
+        row: dict[str, Any],
+        key: Key,
+        context: str,  # noqa: ARG002 - renderings that cut nothing need not look at it
+    ) -> Example | Dropped:
+        """The example of a row with only as much of `context`, which is in its first message, as fits."""
+        return self.render_batch([(row, key)])[0]
+
 
 class HeldOutChoice:
     """The held-out samples to evaluate: about as many of each task, those with the smallest hashes of their
@@ -274,7 +283,8 @@ class StreamReader:
         texts = None if seqs is None else source.contexts(row, seqs)
         if texts is None:
             return made
-        shorter = shortened(row, key, texts, lambda *one: self._renderer.render_batch([one])[0])
+        render = self._renderer
+        shorter = shortened(row, key, texts, lambda *one: render.render_batch([one])[0], render.render_around)
         return made if shorter is None else shorter
 
     def _hold_out(self, row: dict[str, Any], made: Example | Dropped) -> Made:
