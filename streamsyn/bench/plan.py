@@ -35,7 +35,7 @@ _SIMULATED_TOKENS_A_WORD: Final = 1.773
 _WARM_UP_DRAFTS, _WINDOW_DRAFTS = 2.0, 4.0
 """Warm-up and window of a plan, in median durations of a draft: drafts of many steps all begin with short
 prompts. A measurement that is clearly shorter is repeated."""
-_LONG_ENOUGH: Final = 0.75
+_LONG_ENOUGH: Final = 2 / 3
 """Share of them that is enough: a measurement knows requests, and a draft also waits for its place."""
 _FILLED: Final = 0.95
 """Length of a simulated section, as a share of the longest one that is asked for."""
