@@ -63,7 +63,8 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     from streamsyn.trainer.loop import Loop, Progress
     from streamsyn.trainer.model.loss import denominator, target_weights
     from streamsyn.trainer.model.placed import place, start_accelerator
-    from streamsyn.trainer.model.pretrained import model_dtype, read_model
+    from streamsyn.trainer.model.pretrained import model_dtype, read_model, read_tokenizer
+    from streamsyn.trainer.saving.store import Store
 
     per_step, gpu = plan["per_step"], plan["gpu"]
     section = TrainSection.model_validate(
@@ -82,8 +83,9 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
     if attention == "sdpa":
         model.set_attn_implementation("sdpa")
     placed = place(model, section, accelerator, model_dtype(str(folder)))
-    store: Any = None  # no checkpoint is written
-    loop = Loop(placed, Ranks(0, 1), section, 0, store, Progress())
+    ranks = Ranks(0, 1)
+    store = Store(folder / "ours", section, read_tokenizer(str(folder), None), ranks)  # nothing is saved
+    loop = Loop(placed, ranks, section, 0, store, Progress())
     losses: list[float] = []
     times: list[float] = []
 

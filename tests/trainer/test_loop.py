@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.train import gpu_cases, prepare
+from benchmarks.train_sides import ours
 from streamsyn.errors import SinkError
 from streamsyn.trainer.commands import Step
 from streamsyn.trainer.examples import End, Idle, StepPlan
@@ -18,7 +20,7 @@ from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.saving.checkpoint import Checkpoints
 from tests.builders import disk_full_beyond
 from tests.trainer import tiny
-from tests.trainer.by_hand import plans, section, train, weights
+from tests.trainer.by_hand import fresh, plans, section, train, weights
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -54,6 +56,17 @@ def test_a_training_equals_a_plain_loop(tmp_path: Path) -> None:
     assert STEPS == loop.progress.step
     expected = {name: one.detach() for name, one in plain.named_parameters()}
     assert tiny.furthest(expected, weights(placed)) < 1e-5
+
+
+def test_the_benchmark_beside_trl_runs_the_loop(tmp_path: Path) -> None:
+    """The dry form of its script for GPUs: all steps, and a loss that falls."""
+    case = next(case for case in gpu_cases(dry=True) if case.curve)
+    plan = prepare(tmp_path, case)
+    with fresh():
+        losses, times = ours(tmp_path, plan, "segments")
+
+    assert [case.steps] * 2 == [len(losses), len(times)]
+    assert losses[-1] < losses[0]
 
 
 def test_the_number_of_passes_does_not_matter(tmp_path: Path) -> None:

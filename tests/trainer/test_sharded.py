@@ -5,6 +5,7 @@
 import threading
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from streamsyn.errors import SinkError
 from streamsyn.trainer.commands import Ranks
 from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.saving import result as result_module
+from streamsyn.trainer.saving import store as store_module
 from streamsyn.trainer.saving.checkpoint import Checkpoints
 from streamsyn.trainer.saving.result import write_result
 from streamsyn.trainer.saving.sharded import _share
@@ -101,6 +103,23 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
     store.restore(placed, found)
     assert tiny.furthest(before[0], weights(placed)) == 0
     assert tiny.furthest(before[1], moments(placed)) == 0
+
+
+def test_a_save_takes_until_it_is_on_disk(
+    placed: Placed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not until the training asks for it, which may be a long step later."""
+    store, clock, written = store_in(tmp_path), [0.0], threading.Event()
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    store.save(placed, 2)
+    assert store._pending is not None
+    store._pending.future.add_done_callback(lambda _: written.set())
+    written.wait()
+    clock[0] = 80.0
+    with capture_logs() as logged:
+        store.settle()
+
+    assert [0.0] == [one["took_s"] for one in logged]
 
 
 def test_a_save_waits_for_the_one_before(placed: Placed, tmp_path: Path, held_back: threading.Event) -> None:

@@ -25,13 +25,19 @@ log = structlog.get_logger()
 _RESULT = "model"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pending:
     """A checkpoint that is being written."""
 
     step: int
     future: Future[Any]
     began: float
+    ended: float | None = None
+    """When the last file was on disk, which may be a long step before it is asked for."""
+
+    def note_end(self, _: object) -> None:
+        """Note that it is done. Called in the thread that writes it."""
+        self.ended = time.monotonic()
 
 
 class Store:
@@ -80,8 +86,10 @@ class Store:
         """
         self.settle()
         info = {"step": step, "streamsyn": streamsyn.__version__, "torch": torch.__version__, **self.noted}
+        began = time.monotonic()
         future = self._saver.start(placed, info, self.stream)
-        self._pending = _Pending(step, future, time.monotonic())
+        self._pending = _Pending(step, future, began)
+        future.add_done_callback(self._pending.note_end)
 
     def settle(self, *, wait: bool = True) -> None:
         """Wait for the checkpoint that is being written, if there is one. Without `wait`, only see whether
@@ -102,7 +110,8 @@ class Store:
         if error is not None:
             self._checkpoints.discard(pending.step)
             raise save_error(error, self._checkpoints, pending.step) from error
-        log.info("train.saved", step=pending.step, took_s=round(time.monotonic() - pending.began, 2))
+        ended = time.monotonic() if pending.ended is None else pending.ended
+        log.info("train.saved", step=pending.step, took_s=round(ended - pending.began, 2))
 
     def write_result(self, placed: Placed) -> None:
         """Write OUT/model.
