@@ -98,6 +98,13 @@ def _assembly_options(command: Any) -> Any:
     metavar="N",
     help="Processes for a large log; the files are the same with any number.  [default: number of cores]",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Have the nodes of this Ray cluster read and sign the contexts; without ADDRESS, of the one here.",
+)
 @click.option("--license", "license_", metavar="ID", help="License to state in the dataset card.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export. Other files stay.")
 @click.option("--log-json", is_flag=True, help="Log one JSON object a line to stderr.")
@@ -147,6 +154,7 @@ def export(directory: Path, **given: Any) -> None:
         flush=given["flush"],
         license=given["license_"],
         workers=workers,
+        ray=given["ray"],
         on_progress=log_progress,
     )
     for line in closing_lines(directory, export_run(request)):

@@ -4,4 +4,5 @@ Modules:
     replica: One server on its node or nodes: the actor that Ray places.
     placing: Keeps as many servers alive as there is work for, and lists those that are.
     scaling: The rule for how many that are.
+    spread: Work on the shards of a log, by Ray Data.
 """

@@ -59,7 +59,7 @@ async def placed(section: ClusterSection, *, waits: bool = True) -> AsyncIterato
     least, most = section.replicas, section.max_replicas
     if most is not None and most < least:
         raise ConfigError(f"cluster.max_replicas = {most} is less than cluster.replicas = {least}")
-    async with in_threads(_connected(section.address or "auto")), background() as tasks:
+    async with in_threads(connected(section.address or "auto")), background() as tasks:
         servers = Servers(section, tasks)
         try:
             servers.begin()
@@ -71,7 +71,7 @@ async def placed(section: ClusterSection, *, waits: bool = True) -> AsyncIterato
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[None]:
+def connected(address: str) -> Iterator[None]:
     """Connect this process to the cluster, unless it is: then leave it so at the end."""
     if ray.is_initialized():
         yield

@@ -38,6 +38,7 @@ class ExportRequest:
         flush: Of an unfinished run, also make samples of the contexts that still wait for distractors.
         workers: Processes that choose samples and sign contexts, besides this one; 1: this one does it. The
             rows are the same. They import the main module: a script needs `if __name__ == "__main__"`.
+        ray: Address of a Ray cluster whose nodes sign contexts, in place of `workers`; the rows are the same.
         license: Licence identifier for the card.
         on_progress: Called every few seconds.
     """
@@ -58,6 +59,7 @@ class ExportRequest:
     flush: bool = False
     license: str | None = None
     workers: int = 1
+    ray: str | None = None
     on_progress: Callable[["ExportSummary"], None] = lambda _: None
 
     def check(self) -> None:

@@ -3,8 +3,8 @@ rows of an export: a sample, and the scores of its relevant context.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,16 +14,17 @@ import pyarrow
 
 from streamsyn.assembly.assembler import Arrangement
 from streamsyn.assembly.resources import AssemblyResources, with_templates
-from streamsyn.assembly.window import Passage
+from streamsyn.assembly.window import Passage, give_signatures
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
 from streamsyn.export.choosing import BATCH, Choosing, ContextLog, Ended, chosen_elsewhere, waiting
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.records import Sample
-from streamsyn.sink.partitions import read_partitions, run_directories
+from streamsyn.shingles import Signature, signature
+from streamsyn.sink.partitions import in_turn, read_partitions, run_directories
 from streamsyn.sink.rundir import read_run_json, saved_config
-from streamsyn.sink.snapshot import Snapshot, holding_rejects
+from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
 
 Row: TypeAlias = dict[str, Any]
 
@@ -80,14 +81,31 @@ def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
+def _cluster(address: str | None) -> AbstractContextManager[None]:
+    """A connection to a Ray cluster, if there is to be one."""
+    if address is None:
+        return nullcontext()
+    try:
+        from streamsyn.cluster.placing import connected
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise ConfigError("--ray needs Ray: pip install 'streamsyn[ray]'") from error
+    return connected(address)
+
+
 SMALL_BYTES = 64 * 2**20
 """Size of the contexts below which an export uses one process."""
 
 
 @contextmanager
 def open_log(request: ExportRequest, summary: ExportSummary) -> Iterator["LogReader"]:
-    """Open the log of a run; its templates are in temporary files until the block ends."""
-    with TemporaryDirectory() as folder:
+    """Open the log of a run; its templates are in temporary files until the block ends.
+
+    Raises:
+        ConfigError: As LogReader; or Ray is not installed, or there is no such cluster.
+    """
+    with TemporaryDirectory() as folder, _cluster(request.ray):
         yield LogReader(request, summary, Path(folder))
 
 
@@ -152,7 +170,9 @@ class LogReader:
             section = self.config.assembly.model_copy(update={"epoch": epoch})
             resources = self._resources if epoch == first else AssemblyResources(section)
             self._is_first_epoch = epoch == first
-            if self._request.workers == 1 or is_small:
+            if self._request.ray is not None:
+                chosen = self._chosen_here(resources, self._signed_on_cluster)
+            elif self._request.workers == 1 or is_small:
                 chosen = self._chosen_here(resources)
             else:
                 chosen = self._chosen_elsewhere(resources, section)
@@ -181,13 +201,31 @@ class LogReader:
             self.contexts_by_model[str(row.get("model"))] += 1
         self._fields[row["seq"]] = context_fields(row)
 
-    def _chosen_here(self, resources: AssemblyResources) -> Iterator[Arrangement]:
+    def _signed_on_cluster(self) -> Iterator[Signature]:
+        """Yield the signatures of all contexts, in the order of the log."""
+        from streamsyn.cluster.spread import sign_shards
+
+        def signed(parts: Sequence[Part]) -> Iterator[Signature]:
+            yield from sign_shards([part.root / part.path for part in parts if part.sealed is not None])
+            for part in parts:
+                if part.sealed is None:  # a node may see it without its last rows, or with more
+                    yield from (signature(row["context"]) for row in part.rows())
+
+        return (one for _, one in in_turn([*map(signed, self._log.partitions)], self._log.ends))
+
+    def _chosen_here(
+        self, resources: AssemblyResources, signed: Callable[[], Iterator[Signature]] | None = None
+    ) -> Iterator[Arrangement]:
+        """Yield the samples, chosen in this process; `signed` yields the signatures of all contexts."""
         assembler = resources.assembler(self.config.run.seed)
+        signatures = signed() if signed is not None and assembler.needs_signatures else None
 
         def passages() -> Iterator[Passage]:
             rows = self._log.rows()
             while batch := list(islice(rows, BATCH)):
                 prepared = [*map(Passage.of_row, batch)]
+                if signatures is not None:
+                    give_signatures(prepared, list(islice(signatures, len(prepared))))
                 assembler.prepare(prepared)
                 _drop_below(assembler.window_start, self._fields)
                 for row, passage in zip(batch, prepared, strict=True):

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from structlog.testing import capture_logs
 import streamsyn
 from streamsyn.config.command_sections import ClusterSection
 from streamsyn.errors import ConfigError, LaunchError, root_cause
+from streamsyn.export.export_request import ExportRequest
+from streamsyn.export.export_run import export
 from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.sink.partitions import begin_partitions
 from tests.builders import rows
+from tests.export.support import make_run, scored, tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
 
@@ -161,3 +165,36 @@ async def test_no_cluster_at_the_address() -> None:
     with pytest.raises(ConfigError, match=r"cluster.address: no Ray cluster at 127.0.0.1:1\b"):
         async with placed(ClusterSection(address="127.0.0.1:1", model="m")):
             pytest.fail("there is one")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data warns of its own defaults
+def test_an_export_is_spread_over_the_nodes(
+    raylets: Raylets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They sign the sealed shards of all partitions: the same bytes as without them."""
+    from streamsyn.cluster import spread
+
+    partitions = begin_partitions(tmp_path / "run", 2)
+    make_run(partitions.directories[0], [scored(n) for n in range(60)], max_similarity=0.5)
+    others = [scored(n, context=f"{n} " * 30) for n in range(60, 90)]
+    make_run(partitions.directories[1], others, to_the_end=False, max_similarity=0.5)
+    signed: list[int] = []
+    table = spread.sign_shards
+
+    def counted(paths: Sequence[Path]) -> Iterator[Any]:
+        for one in table(paths):
+            signed.append(len(paths))
+            yield one
+
+    monkeypatch.setattr(spread, "sign_shards", counted)
+    alone = export(ExportRequest(root=tmp_path / "run", to=str(tmp_path / "alone")))
+    spread_out = export(
+        ExportRequest(root=tmp_path / "run", to=str(tmp_path / "spread"), ray=raylets.address)
+    )
+
+    assert 0 < alone.samples == spread_out.samples
+    assert tree(tmp_path / "alone") == tree(tmp_path / "spread")
+    assert 60 == len(signed), "those of the open shard are signed here"
+    assert any(number > 1 for number in signed)
+    with pytest.raises(ConfigError, match="no Ray cluster at"):
+        export(ExportRequest(root=tmp_path / "run", to=str(tmp_path / "none"), ray="127.0.0.1:1"))
