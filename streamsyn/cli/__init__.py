@@ -7,6 +7,7 @@
     run, preview, train, demo         write contexts and samples; tune a model on them
     serve                             the daemon: many runs over one fleet
     deploy                            submit a Slurm job: servers, and a run that asks them
+    submit                            a run on a Ray cluster, which survives its node
     retry, score                      ask rejects again; measure contexts beside the log
     export, report, verify, status    read a run directory
     merge                             makes one of several

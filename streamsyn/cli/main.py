@@ -33,6 +33,7 @@ _COMMANDS: Final = {
     "serve": "Hold many runs over one fleet, and serve them over HTTP: seeds in, samples out.",
     "simulate": "Serve a simulated SGLang on CPU: its wire protocol, without a model.",
     "status": "Print what a run or a daemon is doing, or how a run ended.",
+    "submit": "Start a run on a Ray cluster; when its node dies, it is resumed on another one.",
     "train": "Tune a model on samples while they are written.",
     "verify": "Check every guarantee of a run directory by reading all of it.",
 }
@@ -92,7 +93,7 @@ cli.commands = _Commands()  # type: ignore[assignment] # of which click only rea
 
 def main() -> None:
     """Run the command line. Expected errors are printed as one line, without a traceback."""
-    if sys.argv[1:2] in (["run"], ["retry"], ["demo"], ["train"]):
+    if sys.argv[1:2] in (["run"], ["retry"], ["demo"], ["train"], ["submit"]):
         on_signals(stop_early)  # until the run sets its own handlers
         if "--tethered" in sys.argv:
             for number in (signal.SIGINT, signal.SIGHUP):  # they come from the terminal, to the run too

@@ -182,7 +182,7 @@ class Servers:
                     was_ready = True
                     why = await self._until_dead(name, ranks, announced)
             except (LaunchError, RayError) as error:
-                why = _one_line(error)
+                why = one_line(error)
             failures = 0 if was_ready else failures + 1
             log.warning("cluster.server_lost", name=name, because=why, was_ready=was_ready)
             if failures >= _MOST_STARTS:
@@ -294,7 +294,7 @@ async def _first_end(ranks: Sequence[Any]) -> str:
     return why
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return what happened: of an error in an actor, its own text without the traceback."""
     cause = getattr(error, "cause", None) or error
     return str(cause).strip().partition("\n")[0]
