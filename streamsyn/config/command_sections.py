@@ -146,6 +146,9 @@ class TrainSection(Section):
     loss: Literal["sequence", "token", "longwriter"] = "sequence"
     """Normalization of the loss: `sequence` weighs each sample equally (LongAlign, eq. 4), `token` each
     token, `longwriter` as LongWriter's code does."""
+    token_loss_steps: CountOrZero = 0
+    """Optimizer steps at the beginning with the loss of `token`, whatever `train.loss` is after them: long
+    answers first teach the form, then each sample counts the same."""
     learning_rate: Positive = 2e-5
     """Peak learning rate."""
     weight_decay: NotNegative = 0.0

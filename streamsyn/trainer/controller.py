@@ -18,7 +18,7 @@ from streamsyn.trainer.evaluation.evaluations import Evaluations
 from streamsyn.trainer.examples import End, StepPlan
 from streamsyn.trainer.loop import Progress, Schedule
 from streamsyn.trainer.metrics.record import TrainingMetrics
-from streamsyn.trainer.model.loss import denominator, target_weights
+from streamsyn.trainer.model.loss import LossKind, denominator, target_weights
 from streamsyn.trainer.saving.store import Store
 from streamsyn.trainer.stream.planner import PlanQueue
 
@@ -184,12 +184,13 @@ class Controller:
         if not rate and not self._warned_zero_rate:
             self._warned_zero_rate = True
             log.warning("train.rate_is_zero", step=step, why="train.total_steps have been made")
-        yield self._step_commands(plan, rate)
+        kind = self._kind
+        yield self._step_commands(plan, kind, rate)
         self._totals.examples += plan.count
         self._totals.tokens += plan.tokens
         self._totals.target_tokens += plan.target_tokens
         self._skipped = self._skipped + 1 if self._progress.skipped > skipped else 0
-        self._record(plan, rate)
+        self._record(plan, kind, rate)
         self._check_diverged()
         self._store.stream = plan.state
         yield from self._publish()
@@ -205,20 +206,26 @@ class Controller:
         known += [] if limit is None else [limit - self._progress.step]
         return min(known, default=None)
 
-    def _denominator(self, plan: StepPlan) -> float:
+    @property
+    def _kind(self) -> LossKind:
+        """The kind of loss of the step that comes next."""
+        section = self._section
+        return "token" if self._progress.step < section.token_loss_steps else section.loss
+
+    def _denominator(self, plan: StepPlan, kind: LossKind) -> float:
         """The divisor of a step's loss.
 
-        Steps hold different numbers of samples, depending on their lengths. With `train.loss = "sequence"`,
-        samples weigh the same in all of them: their losses are divided by the number that is usual.
+        Steps hold different numbers of samples and of targets, as the samples of each are alike in length.
+        Samples (`sequence`) or targets (`token`) weigh the same in all of them: losses are divided by the
+        number that is usual.
         """
-        if self._section.loss == "sequence" and plan.usual_count is not None:
-            return plan.usual_count
-        return denominator(plan.rows, self._section.loss)
+        usual = {"sequence": plan.usual_count, "token": plan.usual_targets}.get(kind)
+        return denominator(plan.rows, kind) if usual is None else usual
 
-    def _step_commands(self, plan: StepPlan, rate: float) -> list[Command]:
+    def _step_commands(self, plan: StepPlan, kind: LossKind, rate: float) -> list[Command]:
         """A `Step` for each rank: row i is for group i % groups."""
-        kind, groups = self._section.loss, self._ranks.groups
-        whole = self._denominator(plan)
+        groups = self._ranks.groups
+        whole = self._denominator(plan, kind)
         weights = [target_weights(row, kind) for row in plan.rows]
         return self._ranks.for_ranks(
             [
@@ -227,11 +234,11 @@ class Controller:
             ]
         )
 
-    def _record(self, plan: StepPlan, rate: float) -> None:
+    def _record(self, plan: StepPlan, kind: LossKind, rate: float) -> None:
         progress, stream = self._progress, self._plans.statistics
         line = {
             "step": progress.step,
-            "loss": progress.loss * self._denominator(plan) / denominator(plan.rows, self._section.loss),
+            "loss": progress.loss * self._denominator(plan, kind) / denominator(plan.rows, kind),
             "rate": rate,
             "fill": plan.fill,
             "grad_norm": progress.grad_norm,

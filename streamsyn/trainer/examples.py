@@ -139,6 +139,7 @@ class StepPlan:
         flushed: Whether the plan was made because the stream has ended or paused, with rows not full.
         fill: Tokens compared with those of full steps, at most 1; always 1 unless `flushed`.
         usual_count: Mean number of examples of full steps; None if `flushed`.
+        usual_targets: Mean number of tokens with loss of full steps; None if `flushed`, or not known.
     """
 
     rows: tuple[PackedRow, ...]
@@ -147,6 +148,7 @@ class StepPlan:
     flushed: bool = False
     fill: float = 1.0
     usual_count: float | None = None
+    usual_targets: float | None = None
 
     def examples(self) -> Iterator[Example]:
         """All examples, row by row."""

@@ -156,6 +156,32 @@ def test_samples_weigh_the_same_in_steps_of_few_and_of_many(tmp_path: Path) -> N
     assert pytest.approx(own["grad_norm"] / 2, rel=1e-4) == usual_one["grad_norm"]
 
 
+@pytest.mark.parametrize("given", [{"loss": "token"}, {"loss": "sequence", "token_loss_steps": 1}])
+def test_tokens_weigh_the_same_in_steps_of_few_and_of_many(tmp_path: Path, given: dict[str, Any]) -> None:
+    """With twice as many targets in a usual step, a step has half the gradient of its mean loss."""
+    first = step_of(plans(1)[0])
+    for name, usual in (("own", None), ("usual", 2.0 * first.target_tokens)):
+        plan = replace(first, usual_targets=usual, usual_count=1.0)
+        train(tmp_path / name, section(**given), [plan, End({})])
+    [own], [usual_one] = lines(tmp_path / "own"), lines(tmp_path / "usual")
+
+    assert pytest.approx(own["loss"]) == usual_one["loss"]
+    assert pytest.approx(own["grad_norm"] / 2, rel=1e-4) == usual_one["grad_norm"]
+
+
+def test_the_first_steps_weigh_tokens_and_later_ones_samples(tmp_path: Path) -> None:
+    """The same plan has the loss of `token` in the first steps, and then that of the section."""
+    first = step_of(plans(1)[0])
+    found = {}
+    for name, given in (("both", {"token_loss_steps": 2}), ("token", {"loss": "token"}), ("samples", {})):
+        moves = [replace(first, state={"position": at}) for at in range(4)]
+        train(tmp_path / name, section(learning_rate=1e-12, **given), [*moves, End({})])
+        found[name] = [line["loss"] for line in lines(tmp_path / name)]
+
+    assert pytest.approx(found["token"][:2] + found["samples"][2:]) == found["both"]
+    assert found["token"][0] != pytest.approx(found["samples"][0], rel=1e-3)
+
+
 def test_the_rate_falls_before_the_limit(tmp_path: Path) -> None:
     """Over the last `decay_steps` of `max_steps`; the saved schedule is open again for a higher limit."""
     settings = section(warmup_steps=0, decay_steps=3, max_steps=4)

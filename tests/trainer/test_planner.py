@@ -180,6 +180,7 @@ def test_how_full_a_step_is() -> None:
     assert [False, False, True, True, True] == [step.flushed for step in steps]
     assert pytest.approx([1, 1, 90 / 180, 20 / 180, 20 / 180]) == [step.fill for step in steps]
     assert [2.0, 2.0, None, None, None] == [step.usual_count for step in steps]
+    assert [2.0, 2.0, None, None, None] == [step.usual_targets for step in steps], "one target each"
 
 
 def test_how_full_the_first_step_is() -> None:

@@ -167,6 +167,9 @@ class Planner:
             flushed,
             fill=min(1.0, tokens / usual) if flushed else 1.0,
             usual_count=None if flushed else usual * counts["examples"] / counts["tokens"],
+            usual_targets=usual * counts["targets"] / counts["tokens"]
+            if counts["targets"] and not flushed
+            else None,
         )
 
     def _usual_tokens(self) -> float:

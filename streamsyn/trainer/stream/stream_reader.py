@@ -138,7 +138,8 @@ class StreamReader:
         if len(self._sources) <= len(self._mix):
             raise ConfigError("train.mix: the same path is given twice; give it once, with a higher weight")
         self.counts: Counter[str] = Counter(state["counts"])
-        """Rows `read`, rows `held_out`, and `examples` with their `tokens`: everything returned so far."""
+        """Everything returned so far: rows `read`, rows `held_out`, and `examples` with their `tokens` and
+        `targets`."""
         self.dropped: Counter[str] = Counter(state["dropped"])
         """Rows that cannot be trained on, by reason."""
         self.template_changes: Counter[str] = Counter(state.get("changed", {}))
@@ -234,6 +235,8 @@ class StreamReader:
         self.counts["read"] += 1
         match made:
             case Example() as example:
+                if "targets" in self.counts or not self.counts["examples"]:
+                    self.counts["targets"] += example.target_tokens  # older checkpoints have no count of them
                 self.counts["examples"] += 1
                 self.counts["tokens"] += example.length
                 if example.changed is not None:
