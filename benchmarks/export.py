@@ -2,14 +2,21 @@
 
     python -m benchmarks.export [--contexts 100000] [--samples 100000] [--target-tokens 32768]
         [--format parquet] [--workers N] [--folder DIR] [--check]
+    python -m benchmarks.export --speedup 2 [--rounds 2]     in under a minute on two idle cores
 
 The log is written directly by the sink, with the simulator's texts (about 2,000 words each, ten tasks; one
 token is counted as four characters). A run would write the same rows but take longer. `streamsyn export`
 then runs in its own process, and its memory is sampled twice a second. With --check the exit code is 1 when
 the peak exceeds `ALLOWED_GROWTH` times the peak of the first tenth.
+
+With --speedup N the same log, of 6,000 contexts, is exported by one process and by N, in turn: wall time,
+CPU time, and whether the files are the same. Other programs take cores from it: the load is printed.
 """
 
 import argparse
+import hashlib
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +38,8 @@ from streamsyn.sink.log import RunLog
 from streamsyn.sink.rundir import RunDirectory
 
 TASKS = 10
+SPEEDUP_CONTEXTS = 6000
+"""Enough for more than one process: `streamsyn export` takes one for a log below 64 MiB."""
 ALLOWED_GROWTH = 1.15
 
 
@@ -97,11 +106,41 @@ def run_watched(command: list[str]) -> tuple[float, float, list[float], str]:
     return time.perf_counter() - started, cpu_s, memory, stdout
 
 
+def speedup(command: list[str], folder: Path, workers: int, rounds: int) -> int:
+    """Export with one process and with `workers`, in turn; print the times; return 1 if the files differ."""
+    found: dict[int, list[tuple[float, float]]] = {1: [], workers: []}
+    digests = set()
+    load = os.getloadavg()[0]
+    for number in range(rounds):
+        for processes, times in found.items():
+            to = folder / f"export-{number}-{processes}"
+            wall_s, cpu_s, _, _ = run_watched([*command, "--to", str(to), "--workers", str(processes)])
+            times.append((wall_s, cpu_s))
+            digests.add(digest_of(to))
+    for processes, times in found.items():
+        wall_s, cpu_s = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"--workers {processes}: {wall_s:.1f} s, {cpu_s:.1f} s of CPU (medians of {rounds})")
+    ratio = statistics.median(one[0] / many[0] for one, many in zip(found[1], found[workers], strict=True))
+    same = "the same files" if len(digests) == 1 else "DIFFERENT FILES"
+    print(f"{ratio:.2f} times as fast with {workers}, {same}; load before: {load:.1f}")
+    return int(len(digests) > 1)
+
+
+def digest_of(export: Path) -> str:
+    """Return a digest of the names and bytes of all rows of an export."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in export.rglob("*") if path.suffix in (".parquet", ".jsonl", ".arrow")):
+        whole.update(str(path.relative_to(export)).encode())
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--contexts", type=int, default=100_000, help="contexts in the log")
+    parser.add_argument("--contexts", type=int, help="contexts in the log; default: 100,000")
     parser.add_argument(
         "--samples", type=int, default=100_000, help="maximum samples to export; limited by disk space"
     )
@@ -109,18 +148,23 @@ def main() -> int:
     parser.add_argument("--target-tokens", type=int, default=32_768, help="tokens a sample")
     parser.add_argument("--format", default="parquet", choices=["jsonl", "parquet", "datasets"])
     parser.add_argument("--workers", type=int, default=1, help="processes of the export")
+    parser.add_argument("--speedup", type=int, metavar="N", help="compare N processes with one")
+    parser.add_argument("--rounds", type=int, default=2, help="of the comparison")
     parser.add_argument("--folder", type=Path, help="folder for the files; default: the system's")
     parser.add_argument("--check", action="store_true", help="exit with 1 when memory grows too much")
     args = parser.parse_args()
+    args.contexts = args.contexts or (SPEEDUP_CONTEXTS if args.speedup else 100_000)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         run, to = Path(name) / "run", Path(name) / "export"
         started = time.perf_counter()
         text_bytes = make(run, args.contexts, args.words)
         seconds = time.perf_counter() - started
         print(f"log: {args.contexts:,} contexts, {text_bytes / 1e9:.2f} GB of text, in {seconds:.0f} s")
-        command = [sys.executable, "-m", "streamsyn", "export", str(run), "--to", str(to)]
-        command += ["--format", args.format, "--limit", str(args.samples)]
-        command += ["--target-tokens", str(args.target_tokens), "--workers", str(args.workers)]
+        command = [sys.executable, "-m", "streamsyn", "export", str(run), "--format", args.format]
+        command += ["--limit", str(args.samples), "--target-tokens", str(args.target_tokens)]
+        if args.speedup:
+            return speedup(command, Path(name), args.speedup, args.rounds)
+        command += ["--to", str(to), "--workers", str(args.workers)]
         wall_s, cpu_s, memory, stdout = run_watched(command)
         files = [path for path in (to / "data").rglob("*") if path.is_file()] or [*to.glob("*.arrow")]
         size = sum(path.stat().st_size for path in files)
