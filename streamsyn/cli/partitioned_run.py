@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
             "--partitions reads seeds once for each partition: write those of stdin to a file first"
         )
     partitions = begin_partitions(out, number)
-    lock = DirectoryLock(out)
-    try:
+    # To take over, each coordinator takes its own directory: what older ones write then counts for nothing.
+    with nullcontext() if given["take_over"] else closing(DirectoryLock(out)):
         options = _options(given)
         coordinators = Coordinators(
             partitions,
@@ -64,13 +65,12 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
                 [*options, *_own_settings(asked, at, number)], partitions.directories[at]
             ),
             as_json=given["log_json"],
+            waits=not given["take_over"],
         )
         code = asyncio.run(coordinators.run())
         _summarise(coordinators, as_json=given["log_json"])
         allowed = resolve(given, partitions.directories[0]).run.max_reject_fraction
         _exit(coordinators, code, allowed)
-    finally:
-        lock.close()
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:
@@ -80,7 +80,8 @@ def _options(given: Mapping[str, Any]) -> list[str]:
         options += [text for value in given[name] for text in (option, str(value))]
     if given["limit"] is not None:
         options += ["--limit", str(given["limit"])]
-    return options + ["--no-preflight"] * bool(given["no_preflight"])
+    flags = {"no_preflight": "--no-preflight", "take_over": "--take-over"}
+    return options + [flag for name, flag in flags.items() if given[name]]
 
 
 def _own_settings(asked: "Config", at: int, number: int) -> list[str]:

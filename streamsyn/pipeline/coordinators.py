@@ -99,16 +99,23 @@ class Coordinators:
         command: Returns the command line of the coordinator of a partition. It logs JSON lines to stderr, and
             stops when its stdin ends.
         as_json: Whether to log all that they log, instead of what a person must know.
+        waits: Wait for a process that has the directory of a partition open.
     """
 
     def __init__(
-        self, partitions: Partitions, command: Callable[[int], Sequence[str]], *, as_json: bool
+        self,
+        partitions: Partitions,
+        command: Callable[[int], Sequence[str]],
+        *,
+        as_json: bool,
+        waits: bool = True,
     ) -> None:
         self.partitions = partitions
         self.each = [Coordinator(at, path) for at, path in enumerate(partitions.directories)]
         self.interrupted = False
         self._command = command
         self._as_json = as_json
+        self._waits = waits
         self._began = monotonic()
         self._stopping = asyncio.Event()
         self._recording = asyncio.Lock()
@@ -168,7 +175,8 @@ class Coordinators:
 
         while not self._stopping.is_set():
             # That of an earlier run may be draining, after the process that started it was killed.
-            await asyncio.to_thread(wait_until_free, one.directory, waiting)
+            if self._waits:
+                await asyncio.to_thread(wait_until_free, one.directory, waiting)
             code = await self._run_once(one)
             if code in _ENDED and not one.done.get("stopped"):
                 async with self._recording:

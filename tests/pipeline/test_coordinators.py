@@ -7,8 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import structlog
+from click.testing import CliRunner
 
+from streamsyn.cli.main import cli
+from streamsyn.cli.partitioned_run import _own_settings
+from streamsyn.config.loading import load, parse_override
+from streamsyn.errors import ConfigError
 from streamsyn.pipeline.coordinators import Coordinators, RestartLimit
 from streamsyn.sink.partitions import begin_partitions, read_partitions
 from tests.builders import new_run, opened, sink
@@ -130,3 +136,49 @@ def test_deaths_without_an_outcome_in_between_are_limited() -> None:
     assert 1.0 == limit.after(101)
     many = RestartLimit(most=20)
     assert 60.0 == [many.after(0) for _ in range(10)][-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--stdout"], "cannot be combined with --stdout: follow the run beside it"),
+        (["--train", "train.toml"], "cannot be combined with --train: train beside it"),
+        (["--launch", "model"], "cannot be combined with --launch: start the server first"),
+        (["--ray", "--model", "model"], "cannot be combined with --ray: place the servers first"),
+        (["--seeds", "-"], "write those of stdin to a file first"),
+        (["--set", "fleet.concurency=3"], "unknown key fleet.concurency"),
+    ],
+)
+def test_what_several_coordinators_cannot_do_is_refused(more: list[str], why: str, tmp_path: Path) -> None:
+    """Before anything is written, with what to do instead."""
+    out = tmp_path / "out"
+    result = CliRunner().invoke(cli, ["run", "--out", str(out), "--partitions", "2", *more])
+
+    assert isinstance(result.exception, ConfigError)
+    assert why in str(result.exception)
+    assert not out.exists()
+
+
+def test_each_coordinator_gets_its_share() -> None:
+    """Of fixed numbers of requests; and a mirror and a port of its own. What is `auto` stays so."""
+    config = load(
+        None,
+        [
+            ("fleet.concurrency", "auto"),
+            ("fleet.max_in_flight", 7),
+            ("sink.mirror", "s3://bucket/run/"),
+            ("run.metrics_listen", "127.0.0.1:9400"),
+        ],
+    )
+    settings = [
+        [parse_override(text) for text in _own_settings(config, at, 3) if text != "--set"] for at in range(3)
+    ]
+
+    assert ["0/3", "1/3", "2/3"] == [dict(one)["seeds.partition"] for one in settings]
+    assert [3, 2, 2] == [dict(one)["fleet.max_in_flight"] for one in settings]
+    assert all("fleet.concurrency" not in dict(one) for one in settings)
+    assert "s3://bucket/run/partition-001" == dict(settings[1])["sink.mirror"]
+    assert "127.0.0.1:9402" == dict(settings[2])["run.metrics_listen"]
+    assert [("seeds.partition", "0/2")] == [
+        parse_override(text) for text in _own_settings(load(None, []), 0, 2) if text != "--set"
+    ]
