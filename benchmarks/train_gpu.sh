@@ -8,7 +8,7 @@
 # MODEL (0.5B or 1.5B); DRY=1 runs everything with tiny models on the CPU, to try the script.
 set -euo pipefail
 
-out=${1:-train-gpu}
+out=$(realpath -m "${1:-train-gpu}")
 python=${PYTHON:-python3}
 model=${MODEL:-0.5B}
 dry=()
@@ -20,13 +20,16 @@ mkdir -p "$out"
 failed=0
 
 part() { # NAME COMMAND...: run a part, keep what it prints, and go on if it fails
-    local name=$1
+    local name=$1 code=0
     shift
     echo "== $name"
-    if ! "$@" 2>&1 | tee "$out/$name.txt"; then
-        echo "$name failed" >&2
-        failed=1
-    fi
+    "$@" 2>&1 | tee "$out/$name.txt" || code=$?
+    case $code in
+    0) return ;;
+    124) echo "$name did not end in $2 s, the share of its ten minutes" >&2 ;;
+    *) echo "$name failed with exit code $code" >&2 ;;
+    esac
+    failed=1
 }
 
 if [[ ${DRY:-0} != 1 ]]; then
