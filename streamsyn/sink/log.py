@@ -231,7 +231,7 @@ class RunLog:
         """Sync and leave the open shards for a later run. Closes everything, even when a sync fails.
 
         Args:
-            quietly: Log failures instead of raising them: a different error is already being raised.
+            quietly: Log failures of the disk instead of raising: a different error is already being raised.
 
         Raises:
             SinkError: A shard cannot be synced.
@@ -248,7 +248,8 @@ class RunLog:
         if failures and not quietly:
             raise failures[0]
         for failure in failures:
-            log.warning("log.close_failed", why=str(failure))
+            if isinstance(failure, SinkError):
+                log.warning("log.close_failed", why=str(failure))
 
 
 class ShardLog:

@@ -35,6 +35,7 @@ def test_a_run_that_wakes_up_stops_itself(
 
     assert 75 == first.returncode
     assert b"was taken over by pid" in errors.splitlines()[-1]
+    assert 1 == errors.count(b"taken over"), errors.decode()
     assert finished == (out / "manifest.jsonl").read_bytes()
     assert 60 == len({row["seed_id"] for row in rows(out, "contexts")}) == len(rows(out, "contexts"))
     assert_clean(out)
