@@ -8,7 +8,7 @@ of the activations. The rest follows from the number of weights and of GPUs, ove
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import orjson
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamsyn.config.command_sections import TrainSection
+from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 from streamsyn.trainer.dry_step import largest_row
 from streamsyn.trainer.model.activations import is_recomputed, recompute
@@ -30,6 +31,7 @@ from streamsyn.trainer.model.head import LossHead, target_losses
 from streamsyn.trainer.model.loss import make_batch
 from streamsyn.trainer.model.optimizer import moment_bytes
 from streamsyn.trainer.model.pretrained import refused, with_adapters
+from streamsyn.trainer.model.sequence_parallel import SequenceGroup
 
 OTHER_BYTES = 2 * 10**9
 """What torch, CUDA and NCCL need for themselves, and what is lost between blocks: an estimate."""
@@ -69,14 +71,22 @@ class Need:
 def memory_plan(path: str, section: TrainSection, gpus: int) -> list[Need]:
     """What the training needs as it is configured, and then with keys that save more and more.
 
+    With `train.sequence_parallel`, a GPU has its part of the row's tokens.
+
     Args:
         path: A directory with a config.json, or a name on the hub. Weights are not read.
         section: The section `train`; bf16 is assumed.
         gpus: GPUs that share weights, gradients and moments by FSDP2.
 
     Raises:
-        ConfigError: It is not a model, or it cannot be laid out without its weights.
+        ConfigError: It is not a model, it cannot be laid out without its weights, or the GPUs cannot be
+            divided into groups that share rows.
     """
+    if gpus % section.sequence_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel: {gpus} GPUs cannot be divided into groups of "
+            f"{section.sequence_parallel}; set --gpus to a multiple of it"
+        )
     with refused(f"--model {path} is not a model that transformers reads"):
         config = AutoConfig.from_pretrained(path)
     variants: list[dict[str, Any]] = [
@@ -99,17 +109,19 @@ def memory_plan(path: str, section: TrainSection, gpus: int) -> list[Need]:
         if of_pass not in measured:  # the place of moments does not change a pass
             with refused(f"--model {path}: its memory cannot be worked out without its weights"):
                 model = _on_meta(config, settings)
-                measured[of_pass] = (model, *pass_bytes(model, settings.seq_len, offloads=of_pass[1]))
+                taken = pass_bytes(model, settings.seq_len, settings.sequence_parallel, offloads=of_pass[1])
+                measured[of_pass] = (model, *taken)
         found.append(_need(keys, settings, gpus, *measured[of_pass]))
     return found
 
 
-def pass_bytes(model: Any, tokens: int, *, offloads: bool = False) -> tuple[int, int]:
+def pass_bytes(model: Any, tokens: int, degree: int = 1, *, offloads: bool = False) -> tuple[int, int]:
     """The largest number of bytes that a forward and backward pass over the largest row has in memory.
 
     Args:
         model: A model of meta tensors with our attention and a `LossHead`; its `device` may be a real one.
         tokens: Tokens of the row.
+        degree: Number of ranks that share the row; the bytes are those of the first one.
         offloads: Whether what is kept for the backward pass waits in host memory.
 
     Returns:
@@ -120,11 +132,26 @@ def pass_bytes(model: Any, tokens: int, *, offloads: bool = False) -> tuple[int,
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    batch = make_batch((largest_row(tokens),), [1.0], model.device)
+    sequence = _FirstRank(degree, 0)
+    sequence.wrap_attention(model.config.get_text_config()._attn_implementation)  # noqa: SLF001 - as `place`
+    shared = sequence.share(make_batch((largest_row(tokens),), [1.0], torch.device("cpu")))
+    parts: dict[str, Any] = {one.name: getattr(shared, one.name) for one in fields(shared)}
+    moved: dict[str, Any] = {
+        name: one.to(model.device) for name, one in parts.items() if isinstance(one, torch.Tensor)
+    }
+    batch = replace(shared, **moved)
     given = (*model.parameters(), *model.buffers())
     with LiveMemory(given) as memory:
         (target_losses(model, batch) * batch.weights).sum().backward()
     return memory.peak, host.bytes
+
+
+class _FirstRank(SequenceGroup):
+    """The first of the ranks that share a row, without the others: it gets back what it gives."""
+
+    def _exchange(self, values: torch.Tensor, give: int, take: int) -> torch.Tensor:
+        received = torch.stack(values.chunk(self.degree, give)).clone()
+        return torch.cat(received.unbind(), take)
 
 
 class LiveMemory(TorchDispatchMode):

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamsyn.cli.main import cli
 from streamsyn.config.command_sections import TrainSection
+from streamsyn.errors import ConfigError
 from streamsyn.trainer.memory_plan import OTHER_BYTES, memory_plan, pass_bytes
 from streamsyn.trainer.model.activations import recompute
 from streamsyn.trainer.model.attention import SEGMENTS, VARLEN, implementation
@@ -40,10 +41,10 @@ def of_size(attention: str, device: str, settings: TrainSection) -> Any:
     return model
 
 
-def allocated(model: Any) -> int:
+def allocated(model: Any, degree: int = 1) -> int:
     """The largest sum of memory of real tensors during the same pass, as torch's profiler saw it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        pass_bytes(model, TOKENS)
+        pass_bytes(model, TOKENS, degree)
     events = profiler.profiler.kineto_results.events()
     moves = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
     now = peak = 0
@@ -60,6 +61,32 @@ def test_a_pass_takes_what_meta_tensors_say(kind: Any) -> None:
     expected, _ = pass_bytes(of_size(VARLEN, "meta", settings), TOKENS)
 
     assert pytest.approx(expected, rel=0.1) == allocated(of_size(SEGMENTS, "cpu", settings))
+
+
+@pytest.mark.parametrize("kind", [False, True])
+def test_ranks_that_share_a_row_take_a_part_of_its_memory(kind: Any) -> None:
+    """What the plan says of one of four ranks is what real tensors take, within a sixth, and less than two
+    fifths of what a rank alone takes.
+    """
+    settings = section(gradient_checkpointing=kind)
+    alone, _ = pass_bytes(of_size(VARLEN, "meta", settings), TOKENS)
+    expected, _ = pass_bytes(of_size(VARLEN, "meta", settings), TOKENS, 4)
+
+    assert pytest.approx(expected, rel=1 / 6) == allocated(of_size(SEGMENTS, "cpu", settings), 4)
+    assert expected < 0.4 * alone
+
+
+def test_the_plan_counts_ranks_that_share_rows(tmp_path: Path) -> None:
+    """The activations of half a row; a number of GPUs that cannot be divided is refused."""
+    path = str(write_config(tmp_path))
+    whole, half = (
+        memory_plan(path, section(seq_len=512, sequence_parallel=degree), 2)[0] for degree in (1, 2)
+    )
+
+    assert half.activations < 0.6 * whole.activations
+    assert half.weights == whole.weights
+    with pytest.raises(ConfigError, match="3 GPUs cannot be divided into groups of 2"):
+        memory_plan(path, section(seq_len=512, sequence_parallel=2), 3)
 
 
 def write_config(folder: Path) -> Path:
