@@ -2,16 +2,13 @@
 
     Seed -> Draft -> Request -> Completion -> Context | Reject -> Sample
 
-All are frozen: a stage passes on a new record and never edits one it received. So what is written to the log
-is encoded once, by the first stage that asks for it.
+All are frozen: a stage passes on a new record and never edits one it received.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias
-
-import orjson
 
 
 def digest(*parts: str | bytes) -> bytes:
@@ -255,26 +252,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Line:
-    """A record that becomes one line of the log."""
-
-    _encoded: bytes | None = field(default=None, init=False, repr=False, compare=False)
-
-    def encoded(self) -> bytes:
-        """Return the line without its seq, as a JSON object; bytes are written in hexadecimal.
-
-        Raises:
-            TypeError: JSON cannot hold a value.
-        """
-        if self._encoded is None:
-            line = orjson.dumps(self, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
-            object.__setattr__(self, "_encoded", line)
-            return line
-        return self._encoded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context(_Line):
+class Context:
     """The document an LLM wrote for a seed: one line of `contexts/`, fields in this order.
 
     Attributes:
@@ -314,7 +292,7 @@ class Context(_Line):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reject(_Line):
+class Reject:
     """A draft that got no context, or an invalid line: one line of `rejects/`.
 
     Attributes:
@@ -344,7 +322,7 @@ DurableContext: TypeAlias = tuple[int, Context]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample(_Line):
+class Sample:
     """A chat example for training: one line of `samples/`, fields in this order."""
 
     id: str

@@ -1,17 +1,13 @@
-"""Keys and ids are the same on every machine and do not collide; a record is encoded once."""
+"""Keys and ids are the same on every machine and do not collide."""
 
-from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamsyn import records
-from streamsyn.records import Attempt, Context, Draft, Reject, RejectReason, Sample, Seed, digest, draft_key
-from streamsyn.sink.log import encode_row
-from tests.builders import context, reject, sample
+from streamsyn.records import Attempt, Context, Draft, RejectReason, Seed, digest, draft_key
 
 SEED = Seed("s-1", "qa", "Who?", "Ada.", "seeds.jsonl:1")
 
@@ -104,17 +100,3 @@ def test_draft_ids_are_unique() -> None:
 
     assert ["a", "a#1", "a#2"] == ids[:3]
     assert len(ids) == len(set(ids))
-
-
-@pytest.mark.parametrize("make", [context, reject, sample])
-def test_a_line_is_encoded_once(make: Callable[[int], Context | Reject | Sample]) -> None:
-    """Its row in the log is made of these bytes; a changed record has a line of its own."""
-    record = make(1)
-    line = record.encoded()
-
-    assert record.encoded() is line
-    assert encode_row(7, record).startswith(b'{"seq":7,')
-    assert encode_row(7, record).endswith(line[-60:])
-    assert {name for name in orjson.loads(line) if name.startswith("_")} == set()
-    assert replace(record, task="other").encoded() != line
-    assert record == make(1)

@@ -44,6 +44,7 @@ from streamsyn.records import (
     Work,
 )
 from streamsyn.sink.journal import FinishedStep, Journal, request_digest
+from streamsyn.sink.log import encode_row
 from streamsyn.telemetry import Value, span
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Worker:
             await results.room()
             self.current, self.attempts = item, []
             outcome = await self._traced_outcome(item)
-            outcome.encoded()  # what the log cannot hold is a bug of this draft alone: it raises here
+            encode_row(0, outcome)  # what the log cannot hold is a bug of this draft alone: it raises here
             self.current = None
             results.put(outcome)  # never waits: what was answered is written, whatever else is slow
             if not goes_on():
@@ -475,7 +476,7 @@ class WorkerPool:
 def _loggable(reject: Reject) -> Reject:
     """The reject with its texts and metadata as the log can hold them, which the bug may have spoiled."""
     try:
-        reject.encoded()
+        encode_row(0, reject)
     except TypeError:  # orjson.JSONEncodeError is one
         attempts = [replace(attempt, error=_plain(attempt.error)) for attempt in reject.attempts]
         texts: dict[str, Any] = {name: _plain(getattr(reject, name)) for name in _REJECT_TEXTS}

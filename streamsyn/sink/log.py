@@ -466,7 +466,7 @@ class ShardLog:
 
 def encode_row(seq: int, record: Record) -> bytes:
     """The line of a record in the log."""
-    body = record.encoded()
+    body = orjson.dumps(record, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
     start = len(_NOT_SUPERSEDING) if body.startswith(_NOT_SUPERSEDING) else 1
     return b'{"seq":%d,%s' % (seq, body[start:])
 
