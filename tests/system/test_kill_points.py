@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("STREAMSYN_KILLS", "1"))
 SEED = int(os.environ.get("STREAMSYN_KILLS_SEED", "0"))
 IN_FLIGHT = 4
 SEEDS = 24
-LAST = {"open": 20, "fsync": 16, "rename": 6, "remove": 2}
+LAST = {"open": 10, "fsync": 16, "rename": 6, "remove": 2}
 """The last change of each kind before which a kill comes: about as many as one run makes."""
 KILLER = """
 import os, signal, sys
