@@ -1,6 +1,5 @@
 """A run with partitions whose processes are killed: read as one, nothing is lost or doubled."""
 
-import json
 import os
 import re
 import signal
@@ -10,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import streamsyn
+from streamsyn.pipeline.status import status
 from tests.system.conftest import Server, assert_clean, rows, start, wait_for_line
 from tests.system.conftest import streamsyn as command
 
 pytestmark = pytest.mark.crash
 
-SEEDS = 60
+SEEDS = 40
 
 
 @pytest.mark.timeout(120)
@@ -44,6 +44,6 @@ def test_a_coordinator_is_killed_and_then_all(
     assert list(range(SEEDS)) == [row["seq"] for row in found]
     assert {0, 1} == {row["partition"] for row in found}
     assert_clean(out)
-    status = json.loads(command("status", out, "--json").stdout)
-    assert ("finished", SEEDS) == (status["state"], status["contexts"])
+    found_status = status(out)
+    assert ("finished", SEEDS) == (found_status.state, found_status.contexts)
     assert server.stats()["requests"] - SEEDS <= 8
