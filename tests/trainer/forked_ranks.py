@@ -20,6 +20,7 @@ from typing import Any
 import peft  # noqa: F401 - so that no fork has to
 
 from streamsyn.cli.main import main
+from streamsyn.trainer.model import head
 from tests.trainer import by_hand, tiny
 from tests.trainer.fork_server import run
 from tests.trainer.sharding import shard
@@ -62,6 +63,8 @@ def train(task: dict[str, Any]) -> list[int]:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(task["port"])}
             if task["sharded"]:
                 shard(task["sharded"])
+            if task["piece"]:
+                head._PIECE = task["piece"] * tiny.VOCABULARY
             if rank == 0 and kill is not None:
                 watch([pids.get(one, os.getpid()) for one in kill["ranks"]], kill["at"], kill.get("after", 0))
             argv = [one.replace("{rank}", str(rank)) for one in task["argv"]]

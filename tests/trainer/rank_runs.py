@@ -55,16 +55,17 @@ class Ranks:
         sharded: Kind | None = None,
         model: Path | None = None,
         full: int | None = None,
+        piece: int | None = None,
         **more: Any,
     ) -> list[int]:
         """Train; return the exit code of each rank. Their stderr is in OUT.said0, OUT.said1.
 
-        Of the rank `full`, the disk is full.
+        Of the rank `full`, the disk is full. The head is applied to pieces of `piece` targets.
         """
         keys = SETTINGS | {f"train.{name}": value for name, value in more.items() if value is not None}
         sets = [part for name, value in keys.items() for part in ("--set", f"{name}={value}")]
         given = ["--from", self._folder / "run", "--model", model or self._folder / "base", "--out", out]
-        return self.ask(["train", *map(str, given), *sets], world, out, kill, sharded, full)
+        return self.ask(["train", *map(str, given), *sets], world, out, kill, sharded, full, piece)
 
     def ask(
         self,
@@ -74,10 +75,11 @@ class Ranks:
         kill: dict[str, Any] | None = None,
         sharded: Kind | None = None,
         full: int | None = None,
+        piece: int | None = None,
     ) -> list[int]:
         """Run a command as the ranks of one training; return the exit code of each rank."""
         task = {"argv": argv, "world": world, "port": free_port(), "said": f"{out}.said"}
-        task |= {"sharded": sharded, "kill": kill, "full": full}
+        task |= {"sharded": sharded, "kill": kill, "full": full, "piece": piece}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(task) + "\n")

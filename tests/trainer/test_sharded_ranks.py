@@ -1,6 +1,7 @@
 """Several ranks save while they train: one that cannot write, and a different number of ranks afterwards."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,3 +46,14 @@ def test_a_checkpoint_of_two_ranks_is_read_by_others_bit_for_bit(ranks: Ranks, t
         for part, before in saved.items():
             assert tiny.furthest(before, tiny.saved(newest(out), part)) == 0
     assert 3 == len(saved["optimizer"]) / (len(saved["model"]))
+
+
+def test_the_head_is_applied_in_pieces_where_it_is_sharded(ranks: Ranks, tmp_path: Path) -> None:
+    """Two ranks with FSDP2 and pieces of three targets train what one process does at once (1e-5)."""
+    given: dict[str, Any] = {"max_steps": 2, "rows_per_step": 4}
+    alone = ranks.done(1, tmp_path / "alone", **given)
+    pieces = ranks.done(2, tmp_path / "pieces", sharded="fsdp2", piece=3, **given)
+
+    assert "train.whole_logits" not in said(pieces)
+    assert tiny.furthest(*(tiny.saved(newest(out)) for out in (alone, pieces))) < 1e-5
+    assert tiny.furthest(tiny.saved(newest(alone)), ranks.base) > 1e-4
