@@ -33,7 +33,7 @@ _COMMANDS: Final = {
     "serve": "Hold many runs over one fleet, and serve them over HTTP: seeds in, samples out.",
     "simulate": "Serve a simulated SGLang on CPU: its wire protocol, without a model.",
     "status": "Print what a run or a daemon is doing, or how a run ended.",
-    "submit": "Start a run on a Ray cluster; when its node dies, it is resumed on another one.",
+    "submit": "Start `streamsyn run` on a node of a Ray cluster, and again on another when it dies.",
     "train": "Tune a model on samples while they are written.",
     "verify": "Check every guarantee of a run directory by reading all of it.",
 }

@@ -61,7 +61,7 @@ def run(**given: Any) -> None:
     if given["train"]:
         from streamsyn.trainer.supervisor import training_beside
 
-        training = training_beside(given["train"], given["out"], as_json=given["log_json"])
+        training = training_beside(given["train"], given["out"], as_json=given["log_json"], ray=given["ray"])
     stream = SampleStream() if given["to_stdout"] else None
     request.stream, request.supervisor = stream, training
     with nullcontext() if training is None else training.beside():

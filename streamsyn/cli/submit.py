@@ -29,7 +29,7 @@ from streamsyn.errors import ConfigError
 @LOG_JSON
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="run ...")
 def submit(address: str, command: tuple[str, ...], log_json: bool) -> None:
-    """Start `streamsyn run` on a node of a Ray cluster, and again on another node when that node dies.
+    """Start `streamsyn run` on a node of a Ray cluster, and again on another when it dies.
 
     What the run prints goes to stderr here, and its exit code is passed on. --out has to be on storage that
     all nodes share. A signal to this command, or `ray job stop`, stops the run as it would there: it drains.

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +14,14 @@ from streamsyn.cli.exits import on_signals
 from streamsyn.cli.options import Size
 from streamsyn.errors import ConfigError, StreamsynError, TrainingFailed
 
+if TYPE_CHECKING:
+    from streamsyn.trainer.training_request import TrainRequest
+
 _EXAMPLES = """\b
 Examples:
   streamsyn train --from runs/first --model models/base --out tuned/first
   streamsyn run run.toml --out runs/first --stdout | streamsyn train train.toml --from -
-  accelerate launch -m streamsyn train train.toml --from runs/first
+  streamsyn train train.toml --from runs/first --out tuned/first --ray --workers 8
 """
 
 
@@ -51,6 +55,17 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="For --plan: print one JSON object.")
 @click.option("--wait", is_flag=True, help="Wait for the run of --from, if its directory does not exist yet.")
 @click.option("--log-json", is_flag=True, help="Write only JSON objects to stderr, one per line.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Train on the workers of this Ray cluster; without ADDRESS, of the one here.",
+)
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="For --ray: number of workers.")
+@click.option(
+    "--gpus-per-worker", type=click.IntRange(min=0), metavar="G", help="For --ray: GPUs of each; 0 for none."
+)
 @click.option("--tethered", is_flag=True, hidden=True)  # set by `run --train`: see streamsyn.trainer.signals
 def train(
     config: Path | None,
@@ -66,6 +81,7 @@ def train(
     wait: bool,
     log_json: bool,
     tethered: bool,
+    **on_cluster: Any,
 ) -> None:
     """Tune a model on samples while they are written. The same command resumes a training.
 
@@ -92,15 +108,14 @@ def train(
     parent = ParentLiveness.of_this_rank(wanted=tethered)
     try:
         request = resolve(config, source, model, folder, settings)
+        request = request.on_cluster(**on_cluster)
         check(request)
         if not (wait or source == "-" or Path(source).exists()) and is_run(source, request.out):
             raise ConfigError(f"--from {source}: there is no such directory; pass --wait to wait for its run")
         _check_plot(wanted=plot)
         if parent is not None:
             wait_until_free(request.out, partial(_log_waiting, request.out))
-        from streamsyn.trainer.training import train as run_training
-
-        code = run_training(request.config, request.source, request.model, request.out)
+        code = _train(request, as_json=log_json, on_cluster=on_cluster["ray"] is not None)
         on_signals(signal.SIG_IGN)  # nothing is left to stop
         if plot and os.environ.get("RANK", "0") == "0":
             _plot(request.out)
@@ -111,6 +126,17 @@ def train(
     if parent is not None:
         parent.send_exit_code(code)
     _exit(code)
+
+
+def _train(request: "TrainRequest", *, as_json: bool, on_cluster: bool) -> int:
+    """Train here, as one rank of those that a launcher has started, or on a cluster; return the exit code."""
+    if on_cluster:
+        from streamsyn.trainer.on_cluster import train_on_cluster
+
+        return train_on_cluster(request, as_json=as_json)
+    from streamsyn.trainer.training import train as run_training
+
+    return run_training(request.config, request.source, request.model, request.out)
 
 
 def _plan(

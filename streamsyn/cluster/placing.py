@@ -71,14 +71,22 @@ async def placed(section: ClusterSection, *, waits: bool = True) -> AsyncIterato
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
-    """Connect this process to the cluster, unless it is: then leave it so at the end."""
+def connected(address: str, *, log_to_driver: bool = False) -> Iterator[None]:
+    """Connect this process to the cluster, unless it is: then leave it so at the end.
+
+    Args:
+        address: `HOST:PORT`, or `auto` for the cluster of this machine or job.
+        log_to_driver: Whether what actors write to stderr comes to this process's, too.
+
+    Raises:
+        ConfigError: There is no cluster.
+    """
     if ray.is_initialized():
         yield
         return
     try:
         _reach(address)
-        ray.init(address, namespace="streamsyn", log_to_driver=False, configure_logging=False)
+        ray.init(address, namespace="streamsyn", log_to_driver=log_to_driver, configure_logging=False)
     except (OSError, RayError, ValueError, RuntimeError) as error:
         line = str(error).strip().partition("\n")[0]
         raise ConfigError(f"cluster.address: no Ray cluster at {address}: {line}") from error

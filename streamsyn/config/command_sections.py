@@ -248,7 +248,7 @@ class TrainSection(Section):
 
 
 class ClusterSection(Section):
-    """SGLang servers that Ray starts on its nodes (needs `streamsyn[ray]`, there and here)."""
+    """SGLang servers and training workers that Ray starts (needs `streamsyn[ray]`, on its nodes too)."""
 
     address: str | None = None
     """The Ray cluster: `HOST:PORT`, or `auto` for the one of this machine or job. By default none is used."""
@@ -266,6 +266,15 @@ class ClusterSection(Section):
     """CPUs that Ray reserves for each server on each of its nodes."""
     nodes_per_replica: Count = 1
     """Nodes of each server: more than one for a model that one node cannot hold."""
+    workers: Count = 1
+    """Number of workers of `train --ray`: each is one rank of the training."""
+    max_workers: Count | None = None
+    """Number of workers up to which Ray adds some where the cluster has room. The training goes on from its
+    last checkpoint at each change of their number. By default `workers`."""
+    gpus_per_worker: CountOrZero = 1
+    """GPUs of each worker: 1, or 0 to train on CPUs."""
+    cpus_per_worker: Count = 1
+    """CPUs that Ray reserves for each worker."""
     args: tuple[str, ...] = ()
     """Further flags of each server, such as `--tp-size=8`."""
     python: Path | None = None

@@ -5,7 +5,6 @@
 Modules in reading order:
     training_request  what to train on what, and every check that does not need torch
     training          one training from start to end; every rank runs `train`
-    dry_step          one pass over the largest row before the first step: short memory is found at once
     examples          what flows: rows, Example, StepPlan
     sources/          rows: of a run directory, of stdin, of files
     stream/           rows -> tokens -> the rows of each step, exactly resumable
@@ -21,6 +20,7 @@ Modules in reading order:
     outdir            OUT: its lock and train.json
     signals           how a training is told to stop
     supervisor        `run --train`: the trainer process beside a run
+    on_cluster        `train --ray`: the ranks on a Ray cluster, started again when some are lost
     sample_dataset    samples as a torch dataset, for trainers that are not ours
     sample_position   keeps its position in the checkpoints of Hugging Face's Trainer
 

@@ -53,13 +53,16 @@ os.execvp(sys.argv[1], sys.argv[1:])
 _ENVIRONMENT = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGQUIT"}
 
 
-def training_beside(path: Path, run_out: Path, *, as_json: bool) -> "TrainerSupervisor":
+def training_beside(
+    path: Path, run_out: Path, *, as_json: bool, ray: str | None = None
+) -> "TrainerSupervisor":
     """The supervisor of the training that follows a run.
 
     Args:
         path: The training's configuration file.
         run_out: The run directory.
         as_json: Whether log lines on stderr are JSON objects.
+        ray: The cluster that trains, as many workers as `cluster.workers` in the training's file says.
 
     Raises:
         ConfigError: The file, or a path in it, cannot be used.
@@ -73,7 +76,16 @@ def training_beside(path: Path, run_out: Path, *, as_json: bool) -> "TrainerSupe
     launcher = request.config.train.launcher or (sys.executable,)
     given = ["train", str(path), "--from", str(run_out), "--out", str(request.out), "--tethered"]
     command = [*launcher, "-m", "streamsyn", *given, *(["--log-json"] if as_json else [])]
+    command += [] if ray is None else ["--ray", ray]
     return TrainerSupervisor(command, request.out, as_json=as_json)
+
+
+def latest_checkpoint(out: Path) -> str | None:
+    """The name of the newest checkpoint of a training; None before the first."""
+    try:
+        return (out / "LATEST").read_text("utf-8").strip()
+    except OSError:
+        return None
 
 
 class TrainerSupervisor:
@@ -90,7 +102,7 @@ class TrainerSupervisor:
         self._command = command
         self._out = out
         self._as_json = as_json
-        self._restarts = RestartPolicy(self._checkpoint(), pause_s=pause_s)
+        self._restarts = RestartPolicy(latest_checkpoint(self._out), pause_s=pause_s)
         self._thread = ThreadPoolExecutor(1, "trainer")
         self._code: Future[int] | None = None
         self._process: TrainerProcess | None = None
@@ -176,7 +188,7 @@ class TrainerSupervisor:
     def _supervise(self, drain: Callable[[str], None]) -> int:
         while True:
             ended = self._run_once()
-            match self._restarts.after(ended, self._checkpoint(), stopping=self._stopping):
+            match self._restarts.after(ended, latest_checkpoint(self._out), stopping=self._stopping):
                 case GiveUp(code):
                     self._report_end(code, ended, drain)
                     return code
@@ -216,13 +228,6 @@ class TrainerSupervisor:
         except Empty:
             return self._stopping
         return True
-
-    def _checkpoint(self) -> str | None:
-        """The name of the newest checkpoint."""
-        try:
-            return (self._out / "LATEST").read_text("utf-8").strip()
-        except OSError:
-            return None
 
     def _forward(self, line: bytes) -> None:
         """Write a line of the trainer to stderr, marked as the trainer's.

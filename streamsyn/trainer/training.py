@@ -3,8 +3,8 @@ stream.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,11 @@ from streamsyn.trainer.stream.render import Renderer, read_template
 log = structlog.get_logger()
 
 
-def train(config: Config, source: str, model: str, out: Path) -> int:
+Stops = Callable[[Callable[[], None]], AbstractContextManager[None]]
+"""Makes a context in which a function is called when the training is to stop."""
+
+
+def train(config: Config, source: str, model: str, out: Path, stops: Stops = stop_on_signals) -> int:
     """Train until the stream ends.
 
     Args:
@@ -56,6 +60,7 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
         source: `--from`.
         model: The model to tune: a directory or a name on the hub.
         out: OUT.
+        stops: How this rank is told to stop.
 
     Returns:
         The exit code: 0 when the stream has ended, 75 when the training was stopped before.
@@ -90,7 +95,9 @@ def train(config: Config, source: str, model: str, out: Path) -> int:
                 if before is not None:
                     store.restore(placed, before)
             config = _with_packing(config, placed)
-            code = _run(Training(config, source, out, tokenizer, placed, ranks, before, publisher), store)
+            code = _run(
+                Training(config, source, out, tokenizer, placed, ranks, before, publisher, stops), store
+            )
             accelerator.end_training()
         finally:
             if dist.is_initialized():
@@ -116,6 +123,7 @@ class Training:
     ranks: Ranks
     before: Checkpoint | None
     publisher: Publisher | None
+    stops: Stops
 
 
 def place_among_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -216,7 +224,7 @@ def _run(training: Training, store: Store) -> int:
             loop.rehearse()
     if ranks.rank == 0:
         return _lead(training, loop, store, info)
-    with stop_on_signals(loop.stop), memory_errors_explained(section):
+    with training.stops(loop.stop), memory_errors_explained(section):
         loop.run(None)
     return 0
 
@@ -248,7 +256,7 @@ def _lead(training: Training, loop: Loop, store: Store, info: Mapping[str, Any])
             stack.enter_context(publisher.servers)
         log.info("train.start", step=loop.progress.step, ranks=training.ranks.world, out=str(training.out))
         try:
-            with stop_on_signals(stop), memory_errors_explained(section):
+            with training.stops(stop), memory_errors_explained(section):
                 loop.run(controller.commands(lambda: loop.stopping))
                 if publisher is not None:
                     publisher.finish(in_a_hurry=controller.stopped is not None)

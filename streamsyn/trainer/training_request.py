@@ -2,10 +2,10 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from streamsyn.config.command_sections import TrainSection
 from streamsyn.config.data_paths import absolute_path, is_url
@@ -38,6 +38,25 @@ class TrainRequest:
     source: str
     model: str
     out: Path
+
+    def on_cluster(self, ray: str | None, **given: int | None) -> Self:
+        """The request with keys of `cluster` as the options of `train --ray` give them; None leaves one.
+
+        Args:
+            ray: `cluster.address`.
+            given: Other keys.
+
+        Raises:
+            ConfigError: Some are given without `ray`.
+        """
+        found: dict[str, str | int] = {name: value for name, value in given.items() if value is not None}
+        if ray is not None:
+            found["address"] = ray
+        elif found:
+            option = next(iter(found)).replace("_", "-")
+            raise ConfigError(f"--{option} is for a training on a Ray cluster: it needs --ray")
+        cluster = self.config.cluster.model_copy(update=found)
+        return replace(self, config=self.config.model_copy(update={"cluster": cluster}))
 
 
 def resolve(

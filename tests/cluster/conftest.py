@@ -32,14 +32,20 @@ class Raylets:
 
     async def kill_node(self) -> None:
         """Kill a node that has a server, with all that runs there."""
+        await asyncio.to_thread(self.kill_node_without, "GPU")
+
+    def kill_node_without(self, resource: str) -> None:
+        """Kill a node whose resource of this kind is taken, with all that runs there."""
         from ray._private.state import available_resources_per_node
 
-        def kill() -> None:
-            free = available_resources_per_node()
-            node = next(node for node in self.nodes if "GPU" not in free[node.node_id])
-            self._cluster.remove_node(node, allow_graceful=False)
+        free = available_resources_per_node()
+        node = next(node for node in self.nodes if resource not in free[node.node_id])
+        self._cluster.remove_node(node, allow_graceful=False)
+        self.nodes.remove(node)
 
-        await asyncio.to_thread(kill)
+    def add_node(self) -> None:
+        """Add a node."""
+        self.nodes.append(self._cluster.add_node(**NODE))
 
     def stop(self) -> None:
         """Stop all of it."""

@@ -12,6 +12,7 @@ from streamsyn.config.command_sections import ClusterSection
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.setup import on_cluster
+from streamsyn.trainer.training_request import TrainRequest
 
 
 def test_options_set_keys() -> None:
@@ -51,3 +52,23 @@ async def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'streamsyn\[ray\]'"):
         async with on_cluster(ClusterSection(address="auto", model="m")):
             pytest.fail("it was found")
+
+
+def test_workers_are_checked_before_anything_starts(tmp_path: Path) -> None:
+    """The rows of a step must be divisible among each number of workers, and samples reachable for all."""
+    from streamsyn.trainer.on_cluster import train_on_cluster
+
+    def why(source: str = "runs/first", **keys: int) -> str:
+        config = load(None, [(f"cluster.{key}", value) for key, value in keys.items()])
+        request = TrainRequest(config, source, "base", tmp_path)
+        with pytest.raises(ConfigError) as caught:
+            train_on_cluster(request, as_json=False)
+        return str(caught.value)
+
+    assert "8 rows cannot be divided among 3 workers" in why(workers=3)
+    assert "each of 2 to 4 workers; use a multiple of 12" in why(workers=2, max_workers=4)
+    assert "cluster.max_workers = 1 is less than cluster.workers = 2" in why(workers=2, max_workers=1)
+    assert "--from -" in why("-", workers=2)
+    request = TrainRequest(load(None, []), "runs/first", "base", tmp_path)
+    with pytest.raises(ConfigError, match="--workers is for a training on a Ray cluster: it needs --ray"):
+        request.on_cluster(None, workers=2)

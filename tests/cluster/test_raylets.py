@@ -3,11 +3,14 @@
 import asyncio
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 import pytest
 from structlog.testing import capture_logs
@@ -153,3 +156,45 @@ def test_an_export_is_spread_over_the_nodes(
     assert any(number > 1 for number in signed)
     with pytest.raises(ConfigError, match="no Ray cluster at"):
         export(ExportRequest(root=tmp_path / "run", to=str(tmp_path / "none"), ray="127.0.0.1:1"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # its own
+def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
+    """The ranks start again from the last checkpoint: each sample is trained on once."""
+    from streamsyn.trainer.on_cluster import train_on_cluster
+    from streamsyn.trainer.supervisor import latest_checkpoint
+    from streamsyn.trainer.training_request import resolve
+    from tests.trainer.tiny import write_model
+
+    rows = tmp_path / "rows.jsonl"
+    chat = '{{"id": "{0}", "messages": [{{"role": "user", "content": "what is {0} ' + "and so on " * 12
+    chat += '"}}, {{"role": "assistant", "content": "it is {0}"}}]}}\n'
+    rows.write_text("".join(chat.format(n) for n in range(120)))
+    while len(raylets.nodes) < 3:
+        raylets.add_node()
+    keys = {"rows_per_step": 2, "seq_len": 256, "save_every_steps": 2, "precision": "fp32"}
+    settings = [f"train.{key}={value}" for key, value in keys.items()]
+    out = tmp_path / "out"
+    request = resolve(None, str(rows), str(write_model(tmp_path / "base")), out, settings)
+    request = request.on_cluster(raylets.address, workers=2, gpus_per_worker=0)
+
+    over = threading.Event()
+
+    def kill() -> None:
+        while latest_checkpoint(out) is None:  # polls: it is a different process
+            if over.wait(0.1):
+                return
+        raylets.kill_node_without("CPU")
+
+    with ThreadPoolExecutor(1) as thread, capture_logs() as logs:
+        killed = thread.submit(kill)
+        try:
+            assert 0 == train_on_cluster(request, as_json=False)
+        finally:
+            over.set()
+        killed.result()
+    assert 1 == [entry["event"] for entry in logs].count("train.restarts")
+    steps = [orjson.loads(line) for line in (out / "trained.jsonl").read_bytes().splitlines()]
+    trained = [example[3] for step in steps for example in step["examples"]]
+    assert sorted(map(str, range(120))) == sorted(trained)
+    assert (out / "model" / "model.safetensors").exists()

@@ -34,7 +34,8 @@ def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Ac
         tracking: Directory for the files of trackers; None turns trackers off.
 
     Raises:
-        ConfigError: The launcher asks for DeepSpeed, FSDP1, FSDP on CPUs, or for rows or weights to be split.
+        ConfigError: The launcher asks for DeepSpeed, FSDP1, FSDP on CPUs, or for rows or weights to be split;
+            or accelerate does not see the ranks.
     """
     if _launcher_wants("DEEPSPEED"):
         raise ConfigError(
@@ -49,12 +50,20 @@ def start_accelerator(section: TrainSection, tracking: Path | None = None) -> Ac
                 "train.sequence_parallel"
             )
     bf16 = _uses_bf16(section)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
+        # Without this accelerate takes each rank on CPUs for a training of its own, without a word.
+        cpu=world > 1 and not torch.accelerator.is_available(),
         log_with=(list(section.trackers) or None) if tracking is not None else None,
         project_dir=tracking,
         mixed_precision="bf16" if bf16 else "no",
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes != world:
+        raise ConfigError(
+            f"WORLD_SIZE is {world}, but accelerate found {accelerator.num_processes} ranks: start them with "
+            "`accelerate launch`"
+        )
     if _launcher_wants("FSDP") and not accelerator.is_fsdp2:
         raise ConfigError("FSDP needs fsdp_version: 2 and GPUs; on CPUs accelerate would silently use DDP")
     if accelerator.is_fsdp2 and bf16:
