@@ -147,9 +147,10 @@ class OutcomeWriter:
         self, results: Backlog[Outcome], writing: asyncio.Future[tuple[list[tuple[int, Outcome]], float]]
     ) -> None:
         self._writes -= 1
+        error = writing.exception()  # looked at in any case: asyncio reports those that nobody has seen
         if self._all_written.done():
             return  # cancelled, or an earlier write has failed
-        if error := writing.exception():
+        if error:
             self._all_written.set_exception(error)
             return
         written, seconds = writing.result()
