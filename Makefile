@@ -15,7 +15,7 @@ HERMETIC := not crash and not torture and not real_sglang and not ray and not ch
 # compile this repository and its tests anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-all test-crash test-real test-browser torture coverage lint check-deploy bench bench-real clean
+.PHONY: help demo test test-all test-crash test-real test-browser torture torture-ray coverage lint check-deploy bench bench-real clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,8 +34,8 @@ test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length
 	$(call once_more,--hypothesis-profile=long -o asyncio_debug=true)
 
 test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, one that a run launches; and raylets
-	$(BIN)/pytest tests/real tests/cluster -n 2 --dist loadgroup -m "real_sglang or ray" \
-	$(call once_more,-m "real_sglang or ray")
+	$(BIN)/pytest tests/real tests/cluster -n 2 --dist loadgroup -m "(real_sglang or ray) and not torture" \
+	$(call once_more,-m "(real_sglang or ray) and not torture")
 
 test-browser: .venv/stamp chromium  ## the report and the page of the daemon in a browser
 	$(BIN)/pytest tests/report tests/daemon/test_page.py -m chromium $(call once_more,-m chromium)
@@ -45,7 +45,10 @@ test-all: test test-crash test-browser test-real  ## all four
 torture: .venv/stamp  ## every crash state of small runs, many kills (STREAMSYN_KILLS, STREAMSYN_KILLS_SEED), all examples of property tests
 	$(BIN)/python -m tests.system.crash_states
 	$(BIN)/pytest $(AT_A_TIME) -m "hypothesis and not real_sglang and not ray and not chromium" --hypothesis-profile=torture -o timeout=1800
-	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m "crash or torture" -o timeout=1800
+	STREAMSYN_KILLS=$${STREAMSYN_KILLS:-50} $(BIN)/pytest -m "(crash or torture) and not ray" -o timeout=1800
+
+torture-ray: .venv/stamp sglang  ## raylets: STREAMSYN_KILLS nodes killed in one run, others cut off, a real SGLang placed; prints figures
+	$(BIN)/pytest tests/cluster -m "ray and torture" -s
 
 coverage:  ## `make test` with line and branch coverage; fails below the floor in pyproject.toml
 	@$(MAKE) --no-print-directory test COVERAGE=1

@@ -146,6 +146,8 @@ class _Driver:
         self._signalled = asyncio.Event()
         self._has_begun = False
         """Whether a run has printed anything, now or on an earlier node."""
+        self._has_printed = False
+        """Whether the run of this actor has."""
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -154,7 +156,7 @@ class _Driver:
         failures = 0
         try:
             while True:
-                begun_before, why = self._has_begun, ""
+                why = ""
                 try:
                     code = await self._attend()
                     if code >= 0:
@@ -167,7 +169,7 @@ class _Driver:
                 if self._signalled.is_set():
                     return _STOPPED
                 log.warning("coordinator.lost", because=why, then="resumed on another node")
-                failures = 0 if self._has_begun and not begun_before else failures + 1
+                failures = 0 if self._has_printed else failures + 1
                 if failures > 1:
                     await self._pause(min(_LONGEST_RESTART_S, _RESTART_S * 2 ** min(failures, 10)))
         finally:
@@ -181,7 +183,7 @@ class _Driver:
             RayError: The actor is gone, or its files are not there.
         """
         remote = ray.remote(Coordinator).options(**self._options)
-        self._is_placed = False
+        self._is_placed = self._has_printed = False
         self._actor = await asyncio.to_thread(remote.remote, self._command, resumes=self._has_begun)
         if self._signalled.is_set():
             return _STOPPED
@@ -190,7 +192,7 @@ class _Driver:
         async for answer in answers:
             match await answer:
                 case bytes(data):
-                    self._has_begun = True
+                    self._has_begun = self._has_printed = True
                     self._write(data)
                 case str(node):
                     self._is_placed = True

@@ -48,6 +48,7 @@ def section(raylets: Raylets, **given: Any) -> ClusterSection:
 
 async def test_a_node_dies_in_a_run(raylets: Raylets, tmp_path: Path) -> None:
     """Each seed has one outcome, and Ray places another server on the node that has room."""
+    raylets.at_least(3)
     seeds = tmp_path / "seeds.jsonl"
     text = "".join(f'{{"instruction": "{n}?", "answer": "{n}"}}\n' for n in range(400))
     await asyncio.to_thread(seeds.write_text, text)
@@ -75,6 +76,7 @@ async def test_a_server_over_two_nodes_is_one_server(raylets: Raylets) -> None:
     """All its ranks get the address where they meet; if one ends, all are started again."""
     from streamsyn.cluster.placing import placed
 
+    raylets.at_least(2)
     rank = (
         "import os, signal, sys; sys.argv[1] == '0' and os.execv(sys.argv[3], sys.argv[3:]); signal.pause()"
     )
@@ -102,13 +104,17 @@ async def until_listed(servers: Any, holds: Callable[[list[ServerSpec]], bool]) 
             await servers.changed.wait()
 
 
-async def test_a_server_that_cannot_start_ends_the_run(raylets: Raylets) -> None:
+async def test_a_server_that_cannot_start_ends_the_run(
+    raylets: Raylets, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line with its last words; nothing is left behind."""
-    from streamsyn.cluster.placing import placed
+    from streamsyn.cluster import placing
 
+    raylets.at_least(1)
+    monkeypatch.setattr(placing, "_RESTART_S", 0.01)
     broken = (sys.executable, "-c", "raise ValueError('no such model')")
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - a group
-        async with placed(section(raylets, replicas=1, command=broken)):
+        async with placing.placed(section(raylets, replicas=1, command=broken)):
             pytest.fail("it started")
     cause = root_cause(caught.value)
     assert isinstance(cause, LaunchError)
@@ -132,6 +138,7 @@ def test_an_export_is_spread_over_the_nodes(
     """They sign the sealed shards of all partitions: the same bytes as without them."""
     from streamsyn.cluster import spread
 
+    raylets.at_least(2)
     partitions = begin_partitions(tmp_path / "run", 2)
     make_run(partitions.directories[0], [scored(n) for n in range(60)], max_similarity=0.5)
     others = [scored(n, context=f"{n} " * 30) for n in range(60, 90)]
@@ -169,9 +176,8 @@ def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     chat = '{{"id": "{0}", "messages": [{{"role": "user", "content": "what is {0} ' + "and so on " * 12
     chat += '"}}, {{"role": "assistant", "content": "it is {0}"}}]}}\n'
-    rows.write_text("".join(chat.format(n) for n in range(120)))
-    while len(raylets.nodes) < 3:
-        raylets.add_node()
+    rows.write_text("".join(chat.format(n) for n in range(60)))
+    raylets.at_least(3)
     keys = {"rows_per_step": 2, "seq_len": 256, "save_every_steps": 2, "precision": "fp32"}
     settings = [f"train.{key}={value}" for key, value in keys.items()]
     out = tmp_path / "out"
@@ -196,5 +202,5 @@ def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
     assert 1 == [entry["event"] for entry in logs].count("train.restarts")
     steps = [orjson.loads(line) for line in (out / "trained.jsonl").read_bytes().splitlines()]
     trained = [example[3] for step in steps for example in step["examples"]]
-    assert sorted(map(str, range(120))) == sorted(trained)
+    assert sorted(map(str, range(60))) == sorted(trained)
     assert (out / "model" / "model.safetensors").exists()

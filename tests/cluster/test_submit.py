@@ -60,13 +60,13 @@ async def simulated() -> AsyncIterator[tuple[str, Requests]]:
         yield server.url, requests
 
 
-def command(tmp_path: Path, url: str) -> Any:
-    """A run of some hundred seeds into `tmp_path`/out."""
+def command(tmp_path: Path, url: str, number: int = SEEDS) -> Any:
+    """A run of this many seeds into `tmp_path`/out."""
     from streamsyn.cluster.coordinator import command_of
 
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text(
-        "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(SEEDS))
+        "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(number))
     )
     keys = {"fleet.max_in_flight": IN_FLIGHT, "assembly.contexts_per_sample": 2, "sink.shard_bytes": 100_000}
     settings = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
@@ -78,6 +78,7 @@ async def test_the_node_of_the_run_dies(raylets: Raylets, tmp_path: Path) -> Non
     """It goes on on another node: each seed has one outcome, and what was in flight is asked once more."""
     from streamsyn.cluster.coordinator import submitted
 
+    raylets.at_least(2)
     out, printed = tmp_path / "out", bytearray()
     async with simulated() as (url, requests):
         given = await asyncio.to_thread(command, tmp_path, url)
@@ -109,6 +110,7 @@ async def test_a_signal_drains_the_run(raylets: Raylets, tmp_path: Path) -> None
     """As `ray job stop` sends it to the driver: the run ends with 75, on its node."""
     from streamsyn.cluster.coordinator import submitted
 
+    raylets.at_least(1)
     out, printed = tmp_path / "out", bytearray()
     async with simulated() as (url, requests):
         given = await asyncio.to_thread(command, tmp_path, url)
@@ -127,6 +129,7 @@ async def test_a_node_without_the_directory(raylets: Raylets, tmp_path: Path) ->
     """One line, and the run is not begun anew."""
     from streamsyn.cluster.coordinator import RunCommand, submitted
 
+    raylets.at_least(1)
     given = RunCommand(("--version",), tmp_path / "out", Path("/nowhere"))
     async with asyncio.timeout(100):
         with pytest.raises(ConfigError, match=r"/nowhere is not on .*: submit from a folder"):
