@@ -259,8 +259,9 @@ async def test_a_real_server_is_placed_and_its_node_dies(raylets: Raylets, tmp_p
     raylets.at_least(2)
     out, deaths, seeds = tmp_path / "out", list[float](), 24
     path = Path(__file__).parents[1] / "real/seeds.jsonl"
+    python, model = await asyncio.to_thread(find_python), await asyncio.to_thread(find_packaged_model)
     given = {
-        **overrides(raylets, command=(), replicas=1, python=find_python(), model=str(find_packaged_model())),
+        **overrides(raylets, command=(), replicas=1, python=python, model=str(model)),
         "fleet.max_in_flight": 4,
         "seeds.limit": seeds,
         "checks.min_words": 5,
