@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamsyn.config.command_sections import PublishSection
+from streamsyn.config.command_sections import PublishSection, TrainSection
 from streamsyn.config.sections import FleetSection
 from streamsyn.fleet.fleet import open_fleet
 from streamsyn.fleet.launch import find_packaged_model
 from streamsyn.records import Request
+from streamsyn.scoring.suites.needle_suite import needle_questions
+from streamsyn.trainer.evaluation.eval_servers import EvalServers, ServerEvaluation
+from streamsyn.trainer.evaluation.exam import Chat
 from streamsyn.trainer.examples import Example
 from streamsyn.trainer.model.loss import make_batch, token_losses
 from streamsyn.trainer.model.placed import Placed
@@ -87,3 +90,32 @@ async def test_trained_weights_reach_a_server_that_writes(real_server: RealServe
     assert after.cached_tokens < before.prompt_tokens // 2
     assert after.text != before.text
     assert ["SmolLM2-135M-Instruct"] == models
+
+
+async def test_a_real_server_is_asked_about_published_weights(
+    real_server: RealServer, tmp_path: Path
+) -> None:
+    """It loads them beside the training, and its answers are written by them."""
+    model = await asyncio.to_thread(find_packaged_model)
+    placed = await asyncio.to_thread(trained, model)
+    tokenizer = await asyncio.to_thread(read_tokenizer, str(model))
+    needles = {"lengths": [512], "kinds": ["single", "multi_key"], "samples": 1}
+    keys = {"eval_servers": [real_server.url], "publish": {}, "needles": needles}
+    settings = TrainSection.model_validate(keys)
+    assert settings.needles is not None
+    asked = settings.needles
+
+    def publish() -> list[ServerEvaluation]:
+        questions = list(needle_questions(asked, 0, Chat(tokenizer)))
+        publisher = Publisher(tmp_path, PublishSection(), FleetSection(), tokenizer, 0)
+        with EvalServers(settings, FleetSection(), questions, tmp_path) as servers:
+            publisher.receivers.append(servers)
+            publisher.publish(placed, 2)
+            servers.finish()
+            return servers.results()
+
+    (result,) = await asyncio.to_thread(publish)
+
+    assert (2, "step_2") == (result.step, result.found["version"])
+    assert (1, 2, 2) == tuple(result.found[name] for name in ("servers", "questions", "answered"))
+    assert {"needle_single_512", "needle_multi_key_512", "needles"} <= result.found.keys()
