@@ -166,6 +166,7 @@ def test_an_export_is_spread_over_the_nodes(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # its own
+@pytest.mark.torture  # a minute: Ray Train starts its workers twice
 def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
     """The ranks start again from the last checkpoint: each sample is trained on once."""
     from streamsyn.trainer.on_cluster import train_on_cluster

@@ -126,6 +126,7 @@ async def test_it_is_used_by_keyboard(daemon: Served, page: Page) -> None:
     await page.press("Escape")
     await page.until("location.hash === '#/runs/typed'")
     await page.until("document.activeElement.id === 'run-title'")
+    await page.until(shows("run-state", "running"))
 
     for state, *keys in (("paused", "Tab"), ("running", "Tab"), ("stopped", "Tab"), ("running", "Shift+Tab")):
         await page.press(*keys, "Enter")

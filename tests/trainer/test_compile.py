@@ -29,7 +29,14 @@ ROWS = [
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of tensors that have none
-@pytest.mark.parametrize(("checkpointing", "shared"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("checkpointing", "shared"),
+    [
+        pytest.param(False, False, marks=pytest.mark.torture),
+        pytest.param(True, False, marks=pytest.mark.torture),
+        (True, True),
+    ],
+)
 def test_layers_are_compiled_for_any_row(
     monkeypatch: pytest.MonkeyPatch, *, checkpointing: bool, shared: bool
 ) -> None:

@@ -42,7 +42,7 @@ def state(out: Path, step: int) -> dict[str, torch.Tensor]:
         pytest.param(1, 2, 1, marks=pytest.mark.torture),
         pytest.param(2, 1, 1, marks=pytest.mark.torture),
         pytest.param(4, 2, 1, marks=pytest.mark.torture),
-        (4, 2, 4),
+        pytest.param(4, 2, 4, marks=pytest.mark.torture),
     ],
 )
 def test_a_kill_in_the_middle_of_a_save_changes_nothing(
