@@ -99,7 +99,7 @@ def test_a_passage_that_is_too_long_keeps_what_answers(
     row = row_of(["m" * 50, passage], 1)
     row["messages"][1]["content"] = answer
     row["instruction"] = "That was it. Why?"
-    assume(len(passage) + FRAME + len(answer) > seq_len)
+    assume(len(passage) + FRAME - len("So.") + len(answer) > seq_len)  # FRAME has an answer, too
     whole = f"<|end|><|assistant|>{answer}<|end|>"
     assume(seq_len >= FRAME + len(answer) + 40)
     found = text_of(made := short(row, ["m" * 50, passage], seq_len))
