@@ -6,12 +6,13 @@ in partitions.json which have ended. A coordinator's stdin is a pipe from it: if
 
 import asyncio
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGTERM, SIGUSR1
 from time import monotonic
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import orjson
 import structlog
 
 from streamsyn.background import background
+from streamsyn.errors import SinkError
 from streamsyn.pipeline.progress import duration
 from streamsyn.sink.partitions import Partitions
 from streamsyn.sink.rundir import wait_until_free
@@ -34,6 +36,8 @@ _FINAL: Final = (0, 2, 3, 75)
 _REFUSED: Final = 2
 _ENDED: Final = (0, 3)
 """With these it may have read all seeds."""
+_DRAIN: Final = SIGUSR1
+"""Never ends a coordinator at once: who stops all processes of a job or a service sent it SIGTERM, too."""
 _LOG_EVERY_S: Final = 10.0
 _MAX_LINE_BYTES: Final = 2**24
 _SHOWN: Final = ("warning", "error", "critical")
@@ -79,6 +83,7 @@ class Coordinator:
         figures: Its progress, as it logged it last.
         done: Its summary, once it has logged it.
         error: Why it failed, as it reported it.
+        may_start: Set when its directory is free, and when it is not to start any more.
     """
 
     at: int
@@ -89,6 +94,7 @@ class Coordinator:
     error: str = ""
     process: asyncio.subprocess.Process | None = None
     restarts: RestartLimit = field(default_factory=RestartLimit)
+    may_start: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Coordinators:
@@ -169,14 +175,11 @@ class Coordinators:
 
     async def _keep(self, one: Coordinator) -> None:
         """Run a coordinator, again if it dies, to its end."""
-
-        def waiting(holder: str) -> None:
-            log.info("coordinator.waits", partition=one.at, holder=holder)
-
         while not self._stopping.is_set():
-            # That of an earlier run may be draining, after the process that started it was killed.
             if self._waits:
-                await asyncio.to_thread(wait_until_free, one.directory, waiting)
+                await self._until_free(one)
+                if self._stopping.is_set():
+                    break
             code = await self._run_once(one)
             if code in _ENDED and not one.done.get("stopped"):
                 async with self._recording:
@@ -187,6 +190,8 @@ class Coordinators:
                     log.error("coordinator.refused", partition=one.at, why=one.error)
                     self._stop("a coordinator was refused")
                 return
+            if code < 0 and self._stopping.is_set():  # by the signal, before it could handle it
+                break
             pause_s = one.restarts.after(await asyncio.to_thread(_log_bytes, one.directory))
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             if pause_s is None:
@@ -199,6 +204,26 @@ class Coordinators:
                     await self._stopping.wait()
         one.code = 75
 
+    async def _until_free(self, one: Coordinator) -> None:
+        """Wait for a coordinator of an earlier run, which drains: the process that started it was killed."""
+        loop = asyncio.get_running_loop()
+
+        def wait() -> None:
+            try:
+                wait_until_free(one.directory, waiting)
+            except OSError as error:  # the coordinator will fail by it, too
+                log.debug("coordinator.lock_failed", partition=one.at, why=str(error))
+            with suppress(RuntimeError):  # this run has been stopped meanwhile
+                loop.call_soon_threadsafe(one.may_start.set)
+
+        def waiting(holder: str) -> None:
+            log.info("coordinator.waits", partition=one.at, holder=holder)
+
+        one.may_start.clear()
+        # A thread that nobody joins: the earlier coordinator may be stuck.
+        threading.Thread(target=wait, name=f"lock-{one.at}", daemon=True).start()
+        await one.may_start.wait()
+
     async def _run_once(self, one: Coordinator) -> int:
         one.figures, one.done, one.error = {}, {}, ""
         process = one.process = await asyncio.create_subprocess_exec(
@@ -207,10 +232,11 @@ class Coordinators:
             stderr=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             limit=_MAX_LINE_BYTES,
+            process_group=0,  # Ctrl-C is for this process, which passes it on
         )
         log.info("coordinator.started", partition=one.at, pid=process.pid)
         if self._stopping.is_set():
-            process.send_signal(SIGTERM)
+            process.send_signal(_DRAIN)
         assert process.stderr is not None
         try:
             async for line in process.stderr:
@@ -250,14 +276,16 @@ class Coordinators:
 
     def _stop(self, why: str) -> None:
         """Drain the coordinators; a second time, have them stop at once."""
+        number = SIGTERM if self._stopping.is_set() else _DRAIN
         if not self._stopping.is_set():
             log.info(
                 "run.draining", plain=f"{why}: finishing what is in flight; Ctrl-C again stops now", why=why
             )
         self._stopping.set()
         for one in self.each:
+            one.may_start.set()
             if one.process is not None and one.process.returncode is None:
-                one.process.send_signal(SIGTERM)
+                one.process.send_signal(number)
 
     async def _report(self) -> None:
         logged = ""
@@ -297,7 +325,10 @@ class Coordinators:
 
 
 def _log_bytes(directory: Path) -> int:
-    parts = Snapshot(directory).parts
+    try:
+        parts = Snapshot(directory).parts
+    except (SinkError, OSError):  # the coordinator has reported it
+        return 0
     return sum(part.bytes for kind in ("contexts", "rejects") for part in parts[kind])
 
 

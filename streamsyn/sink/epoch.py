@@ -17,13 +17,14 @@ of steps in every process, which is the contract of `Epoch.check`:
 import errno
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import orjson
 import structlog
@@ -39,6 +40,10 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _COPIED: Final = ("journal.sqlite", "ids.sqlite")
 """SQLite files that cannot be made from the log."""
 _CHUNK_BYTES: Final = 1 << 20
+_TOKEN: Final = re.compile(r"\d{8}", re.ASCII)
+_LAST: Final = 99_999_999
+_EPOCH_OF_LINE: Final = re.compile(rb',"epoch":(\d{1,8})}\n\Z')
+"""The end of a line of the manifest."""
 
 
 class Epoch:
@@ -100,22 +105,30 @@ class Epoch:
             TakenOver: A newer process has done the same.
             OSError: The disk failed.
         """
-        before = [(name, self.database(name)) for name in _COPIED]
-        self._index = self.root / f"{_INDEX}-{self.number:08d}"
-        make_folder(self._index)
-        for name, old in before:
-            for part in ("", "-wal"):  # a copy in the middle of a write is found damaged, and dropped
-                with suppress(FileNotFoundError):
-                    shutil.copyfile(f"{old}{part}", self._index / f"{name}{part}")
+        self._index = self._copied_index(self.root / f"{_INDEX}-{self.number:08d}")
         for pattern in growing:
             for path in self.root.glob(pattern):
                 self.replace(path)
         self.check()
         for stale in (*self.root.glob("journal.sqlite*"), *self.root.glob(f"{_INDEX}/inbox.sqlite*")):
             stale.unlink(missing_ok=True)
-        for stale in self.root.glob(f"{_INDEX}-*"):
-            if stale < self._index:
+        for stale in (*self.root.glob(f"{_INDEX}-*"), *self.root.glob(f".{_INDEX}-*")):
+            if stale.name.lstrip(".") < self._index.name:
                 shutil.rmtree(stale, ignore_errors=True)
+
+    def _copied_index(self, folder: Path) -> Path:
+        """Make the folder of the SQLite files, whole or not at all: a later epoch copies from it."""
+        aside = folder.with_name(f".{folder.name}")
+        make_folder(aside)
+        for name in _COPIED:
+            for part in ("", "-wal"):  # a copy in the middle of a write is found damaged, and dropped
+                old = self.database(name)
+                with suppress(FileNotFoundError), old.with_name(old.name + part).open("rb") as source:
+                    _copy(source, aside / f"{name}{part}")
+        sync_folder(aside)
+        aside.rename(folder)
+        sync_folder(self.root)
+        return folder
 
     def replace(self, path: Path) -> None:
         """Put a copy in the place of a file, if it is there: who has it open writes to the old one.
@@ -125,10 +138,7 @@ class Epoch:
         """
         with suppress(FileNotFoundError), path.open("rb") as source:
             aside = self.aside(path.name)
-            with aside.open("wb") as copy:
-                shutil.copyfileobj(source, copy, _CHUNK_BYTES)
-                copy.flush()
-                os.fsync(copy.fileno())
+            _copy(source, aside)
             self.check()
             aside.replace(path)
             sync_folder(path.parent)
@@ -208,13 +218,18 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
 
     Raises:
         TakenOver: A newer process has claimed one meanwhile.
+        SinkError: There are no more epochs.
         OSError: The disk failed.
     """
     folder = root / FOLDER
     make_folder(folder)
     while True:
         before = _tokens(folder)
-        number = before[-1] + 1 if before else 1
+        # The folder may be lost, and a mirror has none: lines of a lower epoch would not count.
+        known = _newest_line(root / "manifest.jsonl")
+        number = max([known, *before]) + 1
+        if number > _LAST:
+            raise SinkError(f"{folder} has the last epoch, {_LAST}: no run has come so far; delete that file")
         path = folder / f"{number:08d}"
         try:
             token = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
@@ -225,7 +240,8 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
             break
         os.close(token)  # the folder was listed from a cache, before a newer process had claimed its epoch
         path.unlink(missing_ok=True)
-    is_clean = not before or _is_over(folder / f"{before[-1]:08d}", is_locked=is_locked)
+    newest = folder / f"{before[-1]:08d}" if before else None
+    is_clean = not known if newest is None else _is_over(newest, is_locked=is_locked)
     for older in before:
         (folder / f"{older:08d}").unlink(missing_ok=True)
     sync_folder(folder)
@@ -234,6 +250,14 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
         epoch.take_over(growing)
     epoch.settle(is_locked=is_locked)
     return epoch
+
+
+def _copy(source: BinaryIO, to: Path) -> None:
+    """Copy an open file, synced."""
+    with to.open("wb") as copy:
+        shutil.copyfileobj(source, copy, _CHUNK_BYTES)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def _is_named(file: int, path: Path) -> bool:
@@ -245,7 +269,16 @@ def _is_named(file: int, path: Path) -> bool:
 
 
 def _tokens(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if _TOKEN.fullmatch(path.name))
+
+
+def _newest_line(manifest: Path) -> int:
+    """The newest epoch that a line of the manifest names; 0 where none does."""
+    try:
+        with manifest.open("rb") as lines:
+            return max((int(found[1]) for line in lines if (found := _EPOCH_OF_LINE.search(line))), default=0)
+    except FileNotFoundError:
+        return 0
 
 
 def _is_over(token: Path, *, is_locked: bool) -> bool:
@@ -264,6 +297,8 @@ def _read(token: Path) -> tuple[dict[str, Any], bool]:
         lines = [orjson.loads(line) for line in token.read_bytes().splitlines()]
     except (OSError, orjson.JSONDecodeError):
         return {}, False
+    if not all(isinstance(line, dict) for line in lines):
+        return {}, False
     return (lines[0] if lines else {}), any(line.get("closed") for line in lines)
 
 
@@ -273,7 +308,7 @@ def _newest_owner(folder: Path) -> str:
     except (OSError, IndexError):
         return "another process"
     owner, _ = _read(folder / f"{number:08d}")
-    who = f"pid {owner['pid']} on {owner['host']}" if owner else "another process"
+    who = f"pid {owner['pid']} on {owner.get('host')}" if "pid" in owner else "another process"
     return f"{who} (epoch {number})"
 
 

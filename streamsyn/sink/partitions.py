@@ -154,10 +154,11 @@ def begin_partitions(root: Path, number: int) -> Partitions:
         return found
     if (root / "run.json").exists():
         raise ConfigError(f"{root} holds a run without partitions; choose a different --out for --partitions")
-    foreign = sorted(path.name for path in root.iterdir() if is_foreign(path.name)) if root.is_dir() else []
-    if foreign:
-        raise ConfigError(f"--out {root} is not a run directory, and is not empty ({foreign[0]}, ...)")
     new = Partitions(root=root, number=number, created_at=time.time())
+    ours = {directory.name for directory in new.directories}  # links to other disks
+    names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    if foreign := sorted(name for name in names - ours if is_foreign(name)):
+        raise ConfigError(f"--out {root} is not a run directory, and is not empty ({foreign[0]}, ...)")
     with disk_errors(f"make {root}"):
         make_folder(root)
     new.save()

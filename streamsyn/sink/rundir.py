@@ -18,7 +18,7 @@ import orjson
 import streamsyn
 from streamsyn.config.fingerprint import differences
 from streamsyn.config.loading import Config, load
-from streamsyn.errors import ConfigError, DirectoryInUse, TakenOver
+from streamsyn.errors import ConfigError, DirectoryInUse, SinkError, TakenOver
 from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.epoch import claim
 from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
@@ -55,6 +55,7 @@ class RunDirectory:
         DirectoryInUse: A different process has it open.
         TakenOver: A newer process has opened it meanwhile.
         ConfigError: It cannot be created.
+        SinkError: A file that is not ours has the name of the last epoch.
     """
 
     def __init__(self, root: Path, *, take_over: bool = False) -> None:
@@ -73,7 +74,7 @@ class RunDirectory:
         except OSError as error:
             self._unlock()
             raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
-        except TakenOver:
+        except (TakenOver, SinkError):
             self._unlock()
             raise
 

@@ -15,8 +15,9 @@ from streamsyn.cli.main import cli
 from streamsyn.cli.partitioned_run import _own_settings
 from streamsyn.config.loading import load, parse_override
 from streamsyn.errors import ConfigError
-from streamsyn.pipeline.coordinators import Coordinators, RestartLimit
+from streamsyn.pipeline.coordinators import Coordinator, Coordinators, RestartLimit
 from streamsyn.sink.partitions import begin_partitions, read_partitions
+from streamsyn.sink.rundir import RunDirectory
 from tests.builders import new_run, opened, sink
 
 DONE = (
@@ -102,8 +103,8 @@ def test_a_refused_coordinator_drains_the_others(tmp_path: Path) -> None:
     """A mistake in the configuration is that of all."""
     finished(tmp_path, 2)
     fails = """print('{"event": "run.failed", "level": "error", "error": "no seeds"}', file=e); sys.exit(2)"""
-    drains = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()"
-    waits = f"signal.pthread_sigmask(signal.SIG_BLOCK, [15]); signal.sigwait([15]); sys.exit(75); {drains}"
+    drains = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); signal.pause()"
+    waits = f"signal.pthread_sigmask(signal.SIG_BLOCK, [10]); signal.sigwait([10]); sys.exit(75); {drains}"
     done, code = ran(tmp_path, fails, waits)
 
     assert (2, [2, 75]) == (code, [one.code for one in done.each])
@@ -112,12 +113,16 @@ def test_a_refused_coordinator_drains_the_others(tmp_path: Path) -> None:
 
 
 def test_a_signal_drains_all(tmp_path: Path) -> None:
-    """It is passed on; none is started again."""
+    """It is passed on, as one that never ends a run at once; none is started again.
+
+    What a terminal, a job or a service sends to all processes does not count twice: coordinators are in
+    groups of their own, and a SIGTERM that they got as well is the first signal that they heed.
+    """
     finished(tmp_path, 2)
     waits = (
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [15]); os.kill(%d, 15); signal.sigwait([15]); sys.exit(75)"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [10]); os.getpgid(0) == os.getpid() or sys.exit(1); "
+        f"os.kill({os.getpid()}, 15); signal.sigwait([signal.SIGUSR1]); sys.exit(75)"
     )
-    waits %= os.getpid()
     before = signal.getsignal(signal.SIGTERM)
     try:
         done, code = ran(tmp_path, waits, waits)
@@ -126,6 +131,56 @@ def test_a_signal_drains_all(tmp_path: Path) -> None:
 
     assert (75, [75, 75]) == (code, [one.code for one in done.each])
     assert done.interrupted
+
+
+def test_a_signal_ends_the_wait_for_an_earlier_coordinator(tmp_path: Path) -> None:
+    """One that is stuck may hold its lock for good; nothing is started any more."""
+    finished(tmp_path, 1)
+    held = RunDirectory(tmp_path / "partition-000")
+    coordinators = Coordinators(begin_partitions(tmp_path, 1), lambda _: python("sys.exit(0)"), as_json=False)
+    before = signal.getsignal(signal.SIGTERM)
+    real = coordinators._until_free
+
+    async def signalled(one: Coordinator) -> None:
+        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
+        await real(one)
+
+    coordinators._until_free = signalled  # type: ignore[method-assign]
+    try:
+        with structlog.testing.capture_logs() as logged:
+            code = asyncio.run(coordinators.run())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        held.close()
+
+    assert 75 == code
+    assert "coordinator.started" not in [one["event"] for one in logged]
+
+
+def test_a_coordinator_that_a_signal_ends_before_it_could_heed_it_has_stopped(tmp_path: Path) -> None:
+    """It is not one that died: no warning, no restart."""
+    finished(tmp_path, 1)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with structlog.testing.capture_logs() as logged:
+            done, code = ran(tmp_path, f"os.kill({os.getpid()}, 15); signal.pause()")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert (75, [75]) == (code, [one.code for one in done.each])
+    assert "coordinator.restarts" not in [one["event"] for one in logged]
+
+
+def test_a_damaged_partition_costs_no_other(tmp_path: Path) -> None:
+    """Its coordinator is given up as one that cannot start; the others go on to their ends."""
+    finished(tmp_path, 2)
+    (tmp_path / "partition-000" / "manifest.jsonl").write_text("{}\n{}\n")
+    commands = [python("sys.exit(1)"), python("sys.exit(0)")]
+    coordinators = Coordinators(begin_partitions(tmp_path, 2), lambda at: commands[at], as_json=False)
+    coordinators.each[0].restarts = RestartLimit(most=1, pause_s=0.0)
+
+    assert 1 == asyncio.run(coordinators.run())
+    assert {1} == coordinators.partitions.ended.keys()
 
 
 def test_deaths_without_an_outcome_in_between_are_limited() -> None:

@@ -6,9 +6,10 @@ system before which everything else happens: the other process opens the directo
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,59 @@ def test_a_directory_of_an_older_version_opens(tmp_path: Path) -> None:
     assert 1 == directory.epoch.number
     assert [0] == RunLog(tmp_path, sink(), epoch=directory.epoch).manifest.flushes
     directory.close()
+
+
+@pytest.mark.parametrize("lost", ["all", "newest"])
+def test_lines_count_although_the_epochs_were_lost(tmp_path: Path, lost: str) -> None:
+    """As in a copy of a mirror, which has none, or of a backup: the next one is above all in the manifest."""
+    for _ in range(3):
+        directory = RunDirectory(tmp_path)
+        with closing(RunLog(tmp_path, sink(), epoch=directory.epoch)) as log:
+            log.append([context(log.contexts.rows)])
+            log.seal_outcomes()
+        directory.close()
+        if lost == "newest":
+            (tmp_path / "epochs" / f"{directory.epoch.number:08d}").rename(tmp_path / "epochs" / "00000001")
+        else:
+            shutil.rmtree(tmp_path / "epochs")
+
+    assert [1, 2, 3] == Manifest(tmp_path / "manifest.jsonl").flushes
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", '{"x":1}', '{"closed":tr', '{"closed":true}'])
+def test_other_files_among_the_epochs_are_harmless(tmp_path: Path, content: str) -> None:
+    """Names that are not epochs are left alone; a damaged epoch is one whose process may be alive."""
+    RunDirectory(tmp_path).close()
+    for name in ("notes.txt", "7", "٣", "123456789"):
+        (tmp_path / "epochs" / name).touch()
+    (tmp_path / "epochs" / "00000007").write_text(content)
+    first = RunDirectory(tmp_path)
+    second = RunDirectory(tmp_path, take_over=True)
+    (tmp_path / "epochs" / "00000009").write_text(content)
+
+    with pytest.raises(TakenOver, match=r"another process \(epoch 9\)"):
+        first.epoch.check()
+    second.close()
+    first.close()
+    (tmp_path / "epochs" / "99999999").touch()
+    with pytest.raises(SinkError, match="last epoch, 99999999"):
+        RunDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_the_owners_of_ids_outlive_a_takeover_that_is_killed(tmp_path: Path, number: int) -> None:
+    """They cannot be made from the log. Whichever call is the last one, the next process has them."""
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    first = RunDirectory(tmp_path)
+    first.epoch.database("ids.sqlite").write_text("owners")
+    with suppress(KeyboardInterrupt), paused_before(number, kill):
+        RunDirectory(tmp_path, take_over=True)
+    last = RunDirectory(tmp_path, take_over=True)
+
+    assert "owners" == last.epoch.database("ids.sqlite").read_text()
+    last.close()
+    first.close()
+    assert [] == list(tmp_path.glob(".index-*"))

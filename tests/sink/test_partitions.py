@@ -76,6 +76,10 @@ def test_the_first_run_fixes_the_number_of_partitions(tmp_path: Path) -> None:
         begin_partitions(out, 4)
     with pytest.raises(ConfigError, match="holds a run without partitions"):
         begin_partitions(plain, 2)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "partition-001").symlink_to(tmp_path / "disk")  # before the first run
+    assert 2 == begin_partitions(tmp_path / "linked", 2).number
     (tmp_path / "thesis").touch()
     with pytest.raises(ConfigError, match="is not empty"):
         begin_partitions(tmp_path, 2)
