@@ -204,6 +204,8 @@ class Completion:
         thought: What the model wrote before the text, with its marks; "" if the server keeps thoughts apart.
         thinking_tokens: Tokens of the thought: as the server counts them, else estimated from its characters.
         tokens_estimated: Whether token counts are estimated from the text, since the server sent none.
+        cached_host_tokens: Cached tokens that came from host memory, where a server says so.
+        cached_storage_tokens: Cached tokens that came from storage, where a server says so.
         body: The whole answer of the server to a `Request.body`, of which `text` is the first choice.
     """
 
@@ -220,6 +222,8 @@ class Completion:
     thinking_tokens: int = 0
     tokens_estimated: bool = False
     body: dict[str, Any] | None = None
+    cached_host_tokens: int = 0
+    cached_storage_tokens: int = 0
 
     @property
     def text_tokens(self) -> int:

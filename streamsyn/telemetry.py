@@ -164,6 +164,9 @@ class Counters:
     """Samples under 95 % of their target length."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    cached_host_tokens: int = 0
+    """Those of them that came from the host memory of a server, as far as servers say so."""
+    cached_storage_tokens: int = 0
     useful_tokens: int = 0
     """Completion tokens of contexts."""
     thinking_tokens: int = 0
@@ -198,6 +201,8 @@ class Counters:
         *,
         prompt_tokens: int,
         cached_tokens: int,
+        cached_host_tokens: int,
+        cached_storage_tokens: int,
         completion_tokens: int,
         thinking_tokens: int,
         words: int,
@@ -209,8 +214,20 @@ class Counters:
         self.flags.update(flags)
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
+        self.cached_host_tokens += cached_host_tokens
+        self.cached_storage_tokens += cached_storage_tokens
         self.useful_tokens += completion_tokens
         self.thinking_tokens += thinking_tokens
+
+    @property
+    def cached_by_tier(self) -> dict[str, int]:
+        """Cached prompt tokens by where they were; `device` unless the server said otherwise."""
+        elsewhere = self.cached_host_tokens + self.cached_storage_tokens
+        return {
+            "device": self.cached_tokens - elsewhere,
+            "host": self.cached_host_tokens,
+            "storage": self.cached_storage_tokens,
+        }
 
     def count_reject(self, reason: str, origin: str, detail: str) -> None:
         """Add a reject that has been written to the log."""

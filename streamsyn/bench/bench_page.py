@@ -170,6 +170,8 @@ def _prefix(found: Figures) -> list[tuple[str, int, str]]:
         ("Prompt tokens", tokens.prompt, ""),
         ("Planned to be cached", tokens.planned, "soft"),
         ("Cached", tokens.achieved, ""),
+        *([("Cached in host memory", tokens.from_host, "soft")] if tokens.from_host else []),
+        *([("Cached in storage", tokens.from_storage, "soft")] if tokens.from_storage else []),
         ("Computed", tokens.computed, "wasted"),
         ("Planned, but computed", tokens.lost, "wasted"),
     ]

@@ -121,6 +121,11 @@ def _request_lines(found: Figures, of_cpu: str) -> Iterator[str]:
         yield (
             f"prompt tokens: {prefix.planned / prefix.prompt:.0%} planned to be cached, "
             f"{prefix.achieved / prefix.prompt:.0%} were"
+            + "".join(
+                f", {number / prefix.prompt:.0%} from {tier}"
+                for tier, number in (("host", prefix.from_host), ("storage", prefix.from_storage))
+                if number
+            )
         )
     network = "" if parts.network is None else f"network {1000 * parts.network:,.1f}, "
     yield (

@@ -48,6 +48,8 @@ class PrefixTokens:
         achieved: Those that were in it.
         computed: Those that were not.
         lost: Those that were planned, but computed.
+        from_host: Those of `achieved` that came from host memory, where servers say so.
+        from_storage: Those of `achieved` that came from storage, where servers say so.
     """
 
     prompt: int
@@ -55,6 +57,8 @@ class PrefixTokens:
     achieved: int
     computed: int
     lost: int
+    from_host: int = 0
+    from_storage: int = 0
 
     @property
     def kept_share(self) -> float | None:
@@ -306,6 +310,8 @@ def _prefix_tokens(answered: Sequence[RequestRecord]) -> PrefixTokens:
         achieved=achieved,
         computed=prompt - achieved,
         lost=sum(max(0, one.planned_cached_tokens - one.cached_tokens) for one in answered),
+        from_host=sum(one.cached_host_tokens for one in answered),
+        from_storage=sum(one.cached_storage_tokens for one in answered),
     )
 
 

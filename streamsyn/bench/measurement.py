@@ -59,6 +59,8 @@ class RequestRecord:
         prompt_tokens: As the server reports, like all tokens; 0 without an answer.
         cached_tokens: Prompt tokens that were in the server's prefix cache.
         planned_cached_tokens: Prompt tokens that placement expected to be there.
+        cached_host_tokens: Cached tokens that came from host memory, where the server says so.
+        cached_storage_tokens: Cached tokens that came from storage, where the server says so.
         completion_tokens: Tokens generated.
         useful_tokens: Its part of the tokens of the context that its draft became: 0 for rejects and failed
             tries. The sum over the requests of a draft is `DraftRecord.useful_tokens`. None while the draft
@@ -81,6 +83,8 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     planned_cached_tokens: int = 0
+    cached_host_tokens: int = 0
+    cached_storage_tokens: int = 0
     completion_tokens: int = 0
     useful_tokens: float | None = None
 

@@ -299,6 +299,8 @@ class _RequestSpan:
         record.completion_tokens = int(attributes["gen_ai.usage.output_tokens"])
         record.cached_tokens = int(attributes["gen_ai.usage.cached_tokens"])
         record.planned_cached_tokens = int(attributes["gen_ai.usage.planned_cached_tokens"])
+        record.cached_host_tokens = int(attributes.get("gen_ai.usage.cached_host_tokens", 0))
+        record.cached_storage_tokens = int(attributes.get("gen_ai.usage.cached_storage_tokens", 0))
 
     def failed(self, error: BaseException) -> None:
         record = self._record

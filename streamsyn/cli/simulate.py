@@ -121,6 +121,12 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
     "[default: 500000, or the cost model's]",
 )
 @click.option(
+    "--cache-report/--no-cache-report",
+    default=_DEFAULTS["cache_report"],
+    show_default=True,
+    help="Report cached tokens, as with --enable-cache-report.",
+)
+@click.option(
     "--tokenizer-workers",
     default=_DEFAULTS["tokenizer_workers"],
     show_default=True,

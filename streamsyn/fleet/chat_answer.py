@@ -37,6 +37,8 @@ _UNFINISHED = (
 """How finish reasons of answers begin whose text is incomplete, or is not the answer. Any other is a stop."""
 _LOST = ("abort", "cancel", "error", "insufficient_system_resource")
 """How finish reasons of answers begin that the server did not finish."""
+_PARTS_AT_END = ("model", "usage", "metadata", "sglext")
+"""Fields of events of a stream that describe the whole answer."""
 _DONE = b"[DONE]"
 _LINES = re.compile(rb"(?:[^\r\n]+(?:\r\n|\r|\n|\Z))+")
 """Lines up to a blank one."""
@@ -118,7 +120,7 @@ def parse_chat_stream(status: int, body: bytes, asked: Asked) -> Completion:
                 break
             event = wire.read_json(data)
             wire.raise_error_in(event, asked.server)
-            last.update((name, event[name]) for name in ("model", "usage", "metadata") if event.get(name))
+            last.update((name, event[name]) for name in _PARTS_AT_END if event.get(name))
             for part in event.get("choices") or ():
                 if not part.get("index"):
                     texts.append(_text_and_thought(part.get("delta") or part.get("message") or {}))
@@ -190,19 +192,26 @@ def _completion(text: str, thought: str, reason: Any, answer: dict[str, Any], as
         prompt = sum(map(_estimate, asked.message_bytes))
     if completion is None:
         completion = _estimate(len((thought + text).encode()))
-    cached = _count(_dict(usage.get("prompt_tokens_details")).get("cached_tokens")) or 0
+    tiers = wire.tokens_by_tier(_dict(answer.get("sglext")).get("cached_tokens_details"))
+    device, host, storage = tiers or (0, 0, 0)
+    cached = _count(_dict(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    if cached is None:  # a server without --enable-cache-report
+        cached = device + host + storage
+    cached = min(cached, prompt)
     model = answer.get("model")
     return Completion(
         text=text,
         finish_reason=_finish_reason(reason, completion, asked.server),
         prompt_tokens=prompt,
-        cached_tokens=min(cached, prompt),
+        cached_tokens=cached,
         completion_tokens=completion,
         model=cut(model, wire.NAME_BYTES) if model and isinstance(model, str) else asked.model,
         server=asked.server,
         weight_version=wire.weight_versions_of(answer.get("metadata")),
         thinking_tokens=min(completion, _thinking_tokens(usage) or thought_tokens(thought, text, completion)),
         tokens_estimated=is_estimated,
+        cached_host_tokens=min(host, cached),
+        cached_storage_tokens=min(storage, max(0, cached - host)),
     )
 
 

@@ -10,7 +10,7 @@ from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream, pa
 from streamsyn.fleet.logprobs import Scorer
 from streamsyn.fleet.thinking import CONTINUES, PromptEnds, cleaned, template_fields
 from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
-from streamsyn.fleet.wire import Load, parse_load
+from streamsyn.fleet.wire import Features, Load, parse_features, parse_load
 from streamsyn.records import Completion, Request
 from streamsyn.telemetry import trace_headers
 
@@ -42,6 +42,8 @@ class ServerClient:
         self._without: frozenset[str] = frozenset()
         """Optional fields of a chat request that the server refused."""
         self._has_usage = True
+        self.features = Features()
+        """What it can do; set by `ask_features`."""
         self._prompt_ends = PromptEnds(transport, url)
         self._scorer = Scorer(transport, url, self._prompt_ends)
 
@@ -106,7 +108,14 @@ class ServerClient:
             reply = await self.transport.exchange(
                 "POST",
                 wire.CHAT,
-                body=wire.chat_body(request, model, rid, stream=is_streamed, without=without),
+                body=wire.chat_body(
+                    request,
+                    model,
+                    rid,
+                    stream=is_streamed,
+                    details=self.features.has_details,
+                    without=without,
+                ),
                 headers=headers,
                 timeout_s=self._request_timeout_s,
                 on_data=on_first_token,
@@ -145,6 +154,17 @@ class ServerClient:
         if reply.status != 200:
             raise wire.error_for(reply.status, "no load metrics", self.url)
         return parse_load(reply.body)
+
+    async def ask_features(self) -> None:
+        """Ask what it can do: once after each start.
+
+        Raises:
+            ServerError: It did not answer.
+        """
+        self.features = Features()
+        reply = await self.transport.exchange("GET", wire.SERVER_INFO, timeout_s=_LOAD_TIMEOUT_S)
+        if reply.status == 200:
+            self.features = parse_features(reply.body)
 
     async def weight_version(self) -> str | None:
         """Return the version of its weights; None if it does not report one.

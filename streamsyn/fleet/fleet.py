@@ -378,14 +378,7 @@ class Fleet:
                 completion = await server.client.complete(
                     request, place.model, rid, first_token if place.leads else None
                 )
-                opened.set(
-                    {
-                        "gen_ai.usage.input_tokens": completion.prompt_tokens,
-                        "gen_ai.usage.output_tokens": completion.completion_tokens,
-                        "gen_ai.usage.cached_tokens": completion.cached_tokens,
-                        "gen_ai.usage.planned_cached_tokens": round(planned * completion.prompt_tokens),
-                    }
-                )
+                opened.set(_usage_of(completion, planned))
         except (ServerError, asyncio.CancelledError) as error:
             if isinstance(error, ServerTimeout | asyncio.CancelledError):
                 self._abort(server, rid)
@@ -470,6 +463,23 @@ async def open_fleet(
         finally:
             outage.close()
             await tasks.close()  # before the connections, which aborts still need
+
+
+def _usage_of(completion: Completion, planned: float) -> dict[str, int]:
+    """Return the tokens of an answer as attributes of its span.
+
+    Args:
+        completion: The answer.
+        planned: Part of its prompt that should have been in the prefix cache, 0 to 1.
+    """
+    return {
+        "gen_ai.usage.input_tokens": completion.prompt_tokens,
+        "gen_ai.usage.output_tokens": completion.completion_tokens,
+        "gen_ai.usage.cached_tokens": completion.cached_tokens,
+        "gen_ai.usage.planned_cached_tokens": round(planned * completion.prompt_tokens),
+        "gen_ai.usage.cached_host_tokens": completion.cached_host_tokens,
+        "gen_ai.usage.cached_storage_tokens": completion.cached_storage_tokens,
+    }
 
 
 def _was_begun(error: BaseException) -> bool:

@@ -130,11 +130,15 @@ def _completion(meta: Any, answer: list[int], model: str, url: str) -> Completio
     rows = meta["input_token_logprobs"][-len(answer) :]
     if [row[1] for row in rows] != answer:
         raise BrokenResponse(f"{url} scored different tokens than it was sent")
+    cached = wire.token_count(meta.get("cached_tokens") or 0)
+    _, host, storage = wire.tokens_by_tier(meta.get("cached_tokens_details")) or (0, 0, 0)
     return Completion(
         text="",
         finish_reason="length",
         prompt_tokens=wire.token_count(meta["prompt_tokens"]),
-        cached_tokens=wire.token_count(meta.get("cached_tokens") or 0),
+        cached_tokens=cached,
+        cached_host_tokens=min(host, cached),
+        cached_storage_tokens=min(storage, max(0, cached - host)),
         completion_tokens=0,
         model=model,
         server=url,

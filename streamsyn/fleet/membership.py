@@ -17,7 +17,7 @@ from streamsyn.background import Background
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ConfigError, FleetGone, ServerError, ServerUnavailable, WrongAddress
 from streamsyn.fleet.client import ServerClient
-from streamsyn.fleet.discovery import Demand, warn_about_router
+from streamsyn.fleet.discovery import Demand
 from streamsyn.fleet.health import Health, Outage, full_jitter
 from streamsyn.fleet.limiter import START, AdaptiveLimiter, Limiter
 from streamsyn.fleet.models import agreed_models, listed
@@ -318,21 +318,6 @@ class Membership:
         self.joined.set()
         self.joined = asyncio.Event()
 
-    async def _models(self, server: Server) -> list[str]:
-        """Return the models it serves; also ask what is asked once per start: router or not, weight version.
-
-        Raises:
-            ServerError: It is not healthy.
-            ConfigError: It does not accept the key.
-        """
-        models = await server.client.models()
-        await warn_about_router(server.url, server.client.transport)
-        try:
-            server.weight_version = await server.client.weight_version()
-        except ServerError as error:
-            log.debug("fleet.weights_unknown", server=server.url, error=str(error))
-        return models
-
     def _set_draining(self, server: Server, *, draining: bool) -> None:
         if server.draining == draining:
             return
@@ -386,7 +371,7 @@ class Membership:
 
         async def ask(server: Server, grace: asyncio.Timeout) -> None:
             try:
-                served[server.url] = await self._models(server)
+                served[server.url] = await server.ask_models()
             except ServerError as error:
                 failures[server.url] = error
             else:
@@ -411,7 +396,7 @@ class Membership:
             await asyncio.sleep(self._probe_pause(server.health.ejections))
         for step in count():
             try:
-                self._join(server, await self._models(server))
+                self._join(server, await server.ask_models())
             except (ServerError, ConfigError) as error:
                 server.error = str(error)
                 log_it = log.debug if step else log.warning if isinstance(error, ConfigError) else log.info

@@ -13,8 +13,9 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from streamsyn.errors import ServerError
+from streamsyn.errors import ConfigError, ServerError
 from streamsyn.fleet.client import ServerClient
+from streamsyn.fleet.discovery import warn_about_router
 from streamsyn.fleet.health import Health, RateLimit
 from streamsyn.fleet.kv_pool import NOTHING, Expected, Footprint
 from streamsyn.fleet.limiter import Limiter
@@ -148,6 +149,8 @@ class Usage:
     completion_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    cached_host_tokens: int = 0
+    cached_storage_tokens: int = 0
     failures: int = 0
     """Tries that failed; full queues and rate limits are none."""
     planned_cached_tokens: float = 0.0
@@ -172,6 +175,8 @@ class Usage:
         self.completion_tokens += completion.completion_tokens
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
+        self.cached_host_tokens += completion.cached_host_tokens
+        self.cached_storage_tokens += completion.cached_storage_tokens
         self.planned_cached_tokens += planned * completion.prompt_tokens
         if generated:
             self._answered_s += seconds
@@ -200,6 +205,8 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
+            "cached_host_tokens": self.cached_host_tokens,
+            "cached_storage_tokens": self.cached_storage_tokens,
             "planned_cached_tokens": round(self.planned_cached_tokens),
         }
 
@@ -286,6 +293,25 @@ class Server(Usage):
     def cap(self) -> int:
         """Maximum requests in flight."""
         return self.limiter.cap
+
+    async def ask_models(self) -> list[str]:
+        """Return the models it serves; also ask what is asked once per start.
+
+        That is whether it is a router, the version of its weights, and, of a server, what it can do.
+
+        Raises:
+            ServerError: It is not healthy.
+            ConfigError: It does not accept the key.
+        """
+        models = await self.client.models()
+        router = await warn_about_router(self.url, self.client.transport)
+        try:
+            self.weight_version = await self.client.weight_version()
+            if router is None:
+                await self.client.ask_features()
+        except (ServerError, ConfigError) as error:
+            log.debug("fleet.features_unknown", server=self.url, error=str(error))
+        return models
 
     async def abort(self, rid: str) -> None:
         """Abort the request with this rid, if the server answers."""

@@ -49,7 +49,8 @@ _MAX_NUMBER = 2**53
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _OPTIONAL_FIELDS = {
-    name: re.compile(rb"\b%b\b" % name.encode()) for name in ("rid", "stream_options", "chat_template_kwargs")
+    name: re.compile(rb"\b%b\b" % name.encode())
+    for name in ("rid", "stream_options", "chat_template_kwargs", "return_cached_tokens_details")
 }
 _REFUSES_FIELDS = (400, 422)
 _UNKNOWN_FIELD = re.compile(
@@ -60,7 +61,13 @@ _UNKNOWN_FIELD = re.compile(
 
 
 def chat_body(
-    request: Request, model: str, rid: str, *, stream: bool = False, without: Collection[str] = ()
+    request: Request,
+    model: str,
+    rid: str,
+    *,
+    stream: bool = False,
+    details: bool = False,
+    without: Collection[str] = (),
 ) -> bytes:
     """Return the body of a chat request.
 
@@ -69,6 +76,7 @@ def chat_body(
         model: The model to use.
         rid: Its id.
         stream: Ask for a streamed answer.
+        details: Ask for the tiers of the cached tokens; not with a `Request.body`, whose answer is passed on.
         without: Optional fields to leave out; of a `Request.body` only the rid.
     """
     if request.body is not None:
@@ -77,6 +85,8 @@ def chat_body(
     body = {"model": model, "messages": request.messages, "rid": rid, **request.sampling}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+    if details:
+        body["return_cached_tokens_details"] = True
     return orjson.dumps({name: value for name, value in body.items() if name not in without})
 
 
@@ -228,6 +238,42 @@ def weight_versions_of(meta: Any) -> str | None:
     except (KeyError, TypeError, AttributeError):  # another server's own metadata
         return None
     return cut(versions, NAME_BYTES) or None
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What an SGLang server can do, by its flags; the defaults are those of any other server.
+
+    Attributes:
+        has_details: Whether answers should be asked for the tiers of their cached tokens: there are several,
+            or that is the only way to learn of any.
+    """
+
+    has_details: bool = False
+
+
+def parse_features(body: bytes) -> Features:
+    """Return what an answer of /server_info tells; whatever else it may be, that of any other server."""
+    try:
+        info = read_json(body)
+    except ValueError:
+        return Features()
+    if not isinstance(info, dict):
+        return Features()
+    has_tiers = info.get("enable_hierarchical_cache") is True or info.get("enable_lmcache") is True
+    return Features(has_details=has_tiers or info.get("enable_cache_report") is False)
+
+
+def tokens_by_tier(details: Any) -> tuple[int, int, int] | None:
+    """Return the cached tokens from device, host and storage in `cached_tokens_details`; None without it."""
+    try:
+        return (
+            token_count(details["device"]),
+            token_count(details["host"]),
+            token_count(details.get("storage") or 0),
+        )
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def name_in(body: bytes, field: str) -> str | None:

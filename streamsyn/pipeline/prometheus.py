@@ -108,6 +108,11 @@ _BY_LABEL: Mapping[str, tuple[str, str, Callable[[Counters], Mapping[Any, float]
             "cached": run.cached_tokens,
         },
     ),
+    "cached_tokens": (
+        "Cached prompt tokens of writing, by tier of the cache; device unless the server says otherwise.",
+        "tier",
+        lambda run: run.cached_by_tier,
+    ),
     "scoring_tokens": (
         "Tokens of scoring requests, which streamsyn_tokens does not include.",
         "kind",
@@ -197,12 +202,27 @@ def server_metrics(servers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
     decisions = CounterMetricFamily(
         "streamsyn_cap_decisions", "Decisions of the adaptive cap.", labels=["server", "decision"]
     )
+    tiers = CounterMetricFamily(
+        "streamsyn_server_cached_tier_tokens",
+        "Prompt tokens found in the prefix cache, by tier; device unless the server says otherwise.",
+        labels=["server", "tier"],
+    )
     for server in servers:
+        for tier, number in _by_tier(server).items():
+            tiers.add_metric([server["server"], tier], number)
         info.add_metric([server["server"], server.get("model") or ""], 1)
         for decision, times in sorted(server.get("decisions", {}).items()):
             decisions.add_metric([server["server"], decision], times)
     yield info
+    yield tiers
     yield decisions
+
+
+def _by_tier(server: Mapping[str, Any]) -> dict[str, float]:
+    if "cached_tokens" not in server:
+        return {}
+    host, storage = server.get("cached_host_tokens", 0), server.get("cached_storage_tokens", 0)
+    return {"device": server["cached_tokens"] - host - storage, "host": host, "storage": storage}
 
 
 @contextmanager

@@ -124,6 +124,8 @@ class RunSummary:
             "short_samples": counters.short_samples,
             "prompt_tokens": counters.prompt_tokens,
             "cached_tokens": counters.cached_tokens,
+            "cached_host_tokens": counters.cached_host_tokens,
+            "cached_storage_tokens": counters.cached_storage_tokens,
             "failed_tries": counters.retries,
             "scored": counters.scored,
             "unscored": counters.unscored,
@@ -178,10 +180,14 @@ def closing_lines(summary: RunSummary) -> Iterator[str]:
         f", about {unfinished_tokens:,} of them in {unfinished:,} unfinished answers" if unfinished else ""
     )
     share = wasted / max(1, counters.useful_tokens + wasted)
+    prompt, tiers = max(1, counters.prompt_tokens), counters.cached_by_tier
+    elsewhere = "".join(
+        f", {tiers[tier] / prompt:.0%} from {tier}" for tier in ("host", "storage") if tiers[tier]
+    )
     yield (
         f"  tokens     {counters.useful_tokens:,} useful, {wasted:,} wasted "
         f"({share:.1%}{within}); {counters.retries:,} failed tries; "
-        f"{counters.cached_tokens / max(1, counters.prompt_tokens):.0%} of prompt tokens cached"
+        f"{counters.cached_tokens / prompt:.0%} of prompt tokens cached{elsewhere}"
     )
     if counters.thinking_tokens:
         share = counters.thinking_tokens / max(1, counters.useful_tokens)

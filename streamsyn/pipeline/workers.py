@@ -327,6 +327,8 @@ def _step_row(step: Completion) -> dict[str, Any]:
         "completion_tokens": step.completion_tokens,
         "thinking_tokens": step.thinking_tokens,
         "server": step.server,
+        **({"cached_host_tokens": step.cached_host_tokens} if step.cached_host_tokens else {}),
+        **({"cached_storage_tokens": step.cached_storage_tokens} if step.cached_storage_tokens else {}),
         **({"tokens_estimated": True} if step.tokens_estimated else {}),
         **({"body": step.body} if step.body is not None else {}),
     }

@@ -121,6 +121,8 @@ def _tokens(metrics: RunMetrics) -> list[tuple[str, int, str]]:
     rows = [
         ("Prompts, computed", used.prompt - used.cached, ""),
         ("Prompts, from the cache", used.cached, "soft"),
+        *([("of these from host memory", used.host, "soft")] if used.host else []),
+        *([("of these from storage", used.storage, "soft")] if used.storage else []),
         ("Written and kept", used.completion - used.thinking, ""),
         *([("Thoughts of what is kept", used.thinking, "soft")] if used.thinking else []),
         ("Written and discarded", metrics.traffic.wasted, "wasted"),

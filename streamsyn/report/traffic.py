@@ -31,6 +31,8 @@ class Usage:
     answers: int = 0
     prompt: int = 0
     cached: int = 0
+    host: int = 0
+    storage: int = 0
     completion: int = 0
     thinking: int = 0
     failed: int = 0
@@ -42,6 +44,12 @@ class Usage:
         self.cached += int(number(row, "cached_tokens"))
         self.completion += int(number(row, "completion_tokens"))
         self.thinking += int(number(row, "thinking_tokens"))
+        self.add_tiers(row)
+
+    def add_tiers(self, step: Any) -> None:
+        """Add the cached tokens of a step that came from host memory and storage."""
+        self.host += int(number(step, "cached_host_tokens"))
+        self.storage += int(number(step, "cached_storage_tokens"))
 
 
 class Traffic:
@@ -64,6 +72,7 @@ class Traffic:
         _usage(self.models, text(row, "model") or "?").add(row)
         for part in row.get("steps") or [row]:
             _usage(self.servers, text(part, "server") or "?").add(part)
+            self.all.add_tiers(part)
         if scoring := checks_of(row).get("scoring"):
             self.scoring.add(scoring)
         at, asked_at = self._add_outcome(row), _asked_at(row)

@@ -15,7 +15,14 @@ from streamsyn.simulator.completion_request import (
 
 
 class Chat:
-    """Parses the bodies of the chat route, and formats its answers."""
+    """Parses the bodies of the chat route, and formats its answers.
+
+    Args:
+        cache_report: Report cached tokens (`--enable-cache-report`).
+    """
+
+    def __init__(self, *, cache_report: bool) -> None:
+        self._cache_report = cache_report
 
     def parse(self, body: dict[str, Any], rid: str) -> CompletionRequest:
         """Return the request in `body`; `rid` is used if it has none."""
@@ -38,6 +45,7 @@ class Chat:
             is_exam=len(messages) == 1 and body.get("temperature") == 0,
             stream=body.get("stream") is True,
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+            with_details=body.get("return_cached_tokens_details") is True,
         )
 
     def refusal(self, message: str) -> protocol.Reply:
@@ -60,8 +68,9 @@ class Chat:
                     "matched_stop": answer.finish.get("matched"),
                 }
             ],
-            "usage": _usage(answer),
+            "usage": self._usage(answer),
             "metadata": {"weight_version": answer.weight_version, "weight_versions": answer.weights},
+            **_details(request, answer),
         }
 
     def piece(self, request: CompletionRequest, so_far: str, piece: str) -> bytes:
@@ -84,10 +93,22 @@ class Chat:
             "finish_reason": answer.finish["type"],
             "matched_stop": answer.finish.get("matched"),
         }
-        if not request.include_usage:
-            return _chunk(request, end)
-        usage = {**_head(request), "choices": [], "usage": _usage(answer)}
-        return _chunk(request, end) + protocol.event(usage)
+        events = _chunk(request, end)
+        if details := _details(request, answer):
+            events += protocol.event({**_head(request), "choices": [], "usage": None, **details})
+        if request.include_usage:
+            events += protocol.event({**_head(request), "choices": [], "usage": self._usage(answer)})
+        return events
+
+    def _usage(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "prompt_tokens": answer.prompt_tokens,
+            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": answer.cached_tokens} if self._cache_report else None,
+            "reasoning_tokens": 0,
+            "completion_tokens_details": None,
+        }
 
 
 def render(messages: list[dict[str, Any]], *, continues: bool) -> str:
@@ -111,16 +132,11 @@ def _text(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        "completion_tokens": answer.completion_tokens,
-        # Only with --enable-cache-report; otherwise the real server returns null.
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-        "reasoning_tokens": 0,
-        "completion_tokens_details": None,
-    }
+def _details(request: CompletionRequest, answer: Answer) -> dict[str, Any]:
+    """Return the tiers of the cached tokens, all on the device, if they were asked for and there are any."""
+    if not request.with_details or not answer.cached_tokens:
+        return {}
+    return {"sglext": {"cached_tokens_details": {"device": answer.cached_tokens, "host": 0}}}
 
 
 def _head(request: CompletionRequest) -> dict[str, Any]:

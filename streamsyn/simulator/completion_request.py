@@ -58,6 +58,8 @@ class CompletionRequest:
     """The answer is written until `max_tokens`."""
     stream: bool = False
     include_usage: bool = False
+    with_details: bool = False
+    """Whether the answer has the tiers of its cached tokens."""
     is_exam: bool = False
     """A single message at temperature 0: answered as a question about the text in it."""
     ids: list[int] | None = None

@@ -94,6 +94,9 @@ class Native:
             "reasoning_tokens": 0,
             "completion_tokens": answer.completion_tokens,
             "cached_tokens": answer.cached_tokens,
+            "cached_tokens_details": {"device": answer.cached_tokens, "host": 0}
+            if answer.cached_tokens
+            else None,
         }
         ids = token_ids(answer.text)
         if request.logprob_start is not None:

@@ -40,7 +40,7 @@ class Routes:
         self._simulation = simulation
         key = simulation.config.api_key
         self._key = key.encode() if key is not None else None
-        chat = Generation(simulation, Chat(), json_only=True)
+        chat = Generation(simulation, Chat(cache_report=simulation.config.cache_report), json_only=True)
         tokenizer = Tokenizer()
         generate = Generation(simulation, Native(tokenizer, simulation.weights), json_only=False)
         self._routes: dict[str, dict[str, Route]] = {
@@ -273,7 +273,8 @@ def server_info(simulation: Simulation) -> dict[str, Any]:
         "max_total_tokens": result.pool_tokens,
         "schedule_policy": config.schedule_policy,
         "disable_radix_cache": config.cache_tokens == 0,
-        "enable_cache_report": True,
+        "enable_cache_report": config.cache_report,
+        "enable_hierarchical_cache": False,
         "enable_metrics": True,
         "tokenizer_worker_num": config.tokenizer_workers,
         "dp_size": 1,

@@ -131,6 +131,8 @@ class SimulatorConfig:
     cache_tokens: int | None = None
     """Size of the prefix cache, with LRU eviction. With batching, size of the KV pool, which the cache shares
     with running requests. 0: no prefix caching. None: 500,000, or the cost model's."""
+    cache_report: bool = True
+    """`--enable-cache-report`: answers of the chat route have `prompt_tokens_details`."""
     tokenizer_workers: int = 1
     """`--tokenizer-worker-num`: with 1, `/abort_request` ignores a rid that is only a prefix of live rids."""
     seed: int = 0

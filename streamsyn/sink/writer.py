@@ -214,6 +214,8 @@ def count_outcome(counters: Counters, outcome: Outcome) -> None:
     counters.count_context(
         prompt_tokens=outcome.prompt_tokens,
         cached_tokens=outcome.cached_tokens,
+        cached_host_tokens=sum(step.get("cached_host_tokens", 0) for step in outcome.steps),
+        cached_storage_tokens=sum(step.get("cached_storage_tokens", 0) for step in outcome.steps),
         completion_tokens=outcome.completion_tokens,
         thinking_tokens=outcome.thinking_tokens,
         words=outcome.checks.get("words", 0),

@@ -84,7 +84,9 @@ def test_no_token_is_lost_over_time(requests: list[Any], edges: list[float]) -> 
 def test_prefix_tokens_planned_achieved_and_lost() -> None:
     """A plan that one request did not get is lost, even where another one got more than planned."""
     found = figures(
-        measurement([request(0), request(1, cached_tokens=0), request(2, cached_tokens=90)])
+        measurement(
+            [request(0), request(1, cached_tokens=0), request(2, cached_tokens=90, cached_host_tokens=40)]
+        )
     ).prefix_tokens
 
     assert (300, 180, 150, 150, 60) == (
@@ -94,6 +96,7 @@ def test_prefix_tokens_planned_achieved_and_lost() -> None:
         found.computed,
         found.lost,
     )
+    assert (40, 0) == (found.from_host, found.from_storage)
     assert pytest.approx(2 / 3) == found.kept_share
 
 

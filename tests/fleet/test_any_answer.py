@@ -45,6 +45,7 @@ CHAT = {
         "completion_tokens_details": {"reasoning_tokens": 1},
     },
     "metadata": {"weight_version": "1", "weight_versions": [{"version": "1"}]},
+    "sglext": {"cached_tokens_details": {"device": 4, "host": 2, "storage": 1}},
 }
 EVENT = {**CHAT, "choices": [{"index": 0, "delta": {"content": "Geese."}, "finish_reason": "stop"}]}
 RANK = {
@@ -64,6 +65,7 @@ SCORE = {
         "input_token_logprobs": [[None, 9, None], [-0.5, 1, None], [-0.5, 2, None]],
         "prompt_tokens": 3,
         "cached_tokens": 1,
+        "cached_tokens_details": {"device": 0, "host": 1},
         "weight_version": "1",
     }
 }
@@ -73,7 +75,7 @@ ANSWERS: dict[str, Any] = {
     wire.ABORT: {},
     weight_update.PAUSE: {},
     wire.MODELS: {"data": [{"id": "/weights"}]},
-    wire.SERVER_INFO: {"served_model_name": "m"},
+    wire.SERVER_INFO: {"served_model_name": "m", "enable_hierarchical_cache": True},
     wire.MODEL_INFO: {"weight_version": "1"},
     "/v1/loads": {"loads": [RANK, RANK]},
     wire.TOKENIZE: {"tokens": [1, 2]},
@@ -119,6 +121,9 @@ def _check(completion: Completion) -> None:
     orjson.dumps(completion)
     assert completion.finish_reason in ("stop", "length")
     assert 0 <= completion.cached_tokens <= completion.prompt_tokens < 2**62
+    elsewhere = completion.cached_host_tokens, completion.cached_storage_tokens
+    assert min(elsewhere) >= 0
+    assert sum(elsewhere) <= completion.cached_tokens
     assert 0 <= completion.thinking_tokens <= completion.completion_tokens < 2**31
 
 
@@ -129,6 +134,7 @@ CALLS: dict[str, tuple[Callable[[ServerClient], Awaitable[object]], tuple[str, .
     "models": (models, (wire.HEALTH, wire.MODELS, wire.SERVER_INFO)),
     "load": (load, ("/v1/loads",)),
     "weight_version": (lambda client: client.weight_version(), (wire.MODEL_INFO,)),
+    "features": (lambda client: client.ask_features(), (wire.SERVER_INFO,)),
     "abort": (lambda client: client.abort("r-1"), (wire.ABORT,)),
     "router": (
         lambda client: discovery.warn_about_router(URL, client.transport),

@@ -29,6 +29,8 @@ SERVERS = [
         "completion_tokens": 300,
         "prompt_tokens": 900,
         "cached_tokens": 400,
+        "cached_host_tokens": 90,
+        "cached_storage_tokens": 10,
         "planned_cached_tokens": 500,
         "ejected": False,
         "draining": True,
@@ -63,7 +65,8 @@ def test_what_the_run_has_done() -> None:
     counters = Counters(seeds_read=5, drafts_read=4, repeated=1, samples=2, finished_before=3)
     with serving_metrics("127.0.0.1:0", of(counters)) as url:
         before = scraped(url)
-        for outcome in (context(1, wasted_tokens=4), context(2), reject(3)):
+        steps = [{"cached_tokens": 1, "cached_host_tokens": 1}]
+        for outcome in (context(1, wasted_tokens=4), context(2, steps=steps), reject(3)):
             count_outcome(counters, outcome)
         counters.reading_done = True
         figures = {"prompt_tokens": 70, "cached_tokens": 30, "completion_tokens": 9}
@@ -78,6 +81,8 @@ def test_what_the_run_has_done() -> None:
         kind: after["streamsyn_tokens_total", kind] for kind in ("useful", "wasted", "prompt", "cached")
     }
     assert {"useful": 20, "wasted": 4, "prompt": 6, "cached": 2} == tokens
+    tiers = {tier: after["streamsyn_cached_tokens_total", tier] for tier in ("device", "host", "storage")}
+    assert {"device": 1, "host": 1, "storage": 0} == tiers
     scoring = {
         kind: after["streamsyn_scoring_tokens_total", kind] for kind in ("written", "prompt", "cached")
     }
@@ -119,6 +124,11 @@ def test_what_the_servers_do() -> None:
         "draining": 1,
         "weight": 2.5,
     }
+    tiers = {
+        tier: samples["streamsyn_server_cached_tier_tokens_total", "http://one:1", tier]
+        for tier in ("device", "host", "storage")
+    }
+    assert {"device": 300, "host": 90, "storage": 10} == tiers
     assert 3 == samples["streamsyn_cap_decisions_total", "raise", "http://one:1"]
     assert 4 == samples["streamsyn_cap_decisions_total", "hold", "http://one:1"]
     assert 1 == samples["streamsyn_server_info", 'a "quoted" model', "http://one:1"]

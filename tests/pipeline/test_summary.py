@@ -40,6 +40,15 @@ def test_a_run_that_is_done() -> None:
     ] == list(closing_lines(summary()))
 
 
+def test_tiers_of_the_cache() -> None:
+    """Host memory and storage are named where servers have cached tokens there."""
+    found = summary()
+    found.counters.cached_host_tokens = 120
+
+    assert "42% of prompt tokens cached, 12% from host" in "\n".join(closing_lines(found))
+    assert (120, 0) == tuple(found.as_dict()[f"cached_{tier}_tokens"] for tier in ("host", "storage"))
+
+
 def test_one_reject_of_each_reason_is_quoted() -> None:
     """Where, why, and the key that governs it; a traceback by its last line."""
     quoted = summary()

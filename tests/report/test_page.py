@@ -87,6 +87,17 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "240 contexts" in page.text
 
 
+def test_cached_tokens_by_tier(tmp_path: Path) -> None:
+    """Host memory and storage have a line each where a server has found tokens there."""
+    step = {"server": "http://one:1", "prompt_tokens": 900, "cached_tokens": 800}
+    warm = scored(1, steps=[step | {"cached_host_tokens": 300}, step | {"cached_host_tokens": 21}])
+    page = page_of(written(tmp_path / "tiers", [warm], [sample_of(warm, 0)]))
+
+    assert "of these from host memory" in page.text
+    assert "321" in page.text
+    assert "of these from storage" not in page.text
+
+
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     """Whatever a field of the log contains is shown as text."""
     names = ("instruction", "answer", "context", "task", "model", "server", "seed_id", "origin")

@@ -177,6 +177,7 @@ async def test_generate_answer_has_the_shape_of_the_real_one() -> None:
         "reasoning_tokens": 0,
         "completion_tokens": 128,
         "cached_tokens": 0,
+        "cached_tokens_details": None,
         "weight_versions": [{"version": "default", "start": 0, "end": 128}],
     }
     assert ids["meta_info"]["prompt_tokens"] == 70
@@ -628,6 +629,26 @@ async def test_cached_tokens_rise_on_a_shared_prefix() -> None:
     assert cached == [0, (len("<|user|>\n") + len(shared)) // 256 * 64]
     assert stats["cached_tokens"] == cached[1]
     assert stats["prompt_tokens"] == 2 * usage["prompt_tokens"]
+
+
+async def test_the_tiers_of_cached_tokens_are_told_when_asked_for() -> None:
+    """`sglext` names the tier, in an event of its own in a stream, also without the cache report."""
+    messages = [{"role": "user", "content": "geese " * 200}]
+    ask = {"messages": messages, "max_tokens": 3, "return_cached_tokens_details": True}
+    async with simulator(cache_report=False) as client:
+        cold = await client.chat(**ask)
+        warm = await client.chat(**ask)
+        plain = await client.chat(messages=messages, max_tokens=3)
+        _, data = await client.ask("POST", "/v1/chat/completions", {"model": "m", **ask, "stream": True})
+        info = await client.json("GET", "/server_info")
+
+    tiers = {"cached_tokens_details": {"device": 256, "host": 0}}
+    assert [None, tiers, None] == [each.get("sglext") for each in (cold, warm, plain)]
+    assert [None] * 3 == [each["usage"]["prompt_tokens_details"] for each in (cold, warm, plain)]
+    *_, told, done = data.removesuffix(b"\n\n").split(b"\n\n")
+    assert b"data: [DONE]" == done
+    assert tiers == orjson.loads(told.removeprefix(b"data: "))["sglext"]
+    assert not info["enable_cache_report"]
 
 
 async def test_a_continued_answer_is_found_in_the_cache() -> None:
