@@ -1,22 +1,25 @@
 """`streamsyn score`: measure the contexts of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
+from streamsyn.cluster import needing_ray
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
-    from streamsyn.scoring.score_log import ScoreSummary
+    from streamsyn.scoring.score_log import Examine, ScoreSummary
 
 
 @click.command(
     epilog=examples(
         "streamsyn score runs/first --server http://gpu-1:30000",
-        "streamsyn score runs/first --only duplicates --only leaks --set 'checks.eval_sets=[\"eval.jsonl\"]'",
+        "streamsyn score runs/first --only duplicates --only leaks --ray --set 'checks.eval_sets=[\"eval.jsonl\"]'",
         "streamsyn score runs/first --only gain --set scoring.model=judge --again",
     )
 )
@@ -28,11 +31,18 @@ if TYPE_CHECKING:
     type=click.Choice(["gain", "answers", "duplicates", "leaks"]),
     help="Measure only this. Repeatable.  [default: all]",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Have the nodes of this Ray cluster compare the texts; without ADDRESS, of the one here.",
+)
 @click.option("--again", is_flag=True, help="Measure anew what was measured with other settings.")
 @SERVER
 @SETTINGS
 @LOG_JSON
-def score(directory: Path, measures: tuple[Any, ...], *, again: bool, **given: Any) -> None:
+def score(directory: Path, measures: tuple[Any, ...], *, ray: str | None, again: bool, **given: Any) -> None:
     """Measure the contexts of a run: context gain, answers, near-duplicates, leaks of evaluation data.
 
     The run may be finished or still going on. The findings go to DIRECTORY/scores; `report` and `export` read
@@ -54,12 +64,29 @@ def score(directory: Path, measures: tuple[Any, ...], *, again: bool, **given: A
             raise ConfigError(f"{one} is not a run directory: it has no run.json")
     if given["server"]:
         given["settings"] = (*given["settings"], "scoring.servers=[]")
-    for one in directories:
-        config = resolve(given, one)
-        summary = score_contexts(
-            ScoreRequest(root=one, config=config, measures=measures or MEASURES, again=again)
-        )
-        _summarise(one, summary, as_json=given["log_json"])
+    with _cluster(ray) as examine:
+        for one in directories:
+            request = ScoreRequest(
+                root=one,
+                config=resolve(given, one),
+                measures=measures or MEASURES,
+                again=again,
+                examine=examine,
+            )
+            _summarise(one, score_contexts(request), as_json=given["log_json"])
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator["Examine | None"]:
+    """Connect to a Ray cluster, if there is to be one: its nodes then examine the texts."""
+    if address is None:
+        yield None
+        return
+    with needing_ray("--ray"):
+        from streamsyn.cluster.placing import connected
+        from streamsyn.cluster.spread import examine_shards
+    with connected(address):
+        yield examine_shards
 
 
 def _summarise(directory: Path, summary: "ScoreSummary", *, as_json: bool) -> None:

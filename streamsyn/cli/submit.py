@@ -8,6 +8,7 @@ import click
 
 from streamsyn.cli.options import LOG_JSON, examples
 from streamsyn.cli.run import run
+from streamsyn.cluster import needing_ray
 from streamsyn.errors import ConfigError
 
 
@@ -45,12 +46,8 @@ def submit(address: str, command: tuple[str, ...], log_json: bool) -> None:
             "a run that is submitted has no stdin and no stdout: leave out --seeds - and --stdout"
         )
     configure_logs(as_json=log_json)
-    try:
+    with needing_ray("streamsyn submit"):
         from streamsyn.cluster.coordinator import command_of, submitted
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "ray":
-            raise
-        raise ConfigError("streamsyn submit needs Ray: pip install 'streamsyn[ray]'") from error
     more = ("--log-json",) if log_json and not given["log_json"] else ()
     sys.exit(asyncio.run(submitted(command_of((*arguments, *more), given["out"]), address, _to_stderr)))
 

@@ -7,3 +7,23 @@ Modules:
     scaling: The rule for how many that are.
     spread: Work on the shards of a log, by Ray Data.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from streamsyn.errors import ConfigError
+
+
+@contextmanager
+def needing_ray(what: str) -> Iterator[None]:
+    """Import from this package within the block.
+
+    Raises:
+        ConfigError: Ray, which `what` needs, is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise ConfigError(f"{what} needs Ray: pip install 'streamsyn[ray]'") from error

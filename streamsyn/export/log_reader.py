@@ -15,6 +15,7 @@ import pyarrow
 from streamsyn.assembly.assembler import Arrangement
 from streamsyn.assembly.resources import AssemblyResources, with_templates
 from streamsyn.assembly.window import Passage, give_signatures
+from streamsyn.cluster import needing_ray
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
@@ -85,12 +86,8 @@ def _cluster(address: str | None) -> AbstractContextManager[None]:
     """A connection to a Ray cluster, if there is to be one."""
     if address is None:
         return nullcontext()
-    try:
+    with needing_ray("--ray"):
         from streamsyn.cluster.placing import connected
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "ray":
-            raise
-        raise ConfigError("--ray needs Ray: pip install 'streamsyn[ray]'") from error
     return connected(address)
 
 

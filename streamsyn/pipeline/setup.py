@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streamsyn.assembly.resources import AssemblyResources
+from streamsyn.cluster import needing_ray
 from streamsyn.config.command_sections import ClusterSection
 from streamsyn.config.fingerprint import fingerprint, with_absolute_paths
 from streamsyn.config.loading import Config
 from streamsyn.config.sections import ChecksSection, FleetSection
-from streamsyn.errors import ConfigError
 from streamsyn.fleet.discovery import PlacedServers
 from streamsyn.fleet.fleet import Fleet, open_fleet
 from streamsyn.fleet.thinking import Thinking
@@ -125,12 +125,8 @@ async def on_cluster(section: ClusterSection, *, waits: bool = True) -> AsyncIte
         ConfigError: Ray is not installed, or there is no such cluster.
         LaunchError: No server could be started.
     """
-    try:
+    with needing_ray("cluster.address"):
         from streamsyn.cluster.placing import placed
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "ray":
-            raise
-        raise ConfigError("--ray and cluster.address need Ray: pip install 'streamsyn[ray]'") from error
     async with placed(section, waits=waits) as servers:
         yield servers
 

@@ -27,7 +27,7 @@ import numpy
 import structlog
 
 from streamsyn.io.derived import SQLITE_ERRORS, DerivedDatabase, is_disk_error
-from streamsyn.shingles import PERMUTATIONS, VERSION, band_keys, signature
+from streamsyn.shingles import PERMUTATIONS, VERSION, Signature, band_keys, signature
 
 log = structlog.get_logger()
 
@@ -132,13 +132,13 @@ class Duplicates:
         new = self._text(draft_id, text)
         return self._do(lambda db: self._most_similar(db, new), None)
 
-    def check_and_add(self, draft_id: str, text: str) -> Match | None:
+    def check_and_add(self, draft_id: str, text: str, signed: Signature | None = None) -> Match | None:
         """As `find`; a text without a match is an original from now on.
 
         Call it when nothing else can reject the draft. Of two similar texts that are checked at the same
-        time, exactly one has a match.
+        time, exactly one has a match. `signed` is the signature of the text, where it is known.
         """
-        new = self._text(draft_id, text)
+        new = self._text(draft_id, text, signed)
 
         def check_and_add(db: sqlite3.Connection) -> Match | None:
             self._add_logged(db)
@@ -189,8 +189,8 @@ class Duplicates:
             self._file.close()
             self._is_off = True
 
-    def _text(self, draft_id: str, text: str) -> _Text:
-        values = signature(text).values
+    def _text(self, draft_id: str, text: str, signed: Signature | None = None) -> _Text:
+        values = (signed or signature(text)).values
         return _Text(draft_id, band_keys(values, self._rows), values[::4])
 
     def _most_similar(self, db: sqlite3.Connection, new: _Text) -> Match | None:

@@ -27,7 +27,7 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.io.durable import make_folder
 from streamsyn.queues import BoundedQueue
 from streamsyn.recipes.registry import load_recipe
-from streamsyn.scoring.contamination import EvalSets
+from streamsyn.scoring.contamination import EvalSets, Overlap
 from streamsyn.scoring.duplicates import Duplicates
 from streamsyn.scoring.examiner import (
     Findings,
@@ -40,6 +40,7 @@ from streamsyn.scoring.examiner import (
 )
 from streamsyn.scoring.measures import AnswerPrompt, Question
 from streamsyn.scoring.sidecar import FOLDER, MEASURES, Found, Measure, Row, Sidecar, with_scores
+from streamsyn.shingles import Signature
 from streamsyn.sink.rundir import DirectoryLock
 from streamsyn.sink.snapshot import Snapshot
 from streamsyn.telemetry import Counters
@@ -47,6 +48,11 @@ from streamsyn.telemetry import Counters
 log = structlog.get_logger()
 
 _Missing: TypeAlias = tuple[Row, list[Measure]]
+Examine: TypeAlias = Callable[
+    [Sequence[Path], EvalSets | None, Sequence[str]], Iterator[tuple[Signature, Overlap | None]]
+]
+"""Given sealed shards, evaluation data and the fields in which it is looked for: yields the signature of each
+context and what it shares with that data, in the order of the log."""
 
 _BATCH: Final = 64
 _QUEUE: Final = 16
@@ -64,6 +70,7 @@ class ScoreRequest:
         config: The run's configuration, or a changed one: `checks`, `scoring` and `fleet` are used.
         measures: What to measure.
         again: Measure anew what was measured with other settings.
+        examine: Has other machines examine the texts of sealed shards; None: this process does.
         environ: The environment, which holds the servers' credentials.
         connect: The transport to servers; None is HTTP.
         runner: Runs the event loop; a different one simulates virtual time.
@@ -74,6 +81,7 @@ class ScoreRequest:
     config: Config
     measures: Sequence[Measure] = MEASURES
     again: bool = False
+    examine: Examine | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     connect: Connect | None = None
     runner: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
@@ -153,6 +161,16 @@ class Contexts:
         """The rows, in order."""
         return (row for part in self._parts for row in part.rows())
 
+    def examined_from(self, seq: int, eval_sets: EvalSets | None, fields: Sequence[str]) -> "Examined":
+        """What other machines find in the sealed shards from that of context `seq` on."""
+        parts = [part for part in self._parts if part.sealed is not None and part.sealed.last_seq >= seq]
+        if self.request.examine is None or not parts:
+            return Examined(iter(()))
+        first = parts[0].sealed
+        assert first is not None, "left out above"
+        found = self.request.examine([part.root / part.path for part in parts], eval_sets, fields)
+        return Examined(enumerate(found, first.last_seq - first.rows + 1))
+
     def missing(self, wanted: Collection[Measure]) -> Iterator[list[_Missing]]:
         """What is to be measured, in batches."""
         rows = self.rows()
@@ -185,8 +203,11 @@ def _compare_texts(contexts: Contexts, summary: ScoreSummary) -> None:
         if "duplicates" in wanted:
             _catch_up(contexts, duplicates)
         texts = Texts(request.config, eval_sets, duplicates)
+        examined: Examined | None = None
         for batch in contexts.missing(wanted):
-            sidecar.add([texts.compare(row, measure) for row, measures in batch for measure in measures])
+            if examined is None:
+                examined = contexts.examined_from(batch[0][0]["seq"], eval_sets, texts.fields)
+            sidecar.add([one for row, measures in batch for one in texts.compare(row, measures, examined)])
             for row, measures in batch:
                 summary.measured.update(measures)
                 if "duplicates" in measures:  # it is in the sidecar: the index is never ahead of it
@@ -226,6 +247,21 @@ def _catch_up(contexts: Contexts, duplicates: Duplicates) -> None:
         duplicates.catch_up(compared(0))
 
 
+class Examined:
+    """What was found about texts elsewhere, by the seq of their contexts.
+
+    Args:
+        found: In ascending order, without gaps.
+    """
+
+    def __init__(self, found: Iterator[tuple[int, tuple[Signature, Overlap | None]]]) -> None:
+        self._found = found
+
+    def of(self, seq: int) -> tuple[Signature, Overlap | None] | None:
+        """Return what was found about a context, None if it is of no sealed shard. Ask in ascending order."""
+        return next((one for number, one in self._found if number == seq), None)
+
+
 class Texts:
     """Compares the texts of contexts.
 
@@ -241,21 +277,34 @@ class Texts:
         self._eval_sets = eval_sets
         self._duplicates = duplicates
 
-    def compare(self, row: Row, measure: Measure) -> Found:
+    @property
+    def fields(self) -> Sequence[str]:
+        """Where evaluation data is looked for: in what a model wrote. What the seed says was there before."""
+        return ("context", "instruction", "answer") if self._takes_documents else ("context",)
+
+    def compare(self, row: Row, measures: Collection[Measure], examined: Examined) -> Iterator[Found]:
         """Measure one context. Drafts that share the document of their seed do not repeat each other."""
-        findings = Findings(self._section, {})
-        if measure == "leaks" and self._eval_sets is not None:
-            # What the seed says was there before: only what a model wrote can leak.
-            written = ("context", "instruction", "answer") if self._takes_documents else ("context",)
-            overlap = self._eval_sets.overlap("\n\n".join(str(row[name]) for name in written))
-            if overlap is not None:
-                findings.add_leak(overlap)
-        elif measure == "duplicates":
-            match = self._duplicates.check_and_add(row["id"], row["context"])
-            is_shared = self._takes_documents and match is not None and is_draft_of(match.id, row["seed_id"])
-            if match is not None and not is_shared:
-                findings.add_duplicate(match)
-        return Found(row, measure, findings.checks, findings.flags)
+        known = examined.of(row["seq"])
+        for measure in measures:
+            findings = Findings(self._section, {})
+            if measure == "leaks" and self._eval_sets is not None:
+                overlap = known[1] if known else self._eval_sets.overlap(written(row, self.fields))
+                if overlap is not None:
+                    findings.add_leak(overlap)
+            elif measure == "duplicates":
+                signed = known[0] if known else None
+                match = self._duplicates.check_and_add(row["id"], row["context"], signed)
+                is_shared = (
+                    self._takes_documents and match is not None and is_draft_of(match.id, row["seed_id"])
+                )
+                if match is not None and not is_shared:
+                    findings.add_duplicate(match)
+            yield Found(row, measure, findings.checks, findings.flags)
+
+
+def written(row: Row, fields: Sequence[str]) -> str:
+    """Return the text of some fields of a context."""
+    return "\n\n".join(str(row[name]) for name in fields)
 
 
 def _ask_servers(contexts: Contexts, summary: ScoreSummary) -> None:

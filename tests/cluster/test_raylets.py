@@ -21,6 +21,8 @@ from streamsyn.errors import ConfigError, LaunchError, root_cause
 from streamsyn.export.export_request import ExportRequest
 from streamsyn.export.export_run import export
 from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.scoring.score_log import ScoreRequest, score
+from streamsyn.scoring.sidecar import with_scores
 from streamsyn.sink.partitions import begin_partitions
 from tests.builders import rows
 from tests.cluster.conftest import Raylets
@@ -163,6 +165,41 @@ def test_an_export_is_spread_over_the_nodes(
     assert any(number > 1 for number in signed)
     with pytest.raises(ConfigError, match="no Ray cluster at"):
         export(ExportRequest(root=tmp_path / "run", to=str(tmp_path / "none"), ray="127.0.0.1:1"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data warns of its own defaults
+def test_a_score_is_spread_over_the_nodes(raylets: Raylets, tmp_path: Path) -> None:
+    """They examine the sealed shards: the same near-duplicates and leaks as without them."""
+    from streamsyn.cluster.placing import connected
+    from streamsyn.cluster.spread import examine_shards
+
+    raylets.at_least(2)
+    leaked = "the keeper of the light wrote down every night which ships had passed the point"
+    (tmp_path / "exam.txt").write_text(leaked)
+    texts = {n: f"{n // 2} " * 40 + (leaked if n % 7 == 3 else "") for n in range(60)}
+    found, examined = {}, 0
+
+    def counted(*given: Any) -> Iterator[Any]:
+        nonlocal examined
+        for one in examine_shards(*given):
+            examined += 1
+            yield one
+
+    for name, examine in (("alone", None), ("spread", counted)):
+        root, made = make_run(tmp_path / name, [scored(n, context=texts[n]) for n in texts])
+        checks = made.checks.model_copy(update={"eval_sets": [str(tmp_path / "exam.txt")], "similarity": 0.5})
+        config = made.model_copy(update={"checks": checks})
+        with connected(raylets.address):
+            summary = score(
+                ScoreRequest(root=root, config=config, measures=("duplicates", "leaks"), examine=examine)
+            )
+        assert {"duplicates": 60, "leaks": 60} == summary.measured
+        found[name] = [row["checks"] for row in with_scores(root, rows(root, "contexts"))]
+
+    assert 60 == examined
+    assert found["alone"] == found["spread"]
+    assert any("near_duplicate" in one for one in found["alone"])
+    assert any("contaminated" in one for one in found["alone"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # its own
