@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog=examples(
         "streamsyn score runs/first --server http://gpu-1:30000",
-        "streamsyn score runs/first --only duplicates --only leaks --ray --set 'checks.eval_sets=[\"eval.jsonl\"]'",
+        "streamsyn score runs/first --only leaks --ray --set 'checks.eval_sets=[\"eval.jsonl\"]'",
         "streamsyn score runs/first --only gain --set scoring.model=judge --again",
     )
 )
