@@ -10,7 +10,7 @@ import click
 
 from streamsyn.cli.exits import EXIT_REJECTS, fail
 from streamsyn.cli.options import resolve
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, root_cause
 from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
             as_json=given["log_json"],
             waits=not given["take_over"],
         )
-        code = asyncio.run(coordinators.run())
+        try:
+            code = asyncio.run(coordinators.run())
+        except BaseExceptionGroup as group:
+            raise root_cause(group) from None
         _summarise(coordinators, as_json=given["log_json"])
         allowed = resolve(given, partitions.directories[0]).run.max_reject_fraction
         _exit(coordinators, code, allowed)

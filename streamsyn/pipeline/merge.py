@@ -82,6 +82,8 @@ def merge(roots: Sequence[Path], to: Path) -> MergeSummary:
         ConfigError: A run is not finished or of a different configuration, or `to` exists.
         SinkError: A log is damaged, or the new one cannot be written.
     """
+    if not to.name or to.name == "..":
+        raise ConfigError(f"--to {to} is a directory in use; choose a new one, and name it")
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise ConfigError(f"--to {to} exists; choose a new directory")
     sources, ends = _sources(roots)

@@ -1,7 +1,5 @@
 """`streamsyn status`: what a run is doing, or how it ended, by what is on disk; or what a daemon answers."""
 
-import fcntl
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,8 +11,9 @@ from streamsyn.errors import ConfigError, SinkError
 from streamsyn.following.daemon_client import answers, is_run_url, run_url
 from streamsyn.pipeline.progress import duration
 from streamsyn.scoring.sidecar import measured
+from streamsyn.sink.epoch import writer
 from streamsyn.sink.partitions import Partitions, read_partitions
-from streamsyn.sink.rundir import LOCK_NAME, lock_holder, read_run_json
+from streamsyn.sink.rundir import holder_of, read_run_json
 from streamsyn.sink.snapshot import Part, Snapshot, open_rejects, superseded
 
 State = Literal["running", "finished", "unfinished"]
@@ -31,9 +30,9 @@ class Status:
 
     Attributes:
         directory: The run directory.
-        state: `running` while a process holds its lock; else `finished` if every seed has its outcome, or
+        state: `running` while a process may write to it; else `finished` if every seed has its outcome, or
             `unfinished`: it was stopped or killed.
-        process: The process that holds the lock.
+        process: The process that may: it holds the lock, or has taken over from one that does.
         contexts: Contexts in the log.
         rejects: Rejects that hold.
         superseded: Rejects that retries have superseded.
@@ -91,9 +90,9 @@ def status(root: Path) -> Status:
 
 def _joined(partitions: Partitions, parts: list[Status]) -> Status:
     """The status of OUT from those of its partitions."""
-    process = _process(partitions.root)
+    process = holder_of(partitions.root)
     is_running = process is not None or any(part.state == "running" for part in parts)
-    is_finished = partitions.has_ended and all(part.state == "finished" for part in parts)
+    is_finished = partitions.has_ended and [part.state for part in parts] == ["finished"] * partitions.number
     rates = [part.outcomes_per_s for part in parts if part.outcomes_per_s is not None]
     last = [part.last_outcome_at for part in parts if part.last_outcome_at is not None]
     reasons: Counter[str] = sum((Counter(part.reasons) for part in parts), Counter())
@@ -125,7 +124,7 @@ def _status(root: Path) -> Status:
     saved = read_run_json(root)
     if saved is None:
         raise ConfigError(f"{root} is not a run directory: it has no run.json")
-    process = _process(root)
+    process = writer(root, holder_of(root))
     try:
         snapshot = Snapshot(root)
     except SinkError as error:
@@ -194,23 +193,6 @@ def status_lines(found: Status, now: float) -> Iterator[str]:
     for part in found.partitions:
         name = Path(part.directory).name
         yield f"  {name}: {part.state}, {part.contexts:,} contexts, {part.rejects:,} rejects"
-
-
-def _process(root: Path) -> str | None:
-    """The holder of the directory's lock; None if nobody holds it."""
-    try:
-        file = os.open(root / LOCK_NAME, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        # Shared and let go at once, so that two that look do not disturb each other. A run that begins within
-        # these microseconds would be refused; the lock of `flock` cannot be looked at without taking it.
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return lock_holder(file) or "an unknown process"
-    finally:
-        os.close(file)
-    return None
 
 
 def _rows_of(part: Part) -> int:

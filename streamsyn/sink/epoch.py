@@ -252,6 +252,27 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
     return epoch
 
 
+def writer(root: Path, lock_holder: str | None) -> str | None:
+    """Name the process that may write to a run directory; None if it is known that none does.
+
+    Args:
+        root: The run directory.
+        lock_holder: The process that holds the lock: it may have been taken over.
+    """
+    try:
+        newest = root / FOLDER / f"{_tokens(root / FOLDER)[-1]:08d}"
+    except (OSError, IndexError):
+        return lock_holder
+    owner, closed = _read(newest)
+    if closed:
+        return None
+    if owner.get("locked", True):
+        return lock_holder
+    if owner.get("boot") == _boot_id() != "" and not Path(f"/proc/{owner.get('pid')}").exists():
+        return None
+    return f"pid {owner.get('pid')} on {owner.get('host')}, which took over"
+
+
 def _copy(source: BinaryIO, to: Path) -> None:
     """Copy an open file, synced."""
     with to.open("wb") as copy:

@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ _BESIDES = (".toml", ".j2", ".log", "lost+found")
 """Endings of what may lie in a directory before its run begins."""
 _GROWING = ("manifest.jsonl", "spool/*.jsonl", f"*/part-*{OPEN_SUFFIX}")
 """Files that a writer of a run directory holds open."""
+_LOOKS = 1000
+"""Times that a lock is tried while others look at it."""
 LOCK_NAME = ".lock"
 """In a directory that one process at a time writes to."""
 _REPORTED = ("aiohttp", "jinja2", "orjson", "pydantic", "zstandard")
@@ -257,9 +260,9 @@ class DirectoryLock:
     def __init__(self, root: Path, name: str = LOCK_NAME) -> None:
         self._file = os.open(root / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._file)
         except BlockingIOError:
-            holder = lock_holder(self._file)
+            holder = _text(self._file)
             os.close(self._file)
             raise DirectoryInUse(f"{root} is in use by another process ({holder})") from None
         os.ftruncate(self._file, 0)
@@ -270,21 +273,50 @@ class DirectoryLock:
         os.close(self._file)
 
 
+def _lock(file: int) -> None:
+    """Take a lock that nobody writes under. Who only looks at it (`holder_of`) holds it shared for a moment.
+
+    Raises:
+        BlockingIOError: A different process holds it.
+    """
+    for _ in range(_LOOKS):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    raise BlockingIOError
+
+
+def holder_of(root: Path) -> str | None:
+    """The text that names the process that holds the lock of a directory; None if nobody does."""
+    try:
+        file = os.open(root / LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _text(file) or "an unknown process"
+    finally:
+        os.close(file)
+    return None
+
+
 def wait_until_free(root: Path, on_wait: Callable[[str], None]) -> None:
     """Wait until no process holds the lock of `root`; `on_wait` is called with its holder."""
     try:
-        file = os.open(root / LOCK_NAME, os.O_RDWR)
+        file = os.open(root / LOCK_NAME, os.O_RDONLY)
     except OSError:
         return  # a new directory; or locking it will report the error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        on_wait(lock_holder(file))
-        fcntl.flock(file, fcntl.LOCK_EX)
+        on_wait(_text(file))
+        fcntl.flock(file, fcntl.LOCK_SH)
     finally:
         os.close(file)
 
 
-def lock_holder(file: int) -> str:
+def _text(file: int) -> str:
     """The text in an open lock file, which names the process that holds the lock."""
     return os.pread(file, 100, 0).decode(errors="replace").strip()

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from streamsyn.cli.main import cli
 from streamsyn.cli.partitioned_run import _own_settings
 from streamsyn.config.loading import load, parse_override
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, SinkError
+from streamsyn.pipeline import coordinators as coordinators_module
 from streamsyn.pipeline.coordinators import Coordinator, Coordinators, RestartLimit
 from streamsyn.sink.partitions import begin_partitions, read_partitions
 from streamsyn.sink.rundir import RunDirectory
@@ -169,6 +170,18 @@ def test_a_coordinator_that_a_signal_ends_before_it_could_heed_it_has_stopped(tm
 
     assert (75, [75]) == (code, [one.code for one in done.each])
     assert "coordinator.restarts" not in [one["event"] for one in logged]
+
+
+def test_partitions_json_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is one line of the command, and exit code 1."""
+    finished(tmp_path, 1)
+    (tmp_path / "partitions.json.new").mkdir()
+    monkeypatch.setattr(coordinators_module, "coordinator_command", lambda *_: python("sys.exit(0)"))
+    command = ["run", "--seeds", "x.jsonl", "--server", "http://localhost:1", "--out", str(tmp_path)]
+
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, SinkError)
+    assert f"cannot write {tmp_path / 'partitions.json'}: Is a directory" == str(result.exception)
 
 
 def test_a_damaged_partition_costs_no_other(tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def test_what_was_superseded_is_left_behind(tmp_path: Path) -> None:
     assert saved_config(tmp_path / "to") == config
 
 
-def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+def test_runs_that_do_not_belong_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is written, with what to do."""
     one, _ = make_run(tmp_path / "one", [scored(0)])
     other, _ = make_run(tmp_path / "other", [scored(1)], contexts_per_sample=5)
@@ -105,6 +107,11 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         merge([one, tmp_path / "other" / ".." / "one"], to)
     with pytest.raises(ConfigError, match="other exists; choose a new directory"):
         merge([one], other)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for name in (".", ".."):
+        with pytest.raises(ConfigError, match="is a directory in use; choose a new one"):
+            merge([one], Path(name))
     assert not to.exists()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from streamsyn.config.loading import Config
 from streamsyn.errors import ConfigError
 from streamsyn.pipeline.status import status, status_lines
 from streamsyn.sink.log import RunLog
+from streamsyn.sink.partitions import begin_partitions
 from streamsyn.sink.rundir import RunDirectory
 from tests.builders import context, reject
 
@@ -57,6 +60,44 @@ def test_a_run_from_its_beginning_to_a_retry(tmp_path: Path) -> None:
     log.close()
     retried = status(tmp_path)
     assert (6, 0, 1, 0) == (retried.contexts, retried.rejects, retried.superseded, retried.retrying)
+
+
+def test_a_takeover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has taken over is at work, not who still holds the lock; it is neither once it has ended."""
+    older = RunDirectory(tmp_path)
+    older.save(Config().model_dump(mode="json"), fingerprint(Config()) | {"model": "m"})
+    newer = RunDirectory(tmp_path, take_over=True)
+    running = status(tmp_path)
+    assert ("running", f"pid {os.getpid()} on {platform.node()}, which took over") == (
+        running.state,
+        running.process,
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: 2**31 - 1)  # no process has this number
+        dead = RunDirectory(tmp_path, take_over=True)
+    assert "unfinished" == status(tmp_path).state
+    last = RunDirectory(tmp_path, take_over=True)
+    last.close()
+    assert "unfinished" == status(tmp_path).state
+    for one in (older, newer, dead):
+        one.close()
+
+
+def test_a_partition_that_is_missing(tmp_path: Path) -> None:
+    """A run that had finished has not, if one of its partitions is gone."""
+    partitions = begin_partitions(tmp_path, 2)
+    for at in range(2):
+        directory = RunDirectory(partitions.directories[at])
+        directory.save(Config().model_dump(mode="json"), fingerprint(Config()) | {"model": "m"})
+        log = RunLog(directory.root, Config().sink)
+        log.finish()
+        log.close()
+        directory.close()
+        partitions = partitions.with_ended(at)
+    assert "finished" == status(tmp_path).state
+    shutil.rmtree(partitions.directories[0])
+
+    assert "unfinished" == status(tmp_path).state
 
 
 def test_the_command(tmp_path: Path) -> None:

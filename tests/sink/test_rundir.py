@@ -1,11 +1,13 @@
 """The run directory: one writer at a time, and only under the configuration it was made with."""
 
+import fcntl
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import orjson
@@ -15,11 +17,12 @@ from streamsyn.config.fingerprint import fingerprint
 from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError, DirectoryInUse, SinkError
 from streamsyn.io.durable import write_whole
-from streamsyn.sink.rundir import RunDirectory, read_run_json, saved_config
+from streamsyn.sink.rundir import RunDirectory, holder_of, read_run_json, saved_config, wait_until_free
 from tests.builders import disk_full_beyond
 
 HOLDER = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from streamsyn.sink.rundir import RunDirectory
 
@@ -238,3 +241,43 @@ def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out .*foreign is not a run directory.*thesis.tex"):
         RunDirectory(foreign)
     assert ["thesis.tex"] == [path.name for path in foreign.iterdir()]
+
+
+@pytest.mark.parametrize("looks", [1, 999, 1001])
+def test_who_looks_at_a_lock_refuses_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """`status` and those who wait hold it shared for a moment, in which a run may begin. Not for good."""
+    RunDirectory(tmp_path).close()
+    looking = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    flock, tries = fcntl.flock, []
+
+    def tried(file: int, how: int) -> None:
+        if how & fcntl.LOCK_EX:
+            tries.append(how)
+        if len(tries) > looks:
+            flock(looking, fcntl.LOCK_UN)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", tried)
+    with pytest.raises(DirectoryInUse) if looks > 1000 else nullcontext():
+        RunDirectory(tmp_path).close()
+    os.close(looking)
+
+
+def test_looking_at_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
+    """Whoever holds it is named; two may look at once."""
+    assert holder_of(tmp_path) is None
+    directory = RunDirectory(tmp_path)
+    assert f"pid {os.getpid()} on {platform.node()}" == holder_of(tmp_path)
+    with pytest.raises(DirectoryInUse):
+        RunDirectory(tmp_path)
+    directory.close()
+    looking = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    waited: list[str] = []
+    wait_until_free(tmp_path, waited.append)
+    assert holder_of(tmp_path) is None
+    assert [] == waited
+    os.close(looking)
