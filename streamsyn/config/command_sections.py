@@ -188,8 +188,9 @@ class TrainSection(Section):
     backward pass needs them. Implies `train.gradient_checkpointing`."""
     optimizer_offload: Annotated[bool, operational] = False
     """Keep the optimizer's moments in host memory during forward and backward passes."""
-    moments: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the optimizer's moments between steps. `bf16` halves their memory."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Precision of the optimizer's moments between steps. `bf16` halves their memory. `8bit` quarters it,
+    also during the update (needs bitsandbytes: `pip install 'streamsyn[8bit]'`)."""
     dry_step: Annotated[bool, operational] = True
     """Make a forward and backward pass over the largest row that `train.seq_len` allows before the training
     starts, so that it runs out of memory at once or not at all. It changes nothing."""

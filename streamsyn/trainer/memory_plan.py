@@ -231,7 +231,7 @@ def _need(
     whole = sum(one.numel() for one in model.parameters())
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     weights, gradients = _SINGLE * whole // gpus, _SINGLE * trained // gpus
-    all_moments = 2 * _SINGLE * trained // gpus
+    all_moments = moment_bytes(section, updating=True) * trained // gpus
     moments = moment_bytes(section) * trained // gpus
     if section.optimizer_offload:
         moments, host = 0, host + moments

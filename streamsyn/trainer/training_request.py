@@ -134,6 +134,11 @@ def check_packages(section: TrainSection) -> None:
         missing.append("peft (for train.lora)")
     if missing:
         raise ConfigError(f"training needs {', '.join(missing)}: pip install 'streamsyn[train]'")
+    if section.moments == "8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.moments = \"8bit\" needs the package bitsandbytes: pip install 'streamsyn[8bit]', or use "
+            '"bf16"'
+        )
 
 
 def check_launcher(section: TrainSection) -> None:

@@ -108,6 +108,18 @@ def test_parts_follow_from_the_number_of_weights(tmp_path: Path) -> None:
     assert (0, 2 * weights) == (parked.moments, parked.host)
 
 
+def test_smaller_moments_are_counted(tmp_path: Path) -> None:
+    """4 bytes of both in bf16, which are float32 again for the update, and 2 bytes with 8 bits."""
+    path = str(write_config(tmp_path))
+    plain, half, eighth = (
+        memory_plan(path, section(seq_len=16, moments=kind), 1)[0] for kind in ("fp32", "bf16", "8bit")
+    )
+    weights = plain.weights // 4
+
+    assert (8 * weights, 4 * weights, 2 * weights) == (plain.moments, half.moments, eighth.moments)
+    assert plain.total > half.total > eighth.total == plain.total - 6 * weights
+
+
 def test_each_key_saves(tmp_path: Path) -> None:
     """In the order of the table; what is offloaded is in host memory."""
     needs = memory_plan(str(write_config(tmp_path)), section(seq_len=512), 2)

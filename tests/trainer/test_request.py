@@ -129,3 +129,16 @@ def test_a_tracker_that_is_not_installed_is_named(folder: Path, monkeypatch: pyt
     monkeypatch.setattr("streamsyn.trainer.training_request.find_spec", without_wandb)
     with pytest.raises(ConfigError, match=r"train\.trackers: wandb needs .* pip install wandb"):
         check(asked(folder, '[train]\ntrackers = ["wandb"]'))
+
+
+def test_a_library_for_moments_of_8_bits_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to install, and what works without."""
+    monkeypatch.setattr(
+        "streamsyn.trainer.training_request.find_spec",
+        lambda name: None if name == "bitsandbytes" else find_spec(name),
+    )
+    with pytest.raises(ConfigError) as raised:
+        check(asked(folder, '[train]\nmoments = "8bit"'))
+
+    needs = "needs the package bitsandbytes: pip install 'streamsyn[8bit]', or use \"bf16\""
+    assert f'train.moments = "8bit" {needs}' == str(raised.value)

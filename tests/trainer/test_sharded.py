@@ -105,6 +105,28 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(
     assert tiny.furthest(before[1], moments(placed)) == 0
 
 
+def test_values_that_are_not_tensors_are_kept(placed: Placed, tmp_path: Path) -> None:
+    """Some optimizers count their steps in a plain number, and have flags."""
+    store, state = store_in(tmp_path), placed.optimizer.state
+    given = {
+        one: {"step": number, "flag": True, "note": "x", "rate": 0.5}
+        for number, one in enumerate(placed.plain.parameters())
+    }
+    for one, values in given.items():
+        state[one].update(values)
+    store.save(placed, 2)
+    for one in given:
+        state[one].update({"step": -1, "flag": False})
+    store.settle()
+    found = Checkpoints(tmp_path, 2).newest()
+    assert found is not None
+    state.clear()
+    store.restore(placed, found)
+
+    for one, values in given.items():
+        assert values == {name: state[one][name] for name in values}
+
+
 def test_a_save_takes_until_it_is_on_disk(
     placed: Placed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

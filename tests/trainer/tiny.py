@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -73,6 +74,11 @@ def saved(checkpoint: Path, part: str = "model") -> dict[str, torch.Tensor]:
     dcp_to_torch_save(checkpoint / "state", whole)
     found: dict[str, torch.Tensor] = torch.load(whole)[part]
     return found
+
+
+def model_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a directory with a model."""
+    return load_file(folder / "model.safetensors")
 
 
 def example(length: int, targets: int, seed: int = 0) -> Example:

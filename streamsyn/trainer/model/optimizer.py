@@ -9,27 +9,33 @@ from torch.distributed.tensor import DTensor
 
 from streamsyn.config.command_sections import TrainSection
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""What torch and bitsandbytes call them."""
+_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 
 
-def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; norms and biases have no weight decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [one for one in parameters if one.ndim > 1], "weight_decay": section.weight_decay},
         {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},  # norms and biases
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=section.learning_rate,
-        betas=section.betas,
-        fused=True,
-    )
+    given: dict[str, Any] = {
+        "params": [group for group in groups if group["params"]],
+        "lr": section.learning_rate,
+        "betas": section.betas,
+    }
+    if section.moments == "8bit":
+        from streamsyn.trainer.model.eight_bit import AdamW8bit  # its library is optional
+
+        return AdamW8bit(**given)
+    return torch.optim.AdamW(**given, fused=True)
 
 
-def moment_bytes(section: TrainSection) -> int:
-    """Bytes of both moments of a weight during the passes of a step."""
-    return 4 if section.moments == "bf16" else 8
+def moment_bytes(section: TrainSection, *, updating: bool = False) -> int:
+    """Bytes of both moments of a weight during the passes of a step, or while it is updated."""
+    return _BYTES["fp32" if updating and section.moments == "bf16" else section.moments]
 
 
 @contextmanager
@@ -39,7 +45,7 @@ def parked_moments(optimizer: Any, section: TrainSection) -> Iterator[None]:
     With `train.optimizer_offload` they are in host memory, with `train.moments = "bf16"` in bf16. Before the
     optimizer needs them, activations have been freed. An error in the context ends the training.
     """
-    if not section.optimizer_offload and section.moments == "fp32":
+    if not section.optimizer_offload and section.moments != "bf16":
         yield
         return
     parked = [

@@ -22,6 +22,7 @@ from streamsyn.trainer.model.activations import offload
 from streamsyn.trainer.model.head import LossHead
 from streamsyn.trainer.model.isolation import choose_packing
 from streamsyn.trainer.model.optimizer import make_optimizer
+from streamsyn.trainer.model.quantized_blocks import check_blocks
 from streamsyn.trainer.model.sequence_parallel import SequenceGroup, check_sequence_parallel
 from streamsyn.trainer.model.slices import SlicedWeights
 
@@ -138,6 +139,8 @@ def place(
     optimizer: Any = make_optimizer(model, section)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     plain: Any = accelerator.unwrap_model(prepared)
+    if section.moments == "8bit":
+        check_blocks((name, one) for name, one in plain.named_parameters() if one.requires_grad)
     _keep_logits_dtype(plain, accelerator)
     if sliced is not None:
         sliced.read_into(plain)

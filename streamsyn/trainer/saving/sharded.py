@@ -3,7 +3,7 @@
 Each rank writes what it holds, in a thread while the training goes on; one process without a process group
 does the same. Each rank reads what it will hold, so a checkpoint is portable between one process, DDP and
 FSDP2, and between numbers of ranks. Names are the model's own: `model.NAME` for weights and persistent
-buffers, `optimizer.KIND.NAME` for what the optimizer keeps beside a weight.
+buffers, `optimizer.KIND.NAME` for what the optimizer keeps beside a weight, tensor or not.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from streamsyn.errors import SinkError, StreamsynError
 from streamsyn.plain_text import message
 from streamsyn.trainer.model.placed import Placed, saved_weights, trained_parameters
+from streamsyn.trainer.model.quantized_blocks import SCALES, empty_scales
 from streamsyn.trainer.saving.checkpoint import STATE, Checkpoint, Checkpoints
 
 _WEIGHTS, _OPTIMIZER = "model", "optimizer"
@@ -129,8 +130,8 @@ def restore(placed: Placed, checkpoint: Checkpoint, group: Any) -> None:
     _allow_one_process()
     try:
         reader = FileSystemReader(checkpoint.folder / STATE)
-        found = _empty_optimizer(placed, reader.read_metadata())
-        wanted = {_WEIGHTS: saved_weights(placed), _OPTIMIZER: _by_name(found)}
+        empty = _empty_optimizer(placed, reader.read_metadata())
+        wanted = {_WEIGHTS: saved_weights(placed), _OPTIMIZER: _by_name(empty)}
         load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:
         # torch raises all kinds for a damaged file.
@@ -139,11 +140,12 @@ def restore(placed: Placed, checkpoint: Checkpoint, group: Any) -> None:
             f"{checkpoint.folder} cannot be read: {_why(cause)}; remove it to resume from the checkpoint "
             "before it"
         ) from error
-    for _, parameter, state in found:
-        placed.optimizer.state[parameter] = state
+    read = wanted[_OPTIMIZER]  # tensors are read in place, other values are put there
+    for name, parameter, kinds in empty:
+        placed.optimizer.state[parameter] = {kind: read[_key(kind, name)] for kind in kinds}
 
 
-_State = list[tuple[str, torch.nn.Parameter, dict[str, torch.Tensor]]]
+_State = list[tuple[str, torch.nn.Parameter, dict[str, Any]]]
 
 
 def _held(placed: Placed) -> dict[str, Any]:
@@ -152,37 +154,48 @@ def _held(placed: Placed) -> dict[str, Any]:
     return {_WEIGHTS: saved_weights(placed), _OPTIMIZER: _by_name(state)}
 
 
-def _by_name(state: _State) -> dict[str, torch.Tensor]:
-    return {f"{kind}.{name}": value for name, _, kinds in state for kind, value in kinds.items()}
+def _by_name(state: _State) -> dict[str, Any]:
+    return {_key(kind, name): value for name, _, kinds in state for kind, value in kinds.items()}
+
+
+def _key(kind: str, name: str) -> str:
+    return f"{kind}.{name}"
 
 
 def _empty_optimizer(placed: Placed, metadata: Metadata) -> _State:
-    """Tensors for what the checkpoint has of each weight, placed like the weight."""
-    kinds: dict[str, list[tuple[str, TensorStorageMetadata]]] = {}
+    """Tensors for what the checkpoint has of each weight, placed like the weight; None for other values."""
+    kinds: dict[str, list[tuple[str, Any]]] = {}
     for key, saved in metadata.state_dict_metadata.items():
         part, _, rest = key.partition(".")
         kind, _, name = rest.partition(".")
-        if part == _OPTIMIZER and isinstance(saved, TensorStorageMetadata):
+        if part == _OPTIMIZER:
             kinds.setdefault(name, []).append((kind, saved))
     return [
-        (name, one, {kind: _empty(one, saved) for kind, saved in kinds.get(name, ())})
+        (name, one, {kind: _empty(one, kind, saved) for kind, saved in kinds.get(name, ())})
         for name, one in trained_parameters(placed)
     ]
 
 
-def _empty(parameter: torch.nn.Parameter, saved: TensorStorageMetadata) -> torch.Tensor:
+def _empty(
+    parameter: torch.nn.Parameter, kind: str, saved: TensorStorageMetadata | BytesStorageMetadata
+) -> torch.Tensor | None:
+    if isinstance(saved, BytesStorageMetadata):
+        return None
     dtype = saved.properties.dtype
     if saved.size == parameter.size():
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    if kind in SCALES:
+        return empty_scales(parameter, saved.size.numel())
     return torch.zeros(saved.size, dtype=dtype, device=parameter.device)
 
 
 def _share(held: dict[str, dict[str, Any]], rank: int, world: int) -> dict[str, dict[str, Any]]:
-    """What a rank saves: its shards, and its share of the tensors that every rank has whole.
+    """What a rank saves: its shards, its share of the tensors that every rank has whole, and all other
+    values, of which one rank's are written.
 
-    Without the division each rank would copy all of the latter to host memory, to write a part of them.
+    Without the division each rank would copy all whole tensors to host memory, to write a part of them.
     """
-    whole = [(part, name) for part, some in held.items() for name, one in some.items() if not _is_shard(one)]
+    whole = [(part, name) for part, some in held.items() for name, one in some.items() if _is_whole(one)]
     whole.sort(key=lambda key: (-held[key[0]][key[1]].nbytes, key))
     loads, of_others = [0] * world, set()
     for part, name in whole:
@@ -191,13 +204,17 @@ def _share(held: dict[str, dict[str, Any]], rank: int, world: int) -> dict[str, 
         if least != rank:
             of_others.add((part, name))
     return {
-        part: {name: one.detach() for name, one in some.items() if (part, name) not in of_others}
+        part: {name: _detached(one) for name, one in some.items() if (part, name) not in of_others}
         for part, some in held.items()
     }
 
 
-def _is_shard(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _cause(error: BaseException) -> tuple[BaseException, str]:
