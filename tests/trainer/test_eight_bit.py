@@ -129,8 +129,8 @@ def test_moments_take_two_bytes() -> None:
 
 
 def test_two_ranks_train_their_shards(ranks: Ranks, tmp_path: Path) -> None:
-    """FSDP2, from the checkpoint of one process, to what that process ends with: weights within 1e-5, codes of
-    moments but for one in a hundred, as sums in a different order round differently.
+    """FSDP2, from the checkpoint of one process, to what that process ends with: weights within 1e-5, codes
+    of moments but for one in a hundred, as sums in a different order round differently.
     """
     given: dict[str, Any] = {"model": write_wide(tmp_path / "base"), "moments": "8bit", "rows_per_step": 4}
     alone = ranks.done(1, tmp_path / "alone", **given, max_steps=2, save_every_steps=1)
