@@ -68,11 +68,16 @@ class Signature:
 
     Attributes:
         values: 128 numbers of 4 bytes, little-endian.
-        bands: Keys to look it up by: signed 64-bit numbers. Texts that share none are not similar.
+        keys: 21 numbers of 8 bytes, one a band. Texts without an equal one in the same place are not similar.
     """
 
     values: bytes
-    bands: tuple[int, ...]
+    keys: bytes
+
+    @property
+    def bands(self) -> tuple[int, ...]:
+        """The keys as signed numbers."""
+        return tuple(numpy.frombuffer(self.keys, numpy.int64).tolist())
 
 
 def signature(text: str) -> Signature:
@@ -93,8 +98,8 @@ def signatures(texts: Sequence[str]) -> list[Signature]:
         numpy.concatenate(runs), offsets, PERMUTATIONS, _SEED
     )
     values = numpy.array(rows.to_rows(), "<u4")
-    bands = _band_keys(values, BAND_ROWS).tolist()
-    return [Signature(row.tobytes(), tuple(keys)) for row, keys in zip(values, bands, strict=True)]
+    bands = _band_keys(values, BAND_ROWS)
+    return [Signature(row.tobytes(), keys.tobytes()) for row, keys in zip(values, bands, strict=True)]
 
 
 def sign_from(connection: Connection) -> None:
@@ -109,6 +114,13 @@ def similarity(a: Signature, b: Signature) -> float:
     """Estimate the Jaccard similarity of two texts, from 0 to 1."""
     equal = numpy.frombuffer(a.values, "<u4") == numpy.frombuffer(b.values, "<u4")
     return int(numpy.count_nonzero(equal)) / PERMUTATIONS
+
+
+def share_keys(signed: Sequence[Signature]) -> bool:
+    """Whether any two of the signatures have an equal key, without which they are not similar."""
+    keys = numpy.frombuffer(b"".join([one.keys for one in signed]), numpy.int64).reshape(len(signed), -1)
+    keys = numpy.sort(keys, axis=0)
+    return b"\1" in (keys[1:] == keys[:-1]).tobytes()  # faster than any()
 
 
 def band_keys(values: bytes, rows: int) -> tuple[int, ...]:

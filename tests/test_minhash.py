@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.shingles import BAND_ROWS, PERMUTATIONS, band_keys, signature, signatures, similarity
+from streamsyn.shingles import (
+    BAND_ROWS,
+    PERMUTATIONS,
+    band_keys,
+    share_keys,
+    signature,
+    signatures,
+    similarity,
+)
 from tests.examples import examples
 
 VOCABULARY = ["".join(random.Random(number).choices("abcdefghij", k=6)) for number in range(3000)]
@@ -122,3 +130,14 @@ def test_a_signature_is_the_same_everywhere() -> None:
 
     assert {f"{signature(text).bands[:2]}\n"} == said
     assert (2915088870176561790, 594895024713841293) == signature(text).bands[:2]
+
+
+def test_signatures_of_texts_share_keys_if_any_two_do() -> None:
+    """However many there are, and wherever in the list the two are."""
+    one = writing(1, 200)
+    signed = [signature(" ".join(writing(number, 200))) for number in range(2, 12)]
+    near = signature(" ".join([*one[20:], "end"]))
+
+    assert not share_keys([*signed, near])
+    assert share_keys([near, *signed, signature(" ".join(one))])
+    assert not share_keys([near])

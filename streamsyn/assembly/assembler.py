@@ -167,9 +167,11 @@ class Assembler:
         goal = Goal(
             section.contexts_per_sample - 1, self._sampling.target_tokens(passage), section.max_tokens
         )
-        candidates = self._sources.candidates(passage, final=final)
         return self._chooser.choose(
-            passage, candidates, goal, lambda chosen: self._ordered(passage, chosen)[0]
+            passage,
+            lambda: self._sources.candidates(passage, final=final),
+            goal,
+            lambda chosen: self._ordered(passage, chosen)[0],
         )
 
     def _why_left_out(self, passage: Passage) -> str | None:

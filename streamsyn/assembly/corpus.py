@@ -90,7 +90,7 @@ class Corpus:
 
     def shuffled(self, rng: Random) -> Iterator[CorpusPassage]:
         """The passages in random order, drawn and read one by one as they are asked for."""
-        return (self[index] for index in shuffled(len(self), rng))
+        return map(self.__getitem__, shuffled(range(len(self)), rng))
 
     def _read(self, index: int) -> CorpusPassage:
         begin, end = self._ends[index], self._ends[index + 1]

@@ -15,7 +15,7 @@ from streamsyn.assembly.token_counter import TokenCounter
 from streamsyn.assembly.window import Passage, Piece, Pool, Window
 from streamsyn.config.sections import AssemblySection, Source
 from streamsyn.records import is_held_out
-from streamsyn.shingles import Signature, similarity
+from streamsyn.shingles import share_keys, similarity
 from streamsyn.words import normalised
 
 _MAX_TOO_LONG = 16
@@ -61,19 +61,38 @@ class Chooser:
         self._holdout = section.holdout
         self._counter = counter
 
-    def choose(self, relevant: Passage, candidates: "Candidates", goal: Goal, order: Order) -> Choice:
+    def choose(self, relevant: Passage, draw: Callable[[], "Candidates"], goal: Goal, order: Order) -> Choice:
         """Take distractors for `relevant` until the goal is met or no candidate is left.
 
         With a target in tokens, the sample reaches it and would not without its last distractor, unless there
         are too few candidates or `max_tokens` forbids it.
+
+        Args:
+            relevant: The relevant context.
+            draw: Returns the candidates, each time in the same order.
+            goal: The size of the sample.
+            order: See `Order`.
         """
+        # Similar texts are rare. To look for them once, in all that was chosen, takes a quarter of the time.
+        unchecked = _Unchecked(relevant)
+        choice = self._choose(relevant, draw(), goal, order, unchecked)
+        if self._max_similarity >= 1 or not share_keys([one.signature for one in unchecked.pieces]):
+            return choice
+        return self._choose(relevant, draw(), goal, order, _NearDuplicates(self._max_similarity, relevant))
+
+    def _choose(
+        self,
+        relevant: Passage,
+        candidates: "Candidates",
+        goal: Goal,
+        order: Order,
+        duplicates: "_Unchecked | _NearDuplicates",
+    ) -> Choice:
         answer = normalised(relevant.answer)
         if len(answer) < self._min_answer_chars:
             answer = ""
         seed_ids = {relevant.source_seed_id}
         for_training = not is_held_out(relevant.seed_id, self._holdout)
-        duplicates = _NearDuplicates(self._max_similarity)
-        duplicates.add(relevant)
         selection = _Selection(self._counter, relevant, goal, order)
         tried = 0
         while not selection.is_complete:
@@ -87,7 +106,7 @@ class Chooser:
                 seed_id in seed_ids or (for_training and is_held_out(seed_id, self._holdout))
             ):
                 continue
-            if answer and candidate.holds(answer):
+            if answer and answer in candidate.plain:
                 continue
             if duplicates.has_similar(candidate) or not selection.add(candidate):
                 continue
@@ -169,29 +188,40 @@ class _Selection:
         return self._counter.count(self._relevant, self._order(distractors))
 
 
+class _Unchecked:
+    """Keeps the passages that were considered for a sample, as if none were similar to another."""
+
+    def __init__(self, relevant: Piece) -> None:
+        self.pieces = [relevant]
+
+    def has_similar(self, piece: Piece) -> bool:
+        self.pieces.append(piece)
+        return False
+
+    def add(self, piece: Piece) -> None:
+        """Do nothing: `has_similar` has kept it."""
+
+
 class _NearDuplicates:
     """The signatures of one sample's passages."""
 
-    def __init__(self, max_similarity: float) -> None:
+    def __init__(self, max_similarity: float, relevant: Piece) -> None:
         self._max_similarity = max_similarity
-        self._signatures: list[Signature] = []
-        self._bands: set[int] = set()
+        self._signatures = [relevant.signature]
+        self._bands = set(relevant.signature.bands)
         """The bands of all of them."""
 
     def has_similar(self, piece: Piece) -> bool:
         """Return whether the sample has a passage too similar to `piece`."""
-        if self._max_similarity >= 1 or self._bands.isdisjoint(piece.signature.bands):
-            return False
         bands = self._bands.intersection(piece.signature.bands)
         return any(
             not bands.isdisjoint(one.bands) and similarity(piece.signature, one) >= self._max_similarity
-            for one in self._signatures
+            for one in (self._signatures if bands else ())
         )
 
     def add(self, piece: Piece) -> None:
-        if self._max_similarity < 1:
-            self._signatures.append(piece.signature)
-            self._bands.update(piece.signature.bands)
+        self._signatures.append(piece.signature)
+        self._bands.update(piece.signature.bands)
 
 
 class Sources:
@@ -280,12 +310,12 @@ class Candidates:
         self._rng = rng
         self._growing = growing
         self._slot = -1
-        self._source: Source | None = None
+        self._source = self._draw_source() if rng is None else None
         self.exhausted: Source | None = None
 
     def next(self, slot: int) -> Piece | None:
         """Return the next candidate for a slot (0-based); None if there is none, or none yet."""
-        if slot != self._slot:
+        if self._rng is not None and slot != self._slot:
             self._slot, self._source = slot, self._draw_source()
         while self._source is not None:
             if (piece := next(self._iterators[self._source], None)) is not None:

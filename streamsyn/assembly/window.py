@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from streamsyn.config.sections import Source
 from streamsyn.records import Context
 from streamsyn.shingles import Signature, signature, signatures
 from streamsyn.words import normalised
+
+T = TypeVar("T")
 
 _RECORD_BYTES = 1024
 """Approximate memory of a passage besides its texts, in bytes."""
@@ -52,10 +54,6 @@ class Piece(ABC):
     def signature(self) -> Signature:
         """The MinHash signature that near-duplicates are found by."""
         return signature(self.text)
-
-    def holds(self, answer: str) -> bool:
-        """Return whether the text contains `answer`, which must be normalised as `plain` is."""
-        return answer in self.plain
 
 
 def sign(pieces: Sequence[Piece]) -> None:
@@ -203,26 +201,19 @@ class Pool:
 
     def shuffled(self, rng: Random) -> Iterator[Passage]:
         """Yield the passages in random order, each drawn when it is requested."""
-        first = self._head
-        return (self._passages[first + index] for index in shuffled(len(self), rng))
+        return shuffled(self._passages, rng, self._head)
 
 
-def shuffled(length: int, rng: Random) -> Iterator[int]:
-    """Yield the numbers below `length` in random order, each drawn when it is requested."""
+def shuffled(items: Sequence[T], rng: Random, first: int = 0) -> Iterator[T]:
+    """Yield the items from index `first` on in random order, each drawn when it is requested."""
     # A Fisher-Yates shuffle that stores only the positions that have been swapped.
     swapped: dict[int, int] = {}
-    for last in range(length - 1, -1, -1):
-        index = _below(last + 1, rng)
-        yield swapped.get(index, index)
+    for last in range(len(items) - first - 1, -1, -1):
+        bits = (last + 1).bit_length()
+        while (index := rng.getrandbits(bits)) > last:  # as rng.randrange, in half of the time
+            pass
+        yield items[first + swapped.get(index, index)]
         swapped[index] = swapped.get(last, last)
-
-
-def _below(end: int, rng: Random) -> int:
-    """Return `rng.randrange(end)` in half of the time."""
-    bits = end.bit_length()
-    while (number := rng.getrandbits(bits)) >= end:
-        pass
-    return number
 
 
 _Queue = tuple[Source, str]

@@ -94,12 +94,12 @@ def _signed(rows: list[Row]) -> dict[str, Any]:
     signed = signatures([row["context"] for row in rows])
     return {
         "values": pyarrow.array([one.values for one in signed], pyarrow.binary()),
-        "bands": pyarrow.array([one.bands for one in signed], pyarrow.list_(pyarrow.int64())),
+        "keys": pyarrow.array([one.keys for one in signed], pyarrow.binary()),
     }
 
 
 def _signature_of(row: Row) -> Signature:
-    return Signature(row["values"], tuple(row["bands"]))
+    return Signature(row["values"], row["keys"])
 
 
 def _examined(rows: list[Row], shared: Any, fields: Sequence[str]) -> dict[str, Any]:
