@@ -16,6 +16,12 @@ _BREAKS: Final = re.compile(r"[\r\n\t]\s*")
 
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
+_QUERY: Final = re.compile(r"([a-z][a-z0-9+.-]{0,30}://[^\s?\"'<>]{0,2048}\?)([^\s\"'<>]+)", re.IGNORECASE)
+_SECRET: Final = re.compile(
+    r"((?:^|[&;])[\w.-]{0,40}(?:key|token|sig|signature|secret|password|passwd|pwd|auth|credential)=)[^&;#]+",
+    re.IGNORECASE,
+)
+"""A parameter of a query that holds a secret, by its name."""
 _USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]{0,30}://)[^\s/?#]*@", re.IGNORECASE)
 
 
@@ -62,12 +68,20 @@ def split_userinfo(url: str) -> Location:
 
 
 def without_userinfo(text: str) -> str:
-    """Return `text` with the userinfo cut from every URL in it."""
-    return _USERINFO.sub(r"\1", text) if "@" in text and "://" in text else text
+    """Return `text` with the userinfo cut from every URL in it, and secrets in queries replaced by `***`."""
+    if "://" not in text:
+        return text
+    if "@" in text:
+        text = _USERINFO.sub(r"\1", text)
+    return _QUERY.sub(_without_secrets, text) if "?" in text else text
+
+
+def _without_secrets(found: re.Match[str]) -> str:
+    return found[1] + _SECRET.sub(r"\1***", found[2])
 
 
 def without_userinfo_within(value: Any) -> Any:
-    """Return a JSON value with the userinfo cut from every URL in its strings."""
+    """Return a JSON value with the credentials cut from every URL in its strings."""
     match value:
         case str():
             return without_userinfo(value)

@@ -133,6 +133,27 @@ def test_a_url_in_a_text(user: str, password: str, before: str, after: str) -> N
     assert f"{before} https://host/ {after}" == without_userinfo(text)
 
 
+@in_turn(
+    ("query", "shown"),
+    [
+        ("api_key=s3cret", "api_key=***"),
+        ("api-version=2024-02-01&key=s3cret#end", "api-version=2024-02-01&key=***#end"),
+        ("X-Amz-Signature=s&X-Amz-Security-Token=s3cret&X-Amz-Date=2", None),
+        ("sv=2024&sig=s3cret%2F%3D&se=2", "sv=2024&sig=***&se=2"),
+        ("accessToken=s3cret", "accessToken=***"),
+        ("keys=5&tokens=3&empty_key=&authors=two", "keys=5&tokens=3&empty_key=&authors=two"),
+        ("", ""),
+    ],
+)
+def test_a_secret_in_a_query(query: str, shown: str | None) -> None:
+    """It is hidden wherever URLs are shown and kept; other parameters and texts that are not URLs stay."""
+    shown = "X-Amz-Signature=***&X-Amz-Security-Token=***&X-Amz-Date=2" if shown is None else shown
+
+    assert f"see 'http://host/v1?{shown}' now" == without_userinfo(f"see 'http://host/v1?{query}' now")
+    assert f"host/v1?{query}" == without_userinfo(f"host/v1?{query}")
+    assert f"cannot open s3://bucket/x?{shown}" == str(ConfigError(f"cannot open s3://bucket/x?{query}"))
+
+
 def test_a_json_value() -> None:
     """All strings in it are cut; keys and numbers stay."""
     value = {"servers": ["http://a:b@one", {"url": "http://a:b@two", "weight": 1.5}], "limit": None}

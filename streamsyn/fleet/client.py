@@ -9,7 +9,7 @@ from streamsyn.fleet import wire
 from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream, parse_whole
 from streamsyn.fleet.logprobs import Scorer
 from streamsyn.fleet.thinking import CONTINUES, PromptEnds, cleaned, template_fields
-from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport
+from streamsyn.fleet.transport import KEY_VARIABLE, Reply, Transport, route
 from streamsyn.fleet.wire import Features, Load, parse_features, parse_load
 from streamsyn.records import Completion, Request
 from streamsyn.telemetry import trace_headers
@@ -200,7 +200,8 @@ class ServerClient:
                 "the user and password in the URL"
             )
         if reply.status in (404, 405):
-            raise WrongAddress(f"{self.url}{wire.MODELS} answered {reply.status}: {_GIVE_BASE}")
+            asked = route(self.url, wire.MODELS)
+            raise WrongAddress(f"{self.url}{asked} answered {reply.status}: {_GIVE_BASE}")
         if reply.status != 200:
             raise wire.error_for(reply.status, "no list of models", self.url)
         try:

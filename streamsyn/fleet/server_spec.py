@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
-from streamsyn.fleet.transport import KEY_VARIABLE
+from streamsyn.fleet.transport import KEY_VARIABLE, VERSIONED
 from streamsyn.plain_text import cut, split_userinfo
 
 MAX_FILE_BYTES = 2**20
@@ -33,7 +33,8 @@ class ServerSpec:
     """The URL, weight and credentials of one server. The URL identifies it, and has no credentials in it.
 
     Attributes:
-        url: Base URL, without a trailing `/` or `/v1`, and without a query.
+        url: Base URL, without a trailing `/` or `/v1`, and without a query. With a different version at its
+            end, such as `/v4`, the routes follow without `/v1`.
         weight: Its share of the requests relative to the other servers; above 0 and finite.
         key_env: Environment variable that holds its key; None is STREAMSYN_API_KEY.
         draining: It gets no new requests and finishes those it has.
@@ -93,7 +94,10 @@ def base_and_query(text: str, where: str) -> tuple[str, str]:
     scheme, rest = split_userinfo(text).url.partition("#")[0].split("://", 1)
     rest, _, query = rest.partition("?")
     host, slash, path = rest.rstrip("/").partition("/")
-    path = _ROUTE.sub("", slash + path)
+    whole = slash + path
+    path = _ROUTE.sub("", whole)
+    if VERSIONED.search(path) and whole.startswith(f"{path}/v1"):
+        path += "/v1"  # it is needed: to a version nothing is added
     return f"{scheme}://{host}{path}", query
 
 

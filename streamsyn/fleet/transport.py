@@ -6,6 +6,7 @@
 import asyncio
 import errno
 import math
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -33,6 +34,8 @@ from streamsyn.errors import (
 from streamsyn.fleet.http_connections import Answer, HttpConnections
 from streamsyn.plain_text import cut
 
+VERSIONED = re.compile(r"(?<!/)/v\d+[a-z0-9]*(?:/openai)?$")
+"""The end of a base URL to which no `/v1` is added."""
 KEY_VARIABLE = "STREAMSYN_API_KEY"
 """Default environment variable of the servers' key."""
 KEEP_ALIVE_S = 4.0
@@ -153,7 +156,7 @@ class HttpTransport:
         headers: Mapping[str, str],
         on_data: Callable[[], None] | None,
     ) -> Reply:
-        target = path
+        target = route(self._url, path)
         if self._query:
             target += ("&" if "?" in path else "?") + self._query
         answer = await self._connections.send(method, target, body, headers)
@@ -217,6 +220,14 @@ class HttpTransport:
 def _is_comment(chunk: bytes) -> bool:
     """Whether there are only comments in a piece of a stream: servers send them while a request waits."""
     return chunk.startswith(b":") and b"data" not in chunk
+
+
+def route(base: str, path: str) -> str:
+    """The path to add to a base URL: one that ends in a version, such as `/api/paas/v4`, gets no `/v1`.
+
+    So it is with OpenAI's clients, whose base URLs all end in a version.
+    """
+    return path.removeprefix("/v1") if VERSIONED.search(base) else path
 
 
 def _redirected(base: str, path: str, status: int, location: str) -> WrongAddress:

@@ -7,6 +7,7 @@ import pytest
 from streamsyn.config.sections import FleetSection, ServerSection
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec, headers_of, server_specs
+from streamsyn.fleet.transport import route
 from tests.examples import in_turn
 
 
@@ -19,6 +20,16 @@ def test_urls_as_people_write_them() -> None:
     found = server_specs(section("http://one:1/", "http://one:1/v1", "http://one:1", "https://two:2/x/v1//"))
 
     assert [ServerSpec("http://one:1"), ServerSpec("https://two:2/x")] == found
+
+
+def test_a_base_url_with_a_version_of_its_own() -> None:
+    """It gets no /v1 in its routes; one that is given stays."""
+    for url in ("http://one:1/api/paas/v4", "http://one:1/v1beta/openai", "http://one:1/x/v2/v1"):
+        for more in ("", "/", "/chat/completions", "/models/"):
+            assert [ServerSpec(url)] == server_specs(section(url + more))
+        assert "/chat/completions" == route(url, "/v1/chat/completions")
+    for url in ("http://one:1", "http://one:1/openai", "http://v4", "http://one:1/v4-large"):
+        assert "/v1/chat/completions" == route(url, "/v1/chat/completions")
 
 
 def test_a_host_called_v1() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,6 +76,22 @@ async def ask(url: str, tls: ssl.SSLContext | None, server_name: str | None = No
 TRUSTING = trusting()
 KNOWN = trusting(certificate="client.pem")
 ELSEWHERE = trusting("other-ca.pem")
+
+
+async def test_a_base_url_with_a_version_of_its_own() -> None:
+    """Its routes follow without /v1, as OpenAI's clients send them."""
+
+    async def models(request: web.Request) -> web.Response:
+        return web.Response(text=request.query_string)
+
+    app = web.Application()
+    app.router.add_get("/api/paas/v4/models", models)
+    async with TestServer(app) as server, asyncio.timeout(10):
+        base = str(server.make_url("/api/paas/v4"))
+        async with http_transport(base, {}, query="a=1") as transport:
+            reply = await transport.exchange("GET", "/v1/models", timeout_s=5)
+
+    assert (200, b"a=1") == (reply.status, reply.body)
 
 
 def test_nothing_is_set() -> None:

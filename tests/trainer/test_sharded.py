@@ -2,6 +2,7 @@
 `test_sharded_ranks`.
 """
 
+import os
 import threading
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from streamsyn.trainer.model.placed import Placed
 from streamsyn.trainer.saving import result as result_module
 from streamsyn.trainer.saving import store as store_module
 from streamsyn.trainer.saving.checkpoint import Checkpoints
-from streamsyn.trainer.saving.result import write_result
+from streamsyn.trainer.saving.result import _Files, write_result
 from streamsyn.trainer.saving.sharded import _share
 from streamsyn.trainer.saving.store import Store
 from tests.builders import disk_full_beyond
@@ -232,3 +233,16 @@ def test_a_result_of_several_files(placed: Placed, tmp_path: Path, monkeypatch: 
     assert len(files) > 2
     read = type(placed.plain).from_pretrained(target)
     assert tiny.furthest(weights(placed), {name: one.detach() for name, one in read.named_parameters()}) == 0
+
+
+def test_weights_are_for_whom_the_umask_allows(tmp_path: Path) -> None:
+    """An inference server may run as a different user; safetensors lets only the owner read."""
+    before = os.umask(0o027)
+    try:
+        files = _Files(tmp_path)
+        files.add({"weight": torch.zeros(2)})
+        files.finish()
+    finally:
+        os.umask(before)
+
+    assert 0o640 == (tmp_path / "model.safetensors").stat().st_mode & 0o777

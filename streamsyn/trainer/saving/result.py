@@ -103,7 +103,11 @@ class _Files:
         (self._folder / _INDEX).write_bytes(orjson.dumps(index, option=orjson.OPT_INDENT_2))
 
     def _write(self) -> None:
-        save_file(self._held, self._file(len(self._written)), {"format": "pt"})
+        path = self._file(len(self._written))
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(self._held, path, {"format": "pt"})
+        path.chmod(mode)  # as the umask says: safetensors lets only the owner read what it writes
         self._written.append([*self._held])
         self._total_bytes += self._held_bytes
         self._held, self._held_bytes = {}, 0
