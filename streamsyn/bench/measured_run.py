@@ -295,5 +295,6 @@ def capacity(servers: InProcessServers, found: Measurement) -> float | None:
     for simulation, model in zip(servers.simulations.values(), models, strict=True):
         if model is None:
             return None
-        total += costs.capacity(model, prompt, cached, written) * written * simulation.config.speed
+        rate = costs.capacity(model, prompt, cached, written) * written * simulation.config.speed
+        total += simulation.config.dp_size * rate
     return total

@@ -59,6 +59,12 @@ class _FaultRate(click.ParamType[tuple[str, float]]):
     "--queue-limit", type=int, help="Maximum queued requests; others get a 503.  [default: no limit]"
 )
 @click.option(
+    "--dp-size",
+    default=_DEFAULTS["dp_size"],
+    show_default=True,
+    help="Data-parallel ranks, each with its own slots, queue and cache.",
+)
+@click.option(
     "--schedule-policy",
     default=_DEFAULTS["schedule_policy"],
     show_default=True,

@@ -321,8 +321,8 @@ class FleetSection(Section):
     slow_start_s: Annotated[Seconds, operational] = 10.0
     """Seconds until a readmitted server gets its full share of requests again."""
     balance_factor: Annotated[float, Field(ge=1), operational] = 1.25
-    """A prefix group leaves its server when the server has more than this many times its share of the
-    load."""
+    """A prefix group leaves its server, or its data-parallel rank there, when that has more than this many
+    times its share of the load."""
     leader_wait_s: Annotated[Seconds, operational] = 5.0
     """Maximum seconds that requests wait for the first token of the request that brings their prefix into a
     cache."""

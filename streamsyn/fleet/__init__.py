@@ -6,8 +6,9 @@ In reading order:
     membership                  adds and removes them, ejects, probes and readmits them, watches their load
     models                      which models are used, and which one writes a draft
     fleet, try_outcomes         `open_fleet`, `Fleet.complete`: place, try, retry; what an outcome changes
-    server                      the state of one server
-    placement                   which server a request goes to, and when; a prefix group stays at one server
+    server                      the state of one server and of its data-parallel ranks
+    affinity                    a prefix group stays at one server, and at one of its ranks
+    placement                   which server a request goes to, and when
     shared_servers, shares      many runs over the same servers: each has a fleet, and a fair share of places
     prefixes                    the prefixes that a server has in its cache; each is warmed up once
     limiter, kv_pool, health    how many requests a server gets; when it is ejected; when a run gives up

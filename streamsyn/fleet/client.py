@@ -1,10 +1,10 @@
 """The client of one server: requests out; completions, load metrics and models back, over any transport."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 
-from streamsyn.errors import BrokenResponse, ConfigError, ServerUnavailable, WrongAddress
+from streamsyn.errors import BrokenResponse, ConfigError, RequestRefused, ServerUnavailable, WrongAddress
 from streamsyn.fleet import wire
 from streamsyn.fleet.chat_answer import Asked, parse_chat, parse_chat_stream, parse_whole
 from streamsyn.fleet.logprobs import Scorer
@@ -47,22 +47,46 @@ class ServerClient:
         self._prompt_ends = PromptEnds(transport, url)
         self._scorer = Scorer(transport, url, self._prompt_ends)
 
+    @property
+    def ranks(self) -> int:
+        """Its data-parallel ranks; 1 if it takes no request for a rank."""
+        return 1 if wire.RANK in self._without else self.features.ranks
+
     async def complete(
-        self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
+        self,
+        request: Request,
+        model: str,
+        rid: str,
+        on_first_token: Callable[[], None] | None = None,
+        rank: int | None = None,
     ) -> Completion:
         """Return the answer to `request`, without a thought or a second turn, or the logprobs to score.
+
+        Args:
+            request: The request.
+            model: The model to use.
+            rid: Its id.
+            on_first_token: See `chat`.
+            rank: The data-parallel rank to use; None for any.
 
         Raises:
             ServerError: No usable answer came; the subclass says what to do next.
         """
         if request.body is not None:
-            return await self.chat(request, model, rid)  # whole: not streamed, and nothing is removed
+            return await self.chat(request, model, rid, rank=rank)  # not streamed, and nothing is removed
         if request.scored is None:
             # Before the request: an answer that has come must not wait for anything.
             end = await self._prompt_ends.of(model, template_fields(request))
-            completion = await self.chat(request, model, rid, on_first_token)
+            completion = await self.chat(request, model, rid, on_first_token, rank)
             return cleaned(completion, is_open=end.is_open and CONTINUES not in request.sampling)
-        return await self._scorer.score(request, model, rid, self._request_timeout_s)
+        try:
+            return await self._scorer.score(request, model, rid, self._request_timeout_s, rank)
+        except RequestRefused as error:
+            if rank is None or wire.RANK not in str(error):
+                raise
+        scored = await self._scorer.score(request, model, rid, self._request_timeout_s)
+        self._leave_out({wire.RANK})
+        return scored
 
     async def check_scores(self, model: str, rid: str) -> None:
         """Check that the server can score.
@@ -74,7 +98,12 @@ class ServerClient:
         await self._scorer.check(model, rid, _CONTROL_TIMEOUT_S)
 
     async def chat(
-        self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None = None
+        self,
+        request: Request,
+        model: str,
+        rid: str,
+        on_first_token: Callable[[], None] | None = None,
+        rank: int | None = None,
     ) -> Completion:
         """Send a chat request and return the whole answer.
 
@@ -84,7 +113,7 @@ class ServerClient:
         Raises:
             ServerError: No usable answer came; the subclass says what to do next.
         """
-        reply = await self._send(request, model, rid, on_first_token)
+        reply = await self._send(request, model, rid, on_first_token, rank)
         if request.body is not None:
             parse = parse_whole
         else:
@@ -97,7 +126,12 @@ class ServerClient:
         return completion
 
     async def _send(
-        self, request: Request, model: str, rid: str, on_first_token: Callable[[], None] | None
+        self,
+        request: Request,
+        model: str,
+        rid: str,
+        on_first_token: Callable[[], None] | None,
+        rank: int | None,
     ) -> Reply:
         """Send a chat request; again, without an optional field, if the server refuses that field."""
         headers = trace_headers()
@@ -114,6 +148,7 @@ class ServerClient:
                     rid,
                     stream=is_streamed,
                     details=self.features.has_details,
+                    rank=rank,
                     without=without,
                 ),
                 headers=headers,
@@ -127,9 +162,13 @@ class ServerClient:
         wire.check_rate_limit(reply.status, reply.body, self.url, reply.retry_after_s)
         new = without - self._without
         if new and reply.status == 200:  # else something else was wrong
-            self._without |= new
-            log.info("fleet.field_refused", server=self.url, fields=sorted(new), then="sent without")
+            self._leave_out(new)
         return reply
+
+    def _leave_out(self, fields: Collection[str]) -> None:
+        """Send no more of the optional fields that it has refused."""
+        self._without |= set(fields)
+        log.info("fleet.field_refused", server=self.url, fields=sorted(fields), then="sent without")
 
     async def abort(self, rid: str) -> None:
         """Abort the request with this rid, unless the server does not take rids.

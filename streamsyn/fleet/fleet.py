@@ -350,12 +350,12 @@ class Fleet:
         self, place: Place, request: Request, footprint: Footprint, budget: RetryBudget
     ) -> Completion:
         """Make one try at one server, and update the server's state by its outcome."""
-        server, started = place.server, self._clock()
+        server, rank, started = place.server, place.rank, self._clock()
         text = prefixes.conversation_text(request)
         keys = prefixes.block_keys(text)
         scored = request.scored
         whole = text if scored is None else prefixes.with_answer(text, scored)
-        planned = server.prefixes.cached_share(whole, keys)
+        planned = rank.prefixes.cached_share(whole, keys)
 
         rid = f"{self._run_rid}-{next(self._requests):012x}"
         self._outage.sent(rid, started)
@@ -372,12 +372,11 @@ class Fleet:
                     seconds = self._since(started)
                     opened.set({"gen_ai.server.time_to_first_token": seconds})
                     self._outcomes.began(server, seconds)
-                    server.prefixes.add(keys)
+                    rank.prefixes.add(keys)
                     self._membership.placement.warmed(place)
 
-                completion = await server.client.complete(
-                    request, place.model, rid, first_token if place.leads else None
-                )
+                on_first = first_token if place.leads else None
+                completion = await server.client.complete(request, place.model, rid, on_first, rank.routed)
                 opened.set(_usage_of(completion, planned))
         except (ServerError, asyncio.CancelledError) as error:
             if isinstance(error, ServerTimeout | asyncio.CancelledError):
@@ -393,7 +392,8 @@ class Fleet:
             self._membership.placement.warmed(place)
         if request.group and scored is None:  # the conversation may continue
             keys = prefixes.block_keys(prefixes.with_answer(text, completion.text), keys)
-        server.prefixes.add(keys)
+        rank.prefixes.add(keys)
+        self._membership.placement.use_ranks(server)  # it may have refused to take any
         server.limiter.learn(footprint, completion)
         self._outcomes.answered(server, completion, planned, self._since(started), generated=scored is None)
         if completion.weight_version is None and server.weight_version is not None:

@@ -126,7 +126,9 @@ class Hedging:
         await asyncio.sleep(max(0.0, late_at - clock()))
         first = call.place
         if not any(
-            server.is_usable and server is not first.server and first.model in server.models
+            server.is_usable
+            and first.model in server.models
+            and (server is not first.server or len(server.ranks) > 1)
             for server in self._placement.servers
         ):
             return
@@ -137,8 +139,8 @@ class Hedging:
         except StoppedEarly:
             return
         try:
-            if place.server is first.server:
-                return  # there is no other server
+            if place.rank is first.rank:
+                return  # there is no other
             log.debug("fleet.hedged", server=first.server.url, second=place.server.url)
             call.is_sent = True
             call.answer = await call.send(place)

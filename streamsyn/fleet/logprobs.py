@@ -47,7 +47,9 @@ class Scorer:
         self._url = url
         self._ends = ends
 
-    async def score(self, request: Request, model: str, rid: str, timeout_s: float) -> Completion:
+    async def score(
+        self, request: Request, model: str, rid: str, timeout_s: float, rank: int | None = None
+    ) -> Completion:
         """Return a completion with the logprobs of `request.scored`; its text is empty.
 
         A thought that the prompt opens is closed before the answer.
@@ -57,6 +59,7 @@ class Scorer:
             model: The model to use.
             rid: Request id of the prefill, the only call that takes long.
             timeout_s: Timeout of each call in seconds.
+            rank: The data-parallel rank to use; None for any.
 
         Raises:
             ServerError: No usable answer came; the subclass says what to do next.
@@ -81,6 +84,7 @@ class Scorer:
             "return_logprob": True,
             "logprob_start_len": len(prompt) - 1,  # tokens before it may come from the cache
             "rid": rid,
+            **({} if rank is None else {wire.RANK: rank}),
         }
         answered = await ask(wire.GENERATE, body)
         try:

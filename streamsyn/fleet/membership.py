@@ -313,6 +313,7 @@ class Membership:
         """
         server.served = tuple(served)
         server.models = self._wanted(server)
+        self.placement.use_ranks(server)
         if not server.models and not self.is_shared:
             raise ServerUnavailable(f"{server.url} serves {listed(served)}, not {listed(self.models)}")
         self.joined.set()
@@ -428,8 +429,7 @@ class Membership:
                         log.info("fleet.no_load_metrics", server=server.url)
                         return
                     server.load = load
-                    if load.pool_tokens:
-                        server.prefixes.resize(load.pool_tokens)
+                    server.resize_pool()
                     cap = server.limiter.cap
                     server.limiter.observe(load, clock(), self._left_for(server))
                     self.cap_changed(server, cap)

@@ -3,146 +3,30 @@
 A request without a group goes to the server with the lowest load. A request of a group waits for its group's
 server, which bounded-load rendezvous hashing chooses (`Affinity`). A request whose prefix a leader is just
 bringing into a server's cache waits for the leader's first token.
+
+Where a server has data-parallel ranks, each has a cache: a group has a rank there, chosen in the same way,
+and leaders lead at a rank. Caps and queues are the server's.
 """
 
 import asyncio
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from hashlib import blake2b
 from itertools import count
 
+import structlog
+
 from streamsyn.errors import StoppedEarly
+from streamsyn.fleet.affinity import PATIENCE_S, Affinity
 from streamsyn.fleet.kv_pool import Footprint
-from streamsyn.fleet.server import Place, Server, Waiter, WaitQueue
+from streamsyn.fleet.server import Place, Rank, Server, Waiter, WaitQueue
 from streamsyn.fleet.shares import Share, next_share
 
-PATIENCE_S = 2.0
-"""How long a server has to be overloaded before groups leave it. Requests come in bursts: a second over the
-share costs less than computing a group's whole prefix again elsewhere."""
-_MAX_GROUPS = 65_536
-"""Groups remembered."""
-_CHANCE = 4.0
-"""Tolerance above the share, in units of its square root: within it the excess is chance, not load."""
+log = structlog.get_logger()
+
 _DRAINED = "the run is draining, and no server has a free place"
 _IDLE = 0.8
 """A server that uses less than this part of its cap takes over requests that wait for other servers."""
 _NO_GROUP = Footprint()
-
-
-class Affinity:
-    """Session affinity: gives each group a server, and a different one when that is overloaded or unusable.
-
-    Hashing spreads groups evenly only where there are many. So a new server is chosen more strictly than an
-    old one is kept: hashing decides among the servers that are within their share of the load, and no server
-    gets more than `balance_factor` times its share of groups.
-
-    Sources: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998 (rendezvous);
-    Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", arXiv 1608.01350.
-
-    Args:
-        balance_factor: A server with more than this times its share of the load is overloaded.
-        clock: Seconds of the event loop.
-    """
-
-    def __init__(self, balance_factor: float, clock: Callable[[], float]) -> None:
-        self._factor = balance_factor
-        self._clock = clock
-        self._server_of: OrderedDict[str, Server] = OrderedDict()
-        self._over_since: dict[Server, float] = {}
-        self.moves = 0
-        """How often a group changed its server."""
-
-    def server_for(self, group: str, servers: Sequence[Server], avoid: Server | None = None) -> Server:
-        """Return the server for a request of `group`, and remember it.
-
-        Args:
-            group: The group's key.
-            servers: The usable servers; at least one.
-            avoid: Where the request has just failed; used only if there is no other server.
-        """
-        current = self._server_of.get(group)
-        fair = fair_shares(servers, sum(server.assigned for server in servers) + 1)
-        share_of = dict(zip(servers, fair, strict=True))
-        if (
-            current in share_of
-            and current is not avoid
-            and not self._is_overloaded(current, share_of[current])
-        ):
-            self._server_of.move_to_end(group)
-            return current
-        others = [server for server in servers if server is not avoid] or servers
-        fit = [server for server in others if server.assigned < math.ceil(share_of[server])] or others
-        weights = sum(server.weight for server in servers)
-        ranked = sorted(fit, key=lambda server: _rank(group, server), reverse=True)
-        chosen = next(
-            (server for server in ranked if self._takes_group(server, server.weight / weights)), None
-        )
-        chosen = chosen or min(ranked, key=lambda server: (server.groups + 1) / server.weight)
-        self.assign(group, chosen)
-        return chosen
-
-    def assign(self, group: str, server: Server) -> None:
-        """Send `group` to `server` from now on."""
-        before = self._server_of.get(group)
-        if before is not server:
-            if before is not None:
-                before.groups -= 1
-                self.moves += 1
-            server.groups += 1
-            self._server_of[group] = server
-        self._server_of.move_to_end(group)
-        while len(self._server_of) > _MAX_GROUPS:
-            _, other = self._server_of.popitem(last=False)
-            other.groups -= 1
-
-    def forget(self, server: Server) -> None:
-        """Release the groups of a server that is no longer usable; their next requests choose a new one."""
-        for group in [group for group, current in self._server_of.items() if current is server]:
-            del self._server_of[group]
-        self._over_since.pop(server, None)
-        server.groups = 0
-
-    def _is_overloaded(self, server: Server, share: float) -> bool:
-        """Whether one more request keeps it above its share, as it has been for `PATIENCE_S`."""
-        if server.assigned + 1 <= max(1.0, self._factor * share, share + _CHANCE * math.sqrt(share)):
-            self._over_since.pop(server, None)
-            return False
-        now = self._clock()
-        return now - self._over_since.setdefault(server, now) >= PATIENCE_S
-
-    def _takes_group(self, server: Server, share: float) -> bool:
-        mean = (len(self._server_of) + 1) * share
-        return server.groups + 1 <= max(math.ceil(mean), int(self._factor * mean))
-
-
-def fair_shares(servers: Sequence[Server], total: int) -> list[float]:
-    """Return how many of `total` requests each server should have: by weight, but at most its cap.
-
-    Requests beyond all caps wait, and are spread by weight again. Caps alone would be a poor measure: while
-    they grow, and where nothing presses them, they differ by accident.
-    """
-    weights = sum(server.weight for server in servers)
-    beyond = total - sum(server.cap for server in servers)
-    if beyond >= 0:
-        return [server.cap + beyond * server.weight / weights for server in servers]
-    # Water filling: servers that are full at the lowest level first, the others share the rest.
-    level, rest = 0.0, float(total)
-    for server in sorted(servers, key=lambda server: server.cap / server.weight):
-        level = rest / weights
-        if server.cap >= level * server.weight:
-            break
-        rest -= server.cap
-        weights -= server.weight
-    return [min(server.cap, level * server.weight) for server in servers]
-
-
-def _rank(group: str, server: Server) -> float:
-    """Weighted rendezvous score: the highest wins, in proportion to the weights."""
-    drawn = blake2b(f"{group}\0{server.url}".encode(), digest_size=8).digest()
-    unit = (int.from_bytes(drawn) + 1) / (2**64 + 1)
-    return -server.weight / math.log(unit)
 
 
 class Placement:
@@ -179,10 +63,12 @@ class Placement:
         """The share of requests that name none."""
         self._queues: dict[str, WaitQueue] = {}
         """Requests that any server of their model may take, by model."""
-        self._affinities: dict[str, Affinity] = {}
+        self._affinities: dict[str, Affinity[Server]] = {}
+        self._ranks: dict[Server, Affinity[Rank]] = {}
+        """The ranks of groups, at servers with several."""
         self._numbers = count()
         self._timer: asyncio.TimerHandle | None = None
-        self._wait_ends: dict[tuple[Server, str], asyncio.TimerHandle] = {}
+        self._wait_ends: dict[tuple[Rank, str], asyncio.TimerHandle] = {}
 
     @property
     def moves(self) -> int:
@@ -230,17 +116,18 @@ class Placement:
     def release(self, place: Place) -> None:
         """Give a place back."""
         server = place.server
+        place.rank.in_flight -= 1
         server.limiter.end(place.expected)
         place.share.end(server.url)
         if place.leads:  # no first token came
-            self._release_followers(server, place.leads, warm=False)
+            self._release_followers(place.rank, place.leads, warm=False)
         self._fill(server)
         self._on_release(server)
 
     def warmed(self, place: Place) -> None:
         """Record the first token: the request's prefixes are in the server's cache."""
         leads, place.leads = place.leads, ()
-        self._release_followers(place.server, leads, warm=True)
+        self._release_followers(place.rank, leads, warm=True)
 
     def dispatch(self) -> None:
         """Give free places to waiters; call it when a server has become usable."""
@@ -248,17 +135,35 @@ class Placement:
             self._fill(server)
         self._schedule_dispatch()
 
-    def withdraw(self, server: Server) -> None:
-        """Stop using `server`: its waiters are placed elsewhere, and its groups choose other servers."""
+    def withdraw(self, server: Server, ranks: int | None = None) -> None:
+        """Forget the caches of `server`: its waiters are placed anew, and its groups choose servers anew.
+
+        Args:
+            server: Usable no more, unless it has `ranks` to begin with.
+            ranks: How many ranks it has from now on; None for as many as before.
+        """
         for affinity in self._affinities.values():
             affinity.forget(server)
-        server.prefixes.clear()
-        for key in [key for key in self._wait_ends if key[0] is server]:
+        self._ranks.pop(server, None)
+        for key in [key for key in self._wait_ends if key[0].server is server]:
             self._wait_ends.pop(key).cancel()
-        waiters = [*server.queue.take_all(), *server.warm_up.clear()]
+        waiters = server.queue.take_all()
+        for rank in server.ranks:
+            waiters += rank.warm_up.clear()
+            rank.prefixes.clear()
+            rank.groups = 0
+        if ranks is not None:
+            server.split(ranks)
         for waiter in sorted(waiters, key=lambda waiter: waiter.number):
             if not waiter.turn.done():
                 self._put(waiter)
+
+    def use_ranks(self, server: Server) -> None:
+        """Tell those ranks of `server` apart that it takes requests for."""
+        ranks = server.client.ranks
+        if ranks != len(server.ranks):
+            log.info("fleet.ranks", server=server.url, ranks=ranks)
+            self.withdraw(server, ranks)
 
     def held(self, server: Server) -> None:
         """Place the requests that wait for `server` elsewhere if it is held for more than `PATIENCE_S`."""
@@ -290,7 +195,9 @@ class Placement:
         """Return all requests that wait for a place."""
         waiters = [waiter for queue in self._queues.values() for waiter in queue]
         for server in self.servers:
-            waiters += [*server.queue, *server.warm_up.waiting()]
+            waiters += server.queue
+            for rank in server.ranks:
+                waiters += rank.warm_up.waiting()
         return [waiter for waiter in waiters if not waiter.turn.done()]
 
     def _put(self, waiter: Waiter) -> None:
@@ -312,26 +219,38 @@ class Placement:
                 return
         queue.append(waiter)
 
-    def _affinity(self, model: str) -> Affinity:
+    def _affinity(self, model: str) -> Affinity[Server]:
         affinity = self._affinities.get(model)
         if affinity is None:
             affinity = self._affinities[model] = Affinity(self._balance_factor, self._clock)
         return affinity
 
+    def _rank_for(self, group: str, server: Server) -> Rank:
+        """Return the rank of a group at `server`, or that with the least to do for a request without one."""
+        if len(server.ranks) == 1:
+            return server.ranks[0]
+        if not group:
+            return min(server.ranks, key=lambda rank: rank.assigned)
+        if server not in self._ranks:
+            self._ranks[server] = Affinity(self._balance_factor, self._clock)
+        return self._ranks[server].server_for(group, server.ranks)
+
     def _seat(self, waiter: Waiter, server: Server) -> bool:
         """Give it a place at `server`, or have it follow a leader there. False if it has no room."""
         if not server.limiter.has_room(self._clock()):
             return False
+        rank = self._rank_for(waiter.footprint.group, server)
         shared = waiter.footprint.prefixes
-        if shared and (key := server.warm_up.find_leader(shared)) is not None:
-            server.warm_up.follow(key, waiter)
+        if shared and (key := rank.warm_up.find_leader(shared)) is not None:
+            rank.warm_up.follow(key, waiter)
             return True
-        leads = server.warm_up.lead(shared) if shared else ()
+        leads = rank.warm_up.lead(shared) if shared else ()
         for key in leads:
-            self._limit_wait(server, key)
+            self._limit_wait(rank, key)
         expected = server.limiter.begin(waiter.footprint, self._clock())
+        rank.in_flight += 1
         waiter.share.begin(server.url)
-        waiter.turn.set_result(Place(server, waiter.share, waiter.model, leads, expected))
+        waiter.turn.set_result(Place(rank, waiter.share, waiter.model, leads, expected))
         return True
 
     def _fill(self, server: Server) -> None:
@@ -389,12 +308,12 @@ class Placement:
         self._affinity(first.model).assign(group, server)
         return first
 
-    def _release_followers(self, server: Server, keys: Iterable[str], *, warm: bool) -> None:
-        keys = tuple(keys)
+    def _release_followers(self, rank: Rank, keys: Iterable[str], *, warm: bool) -> None:
+        server, keys = rank.server, tuple(keys)
         for key in keys:
-            if timer := self._wait_ends.pop((server, key), None):
+            if timer := self._wait_ends.pop((rank, key), None):
                 timer.cancel()
-        released = server.warm_up.release(keys, warm=warm)
+        released = rank.warm_up.release(keys, warm=warm)
         unplaced = [
             waiter
             for waiter in released
@@ -405,11 +324,11 @@ class Placement:
             queue = server.queue if is_kept else self._queues.setdefault(waiter.model, WaitQueue())
             queue.appendleft(waiter)
 
-    def _limit_wait(self, server: Server, key: str) -> None:
+    def _limit_wait(self, rank: Rank, key: str) -> None:
         """Release the followers of `key` after `leader_wait_s`."""
-        end = partial(self._release_followers, server, (key,), warm=True)
+        end = partial(self._release_followers, rank, (key,), warm=True)
         loop = asyncio.get_running_loop()
-        self._wait_ends[server, key] = loop.call_later(self._leader_wait_s, end)
+        self._wait_ends[rank, key] = loop.call_later(self._leader_wait_s, end)
 
     def _schedule_dispatch(self) -> None:
         """Set a timer for when a held or slowly starting server has room, or a waiter may move."""

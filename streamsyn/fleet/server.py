@@ -1,4 +1,4 @@
-"""The state of one server: client, limiter, health, prefixes, counters, timings, and the requests that wait.
+"""The state of one server: client, limiter, health, ranks, counters, timings, and the requests that wait.
 
 `placement`, `membership` and `fleet` change it.
 """
@@ -212,6 +212,53 @@ class Usage:
 
 
 @dataclass(slots=True, eq=False)
+class Rank:
+    """A part of a server with a prefix cache of its own: one of its data-parallel ranks, or all of it.
+
+    Attributes:
+        server: The server.
+        number: Its number there.
+        in_flight: Requests in flight at it.
+        groups: Number of prefix groups that belong here, of those of its server.
+        warm_up: Shared prefixes in its cache, and the requests that wait for one.
+        prefixes: What its prefix cache should hold.
+    """
+
+    server: "Server"
+    number: int = 0
+    in_flight: int = 0
+    groups: int = 0
+    warm_up: "PrefixWarmUp[Waiter]" = field(default_factory=PrefixWarmUp)
+    prefixes: PrefixModel = field(default_factory=PrefixModel)
+
+    @property
+    def url(self) -> str:
+        """Names it among the ranks of all servers."""
+        return f"{self.server.url}#{self.number}"
+
+    @property
+    def weight(self) -> float:
+        """All ranks of a server are alike."""
+        return 1.0
+
+    @property
+    def routed(self) -> int | None:
+        """The rank that its requests name; None for any, where there are none to choose from."""
+        ranks = len(self.server.ranks)  # fewer than before if it was started anew
+        return self.number if ranks > max(1, self.number) else None
+
+    @property
+    def assigned(self) -> int:
+        """Requests in flight here, or waiting for a leader here."""
+        return self.in_flight + self.warm_up.followers
+
+    @property
+    def cap(self) -> float:
+        """Its part of the server's cap."""
+        return self.server.cap / len(self.server.ranks)
+
+
+@dataclass(slots=True, eq=False)
 class Server(Usage):
     """The state of one server.
 
@@ -223,8 +270,7 @@ class Server(Usage):
         rate_limit: Its 429s.
         served: The models that it serves; empty until it has said so.
         models: Those of them that it is used for.
-        warm_up: Shared prefixes in its cache, and the requests that wait for one.
-        prefixes: What its prefix cache should hold.
+        ranks: Its data-parallel ranks; one where they cannot be told apart.
         queue: Requests that wait for a place here, since their group belongs here.
         groups: Number of prefix groups that belong here.
         aborts: Requests to abort that it has not answered.
@@ -245,8 +291,7 @@ class Server(Usage):
     rate_limit: RateLimit = field(default_factory=RateLimit)
     served: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
-    warm_up: "PrefixWarmUp[Waiter]" = field(default_factory=PrefixWarmUp)
-    prefixes: PrefixModel = field(default_factory=PrefixModel)
+    ranks: list[Rank] = field(init=False)
     queue: WaitQueue = field(default_factory=WaitQueue)
     groups: int = 0
     aborts: "set[asyncio.Task[None]]" = field(default_factory=set)
@@ -257,6 +302,20 @@ class Server(Usage):
     logged_cap: int = 0
     error: str | None = None
     timings: Timings = field(default_factory=Timings)
+
+    def __post_init__(self) -> None:
+        self.split(1)
+
+    def split(self, ranks: int) -> None:
+        """Tell `ranks` ranks apart from now on, all of them cold."""
+        self.ranks = [Rank(self, number) for number in range(ranks)]
+        self.resize_pool()
+
+    def resize_pool(self) -> None:
+        """Have each rank hold its part of the KV pool that the server reports."""
+        if self.load is not None and self.load.pool_tokens:
+            for rank in self.ranks:
+                rank.prefixes.resize(self.load.pool_tokens // len(self.ranks))
 
     @property
     def url(self) -> str:
@@ -287,7 +346,12 @@ class Server(Usage):
     @property
     def assigned(self) -> int:
         """Requests in flight here, or waiting for this server."""
-        return self.limiter.in_flight + self.queue.size + self.warm_up.followers
+        return self.limiter.in_flight + self.queue.size + self.followers
+
+    @property
+    def followers(self) -> int:
+        """Requests that wait for a leader at one of its ranks."""
+        return sum(rank.warm_up.followers for rank in self.ranks)
 
     @property
     def cap(self) -> int:
@@ -338,7 +402,8 @@ class Server(Usage):
             "in_flight": self.limiter.in_flight,
             "cap": self.limiter.cap,
             "last_decision": self.limiter.last_decision,
-            "queued": self.queue.size + self.warm_up.followers,
+            "queued": self.queue.size + self.followers,
+            "ranks": len(self.ranks),
             "running": load and load.running,
             "max_running": load and (load.max_running or None),
             "waiting": load and load.waiting,
@@ -354,21 +419,26 @@ class Server(Usage):
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Permission to have one request in flight at `server`; to be released.
+    """Permission to have one request in flight at a server; to be released.
 
     Attributes:
-        server: The server.
+        rank: The server's rank that it is at.
         share: The share of the run that has it.
         model: The model to ask.
         leads: Keys of the prefixes that this request brings into the server's cache.
         expected: Tokens that the request is expected to hold there.
     """
 
-    server: Server
+    rank: Rank
     share: Share = field(default_factory=Share)
     model: str = ""
     leads: tuple[str, ...] = ()
     expected: Expected = NOTHING
+
+    @property
+    def server(self) -> Server:
+        """The server."""
+        return self.rank.server
 
 
 @dataclass(slots=True, eq=False)

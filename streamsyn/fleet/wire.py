@@ -38,6 +38,10 @@ GENERATE = "/generate"
 ROUTING_KEY = "X-SMG-Routing-Key"
 """Header by which a router sends requests of one group to one server; servers accept it too."""
 
+RANK = "routed_dp_rank"
+"""Field of a request that names a data-parallel rank."""
+_MAX_RANKS = 1024
+
 _MISCONFIGURED = frozenset({401, 403, 404, 405})
 """Statuses that concern the server or the key, not the request."""
 _DUPLICATE = "Duplicate request ID"
@@ -50,12 +54,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _OPTIONAL_FIELDS = {
     name: re.compile(rb"\b%b\b" % name.encode())
-    for name in ("rid", "stream_options", "chat_template_kwargs", "return_cached_tokens_details")
+    for name in ("rid", "stream_options", "chat_template_kwargs", "return_cached_tokens_details", RANK)
 }
 _REFUSES_FIELDS = (400, 422)
 _UNKNOWN_FIELD = re.compile(
     rb"extra|additional|unknown|unrecogni[sz]ed|unexpected|unsupported"
-    rb"|not (?:a )?(?:permitted|allowed|supported|valid|known)|invalid (?:field|argument|parameter|property)",
+    rb"|not (?:a )?(?:permitted|allowed|supported|valid|known)|invalid (?:field|argument|parameter|property)"
+    rb"|out of range",
     re.IGNORECASE,
 )
 
@@ -67,6 +72,7 @@ def chat_body(
     *,
     stream: bool = False,
     details: bool = False,
+    rank: int | None = None,
     without: Collection[str] = (),
 ) -> bytes:
     """Return the body of a chat request.
@@ -77,14 +83,17 @@ def chat_body(
         rid: Its id.
         stream: Ask for a streamed answer.
         details: Ask for the tiers of the cached tokens; not with a `Request.body`, whose answer is passed on.
-        without: Optional fields to leave out; of a `Request.body` only the rid.
+        rank: The data-parallel rank to use, unless a `Request.body` names one; None for any.
+        without: Optional fields to leave out; of a `Request.body` only the rid and the rank.
     """
+    routed = {} if rank is None or RANK in without else {RANK: rank}
     if request.body is not None:
         own = {"model": model} if "rid" in without else {"model": model, "rid": rid}
-        return orjson.dumps(request.body | own)
+        return orjson.dumps(routed | request.body | own)
     body = {"model": model, "messages": request.messages, "rid": rid, **request.sampling}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+    body |= routed
     if details:
         body["return_cached_tokens_details"] = True
     return orjson.dumps({name: value for name, value in body.items() if name not in without})
@@ -247,9 +256,11 @@ class Features:
     Attributes:
         has_details: Whether answers should be asked for the tiers of their cached tokens: there are several,
             or that is the only way to learn of any.
+        ranks: Data-parallel ranks, each with a prefix cache of its own; a request may name one.
     """
 
     has_details: bool = False
+    ranks: int = 1
 
 
 def parse_features(body: bytes) -> Features:
@@ -261,7 +272,21 @@ def parse_features(body: bytes) -> Features:
     if not isinstance(info, dict):
         return Features()
     has_tiers = info.get("enable_hierarchical_cache") is True or info.get("enable_lmcache") is True
-    return Features(has_details=has_tiers or info.get("enable_cache_report") is False)
+    has_details = has_tiers or info.get("enable_cache_report") is False
+    return Features(has_details=has_details, ranks=_ranks(info))
+
+
+def _ranks(info: dict[str, Any]) -> int:
+    """Return how many ranks there are to choose from.
+
+    `--dp-size N --enable-dp-attention` is shown as an `attn_dp_size` of N. Where prefill and decode are
+    apart, a router chooses.
+    """
+    sizes = [info.get(name, 1) for name in ("dp_size", "attn_dp_size")]
+    if info.get("disaggregation_mode", "null") != "null" or not all(type(size) is int for size in sizes):
+        return 1
+    ranks: int = sizes[0] * sizes[1]
+    return ranks if 1 <= ranks <= _MAX_RANKS else 1
 
 
 def tokens_by_tier(details: Any) -> tuple[int, int, int] | None:

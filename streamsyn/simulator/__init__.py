@@ -10,6 +10,7 @@ In reading order:
     simulation                       one server's state; runs a request in its engine
     engine                           the interface of the two engines
     plain_engine                     each request on its own clock
+    data_parallel                    several engines behind one server
     costs, batching, scheduler, radix_cache    continuous batching as SGLang does it
     weights                          pauses and weight updates
     cpu_time                         what simulated servers take of the CPU time of their client's process

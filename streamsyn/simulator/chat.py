@@ -45,6 +45,7 @@ class Chat:
             is_exam=len(messages) == 1 and body.get("temperature") == 0,
             stream=body.get("stream") is True,
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+            rank=whole_number(body, "routed_dp_rank"),
             with_details=body.get("return_cached_tokens_details") is True,
         )
 

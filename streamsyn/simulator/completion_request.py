@@ -58,6 +58,8 @@ class CompletionRequest:
     """The answer is written until `max_tokens`."""
     stream: bool = False
     include_usage: bool = False
+    rank: int | None = None
+    """The data-parallel rank that it names."""
     with_details: bool = False
     """Whether the answer has the tiers of its cached tokens."""
     is_exam: bool = False
@@ -85,14 +87,16 @@ def whole_number(body: Mapping[str, Any], name: str) -> int | None:
     raise Malformed(f"{name}: Input should be a valid integer")
 
 
-def check_length(request: CompletionRequest, config: SimulatorConfig) -> CompletionRequest:
-    """Return the request if its prompt and answer fit the context.
+def check_request(request: CompletionRequest, config: SimulatorConfig) -> CompletionRequest:
+    """Return the request if its prompt and answer fit the context, and its rank exists.
 
-    Source: `TokenizerManager._validate_one_request`.
+    Source: `TokenizerManager.generate_request` and `_validate_one_request`.
 
     Raises:
-        Refused: They do not fit.
+        Refused: They do not fit, or it does not exist.
     """
+    if request.rank is not None and not 0 <= request.rank < config.dp_size:
+        raise Refused(f"routed_dp_rank={request.rank} out of range [0, {config.dp_size})")
     tokens = count_tokens(request.prompt)
     if tokens >= config.context_tokens:
         raise Refused(

@@ -32,6 +32,8 @@ class Work:
     """Tokens that will be generated."""
     max_new_tokens: int | None = None
     """Maximum new tokens of the request, which the scheduler reserves."""
+    rank: int | None = None
+    """The data-parallel rank that it names; None for the next in turn."""
     piece: int = 0
     """Tokens in one event of a streamed answer; 0 if not streamed."""
     stalls: bool = False

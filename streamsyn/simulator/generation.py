@@ -6,7 +6,13 @@ from typing import Any, Protocol
 import orjson
 
 from streamsyn.simulator import protocol
-from streamsyn.simulator.completion_request import Answer, CompletionRequest, Malformed, Refused, check_length
+from streamsyn.simulator.completion_request import (
+    Answer,
+    CompletionRequest,
+    Malformed,
+    Refused,
+    check_request,
+)
 from streamsyn.simulator.engine import DuplicateRid, QueueFull, ServerLost
 from streamsyn.simulator.native import UnknownField
 from streamsyn.simulator.protocol import EventStream, RawRequest, ResponseWriter
@@ -67,7 +73,7 @@ class Generation:
 
     async def _answer(self, body: dict[str, Any], fault: Fault | None, writer: ResponseWriter) -> None:
         try:
-            request = check_length(
+            request = check_request(
                 self._dialect.parse(body, self._simulation.new_rid()), self._simulation.config
             )
             await self._respond(request, self._counted(fault, request), writer)

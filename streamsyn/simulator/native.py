@@ -72,6 +72,7 @@ class Native:
             ignore_eos=sampling.get("ignore_eos") is True,
             stream=body.get("stream") is True,
             ids=ids,
+            rank=whole_number(body, "routed_dp_rank"),
             logprob_start=_logprob_start(body, given) if body.get("return_logprob") is True else None,
         )
 

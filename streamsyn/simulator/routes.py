@@ -126,7 +126,7 @@ class StateRoutes:
             "version": SGLANG_VERSION,
             "accelerator": None,
             "num_accelerators": 1,
-            "loads": [load(self._simulation, sections)],
+            "loads": [load(self._simulation, sections, rank) for rank in range(len(self._simulation.ranks))],
         }
         return protocol.reply(body)
 
@@ -227,9 +227,10 @@ def _tokenize(body: dict[str, Any], tokenizer: Tokenizer) -> list[Any]:
     raise Malformed("prompt: Input should be a valid string or list of strings")
 
 
-def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
-    """Return the entry of the only data-parallel rank in `/v1/loads`."""
-    result, stats = simulation.engine.load(), simulation.stats
+def load(simulation: Simulation, sections: set[str], rank: int = 0) -> dict[str, Any]:
+    """Return the entry of a data-parallel rank in `/v1/loads`."""
+    result, stats = simulation.ranks[rank].load(), simulation.stats
+    generated = simulation.engine.load().generated_tokens
     uncached = result.waiting_uncached_tokens
     if uncached is None:
         uncached = int(result.waiting_tokens * (1 - stats.cache_hit_rate))
@@ -237,7 +238,7 @@ def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
     prefilled = result.prefilled_tokens
     entry: dict[str, Any] = {
         "timestamp": time.time(),
-        "dp_rank": 0,
+        "dp_rank": rank,
         "num_running_reqs": result.running,
         "num_waiting_reqs": result.waiting,
         "num_waiting_uncached_tokens": uncached,
@@ -248,7 +249,7 @@ def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
         "max_total_num_tokens": result.pool_tokens,
         "max_running_requests": result.max_running_requests,
         "token_usage": round(min(1.0, result.used_tokens / result.pool_tokens), 4),
-        "gen_throughput": round(simulation.tokens_per_s(result.generated_tokens), 2),
+        "gen_throughput": round(simulation.tokens_per_s(generated) / len(simulation.ranks), 2),
         "cache_hit_rate": round(hit_rate, 4),
         "utilization": round(result.running / result.max_running_requests, 4),
         "total_prefill_uncached_tokens": stats.prompt_tokens - stats.cached_tokens
@@ -262,7 +263,8 @@ def load(simulation: Simulation, sections: set[str]) -> dict[str, Any]:
 
 def server_info(simulation: Simulation) -> dict[str, Any]:
     """Return `/server_info`: simulated flags and the scheduler's limits."""
-    config, result = simulation.config, simulation.engine.load()
+    config, result = simulation.config, simulation.ranks[0].load()
+    generated = simulation.engine.load().generated_tokens
     return {
         "model_path": config.model,
         "served_model_name": config.model,
@@ -277,7 +279,8 @@ def server_info(simulation: Simulation) -> dict[str, Any]:
         "enable_hierarchical_cache": False,
         "enable_metrics": True,
         "tokenizer_worker_num": config.tokenizer_workers,
-        "dp_size": 1,
+        "dp_size": config.dp_size,
+        "attn_dp_size": 1,
         "tp_size": 1,
         "random_seed": config.seed,
         "launch_command": "streamsyn simulate",
@@ -288,9 +291,10 @@ def server_info(simulation: Simulation) -> dict[str, Any]:
         "startup_time": simulation.started_at,
         "internal_states": [
             {
-                "last_gen_throughput": simulation.tokens_per_s(result.generated_tokens),
+                "last_gen_throughput": simulation.tokens_per_s(generated) / len(simulation.ranks),
                 "effective_max_running_requests_per_dp": result.max_running_requests,
             }
+            for _ in simulation.ranks
         ],
         "version": SGLANG_VERSION,
         "frontend": "python",
@@ -335,21 +339,23 @@ def _details(result: Load, sections: set[str]) -> Iterator[tuple[str, Any]]:
         )
 
 
+_GAUGES: Final = (
+    "num_running_reqs",
+    "num_queue_reqs",
+    "num_used_tokens",
+    "token_usage",
+    "gen_throughput",
+    "cache_hit_rate",
+    "utilization",
+    "max_total_num_tokens",
+)
+
+
 def metrics(simulation: Simulation) -> str:
     """Return Prometheus text with the main metrics of the real server's `--enable-metrics`."""
-    core, stats, result = load(simulation, {"core"}), simulation.stats, simulation.engine.load()
+    stats, result = simulation.stats, simulation.engine.load()
     labels = f'model_name="{simulation.config.model}",engine_type="unified"'
-    ranks = f'{labels},tp_rank="0",pp_rank="0",moe_ep_rank="0"'
-    gauges = {
-        "num_running_reqs": core["num_running_reqs"],
-        "num_queue_reqs": core["num_waiting_reqs"],
-        "num_used_tokens": core["num_used_tokens"],
-        "token_usage": core["token_usage"],
-        "gen_throughput": core["gen_throughput"],
-        "cache_hit_rate": core["cache_hit_rate"],
-        "utilization": core["utilization"],
-        "max_total_num_tokens": core["max_total_num_tokens"],
-    }
+    loads = [load(simulation, {"core"}, rank) for rank in range(len(simulation.ranks))]
     counters = {
         ("prompt_tokens_total", 'is_streaming="False"'): stats.prompt_tokens,
         ("generation_tokens_total", 'is_streaming="False"'): stats.completion_tokens,
@@ -359,8 +365,13 @@ def metrics(simulation: Simulation) -> str:
         ("num_retracted_requests_total", ""): result.retracted_in_all,
     }
     lines = []
-    for name, value in gauges.items():
-        lines += [f"# TYPE sglang:{name} gauge", f"sglang:{name}{{{ranks}}} {float(value)}"]
+    for name in _GAUGES:
+        lines.append(f"# TYPE sglang:{name} gauge")
+        for rank, core in enumerate(loads):
+            marked = f'{labels},tp_rank="0",pp_rank="0",moe_ep_rank="0"'
+            marked += f',dp_rank="{rank}"' if len(loads) > 1 else ""
+            value = core["num_waiting_reqs" if name == "num_queue_reqs" else name]
+            lines.append(f"sglang:{name}{{{marked}}} {float(value)}")
     for (name, label), count in counters.items():
         marked = f"{labels},{label}" if label else labels
         lines += [f"# TYPE sglang:{name} counter", f"sglang:{name}{{{marked}}} {float(count)}"]

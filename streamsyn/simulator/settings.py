@@ -106,6 +106,8 @@ class SimulatorConfig:
     """Maximum running requests (`--max-running-requests`). None: 256, or the cost model's."""
     queue_limit: int | None = None
     """Maximum waiting requests (`--max-queued-requests`); beyond it the answer is 503. None: no limit."""
+    dp_size: int = 1
+    """Data-parallel ranks (`--dp-size`), each with slots, a queue and a cache of its own."""
     schedule_policy: str = "fcfs"
     """Order of the queue, with batching: `fcfs`, or `lpm` for the longest cached prefix first."""
     max_prefill_tokens: int | None = None
@@ -155,7 +157,7 @@ class SimulatorConfig:
             raise ConfigError(
                 f"unknown schedule_policy {self.schedule_policy!r}; choose one of {', '.join(POLICIES)}"
             )
-        for name in ("slots", "words", "context_tokens", "tokenizer_workers", *_BATCHING_ONLY):
+        for name in ("slots", "dp_size", "words", "context_tokens", "tokenizer_workers", *_BATCHING_ONLY):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, not {number}")

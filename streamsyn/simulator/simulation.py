@@ -19,6 +19,7 @@ from streamsyn.simulator.completion_request import (
     compose,
     cut_short,
 )
+from streamsyn.simulator.data_parallel import DataParallel
 from streamsyn.simulator.engine import Engine, ServerLost, Work
 from streamsyn.simulator.plain_engine import PlainEngine
 from streamsyn.simulator.settings import (
@@ -61,7 +62,8 @@ class Simulation:
         self._down = False
         self._on_death = on_death
         self._connections: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        self.engine = self._make_engine()
+        self.ranks = [self._make_engine() for _ in range(config.dp_size)]
+        self.engine: Engine = DataParallel(self.ranks) if config.dp_size > 1 else self.ranks[0]
         self.weights = Weights(config)
         self.faults = FaultPlan(config.faults, config.seed, script)
         self.stats = Statistics()
@@ -209,6 +211,7 @@ class Simulation:
             request.prompt,
             request.reuse_limit,
             max_new_tokens=request.max_tokens,
+            rank=request.rank,
             piece=PIECE_TOKENS if feed else 0,
             stalls=fault is Fault.STALL,
         )

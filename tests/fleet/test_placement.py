@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamsyn.errors import StoppedEarly
+from streamsyn.fleet.affinity import PATIENCE_S, Affinity, fair_shares
 from streamsyn.fleet.kv_pool import Footprint
 from streamsyn.fleet.limiter import Limiter
-from streamsyn.fleet.placement import PATIENCE_S, Affinity, Placement, fair_shares
+from streamsyn.fleet.placement import Placement
 from streamsyn.fleet.server import Place, Server
 from streamsyn.fleet.shares import Share
 from tests.builders import server_at
@@ -304,6 +305,8 @@ class Crowd:
                 self.placement.dispatch()
             case "hold":
                 server.limiter.held_until = float("inf")
+            case "split":
+                self.placement.withdraw(server, 1 + number % 3)
             case "unhold":
                 server.limiter.held_until = 0.0
                 self.placement.dispatch()
@@ -328,10 +331,13 @@ class Crowd:
             assert not can or not queue.heads(), "beside a free place"
         for server in free:
             assert not [waiter for waiter in server.queue if not waiter.turn.done()], "beside a free place"
-        leading = {(place.server, key) for place in self.holding for key in place.leads}
-        warming = {(server, key) for server in self.servers for key in server.warm_up.warming}
+        leading = {(place.rank, key) for place in self.holding for key in place.leads}
+        ranks = [rank for server in self.servers for rank in server.ranks]
+        warming = {(rank, key) for rank in ranks for key in rank.warm_up.warming}
         assert warming <= leading, "followers of nobody"
         assert len(self.holding) == sum(server.limiter.in_flight for server in self.servers)
+        held = Counter(place.rank for place in self.holding)
+        assert [held[rank] for rank in ranks] == [rank.in_flight for rank in ranks]
         assert len(self.holding) == sum(share.in_flight for share in self.shares)
         assert len(self.waiting) == sum(share.waiting for share in self.shares)
 
@@ -362,7 +368,7 @@ NAMES = st.sampled_from(
     ["acquire", "acquire", "acquire", "release", "release", "cancel", "step", "settle", "warm"]
 )
 STEPS = st.tuples(
-    NAMES | st.sampled_from(["eject", "readmit", "hold", "unhold"]), st.integers(0, 11)
+    NAMES | st.sampled_from(["eject", "readmit", "hold", "unhold", "split"]), st.integers(0, 11)
 )  # what everybody does, more often than what befalls a server
 
 
@@ -393,24 +399,25 @@ def weighted(*weights: float, cap: int = 64) -> list[Server]:
 @given(st.integers(1, 12), st.integers(1, 300))
 def test_no_server_has_many_more_groups_than_its_share(number: int, groups: int) -> None:
     """At most the factor times its share, or one more where groups are few."""
-    fleet, affinity = weighted(*[1.0] * number), Affinity(1.25, lambda: 0.0)
+    fleet, affinity = weighted(*[1.0] * number), Affinity[Server](1.25, lambda: 0.0)
     found = Counter(affinity.server_for(f"group {index}", fleet).url for index in range(groups))
     assert max(found.values()) <= max(1.25 * groups / number, groups / number + 1)
 
 
 def test_weights_shift_groups() -> None:
     """A server of three times the weight gets about three times as many groups."""
-    fleet, affinity = weighted(3, 1, 1, 1), Affinity(1.25, lambda: 0.0)
+    fleet, affinity = weighted(3, 1, 1, 1), Affinity[Server](1.25, lambda: 0.0)
     found = Counter(affinity.server_for(f"group {index}", fleet).url for index in range(600))
     assert 0.4 <= found[fleet[0].url] / 600 <= 0.63
 
 
 def test_the_same_groups_go_to_the_same_servers_in_every_process() -> None:
     """The hash does not depend on the process, so a restarted run finds warm caches."""
-    fleet, affinity = weighted(1, 1, 1, 1), Affinity(1.25, lambda: 0.0)
+    fleet, affinity = weighted(1, 1, 1, 1), Affinity[Server](1.25, lambda: 0.0)
     found = [affinity.server_for(f"group {index}", fleet).url[-7] for index in range(12)]
     again = [
-        Affinity(1.25, lambda: 0.0).server_for("group 0", weighted(1, 1, 1, 1)).url[-7] for _ in range(3)
+        Affinity[Server](1.25, lambda: 0.0).server_for("group 0", weighted(1, 1, 1, 1)).url[-7]
+        for _ in range(3)
     ]
     assert [found[0]] * 3 == again
     assert "".join(found) == "023131023012"
@@ -419,7 +426,7 @@ def test_the_same_groups_go_to_the_same_servers_in_every_process() -> None:
 def test_a_group_moves_only_when_its_server_stays_overloaded() -> None:
     """It stays up to the bound, and beyond it for `PATIENCE_S`; then it moves once."""
     now = [0.0]
-    fleet, affinity = weighted(1, 1, 1, 1, cap=1000), Affinity(1.25, lambda: now[0])
+    fleet, affinity = weighted(1, 1, 1, 1, cap=1000), Affinity[Server](1.25, lambda: now[0])
     home = affinity.server_for("group", fleet)
     for server in fleet:
         server.limiter.in_flight = 100
@@ -443,7 +450,7 @@ def test_a_group_moves_only_when_its_server_stays_overloaded() -> None:
 def test_a_hot_group_is_given_more_servers() -> None:
     """One group that brings all the work is not left at one server."""
     now = [0.0]
-    fleet, affinity = weighted(1, 1, 1, 1, cap=1000), Affinity(1.25, lambda: now[0])
+    fleet, affinity = weighted(1, 1, 1, 1, cap=1000), Affinity[Server](1.25, lambda: now[0])
     for number in range(2000):
         now[0] = number / 100
         affinity.server_for("hot", fleet).limiter.in_flight += 1
@@ -453,7 +460,7 @@ def test_a_hot_group_is_given_more_servers() -> None:
 
 def test_a_group_leaves_an_unusable_server() -> None:
     """It also avoids a server that has just failed, if there is another."""
-    fleet, affinity = weighted(1, 1), Affinity(1.25, lambda: 0.0)
+    fleet, affinity = weighted(1, 1), Affinity[Server](1.25, lambda: 0.0)
     home = affinity.server_for("group", fleet)
     [other] = [server for server in fleet if server is not home]
     assert other is affinity.server_for("group", fleet, avoid=home)

@@ -631,6 +631,39 @@ async def test_cached_tokens_rise_on_a_shared_prefix() -> None:
     assert stats["prompt_tokens"] == 2 * usage["prompt_tokens"]
 
 
+async def test_ranks_have_their_own_caches_slots_and_queues() -> None:
+    """Requests take turns, or name a rank on either route; SGLang's words refuse one that is not there."""
+    messages = [{"role": "user", "content": "geese " * 200}]
+    refused = "routed_dp_rank=2 out of range [0, 2)"
+    async with simulator([None] * 8 + [Fault.STALL] * 3, dp_size=2, slots=1, queue_limit=1) as client:
+        usages = [(await client.chat(messages=messages, max_tokens=1))["usage"] for _ in range(3)]
+        usages += [(await client.chat(messages=messages, max_tokens=1, routed_dp_rank=1))["usage"]]
+        text = {"text": "other " * 200, "sampling_params": {"max_new_tokens": 0}}
+        for rank, cached in ((0, 0), (1, 0), (1, 256)):
+            meta = (await client.json("POST", "/generate", text | {"routed_dp_rank": rank}))["meta_info"]
+            assert cached == meta["cached_tokens"]
+        status, data = await client.ask("POST", "/v1/chat/completions", CHAT | {"routed_dp_rank": 2})
+        assert (400, refused) == (status, orjson.loads(data)["message"])
+        async with asyncio.TaskGroup() as group:
+            for number in range(3):  # two at rank 1, of which one waits, and one at rank 0
+                group.create_task(client.chat(rid=f"r{number}", routed_dp_rank=int(number < 2)))
+                await client.until_running(number + 1)
+            loads = (await client.json("GET", "/v1/loads"))["loads"]
+            full, _ = await client.ask("POST", "/v1/chat/completions", CHAT | {"routed_dp_rank": 1})
+            twice, _ = await client.ask("POST", "/v1/chat/completions", CHAT | {"rid": "r2"})
+            for number in range(3):
+                await client.ask("POST", "/abort_request", {"rid": f"r{number}"})
+        metrics = (await client.ask("GET", "/metrics"))[1].decode()
+        info = await client.json("GET", "/server_info")
+
+    assert [0, 0, 256, 256] == [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    figures = ("dp_rank", "num_running_reqs", "num_waiting_reqs", "max_running_requests")
+    assert [(0, 1, 0, 1), (1, 1, 1, 1)] == [tuple(load[name] for name in figures) for load in loads]
+    assert (503, 400) == (full, twice)
+    assert 'dp_rank="1"' in metrics
+    assert (2, 2) == (info["dp_size"], len(info["internal_states"]))
+
+
 async def test_the_tiers_of_cached_tokens_are_told_when_asked_for() -> None:
     """`sglext` names the tier, in an event of its own in a stream, also without the cache report."""
     messages = [{"role": "user", "content": "geese " * 200}]
