@@ -1,8 +1,8 @@
-"""`streamsyn run --partitions N`: one coordinator process for each partition."""
+"""`streamsyn run --partitions N`: a coordinator process for each partition, with --ray on other machines."""
 
 import sys
-from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +10,22 @@ import click
 
 from streamsyn.cli.exits import EXIT_REJECTS, fail
 from streamsyn.cli.options import resolve
+from streamsyn.cluster import needing_ray
 from streamsyn.errors import ConfigError, root_cause
 from streamsyn.plain_text import visible
 
 if TYPE_CHECKING:
+    from streamsyn.cluster.coordinator import RunCommand
+    from streamsyn.cluster.placing import Servers
     from streamsyn.config.loading import Config
+    from streamsyn.pipeline.coordinator_process import Launch
     from streamsyn.pipeline.coordinators import Coordinators
+    from streamsyn.sink.partitions import Partitions
 
 _REFUSED = {
     "to_stdout": "--stdout: follow the run beside it, with streamsyn.follow(OUT)",
     "train": "--train: train beside it, with `streamsyn train --from OUT`",
     "launch": "--launch: start the server first, and pass --server",
-    "ray": "--ray: place the servers first, and pass --server",
 }
 """Options that are those of one coordinator, and what to do instead."""
 
@@ -40,7 +44,6 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
     """Run the coordinators, print their summary, and exit with the worst of their codes."""
     import asyncio
 
-    from streamsyn.pipeline.coordinators import Coordinators, coordinator_command
     from streamsyn.sink.partitions import begin_partitions
     from streamsyn.sink.rundir import DirectoryLock
     from streamsyn.telemetry import configure_logs
@@ -58,22 +61,67 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
     partitions = begin_partitions(out, number)
     # To take over, each coordinator takes its own directory: what older ones write then counts for nothing.
     with nullcontext() if given["take_over"] else closing(DirectoryLock(out)):
-        options = _options(given)
-        coordinators = Coordinators(
-            partitions,
-            lambda at: coordinator_command(
-                [*options, *_own_settings(asked, at, number)], partitions.directories[at]
-            ),
-            as_json=given["log_json"],
-            waits=not given["take_over"],
-        )
         try:
-            code = asyncio.run(coordinators.run())
+            coordinators, code = asyncio.run(_run(given, asked, partitions))
         except BaseExceptionGroup as group:
             raise root_cause(group) from None
         _summarise(coordinators, as_json=given["log_json"])
         allowed = resolve(given, partitions.directories[0]).run.max_reject_fraction
         _exit(coordinators, code, allowed)
+
+
+async def _run(
+    given: Mapping[str, Any], asked: "Config", partitions: "Partitions"
+) -> "tuple[Coordinators, int]":
+    """Run the coordinators to their ends, here or on a cluster; return them, and the worst exit code."""
+    from streamsyn.pipeline.coordinator_process import command_here, started_here
+    from streamsyn.pipeline.coordinators import Coordinators
+
+    as_json, waits = given["log_json"], not given["take_over"]
+    directories, options = partitions.directories, _options(given)
+    each = [[*options, *_own_settings(asked, at, partitions.number)] for at in range(partitions.number)]
+    if asked.cluster.address is None:
+        launch = started_here(lambda at: command_here(each[at], directories[at]))
+        coordinators = Coordinators(partitions, launch, as_json=as_json, waits=waits)
+        return coordinators, await coordinators.run()
+    async with _on_cluster(asked, partitions, each) as (launch, servers):
+        coordinators = Coordinators(partitions, launch, as_json=as_json, waits=waits)
+        if servers is None:
+            return coordinators, await coordinators.run()
+        servers.demand = coordinators.demand
+        return coordinators, await coordinators.run(servers.ready)
+
+
+@asynccontextmanager
+async def _on_cluster(
+    asked: "Config", partitions: "Partitions", each: Sequence[Sequence[str]]
+) -> "AsyncIterator[tuple[Launch, Servers | None]]":
+    """Place servers, if a model is given; yields what places coordinators, and the servers.
+
+    Args:
+        asked: The configuration.
+        partitions: OUT.
+        each: The options of the coordinator of each partition.
+    """
+    from streamsyn.pipeline.coordinator_process import arguments
+    from streamsyn.pipeline.setup import on_cluster
+
+    section, root = asked.cluster, partitions.root.absolute()
+    async with AsyncExitStack() as stack:
+        servers = None
+        fleet = asked.fleet
+        if section.model is not None or not (fleet.servers or fleet.servers_file or fleet.servers_dns):
+            servers = await stack.enter_async_context(on_cluster(section, waits=False))
+        with needing_ray("cluster.address"):
+            from streamsyn.cluster.coordinator import command_of
+            from streamsyn.cluster.placed_coordinators import placing_coordinators
+
+        def command(at: int) -> "RunCommand":
+            own = arguments(each[at], root / partitions.directories[at].name)
+            return command_of([*own, "--told-servers"] if servers else own, root)
+
+        placing = placing_coordinators(section.address or "auto", command, servers)
+        yield (await stack.enter_async_context(placing)).launch, servers
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import signal
 import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     help="Split the seeds over N coordinator processes, each with a run directory in --out.",
 )
 @click.option("--tethered", is_flag=True, hidden=True)  # a coordinator: it stops when its stdin ends
+@click.option("--told-servers", is_flag=True, hidden=True)  # a coordinator: its stdin tells of its servers
 def run(**given: Any) -> None:
     """Write contexts for seeds and assemble samples. An existing --out is resumed.
 
@@ -51,6 +53,10 @@ def run(**given: Any) -> None:
         stop_with_parent()
     request = request_of(given, given["out"], replay=given["replay"], preflight=not given["no_preflight"])
     request.take_over = given["take_over"]
+    if given["told_servers"]:
+        from streamsyn.fleet.told_servers import told_servers
+
+        request.placed = partial(told_servers, sys.stdin)
     if given["launch"] and given["server"]:
         raise ConfigError("--launch and --server cannot be combined: --launch starts its own server")
     if given["launch"] and given["ray"]:

@@ -47,9 +47,12 @@ def submit(address: str, command: tuple[str, ...], log_json: bool) -> None:
         )
     configure_logs(as_json=log_json)
     with needing_ray("streamsyn submit"):
-        from streamsyn.cluster.coordinator import command_of, submitted
+        from streamsyn.cluster.coordinator import command_of
+        from streamsyn.cluster.submitted import submitted
     more = ("--log-json",) if log_json and not given["log_json"] else ()
-    sys.exit(asyncio.run(submitted(command_of((*arguments, *more), given["out"]), address, _to_stderr)))
+    out = given["out"].absolute()
+    submission = command_of((*arguments, *more, "--no-progress", "--out", str(out)), out)
+    sys.exit(asyncio.run(submitted(submission, address, _to_stderr)))
 
 
 def _to_stderr(data: bytes) -> None:

@@ -3,7 +3,9 @@
 Modules:
     replica: One server on its node or nodes: the actor that Ray places.
     placing: Keeps as many servers alive as there is work for, and lists those that are.
-    coordinator: The run itself as an actor, which is started again on another node (`streamsyn submit`).
+    coordinator: A run as an actor: a process of `streamsyn run` on some node.
+    submitted: A run that is started again on another node when it dies (`streamsyn submit`).
+    placed_coordinators: Those of a run with partitions.
     scaling: The rule for how many that are.
     spread: Work on the shards of a log, by Ray Data.
 """

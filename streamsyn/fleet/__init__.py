@@ -3,6 +3,7 @@
 In reading order:
 
     server_spec, discovery      which servers are wanted: configuration, file, DNS name; a warning of routers
+    told_servers                the servers of a coordinator on a cluster, of which another process tells
     membership                  adds and removes them, ejects, probes and readmits them, watches their load
     models                      which models are used, and which one writes a draft
     fleet, try_outcomes         `open_fleet`, `Fleet.complete`: place, try, retry; what an outcome changes

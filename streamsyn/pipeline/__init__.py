@@ -20,7 +20,8 @@ Modules in reading order:
     otlp        traces for an OpenTelemetry collector
     summary     the summary of what was done (`RunSummary`), as text and as JSON
 
-With partitions, `coordinators` runs one process of this flow for each of them.
+With partitions, `coordinators` runs one process of this flow for each of them, a `coordinator_process`
+here or an actor of `streamsyn.cluster`.
 
 Beside the flow: `preview` renders requests without sending them and estimates what a run would take,
 `status` shows what one is doing, and `verify` checks a run directory; `verify_joined` all

@@ -1,16 +1,16 @@
 """The coordinators of a run with partitions: each a process of its own that runs one partition.
 
 The process that starts them owns the signals, shows one progress, starts those that died again, and records
-in partitions.json which have ended. A coordinator's stdin is a pipe from it: if it is killed, they drain.
+in partitions.json which have ended.
 """
 
 import asyncio
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 from time import monotonic
@@ -21,6 +21,8 @@ import structlog
 
 from streamsyn.background import background
 from streamsyn.errors import SinkError
+from streamsyn.fleet.discovery import Demand
+from streamsyn.pipeline.coordinator_process import CoordinatorProcess, Launch
 from streamsyn.pipeline.progress import duration
 from streamsyn.sink.partitions import Partitions
 from streamsyn.sink.rundir import wait_until_free
@@ -39,7 +41,6 @@ _ENDED: Final = (0, 3)
 _DRAIN: Final = SIGUSR1
 """Never ends a coordinator at once: who stops all processes of a job or a service sent it SIGTERM, too."""
 _LOG_EVERY_S: Final = 10.0
-_MAX_LINE_BYTES: Final = 2**24
 _SHOWN: Final = ("warning", "error", "critical")
 
 
@@ -92,7 +93,7 @@ class Coordinator:
     figures: dict[str, Any] = field(default_factory=dict)
     done: dict[str, Any] = field(default_factory=dict)
     error: str = ""
-    process: asyncio.subprocess.Process | None = None
+    process: CoordinatorProcess | None = None
     restarts: RestartLimit = field(default_factory=RestartLimit)
     may_start: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -102,8 +103,7 @@ class Coordinators:
 
     Args:
         partitions: OUT, which this process has locked.
-        command: Returns the command line of the coordinator of a partition. It logs JSON lines to stderr, and
-            stops when its stdin ends.
+        launch: Starts the coordinator of a partition.
         as_json: Whether to log all that they log, instead of what a person must know.
         waits: Wait for a process that has the directory of a partition open.
     """
@@ -111,7 +111,7 @@ class Coordinators:
     def __init__(
         self,
         partitions: Partitions,
-        command: Callable[[int], Sequence[str]],
+        launch: Launch,
         *,
         as_json: bool,
         waits: bool = True,
@@ -119,23 +119,30 @@ class Coordinators:
         self.partitions = partitions
         self.each = [Coordinator(at, path) for at, path in enumerate(partitions.directories)]
         self.interrupted = False
-        self._command = command
+        self._launch = launch
         self._as_json = as_json
         self._waits = waits
         self._began = monotonic()
         self._stopping = asyncio.Event()
         self._recording = asyncio.Lock()
+        self._beginning = asyncio.Event()
 
-    async def run(self) -> int:
+    async def run(self, ready: Callable[[], Awaitable[None]] | None = None) -> int:
         """Run each partition until it has ended or is stopped; return the worst exit code.
 
         Partitions that have ended while others have not are only taken up, for seeds that are new, once all
         have: this keeps the numbers of rows (see `sink.partitions`).
+
+        Args:
+            ready: Returns when coordinators can start.
         """
         loop = asyncio.get_running_loop()
         for number in stop_signals():
             loop.add_signal_handler(number, self._on_signal, number)
         async with background() as tasks:
+            if ready is not None:
+                tasks.start(self._begin_after(ready), name="ready")
+                await self._beginning.wait()
             tasks.start(self._report(), name="progress")
             everyone = set(range(self.partitions.number))
             if self.partitions.has_ended:
@@ -164,9 +171,23 @@ class Coordinators:
             total += sum(value.values()) if isinstance(value, dict) else value
         return total
 
+    def demand(self) -> Demand:
+        """What all coordinators have to do, by the progress that they logged last."""
+        known = [one.figures for one in self.each if one.figures and one.code is None]
+        left = sum(inf if one["total"] is None else one["total"] - one["done"] for one in known)
+        caps, in_flight = Counter[str](), Counter[str]()
+        for one in known:
+            caps.update(one["caps"])
+            in_flight.update(one["in_flight"])
+        return Demand(left, sum(caps.values()) / max(1, len(caps)) or 1, in_flight)
+
     def rejects(self) -> Counter[str]:
         """The rejects of this run by reason."""
         return sum((Counter(one.done.get("rejects", {})) for one in self.each), Counter())
+
+    async def _begin_after(self, ready: Callable[[], Awaitable[None]]) -> None:
+        await ready()
+        self._beginning.set()
 
     async def _run_all(self, some: set[int]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -175,12 +196,14 @@ class Coordinators:
 
     async def _keep(self, one: Coordinator) -> None:
         """Run a coordinator, again if it dies, to its end."""
+        is_lost = False
         while not self._stopping.is_set():
-            if self._waits:
+            if self._waits and not is_lost:
                 await self._until_free(one)
                 if self._stopping.is_set():
                     break
-            code = await self._run_once(one)
+            code, lost = await self._run_once(one, is_lost=is_lost)
+            is_lost = is_lost or bool(lost)
             if code in _ENDED and not one.done.get("stopped"):
                 async with self._recording:
                     self.partitions = await asyncio.to_thread(self.partitions.with_ended, one.at)
@@ -193,7 +216,7 @@ class Coordinators:
             if code < 0 and self._stopping.is_set():  # by the signal, before it could handle it
                 break
             pause_s = one.restarts.after(await asyncio.to_thread(_log_bytes, one.directory))
-            how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+            how = lost or (f"exit code {code}" if code >= 0 else f"signal {-code}")
             if pause_s is None:
                 log.error("coordinator.given_up", partition=one.at, because=how, why=one.error)
                 one.code = 1
@@ -224,28 +247,21 @@ class Coordinators:
         threading.Thread(target=wait, name=f"lock-{one.at}", daemon=True).start()
         await one.may_start.wait()
 
-    async def _run_once(self, one: Coordinator) -> int:
+    async def _run_once(self, one: Coordinator, *, is_lost: bool) -> tuple[int, str]:
+        """Run a coordinator to its end; return its exit code, and how it was lost, if it was."""
         one.figures, one.done, one.error = {}, {}, ""
-        process = one.process = await asyncio.create_subprocess_exec(
-            *self._command(one.at),
-            stdin=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            limit=_MAX_LINE_BYTES,
-            process_group=0,  # Ctrl-C is for this process, which passes it on
-        )
-        log.info("coordinator.started", partition=one.at, pid=process.pid)
+        process = one.process = await self._launch(one.at, is_lost)
         if self._stopping.is_set():
-            process.send_signal(_DRAIN)
-        assert process.stderr is not None
+            process.stop(_DRAIN)
         try:
-            async for line in process.stderr:
+            async for line in process.lines():
                 self._take_line(one, line)
-            return await process.wait()
+            code = await process.wait()
         finally:
             one.process = None
-            if process.returncode is None:  # this process has a bug, or cannot write partitions.json
-                process.kill()
+            process.kill()  # it runs only if this process has a bug, or cannot write partitions.json
+        one.error = one.error or process.lost
+        return code, process.lost
 
     def _take_line(self, one: Coordinator, line: bytes) -> None:
         """Keep what a coordinator logs about itself, and pass on the rest."""
@@ -282,10 +298,11 @@ class Coordinators:
                 "run.draining", plain=f"{why}: finishing what is in flight; Ctrl-C again stops now", why=why
             )
         self._stopping.set()
+        self._beginning.set()
         for one in self.each:
             one.may_start.set()
-            if one.process is not None and one.process.returncode is None:
-                one.process.send_signal(number)
+            if one.process is not None:
+                one.process.stop(number)
 
     async def _report(self) -> None:
         logged = ""
@@ -330,14 +347,3 @@ def _log_bytes(directory: Path) -> int:
     except (SinkError, OSError):  # the coordinator has reported it
         return 0
     return sum(part.bytes for kind in ("contexts", "rejects") for part in parts[kind])
-
-
-def coordinator_command(options: Sequence[str], directory: Path) -> list[str]:
-    """Return the command line of a coordinator.
-
-    Args:
-        options: What the run was started with, and what differs for this partition.
-        directory: Its run directory.
-    """
-    own = ["--out", str(directory), "--log-json", "--no-progress", "--tethered"]
-    return [sys.executable, "-m", "streamsyn", "run", *options, *own]

@@ -3,12 +3,14 @@
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 from streamsyn.config.loading import Config
+from streamsyn.fleet.discovery import PlacedServers
 from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.shared_servers import Servers
 from streamsyn.fleet.shares import Priority
@@ -100,6 +102,8 @@ class RunRequest:
         on_begun: Called in the event loop when run.json and the log say what this run is to do.
         servers: Servers that other runs use, too; those of the configuration, `connect` and `launch` do not
             count then.
+        placed: Opens servers that another process has placed on a cluster; those of `config.cluster` do not
+            count then.
         tracer: Takes the spans of the run; None exports them if `run.traces` is set.
         weight: The run's part of these servers relative to the other runs; above 0.
         priority: Multiplies the weight by 1/8, 1 or 8.
@@ -132,6 +136,7 @@ class RunRequest:
     inbox: Inbox | None = None
     on_begun: Callable[[], None] = lambda: None
     servers: Servers | None = None
+    placed: Callable[[], AbstractAsyncContextManager[PlacedServers]] | None = None
     tracer: Tracer | None = None
     weight: float = 1.0
     priority: Priority = "normal"

@@ -221,7 +221,8 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
     if config.recipe.use == "chat" and (config.seeds.format != "request" or config.assembly.write):
         raise ConfigError('recipe.use = "chat" needs seeds.format = "request" and assembly.write = false')
     if request.launch is None and request.servers is None:
-        server_specs(config.fleet, may_be_empty=config.cluster.address is not None)
+        are_placed = config.cluster.address is not None or request.placed is not None
+        server_specs(config.fleet, may_be_empty=are_placed)
     reader = SeedReader(
         config.seeds,
         config.run.seed,

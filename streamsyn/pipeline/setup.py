@@ -40,6 +40,7 @@ from streamsyn.sink.writer import OutcomeWriter
 from streamsyn.telemetry import Counters, Tracer
 
 if TYPE_CHECKING:
+    from streamsyn.cluster.placing import Servers as ServersOnCluster
     from streamsyn.scoring.examiner import Examination
 
 log = structlog.get_logger()
@@ -95,11 +96,11 @@ async def open_fleets(parts: Parts, stopper: Stopper) -> AsyncIterator[Fleets]:
 async def _servers(request: RunRequest) -> AsyncIterator[tuple[FleetSection, PlacedServers | None]]:
     """The servers of the configuration, those placed on a cluster, or one launched for this run."""
     section, cluster = request.config.fleet, request.config.cluster
-    if request.launch is None and cluster.address is None:
+    if request.launch is None and request.placed is None and cluster.address is None:
         yield section, None
         return
     if request.launch is None:
-        async with on_cluster(cluster) as placed:
+        async with on_cluster(cluster) if request.placed is None else request.placed() as placed:
             # A server that died is not missing for good before another could have started.
             give_up_s = max(section.give_up_s, 2 * cluster.start_timeout_s)
             yield section.model_copy(update={"give_up_s": give_up_s}), placed
@@ -118,7 +119,7 @@ async def _servers(request: RunRequest) -> AsyncIterator[tuple[FleetSection, Pla
 
 
 @asynccontextmanager
-async def on_cluster(section: ClusterSection, *, waits: bool = True) -> AsyncIterator[PlacedServers]:
+async def on_cluster(section: ClusterSection, *, waits: bool = True) -> AsyncIterator["ServersOnCluster"]:
     """Servers that Ray places; if it `waits`, one of them is ready.
 
     Raises:

@@ -55,7 +55,10 @@ class Raylets:
     def _node_without(self, resource: str) -> Any:
         from ray._private.state import available_resources_per_node
 
-        free = available_resources_per_node()
+        from streamsyn.cluster.placing import connected
+
+        with connected(self.address):  # if this process does not place anything
+            free = available_resources_per_node()
         return next(node for node in self.nodes if resource not in free[node.node_id])
 
     def add_node(self) -> None:

@@ -177,10 +177,10 @@ async def test_the_node_of_the_run_dies_again_and_again(
     raylets: Raylets, tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time the run goes on on another node, without a pause: each had begun."""
-    from streamsyn.cluster import coordinator
-    from streamsyn.cluster.coordinator import submitted
+    from streamsyn.cluster import submitted as driver
+    from streamsyn.cluster.submitted import submitted
 
-    monkeypatch.setattr(coordinator._Driver, "_pause", pytest.fail)
+    monkeypatch.setattr(driver._Driver, "_pause", pytest.fail)
     raylets.at_least(2)
     deaths, printed = list[float](), bytearray()
     async with simulated() as (url, requests):
@@ -223,7 +223,7 @@ def ended(process: psutil.Process) -> bool:
 
 async def test_a_run_that_was_cut_off_comes_back(raylets: Raylets, tmp_path: Path) -> None:
     """Another one goes on in its place. It notices, and ends before it writes."""
-    from streamsyn.cluster.coordinator import submitted
+    from streamsyn.cluster.submitted import submitted
 
     raylets.at_least(2)
     printed, cut = bytearray(), list[CutNode]()

@@ -70,13 +70,14 @@ def command(tmp_path: Path, url: str, number: int = SEEDS) -> Any:
     )
     keys = {"fleet.max_in_flight": IN_FLIGHT, "assembly.contexts_per_sample": 2, "sink.shard_bytes": 100_000}
     settings = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
-    arguments = ["--seeds", str(seeds), "--server", url, "--no-preflight", *settings]
-    return command_of(arguments, tmp_path / "out")
+    out = tmp_path / "out"
+    arguments = ["--seeds", str(seeds), "--server", url, "--no-preflight", "--no-progress", *settings]
+    return command_of([*arguments, "--out", str(out)], out)
 
 
 async def test_the_node_of_the_run_dies(raylets: Raylets, tmp_path: Path) -> None:
     """It goes on on another node: each seed has one outcome, and what was in flight is asked once more."""
-    from streamsyn.cluster.coordinator import submitted
+    from streamsyn.cluster.submitted import submitted
 
     raylets.at_least(2)
     out, printed = tmp_path / "out", bytearray()
@@ -108,7 +109,7 @@ async def test_the_node_of_the_run_dies(raylets: Raylets, tmp_path: Path) -> Non
 
 async def test_a_signal_drains_the_run(raylets: Raylets, tmp_path: Path) -> None:
     """As `ray job stop` sends it to the driver: the run ends with 75, on its node."""
-    from streamsyn.cluster.coordinator import submitted
+    from streamsyn.cluster.submitted import submitted
 
     raylets.at_least(1)
     out, printed = tmp_path / "out", bytearray()
@@ -127,7 +128,8 @@ async def test_a_signal_drains_the_run(raylets: Raylets, tmp_path: Path) -> None
 
 async def test_a_node_without_the_directory(raylets: Raylets, tmp_path: Path) -> None:
     """One line, and the run is not begun anew."""
-    from streamsyn.cluster.coordinator import RunCommand, submitted
+    from streamsyn.cluster.coordinator import RunCommand
+    from streamsyn.cluster.submitted import submitted
 
     raylets.at_least(1)
     given = RunCommand(("--version",), tmp_path / "out", Path("/nowhere"))

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from streamsyn.cli.main import cli
 from streamsyn.cli.partitioned_run import _own_settings
 from streamsyn.config.loading import load, parse_override
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.pipeline import coordinators as coordinators_module
+from streamsyn.fleet.discovery import Demand
+from streamsyn.pipeline import coordinator_process
+from streamsyn.pipeline.coordinator_process import started_here
 from streamsyn.pipeline.coordinators import Coordinator, Coordinators, RestartLimit
 from streamsyn.sink.partitions import begin_partitions, read_partitions
 from streamsyn.sink.rundir import RunDirectory
@@ -41,7 +44,9 @@ def finished(root: Path, number: int) -> None:
 def ran(root: Path, *codes: str) -> tuple[Coordinators, int]:
     """Run a program for each partition to its end."""
     commands = [python(code) for code in codes]
-    coordinators = Coordinators(begin_partitions(root, len(codes)), lambda at: commands[at], as_json=False)
+    coordinators = Coordinators(
+        begin_partitions(root, len(codes)), started_here(lambda at: commands[at]), as_json=False
+    )
     return coordinators, asyncio.run(coordinators.run())
 
 
@@ -86,7 +91,7 @@ def test_a_coordinator_that_dies_is_started_again(tmp_path: Path) -> None:
         return command
 
     started: list[bool] = []
-    coordinators = Coordinators(begin_partitions(tmp_path, 1), next_command, as_json=False)
+    coordinators = Coordinators(begin_partitions(tmp_path, 1), started_here(next_command), as_json=False)
     coordinators.each[0].restarts = RestartLimit(pause_s=0.0)
     with structlog.testing.capture_logs() as logged:
         code = asyncio.run(coordinators.run())
@@ -138,7 +143,9 @@ def test_a_signal_ends_the_wait_for_an_earlier_coordinator(tmp_path: Path) -> No
     """One that is stuck may hold its lock for good; nothing is started any more."""
     finished(tmp_path, 1)
     held = RunDirectory(tmp_path / "partition-000")
-    coordinators = Coordinators(begin_partitions(tmp_path, 1), lambda _: python("sys.exit(0)"), as_json=False)
+    coordinators = Coordinators(
+        begin_partitions(tmp_path, 1), started_here(lambda _: python("sys.exit(0)")), as_json=False
+    )
     before = signal.getsignal(signal.SIGTERM)
     real = coordinators._until_free
 
@@ -176,7 +183,7 @@ def test_partitions_json_that_cannot_be_written(tmp_path: Path, monkeypatch: pyt
     """A full disk is one line of the command, and exit code 1."""
     finished(tmp_path, 1)
     (tmp_path / "partitions.json.new").mkdir()
-    monkeypatch.setattr(coordinators_module, "coordinator_command", lambda *_: python("sys.exit(0)"))
+    monkeypatch.setattr(coordinator_process, "command_here", lambda *_: python("sys.exit(0)"))
     command = ["run", "--seeds", "x.jsonl", "--server", "http://localhost:1", "--out", str(tmp_path)]
 
     result = CliRunner().invoke(cli, command)
@@ -189,11 +196,44 @@ def test_a_damaged_partition_costs_no_other(tmp_path: Path) -> None:
     finished(tmp_path, 2)
     (tmp_path / "partition-000" / "manifest.jsonl").write_text("{}\n{}\n")
     commands = [python("sys.exit(1)"), python("sys.exit(0)")]
-    coordinators = Coordinators(begin_partitions(tmp_path, 2), lambda at: commands[at], as_json=False)
+    coordinators = Coordinators(
+        begin_partitions(tmp_path, 2), started_here(lambda at: commands[at]), as_json=False
+    )
     coordinators.each[0].restarts = RestartLimit(most=1, pause_s=0.0)
 
     assert 1 == asyncio.run(coordinators.run())
     assert {1} == coordinators.partitions.ended.keys()
+
+
+def test_a_signal_before_there_are_servers(tmp_path: Path) -> None:
+    """No coordinator starts."""
+
+    async def never_ready() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    launch = started_here(lambda _: python("sys.exit(3)"))
+    coordinators = Coordinators(begin_partitions(tmp_path, 2), launch, as_json=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code = asyncio.run(coordinators.run(never_ready))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert (75, [75, 75]) == (code, [one.code for one in coordinators.each])
+
+
+def test_what_all_coordinators_have_to_do(tmp_path: Path) -> None:
+    """The sum over those that are at work: a server takes the requests of each."""
+    coordinators = Coordinators(begin_partitions(tmp_path, 4), started_here(lambda _: []), as_json=False)
+    first, second, ended, _ = coordinators.each
+    first.figures = {"total": 10, "done": 4, "caps": {"a": 4, "b": 2}, "in_flight": {"a": 3, "b": 2}}
+    second.figures = {"total": 7, "done": 6, "caps": {"a": 4, "b": 2}, "in_flight": {"a": 1}}
+    ended.figures, ended.code = {"total": 9, "done": 8, "caps": {"a": 4}, "in_flight": {"a": 1}}, 0
+
+    assert Demand(7, 6.0, {"a": 4, "b": 2}) == coordinators.demand()
+    second.figures["total"] = None
+    assert inf == coordinators.demand().left
 
 
 def test_deaths_without_an_outcome_in_between_are_limited() -> None:
@@ -212,7 +252,6 @@ def test_deaths_without_an_outcome_in_between_are_limited() -> None:
         (["--stdout"], "cannot be combined with --stdout: follow the run beside it"),
         (["--train", "train.toml"], "cannot be combined with --train: train beside it"),
         (["--launch", "model"], "cannot be combined with --launch: start the server first"),
-        (["--ray", "--model", "model"], "cannot be combined with --ray: place the servers first"),
         (["--seeds", "-"], "write those of stdin to a file first"),
         (["--set", "fleet.concurency=3"], "unknown key fleet.concurency"),
     ],
