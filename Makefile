@@ -9,10 +9,14 @@ AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder
 # with processes and signals on a busy machine sometimes meet a late clock; those that passed then are named.
 once_more = || { [ $$? = 1 ] && printf '\n--- what failed, once more and alone ---\n' && \
 	  $(BIN)/pytest -n 0 --last-failed --last-failed-no-failures=none -rp $(1); }
-HERMETIC := not crash and not torture and not real_sglang and not ray and not chromium
+# Property tests are not tried in short if `test-crash`, which tries them at length, is asked for too.
+HERMETIC := not crash and not torture and not real_sglang and not ray and not chromium \
+  $(if $(filter test-all test-crash,$(MAKECMDGOALS)),and not hypothesis)
+# The files with tests of `test-crash`: to collect the others, too, takes each worker four seconds.
+CRASH_FILES = $(shell grep -rlE 'crash|@given|RuleBasedStateMachine|@examples' tests --include='test_*.py')
 
 # Byte code is kept, also where the environment says otherwise: each worker, command and later target would
-# compile this repository and its tests anew.
+# compile anew what it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-all test-crash test-real test-browser torture torture-ray coverage lint check-deploy bench bench-real clean
@@ -24,16 +28,17 @@ demo:  ## the main job on a real SGLang with a packaged model
 	@$(MAKE) --no-print-directory -j2 .venv-core/stamp sglang
 	.venv-core/bin/streamsyn demo
 
-test: .venv/stamp  ## all tests but those below: no real server, no browser, no kills and resumes
+test: .venv/bytecode  ## all tests but those below: no real server, no browser, no kills and resumes
 	$(BIN)/pytest $(AT_A_TIME) -m "$(HERMETIC)" $(if $(COVERAGE),--cov --cov-report=term) \
 	$(call once_more,-m "$(HERMETIC)")
 
-test-crash: .venv/stamp  ## kills, signals and resumes; property tests at length; asyncio in debug mode
-	$(BIN)/pytest $(AT_A_TIME) -m "(crash or hypothesis) and not torture and not real_sglang and not ray and not chromium" \
+test-crash: .venv/bytecode  ## kills, signals and resumes; property tests at length; asyncio in debug mode
+	$(BIN)/pytest $(CRASH_FILES) $(AT_A_TIME) \
+	  -m "(crash or hypothesis) and not torture and not real_sglang and not ray and not chromium" \
 	  --hypothesis-profile=long -o asyncio_debug=true \
 	$(call once_more,--hypothesis-profile=long -o asyncio_debug=true)
 
-test-real: .venv/stamp sglang  ## tests against a real SGLang: one server for all, one that a run launches; and raylets
+test-real: .venv/bytecode sglang  ## tests against a real SGLang: one server for all, one that a run launches; and raylets
 	$(BIN)/pytest tests/real tests/cluster -n 2 --dist loadgroup -m "(real_sglang or ray) and not torture" \
 	$(call once_more,-m "(real_sglang or ray) and not torture")
 
@@ -85,6 +90,11 @@ clean:  ## remove what the other targets made
 # For development: torch and all that tests and benchmarks need.
 .venv/stamp: pyproject.toml deploy/constraints.txt
 	PYTHON=$(PYTHON) deploy/venv.sh .venv '[dev]'
+	touch $@
+
+# Byte code of the tests and of all that they import, made once, before several workers need it at the same time.
+.venv/bytecode: .venv/stamp
+	-@$(BIN)/pytest --collect-only -qq >/dev/null  # what cannot be imported is told when it is tested
 	touch $@
 
 # For the demo: the core alone, without torch.

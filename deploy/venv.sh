@@ -17,8 +17,8 @@ tool=$(mktemp -d)
 trap 'rm -rf "$tool"' EXIT
 if install_uv "$tool" 2>/dev/null; then
   uv_settings
-  # Compiled now, in parallel: not by each process that imports it, where PYTHONDONTWRITEBYTECODE is set.
-  "$tool/bin/uv" pip install --quiet --compile-bytecode --python "$folder/bin/python" -c deploy/constraints.txt -e "$wanted"
+  # What is imported is compiled then; all of it would take longer than its download.
+  "$tool/bin/uv" pip install --quiet --python "$folder/bin/python" -c deploy/constraints.txt -e "$wanted"
 else
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e "$wanted"
 fi

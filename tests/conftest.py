@@ -1,10 +1,11 @@
 """Fixtures for all tests: nothing may block the event loop."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ async def no_task_left() -> AsyncIterator[None]:
     yield
     left = {task.get_name() for task in asyncio.all_tasks() - before if not task.done()}
     assert set() == left - {asyncio.current_task().get_name()}  # type: ignore[union-attr]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports make a million objects that stay: looking for garbage among them takes seconds, each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 FOLDERS = {"real_sglang": ("real",), "chromium": ("report", "daemon")}  # where the Makefile looks for them

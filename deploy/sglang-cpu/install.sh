@@ -13,6 +13,9 @@ home=$(realpath -m "${STREAMSYN_SGLANG_HOME:-$here/../../.sglang-cpu}")
 python=${PYTHON:-python3}
 model_name=SmolLM2-135M-Instruct  # also the name under which it is served
 source "$here/../uv.sh"
+# The check at the end imports what the server imports, and so compiles it, and nothing else. Without byte code
+# each of the server's three processes would start 7 s later.
+export PYTHONDONTWRITEBYTECODE=
 
 say() { printf 'sglang-cpu: %s\n' "$*" >&2; }
 
@@ -41,15 +44,6 @@ prune() {
   rm -rf "$site"/triton/backends/nvidia/{bin,lib} "$site"/torch/test "$site"/torch/bin/test_*
 }
 
-# Done here once, in parallel: without it each of the server's three processes would compile what it imports
-# (7 s longer each), at every start where PYTHONDONTWRITEBYTECODE is set.
-compile() {
-  local site=$1
-  local never_imported='site-packages/(.*/)?(tests?|testing|multimodal_gen|jedi)/'
-  # Not all of what remains compiles: some packages ship templates and Python 2.
-  "$home/venv/bin/python" -m compileall -qq -j 0 -x "$never_imported" "$site" >/dev/null || true
-}
-
 install() {
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     say "needs Python 3.11 or newer; name one with PYTHON=..."
@@ -66,10 +60,7 @@ install() {
   site=$("$home/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   cp -r "$here/shims/." "$site/"
   prune "$site"
-  say "packages installed after ${SECONDS} s; compiling them"
-  compile "$site"
-
-  say "converting the model $model_name"
+  say "packages installed after ${SECONDS} s; converting the model $model_name"
   local log=$home/build/convert.log
   if ! "$home/venv/bin/python" "$here/convert_model.py" "$home/build/gguf" "$home/$model_name" >"$log" 2>&1; then
     cat "$log" >&2
