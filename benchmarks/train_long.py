@@ -11,7 +11,7 @@ changes keys, such as `train.moments=fp32`.
 The plain training is written here with transformers and torch alone. It takes the samples and the learning
 rate of each step from what the ranks record, and trains on each sample by itself, in one process: whole
 logits, nothing recomputed, AdamW in float32. The loss of each sample at each step and the weights at the end
-are compared; FOLDER/compared.json and FOLDER/compared.png show both.
+are compared; FOLDER/compared.json and FOLDER/compared.svg show both.
 """
 
 import argparse
@@ -191,6 +191,7 @@ def draw(steps: list[Compared], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     numbers = [one.step for one in steps]
@@ -203,7 +204,7 @@ def draw(steps: list[Compared], path: Path) -> None:
     apart.set_ylabel("largest relative\ndifference of a sample")
     apart.set_xlabel("optimizer step")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -243,7 +244,7 @@ def main() -> None:
     if any(codes):
         sys.exit(f"the ranks failed; see {args.out}/log.rank*")
     apart, furthest = weights_differ(before, after, load_file(out / "model" / "model.safetensors"))
-    draw(steps, args.out / "compared.png")
+    draw(steps, args.out / "compared.svg")
     whole = {"steps": [asdict(one) for one in steps], "weights_apart": apart, "furthest_weight": furthest}
     (args.out / "compared.json").write_text(json.dumps(whole, indent=2) + "\n")
     print("| step | tokens | samples | loss | plain | largest difference of a sample |")

@@ -1,7 +1,9 @@
 """Layers under torch.compile compute what they compute without, and are not compiled for each row."""
 
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from transformers import AttentionInterface
 
 from streamsyn.trainer.model import placed
 from streamsyn.trainer.model.activations import recompute
-from streamsyn.trainer.model.attention import implementation
+from streamsyn.trainer.model.attention import VARLEN, implementation
 from streamsyn.trainer.model.head import LossHead, target_losses
-from streamsyn.trainer.model.loss import make_batch
+from streamsyn.trainer.model.loss import Batch, make_batch
 from streamsyn.trainer.model.placed import compile_layers, layers_of
 from streamsyn.trainer.model.sequence_parallel import SequenceGroup
 from tests.trainer import tiny
@@ -69,6 +71,49 @@ def test_layers_are_compiled_for_any_row(
         graphs.append(counter.frame_count)
 
     assert [4, 8, 8, 8, 8] == graphs
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize(
+    ("checkpointing", "single_first"),
+    [
+        (False, True),
+        pytest.param(True, False, marks=pytest.mark.torture),
+        ("selective", False),
+    ],
+)
+def test_a_layer_is_one_graph_where_a_kernel_takes_the_boundaries(
+    checkpointing: Any, *, single_first: bool
+) -> None:
+    """As on GPUs: all layers share a graph for the first row and one for rows of any length. Rows of a single
+    sample need one of their own if they come first, as torch then takes the lengths of row and sample for
+    the same. Nothing is computed: meta tensors have no data.
+    """
+    torch._dynamo.reset()
+    implementation("segments", CPU, half=False)
+    with torch.device("meta"):
+        model: Any = tiny.model(VARLEN, num_key_value_heads=4)
+    model.to(torch.bfloat16)
+    recompute(model, section(gradient_checkpointing=checkpointing))
+    LossHead(model)
+    counter = CompileCounterWithBackend("eager")
+    compile_layers(layers_of(model), counter)
+    graphs = []
+    for sizes in [((20, 8),), *ROWS[1:2], *ROWS] if single_first else ROWS:
+        row = tuple(tiny.example(*size) for size in sizes)
+        target_losses(model, on_meta(make_batch(row, [1.0] * len(row), CPU))).sum().backward()
+        graphs.append(counter.frame_count)
+
+    assert ([1, 2, 3, 3, 3, 3, 3] if single_first else [1, 2, 2, 2, 2]) == graphs
+
+
+def on_meta(batch: Batch) -> Batch:
+    """A batch without data."""
+    parts = {one.name: getattr(batch, one.name) for one in fields(batch)}
+    moved: dict[str, Any] = {
+        name: one.to("meta") for name, one in parts.items() if isinstance(one, torch.Tensor)
+    }
+    return replace(batch, **moved)
 
 
 @pytest.mark.filterwarnings("ignore")  # as above
