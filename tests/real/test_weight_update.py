@@ -26,6 +26,7 @@ from tests.trainer.by_hand import fresh, placed_model, section
 pytestmark = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
 
 IN_FLIGHT = 4
+TOKENS = 100  # several times as long as publishing takes
 LONG = "Write a long text about rivers, their fish and their bridges. " * 8
 
 
@@ -68,7 +69,7 @@ async def test_trained_weights_reach_a_server_that_writes(real_server: RealServe
         before = await fleet.complete(request(8), [])
         again = await fleet.complete(request(8), [])
         asking = [
-            group.create_task(fleet.complete(request(240, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
+            group.create_task(fleet.complete(request(TOKENS, f"{n}: {LONG}"), [])) for n in range(IN_FLIGHT)
         ]
         (there,) = fleet.servers
         while not (there.load and there.load.running == IN_FLIGHT):  # noqa: ASYNC110 - another process
@@ -85,7 +86,7 @@ async def test_trained_weights_reach_a_server_that_writes(real_server: RealServe
     assert again.cached_tokens > 100
     assert before.text == again.text
     assert {f"default+{version}"} == {task.result().weight_version for task in asking}
-    assert {240} == {task.result().completion_tokens for task in asking}
+    assert {TOKENS} == {task.result().completion_tokens for task in asking}
     assert [version] * 2 == [after.weight_version, streamed.weight_version]
     assert after.cached_tokens < before.prompt_tokens // 2
     assert after.text != before.text
