@@ -524,7 +524,7 @@ def test_a_run_that_is_writing_is_sound(tmp_path: Path, compression: str) -> Non
     run(tmp_path, config, [outcome(0)], to_the_end=False)
 
     def write() -> None:
-        for number in range(1, 150, 5):
+        for number in range(1, 60, 5):
             more = [outcome(n) for n in range(number, number + 5)]
             run(tmp_path, config, more, to_the_end=number % 15 == 1)
 
