@@ -10,7 +10,7 @@ from streamsyn.daemon.bodies import JsonBody, json_body
 from streamsyn.daemon.daemon import DAEMON, Daemon
 from streamsyn.daemon.problems import Problem
 from streamsyn.daemon.route import Route, json_response
-from streamsyn.plain_text import split_userinfo
+from streamsyn.plain_text import without_userinfo
 
 _OWN_KEYS: Final = "STREAMSYN_"
 """Environment variables that a client may name begin with this."""
@@ -19,7 +19,7 @@ _OWN_KEYS: Final = "STREAMSYN_"
 class NewServer(JsonBody):
     """A server to add.
 
-    `url` has no user or password: keys come from the environment variable `key_env` of the daemon.
+    `url` has no user, password or key: keys come from the environment variable `key_env` of the daemon.
     """
 
     url: Annotated[str, Field(max_length=2048)]
@@ -66,9 +66,9 @@ async def add_server(request: web.Request) -> web.Response:
     """Add a server, or use one again that was drained."""
     daemon = request.app[DAEMON]
     new = await json_body(request, NewServer)
-    if split_userinfo(new.url).userinfo is not None:
+    if without_userinfo(new.url) != new.url:
         raise Problem(
-            422, "url: give no user or password; set key_env to an environment variable of the daemon"
+            422, "url: give no user, password or key; set key_env to an environment variable of the daemon"
         )
     if new.key_env is not None and not new.key_env.startswith(_OWN_KEYS):
         raise Problem(403, f"key_env: the name must begin with {_OWN_KEYS} (got {new.key_env!r})")

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.io.durable import disk_errors, make_folder, write_whole
+from streamsyn.io.durable import make_folder, write_whole
 from streamsyn.sink.manifest import Manifest
 from streamsyn.sink.rundir import is_foreign
 from streamsyn.sink.shards import KINDS
@@ -159,8 +159,10 @@ def begin_partitions(root: Path, number: int) -> Partitions:
     names = {path.name for path in root.iterdir()} if root.is_dir() else set()
     if foreign := sorted(name for name in names - ours if is_foreign(name)):
         raise ConfigError(f"--out {root} is not a run directory, and is not empty ({foreign[0]}, ...)")
-    with disk_errors(f"make {root}"):
+    try:
         make_folder(root)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
     new.save()
     return new
 

@@ -25,9 +25,11 @@ from streamsyn.sink.epoch import claim
 from streamsyn.sink.shards import KINDS, OPEN_SUFFIX
 
 FORMAT = 1
+_HOSTED = "service.json"
+"""Made by a daemon in its runs."""
 _OURS = frozenset(
     {*KINDS, "index", "epochs", "spool", "templates", "training", "run.json", "manifest.jsonl", ".lock"}
-    | {"service.json", "consumers.json"}  # the daemon's
+    | {_HOSTED, "consumers.json"}
 )
 _BESIDES = (".toml", ".j2", ".log", "lost+found")
 """Endings of what may lie in a directory before its run begins."""
@@ -57,7 +59,7 @@ class RunDirectory:
     Raises:
         DirectoryInUse: A different process has it open.
         TakenOver: A newer process has opened it meanwhile.
-        ConfigError: It cannot be created.
+        ConfigError: It cannot be created, or cannot be taken over, as it is that of a daemon.
         SinkError: A file that is not ours has the name of the last epoch.
     """
 
@@ -70,9 +72,14 @@ class RunDirectory:
                 make_folder(root / folder)
             try:
                 self._lock = DirectoryLock(root)
-            except (OSError, DirectoryInUse):
+            except (OSError, DirectoryInUse) as error:
                 if not take_over:
                     raise
+                if (root / _HOSTED).exists():
+                    raise ConfigError(
+                        f"{root} is a run of a daemon, which would go on to accept seeds that do not count: "
+                        f"stop the daemon instead of --take-over ({error})"
+                    ) from error
             self.epoch = claim(root, _GROWING, is_locked=self._lock is not None)
         except OSError as error:
             self._unlock()

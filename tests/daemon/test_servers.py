@@ -130,6 +130,7 @@ async def test_a_server_that_cannot_be_used(daemon: Served) -> None:
 CANNOT_BE_ADDED: list[tuple[Any, int, str]] = [
     ({"url": "ftp://x"}, 422, "not a valid URL"),
     ({"url": "http://user:geheim@gpu-2:1"}, 422, "set key_env"),
+    ({"url": f"{OTHER}/v1?api_key=geheim"}, 422, "set key_env"),
     ({"url": OTHER, "weight": 0}, 422, "weight"),
     ({"url": OTHER, "key_env": "AWS_SECRET"}, 403, "must begin with STREAMSYN_"),
     ({"url": OTHER, "key_env": "STREAMSYN_NOT_SET"}, 422, "STREAMSYN_NOT_SET is not set"),

@@ -81,6 +81,8 @@ def test_the_first_run_fixes_the_number_of_partitions(tmp_path: Path) -> None:
     (tmp_path / "linked" / "partition-001").symlink_to(tmp_path / "disk")  # before the first run
     assert 2 == begin_partitions(tmp_path / "linked", 2).number
     (tmp_path / "thesis").touch()
+    with pytest.raises(ConfigError, match=r"cannot make the run directory .*: Not a directory"):
+        begin_partitions(tmp_path / "thesis" / "out", 2)
     with pytest.raises(ConfigError, match="is not empty"):
         begin_partitions(tmp_path, 2)
     assert [tmp_path] == run_directories(tmp_path)

@@ -281,3 +281,14 @@ def test_looking_at_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
     assert holder_of(tmp_path) is None
     assert [] == waited
     os.close(looking)
+
+
+def test_a_run_of_a_daemon_is_not_taken_over(tmp_path: Path) -> None:
+    """The daemon would acknowledge seeds that it writes to a file without a name."""
+    hosted = RunDirectory(tmp_path)
+    (tmp_path / "service.json").touch()
+    with pytest.raises(ConfigError, match=r"is a run of a daemon.*in use by another process"):
+        RunDirectory(tmp_path, take_over=True)
+    hosted.epoch.check()
+    hosted.close()
+    RunDirectory(tmp_path, take_over=True).close()
