@@ -23,7 +23,8 @@ from streamsyn.daemon.run_record import ENDED
 from streamsyn.daemon.runs import Runs
 from streamsyn.io.places import reason
 from streamsyn.sink.manifest import Manifest, SealedShard, remove_samples, removed_rows
-from streamsyn.sink.mirror_plan import MirrorTarget, mirrored_shards
+from streamsyn.sink.mirror_plan import mirrored_shards
+from streamsyn.sink.mirror_target import MirrorTarget
 
 log = structlog.get_logger()
 

@@ -12,6 +12,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from streamsyn.assembly.resources import AssemblyResources
 from streamsyn.background import in_threads
@@ -39,13 +40,15 @@ from streamsyn.pipeline.setup import (
 from streamsyn.pipeline.stages import Pipeline, Stages
 from streamsyn.pipeline.stop import Stopper
 from streamsyn.pipeline.summary import RunSummary
+from streamsyn.plain_text import without_userinfo
 from streamsyn.recipes.recipe import Recipe
 from streamsyn.recipes.registry import load_recipe
 from streamsyn.seeds.reader import SeedReader
 from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.mirror import mirrored
-from streamsyn.sink.rundir import RunDirectory
+from streamsyn.sink.mirror_restore import restore
+from streamsyn.sink.rundir import RunDirectory, refuse_different
 from streamsyn.telemetry import Counters, traced
 
 
@@ -107,6 +110,8 @@ def _opened(request: RunRequest, summary: RunSummary) -> Iterator[Parts]:
     summary.recipe = config.recipe
     directory = RunDirectory(request.out, take_over=request.take_over)
     try:
+        if config.sink.mirror and request.inbox is None:  # what was submitted is not in the mirror
+            _restore(request, directory, shaping)
         reader.move_ids(directory.epoch.database("ids.sqlite"))
         may_differ = may_change(request.out) if request.retry else None
         directory.check(shaping, fingerprint(Config()), may_differ)
@@ -238,11 +243,22 @@ def _check(request: RunRequest, recipe: Recipe) -> SeedReader:
     return reader
 
 
+def _restore(request: RunRequest, directory: RunDirectory, shaping: dict[str, Any]) -> None:
+    """Have an empty directory go on with the run that its mirror holds, if it has the same fingerprint."""
+    url = request.config.sink.mirror or ""
+
+    def refuse(saved: dict[str, Any]) -> None:
+        refuse_different(without_userinfo(url), saved, shaping, fingerprint(Config()))
+
+    restore(directory, url, refuse, takes_over=request.take_over)
+
+
 @contextmanager
 def _open_log(request: RunRequest, epoch: Epoch) -> Iterator[RunLog]:
     """The log, mirrored and closed at the end of the block; an error of the block takes precedence."""
-    with mirrored(request.out, request.config.sink) as mirror:
-        run_log = RunLog(request.out, request.config.sink, request.on_rows, epoch)
+    sink = request.config.sink
+    with mirrored(request.out, sink, epoch, takes_over=request.take_over) as mirror:
+        run_log = RunLog(request.out, sink, request.on_rows, epoch)
         if mirror is not None:
             mirror.follow(run_log)
         try:

@@ -17,6 +17,9 @@ Modules in reading order:
     partitions      partitions.json: several run directories as one, in one order
     mirror          copies sealed shards to a URL, in a thread
     mirror_plan     what the mirror copies, in which order
+    mirror_epoch    of several runs with one mirror, only the newest one counts
+    mirror_target   the files of the mirror
+    mirror_restore  an empty directory goes on with the run of its mirror
 
 Files, guarantees and what a resume does: README.md in this folder. `pipeline.verify` checks all of it.
 """

@@ -60,6 +60,11 @@ class Epoch:
         self.number = number
         self._path = root / FOLDER / f"{number:08d}"
         self._token = token
+        self._lost = ""
+
+    def lose(self, why: str) -> None:
+        """Have every check fail from now on: a different run has taken the mirror of this directory."""
+        self._lost = why
 
     @cached_property
     def _index(self) -> Path:
@@ -73,6 +78,8 @@ class Epoch:
             TakenOver: It is not.
             SinkError: The file system does not answer.
         """
+        if self._lost:
+            raise TakenOver(self._lost)
         if not self.number:
             return
         try:
@@ -188,7 +195,7 @@ class Epoch:
         owner = {
             "pid": os.getpid(),
             "host": platform.node(),
-            "boot": _boot_id(),
+            "boot": boot_id(),
             "locked": is_locked,
             "at": time.time(),
         }
@@ -268,7 +275,7 @@ def writer(root: Path, lock_holder: str | None) -> str | None:
         return None
     if owner.get("locked", True):
         return lock_holder
-    if owner.get("boot") == _boot_id() != "" and not Path(f"/proc/{owner.get('pid')}").exists():
+    if owner.get("boot") == boot_id() != "" and not Path(f"/proc/{owner.get('pid')}").exists():
         return None
     return f"pid {owner.get('pid')} on {owner.get('host')}, which took over"
 
@@ -308,7 +315,7 @@ def _is_over(token: Path, *, is_locked: bool) -> bool:
     It has closed everything; or it ran under this kernel with the lock that this process holds now.
     """
     owner, closed = _read(token)
-    held_here = owner.get("locked") and owner.get("boot") == _boot_id() != ""
+    held_here = owner.get("locked") and owner.get("boot") == boot_id() != ""
     return closed or bool(is_locked and held_here)
 
 
@@ -333,7 +340,7 @@ def _newest_owner(folder: Path) -> str:
     return f"{who} (epoch {number})"
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     """What identifies the running kernel; "" where that is not known."""
     try:
         return _BOOT_ID.read_text().strip()

@@ -15,9 +15,10 @@ from typing import Any
 import structlog
 
 from streamsyn.config.sections import SinkSection
-from streamsyn.errors import ConfigError
+from streamsyn.errors import ConfigError, TakenOver
 from streamsyn.io.places import reason
 from streamsyn.plain_text import without_userinfo
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.log import RunLog
 from streamsyn.sink.manifest import SealedShard
 from streamsyn.sink.mirror_plan import MirrorPlan
@@ -26,6 +27,8 @@ log = structlog.get_logger()
 
 FIRST_CONTACT_S = 10.0
 """A run waits this long at most for the mirror's first answer."""
+CHECK_S = 10.0
+"""A run looks this often whether a different one has taken its mirror."""
 BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 _MAX_NAMED = 8
@@ -33,18 +36,27 @@ _MAX_NAMED = 8
 
 
 @contextmanager
-def mirrored(root: Path, sink: SinkSection) -> Iterator["Mirror | None"]:
+def mirrored(
+    root: Path, sink: SinkSection, epoch: Epoch | None = None, *, takes_over: bool = False
+) -> Iterator["Mirror | None"]:
     """Mirror a run directory while the block runs; yields None when `sink.mirror` is not set.
 
     At the end of the block the mirror has `sink.mirror_timeout_s` to catch up; after an error it has no time.
 
+    Args:
+        root: The run directory.
+        sink: Has the URL.
+        epoch: That of the run directory; it is lost when a different run takes the mirror.
+        takes_over: Whether to take the mirror from a run of this machine that is alive.
+
     Raises:
         ConfigError: The URL cannot be used, or the mirror holds a different run.
+        TakenOver: A newer run has the mirror.
     """
     if not sink.mirror:  # "" switches off the mirror that run.json remembers
         yield None
         return
-    mirror = Mirror(root, sink.mirror)
+    mirror = Mirror(root, sink.mirror, epoch or Epoch(root), takes_over=takes_over)
     timeout_s = 0.0
     try:
         mirror.start()
@@ -52,6 +64,7 @@ def mirrored(root: Path, sink: SinkSection) -> Iterator["Mirror | None"]:
         timeout_s = sink.mirror_timeout_s
     finally:
         mirror.finish(timeout_s)
+    mirror.raise_refusal(TakenOver)
 
 
 class Mirror:
@@ -60,18 +73,19 @@ class Mirror:
     Args:
         root: The run directory.
         url: Where to copy it to.
-        rng: For the pauses between tries.
+        epoch: That of the run directory; it is lost when a different run takes the mirror.
+        takes_over: Whether to take the mirror from a run of this machine that is alive.
 
     Raises:
         ConfigError: The URL cannot be used.
     """
 
-    def __init__(self, root: Path, url: str, rng: Random | None = None) -> None:
-        self._root = root
+    def __init__(self, root: Path, url: str, epoch: Epoch, *, takes_over: bool = False) -> None:
         self._url = without_userinfo(url)
-        self._rng = rng or Random()
+        self._epoch = epoch
+        self._rng = Random()
         self._stopped = threading.Event()
-        self._plan = MirrorPlan(root, url, self._stopped)
+        self._plan = MirrorPlan(root, url, self._stopped, takes_over=takes_over)
         try:
             self._plan.connect()
         except OSError as error:  # it is down; the thread will try again
@@ -85,18 +99,24 @@ class Mirror:
         self._has_news = False
         self._is_ending = False
         self._has_answered = False
-        self._refusal: ConfigError | None = None
+        self._refusal: ConfigError | TakenOver | None = None
 
     def start(self) -> None:
         """Start the thread, and wait up to FIRST_CONTACT_S for the first answer.
 
         Raises:
             ConfigError: The mirror holds a different run.
+            TakenOver: A newer run has just taken it.
         """
         self._thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._has_answered, FIRST_CONTACT_S)
-            if self._refusal is not None:
+        self.raise_refusal(ConfigError, TakenOver)
+
+    def raise_refusal(self, *kinds: type[Exception]) -> None:
+        """Raise the error that has ended the mirror, if there is one of these kinds."""
+        with self._changed:
+            if isinstance(self._refusal, kinds):
                 raise self._refusal
 
     def follow(self, run_log: RunLog) -> None:
@@ -144,7 +164,7 @@ class Mirror:
     # What follows runs in the mirror's thread.
 
     def _run(self) -> None:
-        tries, copied, has_begun = 0, 0, False
+        tries, steps, has_begun = 0, 0, False
         while self._wait(has_begun=has_begun):
             try:
                 if not has_begun:
@@ -159,9 +179,13 @@ class Mirror:
                     log.warning("mirror.refused", why=str(error))
                 self._report_answer(error)
                 return
+            except TakenOver as error:
+                self._epoch.lose(str(error))  # ends the run at its next write
+                self._report_answer(error)
+                return
             except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-                if self._plan.copied > copied:  # some progress was made
-                    tries, copied = 0, self._plan.copied
+                if self._plan.steps > steps:  # some progress was made
+                    tries, steps = 0, self._plan.steps
                 pause_s = self._rng.uniform(0, min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** min(tries, 30)))
                 tries += 1
                 log.warning("mirror.behind", url=self._url, why=reason(error), again_in_s=round(pause_s, 1))
@@ -169,10 +193,10 @@ class Mirror:
                 self._pause(pause_s)
 
     def _wait(self, *, has_begun: bool) -> bool:
-        """Wait for something to do; False when the run has ended and there is nothing."""
+        """Wait for something to do, or to check; False when the run has ended and there is nothing."""
         with self._changed:
-            self._changed.wait_for(lambda: not has_begun or self._has_news or self._is_ending)
-            if self._stopped.is_set() or not (self._has_news or not has_begun):
+            self._changed.wait_for(lambda: not has_begun or self._has_news or self._is_ending, CHECK_S)
+            if self._stopped.is_set() or (self._is_ending and has_begun and not self._has_news):
                 return False
             if has_begun:
                 self._has_news = False
@@ -194,7 +218,7 @@ class Mirror:
                 lambda: self._stopped.is_set() or self._is_ending != was_ending, timeout=seconds
             )
 
-    def _report_answer(self, refusal: ConfigError | None) -> None:
+    def _report_answer(self, refusal: ConfigError | TakenOver | None) -> None:
         with self._changed:
             self._has_answered = True
             self._refusal = refusal

@@ -114,27 +114,13 @@ class RunDirectory:
         Raises:
             ConfigError: Keys differ; the message names each with both values.
         """
-        if (saved := self.saved()) is None:
-            return
-        now = orjson.loads(orjson.dumps(fingerprint))
-        before = saved["fingerprint"]
-        if "model" not in now:  # the servers have not answered yet
-            before, now = ({k: v for k, v in keys.items() if k not in _LATE} for keys in (before, now))
-        if may_differ is not None:
-            before, now, defaults = (
-                {key: value for key, value in keys.items() if not may_differ(key)}
-                for keys in (before, now, defaults)
-            )
-        if not (different := differences(before, now, defaults)):
-            return
-        if may_differ is not None:
-            raise ConfigError(
-                f"a retry cannot change what the other rows of {self.root} depend on ({different}); "
-                "start a new run for that"
-            )
-        raise ConfigError(
-            f"{self.root} holds a run with a different configuration ({different}); choose a different --out"
-        )
+        if (saved := self.saved()) is not None:
+            refuse_different(self.root, saved, fingerprint, defaults, may_differ)
+
+    def reopen(self) -> None:
+        """Claim a further epoch: the files of a mirror that are here now name newer ones."""
+        self.epoch.close()
+        self.epoch = claim(self.root, _GROWING, is_locked=self._lock is not None)
 
     def saved(self) -> dict[str, Any] | None:
         """The content of run.json; None in a new directory."""
@@ -178,6 +164,47 @@ class RunDirectory:
         write_whole(self.root / "run.json", orjson.dumps(data, option=orjson.OPT_INDENT_2))
 
 
+def refuse_different(
+    root: Path | str,
+    saved: dict[str, Any],
+    fingerprint: dict[str, Any],
+    defaults: Mapping[str, Any] = _NO_DEFAULTS,
+    may_differ: Callable[[str], bool] | None = None,
+) -> None:
+    """Refuse to resume the run of a run.json under a different fingerprint; as `RunDirectory.check`.
+
+    Args:
+        root: The directory or mirror that holds it, for messages.
+        saved: The content of run.json.
+        fingerprint: As there.
+        defaults: As there.
+        may_differ: As there.
+
+    Raises:
+        ConfigError: Keys differ.
+    """
+    now = orjson.loads(orjson.dumps(fingerprint))
+    before = saved["fingerprint"]
+    if "model" not in now:  # the servers have not answered yet
+        before, now = ({k: v for k, v in keys.items() if k not in _LATE} for keys in (before, now))
+    if may_differ is not None:
+        before, now, defaults = (
+            {key: value for key, value in keys.items() if not may_differ(key)}
+            for keys in (before, now, defaults)
+        )
+    if not (different := differences(before, now, defaults)):
+        return
+    if may_differ is not None:
+        raise ConfigError(
+            f"a retry cannot change what the other rows of {root} depend on ({different}); "
+            "start a new run for that"
+        )
+    other = "--out" if isinstance(root, Path) else "sink.mirror"
+    raise ConfigError(
+        f"{root} holds a run with a different configuration ({different}); choose a different {other}"
+    )
+
+
 def read_run_json(root: Path) -> dict[str, Any] | None:
     """The content of OUT/run.json; None when it does not exist.
 
@@ -186,10 +213,23 @@ def read_run_json(root: Path) -> dict[str, Any] | None:
     """
     path = root / "run.json"
     try:
-        data: dict[str, Any] = orjson.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, orjson.JSONDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return checked_run_json(content, path)
+
+
+def checked_run_json(content: bytes, path: Path | str) -> dict[str, Any]:
+    """The content of the run.json at `path`, decoded.
+
+    Raises:
+        ConfigError: It is damaged, has a different format version, or lacks a key.
+    """
+    try:
+        data: dict[str, Any] = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a valid run.json: it is not a JSON object")

@@ -6,7 +6,7 @@ or shows rejects leaves out those in `superseded`. Retries are lines of the mani
 line, the rejects that they reopen and that still hold are `open_rejects`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,8 @@ class Snapshot:
 
     def _unlisted(self, kind: str) -> list[str]:
         listed = {Path(shard.path).name for shard in self.manifest.of_kind(kind)}
-        names = {path.name.removesuffix(OPEN_SUFFIX) for path in (self._root / kind).glob("part-*")}
+        paths = (self._root / kind).glob("part-*")
+        names = {path.name.removesuffix(OPEN_SUFFIX) for path in paths if not _is_replaced(path.name, listed)}
         # A file that is renamed while its folder is listed can be missing from the listing.
         names |= {f"part-{len(listed):06d}{suffix}" for suffix in shards.SUFFIXES.values()}
         return sorted(names - listed)
@@ -124,6 +125,11 @@ def _continues(parts: list[Part], part: Part) -> bool:
         last = row.get("seq")
     first = next(part.rows(), {}).get("seq")
     return isinstance(last, int) and first == last + 1
+
+
+def _is_replaced(name: str, listed: Collection[str]) -> bool:
+    """Whether a listed shard of this number has a name of its epoch: in a mirror where the name was taken."""
+    return any(one.startswith(f"{name[:11]}.e") for one in listed)
 
 
 def _size(path: Path) -> int | None:
@@ -206,7 +212,9 @@ def shard_paths(root: Path, manifest: Manifest, kind: str, first_seq: int = 0) -
             yield root / shard.path
     # The rest: shards sealed since, one sealed by a run that was killed before it was listed, the open one.
     known = {root / shard.path for shard in listed}
-    found = {path for path in (root / kind).glob("part-*") if path not in known}
+    names = {path.name for path in known}
+    paths = (root / kind).glob("part-*")
+    found = {path for path in paths if path not in known and not _is_replaced(path.name, names)}
     # If a shard has both names, the sealed one is what an older process left, too late (`epoch`).
     yield from sorted(path for path in found if path.with_name(path.name + OPEN_SUFFIX) not in found)
 
