@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Final
 
 from streamsyn.background import background
+from streamsyn.bench.kept_servers import KeptServers
 from streamsyn.bench.load import OpenLoop, under_load
 from streamsyn.bench.measurement import Load, Measurement, Replayed, ServerCounters
 from streamsyn.bench.phases import Phases, steady_state
@@ -56,6 +57,7 @@ class RunToMeasure:
             system has temporary files.
         environ: The environment, with the servers' keys.
         simulated: Makes simulated servers, which run in this process in virtual time; None for real ones.
+        kept: Servers on a cluster that other measured runs use, too; None places those of `config.cluster`.
         replay: A run directory whose requests are sent, once, in place of those for the seeds.
         once: Take each seed once, so that the run ends by itself; else the seeds are begun again.
         skip: Seeds to leave out at the beginning: prompts that the servers may have in their caches.
@@ -71,6 +73,7 @@ class RunToMeasure:
     folder: Path | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     simulated: Callable[[], InProcessServers] | None = None
+    kept: KeptServers | None = None
     replay: Path | None = None
     once: bool = False
     skip: int = 0
@@ -99,7 +102,10 @@ def measure(asked: RunToMeasure) -> Measurement:
     ):
         run = _MeasuredRun(asked, Path(scratch))
         try:
-            (asyncio.run if run.servers is None else run.servers.run)(run.run())
+            if run.servers is not None:
+                run.servers.run(run.run())
+            else:
+                (asyncio.run if asked.kept is None else asked.kept.runner.run)(run.run())
         except BaseExceptionGroup as errors:
             raise root_cause(errors) from None
     return run.measurement()
@@ -152,6 +158,7 @@ class _MeasuredRun:
             arrivals=None if rate is None else OpenLoop(rate, rng, queue_size),
             on_begun=self._begin,
             given=self._replay,
+            placed=None if asked.kept is None else asked.kept.opened,
         )
         self._unlogged: UnloggedRun | None = None
         if not asked.load.with_log:

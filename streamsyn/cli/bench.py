@@ -334,8 +334,12 @@ def _to_measure(
 def _measured(given: dict[str, Any], asked: "RunToMeasure") -> list["Measurement"]:
     """Measure; an interrupt between two runs ends it with those so far."""
     from streamsyn.bench.figures import figures
+    from streamsyn.bench.kept_servers import kept_servers
     from streamsyn.bench.series import repeated, swept
 
+    if asked.simulated is None and asked.kept is None and asked.config.cluster.address is not None:
+        with kept_servers(asked.config.cluster) as kept:
+            return _measured(given, replace(asked, kept=kept))
     runs: list[Measurement] = []
 
     def on_measured(run: "Measurement") -> None:

@@ -3,20 +3,23 @@
 import asyncio
 import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 import pytest
 from structlog.testing import capture_logs
 
 import streamsyn
+from streamsyn.bench.kept_servers import kept_servers
+from streamsyn.bench.measured_run import RunToMeasure
+from streamsyn.bench.measurement import Load
+from streamsyn.bench.series import repeated
 from streamsyn.config.command_sections import ClusterSection
+from streamsyn.config.loading import load
 from streamsyn.errors import ConfigError, LaunchError, root_cause
 from streamsyn.export.export_request import ExportRequest
 from streamsyn.export.export_run import export
@@ -72,6 +75,22 @@ async def test_a_node_dies_in_a_run(raylets: Raylets, tmp_path: Path) -> None:
     assert {row["server"] for row in found} == {
         entry["server"] for entry in logs if entry["event"] == "cluster.server_ready"
     }
+
+
+def test_a_benchmark_keeps_its_servers(raylets: Raylets, tmp_path: Path) -> None:
+    """They are placed once for all measured runs of a command, and stopped after the last."""
+    raylets.at_least(1)
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(f'{{"instruction": "{n}?", "answer": "{n}"}}\n' for n in range(400)))
+    given = section(raylets, replicas=1, command=(*SIMULATE, "--latency-ms", "10"))
+    overrides = [("seeds.sources", [{"path": str(seeds)}]), ("cluster", given.model_dump(mode="json"))]
+    load_of = Load(cap=2, warmup_s=0.2, duration_s=0.3)
+    asked = RunToMeasure(config=load(None, overrides), load=load_of, handles_signals=False)
+    with capture_logs() as logs, kept_servers(given) as kept:
+        runs = repeated(replace(asked, kept=kept), 2)
+    ready = [entry["server"] for entry in logs if entry["event"] == "cluster.server_ready"]
+    assert [ready] * 2 == [[server.server for server in run.ticks[-1].servers] for run in runs]
+    assert all(run.is_complete for run in runs)
 
 
 async def test_a_server_over_two_nodes_is_one_server(raylets: Raylets) -> None:
@@ -200,45 +219,3 @@ def test_a_score_is_spread_over_the_nodes(raylets: Raylets, tmp_path: Path) -> N
     assert found["alone"] == found["spread"]
     assert any("near_duplicate" in one for one in found["alone"])
     assert any("contaminated" in one for one in found["alone"])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # its own
-@pytest.mark.torture  # a minute: Ray Train starts its workers twice
-def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
-    """The ranks start again from the last checkpoint: each sample is trained on once."""
-    from streamsyn.trainer.on_cluster import train_on_cluster
-    from streamsyn.trainer.supervisor import latest_checkpoint
-    from streamsyn.trainer.training_request import resolve
-    from tests.trainer.tiny import write_model
-
-    rows = tmp_path / "rows.jsonl"
-    chat = '{{"id": "{0}", "messages": [{{"role": "user", "content": "what is {0} ' + "and so on " * 12
-    chat += '"}}, {{"role": "assistant", "content": "it is {0}"}}]}}\n'
-    rows.write_text("".join(chat.format(n) for n in range(60)))
-    raylets.at_least(3)
-    keys = {"rows_per_step": 2, "seq_len": 256, "save_every_steps": 2, "precision": "fp32"}
-    settings = [f"train.{key}={value}" for key, value in keys.items()]
-    out = tmp_path / "out"
-    request = resolve(None, str(rows), str(write_model(tmp_path / "base")), out, settings)
-    request = request.on_cluster(raylets.address, workers=2, gpus_per_worker=0)
-
-    over = threading.Event()
-
-    def kill() -> None:
-        while latest_checkpoint(out) is None:  # polls: it is a different process
-            if over.wait(0.1):
-                return
-        raylets.kill_node_without("CPU")
-
-    with ThreadPoolExecutor(1) as thread, capture_logs() as logs:
-        killed = thread.submit(kill)
-        try:
-            assert 0 == train_on_cluster(request, as_json=False)
-        finally:
-            over.set()
-        killed.result()
-    assert 1 == [entry["event"] for entry in logs].count("train.restarts")
-    steps = [orjson.loads(line) for line in (out / "trained.jsonl").read_bytes().splitlines()]
-    trained = [example[3] for step in steps for example in step["examples"]]
-    assert sorted(map(str, range(60))) == sorted(trained)
-    assert (out / "model" / "model.safetensors").exists()
