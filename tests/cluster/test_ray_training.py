@@ -6,17 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from streamsyn.trainer.on_cluster import train_on_cluster
 from streamsyn.trainer.supervisor import latest_checkpoint
 from streamsyn.trainer.training_request import TrainRequest, resolve
 from tests.cluster.conftest import Raylets
-from tests.trainer.tiny import write_model
 
 pytestmark = [
     pytest.mark.ray,
@@ -33,6 +32,8 @@ CHAT += '"}}, {{"role": "assistant", "content": "it is {0}"}}]}}\n'
 
 def training(folder: Path, raylets: Raylets, workers: int) -> TrainRequest:
     """A training on `ROWS` samples into `folder`/out, on CPUs."""
+    from tests.trainer.tiny import write_model
+
     rows, model = folder / "rows.jsonl", folder / "base"
     if not rows.exists():
         rows.write_text("".join(CHAT.format(n) for n in range(ROWS)))
@@ -73,12 +74,12 @@ def check(out: Path) -> None:
 
 def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
     """The ranks start again from the last checkpoint."""
+    from streamsyn.trainer.on_cluster import train_on_cluster
+
     raylets.at_least(3)
     request = training(tmp_path, raylets, workers=2)
-    with (
-        capture_logs() as logs,
-        at_the_next_checkpoint(request.out, lambda: raylets.kill_node_without("CPU")),
-    ):
+    kill = partial(raylets.kill_node_without, "CPU")
+    with capture_logs() as logs, at_the_next_checkpoint(request.out, kill):
         assert 0 == train_on_cluster(request, as_json=False)
     assert 1 == [entry["event"] for entry in logs].count("train.restarts")
     check(request.out)
@@ -86,6 +87,8 @@ def test_a_node_dies_in_a_training(raylets: Raylets, tmp_path: Path) -> None:
 
 def test_a_training_is_resumed_with_another_number_of_workers(raylets: Raylets, tmp_path: Path) -> None:
     """Two ranks, then one, then two again: Ctrl-C in between."""
+    from streamsyn.trainer.on_cluster import train_on_cluster
+
     raylets.at_least(2)
     for workers in (2, 1):
         request = training(tmp_path, raylets, workers)
