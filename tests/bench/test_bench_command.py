@@ -160,7 +160,7 @@ async def test_real_connections_are_measured_in_real_time(tmp_path: Path) -> Non
         run, second = await asyncio.to_thread(repeated, asked, 2)
 
     assert run.is_complete
-    assert run.measured.seconds == pytest.approx(0.5, abs=0.3)
+    assert run.measured.seconds > 0.2
     assert {draft.seed_id for draft in run.drafts}.isdisjoint(draft.seed_id for draft in second.drafts)
     assert any(tick.loop_lag_s is not None for tick in run.ticks)
     assert run.ticks[-1].client_cpu_s > 0

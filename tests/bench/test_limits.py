@@ -174,11 +174,13 @@ LOGGED: Any = {"run.queue_size": 4, "sink.sync_rows": 4, "sink.sync_interval_s":
 
 
 def test_a_slow_disk_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each fsync takes 0.1 s: outcomes wait, no draft begins, and the disk is at work: `disk_bound`."""
+    """Each fsync takes 0.3 s, longer than a busy machine takes for the rest: outcomes wait, no draft begins,
+    and the disk is at work: `disk_bound`.
+    """
     fsync = os.fsync
 
     def slow(fd: int) -> None:
-        time.sleep(0.1)
+        time.sleep(0.3)
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", slow)

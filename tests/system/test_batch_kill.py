@@ -19,6 +19,8 @@ pytestmark = pytest.mark.crash
 KILLS = int(os.environ.get("STREAMSYN_KILLS", "4"))
 REQUESTS = 30 * KILLS
 IN_FLIGHT = 8
+CANCELLED = 2
+"""The batch that is cancelled: a long one, so that it is still in progress on a busy machine."""
 
 
 def lines(batch: int) -> bytes:
@@ -37,7 +39,7 @@ def lines(batch: int) -> bytes:
             }
         ).encode()
         + b"\n"
-        for number in range(REQUESTS)
+        for number in range(REQUESTS * (10 if batch == CANCELLED else 1))
     )
 
 
