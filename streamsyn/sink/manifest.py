@@ -16,9 +16,9 @@ shards are deleted: a listed shard that is missing is damage, unless this file c
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -71,6 +71,9 @@ class Retry:
     def reopens(self, reject: dict[str, Any]) -> bool:
         """Whether a row of rejects is one of those to be asked again."""
         return bool(reject["seq"] < self.rejects) and reject.get("reason") in self.reasons
+
+
+T = TypeVar("T", SealedShard, Retry)
 
 
 class Manifest:
@@ -224,11 +227,22 @@ class Manifest:
         if line.get("final"):
             self._close(line)
         elif line.pop("retry", False):
-            self._open(Retry(**line))
+            self._open(_known(Retry, line))
         elif line.get("flush"):
             self.flushes.append(int(line["contexts"]))
         else:
-            self.shards.append(SealedShard(**line))
+            self.shards.append(_known(SealedShard, line))
+
+
+def _known(kind: type[T], line: dict[str, Any]) -> T:
+    """A line as an entry of its kind.
+
+    Raises:
+        ValueError, TypeError: It has other keys.
+    """
+    if unknown := sorted(line.keys() - {field.name for field in fields(kind)}):
+        raise ValueError(f"unknown {', '.join(unknown)}; a newer version of streamsyn may have written it")
+    return kind(**line)
 
 
 def removed_rows(root: Path) -> int:

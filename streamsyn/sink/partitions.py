@@ -125,12 +125,17 @@ def read_partitions(root: Path) -> Partitions | None:
                 f"{path} has format {data['format']!r} with hash {data['hash']!r}; this streamsyn reads "
                 f"format {_FORMAT} with {_HASH}"
             )
+        number, ended = int(data["partitions"]), {int(at): rows for at, rows in data["ended"].items()}
+        rounds = [{kind: [int(rows) for rows in one[kind]] for kind in KINDS} for one in data["rounds"]]
+        sizes = {len(rows) for one in rounds for rows in one.values()}
+        if number < 1 or not sizes <= {number} or not ended.keys() <= set(range(number)):
+            raise ValueError(f"it does not fit to {number} partitions")
         return Partitions(
             root=root,
-            number=data["partitions"],
-            created_at=data["created_at"],
-            rounds=data["rounds"],
-            ended={int(at): rows for at, rows in data["ended"].items()},
+            number=number,
+            created_at=float(data["created_at"]),
+            rounds=rounds,
+            ended={at: {kind: int(rows[kind]) for kind in KINDS} for at, rows in ended.items()},
         )
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -83,6 +83,18 @@ def test_a_last_line_that_was_never_synced_is_cut_off(tmp_path: Path, tail: byte
     assert whole + b'{"flush":true,"contexts":3}\n' == path.read_bytes()
 
 
+@pytest.mark.parametrize("line", [b'{"parted":true,"contexts":5}', b'{"retry":true,"parted":1}'])
+def test_a_line_of_a_newer_version_is_refused(tmp_path: Path, line: bytes) -> None:
+    """Not as one of damage: the error names what is unknown."""
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(line + b"\n")
+
+    with pytest.raises(
+        SinkError, match=r"unknown .*parted; a newer version of streamsyn may have written it"
+    ):
+        Manifest(path)
+
+
 @pytest.mark.parametrize(
     "line", [b"{broken", b"[]", b"1", b'{"kind":"contexts"}', b'{"flush":true}', b"", b"\0\0"]
 )

@@ -1,7 +1,9 @@
 """Which partition a seed belongs to, and the order of the rows of several partitions as one."""
 
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,10 +113,38 @@ def test_rounds_are_recorded(tmp_path: Path) -> None:
     assert [None, 0] == partitions.totals("contexts")
 
 
+NONE = {"contexts": 0, "rejects": 0, "samples": 0}
+EMPTY = {"contexts": [0], "rejects": [0], "samples": [0]}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "hash": "blake2b-64"}'])
 def test_a_damaged_file_is_refused(text: str, tmp_path: Path) -> None:
     """By its name."""
     (tmp_path / "partitions.json").write_text(text)
 
     with pytest.raises(ConfigError, match=r"partitions\.json"):
+        run_directories(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"partitions": 0},
+        {"partitions": "all"},
+        {"created_at": None},
+        {"rounds": [{"contexts": [0, 0]}]},
+        {"rounds": [EMPTY]},
+        {"rounds": [0]},
+        {"ended": {"2": NONE}},
+        {"ended": {"1": {"contexts": 1}}},
+        {"ended": []},
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(damage: dict[str, Any], tmp_path: Path) -> None:
+    """What its readers rely on is checked once, where it is read."""
+    begin_partitions(tmp_path, 2)
+    path = tmp_path / "partitions.json"
+    path.write_bytes(orjson.dumps(orjson.loads(path.read_bytes()) | damage))
+
+    with pytest.raises(ConfigError, match=r"partitions\.json cannot be read"):
         run_directories(tmp_path)
