@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from streamsyn.cli.options import LOG_JSON, examples
+from streamsyn.cli.options import LOG_JSON, examples, resolve
 from streamsyn.cli.run import run
 from streamsyn.cluster import needing_ray
 from streamsyn.errors import ConfigError
@@ -33,7 +33,8 @@ def submit(address: str, command: tuple[str, ...], log_json: bool) -> None:
     """Start `streamsyn run` on a node of a Ray cluster, and again on another when it dies.
 
     What the run prints goes to stderr here, and its exit code is passed on. --out has to be on storage that
-    all nodes share. A signal to this command, or `ray job stop`, stops the run as it would there: it drains.
+    all nodes share, or the run to have a mirror (sink.mirror), from which it goes on. A signal to this
+    command, or `ray job stop`, stops the run as it would there: it drains.
     """
     from streamsyn.telemetry import configure_logs
 
@@ -51,7 +52,10 @@ def submit(address: str, command: tuple[str, ...], log_json: bool) -> None:
         from streamsyn.cluster.submitted import submitted
     more = ("--log-json",) if log_json and not given["log_json"] else ()
     out = given["out"].absolute()
-    submission = command_of((*arguments, *more, "--no-progress", "--out", str(out)), out)
+    is_mirrored = given["partitions"] is None and bool(resolve(given, None).sink.mirror)
+    submission = command_of(
+        (*arguments, *more, "--no-progress", "--out", str(out)), out, is_mirrored=is_mirrored
+    )
     sys.exit(asyncio.run(submitted(submission, address, _to_stderr)))
 
 

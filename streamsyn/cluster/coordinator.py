@@ -1,7 +1,7 @@
 """A run as an actor of a Ray cluster: a process of `streamsyn run` on some node, which dies with its actor.
 
-A run that is placed again, because its node died, resumes OUT, which all nodes share, with `--take-over`:
-what was taken for dead may be alive.
+A run that is placed again, because its node died, resumes OUT, which all nodes share, or its mirror, with
+`--take-over`: what was taken for dead may be alive.
 """
 
 import asyncio
@@ -43,12 +43,14 @@ class RunCommand:
         out: The run directory.
         folder: Where relative paths of the arguments begin, on each node.
         environ: Variables of this process that the run needs, such as keys of servers.
+        is_mirrored: Whether it goes on from its mirror on a node that does not have `out`.
     """
 
     arguments: tuple[str, ...]
     out: Path
     folder: Path
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+    is_mirrored: bool = False
 
     def taking_over(self) -> "RunCommand":
         """The same, of a run that another process may still be writing."""
@@ -83,8 +85,12 @@ class Coordinator:
         node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
         yield node
         command = self._command
-        if self._is_begun and not any((command.out / name).exists() for name in _BEGUN):
-            raise ConfigError(f"{command.out} is not on {node}: it has to be on storage that all nodes share")
+        is_here = command.is_mirrored or any((command.out / name).exists() for name in _BEGUN)
+        if self._is_begun and not is_here:
+            raise ConfigError(
+                f"{command.out} is not on {node}: it has to be on storage that all nodes share, or to have a "
+                "mirror (sink.mirror)"
+            )
         if not command.folder.is_dir():
             raise ConfigError(f"{command.folder} is not on {node}: submit from a folder that all nodes share")
         if not self._is_stopped:
@@ -189,7 +195,7 @@ class PlacedRun:
         ray.kill(self._actor)
 
 
-def command_of(arguments: Sequence[str], out: Path) -> RunCommand:
+def command_of(arguments: Sequence[str], out: Path, *, is_mirrored: bool = False) -> RunCommand:
     """Return the run of some arguments of `streamsyn run`; relative paths begin in this process's folder."""
     environ = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    return RunCommand(tuple(arguments), out, Path.cwd(), environ)
+    return RunCommand(tuple(arguments), out, Path.cwd(), environ, is_mirrored)

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ log = structlog.get_logger()
 
 MANIFEST: Final = "manifest.jsonl"
 RUN: Final = "run.json"
+OUTCOMES: Final = ("contexts", "rejects")
 _LISTS = re.compile(rf"{FOLDER}/(\d{{8}})\.({re.escape(MANIFEST)}|{re.escape(RUN)})")
 _OWN_NAME = re.compile(rb'("path":"[a-z]+/part-\d{6})\.e\d{8}(?=\.jsonl)')
 
@@ -132,6 +134,11 @@ class MirrorLists:
     run: bytes | None
     manifest: list[bytes]
 
+    def lacking(self, ours: Iterable[bytes]) -> list[dict[str, Any]]:
+        """The lines, decoded, that are not among `ours`."""
+        known = set(map(plain, ours))
+        return [orjson.loads(raw) for raw in self.manifest if plain(raw) not in known]
+
 
 def read_lists(target: MirrorTarget) -> MirrorLists:
     """What the newest epoch that has written lists has written."""
@@ -147,6 +154,14 @@ def read_lists(target: MirrorTarget) -> MirrorLists:
 def plain(raw: bytes) -> bytes:
     """A line of a manifest, with the name that its shard has in a run directory."""
     return _OWN_NAME.sub(rb"\1", raw)
+
+
+def created_at(run_json: bytes) -> Any:
+    """The time that identifies a run; None when this is not the content of a run.json."""
+    try:
+        return orjson.loads(run_json)["created_at"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
 
 
 def claim_mirror(target: MirrorTarget, root: Path, *, takes_over: bool) -> MirrorEpoch:

@@ -16,7 +16,16 @@ from streamsyn.errors import ConfigError
 from streamsyn.io.durable import write_whole
 from streamsyn.plain_text import without_userinfo
 from streamsyn.sink.manifest import removed_rows
-from streamsyn.sink.mirror_epoch import MANIFEST, RUN, MirrorEpoch, claim_mirror, plain, read_lists
+from streamsyn.sink.mirror_epoch import (
+    MANIFEST,
+    OUTCOMES,
+    RUN,
+    MirrorEpoch,
+    claim_mirror,
+    created_at,
+    plain,
+    read_lists,
+)
 from streamsyn.sink.mirror_target import MirrorTarget
 from streamsyn.sink.shards import KINDS
 
@@ -106,11 +115,10 @@ class MirrorPlan:
         there = read_lists(target)
         self._refuse_other_run(there.run)
         self._read_manifest()
-        ours = {plain(raw) for raw, _ in self._lines}
-        gone = [orjson.loads(raw) for raw in there.manifest if plain(raw) not in ours]
-        if any(line.get("kind") in ("contexts", "rejects") for line in gone):
+        if any(line.get("kind") in OUTCOMES for line in there.lacking(raw for raw, _ in self._lines)):
             raise ConfigError(
-                f"sink.mirror: {self._url} holds shards that {self._root} does not: restore them from there"
+                f"sink.mirror: {self._url} holds shards that {self._root} does not: the run has gone on "
+                "elsewhere; resume it in an empty directory, or with --take-over to set this one aside"
             )
         return there.manifest
 
@@ -206,7 +214,7 @@ class MirrorPlan:
             self._contexts += line["rows"]
 
     def _refuse_other_run(self, there: bytes | None) -> None:
-        if there is not None and _created_at(there) != _created_at(self._read_here(RUN)):
+        if there is not None and created_at(there) != created_at(self._read_here(RUN)):
             raise ConfigError(
                 f"sink.mirror: {self._url} holds a different run than {self._root}; choose a different URL, "
                 "or resume that run in an empty directory"
@@ -276,11 +284,3 @@ def mirrored_shards(root: Path, url: str) -> dict[str, str]:
 def _whole_lines(data: bytes) -> list[tuple[bytes, Line]]:
     """The whole lines of a manifest, as bytes and decoded."""
     return [(raw, orjson.loads(raw)) for raw in data.splitlines(keepends=True) if raw.endswith(b"\n")]
-
-
-def _created_at(run_json: bytes) -> Any:
-    """The time that identifies a run; None when this is not the content of a run.json."""
-    try:
-        return orjson.loads(run_json)["created_at"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None

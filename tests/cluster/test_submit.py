@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,41 @@ async def test_the_node_of_the_run_dies(raylets: Raylets, tmp_path: Path) -> Non
     assert SEEDS <= len(requests.times) <= SEEDS + IN_FLIGHT
     assert b'"epoch":2}' in (out / "manifest.jsonl").read_bytes()
     assert re.search(rb"done after", printed)
+
+
+async def test_a_run_on_local_disks_goes_on_from_its_mirror(raylets: Raylets, tmp_path: Path) -> None:
+    """Its directory is not on the second node; each seed has one outcome there."""
+    from streamsyn.cluster.submitted import submitted
+
+    raylets.at_least(2)
+    out, far, printed = tmp_path / "out", tmp_path / "far", bytearray()
+    async with simulated() as (url, requests):
+        given = await asyncio.to_thread(command, tmp_path, url, 150)
+        mirror = ("--set", f"sink.mirror={far}", "--set", "sink.shard_bytes=30000")
+        given = replace(given, arguments=(*given.arguments, *mirror), is_mirrored=True)
+        async with asyncio.TaskGroup() as group:
+            running_it = group.create_task(
+                submitted(given, raylets.address, printed.extend, NODE), name="submit"
+            )
+            await requests.until(60)
+            while not await asyncio.to_thread(has_shards, far):
+                await requests.until(len(requests.times) + 1)
+            cut = await asyncio.to_thread(raylets.cut_node)  # so that nobody writes to it where it is now
+            await asyncio.to_thread(out.rename, tmp_path / "lost")
+            await asyncio.to_thread(raylets.kill, cut.node)
+    assert 0 == running_it.result(), printed.decode()
+    assert 1 == printed.count(b"mirror.restored")
+    found = await asyncio.to_thread(rows, out, "contexts")
+    assert list(range(150)) == [row["seq"] for row in found]
+    assert 150 == len({row["seed_id"] for row in found})
+    problems, _ = await asyncio.to_thread(verify, out)
+    assert [] == problems
+
+
+def has_shards(far: Path) -> bool:
+    """Whether a mirror lists shards of contexts."""
+    path = far / "manifest.jsonl"
+    return path.exists() and b'"kind":"contexts"' in path.read_bytes()
 
 
 async def test_a_signal_drains_the_run(raylets: Raylets, tmp_path: Path) -> None:

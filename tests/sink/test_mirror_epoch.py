@@ -376,6 +376,30 @@ def test_an_empty_directory_goes_on_with_the_run(tmp_path: Path) -> None:
     assert [] == events
 
 
+def test_a_directory_that_the_run_has_left_is_set_aside(tmp_path: Path) -> None:
+    """The node is back, and takes the run over: not with what it had, which is kept beside."""
+    first = Coordinator(tmp_path / "a")
+    first.run(3)
+    first.end()
+    left = (tmp_path / "a/manifest.jsonl").read_bytes()
+    Coordinator(tmp_path / "b", -1).run(5)
+    with pytest.raises(ConfigError, match=r"holds shards that .*/a does not: the run has gone on elsewhere"):
+        MirrorPlan(tmp_path / "a", URL, threading.Event(), takes_over=True).begin()
+    with capture_logs() as events:
+        Coordinator(tmp_path / "a").run()
+
+    assert ["mirror.set_aside", "mirror.restored"] == [
+        event["event"] for event in events if event["log_level"] != "debug"
+    ]
+    (aside,) = (tmp_path / "a").glob("behind-*")
+    assert left == (aside / "manifest.jsonl").read_bytes()
+    assert [] == list(Verification(tmp_path / "a").problems(None))
+    assert OUTCOMES == sum(len(rows(tmp_path / "a", kind)) for kind in ("contexts", "rejects"))
+    with capture_logs() as events:
+        opened(tmp_path / "a").close()  # it has all now
+    assert [] == events
+
+
 def test_a_fetch_that_was_cut_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has left is not taken for a run."""
     finished(tmp_path / "a")
