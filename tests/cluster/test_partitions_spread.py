@@ -24,11 +24,20 @@ SEEDS = 300
 SIMULATE = (sys.executable, "-m", "streamsyn", "simulate", "--host", "{host}", "--port", "{port}")
 
 
+def placing(latency_ms: int, replicas: int = 1) -> list[str]:
+    """The options for servers that Ray places, each with the GPUs of a node."""
+    simulate = json.dumps([*SIMULATE, "--latency-ms", str(latency_ms)])
+    sizes = ["--replicas", str(replicas), "--gpus-per-replica", "8"]
+    return ["--model", "simulated", *sizes, "--set", f"cluster.command={simulate}"]
+
+
 @asynccontextmanager
-async def partitioned(tmp_path: Path, raylets: Raylets, *more: str) -> AsyncIterator[Process]:
+async def partitioned(
+    tmp_path: Path, raylets: Raylets, *more: str, number: int = SEEDS
+) -> AsyncIterator[Process]:
     """`streamsyn run --partitions 2 --ray` over all seeds into `tmp_path`/out, whose lines are to be read."""
     seeds = tmp_path / "seeds.jsonl"
-    text = "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(SEEDS))
+    text = "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(number))
     await asyncio.to_thread(seeds.write_text, text)
     keys = {
         "fleet.max_in_flight": IN_FLIGHT,
@@ -74,11 +83,11 @@ async def until(process: Process, event: str, number: int = 1) -> None:
             number -= f'"event":"{event}"'.encode() in line.replace(b": ", b":")
 
 
-async def check(out: Path) -> None:
+async def check(out: Path, number: int = SEEDS) -> None:
     """Each seed has one outcome, and the directory is in order."""
     found = await asyncio.to_thread(lambda: list(streamsyn.follow(out, kind="contexts")))
     assert {1} == set(Counter(row["seed_id"] for row in found).values())
-    assert SEEDS == len(found)
+    assert number == len(found)
     assert {0, 1} == {row["partition"] for row in found}
     for directory in (out / "partition-000", out / "partition-001"):
         problems, _ = await asyncio.to_thread(verify, directory)
@@ -106,12 +115,52 @@ async def test_the_node_of_a_coordinator_dies(raylets: Raylets, tmp_path: Path) 
 async def test_a_signal_drains_all_coordinators(raylets: Raylets, tmp_path: Path) -> None:
     """The command ends with 75; its servers are those that Ray placed, and all of them got the signal."""
     raylets.at_least(3)
-    more = ["--model", "simulated", "--gpus-per-replica", "8"]
-    more += ["--set", f"cluster.command={json.dumps([*SIMULATE, '--latency-ms', '100'])}"]
-    async with partitioned(tmp_path, raylets, *more) as process:
+    async with partitioned(tmp_path, raylets, *placing(latency_ms=100)) as process:
         await until(process, "run.started", 2)
         process.send_signal(signal.SIGTERM)
         code, logged = await end(process)
     assert 75 == code, logged
     (done,) = (entry for entry in logged if entry["event"] == "run.done" and "partitions" in entry)
     assert [75, 75] == [one["exit_code"] for one in done["partitions"]]
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("kills", [4])
+async def test_nodes_of_coordinators_die_again_and_again(
+    raylets: Raylets, tmp_path: Path, kills: int
+) -> None:
+    """Whichever they are, nothing is lost, and only what was in flight there is asked again."""
+    number = 100 * (kills + 1)
+    raylets.at_least(3)
+    async with (
+        simulated() as (url, requests),
+        partitioned(tmp_path, raylets, "--server", url, number=number) as process,
+        asyncio.TaskGroup() as group,
+    ):
+        ending = group.create_task(end(process), name="end")
+        for kill in range(1, kills + 1):
+            await requests.until(100 * kill)
+            await asyncio.to_thread(raylets.kill_node_without, "CPU")
+            raylets.at_least(3)
+    code, logged = ending.result()
+    assert 0 == code, logged
+    assert kills == sum(entry["event"] == "coordinator.restarts" for entry in logged)
+    await check(tmp_path / "out", number)
+    repeated = len(requests.times) - number
+    assert 0 <= repeated <= kills * IN_FLIGHT // 2
+    print(f"\n{kills} of two coordinators died, {number} seeds: {repeated} requests repeated")
+
+
+@pytest.mark.torture
+async def test_the_node_of_a_server_of_all_coordinators_dies(raylets: Raylets, tmp_path: Path) -> None:
+    """Each of them learns of it, and of the server that is placed in its stead."""
+    raylets.at_least(5)
+    async with partitioned(tmp_path, raylets, *placing(latency_ms=500, replicas=2)) as process:
+        await until(process, "run.started", 2)
+        await raylets.kill_node()
+        code, logged = await end(process)
+    assert 0 == code, logged
+    for change in ("added", "removed"):
+        told = [entry for entry in logged if entry["event"] == "fleet.servers_changed" and entry[change]]
+        assert {0, 1} == {entry["partition"] for entry in told}
+    await check(tmp_path / "out")
