@@ -14,10 +14,10 @@ Without --gpu: a CPU, 4 layers of width 256, rows of 1k, 4k and 16k tokens, one 
 streamsyn once with transformers' SDPA and its mask, like TRL, and once with one attention call a sample.
 With --gpu: models of 0.5B and 1.5B parameters, rows of 8k, 32k and 64k tokens (from 32k on with gradient
 checkpointing), bf16 with float32 weights; tokens per second of wall time, model FLOPs utilisation of the
-dense bf16 peak (by `streamsyn.trainer.metrics.mfu` for both), and peak memory; and the loss curves of bf16
-with each attention beside that of float32. If there is no GPU, the plan is printed. With --dry the same
-functions run on the CPU with tiny models and short rows. `benchmarks/train_gpu.sh` runs what fits into ten
-minutes.
+dense bf16 peak (by `streamsyn.trainer.metrics.mfu` for both), and peak memory; the loss curves of bf16
+with each attention beside that of float32; and 8-bit moments and compiled layers beside neither. If there is
+no GPU, the plan is printed. With --dry the same functions run on the CPU with tiny models and short rows.
+`benchmarks/train_gpu.sh` runs what fits into ten minutes.
 """
 
 import argparse
@@ -55,6 +55,7 @@ class Case:
         per_step: Rows of a step.
         warm_up: Steps that are not measured.
         curve: Whether to compare attentions and precisions of streamsyn instead of with TRL.
+        options: Whether to compare keys that save memory or time instead of with TRL.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Case:
     per_step: int = 2
     warm_up: int = 3
     curve: bool = False
+    options: bool = False
 
     def config(self) -> Any:
         """Return the transformers configuration of the Llama."""
@@ -104,8 +106,10 @@ def gpu_cases(*, dry: bool) -> list[Case]:
             shown = f"{name} {length // 1024}k"
             long = length > 8192
             cases.append(Case(shown, length=size, checkpointing=long, steps=few, warm_up=2, **shared))
-        size, steps = (128, 6) if dry else (4096, 40)
+        size, steps = (128, 6) if dry else (4096, 20)
         cases.append(Case(f"{name} curve", length=size, steps=steps, curve=True, **shared))
+        size, steps = (128, 6) if dry else (8192, 10)
+        cases.append(Case(f"{name} options", length=size, steps=steps, options=True, **shared))
     return cases
 
 
@@ -173,14 +177,18 @@ def prepare(folder: Path, case: Case) -> dict[str, Any]:
 def compare(case: Case, trl: str | None, rounds: int) -> dict[str, Any]:
     """Run all sides in turns and return the figures of each."""
     sides = dict.fromkeys(own_sides(case), sys.executable)
-    if trl and not case.curve:
+    if trl and not case.curve and not case.options:
         sides[TRL] = trl
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
         plan = prepare(Path(name), case)
         for _ in range(rounds):
             for side, python in sides.items():
-                found[side].append(round_of(side, python, Path(name)))
+                one = round_of(side, python, Path(name))
+                # Printed now: what follows may run out of memory or time.
+                gib = one["peak_bytes"] / 2**30
+                print(f"{case.name:9} {side:14} {sum(one['times']):9.1f} s   {gib:.2f} GiB", flush=True)
+                found[side].append(one)
     return {side: figures_of(case, plan, rounds_of_side) for side, rounds_of_side in found.items()}
 
 
@@ -189,6 +197,10 @@ TRL = "trl-auto"
 
 def own_sides(case: Case) -> list[str]:
     """Return the sides of streamsyn to measure."""
+    if case.options:
+        eighth = ["ours-auto-8bit"] if find_spec("bitsandbytes") else []
+        compiled = ["ours-auto-compile"] if case.gpu else []  # takes minutes on a CPU
+        return ["ours-auto", *eighth, *compiled]
     if not case.curve:
         return ["ours-auto"] if case.half else ["ours-sdpa", "ours-segments"]
     kernels = ["varlen"] if case.gpu else []

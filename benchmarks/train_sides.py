@@ -4,14 +4,15 @@
 
 FOLDER holds the model and plan.json. SIDE is `ours` or `trl` and an attention implementation, such as
 `ours-segments`, `ours-varlen` or `trl-sdpa`; `auto` takes the fastest that is installed. `-fp32` behind it
-trains in float32 whatever the plan says. Losses, step times and peak memory go to stdout as one JSON object.
+trains in float32 whatever the plan says, `-8bit` with moments of 8 bits, `-compile` with compiled layers.
+Losses, step times and peak memory go to stdout as one JSON object.
 """
 
 import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -53,8 +54,12 @@ def best_flash() -> str:
     return next((name for name, package in installed.items() if find_spec(package)), "sdpa")
 
 
-def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float], list[float]]:
-    """Train with streamsyn's loop and return the losses and the seconds of its steps."""
+def ours(
+    folder: Path, plan: dict[str, Any], attention: str, keys: Sequence[str] = ()
+) -> tuple[list[float], list[float]]:
+    """Train with streamsyn's loop and return the losses and the seconds of its steps; `keys` is what stands
+    behind the attention.
+    """
     import numpy
 
     from streamsyn.config.command_sections import TrainSection
@@ -76,6 +81,8 @@ def ours(folder: Path, plan: dict[str, Any], attention: str) -> tuple[list[float
             "precision": "bf16" if plan["half"] else "fp32",
             "gradient_checkpointing": plan["checkpointing"],
             "attention": "segments" if attention == "sdpa" else attention,
+            "moments": "8bit" if "8bit" in keys else "fp32",
+            "compile": "compile" in keys,
         }
     )
     accelerator = start_accelerator(section)
@@ -195,9 +202,12 @@ def worker(side: str, folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     if not plan["gpu"]:
         torch.set_num_threads(1)
-    name, attention, *single = side.split("-")
-    plan["half"] &= not single
-    losses, times = (ours if name == "ours" else theirs)(folder, plan, attention)
+    name, attention, *keys = side.split("-")
+    plan["half"] &= "fp32" not in keys
+    if name == "ours":
+        losses, times = ours(folder, plan, attention, keys)
+    else:
+        losses, times = theirs(folder, plan, attention)
     figures = {"losses": losses, "times": times, "peak_bytes": peak_bytes(plan["gpu"])}
     sys.stdout.write(json.dumps(figures) + "\n")
 
