@@ -75,6 +75,7 @@ def overrides(raylets: Raylets, **cluster: Any) -> dict[str, Any]:
         "cluster": section.model_dump(mode="json"),
         "fleet.concurrency": CAP,
         "fleet.max_in_flight": 3 * CAP,
+        "fleet.hedge_tail": False,  # it asks for the slowest answers twice
         "assembly.contexts_per_sample": 2,
         "sink.shard_bytes": 100_000,
     }
@@ -157,10 +158,8 @@ async def test_servers_are_added_and_given_up(
     ids = [f"seed-{n}" for n in range(150)]
     text = "".join(f'{{"id": "{one}", "instruction": "{one}?", "answer": "{one}"}}\n' for one in ids)
     await asyncio.to_thread(path.write_text, text)
-    # Without hedging, which would ask for the slowest answers twice.
     varied = (*SIMULATE, "--latency-ms", "4000", "--jitter-ms", "3900")
     given = overrides(raylets, replicas=1, max_replicas=3, idle_s=0.2, command=varied)
-    given["fleet.hedge_tail"] = False
     with watched() as seen:
         async with streamsyn.open_run(out=out, seeds=path, overrides=given, preflight=False) as run:
             await run.wait()

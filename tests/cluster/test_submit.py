@@ -69,7 +69,12 @@ def command(tmp_path: Path, url: str, number: int = SEEDS) -> Any:
     seeds.write_text(
         "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(number))
     )
-    keys = {"fleet.max_in_flight": IN_FLIGHT, "assembly.contexts_per_sample": 2, "sink.shard_bytes": 100_000}
+    keys = {
+        "fleet.max_in_flight": IN_FLIGHT,
+        "fleet.hedge_tail": "false",
+        "assembly.contexts_per_sample": 2,
+        "sink.shard_bytes": 100_000,
+    }
     settings = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
     out = tmp_path / "out"
     arguments = ["--seeds", str(seeds), "--server", url, "--no-preflight", "--no-progress", *settings]
