@@ -32,6 +32,8 @@ _BEGUN: Final = ("run.json", "partitions.json")
 _PASSED_ON: Final = "STREAMSYN_"
 """The beginning of the environment variables that a run gets from this process: the servers' keys."""
 _CHUNK_BYTES: Final = 1 << 16
+_WAITING_S = 30.0
+"""Seconds without a place after which a log line says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ class PlacedRun:
             RayError: The actor is gone.
         """
         answers = self._actor.run.options(num_returns="streaming").remote()
+        waiting = asyncio.get_running_loop().call_later(_WAITING_S, self._tell_waiting)
         try:
             async for answer in answers:
                 match await answer:
@@ -170,6 +173,7 @@ class PlacedRun:
                         yield data
                     case str(node):
                         self._is_placed = True
+                        waiting.cancel()
                         log.info("coordinator.placed", node=node, **self._fields)
                     case int(code):
                         self.code = code
@@ -177,6 +181,11 @@ class PlacedRun:
             if isinstance(cause := getattr(error, "cause", None), ConfigError):
                 raise ConfigError(str(cause)) from None
             raise
+        finally:
+            waiting.cancel()
+
+    def _tell_waiting(self) -> None:
+        log.warning("coordinator.waiting", needs="a node with a free CPU", **self._fields)
 
     def tell(self, servers: bytes) -> None:
         """Tell it of its servers."""

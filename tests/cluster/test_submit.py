@@ -167,13 +167,21 @@ async def test_a_signal_drains_the_run(raylets: Raylets, tmp_path: Path) -> None
     assert len(requests.times) == len(await asyncio.to_thread(rows, out, "contexts")) < SEEDS
 
 
-async def test_a_node_without_the_directory(raylets: Raylets, tmp_path: Path) -> None:
-    """One line, and the run is not begun anew."""
+async def test_a_node_without_the_directory(
+    raylets: Raylets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, and the run is not begun anew. While it has no place, another line says so."""
+    from streamsyn.cluster import coordinator
     from streamsyn.cluster.coordinator import RunCommand
     from streamsyn.cluster.submitted import submitted
 
     raylets.at_least(1)
+    monkeypatch.setattr(coordinator, "_WAITING_S", 0.0)
     given = RunCommand(("--version",), tmp_path / "out", Path("/nowhere"))
     async with asyncio.timeout(100):
-        with pytest.raises(ConfigError, match=r"/nowhere is not on .*: submit from a folder"):
+        with (
+            capture_logs() as logs,
+            pytest.raises(ConfigError, match=r"/nowhere is not on .*: submit from a folder"),
+        ):
             await submitted(given, raylets.address, sys.stderr.write, NODE)  # type: ignore[arg-type]
+    assert ["coordinator.waiting"] == [entry["event"] for entry in logs][:1]
