@@ -53,12 +53,12 @@ def score(directory: Path, measures: tuple[Any, ...], *, ray: str | None, again:
     from streamsyn.scoring.score_log import ScoreRequest
     from streamsyn.scoring.score_log import score as score_contexts
     from streamsyn.scoring.sidecar import MEASURES
-    from streamsyn.sink.partitions import run_directories
+    from streamsyn.sink.partitions import begun_directories
     from streamsyn.sink.rundir import read_run_json
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
-    directories = run_directories(directory)
+    directories = begun_directories(directory)
     for one in directories:
         if read_run_json(one) is None:
             raise ConfigError(f"{one} is not a run directory: it has no run.json")

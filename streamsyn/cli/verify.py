@@ -28,11 +28,11 @@ def verify(directory: Path, repair: bool) -> None:
     """
     from streamsyn.pipeline.verify import repair as repair_directory
     from streamsyn.pipeline.verify_joined import verify_joined
-    from streamsyn.sink.partitions import run_directories
+    from streamsyn.sink.partitions import begun_directories
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=False, level=logging.WARNING)
-    for one in run_directories(directory) if repair else ():
+    for one in begun_directories(directory) if repair else ():
         repair_directory(one)
     found = verify_joined(directory)
     for line in found.notes:

@@ -23,7 +23,7 @@ from streamsyn.export.choosing import BATCH, Choosing, ContextLog, Ended, chosen
 from streamsyn.export.export_request import ExportRequest, ExportSummary
 from streamsyn.records import Sample
 from streamsyn.shingles import Signature, signature
-from streamsyn.sink.partitions import in_turn, read_partitions, run_directories
+from streamsyn.sink.partitions import begun_directories, in_turn, read_partitions, run_directories
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
 
@@ -122,12 +122,12 @@ class LogReader:
     def __init__(self, request: ExportRequest, summary: ExportSummary, folder: Path) -> None:
         self._request = request
         self._summary = summary
-        roots = run_directories(request.root)
-        run_config, run = saved_config(roots[0]), read_run_json(roots[0])
+        roots, [begun, *_] = run_directories(request.root), begun_directories(request.root)
+        run_config, run = saved_config(begun), read_run_json(begun)
         if run_config is None or run is None:
-            raise ConfigError(f"{roots[0]} is not a run directory: it has no run.json")
+            raise ConfigError(f"{begun} is not a run directory: it has no run.json")
         self.run = run
-        """The content of run.json; with partitions, that of the first."""
+        """The content of run.json; with partitions, that of the first that has begun."""
         self.run_config = run_config
         """The configuration of the run."""
         self.config = _overridden(

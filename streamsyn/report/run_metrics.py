@@ -22,7 +22,7 @@ from streamsyn.report.report_examples import (
 )
 from streamsyn.report.traffic import Traffic
 from streamsyn.scoring.sidecar import measured, with_scores
-from streamsyn.sink.partitions import run_directories
+from streamsyn.sink.partitions import begun_directories, run_directories
 from streamsyn.sink.rundir import read_run_json, saved_config
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, SeqSet, Snapshot, superseded
@@ -52,10 +52,10 @@ class RunMetrics:
     """
 
     def __init__(self, root: Path) -> None:
-        roots = run_directories(root)
-        config, saved = saved_config(roots[0]), read_run_json(roots[0])
+        roots, [begun, *_] = run_directories(root), begun_directories(root)
+        config, saved = saved_config(begun), read_run_json(begun)
         if config is None or saved is None:
-            raise ConfigError(f"{roots[0]} is not a run directory: it has no run.json")
+            raise ConfigError(f"{begun} is not a run directory: it has no run.json")
         self.name = root.resolve().name
         self.config: Config = config
         self.version = str((saved.get("versions") or {}).get("streamsyn", "?"))

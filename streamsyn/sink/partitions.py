@@ -182,6 +182,16 @@ def run_directories(root: Path) -> list[Path]:
     return [root] if found is None else found.directories
 
 
+def begun_directories(root: Path) -> list[Path]:
+    """Return the run directories that OUT stands for and that have a run.json; all, if none has one.
+
+    Raises:
+        ConfigError: As `read_partitions`.
+    """
+    directories = run_directories(root)
+    return [one for one in directories if (one / "run.json").exists()] or directories
+
+
 def in_turn(streams: Sequence[Iterable[T]], ends: Sequence[Sequence[int]] = ()) -> Iterator[tuple[int, T]]:
     """Yield the items of all streams in the order of a joined run, each with the number of its stream.
 

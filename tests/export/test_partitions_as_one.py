@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from streamsyn.cli.main import cli
+from streamsyn.errors import ConfigError
 from streamsyn.export.export_request import ExportRequest
 from streamsyn.export.export_run import export
 from streamsyn.pipeline.status import status, status_lines
@@ -64,6 +65,21 @@ def test_an_unfinished_partition_leaves_contexts_waiting(tmp_path: Path) -> None
     assert 0 < summary.waiting
     flushed = export(ExportRequest(root=tmp_path / "run", to=str(tmp_path / "flushed"), flush=True))
     assert (5, 0) == (flushed.samples, flushed.waiting)
+
+
+def test_partitions_that_have_not_begun(tmp_path: Path) -> None:
+    """Whoever reads OUT, or repairs it, takes the others; without any, the first is named."""
+    out = tmp_path / "run"
+    partitions = begin_partitions(out, 3)
+    with pytest.raises(ConfigError, match=r"partition-000 is not a run directory"):
+        RunMetrics(out)
+    make_run(partitions.directories[1], [*map(scored, range(4))])
+    assert 4 == export(ExportRequest(root=out, to=str(tmp_path / "data"), flush=True)).samples
+    assert 4 == RunMetrics(out).counts["contexts"]
+    for command in (["verify", str(out), "--repair"], ["score", str(out), "--only", "duplicates"]):
+        result = CliRunner().invoke(cli, command)
+        assert 0 == result.exit_code, result.output
+        assert not partitions.directories[0].exists()
 
 
 def test_all_partitions_are_verified(joined: Path, tmp_path: Path) -> None:

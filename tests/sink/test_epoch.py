@@ -317,3 +317,23 @@ def test_the_owners_of_ids_outlive_a_takeover_that_is_killed(tmp_path: Path, num
     last.close()
     first.close()
     assert [] == list(tmp_path.glob(".index-*"))
+
+
+def test_an_exclusive_create_that_was_sent_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS server whose answer was lost: the repeated request finds the file. The next epoch is claimed."""
+    RunDirectory(tmp_path).close()
+    real, lost = os.open, iter([True])
+
+    def twice(path: Any, flags: int, *more: int) -> int:
+        file = real(path, flags, *more)
+        if flags & os.O_EXCL and next(lost, False):
+            os.close(file)
+            raise FileExistsError(path)
+        return file
+
+    monkeypatch.setattr(os, "open", twice)
+    directory = RunDirectory(tmp_path)
+    assert 3 == directory.epoch.number
+    assert ["00000003"] == [path.name for path in (tmp_path / "epochs").iterdir()]
+    directory.epoch.check()
+    directory.close()

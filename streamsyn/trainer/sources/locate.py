@@ -18,7 +18,7 @@ from streamsyn.config.data_paths import hub_name, is_url
 from streamsyn.errors import ConfigError
 from streamsyn.following.daemon_client import is_run_url
 from streamsyn.io.inputs import is_row_file, is_run_directory
-from streamsyn.sink.partitions import run_directories
+from streamsyn.sink.partitions import begun_directories
 from streamsyn.sink.rundir import read_run_json
 from streamsyn.sink.shards import KINDS
 from streamsyn.trainer.sources.pipe import PipedSamples
@@ -66,7 +66,7 @@ def open_sources(stream: str, section: TrainSection, out: Path) -> Sources:
 
 def _warn_of_leaks(run: Path, holdout: float) -> None:
     """Warn if samples of a run have contexts of held-out seeds as distractors."""
-    saved = read_run_json(run_directories(run)[0])
+    saved = read_run_json(begun_directories(run)[0])
     assembly: dict[str, Any] = saved["config"].get("assembly", {}) if saved is not None else {}
     if assembly.get("holdout", 0.0) < holdout and assembly.get("distractors") not in ("none", "corpus"):
         log.warning(
