@@ -31,8 +31,11 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.shared_servers import ServerEdits, Servers, open_servers
 from streamsyn.io.process_files import free_files, raise_limit
 from streamsyn.pipeline.setup import on_cluster, traces_exported
+from streamsyn.sink.epoch import Epoch
 
 _RETRY_AFTER_S: Final = "30"
+CHECK_S: Final = 10.0
+"""A daemon looks this often whether a newer one serves its directory."""
 
 
 @dataclass(slots=True)
@@ -143,8 +146,9 @@ async def open_daemon(
     Raises:
         ConfigError: ROOT or the configuration cannot be used.
         SinkError: The disk failed.
+        TakenOver: A newer daemon serves ROOT.
     """
-    async with in_threads(opened_root(root)):
+    async with in_threads(opened_root(root)) as epoch:
         access = await asyncio.to_thread(Access, config.serve.tokens_file)
         async with (
             open_webhooks(
@@ -156,7 +160,7 @@ async def open_daemon(
             _opened_servers(root, config, environ, connect) as servers,
             background() as tasks,
         ):
-            hosting = Hosting(config, environ, connect, servers, tasks, Streams(), webhooks, tracer)
+            hosting = Hosting(config, environ, connect, servers, tasks, Streams(), webhooks, epoch, tracer)
             runs, files = Runs(root / "runs", hosting), Files(root / "files")
             batches = Batches(root / "batches", files, hosting)
             daemon = Daemon(root, access, tasks, hosting, runs, files, batches)
@@ -166,9 +170,17 @@ async def open_daemon(
             await runs.open()
             await batches.open()
             tasks.start(disk.watch(), name="low disk")
+            tasks.start(_until_taken_over(epoch), name="epoch")
             tasks.start(RetentionTask(runs, lambda: daemon.config.serve).run(), name="retention")
             yield daemon
             await daemon.drain()
+
+
+async def _until_taken_over(epoch: Epoch) -> None:
+    """Look from time to time whether a newer daemon serves ROOT; raise TakenOver when it does."""
+    while True:
+        await asyncio.sleep(CHECK_S)
+        await asyncio.to_thread(epoch.check)
 
 
 @asynccontextmanager

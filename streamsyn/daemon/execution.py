@@ -15,6 +15,7 @@ from streamsyn.fleet.membership import Connect
 from streamsyn.fleet.shared_servers import Servers
 from streamsyn.pipeline.stop import RunControl
 from streamsyn.pipeline.summary import RunSummary
+from streamsyn.sink.epoch import Epoch
 from streamsyn.sink.shards import KINDS
 from streamsyn.sink.snapshot import Part, Snapshot, holding_rejects
 from streamsyn.telemetry import Counters, Tracer
@@ -40,6 +41,7 @@ class Hosting:
         tasks: Starts the tasks of runs.
         streams: What the readers of all runs share.
         webhooks: Send events.
+        epoch: That of ROOT: of several daemons, the newest one may write.
         tracer: Takes the spans of all runs, if `run.traces` is set.
         ending: Whether the daemon is ending: no run is begun any more.
         held: Why no run is begun for the time being, such as a low disk; "" if they are.
@@ -52,6 +54,7 @@ class Hosting:
     tasks: Background
     streams: Streams
     webhooks: Webhooks
+    epoch: Epoch
     tracer: Tracer | None = None
     ending: bool = False
     held: str = ""

@@ -336,6 +336,7 @@ class HostedRun:
         record.state, record.is_closed, record.error = state.state, state.is_closed, state.error
         if self._inbox is not None:
             record.accepted = self._inbox.accepted
+        await asyncio.to_thread(self._hosting.epoch.check)
         await asyncio.to_thread(record.save, self.root)
         self._on_state(self)
         self.tails.has_changed()
@@ -457,7 +458,8 @@ class HostedRun:
     def _open_inbox(self) -> Inbox:
         config = self._config()
         documents = load_recipe(config.recipe, config.checks).takes_documents
-        inbox = Inbox(self.root, config.seeds, takes_documents=documents)
+        epoch = self._hosting.epoch
+        inbox = Inbox(self.root, config.seeds, takes_documents=documents, fence=epoch)
         inbox.open()
         return inbox
 

@@ -112,7 +112,10 @@ async def _to_its_end(request: web.Request, handler: Handler) -> web.StreamRespo
 
     async def work() -> None:
         try:
-            answer.set_result(await handler(request))
+            response = await handler(request)
+            # What is on disk at this check is there for whoever takes over; else nobody may act on it.
+            await asyncio.to_thread(request.app[DAEMON].hosting.epoch.check)
+            answer.set_result(response)
         except Exception as error:  # noqa: BLE001 - raised to the one who waits
             answer.set_exception(error)
         finally:

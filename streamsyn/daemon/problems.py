@@ -16,6 +16,7 @@ from streamsyn.errors import (
     SinkError,
     StoppedEarly,
     StreamsynError,
+    TakenOver,
 )
 from streamsyn.plain_text import message
 
@@ -55,7 +56,7 @@ def problem_of(error: StreamsynError) -> Problem:
             return Problem(410, str(error), first_seq=error.first_seq)
         case SinkError():
             return Problem(507, str(error))
-        case StoppedEarly():
+        case StoppedEarly() | TakenOver():
             return Problem(503, str(error))
         case _:
             return Problem(502, str(error))  # of a server of the fleet

@@ -2,6 +2,7 @@
 
 ROOT/daemon.json     {"format_version": 1, ...}
 ROOT/daemon.lock     held by the daemon that serves ROOT
+ROOT/epochs/         which daemon may write, where locks cannot be trusted; see `streamsyn.sink.epoch`
 ROOT/servers.json    {"format_version": 1, "added": [{"url", "weight", "key_env", "query"}], "removed": [URL],
                      "draining": [URL]}: servers beside those of the configuration
 ROOT/runs/ID/        run directories
@@ -20,7 +21,8 @@ import streamsyn
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.server_spec import ServerSpec
 from streamsyn.fleet.shared_servers import ServerEdits
-from streamsyn.io.durable import make_folder, write_whole
+from streamsyn.io.durable import disk_errors, make_folder, write_whole
+from streamsyn.sink.epoch import Epoch, claim
 from streamsyn.sink.rundir import DirectoryLock, is_foreign
 
 ROOT_FORMAT: Final = 1
@@ -30,8 +32,8 @@ SERVERS_FILE: Final = "servers.json"
 
 
 @contextmanager
-def opened_root(root: Path) -> Iterator[Path]:
-    """Make the directory if necessary, check its format, and hold its lock during the block.
+def opened_root(root: Path) -> Iterator[Epoch]:
+    """Make the directory if necessary, check its format, and hold its lock and epoch during the block.
 
     Raises:
         DirectoryInUse: A different daemon serves it.
@@ -51,7 +53,12 @@ def opened_root(root: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot use {root}: {error.strerror}") from error
     try:
         _check_format(root)
-        yield root
+        with disk_errors(f"claim {root}"):
+            epoch = claim(root, (), is_locked=True)
+        try:
+            yield epoch
+        finally:
+            epoch.close()
     finally:
         lock.close()
 

@@ -15,7 +15,7 @@ from streamsyn.config.sections import SeedsSection
 from streamsyn.errors import KeyInUse, SinkError
 from streamsyn.io.spool import BATCH_BYTES, BATCH_ENTRIES
 from streamsyn.records import Entry
-from streamsyn.seeds.inbox_file import InboxFile
+from streamsyn.seeds.inbox_file import Fence, InboxFile
 from streamsyn.seeds.inbox_lines import Closing, StoredAnswer, decode
 from streamsyn.seeds.parse import SeedParser
 from streamsyn.seeds.submission import Submission, Submitted
@@ -31,12 +31,20 @@ class Inbox:
         out: The run directory.
         seeds: The section of the configuration: names of fields, longest line.
         takes_documents: Whether a seed is a document instead of a pair.
+        fence: Refuses what a newer process would not read, as `InboxFile` describes.
     """
 
-    def __init__(self, out: Path, seeds: SeedsSection, *, takes_documents: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        seeds: SeedsSection,
+        *,
+        takes_documents: bool = False,
+        fence: Fence | None = None,
+    ) -> None:
         self._max_line_bytes = seeds.max_line_bytes
         self._parser = SeedParser(seeds.fields, form=seeds.format, takes_documents=takes_documents)
-        self._file = InboxFile(out)
+        self._file = InboxFile(out, fence)
         self._changed = self._file.changed
         self._keys_in_use: set[str] = set()
         self._room: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []

@@ -6,17 +6,20 @@ a part of a line is cut off.
 """
 
 import fcntl
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from threading import Condition, Lock
-from typing import IO, Final, TypeAlias
+from typing import IO, Final, Protocol, TypeAlias
 
 import structlog
 
-from streamsyn.errors import DirectoryInUse, InboxClosed, SinkError
+from streamsyn.errors import DirectoryInUse, InboxClosed, SinkError, TakenOver
 from streamsyn.io.derived import SQLITE_ERRORS, DerivedDatabase
+from streamsyn.io.durable import sync_folder
 from streamsyn.io.spool import Spool
 from streamsyn.records import Entry
 from streamsyn.seeds.inbox_lines import Closing, InboxLine, StoredAnswer, decode, encode, entry_key
@@ -174,6 +177,17 @@ class _Group:
         self.covered.lines += 1
 
 
+class Fence(Protocol):
+    """Which of several processes may write: `streamsyn.sink.epoch.Epoch`."""
+
+    took_over: bool
+    """Whether an older process may be alive."""
+
+    def check(self) -> None:
+        """Raise TakenOver if a newer process may."""
+        ...
+
+
 class InboxFile:
     """Appends to the file. Any thread may call; all calls block on the disk.
 
@@ -181,6 +195,8 @@ class InboxFile:
 
     Args:
         out: The run directory.
+        fence: Keeps what an older process writes late out of the file: whoever took over goes on with a
+            copy. What is acknowledged is checked once it is on disk, so it is in the copy.
 
     Attributes:
         path: The file.
@@ -191,9 +207,11 @@ class InboxFile:
         SinkError: By all calls: the files cannot be used, or a line is damaged that is not among the last.
         DirectoryInUse: By all calls: a different process has the file open.
         InboxClosed: By all calls but `open`: the file was released.
+        TakenOver: By all calls: a newer process has it.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, fence: Fence | None = None) -> None:
+        self._fence = fence
         self.path = out / "spool" / "seeds.jsonl"
         self.covered = Covered()
         self.changed = Condition()
@@ -221,8 +239,9 @@ class InboxFile:
         """Close the files."""
         with self._writing:
             self._is_released = True
-            with suppress(*SQLITE_ERRORS, OSError):  # derived: what is not saved is found again
+            with suppress(*SQLITE_ERRORS, OSError, TakenOver):  # derived: what is not saved is found again
                 if not self._is_stale:
+                    self._check()
                     self._index.write(self.covered)
                 self._index.forget()
             self._is_stale = True
@@ -279,7 +298,7 @@ class InboxFile:
                 except SQLITE_ERRORS as damage:
                     self._rebuild(damage)
                     self._store(parts)
-        except (SinkError, DirectoryInUse, InboxClosed) as raised:
+        except (SinkError, DirectoryInUse, InboxClosed, TakenOver) as raised:
             self._is_stale = True
             error = raised
         except BaseException:
@@ -297,6 +316,7 @@ class InboxFile:
             self._add(part, group)
         if group.data:
             self._spool.append(b"".join(group.data))
+        self._check()
         with self.changed:
             group.covered.taken = self.covered.taken  # a reader may have gone on
             self.covered = group.covered
@@ -333,9 +353,11 @@ class InboxFile:
             return
         if self._is_released:
             raise InboxClosed("the run takes no more seeds: it has ended")
+        self._check()
         with self._translated():
             self._index.forget()
             if self._lock is None:
+                self._leave_old_file()
                 self._spool.open()
                 self._lock = _locked(self.path)
             elif self.path.stat().st_size > self.covered.end:
@@ -345,6 +367,24 @@ class InboxFile:
             except SQLITE_ERRORS as damage:
                 self._rebuild(damage)
         self._is_stale = False
+
+    def _check(self) -> None:
+        if self._fence is not None:
+            self._fence.check()
+
+    def _leave_old_file(self) -> None:
+        """Go on with a copy of the file, and a new index, if an older process may have them open."""
+        if self._fence is None or not self._fence.took_over or not self.path.exists():
+            return
+        aside = self.path.with_name(f"{self.path.name}.new")
+        with self.path.open("rb") as source, aside.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        self._check()
+        aside.replace(self.path)
+        sync_folder(self.path.parent)
+        self._index.delete()
 
     def _rebuild(self, damage: Exception) -> None:
         self._index.discard(damage)

@@ -59,6 +59,8 @@ class Epoch:
         self.root = root
         self.number = number
         self._path = root / FOLDER / f"{number:08d}"
+        self.took_over = False
+        """Whether an older process may be alive."""
         self._token = token
         self._lost = ""
 
@@ -220,7 +222,8 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
 
     Args:
         root: The run directory.
-        growing: Patterns of the files that a process holds open to write.
+        growing: Patterns of the files that a process holds open to write; without any, whoever opens such
+            files replaces them if the epoch `took_over`.
         is_locked: Whether this process holds the lock of the directory.
 
     Raises:
@@ -253,7 +256,8 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
         (folder / f"{older:08d}").unlink(missing_ok=True)
     sync_folder(folder)
     epoch = Epoch(root, number, token)
-    if not is_clean:
+    epoch.took_over = not is_clean
+    if growing and not is_clean:
         epoch.take_over(growing)
     epoch.settle(is_locked=is_locked)
     return epoch

@@ -33,8 +33,8 @@ _OURS = frozenset(
 )
 _BESIDES = (".toml", ".j2", ".log", "lost+found")
 """Endings of what may lie in a directory before its run begins."""
-_GROWING = ("manifest.jsonl", "spool/*.jsonl", f"*/part-*{OPEN_SUFFIX}")
-"""Files that a writer of a run directory holds open."""
+_GROWING = ("manifest.jsonl", "spool/stdin.jsonl", f"*/part-*{OPEN_SUFFIX}")
+"""Files that a writer of a run directory holds open. The inbox is not among them: it was opened before."""
 _LOOKS = 1000
 """Times that a lock is tried while others look at it."""
 LOCK_NAME = ".lock"

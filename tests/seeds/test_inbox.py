@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from streamsyn.config.sections import SeedsSection
-from streamsyn.errors import DirectoryInUse, InboxClosed, KeyInUse, KeyReused, SinkError
+from streamsyn.errors import DirectoryInUse, InboxClosed, KeyInUse, KeyReused, SinkError, TakenOver
 from streamsyn.records import BadSeed, Entry, Seed
 from streamsyn.seeds.inbox import Inbox, InboxSource
 from streamsyn.seeds.inbox_file import InboxIndex
@@ -493,3 +493,49 @@ class Inboxes(RuleBasedStateMachine):
 
 TestInbox = Inboxes.TestCase
 TestInbox.settings = settings(max_examples=10, stateful_step_count=10, deadline=None)
+
+
+# Two processes, where locks keep nobody out
+
+
+class Fence:
+    """At its next check, an older process lets a newer one open the inbox; all later ones are refused."""
+
+    def __init__(self, *, took_over: bool = False) -> None:
+        self.took_over = took_over
+        self.newer: Inbox | None = None
+        self.is_lost = False
+
+    def check(self) -> None:
+        if self.is_lost:
+            raise TakenOver("taken over")
+        if self.newer is not None:
+            self.newer.open()
+            self.is_lost = True
+
+
+def test_what_an_older_process_acknowledges_is_in_the_copy(tmp_path: Path) -> None:
+    """A newer one opens the inbox between the write and the check. What is written later is refused."""
+    fence = Fence()
+    older = Inbox(tmp_path, SeedsSection(), fence=fence)
+    newer = Inbox(tmp_path, SeedsSection(), fence=Fence(took_over=True))
+    older.submit([row(0)])
+    with older.submission() as late:
+        fence.newer = newer
+        assert 1 == older.submit([row(1)]).accepted
+        assert 2 == newer.accepted
+        late.add(line(2))
+        with pytest.raises(TakenOver):
+            late.finish()
+    newer.submit([row(3)])
+    older.release()
+    with pytest.raises(TakenOver):
+        older.open()
+    newer.close()
+
+    assert [f"What is {number}?" for number in (0, 1, 3)] == questions(read(newer))
+    newer.release()
+    fresh = Inbox(tmp_path, SeedsSection())
+    fresh.open()
+    assert 3 == fresh.accepted
+    fresh.release()
