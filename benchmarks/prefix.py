@@ -10,6 +10,8 @@ caches, one request at a time each. Variants:
 - round robin, least in flight: the same HTTP client with only that policy;
 - smg, POLICY: the same HTTP client through the Shepherd gateway, once sglang-router, with each of its
   policies for equal servers; those that follow keys are sent the key of the group;
+- streamsyn, ranks unknown: as streamsyn, but servers with data-parallel ranks (`--dp-size`) do not say that
+  they have them, and give requests to them in turns;
 - streamsyn + smg, manual: the fleet with the gateway as its only server, which follows the routing key.
 
 Columns:
@@ -39,7 +41,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import aiohttp
 
@@ -48,9 +50,12 @@ from benchmarks.grouped import TEMPLATE_CHARS, Work, work
 from benchmarks.router import router
 from streamsyn.config.sections import FleetSection
 from streamsyn.errors import ServerError
+from streamsyn.fleet import wire
 from streamsyn.fleet.client import ServerClient
 from streamsyn.fleet.fleet import open_fleet
-from streamsyn.fleet.transport import http_transport
+from streamsyn.fleet.membership import Connect, connect_http
+from streamsyn.fleet.server_spec import ServerSpec
+from streamsyn.fleet.transport import Reply, Transport, http_transport
 from streamsyn.records import Attempt, Completion, Request
 from streamsyn.telemetry import configure_logs
 
@@ -126,17 +131,19 @@ async def closed_loop(requests: Sequence[Request], concurrency: int, ask: Ask) -
 
 
 async def with_streamsyn(
-    urls: Sequence[str], requests: Sequence[Request], concurrency: int, cap: str
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, cap: str, *, ranks: bool = True
 ) -> Answers:
     """Send the requests through a streamsyn fleet.
 
     `cap` is the in-flight cap of a server: "auto", a number, or "even" for `concurrency` / number of servers.
+    Without `ranks` it does not learn of data-parallel ranks.
     """
     even = -(-concurrency // len(urls))
     section = FleetSection(
         servers=tuple(urls), concurrency="auto" if cap == "auto" else even if cap == "even" else int(cap)
     )
-    async with open_fleet(section, on_gone=lambda _: None) as fleet:
+    connect = None if ranks else without_info(await connect_http(section, {}))
+    async with open_fleet(section, on_gone=lambda _: None, connect=connect) as fleet:
         await fleet.ask_models()
 
         async def ask(request: Request) -> Completion:
@@ -147,6 +154,30 @@ async def with_streamsyn(
         planned = sum(server.planned_cached_tokens for server in fleet.servers)
         moves = fleet.moves
         return replace(answers, planned=planned, moves=moves)
+
+
+class NoInfo:
+    """A transport to a server that has no `/server_info`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def exchange(self, method: str, path: str, **given: Any) -> Reply:
+        """See Transport."""
+        if path == wire.SERVER_INFO:
+            return Reply(404, b"")
+        return await self._transport.exchange(method, path, **given)
+
+
+def without_info(connect: Connect) -> Connect:
+    """Return what opens transports to servers that have no `/server_info`."""
+
+    @asynccontextmanager
+    async def opened(spec: ServerSpec) -> AsyncIterator[Transport]:
+        async with connect(spec) as transport:
+            yield NoInfo(transport)
+
+    return opened
 
 
 async def without_placement(
@@ -232,6 +263,8 @@ async def measure(
     match variant:
         case "streamsyn":
             answers = await with_streamsyn(urls, workload.requests, concurrency, args.cap)
+        case "streamsyn, ranks unknown":
+            answers = await with_streamsyn(urls, workload.requests, concurrency, args.cap, ranks=False)
         case "round robin" | "least in flight":
             least = variant == "least in flight"
             answers = await without_placement(urls, workload.requests, concurrency, least_in_flight=least)
@@ -248,7 +281,7 @@ async def measure(
     split = [number > 1 for number in await holders(urls, workload)]
     cached = sum(completion.cached_tokens for completion in answers.completions)
     prompts = sum(completion.prompt_tokens for completion in answers.completions)
-    ideal = workload.ideal(len(urls))
+    ideal = workload.ideal(len(urls) * args.dp_size)
     return Row(
         variant=variant,
         servers=len(urls),
@@ -298,13 +331,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="only variants whose names start with NAME"
     )
+    parser.add_argument("--dp-size", type=int, default=1, help="data-parallel ranks of a server")
     parser.add_argument("--check", action="store_true", help="exit with 1 when streamsyn misses a target")
     return parser.parse_args()
 
 
 def variants(args: argparse.Namespace) -> list[str]:
     """Return the selected variants."""
-    names = ["streamsyn", "round robin", "least in flight", *(f"smg, {policy}" for policy in POLICIES)]
+    unknown = ["streamsyn, ranks unknown"] if args.dp_size > 1 else []
+    names = [
+        "streamsyn",
+        *unknown,
+        "round robin",
+        "least in flight",
+        *(f"smg, {policy}" for policy in POLICIES),
+    ]
     names += ["streamsyn + smg, manual"]
     wanted = args.variants or [""]
     return [name for name in names if any(name.startswith(start) for start in wanted)]
@@ -323,7 +364,8 @@ def main() -> int:
         f"{'of plan':>9}{'split':>8}{'max/mean':>10}{'requests/s':>11}{'failed':>8}{'moves':>7}"
     )
     for servers in args.servers:
-        with _simulators(servers, ["--cost-model", args.cost_model]) as urls:
+        options = ["--cost-model", args.cost_model, "--dp-size", str(args.dp_size)]
+        with _simulators(servers, options) as urls:
             for concurrency, variant in itertools.product(args.concurrency, variants(args)):
                 rows.append(asyncio.run(measure(variant, urls, workload, concurrency, args)))
                 show(rows[-1])

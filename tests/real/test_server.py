@@ -3,6 +3,7 @@
 import aiohttp
 import pytest
 
+from streamsyn.fleet.wire import Features, parse_features
 from tests.real.conftest import RealServer
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.timeout(600)]
@@ -28,12 +29,17 @@ async def test_it_chats_and_reports_cached_tokens(real_server: RealServer) -> No
     """The chat route needs the template that the installer wrote."""
     question = [{"role": "user", "content": "Name a colour."}]
     body = {"model": real_server.model, "messages": question, "max_tokens": 16, "temperature": 0}
-    async with (
-        aiohttp.ClientSession(real_server.url) as session,
-        session.post("/v1/chat/completions", json=body) as response,
-    ):
-        chat = await response.json()
+    body |= {"return_cached_tokens_details": True}
+    async with aiohttp.ClientSession(real_server.url) as session:
+        for _ in range(2):
+            async with session.post("/v1/chat/completions", json=body) as response:
+                chat = await response.json()
+        async with session.get("/server_info") as response:
+            features = parse_features(await response.read())
 
     assert chat["choices"][0]["message"]["content"].strip()
     assert chat["usage"]["prompt_tokens"] > 5
-    assert "cached_tokens" in chat["usage"]["prompt_tokens_details"]
+    cached = chat["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0
+    assert {"device": cached, "host": 0} == chat["sglext"]["cached_tokens_details"]
+    assert Features(has_details=False, ranks=1) == features
