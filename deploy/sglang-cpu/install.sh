@@ -53,7 +53,7 @@ install() {
   mkdir -p "$home/build"
   trap 'rm -rf "$home/build"' EXIT
 
-  say "installing into $home: 0.6 GB to download, 2.2 GB on disk, a minute or two on two cores"
+  say "installing into $home: 0.6 GB to download, 2 GB on disk, a minute or two on two cores"
   "$python" -m venv --without-pip "$home/venv"
   install_packages
   local site
