@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,7 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
     """Run the coordinators, print their summary, and exit with the worst of their codes."""
     import asyncio
 
-    from streamsyn.sink.partitions import begin_partitions
-    from streamsyn.sink.rundir import DirectoryLock
+    from streamsyn.sink.partitions import claimed_partitions
     from streamsyn.telemetry import configure_logs
 
     configure_logs(as_json=given["log_json"])
@@ -58,9 +57,8 @@ def run_partitions(given: dict[str, Any], number: int) -> None:
         raise ConfigError(
             "--partitions reads seeds once for each partition: write those of stdin to a file first"
         )
-    partitions = begin_partitions(out, number)
-    # To take over, each coordinator takes its own directory: what older ones write then counts for nothing.
-    with nullcontext() if given["take_over"] else closing(DirectoryLock(out)):
+    # To take over, each coordinator takes its own directory, too: what older ones write counts for nothing.
+    with claimed_partitions(out, number, takes_over=given["take_over"]) as partitions:
         try:
             coordinators, code = asyncio.run(_run(given, asked, partitions))
         except BaseExceptionGroup as group:

@@ -112,9 +112,11 @@ async def _to_its_end(request: web.Request, handler: Handler) -> web.StreamRespo
 
     async def work() -> None:
         try:
+            check = request.app[DAEMON].hosting.epoch.check
+            await asyncio.to_thread(check)
             response = await handler(request)
             # What is on disk at this check is there for whoever takes over; else nobody may act on it.
-            await asyncio.to_thread(request.app[DAEMON].hosting.epoch.check)
+            await asyncio.to_thread(check)
             answer.set_result(response)
         except Exception as error:  # noqa: BLE001 - raised to the one who waits
             answer.set_exception(error)

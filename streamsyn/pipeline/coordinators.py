@@ -250,6 +250,7 @@ class Coordinators:
     async def _run_once(self, one: Coordinator, *, is_lost: bool) -> tuple[int, str]:
         """Run a coordinator to its end; return its exit code, and how it was lost, if it was."""
         one.figures, one.done, one.error = {}, {}, ""
+        await asyncio.to_thread(self.partitions.check)  # it would take the partition from a newer process
         process = one.process = await self._launch(one.at, is_lost)
         if self._stopping.is_set():
             process.stop(_DRAIN)

@@ -4,11 +4,13 @@ A seed belongs to one partition, by a hash of its prefix group, or else of its i
 sees the rows of all partitions in turn: the first of each, the second of each, and so on, without those that
 have ended. A row's number in this order never changes. So partitions.json records which partitions have
 ended, with their rows; and when all have, and are taken up again, a round ends: what comes later comes behind
-all rows of the rounds before. One process writes the file: the one that starts the coordinators.
+all rows of the rounds before. One process writes the file: the one that starts the coordinators, and of
+several the newest (`streamsyn.sink.epoch`).
 """
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -17,9 +19,10 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from streamsyn.errors import ConfigError, SinkError
-from streamsyn.io.durable import make_folder, write_whole
+from streamsyn.io.durable import disk_errors, make_folder, write_whole
+from streamsyn.sink.epoch import Epoch, claim
 from streamsyn.sink.manifest import Manifest
-from streamsyn.sink.rundir import is_foreign
+from streamsyn.sink.rundir import DirectoryLock, is_foreign
 from streamsyn.sink.shards import KINDS
 
 T = TypeVar("T")
@@ -44,6 +47,7 @@ class Partitions:
         created_at: When the first run began, in Unix seconds, which identifies it.
         rounds: For each round that has ended: the rows of each partition by then, by kind.
         ended: The rows of each partition that has ended in the present round, by kind.
+        epoch: That of OUT, of the process that may change the file.
     """
 
     root: Path
@@ -51,6 +55,7 @@ class Partitions:
     created_at: float
     rounds: list[dict[str, list[int]]] = field(default_factory=list)
     ended: dict[int, dict[str, int]] = field(default_factory=dict)
+    epoch: Epoch | None = field(default=None, compare=False, repr=False)
 
     @property
     def directories(self) -> list[Path]:
@@ -93,13 +98,28 @@ class Partitions:
         kept = {at: self.ended[at] for at in ended}
         return self._saved(replace(self, rounds=[*self.rounds, rows], ended=kept))
 
+    def check(self) -> None:
+        """Make sure that no newer process starts the coordinators.
+
+        Raises:
+            TakenOver: One does.
+        """
+        if self.epoch is not None:
+            self.epoch.check()
+
     @staticmethod
     def _saved(new: "Partitions") -> "Partitions":
         new.save()
         return new
 
     def save(self) -> None:
-        """Replace partitions.json."""
+        """Replace partitions.json.
+
+        Raises:
+            TakenOver: A newer process starts the coordinators.
+            SinkError: The disk failed.
+        """
+        self.check()
         data = {
             "format": _FORMAT,
             "created_at": self.created_at,
@@ -170,6 +190,28 @@ def begin_partitions(root: Path, number: int) -> Partitions:
         raise ConfigError(f"cannot make the run directory {root}: {error.strerror}") from error
     new.save()
     return new
+
+
+@contextmanager
+def claimed_partitions(root: Path, number: int, *, takes_over: bool) -> Iterator[Partitions]:
+    """The partitions of OUT, as `begin_partitions`; during the block no older process changes them.
+
+    Args:
+        root: OUT.
+        number: The number of partitions.
+        takes_over: Whether not to care for the lock of OUT.
+
+    Raises:
+        DirectoryInUse: A different process holds the lock.
+        ConfigError: As `begin_partitions`.
+        TakenOver: A newer process has claimed OUT meanwhile.
+    """
+    begin_partitions(root, number)
+    with nullcontext() if takes_over else closing(DirectoryLock(root)):
+        with disk_errors(f"claim {root}"):
+            epoch = claim(root, (), is_locked=not takes_over)
+        with closing(epoch):  # what an older process has written until now counts
+            yield replace(begin_partitions(root, number), epoch=epoch)
 
 
 def run_directories(root: Path) -> list[Path]:

@@ -62,6 +62,7 @@ async def test_of_two_daemons_the_older_one_acknowledges_nothing(start_daemon: S
                 problem = await older.refused("POST", path, body)
                 assert 503 == problem["status"]
                 assert "was taken over by pid" in problem["detail"]
+            assert not (older.daemon.runs.folder / "late").exists()
             with pytest.raises(TakenOver):
                 await older.submit(run_id, 3, first=3)
             assert 3 == await newer.submit(run_id, 3, first=3)

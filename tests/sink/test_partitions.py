@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamsyn.errors import ConfigError, SinkError
+from streamsyn.errors import ConfigError, SinkError, TakenOver
 from streamsyn.sink.partitions import (
     begin_partitions,
+    claimed_partitions,
     in_turn,
     partition_of,
     place_of,
@@ -88,6 +89,31 @@ def test_the_first_run_fixes_the_number_of_partitions(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty"):
         begin_partitions(tmp_path, 2)
     assert [tmp_path] == run_directories(tmp_path)
+
+
+def test_of_two_processes_the_newer_one_writes_the_file(tmp_path: Path) -> None:
+    """The older one has found that a partition has ended: too late, and it starts no coordinator either."""
+    with (
+        claimed_partitions(tmp_path, 2, takes_over=False) as older,
+        claimed_partitions(tmp_path, 2, takes_over=True) as newer,
+    ):
+        for directory in newer.directories:
+            with opened(directory, sink()) as log:
+                log.append([context(0)])
+                log.seal_outcomes()
+                log.finish()
+        written = newer.with_ended(0)
+        with pytest.raises(TakenOver):
+            older.with_ended(1)
+        with pytest.raises(TakenOver):
+            older.check()
+        assert written == read_partitions(tmp_path)
+        assert written.with_ended(1) == read_partitions(tmp_path)
+    with (
+        pytest.raises(ConfigError, match="has 2 partitions"),
+        claimed_partitions(tmp_path, 3, takes_over=True),
+    ):
+        pass
 
 
 def test_rounds_are_recorded(tmp_path: Path) -> None:
