@@ -66,6 +66,7 @@ REFUSED = [
     ),
     (422, '{"message":"parameter \'stream_options\' is not a valid field"}', "stream_options"),
     (400, '{"error":{"message":"stream_options: Extra inputs are not permitted"}}', "stream_options"),
+    (400, '{"object":"error","message":"routed_dp_rank=2 out of range [0, 2)"}', "routed_dp_rank"),
     # refusals of something else, some with the whole request in them
     (400, '{"error":{"message":"Additional properties are not allowed (\'top_k\' was unexpected)"}}', None),
     (400, '{"error":{"message":"Override of rid failed: the prompt is too long"}}', None),
