@@ -125,9 +125,10 @@ class TrainSection(Section):
     learning rate falls over the last `train.decay_steps` of them."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What to do with a sample longer than `train.seq_len`: `drop` it, or `truncate` it: of the samples of a
-    run directory, distractors are left out first; then the relevant context is cut around what it has in
-    common with answer and instruction. Prompts of other sources are cut between their beginning and end.
-    Neither loses a word of the answer, nor of the instruction if the row has the field `instruction`."""
+    run, in a directory or at a daemon, distractors are left out first; then the relevant context is cut
+    around what it has in common with answer and instruction. Prompts of other sources are cut between their
+    beginning and end. Neither loses a word of the answer, nor of the instruction if the row has the field
+    `instruction`."""
     mix: tuple[MixSection, ...] = ()
     """Other chat data to mix in."""
     shuffle_size: Count = 512

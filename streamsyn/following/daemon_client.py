@@ -123,16 +123,22 @@ class DaemonClient:
                 return decoded(await response.read(), self.url)
 
     @asynccontextmanager
-    async def open(self, first: int, *, follow: bool, limit: int | None = None) -> AsyncIterator["RowStream"]:
-        """Ask for the rows from `first` on; with `follow` also for those that are written later."""
+    async def open(
+        self, first: int, *, follow: bool, limit: int | None = None, kind: str | None = None
+    ) -> AsyncIterator["RowStream"]:
+        """Ask for the rows from `first` on; with `follow` also for those that are written later.
+
+        `kind` asks for rows of another kind than the client's.
+        """
+        path = f"/{kind or self._kind}"
         query = {"after": str(first - 1)} if first else {}
         if follow:
             query["follow"] = "1"
         if limit is not None:
             query["limit"] = str(limit)
         with _translated(self.url):
-            async with self._get(f"/{self._kind}", query) as response:
-                yield RowStream(response.content, f"{self.url}/{self._kind}", first)
+            async with self._get(path, query) as response:
+                yield RowStream(response.content, f"{self.url}{path}", first)
 
     async def acknowledge(self, consumer: str, seq: int, metrics: Mapping[str, float]) -> None:
         """Tell the daemon that a named consumer, which is created if need be, has done with rows.

@@ -13,6 +13,7 @@ Modules in reading order:
     loop              carries out the commands on every rank, at the learning rate of its schedule
     dry_step          a pass over the largest row before the first step: is there enough memory?
     memory_plan       the same without a GPU: what a training will need, and the table of `train --plan`
+    gathering         what FSDP2 has in memory during a pass besides its shards
     model/            the model on its devices: attention of packed rows, loss, adapters
     evaluation/       held-out losses, needles, LongBench
     metrics/          metrics.jsonl and what else is recorded

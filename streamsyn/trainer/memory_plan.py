@@ -6,7 +6,7 @@ of the activations. The rest follows from the number of weights and of GPUs, ove
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -25,6 +25,7 @@ from streamsyn.config.command_sections import TrainSection
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 from streamsyn.trainer.dry_step import largest_row
+from streamsyn.trainer.gathering import Gathering
 from streamsyn.trainer.model.activations import is_recomputed, recompute
 from streamsyn.trainer.model.attention import VARLEN, implementation
 from streamsyn.trainer.model.head import LossHead, target_losses
@@ -52,8 +53,9 @@ class Need:
         weights: This GPU's part of the weights, float32.
         gradients: Its part of the gradients, float32.
         moments: Its part of the optimizer's moments during the passes.
-        gathered: Whole weights of the layers in use, and gradients on their way to their GPUs.
-        activations: The largest sum of what a pass has in memory at a time.
+        gathered: Whole weights of the layers in use and gradients on their way to their GPUs, when a pass
+            needs most memory.
+        activations: All else that a pass has in memory then.
         total: The largest sum of all, with `OTHER_BYTES`.
         host: Host memory for what is offloaded, for each GPU.
     """
@@ -101,7 +103,7 @@ def memory_plan(path: str, section: TrainSection, gpus: int) -> list[Need]:
         is_recomputed(section) if section.gradient_checkpointing == "auto" else section.gradient_checkpointing
     )
     others = [keys for keys in variants if keys != as_configured]
-    measured: dict[Any, tuple[Any, int, int]] = {}
+    measured: dict[Any, tuple[Any, Pass]] = {}
     found = []
     for keys in [as_configured, *others]:
         settings = section.model_copy(update=keys)
@@ -109,28 +111,43 @@ def memory_plan(path: str, section: TrainSection, gpus: int) -> list[Need]:
         if of_pass not in measured:  # the place of moments does not change a pass
             with refused(f"--model {path}: its memory cannot be worked out without its weights"):
                 model = _on_meta(config, settings)
-                taken = pass_bytes(model, settings.seq_len, settings.sequence_parallel, offloads=of_pass[1])
-                measured[of_pass] = (model, *taken)
+                degree = settings.sequence_parallel
+                taken = pass_bytes(model, settings.seq_len, degree, offloads=of_pass[1], gpus=gpus)
+                measured[of_pass] = (model, taken)
         found.append(_need(keys, settings, gpus, *measured[of_pass]))
     return found
 
 
-def pass_bytes(model: Any, tokens: int, degree: int = 1, *, offloads: bool = False) -> tuple[int, int]:
-    """The largest number of bytes that a forward and backward pass over the largest row has in memory.
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Bytes of a forward and backward pass, besides shards of weights and gradients.
+
+    Attributes:
+        peak: The largest sum that is in memory at a time.
+        gathered: How much of it FSDP2 has gathered, or has not yet added up over the GPUs.
+        host: What waits in host memory.
+    """
+
+    peak: int
+    gathered: int
+    host: int
+
+
+def pass_bytes(model: Any, tokens: int, degree: int = 1, *, offloads: bool = False, gpus: int = 1) -> Pass:
+    """The bytes of a forward and backward pass over the largest row.
 
     Args:
-        model: A model of meta tensors with our attention and a `LossHead`; its `device` may be a real one.
+        model: A model of meta tensors with our attention; its `device` may be a real one.
         tokens: Tokens of the row.
         degree: Number of ranks that share the row; the bytes are those of the first one.
         offloads: Whether what is kept for the backward pass waits in host memory.
-
-    Returns:
-        Bytes besides weights and whole gradients, and bytes in host memory.
+        gpus: GPUs that share weights by FSDP2; 1 for one that has all.
     """
     host = _HostMemory()
     LossHead(model, host.offload if offloads else None)
+    gathering = Gathering(model, gpus) if gpus > 1 else None
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and gathering is None:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
     sequence = _FirstRank(degree, 0)
     sequence.wrap_attention(model.config.get_text_config()._attn_implementation)  # noqa: SLF001 - as `place`
@@ -141,9 +158,11 @@ def pass_bytes(model: Any, tokens: int, degree: int = 1, *, offloads: bool = Fal
     }
     batch = replace(shared, **moved)
     given = (*model.parameters(), *model.buffers())
-    with LiveMemory(given) as memory:
+    with LiveMemory(given, gathering) as memory:
         (target_losses(model, batch) * batch.weights).sum().backward()
-    return memory.peak, host.bytes
+        if gathering is not None:
+            gathering.finish()
+    return Pass(memory.peak, memory.gathered, host.bytes)
 
 
 class _FirstRank(SequenceGroup):
@@ -159,13 +178,17 @@ class LiveMemory(TorchDispatchMode):
 
     Args:
         given: Tensors that are not counted, nor are views of them.
+        gathering: What FSDP2 has in memory; its buffers are counted as all others.
 
     Attributes:
         peak: The largest sum so far.
+        gathered: The part of `gathering` in it.
     """
 
-    def __init__(self, given: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, given: tuple[torch.Tensor, ...], gathering: Gathering | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._gathering = gathering
+        self.gathered = 0
         self._known = {one.untyped_storage()._cdata for one in given}  # noqa: SLF001 - its identity
         self._now = self.peak = 0
 
@@ -182,7 +205,9 @@ class LiveMemory(TorchDispatchMode):
             return
         self._known.add(key)
         self._now += size
-        self.peak = max(self.peak, self._now)
+        if self._now > self.peak:
+            self.peak = self._now
+            self.gathered = 0 if self._gathering is None else self._gathering.bytes()
         weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
@@ -225,17 +250,17 @@ def _on_meta(config: Any, section: TrainSection) -> Any:
     return model
 
 
-def _need(
-    keys: dict[str, Any], section: TrainSection, gpus: int, model: Any, activations: int, host: int
-) -> Need:
+def _need(keys: dict[str, Any], section: TrainSection, gpus: int, model: Any, taken: Pass) -> Need:
     whole = sum(one.numel() for one in model.parameters())
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     weights, gradients = _SINGLE * whole // gpus, _SINGLE * trained // gpus
     all_moments = moment_bytes(section, updating=True) * trained // gpus
     moments = moment_bytes(section) * trained // gpus
+    host = taken.host
     if section.optimizer_offload:
         moments, host = 0, host + moments
-    gathered = _gathered(model) if gpus > 1 else _HALF * whole  # one GPU: autocast keeps copies in bf16
+    gathered = taken.gathered if gpus > 1 else _HALF * whole  # one GPU: autocast keeps copies in bf16
+    activations = taken.peak - taken.gathered
     in_passes = gathered + activations + moments
     return Need(
         keys=keys,
@@ -247,25 +272,6 @@ def _need(
         total=weights + gradients + max(in_passes, all_moments) + OTHER_BYTES,
         host=host,
     )
-
-
-def _gathered(model: Any) -> int:
-    """FSDP2's buffers: embedding and head stay whole during a pass, layers come and go, the next one early.
-    Gradients of a unit are in bf16 when they are complete, and are added up over the GPUs in float32.
-    """
-    units = list(_units(model))
-    layers: list[int] = [sum(one.numel() for one in unit.parameters()) for unit in units]
-    inside = {one for unit in units for one in unit.parameters()}
-    outside: list[torch.Tensor] = [one for one in model.parameters() if one not in inside]
-    largest = max(layers, default=0)
-    reduced = max([largest, *(one.numel() for one in outside)])
-    return _HALF * (sum(one.numel() for one in outside) + 3 * largest) + _SINGLE * reduced
-
-
-def _units(model: Any) -> Iterator[torch.nn.Module]:
-    """The layers that are sharded one by one."""
-    names = getattr(model, "_no_split_modules", None) or ()
-    return (module for module in model.modules() if type(module).__name__ in names)
 
 
 def plan_json(

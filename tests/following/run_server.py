@@ -20,6 +20,7 @@ class RunServer:
 
     Attributes:
         rows: The rows.
+        contexts: The texts of contexts.
         state: The run's state.
         created_at: Identifies the run.
         token: What requests must have; None lets all in.
@@ -31,6 +32,7 @@ class RunServer:
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    contexts: list[str] = field(default_factory=list)
     state: str = "running"
     created_at: float = 1.0
     token: str | None = None
@@ -64,6 +66,7 @@ class RunServer:
         app = web.Application()
         app.router.add_get("/v1/runs/one", self._describe)
         app.router.add_get("/v1/runs/one/samples", self._stream)
+        app.router.add_get("/v1/runs/one/contexts", self._contexts)
         runner = web.AppRunner(app, shutdown_timeout=0.01, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -81,6 +84,14 @@ class RunServer:
         last = len(self.rows) - 1 if self.rows else None
         run = {"id": "one", "state": self.state, "created_at": self.created_at, "error": "disk full"}
         return web.json_response({**run, "last": {"samples": last}})
+
+    async def _contexts(self, request: web.Request) -> web.Response:
+        if refusal := self._refusal(request):
+            return refusal
+        at = int(request.query.get("after", -1)) + 1
+        some = self.contexts[at : at + int(request.query["limit"])]
+        rows = (orjson.dumps({"seq": seq, "context": one}) + b"\n" for seq, one in enumerate(some, at))
+        return web.Response(body=b"".join(rows), content_type="application/x-ndjson")
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         if refusal := self._refusal(request):

@@ -4,7 +4,8 @@ A line of JSON on stdin, `{"argv": [...], "world": n, "port": n, "said": path, "
 `sharding`, "kill": null or see below, "full": null or the rank whose disk is full}`, starts one; in `argv`,
 `{rank}` stands for a rank's number. When all its ranks have ended, their exit codes come back as a list,
 negative for a signal. Rank i says its lines to `said` + i. An `argv` that begins with `by-hand` runs
-`by_hand.main` on the rest in place of a command.
+`by_hand.main` on the rest in place of a command, and one that begins with `memory`,
+`benchmarks.train_memory.rank`.
 
 `kill` is `{"ranks": [i, ...], "at": [[event, part], ...], "after": n}`. Each is an audit event of rank 0
 whose first argument has `part` in it; when all have come, one after the other, and `after` (0 by default)
@@ -19,6 +20,7 @@ from typing import Any
 
 import peft  # noqa: F401 - so that no fork has to
 
+from benchmarks import train_memory
 from streamsyn.cli.main import main
 from streamsyn.trainer.model import head
 from tests.trainer import by_hand, tiny
@@ -27,6 +29,7 @@ from tests.trainer.sharding import shard
 
 FULL_BYTES = 50_000
 """No file of a rank with a full disk can be larger."""
+PROGRAMS = {"by-hand": by_hand.main, "memory": train_memory.rank}
 PATIENCE_S = 60
 """A rank that runs for longer hangs: it is ended."""
 
@@ -74,7 +77,7 @@ def train(task: dict[str, Any]) -> list[int]:
                 "stdin": None,
                 "file_bytes": FULL_BYTES if rank == task["full"] else None,
             }
-            run(told, by_hand.main if argv[0] == "by-hand" else main)
+            run(told, PROGRAMS.get(argv[0], main))
         pids[rank] = pid
     return [os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1]) for rank in range(world)]
 

@@ -14,7 +14,7 @@ from streamsyn.following.daemon_client import is_run_url
 from streamsyn.trainer.examples import StepPlan
 from streamsyn.trainer.sources.locate import open_sources
 from streamsyn.trainer.sources.run_samples import DaemonSamples, RunSamples
-from streamsyn.trainer.sources.source import Sources
+from streamsyn.trainer.sources.source import HasContexts, Sources
 from tests.builders import opened, sample, sink
 from tests.following.run_server import RunServer, in_thread
 from tests.trainer.streams import keys, planner, plans
@@ -61,6 +61,18 @@ def test_rows_are_read_and_found_again_by_number(server: RunServer, source: Daem
     server.set(created_at=2.0)
     with pytest.raises(RunReplaced, match="now a different run"):
         source.total()
+
+
+def test_contexts_are_asked_for_by_number(server: RunServer, source: DaemonSamples) -> None:
+    """With few requests, in the order asked for; those that are missing or removed are not known."""
+    server.contexts = [f"text {number}" for number in range(70)]
+
+    assert isinstance(source, HasContexts)
+    assert ["text 69", "text 3", "text 5", "text 3"] == source.contexts({}, [69, 3, 5, 3])
+    assert 2 == server.asked["/v1/runs/one/contexts"]
+    assert source.contexts({}, [5, 70]) is None
+    server.set(refuse=[410])
+    assert source.contexts({}, [5]) is None
 
 
 async def test_a_new_row_ends_the_wait(server: RunServer, source: DaemonSamples) -> None:

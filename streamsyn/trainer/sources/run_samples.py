@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from streamsyn.errors import RowsRemoved, RunReplaced, ServerError, StreamsynError
+from streamsyn.errors import ConfigError, RowsRemoved, RunReplaced, ServerError, StreamsynError
 from streamsyn.following.daemon_client import RETRY_S, DaemonClient, LoopThread, Reconnecting, run_url
 from streamsyn.following.joined_rows import JoinedRows
 from streamsyn.following.run_rows import FolderWatch
@@ -143,6 +143,19 @@ class DaemonSamples:
     def pick(self, seqs: Sequence[int]) -> Iterator[Row]:
         return _picked(seqs, lambda first, limit: self._ask(partial(self._page, first, limit)))
 
+    def contexts(self, _row: dict[str, Any], seqs: Sequence[int]) -> list[str] | None:
+        wanted = sorted(set(seqs))
+
+        def read(first: int, limit: int) -> list[Row]:
+            return self._ask(partial(self._page, first, limit, "contexts"))
+
+        try:
+            rows = zip(wanted, _picked(wanted, read), strict=False)
+            found = {seq: one["context"] for seq, one in rows if isinstance(one, dict)}
+        except ConfigError:  # retention has removed them
+            return None
+        return [found[seq] for seq in seqs] if found.keys() >= set(seqs) else None
+
     async def changed(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
@@ -196,9 +209,9 @@ class DaemonSamples:
                 self._reconnecting.succeeded()
                 return answer
 
-    async def _page(self, first: int, limit: int) -> list[Row]:
+    async def _page(self, first: int, limit: int, kind: str = "samples") -> list[Row]:
         found: list[Row] = []
-        async with self._client.open(first, follow=False, limit=limit) as stream:
+        async with self._client.open(first, follow=False, limit=limit, kind=kind) as stream:
             while rows := await stream.read():
                 found += rows
         return found
