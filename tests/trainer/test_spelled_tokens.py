@@ -19,7 +19,8 @@ from streamsyn.trainer import training
 from streamsyn.trainer.evaluation.exam import Chat
 from streamsyn.trainer.examples import Dropped, Example, Key
 from streamsyn.trainer.sources.source import Sources
-from streamsyn.trainer.stream.render import Renderer, SpelledTokens, Unspeakable
+from streamsyn.trainer.stream.render import Renderer
+from streamsyn.trainer.stream.spelled_tokens import SpelledTokens, Unspeakable
 from tests.examples import examples
 from tests.trainer import tiny
 from tests.trainer.by_hand import fresh

@@ -23,7 +23,8 @@ from streamsyn.scoring.suites.suite_question import SuiteQuestion, as_user
 from streamsyn.trainer.commands import Prompt, Ranks
 from streamsyn.trainer.model.attention import SEGMENTS, VARLEN
 from streamsyn.trainer.model.placed import Placed
-from streamsyn.trainer.stream.render import ChatTokenizer, Renderer, Unrenderable, Unspeakable, chat_text
+from streamsyn.trainer.stream.render import ChatTokenizer, Renderer, Unrenderable, chat_text
+from streamsyn.trainer.stream.spelled_tokens import Unspeakable
 
 log = structlog.get_logger()
 
