@@ -373,6 +373,7 @@ class HostedRun:
         asked_again = bool(self.record.retry)
         try:
             self.record.figures = await asyncio.to_thread(recounted, self.root, self.record.figures)
+            await asyncio.to_thread(self._hosting.epoch.check)  # it would take the run from a newer daemon
             summary = await run_in_loop(await self._request(execution), execution.summary)
             if summary.too_many_rejects or not execution.is_stopped:
                 error = summary.stopped
