@@ -258,7 +258,11 @@ def claim(root: Path, growing: Sequence[str], *, is_locked: bool) -> Epoch:
     epoch = Epoch(root, number, token)
     epoch.took_over = not is_clean
     if growing and not is_clean:
-        epoch.take_over(growing)
+        try:
+            epoch.take_over(growing)
+        except OSError:
+            epoch.check()  # a newer process removes what an older one had begun to make
+            raise
     epoch.settle(is_locked=is_locked)
     return epoch
 
