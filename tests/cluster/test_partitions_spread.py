@@ -107,7 +107,8 @@ async def test_the_node_of_a_coordinator_dies(raylets: Raylets, tmp_path: Path) 
     assert 1 == len(restarts)
     assert 1 == sum(entry["event"] == "coordinator.placed" for entry in logged)
     await check(tmp_path / "out")
-    assert SEEDS <= len(requests.times) <= SEEDS + IN_FLIGHT // 2
+    # Half of them in flight at the node, and answers that had come and were being written.
+    assert SEEDS <= len(requests.times) <= SEEDS + IN_FLIGHT
     manifest = tmp_path / "out" / f"partition-00{restarts[0]['partition']}" / "manifest.jsonl"
     assert b'"epoch":2}' in await asyncio.to_thread(manifest.read_bytes)
 
