@@ -18,7 +18,7 @@ HEADS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_key_v
 @pytest.mark.parametrize(
     ("tied", "keys"),
     [
-        pytest.param(True, {"gradient_checkpointing": False}, id="nothing saved"),
+        pytest.param(True, {"gradient_checkpointing": False}, id="nothing saved", marks=pytest.mark.torture),
         pytest.param(False, {"gradient_checkpointing": True}, id="recomputed", marks=pytest.mark.torture),
         pytest.param(
             False,

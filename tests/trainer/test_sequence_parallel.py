@@ -69,7 +69,13 @@ def test_ranks_that_share_rows_train_as_one(ranks: Ranks, tmp_path: Path, alone:
 
 @pytest.mark.crash
 @pytest.mark.parametrize(
-    ("world", "degree", "sharded"), [(4, 2, None), (4, 4, None), (4, 2, "fsdp2"), (4, 4, "fsdp2")]
+    ("world", "degree", "sharded"),
+    [
+        (4, 4, None),
+        (4, 2, "fsdp2"),
+        pytest.param(4, 2, None, marks=pytest.mark.torture),
+        pytest.param(4, 4, "fsdp2", marks=pytest.mark.torture),
+    ],
 )
 def test_four_ranks_in_groups(
     ranks: Ranks, tmp_path: Path, alone: Path, world: int, degree: int, sharded: Any
