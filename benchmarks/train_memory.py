@@ -7,8 +7,8 @@ layers by default) and random weights, in bf16. torch's profiler records which C
 freed in it; torch's FSDPMemTracker says in one more pass what of that pass are activations, and the rest is
 `gathered`. Printed for each row of the plan in MB: predicted, measured, and the ratio of the two. Host memory
 is CPU memory here, so `total` includes what is offloaded; it leaves out the estimate for CUDA and NCCL.
-With rows shared by ranks, gloo frees buffers at times of its own, so `gathered` varies. With rows so short that
-gradients are added up at the peak, more is measured than predicted.
+With rows shared by ranks, gloo frees buffers at times of its own, so `gathered` varies. With rows so short
+that gradients are added up at the peak, more is measured than predicted.
 """
 
 import argparse
