@@ -17,8 +17,8 @@ _SHARES = {"short": 1 / 8, "long": 1 / 4, "torture": 1.0}
 """The profiles, and which share of the examples each one tries."""
 _FEWEST = 10
 
-# How long an example takes says nothing on a shared machine. A change is judged by the same examples each time;
-# `make torture` looks for new ones.
+# How long an example takes says nothing on a shared machine. A change is judged by the same examples each
+# time; `make torture` looks for new ones.
 for _name, _share in _SHARES.items():
     settings.register_profile(
         _name, deadline=None, max_examples=round(200 * _share), derandomize=_name != "torture"
