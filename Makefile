@@ -39,7 +39,7 @@ test-crash: .venv/bytecode  ## kills, signals and resumes; property tests at len
 	$(call once_more,--hypothesis-profile=long -o asyncio_debug=true)
 
 test-real: .venv/bytecode sglang  ## tests against a real SGLang: one server for all, one that a run launches; and raylets
-	$(BIN)/pytest tests/real tests/cluster -n 2 --dist loadgroup -m "(real_sglang or ray) and not torture" \
+	$(BIN)/pytest tests/real tests/cluster -n 3 --dist loadscope -m "(real_sglang or ray) and not torture" \
 	$(call once_more,-m "(real_sglang or ray) and not torture")
 
 test-browser: .venv/stamp chromium  ## the report and the page of the daemon in a browser

@@ -7,12 +7,14 @@ import os
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 import structlog
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 import tests.examples  # noqa: F401 - registers the profiles
 
@@ -85,6 +87,20 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 FOLDERS = {"real_sglang": ("real",), "chromium": ("report", "daemon")}  # where the Makefile looks for them
+
+
+class OneServerEach(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+    """Tests that share a real server go to one worker, those that share raylets to another."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, name = nodeid.partition("::")
+        return f"{Path(path).parent}/{'launched' if 'launched' in name else 'shared'}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """How `make test-real` divides its tests. The others are divided by file."""
+    return OneServerEach(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from streamsyn.pipeline.verify import verify
 from tests.cluster.conftest import Raylets
 from tests.cluster.test_submit import IN_FLIGHT, simulated
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 SEEDS = 300
 SIMULATE = (sys.executable, "-m", "streamsyn", "simulate", "--host", "{host}", "--port", "{port}")

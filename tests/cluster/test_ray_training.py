@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.torture,  # half a minute each time that Ray Train starts its workers
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),  # its own
 ]
 

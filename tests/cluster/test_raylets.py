@@ -31,7 +31,7 @@ from tests.builders import rows
 from tests.cluster.conftest import Raylets
 from tests.export.support import make_run, scored, tree
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 SIMULATE = (sys.executable, "-m", "streamsyn", "simulate", "--host", "{host}", "--port", "{port}")
 SLOW = (*SIMULATE, "--latency-ms", "300")

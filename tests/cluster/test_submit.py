@@ -25,7 +25,7 @@ from streamsyn.simulator.settings import SimulatorConfig
 from tests.builders import rows
 from tests.cluster.conftest import Raylets
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 SEEDS = 300
 IN_FLIGHT = 8

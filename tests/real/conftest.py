@@ -5,21 +5,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from streamsyn.errors import ConfigError
 from streamsyn.fleet.launch import LaunchedServer, find_packaged_model, find_python, launched
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the session's server go to one worker; the other has the cores while that server starts."""
-    for item in items:
-        uses_server = "real_server" in getattr(item, "fixturenames", ())
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xdist_group("real_server" if uses_server else "launched"))
 
 
 @dataclass

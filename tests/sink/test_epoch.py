@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ class Coordinator:
         self.acknowledged: list[int] = []
         self._root = root
         self._section = sink(shard_bytes=shard_bytes, compression=compression)
-        self._steps: Iterator[None] = self._write()
+        self._steps = self._write()
 
     def run(self, steps: int | None = None) -> None:
         """Go on for some steps, or to the end; a process that was taken over has ended."""
@@ -52,7 +52,12 @@ class Coordinator:
             for _ in islice(self._steps, steps):
                 pass
 
-    def _write(self) -> Iterator[None]:
+    def end(self) -> None:
+        """Close what is open; the garbage collector would do so in the middle of another test."""
+        with suppress(TakenOver, SinkError):
+            self._steps.close()
+
+    def _write(self) -> Generator[None, None, None]:
         directory = RunDirectory(self._root, take_over=True)
         try:
             log = RunLog(self._root, self._section, epoch=directory.epoch)
@@ -153,6 +158,8 @@ def late_call(root: Path, number: int, before: int, meanwhile: int, compression:
     second.run()
     last.run()
     check(root, earlier, first, second, last)
+    for one in (earlier, first, second, last):
+        one.end()
 
 
 def test_a_file_that_lost_its_name_gets_it_back(tmp_path: Path) -> None:

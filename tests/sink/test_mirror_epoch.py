@@ -207,6 +207,7 @@ def late_write(folder: Path, number: int, before: int, meanwhile: int) -> None:
     shards = {shard.sha256 for shard in Manifest(last.root / "manifest.jsonl").shards}
     for run in (earlier, first, second, last):
         assert shards >= run.mirrored
+        run.end()
     opened(folder / "e").close()  # which compares each shard with the list
     assert (last.root / "manifest.jsonl").read_bytes() == (folder / "e/manifest.jsonl").read_bytes()
 
