@@ -36,7 +36,7 @@ def kept_servers(section: ClusterSection) -> Iterator[KeptServers]:
     """Place servers, and keep them for the runs within the block.
 
     Raises:
-        ConfigError: Ray is not installed, or there is no such cluster.
+        ConfigError: Ray is not installed, or no cluster is at the address.
         LaunchError: No server could be started.
     """
     with asyncio.Runner() as runner:

@@ -1,14 +1,12 @@
 """`streamsyn score`: measure the contexts of a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamsyn.cli.options import LOG_JSON, SERVER, SETTINGS, examples, resolve
-from streamsyn.cluster import needing_ray
+from streamsyn.cluster import joined
 from streamsyn.errors import ConfigError
 from streamsyn.plain_text import visible
 
@@ -64,7 +62,12 @@ def score(directory: Path, measures: tuple[Any, ...], *, ray: str | None, again:
             raise ConfigError(f"{one} is not a run directory: it has no run.json")
     if given["server"]:
         given["settings"] = (*given["settings"], "scoring.servers=[]")
-    with _cluster(ray) as examine:
+    with joined(ray):
+        examine: Examine | None = None
+        if ray is not None:
+            from streamsyn.cluster.spread import examine_shards
+
+            examine = examine_shards
         for one in directories:
             request = ScoreRequest(
                 root=one,
@@ -74,19 +77,6 @@ def score(directory: Path, measures: tuple[Any, ...], *, ray: str | None, again:
                 examine=examine,
             )
             _summarise(one, score_contexts(request), as_json=given["log_json"])
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator["Examine | None"]:
-    """Connect to a Ray cluster, if there is to be one: its nodes then examine the texts."""
-    if address is None:
-        yield None
-        return
-    with needing_ray("--ray"):
-        from streamsyn.cluster.placing import connected
-        from streamsyn.cluster.spread import examine_shards
-    with connected(address):
-        yield examine_shards
 
 
 def _summarise(directory: Path, summary: "ScoreSummary", *, as_json: bool) -> None:

@@ -29,3 +29,19 @@ def needing_ray(what: str) -> Iterator[None]:
         if error.name is None or error.name.partition(".")[0] != "ray":
             raise
         raise ConfigError(f"{what} needs Ray: pip install 'streamsyn[ray]'") from error
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """Connect to a Ray cluster within the block, if there is an address.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster is at the address.
+    """
+    if address is None:
+        yield
+        return
+    with needing_ray("--ray"):
+        from streamsyn.cluster.placing import connected
+    with connected(address):
+        yield

@@ -98,7 +98,7 @@ async def placing_coordinators(
         servers: The servers to tell them of; None if they have servers of their own.
 
     Raises:
-        ConfigError: There is no such cluster.
+        ConfigError: No cluster is at the address.
     """
     coordinators = PlacedCoordinators(command, servers)
     async with in_threads(connected(address)), background() as tasks:

@@ -39,7 +39,7 @@ async def submitted(
         placement: Further options of the actor; by default it takes one CPU of any node.
 
     Raises:
-        ConfigError: There is no such cluster, or a node lacks the files of the run.
+        ConfigError: No cluster is at the address, or a node lacks the files of the run.
     """
     async with in_threads(connected(address)):
         return await _Driver(command, write, {"num_cpus": 1, **(placement or {})}).run()

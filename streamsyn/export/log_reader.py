@@ -4,7 +4,7 @@ rows of an export: a sample, and the scores of its relevant context.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ import pyarrow
 from streamsyn.assembly.assembler import Arrangement
 from streamsyn.assembly.resources import AssemblyResources, with_templates
 from streamsyn.assembly.window import Passage, give_signatures
-from streamsyn.cluster import needing_ray
+from streamsyn.cluster import joined
 from streamsyn.config.loading import Config, load
 from streamsyn.config.sections import AssemblySection
 from streamsyn.errors import ConfigError
@@ -82,15 +82,6 @@ def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _cluster(address: str | None) -> AbstractContextManager[None]:
-    """A connection to a Ray cluster, if there is to be one."""
-    if address is None:
-        return nullcontext()
-    with needing_ray("--ray"):
-        from streamsyn.cluster.placing import connected
-    return connected(address)
-
-
 SMALL_BYTES = 64 * 2**20
 """Size of the contexts below which an export uses one process."""
 
@@ -100,9 +91,9 @@ def open_log(request: ExportRequest, summary: ExportSummary) -> Iterator["LogRea
     """Open the log of a run; its templates are in temporary files until the block ends.
 
     Raises:
-        ConfigError: As LogReader; or Ray is not installed, or there is no such cluster.
+        ConfigError: As LogReader; or Ray is not installed, or no cluster is at the address.
     """
-    with TemporaryDirectory() as folder, _cluster(request.ray):
+    with TemporaryDirectory() as folder, joined(request.ray):
         yield LogReader(request, summary, Path(folder))
 
 

@@ -119,7 +119,7 @@ class Affinity(Generic[H]):
             other.groups -= 1
 
     def forget(self, server: H) -> None:
-        """Release the groups of a server that is no longer usable; their next requests choose a new one."""
+        """Release the groups of a server that is no longer usable: their next requests choose another."""
         for group in [group for group, current in self._server_of.items() if current is server]:
             del self._server_of[group]
         self._over_since.pop(server, None)

@@ -62,15 +62,7 @@ class ServerClient:
     ) -> Completion:
         """Return the answer to `request`, without a thought or a second turn, or the logprobs to score.
 
-        Args:
-            request: The request.
-            model: The model to use.
-            rid: Its id.
-            on_first_token: See `chat`.
-            rank: The data-parallel rank to use; None for any.
-
-        Raises:
-            ServerError: No usable answer came; the subclass says what to do next.
+        Args and Raises: as `chat`.
         """
         if request.body is not None:
             return await self.chat(request, model, rid, rank=rank)  # not streamed, and nothing is removed

@@ -140,7 +140,7 @@ class Hedging:
             return
         try:
             if place.rank is first.rank:
-                return  # there is no other
+                return  # there is no other rank
             log.debug("fleet.hedged", server=first.server.url, second=place.server.url)
             call.is_sent = True
             call.answer = await call.send(place)

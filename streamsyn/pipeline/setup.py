@@ -123,7 +123,7 @@ async def on_cluster(section: ClusterSection, *, waits: bool = True) -> AsyncIte
     """Servers that Ray places; if it `waits`, one of them is ready.
 
     Raises:
-        ConfigError: Ray is not installed, or there is no such cluster.
+        ConfigError: Ray is not installed, or no cluster is at the address.
         LaunchError: No server could be started.
     """
     with needing_ray("cluster.address"):

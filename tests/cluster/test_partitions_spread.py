@@ -16,7 +16,7 @@ import pytest
 import streamsyn
 from streamsyn.pipeline.verify import verify
 from tests.cluster.conftest import Raylets
-from tests.cluster.test_submit import IN_FLIGHT, simulated
+from tests.cluster.test_submit import IN_FLIGHT, options, simulated
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -36,20 +36,10 @@ async def partitioned(
     tmp_path: Path, raylets: Raylets, *more: str, number: int = SEEDS
 ) -> AsyncIterator[Process]:
     """`streamsyn run --partitions 2 --ray` over all seeds into `tmp_path`/out, whose lines are to be read."""
-    seeds = tmp_path / "seeds.jsonl"
-    text = "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(number))
-    await asyncio.to_thread(seeds.write_text, text)
-    keys = {
-        "fleet.max_in_flight": IN_FLIGHT,
-        "fleet.hedge_tail": "false",
-        "assembly.contexts_per_sample": 2,
-        "sink.shard_bytes": 100_000,
-    }
-    settings = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    given = await asyncio.to_thread(options, tmp_path, number)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "streamsyn", "run", "--seeds", str(seeds), "--out", str(tmp_path / "out")),
-        *("--partitions", "2", "--ray", raylets.address, "--no-preflight", "--log-json"),
-        *(*settings, *more),
+        *(sys.executable, "-m", "streamsyn", "run", *given, "--out", str(tmp_path / "out")),
+        *("--partitions", "2", "--ray", raylets.address, "--log-json", *more),
         stdin=DEVNULL,
         stdout=DEVNULL,
         stderr=PIPE,

@@ -61,10 +61,8 @@ async def simulated() -> AsyncIterator[tuple[str, Requests]]:
         yield server.url, requests
 
 
-def command(tmp_path: Path, url: str, number: int = SEEDS) -> Any:
-    """A run of this many seeds into `tmp_path`/out."""
-    from streamsyn.cluster.coordinator import command_of
-
+def options(tmp_path: Path, number: int = SEEDS) -> list[str]:
+    """The options of a run over this many seeds, whose requests are counted."""
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text(
         "".join(f"{json.dumps({'instruction': f'{n}?', 'answer': str(n)})}\n" for n in range(number))
@@ -76,8 +74,15 @@ def command(tmp_path: Path, url: str, number: int = SEEDS) -> Any:
         "sink.shard_bytes": 100_000,
     }
     settings = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    return ["--seeds", str(seeds), "--no-preflight", *settings]
+
+
+def command(tmp_path: Path, url: str, number: int = SEEDS) -> Any:
+    """A run of this many seeds into `tmp_path`/out."""
+    from streamsyn.cluster.coordinator import command_of
+
     out = tmp_path / "out"
-    arguments = ["--seeds", str(seeds), "--server", url, "--no-preflight", "--no-progress", *settings]
+    arguments = [*options(tmp_path, number), "--server", url, "--no-progress"]
     return command_of([*arguments, "--out", str(out)], out)
 
 
